@@ -1,0 +1,78 @@
+"""Every op's contract: name, schema, fake. Kernels only register themselves for what is declared here.
+
+    stacked(grads, statistic, count, votes, k) -> (value, mask_sum)
+        grads     (E, P) contiguous, float64 / float32 / bfloat16 / float16, E >= 1
+        value     (P,) in `compute_dtype(grads)`; without the factor E, not normalised
+        mask_sum  () float64, sum of the mask over coordinates, 0 for statistics without one
+        Serves every statistic of `htv.ops.reference.STATISTICS`.
+
+    linear(x, grad_output, offsets, statistic, count) -> (value, mask_sum)
+        x            (R, I) contiguous, the layer's input rows, ordered by group
+        grad_output  (R, O) contiguous, same dtype as x
+        offsets      (E + 1,) int64 on the CPU; group e owns rows offsets[e]:offsets[e + 1]
+        value        (O, I) in `compute_dtype(x)`; E * stat of the contributions sum_r grad_output[r, o] * x[r, i]
+        mask_sum     as above
+        Serves `FUSED_LINEAR` only; the sliced path serves the rest.
+
+`statistic`, `count`, `votes` and `k` are the fields of `htv.rules.Statistic`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from htv.ops import reference
+from htv.rules import Statistic
+
+FUSED_LINEAR = ("mean", "and_mask", "xor_mask", "sign_sum")
+
+library = torch.library.Library("htv", "DEF")
+library.define("stacked(Tensor grads, str statistic, int count, float votes, float k) -> (Tensor, Tensor)")
+library.define("linear(Tensor x, Tensor grad_output, Tensor offsets, str statistic, int count) -> (Tensor, Tensor)")
+
+
+@torch.library.register_fake("htv::stacked")
+def _stacked_fake(grads, statistic, count, votes, k):
+    value = grads.new_empty(grads.shape[1:], dtype=reference.compute_dtype(grads.dtype))
+    return value, grads.new_empty((), dtype=torch.float64)
+
+
+@torch.library.register_fake("htv::linear")
+def _linear_fake(x, grad_output, offsets, statistic, count):
+    shape = (grad_output.shape[1], x.shape[1])
+    value = x.new_empty(shape, dtype=reference.compute_dtype(x.dtype))
+    return value, x.new_empty((), dtype=torch.float64)
+
+
+def _stacked_reference(grads, statistic, count, votes, k):
+    return reference.stacked(grads, Statistic(statistic, count, votes, k))
+
+
+def _linear_reference(x, grad_output, offsets, statistic, count):
+    return reference.linear(x, grad_output, offsets, Statistic(statistic, count))
+
+
+# Any device without a kernel of its own gets the definition.
+library.impl("stacked", _stacked_reference, "CompositeExplicitAutograd")
+library.impl("linear", _linear_reference, "CompositeExplicitAutograd")
+
+
+def _stacked_setup(ctx, inputs, output):
+    grads, *ctx.statistic = inputs
+    ctx.save_for_backward(grads)
+
+
+def _stacked_backward(ctx, grad_value, grad_mask_sum):
+    """Differentiate the definition; recomputing it costs one materialised pass over what is materialised anyway."""
+    (grads,) = ctx.saved_tensors
+    with torch.enable_grad():
+        leaf = grads.detach().requires_grad_()
+        outputs = reference.stacked(leaf, Statistic(*ctx.statistic))
+        pairs = [(o, g) for o, g in zip(outputs, (grad_value, grad_mask_sum), strict=True) if o.requires_grad]
+        if not pairs:
+            return torch.zeros_like(grads), None, None, None, None
+        (grad,) = torch.autograd.grad([o for o, _ in pairs], leaf, [g for _, g in pairs])
+    return grad, None, None, None, None
+
+
+torch.library.register_autograd("htv::stacked", _stacked_backward, setup_context=_stacked_setup, lib=library)

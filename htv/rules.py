@@ -1,0 +1,287 @@
+"""The aggregation rules: what `.grad` holds instead of the plain sum.
+
+A rule is a frozen dataclass. It is validated when it is made, prints as the call that makes it, can be pickled,
+and resolves itself for a given number of groups into a `Statistic`, the form kernels understand.
+
+Scale convention: the aggregated gradient is ``E * stat({c_e})`` over the contributions ``c_e`` of E groups, so that
+``Mean()`` is what plain autograd puts in `.grad`, for mean- and sum-reduced losses alike.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import ClassVar, Literal
+
+__all__ = [
+    "AndMask",
+    "GeometricMean",
+    "Mean",
+    "Median",
+    "MedianOfMeans",
+    "Rule",
+    "SandMask",
+    "SignSum",
+    "Statistic",
+    "TrimmedMean",
+    "WinsorizedMean",
+    "XorMask",
+]
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """The kernel-side form of a rule, resolved for one number of groups.
+
+    name:       which statistic; the names are those of `htv.ops.reference.STATISTICS`.
+    count:      its integer parameter: least |sum of signs| that is kept (masks), values per side (trimmed and
+                winsorized mean), number of buckets (median of means), -1 / 0 / +1 for the lower / midpoint /
+                higher median; 0 where a statistic has none.
+    votes:      `sand_mask` only: tau * E, the |sum of signs| at which the soft mask opens.
+    k:          `sand_mask` only: its steepness, in units of the contributions' variance.
+    normalise:  divide the result by ``1e-10 + mean(mask)`` over the coordinates of one parameter.
+    """
+
+    name: str
+    count: int = 0
+    votes: float = 0.0
+    k: float = 0.0
+    normalise: bool = False
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Base of all rules. `streaming` rules hold a fixed state per coordinate; order rules need all E values."""
+
+    streaming: ClassVar[bool] = True
+
+    def statistic(self, num_groups: int) -> Statistic:
+        """Resolve for `num_groups` groups; raises ValueError where the rule is undefined for so few."""
+        raise TypeError(f"{type(self).__name__} is not a complete rule: subclass it and define statistic()")
+
+
+def _check_groups(num_groups: int, least: int, rule: Rule, why: str) -> None:
+    if num_groups < least:
+        raise ValueError(f"{rule} needs at least {least} group{'s' * (least > 1)}, got {num_groups}: {why}")
+
+
+def _check_real(owner: str, name: str, value: object, low: float, high: float, wanted: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{owner}: {name} must be a number {wanted}, got {value!r}")
+    if not low <= value <= high:  # also catches NaN
+        raise ValueError(f"{owner}: {name} must lie {wanted}, got {value!r}")
+
+
+def _check_bool(owner: str, name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{owner}: {name} must be True or False, got {value!r}")
+
+
+def needed_votes(tau: float, num_groups: int) -> float:
+    """tau * E, snapped to the integer it is meant to be, so that exact ties such as tau = .4, E = 50 are kept.
+
+    The comparison ``|sum of signs| >= tau * E`` is between integers once this is rounded up.
+    """
+    votes = float(tau) * num_groups
+    nearest = round(votes)
+    return float(nearest) if abs(votes - nearest) <= 1e-7 * num_groups else votes
+
+
+@dataclass(frozen=True)
+class Mean(Rule):
+    """The plain sum of contributions: what autograd does without htv."""
+
+    def statistic(self, num_groups: int) -> Statistic:
+        _check_groups(num_groups, 1, self, "there is nothing to average")
+        return Statistic("mean")
+
+
+@dataclass(frozen=True)
+class _Masked(Rule):
+    tau: float
+
+    _name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        _check_real(type(self).__name__, "tau", self.tau, 0.0, 1.0, "in [0, 1]")
+
+    def statistic(self, num_groups: int) -> Statistic:
+        _check_groups(num_groups, 1, self, "there is nothing to agree on")
+        return Statistic(self._name, count=math.ceil(needed_votes(self.tau, num_groups)))
+
+
+@dataclass(frozen=True)
+class AndMask(_Masked):
+    """Keep the mean where at least a share `tau` of the groups, net of dissent, agrees on its sign; else 0.
+
+    A coordinate is kept iff ``|sum_e sign(c_e)| >= tau * E``; an exact zero votes for neither sign. With `rescale`,
+    the result is divided by ``1e-10 + kept fraction`` of its parameter tensor.
+    Parascandolo et al. 2020, "Learning explanations that are hard to vary", arXiv 2009.00329.
+    """
+
+    rescale: bool = False
+
+    _name = "and_mask"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_bool("AndMask", "rescale", self.rescale)
+
+    def statistic(self, num_groups: int) -> Statistic:
+        resolved = super().statistic(num_groups)
+        return Statistic(resolved.name, resolved.count, normalise=self.rescale)
+
+
+@dataclass(frozen=True)
+class XorMask(_Masked):
+    """The complement of `AndMask`: keep the mean only where groups disagree. A diagnostic (arXiv 2009.00329)."""
+
+    _name = "xor_mask"
+
+
+@dataclass(frozen=True)
+class GeometricMean(_Masked):
+    """Where `AndMask(tau)` keeps: ``sign(mean) * exp(mean_e log(|c_e| + 1e-10))``; else 0 (arXiv 2009.00329).
+
+    The 1e-10 is the paper's and absolute: contributions much smaller than it are not told apart from zero.
+    """
+
+    _name = "geometric_mean"
+
+
+@dataclass(frozen=True)
+class SandMask(Rule):
+    """A smooth AND-mask: ``m = max(0, tanh(k / Var_e(c) * (agreement - tau)))``, result ``m * mean / mean(m)``.
+
+    The variance is unbiased, so at least two groups are needed; k is in units of that variance, which makes this the
+    one rule whose mask depends on the scale of the loss. At tau = 1 the mask is identically 0.
+    Shahtalebi et al. 2021, "SAND-mask", arXiv 2106.02266.
+    """
+
+    tau: float
+    k: float
+
+    def __post_init__(self) -> None:
+        _check_real("SandMask", "tau", self.tau, 0.0, 1.0, "in [0, 1]")
+        _check_real("SandMask", "k", self.k, math.ulp(0.0), sys.float_info.max, "above 0 and finite")
+
+    def statistic(self, num_groups: int) -> Statistic:
+        _check_groups(num_groups, 2, self, "its mask divides by the variance over groups")
+        votes = needed_votes(self.tau, num_groups)
+        return Statistic("sand_mask", votes=votes, k=float(self.k), normalise=True)
+
+
+@dataclass(frozen=True)
+class SignSum(Rule):
+    """Sum of the signs of the contributions: every group has one vote per coordinate, whatever its size."""
+
+    def statistic(self, num_groups: int) -> Statistic:
+        _check_groups(num_groups, 1, self, "there is nothing to count")
+        return Statistic("sign_sum")
+
+
+@dataclass(frozen=True)
+class Median(Rule):
+    """E times the coordinate-wise median. For even E, the midpoint of the two middle values unless told otherwise."""
+
+    interpolation: Literal["midpoint", "lower", "higher"] = "midpoint"
+
+    streaming = False
+
+    def __post_init__(self) -> None:
+        if self.interpolation not in ("midpoint", "lower", "higher"):
+            raise ValueError(
+                f"Median: interpolation must be 'midpoint', 'lower' or 'higher', got {self.interpolation!r}"
+            )
+
+    def statistic(self, num_groups: int) -> Statistic:
+        _check_groups(num_groups, 1, self, "there is nothing to rank")
+        return Statistic("median", count={"lower": -1, "midpoint": 0, "higher": 1}[self.interpolation])
+
+
+@dataclass(frozen=True)
+class MedianOfMeans(Rule):
+    """E times the median of the means of `k` consecutive, nearly equal buckets of groups (M3 is ``k = 3``).
+
+    The first ``E mod k`` buckets hold one group more, as in `torch.tensor_split`.
+    Zielinski, Krishnan, Chatterjee 2020, "Weak and strong gradient directions", arXiv 2003.07422.
+    """
+
+    k: int
+
+    streaming = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.k, bool) or not isinstance(self.k, Integral):
+            raise TypeError(f"MedianOfMeans: k must be an integer >= 1, got {self.k!r}")
+        if self.k < 1:
+            raise ValueError(f"MedianOfMeans: k must be >= 1, got {self.k}")
+
+    def statistic(self, num_groups: int) -> Statistic:
+        _check_groups(num_groups, int(self.k), self, "each of its k buckets needs one; use a smaller k")
+        return Statistic("median_of_means", count=int(self.k))
+
+
+def _check_extremes(owner: str, name: str, value: object) -> None:
+    wanted = "a count per side (int >= 0) or a fraction per side (float in [0, .5))"
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{owner}: {name} must be {wanted}, got {value!r}")
+    if isinstance(value, Integral):
+        if value < 0:
+            raise ValueError(f"{owner}: {name} must be {wanted}, got {value}")
+    elif not 0.0 <= value < 0.5:
+        raise ValueError(f"{owner}: {name} must be {wanted}, got {value!r}")
+
+
+def _extremes_per_side(rule: Rule, name: str, value: int | float, num_groups: int) -> int:
+    """The count per side; a fraction q means the nearest rank to ``q * (E - 1)``, halves to even, as percentiles do."""
+    _check_groups(num_groups, 1, rule, "there is nothing to rank")
+    if isinstance(value, Integral):
+        count = int(value)
+    else:
+        count = min(round(float(value) * (num_groups - 1)), (num_groups - 1) // 2)
+    if 2 * count >= num_groups:
+        raise ValueError(
+            f"{rule}: {name}={value} takes {count} values from each side of {num_groups} groups and leaves none; "
+            f"use at most {(num_groups - 1) // 2}"
+        )
+    return count
+
+
+@dataclass(frozen=True)
+class TrimmedMean(Rule):
+    """E times the mean without the `trim` smallest and `trim` largest values of each coordinate.
+
+    trim: an int counts values per side; a float in [0, .5) is a fraction per side, nearest rank. 2 * count < E.
+    """
+
+    trim: int | float
+
+    streaming = False
+
+    def __post_init__(self) -> None:
+        _check_extremes("TrimmedMean", "trim", self.trim)
+
+    def statistic(self, num_groups: int) -> Statistic:
+        return Statistic("trimmed_mean", count=_extremes_per_side(self, "trim", self.trim, num_groups))
+
+
+@dataclass(frozen=True)
+class WinsorizedMean(Rule):
+    """E times the mean after clipping each coordinate to its (c+1)-th smallest and largest values.
+
+    winsorize: an int is the count c per side; a float in [0, .5) is a fraction per side, nearest rank. 2 * c < E.
+    Chatterjee 2020, "Coherent gradients", arXiv 2002.10657 (his c is a percentile: pass ``winsorize=c / 100``).
+    """
+
+    winsorize: int | float
+
+    streaming = False
+
+    def __post_init__(self) -> None:
+        _check_extremes("WinsorizedMean", "winsorize", self.winsorize)
+
+    def statistic(self, num_groups: int) -> Statistic:
+        return Statistic("winsorized_mean", count=_extremes_per_side(self, "winsorize", self.winsorize, num_groups))
