@@ -1,0 +1,73 @@
+// The op contract of htv/ops/schema.py, checked once for all devices.
+#pragma once
+
+#include <string>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include "dtype.h"
+#include "statistic.h"
+
+namespace htv {
+
+using torch::stable::Tensor;
+
+inline bool is_order(Statistic statistic) { return statistic >= Statistic::median; }
+
+inline Statistic statistic_named(const std::string& op, const std::string& name) {
+  constexpr const char* names[] = {"mean",           "and_mask", "xor_mask",     "geometric_mean",  "sand_mask",      "sign_sum",
+                                   "sign_agreement", "median",   "trimmed_mean", "winsorized_mean", "median_of_means"};
+  int index = 0;
+  for (const char* known : names) {
+    if (name == known) return static_cast<Statistic>(index);
+    ++index;
+  }
+  STD_TORCH_CHECK(false, op, ": unknown statistic '", name, "'");
+}
+
+inline Dtype dtype_of(const std::string& op, const char* argument, const Tensor& tensor) {
+  using torch::headeronly::ScalarType;
+  switch (tensor.scalar_type()) {
+    case ScalarType::Double: return Dtype::float64;
+    case ScalarType::Float: return Dtype::float32;
+    case ScalarType::BFloat16: return Dtype::bfloat16;
+    case ScalarType::Half: return Dtype::float16;
+    default: STD_TORCH_CHECK(false, op, ": ", argument, " must be float64, float32, bfloat16 or float16");
+  }
+}
+
+inline torch::headeronly::ScalarType compute_type(Dtype dtype) {
+  return dtype == Dtype::float64 ? torch::headeronly::ScalarType::Double : torch::headeronly::ScalarType::Float;
+}
+
+inline void check_matrix(const std::string& op, const char* argument, const Tensor& tensor) {
+  STD_TORCH_CHECK(tensor.dim() == 2, op, ": ", argument, " must have 2 dimensions, got ", tensor.dim());
+  STD_TORCH_CHECK(tensor.is_contiguous(), op, ": ", argument, " must be contiguous");
+}
+
+// The statistic with its integer parameter checked against the number of groups.
+inline Parameters parameters_for(const std::string& op, Statistic statistic, int64_t groups, int64_t count,
+                                 double votes, double k) {
+  STD_TORCH_CHECK(groups >= 1, op, ": needs at least one group");
+  STD_TORCH_CHECK(groups < (int64_t(1) << 31), op, ": more than 2^31 - 1 groups");
+  switch (statistic) {
+    case Statistic::trimmed_mean:
+    case Statistic::winsorized_mean:
+      STD_TORCH_CHECK(0 <= count && 2 * count < groups, op, ": count must satisfy 0 <= 2 * count < groups, got count = ",
+                      count, " of ", groups, " groups");
+      break;
+    case Statistic::median_of_means:
+      STD_TORCH_CHECK(1 <= count && count <= groups, op, ": count must be 1 to ", groups, " buckets, got ", count);
+      break;
+    case Statistic::median:
+      STD_TORCH_CHECK(-1 <= count && count <= 1, op, ": count must be -1, 0 or 1 for the median, got ", count);
+      break;
+    default:
+      count = count < 0 ? 0 : count > groups ? groups + 1 : count;  // |sum of signs| lies in 0..groups
+  }
+  return {groups, count, votes, k};
+}
+
+}  // namespace htv

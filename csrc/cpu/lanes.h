@@ -1,0 +1,114 @@
+// SIMD registers as plain types: GCC/Clang vector extensions, as wide as the level this file is compiled for.
+#pragma once
+
+#include <string.h>
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#include "../dtype.h"
+#include "../statistic.h"
+
+namespace htv::HTV_LEVEL {
+
+#if defined(__AVX512F__)
+constexpr int kRegisterBytes = 64, kRegisters = 32;
+#elif defined(__AVX2__)
+constexpr int kRegisterBytes = 32, kRegisters = 16;
+#else
+constexpr int kRegisterBytes = 16, kRegisters = 16;
+#endif
+
+template <class T, int bytes>
+struct RegisterOf {
+  typedef T type __attribute__((vector_size(bytes)));
+};
+template <class T>
+using Register = typename RegisterOf<T, kRegisterBytes>::type;
+
+template <class V>
+constexpr int kLanes = sizeof(V) / sizeof(Real<V>);
+
+// A comparison of registers is an integer register of 0 and -1, which counts and selects alike.
+template <class V, class T>
+struct RegisterLane {
+  using Scalar = Lane<T>;
+  using Real = T;
+  using Int = typename Scalar::Int;
+  using Count = Register<Int>;
+  using Mask = Count;
+  static constexpr int kMantissaBits = Scalar::kMantissaBits;
+  static constexpr Int kExponentBias = Scalar::kExponentBias;
+
+  static Mask none() { return Mask{}; }
+  static Count sign(V v) { return (v < 0) - (v > 0); }
+  static V real(Count c) { return __builtin_convertvector(c, V); }
+  static Count bits(V v) { return (Count)v; }
+  static V from_bits(Count bits) { return (V)bits; }
+  template <class F>
+  static V map(F f, V v) {
+    for (int i = 0; i < int(sizeof(V) / sizeof(T)); ++i) v[i] = f(v[i]);
+    return v;
+  }
+};
+
+template <>
+struct Lane<Register<float>> : RegisterLane<Register<float>, float> {};
+template <>
+struct Lane<Register<double>> : RegisterLane<Register<double>, double> {};
+
+// ---- loads (with conversion to the compute type) and stores, unaligned ----
+
+template <class W, class T>
+W read(const T* from) {
+  W w;
+  memcpy(&w, from, sizeof w);
+  return w;
+}
+
+template <class V, class T>
+V load(const T* from) {
+  constexpr int n = kLanes<V>;
+  if constexpr (sizeof(T) == sizeof(Real<V>)) {
+    return read<V>(from);
+  } else {
+    using Bits = typename RegisterOf<uint16_t, 2 * n>::type;
+    const Bits bits = read<Bits>(from);
+    if constexpr (is_bfloat16<T>) {
+      return (V)(__builtin_convertvector(bits, Register<uint32_t>) << 16);
+    } else {
+#if defined(__AVX512F__)
+      return (V)_mm512_cvtph_ps((__m256i)bits);
+#elif defined(__F16C__)
+      return (V)_mm256_cvtph_ps((__m128i)bits);
+#else
+      // Exponent and mantissa moved into place are the value times 2^-112; inf and NaN then need the full exponent.
+      const Register<uint32_t> wide = __builtin_convertvector(bits, Register<uint32_t>);
+      const Register<uint32_t> size = (wide & 0x7fffu) << 13;
+      const Register<uint32_t> scaled = (Register<uint32_t>)((V)size * 0x1p112f);
+      const Register<uint32_t> special = size | 0x7f800000u;
+      return (V)((size >= (0x7c00u << 13) ? special : scaled) | (wide & 0x8000u) << 16);
+#endif
+    }
+  }
+}
+
+// The first n values; the other lanes are 0.
+template <class V, class T>
+V load(const T* from, int64_t n) {
+  if (n >= kLanes<V>) return load<V>(from);
+  T padded[kLanes<V>] = {};
+  memcpy(padded, from, n * sizeof(T));
+  return load<V>(padded);
+}
+
+template <class V>
+void store(Real<V>* to, V v, int64_t n) {
+  if (n >= kLanes<V>) {
+    memcpy(to, &v, sizeof v);
+  } else {
+    memcpy(to, &v, n * sizeof(Real<V>));
+  }
+}
+
+}  // namespace htv::HTV_LEVEL

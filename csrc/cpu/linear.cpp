@@ -1,0 +1,69 @@
+// htv::linear on the CPU: checks, scratch, threads. The loops are in linear_kernel.cpp.
+#include <tuple>
+#include <vector>
+
+#include "../contract.h"
+#include "linear_kernel.h"
+#include "parallel.h"
+
+namespace htv::cpu {
+namespace {
+
+// The longest group, after checking that the groups cover the rows in order.
+int64_t longest_group(const std::string& op, const Tensor& offsets, int64_t rows) {
+  STD_TORCH_CHECK(offsets.is_cpu(), op, ": offsets must be on the CPU");
+  STD_TORCH_CHECK(offsets.scalar_type() == torch::headeronly::ScalarType::Long, op, ": offsets must be int64");
+  STD_TORCH_CHECK(offsets.dim() == 1 && offsets.size(0) >= 2 && offsets.is_contiguous(), op,
+                  ": offsets must be a contiguous vector of groups + 1 entries, at least 2");
+  const int64_t* const at = static_cast<const int64_t*>(offsets.const_data_ptr());
+  const int64_t groups = offsets.size(0) - 1;
+  STD_TORCH_CHECK(at[0] == 0 && at[groups] == rows, op, ": offsets must run from 0 to the number of rows, ", rows,
+                  "; got ", at[0], " to ", at[groups]);
+  int64_t longest = 0;
+  for (int64_t e = 0; e < groups; ++e) {
+    STD_TORCH_CHECK(at[e] <= at[e + 1], op, ": offsets must not decrease, as they do after entry ", e);
+    longest = std::max(longest, at[e + 1] - at[e]);
+  }
+  return longest;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> linear(Tensor x, Tensor grad_output, Tensor offsets, std::string name, int64_t count) {
+  const std::string op = "htv::linear";
+  check_matrix(op, "x", x);
+  check_matrix(op, "grad_output", grad_output);
+  STD_TORCH_CHECK(grad_output.is_cpu(), op, ": grad_output must be on the CPU, as x is");
+  const Statistic statistic = statistic_named(op, name);
+  STD_TORCH_CHECK(statistic == Statistic::mean || statistic == Statistic::and_mask ||
+                      statistic == Statistic::xor_mask || statistic == Statistic::sign_sum,
+                  op, ": serves mean, and_mask, xor_mask and sign_sum, not '", name, "'");
+  const Dtype dtype = dtype_of(op, "x", x);
+  STD_TORCH_CHECK(dtype_of(op, "grad_output", grad_output) == dtype, op, ": x and grad_output must have one dtype");
+  const int64_t rows = x.size(0), in = x.size(1), out = grad_output.size(1);
+  STD_TORCH_CHECK(grad_output.size(0) == rows, op, ": x has ", rows, " rows, grad_output ", grad_output.size(0));
+  const int64_t longest = longest_group(op, offsets, rows), groups = offsets.size(0) - 1;
+  const Parameters parameters = parameters_for(op, statistic, groups, count, 0, 0);
+
+  Tensor value = torch::stable::new_empty(x, {out, in}, compute_type(dtype));
+  const int64_t tiles = linear_tiles(out, in);
+  std::vector<int64_t> kept(tiles);
+  const LinearTask task{x.const_data_ptr(),
+                        grad_output.const_data_ptr(),
+                        dtype,
+                        rows,
+                        in,
+                        out,
+                        static_cast<const int64_t*>(offsets.const_data_ptr()),
+                        statistic,
+                        parameters,
+                        longest <= 1,
+                        value.mutable_data_ptr(),
+                        kept.data()};
+  const auto kernel = HTV_PER_LEVEL(linear_kernel);
+  parallel_chunks(tiles, (rows + 1) * kTileOut * kTileIn / 16, linear_scratch_bytes(dtype),
+                  [&](int64_t first, int64_t last, void* scratch) { kernel(task, first, last, scratch); });
+  return {value, sum_in_order(x, {kept.begin(), kept.end()})};
+}
+
+}  // namespace htv::cpu

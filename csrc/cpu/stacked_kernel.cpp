@@ -1,0 +1,177 @@
+// The statistic of stacked contributions over groups: hot loops, compiled once per CPU level.
+#include "stacked_kernel.h"
+
+#include "lanes.h"
+
+namespace htv::HTV_LEVEL {
+namespace {
+
+template <class T>
+int64_t least(T a, T b) {
+  return a < b ? a : b;
+}
+
+// One value per coordinate, summed in double in an order that is the same at every level.
+template <class T>
+double sum_in_double(const T* values, int64_t n) {
+  constexpr int ways = 8;
+  double sums[ways] = {};
+  int64_t i = 0;
+  for (; i + ways <= n; i += ways)
+    for (int w = 0; w < ways; ++w) sums[w] += values[i + w];
+  for (; i < n; ++i) sums[i % ways] += values[i];
+  double total = 0;
+  for (const double sum : sums) total += sum;
+  return total;
+}
+
+// ---- streaming: the states of a chunk stay in L1 while rows of it pass by, a few at a time ----
+
+template <int rows, class State, class V, class T>
+void update_rows(State* states, const T* first_row, int64_t stride, int64_t width, int64_t nth) {
+  constexpr int lanes = kLanes<V>;
+  const int64_t full = width / lanes, rest = width % lanes;
+  for (int64_t j = 0; j < full; ++j) {
+    State state = states[j];
+    for (int r = 0; r < rows; ++r) state.update(load<V>(first_row + r * stride + j * lanes), nth + r);
+    states[j] = state;
+  }
+  if (rest > 0)
+    for (int r = 0; r < rows; ++r)
+      states[full].update(load<V>(first_row + r * stride + full * lanes, rest), nth + r);
+}
+
+template <class State, class V, class T>
+void streaming_chunk(const StackedTask& task, int64_t chunk) {
+  using R = Real<V>;
+  constexpr int lanes = kLanes<V>, rows = 4;
+  const int64_t begin = chunk * kStackedChunk, stride = task.coordinates, groups = task.parameters.groups;
+  const int64_t width = least(kStackedChunk, stride - begin);
+  const T* const grads = static_cast<const T*>(task.grads) + begin;
+  R* const value = static_cast<R*>(task.value) + begin;
+
+  State states[kStackedChunk / lanes] = {};
+  int64_t e = 0;
+  for (; e + rows <= groups; e += rows) update_rows<rows, State, V>(states, grads + e * stride, stride, width, e + 1);
+  for (; e < groups; ++e) update_rows<1, State, V>(states, grads + e * stride, stride, width, e + 1);
+
+  alignas(kRegisterBytes) R mask[kStackedChunk];
+  for (int64_t j = 0; j * lanes < width; ++j) {
+    const Outcome<V> outcome = states[j].finalize(task.parameters);
+    store<V>(value + j * lanes, outcome.value, width - j * lanes);
+    if constexpr (State::masks) store<V>(mask + j * lanes, outcome.mask, lanes);
+  }
+  task.mask_sums[chunk] = State::masks ? sum_in_double(mask, width) : 0;
+}
+
+// ---- order: all values of a block of coordinates are sorted in L1, registers side by side ----
+
+// Block of `columns` registers of coordinates: values[rank * columns + c].
+template <class V, int columns>
+struct Block {
+  V* values;
+  Mask<V> nan[columns];           // a contribution is NaN
+  Count<V> undefined[columns];    // minus the number of ranked values that are NaN (inf - inf in a bucket's mean)
+
+  void sort(const CompareExchange* step, int64_t steps) {
+    for (const CompareExchange* end = step + steps; step != end; ++step) {
+      V* const low = values + int64_t(step->low) * columns;
+      V* const high = values + int64_t(step->high) * columns;
+      for (int c = 0; c < columns; ++c) {
+        const V a = low[c], b = high[c];
+        low[c] = smaller(a, b);
+        high[c] = larger(a, b);
+      }
+    }
+  }
+};
+
+// Fills ranked values of blocks first <= b < last of the chunk, row by row: the values themselves, or bucket means.
+template <class V, class T, int columns>
+void fill(const StackedTask& task, int64_t begin, int64_t width, Block<V, columns>* blocks, int64_t count) {
+  constexpr int lanes = kLanes<V>;
+  const T* const grads = static_cast<const T*>(task.grads) + begin;
+  const int64_t groups = task.parameters.groups, ranked = task.ranked;
+  const bool buckets = ranked != groups;
+  for (int64_t b = 0; b < count; ++b)
+    for (int c = 0; c < columns; ++c) blocks[b].nan[c] = Lane<V>::none(), blocks[b].undefined[c] = Count<V>{};
+  int64_t e = 0;
+  for (int64_t k = 0; k < ranked; ++k) {
+    const int64_t size = groups / ranked + (k < groups % ranked);  // 1 unless these are buckets
+    for (int64_t i = 0; i < size; ++i, ++e) {
+      const T* const row = grads + e * task.coordinates;
+      for (int64_t b = 0; b < count; ++b)
+        for (int c = 0; c < columns; ++c) {
+          const int64_t at = (b * columns + c) * lanes;
+          const V v = at + lanes <= width ? load<V>(row + at) : at < width ? load<V>(row + at, width - at) : V{};
+          V& place = blocks[b].values[k * columns + c];
+          blocks[b].nan[c] |= v != v;
+          place = i == 0 ? v : place + v;
+        }
+    }
+    if (!buckets) continue;
+    for (int64_t b = 0; b < count; ++b)
+      for (int c = 0; c < columns; ++c) {
+        V& place = blocks[b].values[k * columns + c];
+        const V mean = place / Real<V>(size);
+        place = mean != mean ? splat<V>(Real<V>(INFINITY)) : mean;
+        blocks[b].undefined[c] += mean != mean;
+      }
+  }
+}
+
+template <class V, class T, int columns>
+void order_chunk(const StackedTask& task, int64_t chunk, void* scratch) {
+  using R = Real<V>;
+  constexpr int lanes = kLanes<V>, block_width = lanes * columns;
+  constexpr int64_t most_blocks = kStackedChunk / block_width;
+  const int64_t ranked = task.ranked, block_bytes = ranked * columns * kRegisterBytes;
+  const int64_t fit = stacked_scratch_bytes(ranked) / block_bytes, batch = least(fit < 1 ? 1 : fit, most_blocks);
+  const int64_t end = least((chunk + 1) * kStackedChunk, task.coordinates);
+  task.mask_sums[chunk] = 0;
+
+  Block<V, columns> blocks[most_blocks];
+  for (int64_t b = 0; b < batch; ++b) blocks[b].values = static_cast<V*>(scratch) + b * ranked * columns;
+  for (int64_t begin = chunk * kStackedChunk; begin < end; begin += batch * block_width) {
+    const int64_t width = least(batch * block_width, end - begin), count = (width + block_width - 1) / block_width;
+    fill<V, T, columns>(task, begin, width, blocks, count);
+    for (int64_t b = 0; b < count; ++b) {
+      blocks[b].sort(task.network, task.steps);
+      for (int c = 0; c < columns; ++c) {
+        const int64_t at = (b * columns + c) * lanes;
+        if (at >= width) break;
+        const Block<V, columns>& block = blocks[b];
+        const auto rank = [&](int64_t r) {
+          const V v = block.values[r * columns + c];
+          using Int = typename Lane<V>::Int;
+          return block.undefined[c] + Int(ranked - r) <= 0 ? splat<V>(R(NAN)) : v;  // NaN ranks last
+        };
+        const V v = order_statistic<V>(task.statistic, rank, task.parameters);
+        store<V>(static_cast<R*>(task.value) + begin + at, block.nan[c] ? splat<V>(R(NAN)) : v, width - at);
+      }
+    }
+  }
+}
+
+template <class T>
+void chunk_of(const StackedTask& task, int64_t chunk, void* scratch) {
+  using V = Register<Compute<T>>;
+  const bool streaming = with_streaming<V>(
+      task.statistic, [&](auto state) { streaming_chunk<decltype(state), V, T>(task, chunk); });
+  if (streaming) return;
+  constexpr int64_t l1_share = 24 << 10;
+  if (4 * kRegisterBytes * task.ranked <= l1_share) {
+    order_chunk<V, T, 4>(task, chunk, scratch);
+  } else {
+    order_chunk<V, T, 1>(task, chunk, scratch);
+  }
+}
+
+}  // namespace
+
+void stacked_kernel(const StackedTask& task, int64_t first, int64_t last, void* scratch) {
+  for (int64_t chunk = first; chunk < last; ++chunk)
+    with_dtype(task.dtype, [&](auto element) { chunk_of<decltype(element)>(task, chunk, scratch); });
+}
+
+}  // namespace htv::HTV_LEVEL

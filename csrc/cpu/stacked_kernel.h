@@ -1,0 +1,36 @@
+// What the stacked op hands to the kernel of a CPU level.
+#pragma once
+
+#include "../dtype.h"
+#include "../statistic.h"
+#include "level.h"
+#include "network.h"
+
+namespace htv {
+
+// A chunk of coordinates is the unit of work and of the mask's sum, so results do not depend on the threads.
+constexpr int64_t kStackedChunk = 1024;
+
+struct StackedTask {
+  const void* grads;  // (groups, coordinates)
+  Dtype dtype;
+  int64_t coordinates;
+  Statistic statistic;
+  Parameters parameters;
+  void* value;        // (coordinates)
+  double* mask_sums;  // one per chunk
+  const CompareExchange* network;  // order statistics only, of `ranked` values
+  int64_t steps;
+  int64_t ranked;
+};
+
+// Scratch of one thread, in bytes: the values of as many coordinates as fit L2, at least of one register.
+inline int64_t stacked_scratch_bytes(int64_t ranked) {
+  constexpr int64_t l2_share = 256 << 10, widest_register = 64;
+  return ranked * widest_register > l2_share ? ranked * widest_register : l2_share;
+}
+
+// Computes chunks first <= chunk < last; scratch is aligned to 64 bytes.
+HTV_DECLARE_PER_LEVEL(void stacked_kernel(const StackedTask& task, int64_t first, int64_t last, void* scratch))
+
+}  // namespace htv

@@ -1,0 +1,45 @@
+// Element types as kernels see them, without a torch header.
+#pragma once
+
+#include <stdint.h>
+
+namespace htv {
+
+enum class Dtype { float64, float32, bfloat16, float16 };
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+template <class T>
+constexpr bool is_bfloat16 = false;
+template <>
+inline constexpr bool is_bfloat16<BFloat16> = true;
+
+// Half-precision values are computed with in float.
+template <class T>
+struct ComputeOf {
+  using type = float;
+};
+template <>
+struct ComputeOf<double> {
+  using type = double;
+};
+template <class T>
+using Compute = typename ComputeOf<T>::type;
+
+// Calls f(T{}) with the element type named at run time.
+template <class F>
+void with_dtype(Dtype dtype, const F& f) {
+  switch (dtype) {
+    case Dtype::float64: return f(double{});
+    case Dtype::float32: return f(float{});
+    case Dtype::bfloat16: return f(BFloat16{});
+    case Dtype::float16: return f(Float16{});
+  }
+}
+
+}  // namespace htv

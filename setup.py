@@ -1,0 +1,176 @@
+"""Builds the compiled part of htv: what pyproject.toml cannot say.
+
+htv/_C.abi3.so      the ops, on LibTorch's stable ABI: one file serves every torch since 2.11 and every Python
+htv/_host.*.so      build information and CPU capability, by pybind11
+
+Environment:
+HTV_BUILD=0         no compiled code; the reference ops serve
+HTV_CUDA=auto|0|1   CUDA kernels: where nvcc is found and torch has CUDA; never; wherever nvcc is, or fail
+HTV_CUDA_ARCHS      compute capabilities, "80;90" by default; the last is also embedded as PTX
+CXX, CUDA_HOME      the compilers
+
+Every command of the build stands in <build-temp>/build.ninja, which is why a rebuild compiles only what changed.
+"""
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+CSRC = Path("csrc")
+TORCH_TARGET = "0x020b000000000000"  # the ABI of torch 2.11, the oldest served
+
+COMMON = ["-std=c++20", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-fno-math-errno", "-fno-trapping-math"]
+# a * b + c is rounded once only where that is the point, in matrix products: medians stay exact
+CONTRACT = {"linear_kernel": "-ffp-contract=fast"}
+LEVELS = {
+    "baseline": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl",
+               "-Wno-maybe-uninitialized"],  # noise from its intrinsics in GCC 12
+}
+HOT = ["stacked_kernel", "linear_kernel"]  # compiled once per level, from csrc/cpu
+
+
+def choice(name: str, allowed: tuple[str, ...]) -> str:
+    value = os.environ.get(name, allowed[0])
+    if value not in allowed:
+        raise SystemExit(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
+    return value
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME")
+    candidates = [f"{home}/bin/nvcc"] if home else ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    return next((path for path in map(shutil.which, candidates) if path), None)
+
+
+def wanted_nvcc() -> str | None:
+    """The nvcc to build CUDA kernels with, or None to leave them out."""
+    wish, nvcc = choice("HTV_CUDA", ("auto", "0", "1")), find_nvcc()
+    if wish == "1" and nvcc is None:
+        raise SystemExit("HTV_CUDA=1, but no nvcc was found: put it on PATH, set CUDA_HOME, or use HTV_CUDA=auto")
+    if wish == "auto":
+        import torch
+
+        return nvcc if torch.version.cuda else None
+    return nvcc if wish == "1" else None
+
+
+def cuda_archs() -> list[str]:
+    archs = os.environ.get("HTV_CUDA_ARCHS", "80;90").split(";")
+    if not all(arch.rstrip("af").isdigit() for arch in archs):
+        raise SystemExit(f"HTV_CUDA_ARCHS must look like '80;90', got {';'.join(archs)!r}")
+    return archs
+
+
+class Ninja:
+    """A build file: rules, then one edge per object or library."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.lines, self.objects = folder.resolve(), ["ninja_required_version = 1.5"], []
+
+    def rule(self, name: str, command: str, deps: bool = True) -> None:
+        self.lines += [f"rule {name}", f"  command = {command}", f"  description = {name} $out"]
+        self.lines += ["  depfile = $out.d", "  deps = gcc"] if deps else []
+
+    def build(self, out: Path | str, rule: str, sources: list, flags: list[str]) -> str:
+        escaped = [str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:") for path in [out, *sources]]
+        self.lines += [f"build {escaped[0]}: {rule} {' '.join(escaped[1:])}", f"  flags = {shlex.join(flags)}"]
+        return str(out)
+
+    def run(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "build.ninja").write_text("\n".join(self.lines) + "\n")
+        ninja = shutil.which("ninja") or str(Path(sys.executable).with_name("ninja"))
+        jobs = os.environ.get("MAX_JOBS")
+        subprocess.run([ninja, "-C", self.folder, *(["-j", jobs] if jobs else [])], check=True)
+
+
+class BuildExtensions(build_ext):
+    """Both extensions by one ninja run."""
+
+    def build_extensions(self) -> None:
+        import pybind11
+        import torch
+        from torch.utils.cpp_extension import include_paths
+
+        x86 = platform.machine().lower() in ("x86_64", "amd64")
+        levels = LEVELS if x86 else {"baseline": []}
+        level_defines = ["-DHTV_X86_LEVELS"] if x86 else []
+        nvcc = wanted_nvcc()
+        cxx = os.environ.get("CXX") or shutil.which("g++") or "c++"
+        torch_flags = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
+        torch_flags += [flag for path in include_paths() for flag in ("-isystem", path)]
+
+        ninja = Ninja(Path(self.build_temp))
+        ninja.rule("cxx", f"{cxx} -MMD -MF $out.d $flags -c $in -o $out")
+        ninja.rule("nvcc", f"{nvcc} -MMD -MF $out.d $flags -c $in -o $out")
+        ninja.rule("link", f"{cxx} -shared $in -o $out $flags", deps=False)
+
+        def compile(source: str, flags: list[str], out: str | None = None, rule: str = "cxx") -> str:
+            return ninja.build((out or source) + ".o", rule, [(CSRC / source).resolve()], flags)
+
+        cpu = [*COMMON, *level_defines]
+        level_object = compile("cpu/level.cpp", cpu)
+        objects = [level_object]
+        for source in ("library.cpp", "cpu/stacked.cpp", "cpu/linear.cpp"):
+            objects.append(compile(source, [*cpu, *torch_flags]))
+        for name in HOT:
+            for level, flags in levels.items():
+                flags = [*cpu, *flags, f"-DHTV_LEVEL={level}", CONTRACT.get(name, "-ffp-contract=off")]
+                objects.append(compile(f"cpu/{name}.cpp", flags, f"cpu/{name}.{level}"))
+
+        archs = cuda_archs() if nvcc else []
+        libraries = [f"-L{Path(torch.__file__).with_name('lib')}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
+        if nvcc:
+            codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+            codes += [f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+            flags = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "--extended-lambda", "-DUSE_CUDA"]
+            flags += ["--expt-relaxed-constexpr", "-ccbin", cxx, *codes, *torch_flags]
+            objects += [compile(str(cu.relative_to(CSRC)), flags, rule="nvcc") for cu in sorted(CSRC.glob("cuda/*.cu"))]
+            cuda_lib = Path(nvcc).resolve().parents[1] / "lib64"
+            libraries += [f"-L{cuda_lib}", "-lcudart_static", "-lrt", "-lpthread", "-ldl"]
+
+        strings = {
+            "HTV_COMPILER": subprocess.run([cxx, "--version"], capture_output=True, text=True).stdout.splitlines()[0],
+            "HTV_FLAGS": shlex.join(COMMON),
+            "HTV_CPU_LEVELS": " ".join(levels),
+            "HTV_TORCH_VERSION": torch.__version__,
+            "HTV_TORCH_TARGET": TORCH_TARGET,
+            "HTV_CUDA_ARCHS": " ".join(archs),
+        }
+        defines = [f'-D{name}="{value}"' for name, value in strings.items()] + [f"-DHTV_WITH_CUDA={int(bool(nvcc))}"]
+        includes = ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")]
+        host_objects = [compile("host.cpp", [*cpu, *defines, *includes]), level_object]
+
+        ops, host = (Path(self.get_ext_fullpath(ext.name)).resolve() for ext in self.extensions)
+        for path in (ops, host):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        ninja.build(ops, "link", objects, libraries)
+        ninja.build(host, "link", host_objects, [])
+        ninja.run()
+
+
+if choice("HTV_BUILD", ("1", "0")) == "1":
+    wanted_nvcc()  # say what is wrong before anything is compiled
+    compiled = {
+        "ext_modules": [Extension("htv._C", [], py_limited_api=True), Extension("htv._host", [])],
+        "cmdclass": {"build_ext": BuildExtensions},
+    }
+else:
+    choice("HTV_CUDA", ("auto", "0", "1"))
+    compiled = {}
+
+setup(
+    packages=[*find_packages(include=["htv", "htv.*"]), "htv.triton_kernels"],
+    package_dir={"htv.triton_kernels": "triton_kernels"},
+    **compiled,
+)
