@@ -1,0 +1,30 @@
+"""htv: keep what autograd's sum throws away. Robust statistics of per-example gradients, straight into `.grad`."""
+
+from htv.attach import Handle, attach
+from htv.errors import CheckError, UnsupportedError
+from htv.ops.aggregate import Agreement, linear_grad
+from htv.ops.backend import use_backend
+from htv.ops.functional import (
+    and_mask,
+    geometric_mean,
+    median,
+    median_of_means,
+    sand_mask,
+    sign_agreement,
+    trimmed_mean,
+    winsorized_mean,
+    xor_mask,
+)
+from htv.rules import (
+    AndMask,
+    GeometricMean,
+    Mean,
+    Median,
+    MedianOfMeans,
+    Rule,
+    SandMask,
+    SignSum,
+    TrimmedMean,
+    WinsorizedMean,
+    XorMask,
+)

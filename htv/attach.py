@@ -1,0 +1,324 @@
+"""Serving a whole model: `attach` makes every backward put the aggregated gradient into `.grad`."""
+
+from __future__ import annotations
+
+import fnmatch
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from htv.autograd.expand import pulling_back
+from htv.autograd.ledger import Hub, Ledger, Slot
+from htv.errors import UnsupportedError
+from htv.groups import Groups
+from htv.intercept import Intercept
+from htv.ops.aggregate import Agreement
+from htv.rules import Rule
+
+__all__ = ["Handle", "attach"]
+
+RuleChoice = Rule | Callable[[str, nn.Parameter], Rule | None]
+
+
+def attach(
+    model: nn.Module,
+    rule: RuleChoice,
+    exclude: tuple[str, ...] | list[str] | str = (),
+    on_unsupported: str = "error",
+    stats: bool = False,
+) -> Handle:
+    """Aggregate the per-group gradients of a model's parameters by a rule.
+
+    From then on ``loss.backward()`` (or `torch.autograd.grad`) gives each parameter ``E * stat({c_e})`` over the
+    contributions c_e of the E groups of the batch, and any optimizer works unchanged. No class, parameter or state_dict
+    key of the model changes; forwards without gradients run as before.
+
+    model:           any module whose parameters are used in ways `htv.explain` lists as served.
+    rule:            an `htv.Rule` for all parameters, or a callable (name, parameter) -> rule, or None for a plain
+                     gradient.
+    exclude:         parameters that keep their plain gradient: names, module names, or patterns such as "*.bias".
+    on_unsupported:  "error" refuses a use whose contributions cannot be separated; "plain" warns once and lets the
+                     contributions of that use be summed plainly.
+    stats:           collect what `Handle.stats` returns; one more sliced pass over every parameter's contributions.
+
+    Raises TypeError or ValueError for bad arguments, RuntimeError if the model, or a part of it, is attached already.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if not (isinstance(rule, Rule) or (callable(rule) and not isinstance(rule, type))):
+        raise TypeError(
+            f"rule must be an htv rule such as htv.AndMask(0.4), or a callable (name, parameter) -> rule or None; "
+            f"got {rule!r}"
+        )
+    if on_unsupported not in ("error", "plain"):
+        raise ValueError(f"on_unsupported must be 'error' or 'plain', got {on_unsupported!r}")
+    for name, module in model.named_modules():
+        if isinstance(module.__dict__.get("forward"), _ServedForward):
+            raise RuntimeError(
+                f"{'the model' if name == '' else f'module {name!r}'} is attached already: call detach() on its "
+                "handle before attaching another rule"
+            )
+    return Handle(model, _choose_rules(model, rule, exclude), on_unsupported, stats)
+
+
+def _choose_rules(model: nn.Module, rule: RuleChoice, exclude) -> dict[str, Rule | None]:
+    """Parameter name -> its rule, or None for a plain gradient; tied parameters go by their first name."""
+    patterns = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    aliases: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        aliases.setdefault(id(parameter), []).append(name)
+    unmatched = set(patterns)
+    rules: dict[str, Rule | None] = {}
+    for name, parameter in model.named_parameters():
+        hits = {p for p in patterns for alias in aliases[id(parameter)] if _matches(alias, p)}
+        unmatched -= hits
+        chosen = None if hits else rule if isinstance(rule, Rule) else rule(name, parameter)
+        if chosen is not None and not isinstance(chosen, Rule):
+            raise TypeError(f"the rule for parameter {name!r} must be an htv rule or None, got {chosen!r}")
+        if chosen is not None and not parameter.dtype.is_floating_point:
+            raise TypeError(
+                f"parameter {name!r} is {parameter.dtype}: rules rank and count real numbers; exclude={name!r}"
+            )
+        rules[name] = chosen
+    if unmatched:
+        raise ValueError(
+            f"exclude={sorted(unmatched)} matches no parameter; names are those of model.named_parameters()"
+        )
+    return rules
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return name == pattern or name.startswith(f"{pattern}.") or fnmatch.fnmatchcase(name, pattern)
+
+
+class Served:
+    """One served parameter: its rule, its hub for the forwards not yet differentiated, and a guard on its gradient."""
+
+    def __init__(self, handle: Handle, name: str, parameter: nn.Parameter, rule: Rule):
+        self.handle, self.name, self.parameter, self.rule = handle, name, parameter, rule
+        self.uses: set[str] = set()
+        self.agreement: Agreement | None = None
+        self.plain_paths = False  # some use was let through plainly
+        self._hub: tuple[Tensor, Ledger] | None = None
+        self._delivered: tuple[int, int, int] | None = None
+        self._hook = None
+
+    def note(self, use: str) -> None:
+        """Remember a kind of use, for `htv.explain`."""
+        self.uses.add(use)
+
+    def slot(self, groups: Groups) -> Slot:
+        """For one more use: uses share a hub until a backward has consumed it."""
+        if self._hub is None or not self._hub[1].groups.same_voters(groups):
+            ledger = Ledger(self.rule, groups, self._guard, self._deliver, self._observe)
+            self._hub = Hub.apply(self.parameter, ledger), ledger
+        token, ledger = self._hub
+        return Slot(self.parameter.detach(), token, ledger)
+
+    def watch(self) -> None:
+        """Make gradients that come by another way than the hub an error."""
+        if self._hook is None and self.parameter.requires_grad:
+            self._hook = self.parameter.register_hook(self._check_gradient)
+
+    def unwatch(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+            if not self.parameter._backward_hooks:
+                self.parameter._backward_hooks = None
+
+    def _guard(self) -> None:
+        if not self.handle.attached:
+            raise RuntimeError(
+                f"backward after detach: the forward ran while parameter {self.name!r} was served, but its handle has "
+                "been detached since; run the forward again, or detach after backward"
+            )
+
+    def _observe(self, agreement: Agreement) -> None:
+        self.agreement = agreement
+
+    def _deliver(self, grad: Tensor) -> None:
+        # No reference is kept: autograd may then take the tensor for .grad without a copy.
+        self._delivered = (torch._C._current_graph_task_id(), grad.data_ptr(), grad._version)
+        self._hub = None
+
+    def _check_gradient(self, grad: Tensor) -> None:
+        if pulling_back() or self.plain_paths:
+            return
+        expected, self._delivered = self._delivered, None
+        if expected != (torch._C._current_graph_task_id(), grad.data_ptr(), grad._version):
+            self.handle.unsupported(
+                f"parameter {self.name!r} reached the loss by a path htv does not serve: it was used outside the "
+                "model's forward (a penalty on the weights, say), inside a custom autograd.Function, or by two "
+                "forwards with different groups. Remedy: use the optimizer's weight decay, call backward() once per "
+                f"forward, or exclude={self.name!r}",
+                (self,),
+            )
+
+
+class _ServedForward:
+    """Stands in for a module's forward while it is attached; the outermost one enters the intercepting mode."""
+
+    def __init__(self, handle: Handle, module: nn.Module):
+        self.handle, self.module = handle, module
+        self.own = module.__dict__.get("forward")  # an instance attribute of the user's, if any
+        self.inner = module.forward
+
+    def __call__(self, *args, **kwargs):
+        return self.handle.run(self.inner, args, kwargs)
+
+    def restore(self) -> None:
+        if self.own is None:
+            del self.module.__dict__["forward"]
+        else:
+            self.module.__dict__["forward"] = self.own
+
+
+class Handle:
+    """What `attach` returns: who votes, what was measured, and the way back. Also a context manager that detaches."""
+
+    def __init__(self, model: nn.Module, rules: dict[str, Rule | None], on_unsupported: str, stats: bool):
+        self.model, self.attached = model, True
+        self._stats, self._on_unsupported = stats, on_unsupported
+        self._spec: tuple[str, Tensor] | None = None  # who votes, while a block of groups() or packed() is open
+        self._last_spec = self._spec
+        self._running = False
+        parameters = dict(model.named_parameters())
+        self._served = {
+            id(p): Served(self, name, p, rules[name]) for name, p in parameters.items() if rules[name] is not None
+        }
+        self._plain = [p for name, p in parameters.items() if rules[name] is None]
+        self._attributes = [v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor)]
+        for served in self._served.values():
+            served.watch()
+        self._forwards = [
+            _ServedForward(self, m) for m in model.modules() if next(m.parameters(), None) is not None
+        ]
+        for forward in self._forwards:
+            forward.module.__dict__["forward"] = forward
+
+    def __repr__(self) -> str:
+        state = "attached" if self.attached else "detached"
+        return f"<htv.Handle {state}: {len(self._served)} parameters of {type(self.model).__name__} served>"
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.detach()
+
+    def detach(self) -> None:
+        """Restore the model exactly: forwards, hooks, nothing left behind. Detaching twice does nothing."""
+        if not self.attached:
+            return
+        self.attached = False
+        for forward in self._forwards:
+            forward.restore()
+        for served in self._served.values():
+            served.unwatch()
+
+    @contextmanager
+    def groups(self, ids: Tensor) -> Iterator[None]:
+        """Forwards inside the block let examples with equal ids vote together.
+
+        ids: (N,) integers, one per index of the batch's dim 0; any values in any order.
+        """
+        with self._voters("ids", ids):
+            yield
+
+    @contextmanager
+    def packed(self, cu_seqlens: Tensor) -> Iterator[None]:
+        """Forwards inside the block take packed sequences: inputs of shape (total, ...) or (1, total, ...).
+
+        cu_seqlens: (E + 1,) integers from 0 to total; rows cu_seqlens[e]:cu_seqlens[e + 1] vote together.
+        """
+        with self._voters("packed", cu_seqlens):
+            yield
+
+    @contextmanager
+    def _voters(self, kind: str, value: Tensor) -> Iterator[None]:
+        if self._spec is not None:
+            raise RuntimeError("groups() and packed() blocks cannot be nested")
+        self._spec = (kind, value)
+        try:
+            yield
+        finally:
+            self._spec = None
+
+    def stats(self) -> dict[str, Agreement]:
+        """Per parameter, `kept_fraction`, `mean_agreement` and `m_coherence` of its last backward.
+
+        Needs ``attach(..., stats=True)``, which costs one more sliced pass over each parameter's contributions.
+        Parameters that received no contribution yet are absent.
+        """
+        if not self._stats:
+            raise RuntimeError("statistics are not collected: attach with stats=True (it costs one more pass)")
+        return {s.name: s.agreement for s in self._served.values() if s.agreement is not None}
+
+    # -- for the intercepting mode ------------------------------------------------------------------------------------
+
+    def served_parameter(self, tensor) -> Served | None:
+        served = self._served.get(id(tensor))
+        return served if served is not None and tensor.requires_grad else None
+
+    def served(self) -> list[Served]:
+        """All served parameters."""
+        return list(self._served.values())
+
+    def constants(self) -> Iterator[Tensor]:
+        """Tensors of the model that are not served: buffers, plain tensor attributes, frozen or excluded parameters."""
+        yield from self.model.buffers()
+        yield from self._attributes
+        yield from self._plain
+        yield from (s.parameter for s in self._served.values() if not s.parameter.requires_grad)
+
+    def unsupported(self, message: str, parameters: tuple[Served, ...]) -> None:
+        """Refuse a use of parameters, or note that its contributions are summed plainly."""
+        if self._on_unsupported == "error":
+            raise UnsupportedError(message)
+        if not all(served.plain_paths for served in parameters):
+            warnings.warn(f"{message} (summed plainly, as on_unsupported='plain' asks)", stacklevel=3)
+        for served in parameters:
+            served.plain_paths = True
+
+    def run(self, forward: Callable, args: tuple, kwargs: dict):
+        """Run a module's forward, under the mode if it is the outermost one and gradients are wanted."""
+        if self._running or not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        groups = self._groups(inputs)
+        for served in self._served.values():
+            served.watch()
+        for rule in {served.rule for served in self._served.values()}:
+            rule.statistic(groups.count)  # refuse too few groups before anything runs
+        self._running = True
+        try:
+            with Intercept(self, groups, inputs):
+                return forward(*args, **kwargs)
+        finally:
+            self._running = False
+
+    def _groups(self, inputs: list[Tensor]) -> Groups:
+        in_backward = torch._C._current_graph_task_id() != -1  # activation checkpointing runs the forward again
+        spec = self._last_spec if in_backward else self._spec
+        self._last_spec = spec
+        batch = next((t for t in inputs if t.dim() > 0), None)
+        if spec is None:
+            if batch is None:
+                raise ValueError(
+                    "the forward has no tensor argument whose dim 0 could be the batch: say who votes with "
+                    "`with handle.groups(ids)`"
+                )
+            return Groups.each(len(batch))
+        kind, value = spec
+        if kind == "ids":
+            return Groups.by_id(value, len(value) if batch is None else len(batch))
+        total = int(value[-1]) if len(value) else 0
+        packed_in_dim_1 = batch is not None and batch.dim() > 1 and tuple(batch.shape[:2]) == (1, total)
+        if packed_in_dim_1:
+            return Groups.packed(value, (1, total))
+        return Groups.packed(value, (total if batch is None else len(batch),))
