@@ -1,7 +1,9 @@
 """htv: keep what autograd's sum throws away. Robust statistics of per-example gradients, straight into `.grad`."""
 
 from htv.attach import Handle, attach
+from htv.check import CheckReport, check
 from htv.errors import CheckError, UnsupportedError
+from htv.explain import Explanation, explain
 from htv.ops.aggregate import Agreement, linear_grad
 from htv.ops.backend import use_backend
 from htv.ops.functional import (

@@ -102,7 +102,7 @@ class Served:
         self.handle, self.name, self.parameter, self.rule = handle, name, parameter, rule
         self.uses: set[str] = set()
         self.agreement: Agreement | None = None
-        self.plain_paths = False  # some use was let through plainly
+        self.refusal: str | None = None  # why some use was let through plainly
         self._hub: tuple[Tensor, Ledger] | None = None
         self._delivered: tuple[int, int, int] | None = None
         self._hook = None
@@ -147,7 +147,7 @@ class Served:
         self._hub = None
 
     def _check_gradient(self, grad: Tensor) -> None:
-        if pulling_back() or self.plain_paths:
+        if pulling_back() or self.refusal is not None:
             return
         expected, self._delivered = self._delivered, None
         if expected != (torch._C._current_graph_task_id(), grad.data_ptr(), grad._version):
@@ -280,10 +280,10 @@ class Handle:
         """Refuse a use of parameters, or note that its contributions are summed plainly."""
         if self._on_unsupported == "error":
             raise UnsupportedError(message)
-        if not all(served.plain_paths for served in parameters):
+        if any(served.refusal is None for served in parameters):
             warnings.warn(f"{message} (summed plainly, as on_unsupported='plain' asks)", stacklevel=3)
         for served in parameters:
-            served.plain_paths = True
+            served.refusal = message
 
     def run(self, forward: Callable, args: tuple, kwargs: dict):
         """Run a module's forward, under the mode if it is the outermost one and gradients are wanted."""

@@ -44,7 +44,7 @@ class Call:
     """
 
     def __init__(self, mode: Intercept, signature: inspect.Signature, args, kwargs, x: str, *parameters: str):
-        self.mode = mode
+        self.mode, self.names = mode, parameters
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         self.arguments = bound.arguments
@@ -67,10 +67,10 @@ class Call:
     def enter(self, kind: str, lead_only: bool = False):
         """Check the input and note the use; returns the parameters' slots."""
         self.mode.require_batch(self.x, kind, *self.parameters, lead_only=lead_only)
-        for parameter in self.parameters:
+        for name, parameter in zip(self.names, self.parameters, strict=True):
             served = self.mode.served(parameter)
             if served is not None:
-                served.note(kind)
+                served.note(f"{kind} bias" if name == "bias" and "norm" not in kind else kind)
         return [self.mode.slot(p) for p in self.parameters]
 
 

@@ -1,0 +1,149 @@
+"""`htv.explain`: how each parameter of a model would be served."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from htv.attach import attach
+from htv.ops import aggregate
+from htv.ops.factors import ConvFactors, EmbeddingFactors, Factors, LinearFactors, StackedFactors
+from htv.rules import AndMask, Median
+
+__all__ = ["Explanation", "Row", "explain"]
+
+FACTORS: dict[str, type[Factors]] = {
+    "linear": LinearFactors,
+    "conv1d": ConvFactors,
+    "conv2d": ConvFactors,
+    "conv3d": ConvFactors,
+    "embedding": EmbeddingFactors,
+    "layer_norm": StackedFactors,
+    "group_norm": StackedFactors,
+    "elementwise": StackedFactors,
+}
+
+USES: dict[type[nn.Module], str] = {
+    nn.Linear: "linear",
+    nn.Conv1d: "conv1d",
+    nn.Conv2d: "conv2d",
+    nn.Conv3d: "conv3d",
+    nn.Embedding: "embedding",
+    nn.LayerNorm: "layer_norm",
+    nn.GroupNorm: "group_norm",
+    nn.RMSNorm: "elementwise",
+    nn.BatchNorm1d: "elementwise",
+    nn.BatchNorm2d: "elementwise",
+    nn.BatchNorm3d: "elementwise",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One parameter.
+
+    use:              the kinds of layer that use it, joined by " + ".
+    streaming, order: the path that serves streaming rules (masks) and order rules (median, ...), or why none does.
+    """
+
+    parameter: str
+    shape: tuple[int, ...]
+    use: str
+    streaming: str
+    order: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Rows of `htv.explain`; prints as a table."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def unsupported(self) -> tuple[str, ...]:
+        """Names of the parameters no path serves."""
+        return tuple(row.parameter for row in self.rows if row.streaming.startswith("unsupported"))
+
+    def __str__(self) -> str:
+        lines = [("parameter", "shape", "use", "streaming rules", "order rules")]
+        lines += [(r.parameter, "x".join(map(str, r.shape)) or "()", r.use, r.streaming, r.order) for r in self.rows]
+        widths = [max(len(line[column]) for line in lines) for column in range(4)]
+        return "\n".join(
+            "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[4]]).rstrip()
+            for line in lines
+        )
+
+
+def explain(model: nn.Module, batch=None) -> Explanation:
+    """Which path serves each parameter of a model.
+
+    batch:  optional; what the model is called with (a tensor, a tuple or a dict of arguments). One forward then shows
+            how each parameter is really used. Without it the answer goes by the class of the module that owns the
+            parameter, and a parameter of a module of your own is listed as "own forward".
+    """
+    used = _uses_by_class(model) if batch is None else _uses_by_running(model, batch)
+    rows = []
+    for name, parameter in model.named_parameters():
+        kinds, refusal = used[name]
+        if refusal is None:
+            streaming, order = (_path(kinds, rule, parameter.device) for rule in (AndMask(0.5), Median()))
+        else:
+            streaming, order = refusal, "-"
+        rows.append(Row(name, tuple(parameter.shape), " + ".join(kinds) or "-", streaming, order))
+    return Explanation(tuple(rows))
+
+
+def _path(kinds: list[str], rule, device: torch.device) -> str:
+    if not kinds:
+        return "not used in this forward"
+    if len(kinds) > 1:
+        return f"summed per group, then {aggregate.path(Factors, rule, device)}"
+    factors = StackedFactors if kinds[0].endswith(" bias") else FACTORS[kinds[0]]
+    return aggregate.path(factors, rule, device)
+
+
+def _uses_by_class(model: nn.Module) -> dict[str, tuple[list[str], str | None]]:
+    owners: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(module)
+    used = {}
+    for name, parameter in model.named_parameters():
+        modules = owners[id(parameter)]
+        refusal = next(filter(None, map(_refusal, modules)), None)
+        kinds = list(dict.fromkeys(_with_bias(USES[type(m)], parameter) for m in modules if type(m) in USES))
+        if refusal is None and len(kinds) == 0:
+            kinds, refusal = ["own forward"], "served where used elementwise or by a served function; pass batch= to see"
+        used[name] = (kinds, refusal)
+    return used
+
+
+def _with_bias(kind: str, parameter: nn.Parameter) -> str:
+    """Tell a layer's bias from its weight, as `htv.layers` does when it runs."""
+    return f"{kind} bias" if parameter.dim() == 1 and FACTORS[kind] is not StackedFactors else kind
+
+
+def _refusal(module: nn.Module) -> str | None:
+    if isinstance(module, nn.Embedding) and (module.max_norm or module.scale_grad_by_freq or module.sparse):
+        return "unsupported: max_norm, scale_grad_by_freq or sparse is on"
+    if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+        return "unsupported: BatchNorm in train mode couples the examples"
+    if type(module).__module__.startswith("torch.nn.") and type(module) not in USES:
+        containers = (nn.ParameterList, nn.ParameterDict)
+        return None if isinstance(module, containers) else f"unsupported: {type(module).__name__}"
+    return None
+
+
+def _uses_by_running(model: nn.Module, batch) -> dict[str, tuple[list[str], str | None]]:
+    args, kwargs = ((), batch) if isinstance(batch, dict) else (batch, {})
+    args = tuple(args) if isinstance(args, (tuple, list)) else (args,)
+    used = {name: ([], "frozen: no gradient") for name, p in model.named_parameters() if not p.requires_grad}
+    with attach(model, AndMask(0.5), on_unsupported="plain") as handle, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model(*args, **kwargs)
+        for served in handle.served():
+            used.setdefault(served.name, (sorted(served.uses), served.refusal and f"unsupported: {served.refusal}"))
+    return used

@@ -1,0 +1,136 @@
+"""Small models of the kinds people train; every test that needs a whole model takes it from here."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def mlp(activation: type[nn.Module] = nn.ReLU) -> nn.Module:
+    """12-16-16-4."""
+    return nn.Sequential(
+        nn.Linear(12, 16), activation(), nn.LayerNorm(16), nn.Linear(16, 16), activation(), nn.Linear(16, 4)
+    )
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int, causal: bool):
+        super().__init__()
+        self.heads, self.causal = heads, causal
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, d = x.shape
+        q, k, v = self.qkv(x).reshape(n, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        return self.out(y.transpose(1, 2).reshape(n, t, d))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block with a layer scale."""
+
+    def __init__(self, width: int, heads: int, causal: bool):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = Attention(width, heads, causal)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.scale = nn.Parameter(torch.full((width,), 0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        return x + self.scale * self.mlp(self.norm2(x))
+
+
+class LanguageModel(nn.Module):
+    """Pre-norm transformer; head tied to the token embedding, positions looked up by torch.arange."""
+
+    def __init__(self, vocabulary: int = 29, width: int = 16, heads: int = 2, layers: int = 2, context: int = 12):
+        super().__init__()
+        self.tokens = nn.Embedding(vocabulary, width)
+        self.positions = nn.Embedding(context, width)
+        self.blocks = nn.ModuleList(Block(width, heads, causal=True) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.tokens(ids) + self.positions(torch.arange(ids.shape[1], device=ids.device))
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+class VisionTransformer(nn.Module):
+    """Patches by a strided convolution, a class token, a learned position table larger than needed."""
+
+    def __init__(self, size: int = 8, patch: int = 4, width: int = 16, heads: int = 2, layers: int = 2):
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, patch, stride=patch)
+        self.class_token = nn.Parameter(torch.randn(1, 1, width) * 0.1)
+        self.positions = nn.Parameter(torch.randn(1, (size // patch) ** 2 + 3, width) * 0.1)
+        self.blocks = nn.ModuleList(Block(width, heads, causal=False) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.patches(images).flatten(2).transpose(1, 2)
+        x = torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1)
+        x = x + self.positions[:, : x.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x[:, 0]))
+
+
+class Residual(nn.Module):
+    def __init__(self, before: int, after: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(before, after, 3, stride, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(after, after, 3, padding=1, bias=False)
+        self.norm1, self.norm2 = nn.GroupNorm(4, after), nn.GroupNorm(4, after)
+        self.shortcut = nn.Identity()
+        if stride != 1 or before != after:
+            self.shortcut = nn.Sequential(nn.Conv2d(before, after, 1, stride, bias=False), nn.GroupNorm(4, after))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.norm1(self.conv1(x)), inplace=True)
+        return F.relu(self.norm2(self.conv2(y)) + self.shortcut(x), inplace=True)
+
+
+class ResNet18(nn.Module):
+    """Stem, basic blocks (2, 2, 2, 2), every norm a GroupNorm; `width` 64 is the original."""
+
+    def __init__(self, width: int = 8, classes: int = 5):
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
+        self.norm = nn.GroupNorm(4, width)
+        stages, channels = [], width
+        for stage, after in enumerate((width, 2 * width, 4 * width, 8 * width)):
+            for block in range(2):
+                stages.append(Residual(channels, after, stride=2 if stage and not block else 1))
+                channels = after
+        self.stages = nn.Sequential(*stages)
+        self.head = nn.Linear(channels, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.norm(self.stem(images)), inplace=True), 3, 2, padding=1)
+        return self.head(self.stages(x).mean(dim=(2, 3)))
+
+
+def whole_models() -> dict:
+    """name -> () -> (model, batch), freshly seeded."""
+
+    def make(model, batch):
+        def build():
+            torch.manual_seed(0)
+            return model(), batch()
+
+        return build
+
+    return {
+        "mlp": make(mlp, lambda: torch.randn(7, 12)),
+        "language model": make(LanguageModel, lambda: torch.randint(0, 29, (5, 9))),
+        "resnet18": make(ResNet18, lambda: torch.randn(4, 3, 32, 32)),
+        "vit": make(VisionTransformer, lambda: torch.randn(5, 3, 8, 8)),
+    }
