@@ -270,7 +270,7 @@ struct SandMask {
     const V step = other.centre - centre;
     const Real<V> share = Real<V>(m) / Real<V>(n + m);
     centre += step * share;
-    squares += other.squares + step * step * (Real<V>(n) * share);
+    squares += other.squares + step * (step * (Real<V>(n) * share));
   }
   HTV_HOST_DEVICE Outcome<V> finalize(const Parameters& p) const {
     using R = Real<V>;
@@ -298,18 +298,24 @@ HTV_HOST_DEVICE V median(const Ranked& ranked, int64_t n, int64_t interpolation)
   return interpolation == 0 ? midpoint(lower, higher) : interpolation < 0 ? lower : higher;
 }
 
+// Ranks count to n - 1 - count, summed from both ends inwards: opposite tails cancel before they can round.
+template <class V, class Ranked>
+HTV_HOST_DEVICE V inner_sum(const Ranked& ranked, int64_t n, int64_t count) {
+  V sum{};
+  int64_t low = count, high = n - 1 - count;
+  for (; low < high; ++low, --high) sum += ranked(low) + ranked(high);
+  return low == high ? sum + ranked(low) : sum;
+}
+
 template <class V, class Ranked>
 HTV_HOST_DEVICE V trimmed_mean(const Ranked& ranked, int64_t n, int64_t count) {
-  V sum{};
-  for (int64_t r = count; r < n - count; ++r) sum += ranked(r);
-  return sum / Real<V>(n - 2 * count);
+  return inner_sum<V>(ranked, n, count) / Real<V>(n - 2 * count);
 }
 
 template <class V, class Ranked>
 HTV_HOST_DEVICE V winsorized_mean(const Ranked& ranked, int64_t n, int64_t count) {
-  V sum{};
-  for (int64_t r = count; r < n - count; ++r) sum += ranked(r);
-  if (count > 0) sum += Real<V>(count) * ranked(count) + Real<V>(count) * ranked(n - 1 - count);
+  V sum = inner_sum<V>(ranked, n, count);
+  if (count > 0) sum += Real<V>(count) * (ranked(count) + ranked(n - 1 - count));
   return sum / Real<V>(n);
 }
 

@@ -7,7 +7,7 @@ namespace htv::HTV_LEVEL {
 namespace {
 
 template <class T>
-int64_t least(T a, T b) {
+T least(T a, T b) {
   return a < b ? a : b;
 }
 
@@ -25,35 +25,39 @@ double sum_in_double(const T* values, int64_t n) {
   return total;
 }
 
-// ---- streaming: the states of a chunk stay in L1 while rows of it pass by, a few at a time ----
+// ---- streaming: the states of a chunk stay in L1 while its rows pass by ----
 
-template <int rows, class State, class V, class T>
-void update_rows(State* states, const T* first_row, int64_t stride, int64_t width, int64_t nth) {
+// Rows are taken in a batch at a time: states travel less, and a sum of batch sums rounds less than one long sum.
+constexpr int64_t kBatchRows = 16;
+
+template <class State, class V, class T>
+void merge_rows(State* states, const T* grads, int64_t stride, int64_t width, int64_t before, int64_t rows) {
   constexpr int lanes = kLanes<V>;
   const int64_t full = width / lanes, rest = width % lanes;
   for (int64_t j = 0; j < full; ++j) {
-    State state = states[j];
-    for (int r = 0; r < rows; ++r) state.update(load<V>(first_row + r * stride + j * lanes), nth + r);
-    states[j] = state;
+    State batch{};
+    for (int64_t r = 0; r < rows; ++r) batch.update(load<V>(grads + r * stride + j * lanes), r + 1);
+    states[j].merge(batch, before, rows);
   }
-  if (rest > 0)
-    for (int r = 0; r < rows; ++r)
-      states[full].update(load<V>(first_row + r * stride + full * lanes, rest), nth + r);
+  if (rest > 0) {
+    State batch{};
+    for (int64_t r = 0; r < rows; ++r) batch.update(load<V>(grads + r * stride + full * lanes, rest), r + 1);
+    states[full].merge(batch, before, rows);
+  }
 }
 
 template <class State, class V, class T>
 void streaming_chunk(const StackedTask& task, int64_t chunk) {
   using R = Real<V>;
-  constexpr int lanes = kLanes<V>, rows = 4;
+  constexpr int lanes = kLanes<V>;
   const int64_t begin = chunk * kStackedChunk, stride = task.coordinates, groups = task.parameters.groups;
   const int64_t width = least(kStackedChunk, stride - begin);
   const T* const grads = static_cast<const T*>(task.grads) + begin;
   R* const value = static_cast<R*>(task.value) + begin;
 
   State states[kStackedChunk / lanes] = {};
-  int64_t e = 0;
-  for (; e + rows <= groups; e += rows) update_rows<rows, State, V>(states, grads + e * stride, stride, width, e + 1);
-  for (; e < groups; ++e) update_rows<1, State, V>(states, grads + e * stride, stride, width, e + 1);
+  for (int64_t e = 0; e < groups; e += kBatchRows)
+    merge_rows<State, V>(states, grads + e * stride, stride, width, e, least(kBatchRows, groups - e));
 
   alignas(kRegisterBytes) R mask[kStackedChunk];
   for (int64_t j = 0; j * lanes < width; ++j) {

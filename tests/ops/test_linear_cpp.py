@@ -1,0 +1,204 @@
+"""htv::linear in C++ against its definition, at every CPU level this machine has."""
+
+import importlib
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from htv.ops import backend, reference, schema
+from htv.rules import Statistic
+
+pytestmark = pytest.mark.skipif(backend.load() is not None, reason="htv was built without compiled kernels")
+
+LEVELS = ("baseline", "avx2", "avx512")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small tensors: threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=LEVELS)
+def level(request, monkeypatch):
+    monkeypatch.setenv("HTV_CPU_CAPABILITY", request.param)
+    if importlib.import_module("htv._host").cpu_capability() != request.param:
+        pytest.skip(f"no {request.param} here")
+    return request.param
+
+
+def statistics(groups):
+    for name in schema.FUSED_LINEAR:
+        counts = sorted({0, 1, groups // 3, groups, groups + 1}) if name in ("and_mask", "xor_mask") else [0]
+        yield from (Statistic(name, count) for count in counts)
+
+
+def offsets_of(lengths):
+    return torch.tensor([0, *lengths]).cumsum(0)
+
+
+def cpp(x, g, offsets, statistic):
+    value, mask_sum = torch.ops.htv.linear(x, g, offsets, statistic.name, statistic.count)
+    assert value.dtype == reference.compute_dtype(x.dtype) and value.shape == (g.shape[1], x.shape[1])
+    assert mask_sum.dtype == torch.float64 and mask_sum.shape == ()
+    return value, mask_sum
+
+
+def integers(lengths, out, width, dtype, low=-2, high=3, seed=0):
+    """Factors whose products and sums are exact in float32, with plenty of zeros and ties."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = sum(lengths)
+    x = torch.randint(low, high, (rows, width), generator=generator).to(dtype)
+    return x, torch.randint(low, high, (rows, out), generator=generator).to(dtype), offsets_of(lengths)
+
+
+def exact(x, g, offsets, statistic):
+    """The definition in float64; the group sums of small integers are exact there."""
+    value, mask_sum = reference.linear(x.double(), g.double(), offsets, statistic)
+    value = value.round()  # E * (sum / E) of integers
+    return value.to(reference.compute_dtype(x.dtype)), mask_sum
+
+
+SHAPES = [
+    ([1], 1, 1),
+    ([1, 1], 3, 2),
+    ([1] * 7, 65, 193),
+    ([1] * 33, 8, 48),
+    ([1] * 300, 10, 50),  # more rows than are packed at a time
+    ([0, 1, 1, 0, 1], 5, 7),  # groups without rows
+    ([2, 1, 3], 4, 5),
+    ([0, 5, 0, 0, 9, 2, 0], 9, 49),
+    ([128, 128], 7, 25),
+    ([127, 2, 127, 1], 17, 13),
+    ([500, 1, 3, 200], 64, 100),  # groups longer than what is packed at a time
+    ([16] * 20, 130, 200),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("lengths", "out", "width"), SHAPES, ids=lambda v: str(v)[:20])
+def test_integers_with_ties_are_exact(level, dtype, lengths, out, width):
+    x, g, offsets = integers(lengths, out, width, dtype)
+    for statistic in statistics(len(lengths)):
+        value, mask_sum = cpp(x, g, offsets, statistic)
+        expected, expected_sum = exact(x, g, offsets, statistic)
+        assert torch.equal(value, expected), statistic
+        assert mask_sum == expected_sum, statistic
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("lengths", [[1] * 40, [3, 1, 7, 2, 30, 5], [200, 150, 90, 300, 1]], ids=str)
+def test_random_factors(level, dtype, lengths):
+    """No further from float64 than twice the definition's own rounding, where no sign is in doubt."""
+    generator = torch.Generator().manual_seed(len(lengths))
+    x = torch.randn(sum(lengths), 70, generator=generator, dtype=torch.float64).to(dtype)
+    g = torch.randn(sum(lengths), 30, generator=generator, dtype=torch.float64).to(dtype)
+    offsets = offsets_of(lengths)
+    contributions = torch.stack([g[a:b].double().t() @ x[a:b].double() for a, b in zip(offsets[:-1], offsets[1:])])
+    sure = (contributions.abs() > 1e-4).all(dim=0)
+    for statistic in statistics(len(lengths)):
+        value, _ = cpp(x, g, offsets, statistic)
+        truth, _ = reference.linear(x.double(), g.double(), offsets, statistic)
+        expected, _ = reference.linear(x, g, offsets, statistic)
+        own = (expected.double() - truth)[sure].abs().amax()
+        # float64 has no better oracle than itself: what the sums' terms may lose there
+        terms = (g.double().abs().t() @ x.double().abs()).amax()
+        tiny = 4 * torch.finfo(value.dtype).eps * terms if x.dtype == torch.float64 else 0
+        assert (value.double() - truth)[sure].abs().amax() <= 2 * own + tiny, statistic
+
+
+def test_one_row_per_group_equals_stacked(level):
+    """The separable path must agree with the contributions it never forms."""
+    generator = torch.Generator().manual_seed(5)
+    x, g = torch.randn(50, 33, generator=generator).relu(), torch.randn(50, 21, generator=generator)
+    contributions = (g[:, :, None] * x[:, None, :]).reshape(50, -1)
+    for statistic in statistics(50):
+        value, mask_sum = cpp(x, g, torch.arange(51), statistic)
+        stacked, stacked_sum = torch.ops.htv.stacked(contributions, statistic.name, statistic.count, 0.0, 0.0)
+        torch.testing.assert_close(value.flatten(), stacked * 50, rtol=1e-5, atol=1e-5)
+        assert mask_sum == stacked_sum
+
+
+@pytest.mark.parametrize("lengths", [[1] * 12, [2, 3, 1, 4, 2]], ids=str)
+def test_nan_and_infinity(level, lengths):
+    x, g, offsets = integers(lengths, 20, 60, torch.float32, seed=6)
+    x[0, 3], x[1, 5], x[3, 5], x[2, 7] = math.nan, math.inf, -math.inf, math.inf
+    g[4, 1], g[5, 2] = math.nan, -math.inf
+    for statistic in statistics(len(lengths)):
+        value, mask_sum = cpp(x, g, offsets, statistic)
+        expected, expected_sum = exact(x, g, offsets, statistic)
+        assert torch.equal(value.isnan(), expected.isnan()), statistic
+        assert torch.equal(value.nan_to_num(), expected.nan_to_num()), statistic
+        assert mask_sum == expected_sum, statistic
+
+
+def test_no_rows_at_all(level):
+    x, g = torch.ones(0, 5), torch.ones(0, 3)
+    value, mask_sum = cpp(x, g, torch.tensor([0, 0, 0]), Statistic("and_mask", 0))
+    assert torch.equal(value, torch.zeros(3, 5)) and mask_sum == 15
+
+
+def test_no_coordinates(level):
+    value, mask_sum = cpp(torch.ones(4, 0), torch.ones(4, 3), torch.arange(5), Statistic("and_mask", 0))
+    assert value.shape == (3, 0) and mask_sum == 0
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 9), min_size=1, max_size=30),
+    out=st.integers(1, 70),
+    width=st.integers(1, 70),
+    name=st.sampled_from(schema.FUSED_LINEAR),
+    share=st.floats(0, 1),
+    seed=st.integers(0, 2**31),
+)
+def test_any_shape(lengths, out, width, name, share, seed):
+    x, g, offsets = integers(lengths, out, width, torch.float32, seed=seed)
+    statistic = Statistic(name, math.ceil(share * len(lengths)))
+    value, mask_sum = cpp(x, g, offsets, statistic)
+    expected, expected_sum = exact(x, g, offsets, statistic)
+    assert torch.equal(value, expected) and mask_sum == expected_sum
+
+
+@pytest.mark.parametrize("lengths", [[1] * 64, [10] * 12], ids=["one row", "ten rows"])
+def test_the_number_of_threads_changes_no_bit(lengths):
+    generator = torch.Generator().manual_seed(7)
+    x, g = torch.randn(sum(lengths), 500, generator=generator), torch.randn(sum(lengths), 300, generator=generator)
+    for statistic in statistics(len(lengths)):
+        results = []
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            results.append(cpp(x, g, offsets_of(lengths), statistic))
+        for value, mask_sum in results[1:]:
+            assert torch.equal(value, results[0][0]) and mask_sum == results[0][1], statistic
+
+
+X, G, OFFSETS = torch.ones(4, 3), torch.ones(4, 2), torch.arange(5)
+
+
+@pytest.mark.parametrize(
+    ("x", "g", "offsets", "name", "message"),
+    [
+        (X[0], G, OFFSETS, "mean", "x must have 2 dimensions, got 1"),
+        (X, G.t().contiguous().t(), OFFSETS, "mean", "grad_output must be contiguous"),
+        (X.int(), G.int(), OFFSETS, "mean", "x must be float64, float32, bfloat16 or float16"),
+        (X, G.double(), OFFSETS, "mean", "x and grad_output must have one dtype"),
+        (X, G[:3], OFFSETS, "mean", "x has 4 rows, grad_output 3"),
+        (X, G, OFFSETS, "median", "serves mean, and_mask, xor_mask and sign_sum, not 'median'"),
+        (X, G, OFFSETS, "mode", "unknown statistic 'mode'"),
+        (X, G, OFFSETS.int(), "mean", "offsets must be int64"),
+        (X, G, OFFSETS[:1], "mean", "at least 2"),
+        (X, G, OFFSETS[:4], "mean", "offsets must run from 0 to the number of rows, 4; got 0 to 3"),
+        (X, G, torch.tensor([0, 3, 2, 4]), "mean", "offsets must not decrease"),
+    ],
+)
+def test_bad_arguments(x, g, offsets, name, message):
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.htv.linear(x, g, offsets, name, 0)

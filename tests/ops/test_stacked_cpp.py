@@ -1,0 +1,215 @@
+"""htv::stacked in C++ against its definition, at every CPU level this machine has."""
+
+import importlib
+import math
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from htv.ops import backend, reference, schema  # noqa: F401  (schema declares the ops)
+from htv.rules import Statistic
+
+pytestmark = pytest.mark.skipif(backend.load() is not None, reason="htv was built without compiled kernels")
+
+LEVELS = ("baseline", "avx2", "avx512")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+GROUPS = (1, 2, 3, 4, 5, 8, 17, 33, 64, 100, 257, 1000)
+WIDTHS = (0, 1, 15, 16, 17, 1000, 1024, 1025, 2100)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small tensors: threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=LEVELS)
+def level(request, monkeypatch):
+    monkeypatch.setenv("HTV_CPU_CAPABILITY", request.param)
+    if importlib.import_module("htv._host").cpu_capability() != request.param:
+        pytest.skip(f"no {request.param} here")
+    return request.param
+
+
+def statistics(groups):
+    """Every statistic that is defined for so many groups, with parameters in the middle and at the ends."""
+    for count in sorted({0, 1, groups // 3, groups, groups + 1}):
+        yield from (Statistic(name, count) for name in ("and_mask", "xor_mask", "geometric_mean"))
+    yield from (Statistic(name) for name in ("mean", "sign_sum", "sign_agreement"))
+    yield from (Statistic("median", side) for side in (-1, 0, 1))
+    for count in sorted({0, min(1, (groups - 1) // 2), groups // 4, (groups - 1) // 2}):
+        yield from (Statistic(name, count) for name in ("trimmed_mean", "winsorized_mean"))
+    yield from (Statistic("median_of_means", k) for k in sorted({1, 2, 3, groups // 2, groups} & set(range(1, groups + 1))))
+    if groups > 1:
+        yield from (Statistic("sand_mask", votes=tau * groups, k=k) for tau in (0.0, 0.3) for k in (0.1, 10.0))
+
+
+def cpp(grads, statistic):
+    value, mask_sum = torch.ops.htv.stacked(
+        grads, statistic.name, statistic.count, statistic.votes, statistic.k
+    )
+    assert value.dtype == reference.compute_dtype(grads.dtype) and value.shape == grads.shape[1:]
+    assert mask_sum.dtype == torch.float64 and mask_sum.shape == ()
+    return value, mask_sum
+
+
+def rounding(grads, statistic):
+    """What a few roundings of the typical contribution amount to, for when the definition is exact by luck."""
+    dtype = reference.compute_dtype(grads.dtype)
+    typical = grads.double().abs().nan_to_num(posinf=0).mean(dim=0).amax()
+    # float64 has no better oracle than itself; a soft mask amplifies what its argument lost
+    factor = 32 if dtype == torch.float64 or statistic.name == "sand_mask" else 4
+    return factor * torch.finfo(dtype).eps * typical
+
+
+def assert_within_budget(grads, statistic):
+    """No further from float64 than twice the definition's own rounding in the compute type."""
+    value, mask_sum = cpp(grads, statistic)
+    expected, expected_sum = reference.stacked(grads, statistic)
+    exact, exact_sum = reference.stacked(grads.double(), statistic)
+    assert torch.equal(value.isnan(), expected.isnan()), statistic
+    finite = expected.isfinite() & exact.isfinite()
+    assert torch.equal(value[~finite & ~expected.isnan()], expected[~finite & ~expected.isnan()]), statistic
+    if finite.any():
+        own = (expected[finite].double() - exact[finite]).abs().amax()
+        tiny = rounding(grads, statistic) + torch.finfo(value.dtype).tiny
+        assert (value[finite].double() - exact[finite]).abs().amax() <= 2 * own + tiny, statistic
+    if statistic.name == "sand_mask":
+        tolerance = 2 * (expected_sum - exact_sum).abs() + 1e-6 * grads.shape[1]
+        assert (mask_sum - exact_sum).abs() <= tolerance, statistic
+    else:
+        assert mask_sum == expected_sum, statistic
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_random_values(level, dtype):
+    generator = torch.Generator().manual_seed(0)
+    for groups in GROUPS:
+        grads = torch.randn(groups, 37, generator=generator, dtype=torch.float64).to(dtype)
+        for statistic in statistics(groups):
+            assert_within_budget(grads, statistic)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_every_width(level, width):
+    grads = torch.randn(9, width, generator=torch.Generator().manual_seed(width))
+    for statistic in statistics(9):
+        assert_within_budget(grads, statistic)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("groups", [*GROUPS, 2000])
+def test_medians_are_exact(level, dtype, groups):
+    generator = torch.Generator().manual_seed(groups)
+    for grads in (
+        torch.randn(groups, 130, generator=generator),
+        torch.randn(groups, 130, generator=generator) * 1e-44,  # denormal in float32
+        torch.randint(-2, 3, (groups, 130), generator=generator).float(),  # ties
+        torch.randn(groups, 130, generator=generator).relu(),
+    ):
+        for side in (-1, 0, 1):
+            statistic = Statistic("median", side)
+            expected, _ = reference.stacked(grads.to(dtype), statistic)
+            assert torch.equal(cpp(grads.to(dtype), statistic)[0], expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_ties_zeros_and_the_sign_of_zero(level, dtype):
+    """Small integers: every sum is exact, so values and masks must match to the last bit."""
+    generator = torch.Generator().manual_seed(1)
+    for groups in (1, 2, 4, 8, 16, 64):
+        grads = torch.randint(-1, 2, (groups, 333), generator=generator).to(dtype)
+        grads = torch.where(grads == 0, torch.where(torch.rand(grads.shape, generator=generator) < 0.5, -0.0, 0.0), grads)
+        grads = grads.to(dtype)
+        for statistic in statistics(groups):
+            if statistic.name in ("geometric_mean", "sand_mask", "trimmed_mean", "median_of_means"):
+                assert_within_budget(grads, statistic)
+                continue
+            value, mask_sum = cpp(grads, statistic)
+            expected, expected_sum = reference.stacked(grads, statistic)
+            assert torch.equal(value, expected) and mask_sum == expected_sum, statistic
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nan_and_infinity(level, dtype):
+    generator = torch.Generator().manual_seed(2)
+    for groups in (1, 2, 3, 6, 7, 40):
+        grads = torch.randn(groups, 500, generator=generator)
+        where = torch.rand(grads.shape, generator=generator)
+        grads[where < 0.10] = math.inf
+        grads[(where >= 0.10) & (where < 0.2)] = -math.inf
+        grads[:, 250:][where[:, 250:] > 0.9] = math.nan
+        for statistic in statistics(groups):
+            assert_within_budget(grads.to(dtype), statistic)
+
+
+@pytest.mark.parametrize("name", list(reference.STATISTICS))
+def test_one_nan_poisons_its_coordinate_only(level, name):
+    grads = torch.randn(6, 40, generator=torch.Generator().manual_seed(3))
+    grads[:, 7] = torch.tensor([1.0, -1.0, 2.0, math.nan, -2.0, 3.0])
+    statistic = Statistic(name, count=1, votes=1.0, k=1.0)
+    value, mask_sum = cpp(grads, statistic)
+    assert value.isnan().nonzero().flatten().tolist() == [7]
+    rest = torch.cat([grads[:, :7], grads[:, 8:]], dim=1).contiguous()
+    torch.testing.assert_close(mask_sum, cpp(rest, statistic)[1])
+
+
+def test_a_mask_hides_infinities(level):
+    grads = torch.tensor([[math.inf], [-math.inf], [1.0], [-1.0]])
+    value, mask_sum = cpp(grads, Statistic("and_mask", 1))
+    assert value.item() == 0 and mask_sum == 0
+
+
+def test_large_magnitudes_do_not_overflow(level):
+    grads = torch.tensor([[3e38, 1e-45], [3e38, 1e-45]])
+    assert torch.equal(cpp(grads, Statistic("median"))[0], grads[0])
+    geometric, _ = cpp(grads, Statistic("geometric_mean"))
+    torch.testing.assert_close(geometric, torch.tensor([3e38, 1e-10]), rtol=1e-5, atol=0)
+
+
+def test_geometric_mean_of_many_small_values(level):
+    grads = torch.full((5000, 3), -1e-7)
+    value, _ = cpp(grads, Statistic("geometric_mean", 1))
+    torch.testing.assert_close(value.double(), torch.full((3,), -1.001e-7, dtype=torch.float64), rtol=1e-5, atol=0)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), groups=st.integers(1, 70), width=st.integers(1, 140), seed=st.integers(0, 2**31))
+def test_any_shape(data, groups, width, seed):
+    statistic = data.draw(st.sampled_from(list(statistics(groups))))
+    assert_within_budget(torch.randn(groups, width, generator=torch.Generator().manual_seed(seed)), statistic)
+
+
+def test_the_number_of_threads_changes_no_bit():
+    grads = torch.randn(33, 200_001, generator=torch.Generator().manual_seed(4))
+    for statistic in statistics(33):
+        results = []
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            results.append(cpp(grads, statistic))
+        for value, mask_sum in results[1:]:
+            assert torch.equal(value, results[0][0]) and mask_sum == results[0][1], statistic
+
+
+@pytest.mark.parametrize(
+    ("grads", "name", "count", "message"),
+    [
+        (torch.ones(3), "mean", 0, "grads must have 2 dimensions, got 1"),
+        (torch.ones(3, 4).t(), "mean", 0, "grads must be contiguous"),
+        (torch.ones(3, 4, dtype=torch.int32), "mean", 0, "grads must be float64, float32, bfloat16 or float16"),
+        (torch.ones(0, 4), "mean", 0, "needs at least one group"),
+        (torch.ones(3, 4), "mode", 0, "unknown statistic 'mode'"),
+        (torch.ones(4, 4), "trimmed_mean", 2, "count must satisfy 0 <= 2 \\* count < groups"),
+        (torch.ones(4, 4), "winsorized_mean", -1, "count must satisfy 0 <= 2 \\* count < groups"),
+        (torch.ones(4, 4), "median_of_means", 5, "count must be 1 to 4 buckets, got 5"),
+        (torch.ones(4, 4), "median", 2, "count must be -1, 0 or 1"),
+    ],
+)
+def test_bad_arguments(grads, name, count, message):
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.htv.stacked(grads, name, count, 0.0, 0.0)
