@@ -1,0 +1,91 @@
+"""What installs: a pure-Python wheel, the package map, and clear refusals of wrong build settings."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "csrc", "htv", "triton_kernels")
+
+pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="not run from a source tree")
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A clean copy of the sources, so that no build touches the working tree."""
+    copy = tmp_path / "source"
+    copy.mkdir()
+    for name in SOURCES:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, copy / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "build"))
+        elif source.is_file():
+            shutil.copy(source, copy / name)
+    return copy
+
+
+def run(tree, *arguments, **settings):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("HTV_")} | settings
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+
+
+def names_in_wheel(tree, tmp_path, **settings):
+    pytest.importorskip("setuptools")
+    pytest.importorskip("pip")
+    target = tmp_path / "wheel"
+    command = ("-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--quiet", "-w", target, ".")
+    done = run(tree, *command, **settings)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = target.glob("*.whl")
+    return wheel.name, zipfile.ZipFile(wheel).namelist()
+
+
+def test_a_wheel_without_compiled_code(tree, tmp_path):
+    wheel, names = names_in_wheel(tree, tmp_path, HTV_BUILD="0")
+    assert wheel == "hard_to_vary-0.1.0-py3-none-any.whl"
+    assert not [name for name in names if name.endswith((".so", ".cpp", ".cu", ".h"))]
+    assert {name.split("/")[0] for name in names} == {"htv", "hard_to_vary-0.1.0.dist-info"}
+    assert "htv/rules.py" in names and "htv/ops/schema.py" in names
+    if (ROOT / "triton_kernels" / "__init__.py").is_file():
+        assert "htv/triton_kernels/__init__.py" in names
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"HTV_CUDA": "yes"}, "HTV_CUDA must be one of auto, 0, 1; got 'yes'"),
+        ({"HTV_BUILD": "no"}, "HTV_BUILD must be one of 1, 0; got 'no'"),
+        ({"HTV_CUDA": "1", "CUDA_HOME": "/nowhere"}, "HTV_CUDA=1, but no nvcc was found"),
+        ({"HTV_BUILD": "0", "HTV_CUDA": "2"}, "HTV_CUDA must be one of auto, 0, 1; got '2'"),
+    ],
+)
+def test_wrong_settings_say_so(tree, settings, message):
+    done = run(tree, "setup.py", "--version", **settings)
+    assert done.returncode != 0 and message in done.stderr
+
+
+def nvcc():
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which(f"{home}/bin/nvcc" if home else "nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(nvcc() is None, reason="no nvcc")
+@pytest.mark.parametrize("source", sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ids=lambda path: path.name)
+def test_cuda_sources_compile(source, tmp_path):
+    """For sm_90, against whatever torch is installed, without spills to memory."""
+    from torch.utils.cpp_extension import include_paths
+
+    flags = ["-std=c++20", "-O3", "-arch=sm_90", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    flags += ["--expt-relaxed-constexpr", "-Xptxas", "-v", "-c", str(source), "-o", str(tmp_path / "out.o")]
+    flags += [flag for path in include_paths() for flag in ("-isystem", path)]
+    done = subprocess.run([nvcc(), *flags], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    spills = [line for line in done.stderr.splitlines() if "spill" in line and " 0 bytes spill stores" not in line]
+    assert not spills, spills
