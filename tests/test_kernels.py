@@ -11,7 +11,7 @@ from htv.ops import backend
 
 LEVELS = ("baseline", "avx2", "avx512")
 
-pytestmark = pytest.mark.skipif(backend.load() is not None, reason="htv was built without compiled kernels")
+pytestmark = pytest.mark.skipif(backend.NOT_BUILT is not None, reason="htv was built without compiled kernels")
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -26,14 +25,16 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 _named: list[str] = []  # the innermost `use_backend` last
 
 
-@functools.cache
-def load() -> str | None:
-    """Load the compiled ops once. Returns None, or why there are none; a library that is there but broken raises."""
+def _load() -> str | None:
+    """Load the compiled ops. Returns None, or why there are none; a library that is there but broken raises."""
     libraries = sorted(_PACKAGE.glob("_C*.so"))
     if not libraries:
         return "the package was installed without compiled kernels (HTV_BUILD=0, or run from the source folder)"
     torch.ops.load_library(str(libraries[0]))
     return None
+
+
+NOT_BUILT = _load()  # None, or the reason there are no compiled kernels
 
 
 def _has_kernel(op: str, key: str) -> bool:
@@ -42,14 +43,13 @@ def _has_kernel(op: str, key: str) -> bool:
 
 def why_not(backend: str, op: str, statistic: str, device: torch.device) -> str | None:
     """None where `backend` serves `op` for `statistic` on `device`, else the reason it does not."""
-    missing = load()
     if op == "linear" and backend != "reference" and statistic not in schema.FUSED_LINEAR:
         return f"no fused kernel for {statistic}; the sliced path serves it"
     if backend == "cpp":
-        return missing or (None if device.type == "cpu" else f"it serves the CPU, not {device.type}")
+        return NOT_BUILT or (None if device.type == "cpu" else f"it serves the CPU, not {device.type}")
     if backend == "cuda":
-        if missing or not _has_kernel(op, "CUDA"):
-            return missing or f"there is no CUDA kernel for {op} in this build (HTV_CUDA=1 builds those there are)"
+        if NOT_BUILT or not _has_kernel(op, "CUDA"):
+            return NOT_BUILT or f"there is no CUDA kernel for {op} in this build (HTV_CUDA=1 builds those there are)"
         return None if device.type == "cuda" else f"it serves CUDA devices, not {device.type}"
     if backend == "triton":
         if op != "linear":

@@ -40,6 +40,8 @@ MASK_OFFSET = 1e-10  # keeps the division by the kept fraction finite when nothi
 
 def stacked(grads: Tensor, statistic: Statistic) -> tuple[Tensor, Tensor]:
     """The op `stacked` of `htv.ops.schema` for any (E, *shape), by the backend that serves it."""
+    if grads.numel() == 0:
+        return reference.stacked(grads, Statistic("mean"))
     flat = grads.reshape(len(grads), -1).contiguous()
     arguments = (statistic.name, statistic.count, statistic.votes, statistic.k)
     if backend.choose("stacked", statistic.name, grads.device) == "reference":
@@ -74,7 +76,8 @@ def _apply(grads: Tensor, statistic: Statistic) -> Tensor:
     return normalise(value, mask_sum, statistic).to(grads.dtype)
 
 
-def _apply_rule(grads: Tensor, rule: Rule) -> Tensor:
+def apply_rule(grads: Tensor, rule: Rule) -> Tensor:
+    """stat({g_e}) by any rule. grads: (E, *shape) -> (*shape), same dtype."""
     return _apply(grads, rule.statistic(check_stacked(grads)))
 
 
@@ -86,27 +89,27 @@ def sign_agreement(grads: Tensor) -> Tensor:
 
 def and_mask(grads: Tensor, tau: float, rescale: bool = False) -> Tensor:
     """The mean where ``|sum_e sign(g_e)| >= tau * E``, else 0. See `htv.AndMask`. grads: (E, *shape) -> (*shape)."""
-    return _apply_rule(grads, AndMask(tau, rescale))
+    return apply_rule(grads, AndMask(tau, rescale))
 
 
 def xor_mask(grads: Tensor, tau: float) -> Tensor:
     """The mean where `and_mask` gives 0, and 0 where it keeps. See `htv.XorMask`. grads: (E, *shape) -> (*shape)."""
-    return _apply_rule(grads, XorMask(tau))
+    return apply_rule(grads, XorMask(tau))
 
 
 def geometric_mean(grads: Tensor, tau: float) -> Tensor:
     """Signed geometric mean where signs agree, else 0. See `htv.GeometricMean`. grads: (E, *shape) -> (*shape)."""
-    return _apply_rule(grads, GeometricMean(tau))
+    return apply_rule(grads, GeometricMean(tau))
 
 
 def sand_mask(grads: Tensor, tau: float, k: float) -> Tensor:
     """The smooth AND-mask; E >= 2. See `htv.SandMask`. grads: (E, *shape) -> (*shape)."""
-    return _apply_rule(grads, SandMask(tau, k))
+    return apply_rule(grads, SandMask(tau, k))
 
 
 def median(grads: Tensor, interpolation: str = "midpoint") -> Tensor:
     """Coordinate-wise median; for even E the "midpoint", "lower" or "higher" middle. grads: (E, *shape) -> (*shape)."""
-    return _apply_rule(grads, Median(interpolation))
+    return apply_rule(grads, Median(interpolation))
 
 
 def trimmed_mean(grads: Tensor, trim: int | float) -> Tensor:
@@ -114,7 +117,7 @@ def trimmed_mean(grads: Tensor, trim: int | float) -> Tensor:
 
     Raises ValueError unless 2 * count < E. See `htv.TrimmedMean`.
     """
-    return _apply_rule(grads, TrimmedMean(trim))
+    return apply_rule(grads, TrimmedMean(trim))
 
 
 def winsorized_mean(grads: Tensor, winsorize: int | float) -> Tensor:
@@ -123,7 +126,7 @@ def winsorized_mean(grads: Tensor, winsorize: int | float) -> Tensor:
     winsorize: c as a count per side (int) or a fraction per side (float); ValueError unless 2 * c < E.
     See `htv.WinsorizedMean`.
     """
-    return _apply_rule(grads, WinsorizedMean(winsorize))
+    return apply_rule(grads, WinsorizedMean(winsorize))
 
 
 def median_of_means(grads: Tensor, k: int) -> Tensor:
@@ -131,4 +134,4 @@ def median_of_means(grads: Tensor, k: int) -> Tensor:
 
     See `htv.MedianOfMeans`.
     """
-    return _apply_rule(grads, MedianOfMeans(k))
+    return apply_rule(grads, MedianOfMeans(k))

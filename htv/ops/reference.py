@@ -71,11 +71,11 @@ def _sand_mask(values: Tensor, statistic: Statistic):
 
 
 def _mean_of_signs(values: Tensor, statistic: Statistic):
-    return sign_sum(values).to(values.dtype) / len(values), None
+    return values.sign().mean(dim=0), None
 
 
 def _sign_agreement(values: Tensor, statistic: Statistic):
-    return sign_sum(values).abs().to(values.dtype) / len(values), None
+    return values.sign().sum(dim=0).abs() / len(values), None
 
 
 def midpoint(lower: Tensor, higher: Tensor) -> Tensor:
