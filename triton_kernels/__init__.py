@@ -1,0 +1,1 @@
+"""Triton kernels of the fused ops, imported as `htv.triton_kernels`; same names as in `htv.ops.reference`."""
