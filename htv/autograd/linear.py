@@ -40,4 +40,4 @@ def _row_sums(grad: Tensor, groups: Groups) -> Tensor:
     """(*lead, *rest, O) -> (E, O), summed over each group's rows in float32 or wider."""
     units = groups.units(grad)
     rows = units.flatten(1, -2).sum(dim=1, dtype=compute_dtype(grad.dtype)) if units.dim() > 2 else units
-    return groups.sum_units(rows.reshape(*groups.lead, -1))
+    return groups.sum_units(rows.reshape(*groups.lead, grad.shape[-1]))

@@ -77,7 +77,8 @@ class _GroupNorm(torch.autograd.Function):
         grad = grad.contiguous()
         with full_precision(grad.device):
             mean_c, rstd_c = (t.repeat_interleave(per_channel, dim=1).unsqueeze(2) for t in (mean, rstd))
-            normalised = _Normalised(x.flatten(2), mean_c, rstd_c, grad.flatten(2), dim=2) if space else None
+            x_flat, grad_flat = x.reshape(n, channels, space), grad.reshape(n, channels, space)
+            normalised = _Normalised(x_flat, mean_c, rstd_c, grad_flat, dim=2)
             grads = _affine_grads(ctx, normalised, (channels,))
             grad_x = None
             if ctx.needs_input_grad[0]:

@@ -65,8 +65,8 @@ class LinearFactors(Factors):
         x, grad_output = groups.sorted_units(x), groups.sorted_units(grad_output)
         rows_per_unit = math.prod(x.shape[1:-1])
         self.offsets = groups.offsets * rows_per_unit
-        self.x = x.reshape(-1, x.shape[-1])
-        self.grad_output = grad_output.reshape(-1, grad_output.shape[-1])
+        self.x = x.reshape(len(x) * rows_per_unit, x.shape[-1])
+        self.grad_output = grad_output.reshape(len(x) * rows_per_unit, grad_output.shape[-1])
         self.groups, self.device, self.dtype = groups, x.device, compute_dtype(x.dtype)
         self.shape = (self.grad_output.shape[1], self.x.shape[1])
 
@@ -75,7 +75,7 @@ class LinearFactors(Factors):
         grad_output = self.grad_output[:, rows].to(self.dtype)
         sizes = self.offsets.diff()
         if bool((sizes == sizes[0]).all()):
-            x, grad_output = (t.reshape(len(sizes), int(sizes[0]), -1) for t in (x, grad_output))
+            x, grad_output = (t.reshape(len(sizes), int(sizes[0]), t.shape[1]) for t in (x, grad_output))
             if x.shape[1] == 1:  # one row per group: an outer product
                 return grad_output.transpose(1, 2) * x
             return torch.bmm(grad_output.transpose(1, 2), x)
@@ -161,7 +161,11 @@ class EmbeddingFactors(Factors):
         per_unit = math.prod(units.shape[1:])
         voter = torch.repeat_interleave(groups.offsets.diff() * per_unit).to(ids.device)
         self._init(
-            units.reshape(-1), voter, groups.sorted_units(grad_output).reshape(len(voter), -1), num_embeddings, groups
+            units.flatten(),
+            voter,
+            groups.sorted_units(grad_output).reshape(len(voter), grad_output.shape[-1]),
+            num_embeddings,
+            groups,
         )
         if padding_idx is not None:
             kept = self.tokens != padding_idx
