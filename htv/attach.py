@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from htv import layers
 from htv.autograd.expand import pulling_back
 from htv.autograd.ledger import Hub, Ledger, Slot
 from htv.errors import UnsupportedError
@@ -146,8 +147,8 @@ class Served:
         self._delivered = (torch._C._current_graph_task_id(), grad.data_ptr(), grad._version)
         self._hub = None
 
-    def _check_gradient(self, grad: Tensor) -> None:
-        if pulling_back() or self.refusal is not None:
+    def _check_gradient(self, grad: Tensor | None) -> None:
+        if grad is None or pulling_back() or self.refusal is not None:
             return
         expected, self._delivered = self._delivered, None
         if expected != (torch._C._current_graph_task_id(), grad.data_ptr(), grad._version):
@@ -167,9 +168,16 @@ class _ServedForward:
         self.handle, self.module = handle, module
         self.own = module.__dict__.get("forward")  # an instance attribute of the user's, if any
         self.inner = module.forward
+        self.batch_norms = [(n, m) for n, m in module.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
     def __call__(self, *args, **kwargs):
-        return self.handle.run(self.inner, args, kwargs)
+        return self.handle.run(self, args, kwargs)
+
+    def check(self) -> None:
+        """Refuse before anything runs: a BatchNorm counts its batches before it computes."""
+        for name, module in self.batch_norms:
+            if module.training:
+                raise UnsupportedError(layers.batch_norm_refusal(f"module {name!r}"))
 
     def restore(self) -> None:
         if self.own is None:
@@ -285,10 +293,11 @@ class Handle:
         for served in parameters:
             served.refusal = message
 
-    def run(self, forward: Callable, args: tuple, kwargs: dict):
+    def run(self, forward: _ServedForward, args: tuple, kwargs: dict):
         """Run a module's forward, under the mode if it is the outermost one and gradients are wanted."""
         if self._running or not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
+            return forward.inner(*args, **kwargs)
+        forward.check()
         inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         groups = self._groups(inputs)
         for served in self._served.values():
@@ -298,7 +307,7 @@ class Handle:
         self._running = True
         try:
             with Intercept(self, groups, inputs):
-                return forward(*args, **kwargs)
+                return forward.inner(*args, **kwargs)
         finally:
             self._running = False
 

@@ -176,11 +176,7 @@ def _batch_norm(mode: Intercept, func, args, kwargs):
         return NotImplemented
     if call["training"] or call["running_mean"] is None:
         names = ", ".join(repr(s.name) for s in map(mode.served, call.parameters) if s is not None)
-        raise UnsupportedError(
-            f"BatchNorm in train mode{' with parameter ' * bool(names)}{names} couples the examples of the batch through "
-            "their shared statistics, so no example has a gradient of its own. Call .eval() on the BatchNorm modules "
-            "(frozen statistics), or replace them by GroupNorm or LayerNorm"
-        )
+        raise UnsupportedError(batch_norm_refusal(f"parameter {names}" if names else "F.batch_norm"))
     if not call.applicable:
         return NotImplemented
     shape = (-1,) + (1,) * (call.x.dim() - 2)
@@ -189,6 +185,15 @@ def _batch_norm(mode: Intercept, func, args, kwargs):
         if parameter is not None:
             y = mode.general(operation, (y, mode.general(torch.Tensor.reshape, (parameter, shape), {})), {})
     return y
+
+
+def batch_norm_refusal(what: str) -> str:
+    """Why a BatchNorm in train mode cannot be served, and what to do."""
+    return (
+        f"BatchNorm in train mode ({what}) couples the examples of the batch through their shared statistics, so no "
+        "example has a gradient of its own. Call .eval() on the BatchNorm modules (frozen statistics), or replace them "
+        "by GroupNorm or LayerNorm"
+    )
 
 
 def _as_autocast_would(x: Tensor) -> Tensor:

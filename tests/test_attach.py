@@ -103,11 +103,6 @@ LAYERS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(3)
-
-
 @pytest.mark.parametrize("rule", RULES, **by_name)
 @pytest.mark.parametrize("layer", LAYERS)
 def test_layer(layer, rule):
