@@ -91,7 +91,8 @@ class Ninja:
         (self.folder / "build.ninja").write_text("\n".join(self.lines) + "\n")
         ninja = shutil.which("ninja") or str(Path(sys.executable).with_name("ninja"))
         jobs = os.environ.get("MAX_JOBS")
-        subprocess.run([ninja, "-C", self.folder, *(["-j", jobs] if jobs else [])], check=True)
+        if subprocess.run([ninja, "-C", self.folder, *(["-j", jobs] if jobs else [])]).returncode != 0:
+            raise SystemExit(f"compilation failed, see above; the commands stand in {self.folder / 'build.ninja'}")
 
 
 class BuildExtensions(build_ext):
@@ -114,6 +115,7 @@ class BuildExtensions(build_ext):
         ninja.rule("cxx", f"{cxx} -MMD -MF $out.d $flags -c $in -o $out")
         ninja.rule("nvcc", f"{nvcc} -MMD -MF $out.d $flags -c $in -o $out")
         ninja.rule("link", f"{cxx} -shared $in -o $out $flags", deps=False)
+        ninja.rule("nvlink", f"{nvcc} -ccbin {cxx} -shared -cudart static $in -o $out $flags", deps=False)
 
         def compile(source: str, flags: list[str], out: str | None = None, rule: str = "cxx") -> str:
             return ninja.build((out or source) + ".o", rule, [(CSRC / source).resolve()], flags)
@@ -129,15 +131,15 @@ class BuildExtensions(build_ext):
                 objects.append(compile(f"cpu/{name}.cpp", flags, f"cpu/{name}.{level}"))
 
         archs = cuda_archs() if nvcc else []
-        libraries = [f"-L{Path(torch.__file__).with_name('lib')}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
+        # libtorch.so, though it holds nothing itself, is what brings torch's CUDA symbols into scope
+        lib = Path(torch.__file__).with_name("lib")
+        libraries = [f"-L{lib}", "-Xlinker", "--no-as-needed", "-ltorch", "-ltorch_cpu"]
         if nvcc:
             codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
             codes += [f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
             flags = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "--extended-lambda", "-DUSE_CUDA"]
             flags += ["--expt-relaxed-constexpr", "-ccbin", cxx, *codes, *torch_flags]
             objects += [compile(str(cu.relative_to(CSRC)), flags, rule="nvcc") for cu in sorted(CSRC.glob("cuda/*.cu"))]
-            cuda_lib = Path(nvcc).resolve().parents[1] / "lib64"
-            libraries += [f"-L{cuda_lib}", "-lcudart_static", "-lrt", "-lpthread", "-ldl"]
 
         strings = {
             "HTV_COMPILER": subprocess.run([cxx, "--version"], capture_output=True, text=True).stdout.splitlines()[0],
@@ -154,7 +156,7 @@ class BuildExtensions(build_ext):
         ops, host = (Path(self.get_ext_fullpath(ext.name)).resolve() for ext in self.extensions)
         for path in (ops, host):
             path.parent.mkdir(parents=True, exist_ok=True)
-        ninja.build(ops, "link", objects, libraries)
+        ninja.build(ops, "nvlink" if nvcc else "link", objects, libraries)
         ninja.build(host, "link", host_objects, [])
         ninja.run()
 
