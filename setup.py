@@ -4,7 +4,7 @@ htv/_C.abi3.so      the ops, on LibTorch's stable ABI: one file serves every tor
 htv/_host.*.so      build information and CPU capability, by pybind11
 
 Environment:
-HTV_BUILD=0         no compiled code; the reference ops serve
+HTV_BUILD=1|0       with or without compiled code; without, the reference ops serve
 HTV_CUDA=auto|0|1   CUDA kernels: where nvcc is found and torch has CUDA; never; wherever nvcc is, or fail
 HTV_CUDA_ARCHS      compute capabilities, "80;90" by default; the last is also embedded as PTX
 CXX, CUDA_HOME      the compilers
@@ -33,8 +33,8 @@ CONTRACT = {"linear_kernel": "-ffp-contract=fast"}
 LEVELS = {
     "baseline": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl",
-               "-Wno-maybe-uninitialized"],  # noise from its intrinsics in GCC 12
+    # the warning is noise from this level's intrinsics in GCC 12
+    "avx512": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -Wno-maybe-uninitialized".split(),
 }
 HOT = ["stacked_kernel", "linear_kernel"]  # compiled once per level, from csrc/cpu
 
@@ -71,6 +71,10 @@ def cuda_archs() -> list[str]:
     return archs
 
 
+def first_line(command: list[str]) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+
+
 class Ninja:
     """A build file: rules, then one edge per object or library."""
 
@@ -91,7 +95,8 @@ class Ninja:
         (self.folder / "build.ninja").write_text("\n".join(self.lines) + "\n")
         ninja = shutil.which("ninja") or str(Path(sys.executable).with_name("ninja"))
         jobs = os.environ.get("MAX_JOBS")
-        if subprocess.run([ninja, "-C", self.folder, *(["-j", jobs] if jobs else [])]).returncode != 0:
+        done = subprocess.run([ninja, "-C", self.folder, *(["-j", jobs] if jobs else [])], check=False)
+        if done.returncode != 0:
             raise SystemExit(f"compilation failed, see above; the commands stand in {self.folder / 'build.ninja'}")
 
 
@@ -117,18 +122,18 @@ class BuildExtensions(build_ext):
         ninja.rule("link", f"{cxx} -shared $in -o $out $flags", deps=False)
         ninja.rule("nvlink", f"{nvcc} -ccbin {cxx} -shared -cudart static $in -o $out $flags", deps=False)
 
-        def compile(source: str, flags: list[str], out: str | None = None, rule: str = "cxx") -> str:
+        def compiled(source: str, flags: list[str], out: str | None = None, rule: str = "cxx") -> str:
             return ninja.build((out or source) + ".o", rule, [(CSRC / source).resolve()], flags)
 
         cpu = [*COMMON, *level_defines]
-        level_object = compile("cpu/level.cpp", cpu)
+        level_object = compiled("cpu/level.cpp", cpu)
         objects = [level_object]
         for source in ("library.cpp", "cpu/stacked.cpp", "cpu/linear.cpp"):
-            objects.append(compile(source, [*cpu, *torch_flags]))
+            objects.append(compiled(source, [*cpu, *torch_flags]))
         for name in HOT:
             for level, flags in levels.items():
                 flags = [*cpu, *flags, f"-DHTV_LEVEL={level}", CONTRACT.get(name, "-ffp-contract=off")]
-                objects.append(compile(f"cpu/{name}.cpp", flags, f"cpu/{name}.{level}"))
+                objects.append(compiled(f"cpu/{name}.cpp", flags, f"cpu/{name}.{level}"))
 
         archs = cuda_archs() if nvcc else []
         # libtorch.so, though it holds nothing itself, is what brings torch's CUDA symbols into scope
@@ -137,12 +142,13 @@ class BuildExtensions(build_ext):
         if nvcc:
             codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
             codes += [f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
-            flags = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "--extended-lambda", "-DUSE_CUDA"]
+            flags = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-DUSE_CUDA"]
             flags += ["--expt-relaxed-constexpr", "-ccbin", cxx, *codes, *torch_flags]
-            objects += [compile(str(cu.relative_to(CSRC)), flags, rule="nvcc") for cu in sorted(CSRC.glob("cuda/*.cu"))]
+            for source in sorted(CSRC.glob("cuda/*.cu")):
+                objects.append(compiled(f"cuda/{source.name}", flags, rule="nvcc"))
 
         strings = {
-            "HTV_COMPILER": subprocess.run([cxx, "--version"], capture_output=True, text=True).stdout.splitlines()[0],
+            "HTV_COMPILER": first_line([*shlex.split(cxx), "--version"]),
             "HTV_FLAGS": shlex.join(COMMON),
             "HTV_CPU_LEVELS": " ".join(levels),
             "HTV_TORCH_VERSION": torch.__version__,
@@ -151,7 +157,7 @@ class BuildExtensions(build_ext):
         }
         defines = [f'-D{name}="{value}"' for name, value in strings.items()] + [f"-DHTV_WITH_CUDA={int(bool(nvcc))}"]
         includes = ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")]
-        host_objects = [compile("host.cpp", [*cpu, *defines, *includes]), level_object]
+        host_objects = [compiled("host.cpp", [*cpu, *defines, *includes]), level_object]
 
         ops, host = (Path(self.get_ext_fullpath(ext.name)).resolve() for ext in self.extensions)
         for path in (ops, host):
@@ -161,18 +167,19 @@ class BuildExtensions(build_ext):
         ninja.run()
 
 
-if choice("HTV_BUILD", ("1", "0")) == "1":
+# The kernels are built and tried on Linux; elsewhere the default is to do without.
+if choice("HTV_BUILD", ("1", "0") if sys.platform == "linux" else ("0", "1")) == "1":
     wanted_nvcc()  # say what is wrong before anything is compiled
-    compiled = {
+    extensions = {
         "ext_modules": [Extension("htv._C", [], py_limited_api=True), Extension("htv._host", [])],
         "cmdclass": {"build_ext": BuildExtensions},
     }
 else:
     choice("HTV_CUDA", ("auto", "0", "1"))
-    compiled = {}
+    extensions = {}
 
 setup(
     packages=[*find_packages(include=["htv", "htv.*"]), "htv.triton_kernels"],
     package_dir={"htv.triton_kernels": "triton_kernels"},
-    **compiled,
+    **extensions,
 )

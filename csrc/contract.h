@@ -17,8 +17,10 @@ using torch::stable::Tensor;
 inline bool is_order(Statistic statistic) { return statistic >= Statistic::median; }
 
 inline Statistic statistic_named(const std::string& op, const std::string& name) {
-  constexpr const char* names[] = {"mean",           "and_mask", "xor_mask",     "geometric_mean",  "sand_mask",      "sign_sum",
-                                   "sign_agreement", "median",   "trimmed_mean", "winsorized_mean", "median_of_means"};
+  constexpr const char* names[] = {
+      "mean",           "and_mask", "xor_mask",     "geometric_mean",  "sand_mask",      "sign_sum",
+      "sign_agreement", "median",   "trimmed_mean", "winsorized_mean", "median_of_means",
+  };
   int index = 0;
   for (const char* known : names) {
     if (name == known) return static_cast<Statistic>(index);
@@ -55,8 +57,8 @@ inline Parameters parameters_for(const std::string& op, Statistic statistic, int
   switch (statistic) {
     case Statistic::trimmed_mean:
     case Statistic::winsorized_mean:
-      STD_TORCH_CHECK(0 <= count && 2 * count < groups, op, ": count must satisfy 0 <= 2 * count < groups, got count = ",
-                      count, " of ", groups, " groups");
+      STD_TORCH_CHECK(0 <= count && 2 * count < groups, op,
+                      ": count must satisfy 0 <= 2 * count < groups, got count = ", count, " of ", groups, " groups");
       break;
     case Statistic::median_of_means:
       STD_TORCH_CHECK(1 <= count && count <= groups, op, ": count must be 1 to ", groups, " buckets, got ", count);

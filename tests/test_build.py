@@ -33,7 +33,7 @@ def tree(tmp_path):
 def run(tree, *arguments, **settings):
     environment = {k: v for k, v in os.environ.items() if not k.startswith("HTV_")} | settings
     command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+    return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
 
 
 def names_in_wheel(tree, tmp_path, **settings):
@@ -79,13 +79,13 @@ def nvcc():
 @pytest.mark.skipif(nvcc() is None, reason="no nvcc")
 @pytest.mark.parametrize("source", sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ids=lambda path: path.name)
 def test_cuda_sources_compile(source, tmp_path):
-    """For sm_90, against whatever torch is installed, without spills to memory."""
+    """For sm_90, against whatever torch is installed, without spilling registers."""
     from torch.utils.cpp_extension import include_paths
 
     flags = ["-std=c++20", "-O3", "-arch=sm_90", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
     flags += ["--expt-relaxed-constexpr", "-Xptxas", "-v", "-c", str(source), "-o", str(tmp_path / "out.o")]
     flags += [flag for path in include_paths() for flag in ("-isystem", path)]
-    done = subprocess.run([nvcc(), *flags], capture_output=True, text=True)
+    done = subprocess.run([nvcc(), *flags], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     kernels = re.findall(r"entry function '(\S+)'.*?(\d+) bytes spill stores", done.stderr, re.DOTALL)
     assert kernels

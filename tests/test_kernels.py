@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import htv
-from htv.ops import backend  # noqa: F401  (it loads the kernels)
+from htv.ops import backend
 
 LEVELS = ("baseline", "avx2", "avx512")
 

@@ -74,8 +74,8 @@ void streaming_chunk(const StackedTask& task, int64_t chunk) {
 template <class V, int columns>
 struct Block {
   V* values;
-  Mask<V> nan[columns];           // a contribution is NaN
-  Count<V> undefined[columns];    // minus the number of ranked values that are NaN (inf - inf in a bucket's mean)
+  Mask<V> nan[columns];         // a contribution is NaN
+  Count<V> undefined[columns];  // minus the number of ranked values that are NaN (inf - inf in a bucket's mean)
 
   void sort(const CompareExchange* step, int64_t steps) {
     for (const CompareExchange* end = step + steps; step != end; ++step) {
@@ -90,7 +90,7 @@ struct Block {
   }
 };
 
-// Fills ranked values of blocks first <= b < last of the chunk, row by row: the values themselves, or bucket means.
+// Fills the values to rank of `count` blocks of coordinates from `begin` on, row by row: contributions or bucket means.
 template <class V, class T, int columns>
 void fill(const StackedTask& task, int64_t begin, int64_t width, Block<V, columns>* blocks, int64_t count) {
   constexpr int lanes = kLanes<V>;
@@ -98,7 +98,10 @@ void fill(const StackedTask& task, int64_t begin, int64_t width, Block<V, column
   const int64_t groups = task.parameters.groups, ranked = task.ranked;
   const bool buckets = ranked != groups;
   for (int64_t b = 0; b < count; ++b)
-    for (int c = 0; c < columns; ++c) blocks[b].nan[c] = Lane<V>::none(), blocks[b].undefined[c] = Count<V>{};
+    for (int c = 0; c < columns; ++c) {
+      blocks[b].nan[c] = Lane<V>::none();
+      blocks[b].undefined[c] = Count<V>{};
+    }
   int64_t e = 0;
   for (int64_t k = 0; k < ranked; ++k) {
     const int64_t size = groups / ranked + (k < groups % ranked);  // 1 unless these are buckets

@@ -1,6 +1,7 @@
 """htv::linear in C++ against its definition, at every CPU level this machine has."""
 
 import importlib
+import itertools
 import math
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from htv.ops import backend, reference, schema  # noqa: F401  (the backend loads the kernels)
+from htv.ops import backend, reference, schema
 from htv.rules import Statistic
 
 pytestmark = pytest.mark.skipif(backend.NOT_BUILT is not None, reason="htv was built without compiled kernels")
@@ -101,7 +102,7 @@ def test_random_factors(level, dtype, lengths):
     x = torch.randn(sum(lengths), 70, generator=generator, dtype=torch.float64).to(dtype)
     g = torch.randn(sum(lengths), 30, generator=generator, dtype=torch.float64).to(dtype)
     offsets = offsets_of(lengths)
-    contributions = torch.stack([g[a:b].double().t() @ x[a:b].double() for a, b in zip(offsets[:-1], offsets[1:])])
+    contributions = torch.stack([g[a:b].double().t() @ x[a:b].double() for a, b in itertools.pairwise(offsets)])
     sure = (contributions.abs() > 1e-4).all(dim=0)
     for statistic in statistics(len(lengths)):
         value, _ = cpp(x, g, offsets, statistic)
