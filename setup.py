@@ -30,12 +30,10 @@ TORCH_TARGET = "0x020b000000000000"  # the ABI of torch 2.11, the oldest served
 COMMON = ["-std=c++20", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-fno-math-errno", "-fno-trapping-math"]
 # a * b + c is rounded once only where that is the point, in matrix products: medians stay exact
 CONTRACT = {"linear_kernel": "-ffp-contract=fast"}
-LEVELS = {
-    "baseline": [],
-    "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    # the warning is noise from this level's intrinsics in GCC 12
-    "avx512": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -Wno-maybe-uninitialized".split(),
-}
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+NOISE = ["-Wno-maybe-uninitialized"]  # from the intrinsics of this level in GCC 12
+LEVELS = {"baseline": [], "avx2": AVX2, "avx512": [*AVX512, *NOISE]}
 HOT = ["stacked_kernel", "linear_kernel"]  # compiled once per level, from csrc/cpu
 
 
