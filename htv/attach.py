@@ -115,7 +115,8 @@ class Served:
     def slot(self, groups: Groups) -> Slot:
         """For one more use: uses share a hub until a backward has consumed it."""
         if self._hub is None or not self._hub[1].groups.same_voters(groups):
-            ledger = Ledger(self.rule, groups, self._guard, self._deliver, self._observe)
+            observe = self._observe if self.handle.collects_stats else None
+            ledger = Ledger(self.rule, groups, self._guard, self._deliver, observe)
             self._hub = Hub.apply(self.parameter, ledger), ledger
         token, ledger = self._hub
         return Slot(self.parameter.detach(), token, ledger)
@@ -191,7 +192,7 @@ class Handle:
 
     def __init__(self, model: nn.Module, rules: dict[str, Rule | None], on_unsupported: str, stats: bool):
         self.model, self.attached = model, True
-        self._stats, self._on_unsupported = stats, on_unsupported
+        self.collects_stats, self._on_unsupported = stats, on_unsupported
         self._spec: tuple[str, Tensor] | None = None  # who votes, while a block of groups() or packed() is open
         self._last_spec = self._spec
         self._running = False
@@ -263,7 +264,7 @@ class Handle:
         Needs ``attach(..., stats=True)``, which costs one more sliced pass over each parameter's contributions.
         Parameters that received no contribution yet are absent.
         """
-        if not self._stats:
+        if not self.collects_stats:
             raise RuntimeError("statistics are not collected: attach with stats=True (it costs one more pass)")
         return {s.name: s.agreement for s in self._served.values() if s.agreement is not None}
 

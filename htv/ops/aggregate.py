@@ -74,31 +74,38 @@ def _sliced(parts: list[Factors], statistic: Statistic) -> tuple[Tensor, Tensor]
     height, width = factors.two_dims(first.shape)
     value = torch.empty(height, width, *first.shape[2:], dtype=first.dtype, device=first.device)
     mask_sum = torch.zeros((), dtype=torch.float64, device=first.device)
-    for rows, columns in _boxes(first):
-        contributions = _sum_contributions(parts, rows, columns)
+    for rows, columns, contributions in _slices(parts):
         box, box_mask = functional.stacked(contributions, statistic)
         value[rows, columns] = box
         mask_sum += box_mask
     return value.mul_(first.groups.count).reshape(first.shape), mask_sum
 
 
-def _sum_contributions(parts: list[Factors], rows: slice, columns: slice) -> Tensor:
-    contributions = parts[0].contributions(rows, columns)
-    for part in parts[1:]:
-        contributions = contributions + part.contributions(rows, columns)
-    return contributions
+def _slices(parts: list[Factors]) -> Iterator[tuple[slice, slice, Tensor]]:
+    """(rows, columns, contributions (E, r, c, *rest)) of near-square boxes that cover dims 0 and 1.
 
-
-def _boxes(part: Factors) -> Iterator[tuple[slice, slice]]:
-    """Cover dims 0 and 1 with near-square boxes whose contributions fit the scratch."""
-    height, width = factors.two_dims(part.shape)
-    itemsize = torch.finfo(part.dtype).bits // 8
-    budget = max(1, factors.SCRATCH_BYTES // (part.groups.count * math.prod(part.shape[2:]) * itemsize))
+    All boxes share one scratch: what is yielded is overwritten by the next. (Fresh tensors instead would make glibc's
+    heap grow without bound, for it rarely reuses aligned blocks.)
+    """
+    first = parts[0]
+    count, rest = first.groups.count, first.shape[2:]
+    height, width = factors.two_dims(first.shape)
+    itemsize = torch.finfo(first.dtype).bits // 8
+    budget = max(1, factors.SCRATCH_BYTES // (count * math.prod(rest) * itemsize))
     columns = min(width, max(math.isqrt(budget), budget // height, 1))
     rows = min(height, max(1, budget // columns))
+    size = count * rows * columns * math.prod(rest)
+    scratch = [torch.empty(size, dtype=first.dtype, device=first.device) for _ in range(min(2, len(parts)))]
     for top in range(0, height, rows):
         for left in range(0, width, columns):
-            yield slice(top, min(top + rows, height)), slice(left, min(left + columns, width))
+            box = slice(top, min(top + rows, height)), slice(left, min(left + columns, width))
+            shape = (count, box[0].stop - box[0].start, box[1].stop - box[1].start, *rest)
+            contributions, *other = (s[: math.prod(shape)].view(shape) for s in scratch)
+            first.write(*box, contributions)
+            for part in parts[1:]:
+                part.write(*box, other[0])
+                contributions += other[0]
+            yield *box, contributions
 
 
 def _sparse_rows(parts: list[EmbeddingFactors], statistic: Statistic) -> tuple[Tensor, Tensor]:
@@ -137,8 +144,8 @@ def agreement(parts: list[Factors], rule: Rule) -> Agreement:
     statistic = rule.statistic(first.groups.count)
     masked = statistic.name in ("and_mask", "xor_mask", "geometric_mean", "sand_mask")
     agreeing = kept = total_energy = energy = 0.0
-    for rows, columns in _boxes(first):
-        contributions = _sum_contributions(parts, rows, columns).flatten(1)
+    for _, _, box in _slices(parts):
+        contributions = box.flatten(1)
         votes = reference.sign_sum(contributions).abs()
         agreeing += votes.sum(dtype=torch.float64).item() / len(contributions)
         wide = contributions.double()

@@ -32,9 +32,9 @@ class Factors:
     dtype: torch.dtype
     device: torch.device
 
-    def contributions(self, rows: slice, columns: slice) -> Tensor:
-        """(E, r, c, *shape[2:]) in `dtype`."""
-        raise TypeError(f"{type(self).__name__} does not define contributions()")
+    def write(self, rows: slice, columns: slice, out: Tensor) -> None:
+        """Write the contributions of a box of coordinates. out: (E, r, c, *shape[2:]) in `dtype`, contiguous."""
+        raise TypeError(f"{type(self).__name__} does not define write()")
 
     def total(self) -> Tensor:
         """The plain sum over groups, (*shape): what autograd would compute."""
@@ -49,9 +49,9 @@ class StackedFactors(Factors):
         self.values, self.groups = values, groups
         self.shape, self.device, self.dtype = tuple(values.shape[1:]), values.device, compute_dtype(values.dtype)
 
-    def contributions(self, rows: slice, columns: slice) -> Tensor:
+    def write(self, rows: slice, columns: slice, out: Tensor) -> None:
         values = self.values.reshape(len(self.values), *two_dims(self.shape), *self.shape[2:])
-        return values[:, rows, columns].to(self.dtype)
+        out.copy_(values[:, rows, columns])
 
     def total(self) -> Tensor:
         return self.values.sum(dim=0)
@@ -70,20 +70,20 @@ class LinearFactors(Factors):
         self.groups, self.device, self.dtype = groups, x.device, compute_dtype(x.dtype)
         self.shape = (self.grad_output.shape[1], self.x.shape[1])
 
-    def contributions(self, rows: slice, columns: slice) -> Tensor:
+    def write(self, rows: slice, columns: slice, out: Tensor) -> None:
         x = self.x[:, columns].to(self.dtype)
         grad_output = self.grad_output[:, rows].to(self.dtype)
         sizes = self.offsets.diff()
         if bool((sizes == sizes[0]).all()):
             x, grad_output = (t.reshape(len(sizes), int(sizes[0]), t.shape[1]) for t in (x, grad_output))
             if x.shape[1] == 1:  # one row per group: an outer product
-                return grad_output.transpose(1, 2) * x
-            return torch.bmm(grad_output.transpose(1, 2), x)
-        out = x.new_empty(len(sizes), grad_output.shape[1], x.shape[1])
+                torch.mul(grad_output.transpose(1, 2), x, out=out)
+            else:
+                torch.bmm(grad_output.transpose(1, 2), x, out=out)
+            return
         bounds = self.offsets.tolist()
         for e, (start, end) in enumerate(itertools.pairwise(bounds)):
             torch.mm(grad_output[start:end].t(), x[start:end], out=out[e])
-        return out
 
     def total(self) -> Tensor:
         return self.grad_output.t() @ self.x
@@ -102,9 +102,9 @@ class ConvFactors(Factors):
         self.shape = (grad_output.shape[1], x.shape[1] // geometry.groups, *kernel)
         self.device, self.dtype = x.device, compute_dtype(x.dtype)
 
-    def contributions(self, rows: slice, columns: slice) -> Tensor:
-        pieces = [self._of_conv_group(index, part, columns) for index, part in self._conv_groups(rows)]
-        return self.groups.sum_units(pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1))
+    def write(self, rows: slice, columns: slice, out: Tensor) -> None:
+        for index, part in self._conv_groups(rows):
+            self._write_conv_group(index, part, columns, out[:, part.start - rows.start : part.stop - rows.start])
 
     def _conv_groups(self, rows: slice):
         """Split a range of output channels at the borders of the convolution's groups."""
@@ -112,22 +112,20 @@ class ConvFactors(Factors):
         for index in range(rows.start // size, (rows.stop - 1) // size + 1):
             yield index, slice(max(rows.start, index * size), min(rows.stop, (index + 1) * size))
 
-    def _of_conv_group(self, index: int, rows: slice, columns: slice) -> Tensor:
-        """(N, r, c, *kernel) contributions of single examples."""
+    def _write_conv_group(self, index: int, rows: slice, columns: slice, out: Tensor) -> None:
+        """out: (E, r, c, *kernel)."""
         first = index * self.shape[1]
         x = self.x[:, first + columns.start : first + columns.stop].to(self.dtype)
         x = F.pad(x, [amount for amount in reversed(self.geometry.padding) for _ in range(2)])
         grad_output = self.grad_output[:, rows].to(self.dtype).flatten(2)  # (N, r, L)
-        out_space = self.grad_output.shape[2:]
-        taps = []
         for tap in itertools.product(*(range(k) for k in self.kernel)):
             view = x
-            steps = zip(tap, self.geometry.dilation, self.geometry.stride, out_space, strict=True)
+            steps = zip(tap, self.geometry.dilation, self.geometry.stride, self.grad_output.shape[2:], strict=True)
             for dim, (k, dilation, stride, length) in enumerate(steps, start=2):
                 view = view.narrow(dim, k * dilation, (length - 1) * stride + 1)
                 view = view[(slice(None),) * dim + (slice(None, None, stride),)]
-            taps.append(torch.bmm(grad_output, view.flatten(2).transpose(1, 2)))  # (N, r, c)
-        return torch.stack(taps, dim=-1).reshape(*taps[0].shape, *self.kernel)
+            product = torch.bmm(grad_output, view.flatten(2).transpose(1, 2))  # (N, r, c)
+            out[(slice(None),) * 3 + tap] = self.groups.sum_units(product)
 
     def total(self) -> Tensor:
         geometry = self.geometry
@@ -188,14 +186,12 @@ class EmbeddingFactors(Factors):
         small._init(torch.searchsorted(tokens, self.tokens), self.voter, self.grad_output, len(tokens), self.groups)
         return small
 
-    def contributions(self, rows: slice, columns: slice) -> Tensor:
+    def write(self, rows: slice, columns: slice, out: Tensor) -> None:
         first, last = torch.searchsorted(self.tokens, self.tokens.new_tensor([rows.start, rows.stop])).tolist()
-        height = rows.stop - rows.start
-        slot = self.voter[first:last] * height + (self.tokens[first:last] - rows.start)
+        slot = self.voter[first:last] * (rows.stop - rows.start) + (self.tokens[first:last] - rows.start)
         grad_output = self.grad_output[first:last, columns].to(self.dtype)
-        out = grad_output.new_zeros(self.groups.count * height, grad_output.shape[1])
-        out.index_put_((slot,), grad_output, accumulate=True)  # sorted accumulation: no atomics on CUDA either
-        return out.reshape(self.groups.count, height, -1)
+        # index_put_ sorts to accumulate, so there are no atomics on CUDA either.
+        out.zero_().flatten(0, 1).index_put_((slot,), grad_output, accumulate=True)
 
     def total(self) -> Tensor:
         return torch.ops.aten.embedding_dense_backward(self.grad_output, self.tokens, self.shape[0], -1, False)
