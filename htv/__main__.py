@@ -1,0 +1,5 @@
+"""`python -m htv` is the command `htv`."""
+
+from htv.cli import main
+
+main()

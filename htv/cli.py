@@ -1,0 +1,162 @@
+"""The command `htv`: a demo to see the rules at work, and what this installation can do.
+
+Commands import what they need when they run, so that `htv --help` stays quick.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+app = typer.Typer(
+    help="Gradients that keep only what the examples agree on.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # errors on one line
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    app(prog_name="htv")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from htv.demo.machine import version
+
+        typer.echo(f"htv {version('hard-to-vary')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    data: Annotated[
+        Optional[Path],  # noqa: UP045 (typer reads annotations on Python 3.10 too)
+        typer.Option(help="Folder of idx files (MNIST's format), plain or .gz. Default: scikit-learn's digits."),
+    ] = None,
+    rule: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            help="Rule to compare with plain; repeat it or separate by commas. and-mask[:TAU], median, "
+            "winsorized[:COUNT_OR_FRACTION], trimmed[:COUNT_OR_FRACTION], median-of-means[:K]. "
+            "Default: and-mask,median,winsorized."
+        ),
+    ] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 50,
+    seed: Annotated[int, typer.Option(min=0, help="Decides split, wrong labels, initial weights and order.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for demo.png and demo.json; made if missing.")] = Path("demo"),
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    train_limit: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Train on at most so many images. Default: 3000 with --data, else all."),
+    ] = None,
+) -> None:
+    """Train on real images of which a quarter carry wrong labels, and see which rules learn those by heart.
+
+    Plain training and the rules start from the same weights and see the same batches. Ends with a table of accuracy,
+    memorisation, time and memory, curves as PNG, and every number as JSON.
+    """
+    from rich.console import Console
+
+    from htv.data import DataError, digits, idx_folder
+    from htv.demo.run import run
+    from htv.demo.training import Setup
+    from htv.demo.variants import parse_all
+
+    setup = Setup(epochs=epochs, seed=seed, device=_checked_device(device))
+    try:
+        variants = parse_all(rule, setup.batch_size)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--rule") from error
+    _check_folder(out)
+    try:
+        images = digits(seed) if data is None else idx_folder(data)
+    except DataError as error:
+        raise typer.BadParameter(str(error), param_hint="--data") from error
+    if data is not None or train_limit is not None:
+        images = images.subset(train_limit or 3000, seed)
+    if len(images.train_labels) < setup.batch_size:
+        raise typer.BadParameter(
+            f"{len(images.train_labels)} training images do not fill one batch of {setup.batch_size}",
+            param_hint="--data" if train_limit is None else "--train-limit",
+        )
+    run(images, variants, setup, out, Console())
+
+
+@app.command()
+def info() -> None:
+    """Show versions, how the package was built, and which backends serve here, or why not."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from htv.demo import machine
+    from htv.ops import backend
+
+    facts = Table.grid(padding=(0, 2))
+    built = machine.build()
+    rows = {
+        **machine.versions(),
+        "CPU": machine.cpu_name(),
+        "CPU kernels": machine.cpu_capability(),
+        "CUDA": "; ".join(machine.cuda_devices()) or "no device",
+        **({f"build: {key}": _in_one_line(value) for key, value in built.items()} if built else {}),
+    }
+    for name, value in rows.items():
+        facts.add_row(name, value)
+    backends = Table("backend", "serves", "why", title="Backends", title_justify="left")
+    for name, serves, reason in backend.report():
+        backends.add_row(name, "yes" if serves else "no", reason)
+    console = Console()
+    console.print(facts, highlight=False)
+    console.print(backends, highlight=False)
+
+
+def _in_one_line(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return (" ".join(map(str, value)) or "none") if isinstance(value, list | tuple) else str(value)
+
+
+def _checked_device(name: str) -> str:
+    import torch
+
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not (kind == "cuda" and index.isdecimal())):
+        raise typer.BadParameter(f"unknown device {name!r}; use cpu, cuda or cuda:N", param_hint="--device")
+    if kind == "cuda":
+        if not torch.cuda.is_available():
+            raise typer.BadParameter(
+                f"no CUDA device is available to torch {torch.__version__}; install a CUDA build of torch and check "
+                "the driver with nvidia-smi, or use --device cpu",
+                param_hint="--device",
+            )
+        if int(index or 0) >= torch.cuda.device_count():
+            raise typer.BadParameter(
+                f"{name} does not exist; this machine has {torch.cuda.device_count()} CUDA device(s)",
+                param_hint="--device",
+            )
+    return name
+
+
+def _check_folder(out: Path) -> None:
+    """Refuse a folder that cannot be written before any time is spent, without creating it yet."""
+    import os
+
+    nearest = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise typer.BadParameter(f"{nearest} is a file; name a folder", param_hint="--out")
+    if not os.access(nearest, os.W_OK):
+        raise typer.BadParameter(f"{nearest} cannot be written", param_hint="--out")

@@ -1,0 +1,72 @@
+"""Versions, build and hardware: what numbers were measured on."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+NOT_BUILT = "not built (HTV_BUILD=0, or run from the source folder)"
+
+
+def version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def versions() -> dict[str, str]:
+    return {
+        "htv": version("hard-to-vary"),
+        "torch": torch.__version__,
+        "triton": version("triton"),
+        "Python": platform.python_version(),
+    }
+
+
+def build() -> dict[str, object] | None:
+    """How the compiled part was built; None in a pure-Python install."""
+    try:
+        from htv import _host
+    except ImportError:
+        return None
+    return _host.build_info()
+
+
+def cpu_capability() -> str:
+    """The instruction set the CPU kernels use, or that there are none."""
+    try:
+        from htv import _host
+    except ImportError:
+        return NOT_BUILT
+    return _host.cpu_capability()
+
+
+def cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, "") or platform.processor() or platform.machine()
+
+
+def cuda_devices() -> list[str]:
+    if not torch.cuda.is_available():
+        return []
+    devices = (torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count()))
+    return [f"{d.name}, compute capability {d.major}.{d.minor}, {d.total_memory / 2**30:.0f} GiB" for d in devices]
+
+
+def describe(device: str) -> dict[str, object]:
+    """The above for the JSON of a run on `device`."""
+    return {
+        "versions": versions(),
+        "build": build(),
+        "platform": platform.platform(terse=True),
+        "cpu": cpu_name(),
+        "cpu_capability": cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "device": device if device == "cpu" else torch.cuda.get_device_name(device),
+    }

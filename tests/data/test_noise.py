@@ -1,0 +1,44 @@
+"""Label noise: exactly as many as asked, each truly wrong, each other class equally likely."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from htv.data import label_noise
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    n=st.integers(0, 200), rate=st.floats(0, 1), classes=st.integers(2, 12), seed=st.integers(0, 2**31)
+)  # fmt: skip
+def test_exactly_the_share_is_changed(n, rate, classes, seed):
+    labels = torch.randint(0, classes, (n,), generator=torch.Generator().manual_seed(7))
+    before = labels.clone()
+    noisy, wrong = label_noise(labels, rate, classes, seed)
+    assert torch.equal(labels, before)
+    assert wrong.sum() == round(rate * n) and torch.equal(noisy != labels, wrong)
+    assert ((noisy >= 0) & (noisy < classes)).all()
+    again = label_noise(labels, rate, classes, seed)
+    assert torch.equal(noisy, again[0]) and torch.equal(wrong, again[1])
+
+
+def test_the_seed_matters_and_wrong_classes_are_uniform():
+    labels = torch.full((90_000,), 4)
+    noisy, wrong = label_noise(labels, 1.0, 10, seed=0)
+    counts = noisy.bincount(minlength=10)
+    assert wrong.all() and counts[4] == 0
+    others = torch.cat([counts[:4], counts[5:]]).double()
+    assert ((others - 10_000) ** 2 / 10_000).sum() < 26.1  # chi-squared, 8 degrees of freedom, p = .001
+    assert not torch.equal(label_noise(labels, 0.25, 10, seed=0)[1], label_noise(labels, 0.25, 10, seed=1)[1])
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.01, float("nan"), 25])
+def test_a_rate_that_is_no_share_is_refused(rate):
+    with pytest.raises(ValueError, match=r"rate must lie in \[0, 1\], got"):
+        label_noise(torch.zeros(4, dtype=torch.int64), rate, 10, seed=0)
+
+
+def test_one_class_cannot_be_wrong():
+    with pytest.raises(ValueError, match="num_classes"):
+        label_noise(torch.zeros(4, dtype=torch.int64), 0.5, 1, seed=0)

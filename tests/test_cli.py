@@ -1,0 +1,134 @@
+"""The command line: help, info, clear refusals, and one small demo from start to end."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from htv.cli import app
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_help_names_the_commands():
+    result = invoke("--help")
+    assert result.exit_code == 0
+    assert "demo" in result.output and "info" in result.output
+    for option in ("--data", "--rule", "--epochs", "--seed", "--out", "--device"):
+        assert option in invoke("demo", "--help").output
+
+
+def test_python_m_htv_and_what_help_does_not_import():
+    program = (
+        "import sys; sys.argv = ['htv', '--help']\n"
+        "try:\n    import htv.__main__\n"
+        "except SystemExit as stop:\n    assert stop.code == 0\n"
+        "print([name for name in ('matplotlib', 'sklearn', 'htv.demo', 'htv.data') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_version():
+    result = invoke("--version")
+    assert result.exit_code == 0 and result.output.startswith("htv ")
+
+
+def test_info_lists_versions_and_backends():
+    result = invoke("info")
+    assert result.exit_code == 0
+    assert torch.__version__ in result.output
+    for word in ("CPU kernels", "CUDA", "cpp", "cuda", "triton", "reference"):
+        assert word in result.output
+
+
+def test_info_without_compiled_code(monkeypatch):
+    monkeypatch.setitem(sys.modules, "htv._host", None)  # importing it now fails
+    monkeypatch.delattr("htv._host", raising=False)
+    result = invoke("info")
+    assert result.exit_code == 0 and "not built (HTV_BUILD=0" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rule", "mode"], "unknown rule 'mode'"),
+        (["--rule", "and-mask:2"], "tau must lie in [0, 1], got 2"),
+        (["--rule", "winsorized:40"], "use at most 31"),
+        (["--epochs", "0"], "--epochs"),
+        (["--seed", "-1"], "--seed"),
+        (["--device", "toaster"], "unknown device 'toaster'; use cpu, cuda or cuda:N"),
+        (["--device", "cuda:x"], "unknown device"),
+        (["--data", "{tmp}"], "train-images-idx3-ubyte.gz) is missing"),
+        (["--data", "{tmp}/nowhere"], "does not exist"),
+        (["--out", "{tmp}/file"], "is a file; name a folder"),
+        (["--out", "{tmp}/file/below"], "is a file; name a folder"),
+        (["--train-limit", "63"], "63 training images do not fill one batch of 64"),
+        (["--nonsense"], "--nonsense"),
+    ],
+)
+def test_mistakes_are_named_without_a_traceback(arguments, message, tmp_path):
+    (tmp_path / "file").write_text("")
+    before = sorted(tmp_path.iterdir())
+    result = invoke("demo", "--out", tmp_path / "out", *(a.format(tmp=tmp_path) for a in arguments))
+    assert result.exit_code == 2
+    assert message in result.output and "Traceback" not in result.output
+    assert isinstance(result.exception, SystemExit)
+    assert sorted(tmp_path.iterdir()) == before  # nothing was made
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
+def test_no_cuda_names_the_remedy():
+    result = invoke("demo", "--device", "cuda")
+    assert result.exit_code == 2 and "or use --device cpu" in result.output
+
+
+@pytest.fixture(scope="module")
+def small_demo(tmp_path_factory):
+    """A demo of seconds: one rule, one epoch, few images. Needs attach, and measures memory in three processes."""
+    out = tmp_path_factory.mktemp("demo") / "new" / "folder"
+    result = invoke("demo", "--rule", "and-mask:0.3", "--epochs", 1, "--seed", 5, "--train-limit", 200, "--out", out)
+    assert result.exit_code == 0, result.output
+    return result.output, out, json.loads((out / "demo.json").read_text())
+
+
+def test_demo_writes_what_it_says(small_demo):
+    output, out, _ = small_demo
+    assert sorted(path.name for path in out.iterdir()) == ["demo.json", "demo.png"]
+    assert str(out / "demo.json") in output and str(out / "demo.png") in output
+    assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_demo_records_every_number(small_demo):
+    _, _, record = small_demo
+    assert record["setup"]["seed"] == 5 and record["setup"]["epochs"] == 1 and record["setup"]["device"] == "cpu"
+    assert record["data"] == {"name": "digits", "classes": 10, "train_images": 200, "wrong_labels": 50,
+                              "test_images": 360}  # fmt: skip
+    assert record["machine"]["versions"]["torch"] == torch.__version__ and record["machine"]["cpu"]
+    plain, masked = record["results"]
+    assert (plain["spec"], plain["rule"]) == ("plain", None)
+    assert (masked["spec"], masked["rule"]) == ("and-mask:0.3", "AndMask(tau=0.3, rescale=False)")
+    for result in (plain, masked):
+        assert len(result["epochs"]) == 1 and result["final"] == result["epochs"][-1]
+        shares = ("test_accuracy", "memorised", "recovered", "clean_accuracy")
+        assert all(0 <= result["final"][name] <= 1 for name in shares)
+        assert result["final"]["memorised"] + result["final"]["recovered"] <= 1
+        assert result["ms_per_step"] > 0 and result["peak_bytes"] > 0
+    assert plain["vmap_peak_bytes"] is None and plain["vmap_ms_per_step"] is None
+    examples_by_parameters = 64 * (64 * 512 + 512 * 512 + 512 * 10 + 512 + 512 + 10) * 4  # bytes
+    if masked["memory_method"] != "ru_maxrss":
+        assert masked["vmap_peak_bytes"] > examples_by_parameters > masked["peak_bytes"]
+
+
+def test_demo_shows_the_recorded_numbers(small_demo):
+    output, _, record = small_demo
+    for result in record["results"]:
+        (row,) = (line for line in output.splitlines() if line.startswith(f"{result['spec']} ") and "x)" in line)
+        assert f"{result['final']['test_accuracy']:.1%}" in row and f"{result['final']['memorised']:.1%}" in row
+        assert f"{result['ms_per_step']:.1f} (" in row and f"{result['peak_bytes'] / 1e6:.1f} (" in row
