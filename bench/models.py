@@ -1,17 +1,22 @@
-"""Small models of the kinds people train; every test that needs a whole model takes it from here."""
+"""Models of the kinds people train, small by default for the tests, in real sizes for the benchmarks."""
 
 from __future__ import annotations
+
+import itertools
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def mlp(activation: type[nn.Module] = nn.ReLU) -> nn.Module:
-    """12-16-16-4."""
-    return nn.Sequential(
-        nn.Linear(12, 16), activation(), nn.LayerNorm(16), nn.Linear(16, 16), activation(), nn.Linear(16, 4)
-    )
+def mlp(sizes: tuple[int, ...] = (12, 16, 16, 4), activation: type[nn.Module] = nn.ReLU, norm: bool = True) -> nn.Module:
+    """Linear layers of the given sizes, an activation between them, a LayerNorm after the first."""
+    layers = []
+    for before, after in itertools.pairwise(sizes):
+        layers += [nn.Linear(before, after), activation()]
+    if norm:
+        layers.insert(2, nn.LayerNorm(sizes[1]))
+    return nn.Sequential(*layers[:-1])
 
 
 class Attention(nn.Module):
@@ -29,13 +34,13 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block with a layer scale."""
+    """Pre-norm transformer block, its MLP scaled by a parameter."""
 
-    def __init__(self, width: int, heads: int, causal: bool):
+    def __init__(self, width: int, heads: int, causal: bool, expansion: int = 2):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attention = Attention(width, heads, causal)
-        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.mlp = nn.Sequential(nn.Linear(width, expansion * width), nn.GELU(), nn.Linear(expansion * width, width))
         self.scale = nn.Parameter(torch.full((width,), 0.5))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -44,16 +49,26 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Pre-norm transformer; head tied to the token embedding, positions looked up by torch.arange."""
+    """Pre-norm transformer; positions looked up by torch.arange, head tied to the token embedding unless told not to."""
 
-    def __init__(self, vocabulary: int = 29, width: int = 16, heads: int = 2, layers: int = 2, context: int = 12):
+    def __init__(
+        self,
+        vocabulary: int = 29,
+        width: int = 16,
+        heads: int = 2,
+        layers: int = 2,
+        context: int = 12,
+        expansion: int = 2,
+        tied: bool = True,
+    ):
         super().__init__()
         self.tokens = nn.Embedding(vocabulary, width)
         self.positions = nn.Embedding(context, width)
-        self.blocks = nn.ModuleList(Block(width, heads, causal=True) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(width, heads, causal=True, expansion=expansion) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, vocabulary, bias=False)
-        self.head.weight = self.tokens.weight
+        if tied:
+            self.head.weight = self.tokens.weight
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.tokens(ids) + self.positions(torch.arange(ids.shape[1], device=ids.device))
@@ -84,14 +99,15 @@ class VisionTransformer(nn.Module):
 
 
 class Residual(nn.Module):
-    def __init__(self, before: int, after: int, stride: int):
+    def __init__(self, before: int, after: int, stride: int, norm_groups: int):
         super().__init__()
         self.conv1 = nn.Conv2d(before, after, 3, stride, padding=1, bias=False)
         self.conv2 = nn.Conv2d(after, after, 3, padding=1, bias=False)
-        self.norm1, self.norm2 = nn.GroupNorm(4, after), nn.GroupNorm(4, after)
+        self.norm1, self.norm2 = nn.GroupNorm(norm_groups, after), nn.GroupNorm(norm_groups, after)
         self.shortcut = nn.Identity()
         if stride != 1 or before != after:
-            self.shortcut = nn.Sequential(nn.Conv2d(before, after, 1, stride, bias=False), nn.GroupNorm(4, after))
+            conv = nn.Conv2d(before, after, 1, stride, bias=False)
+            self.shortcut = nn.Sequential(conv, nn.GroupNorm(norm_groups, after))
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.norm1(self.conv1(x)), inplace=True)
@@ -101,14 +117,14 @@ class Residual(nn.Module):
 class ResNet18(nn.Module):
     """Stem, basic blocks (2, 2, 2, 2), every norm a GroupNorm; `width` 64 is the original."""
 
-    def __init__(self, width: int = 8, classes: int = 5):
+    def __init__(self, width: int = 8, classes: int = 5, norm_groups: int = 4):
         super().__init__()
         self.stem = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
-        self.norm = nn.GroupNorm(4, width)
+        self.norm = nn.GroupNorm(norm_groups, width)
         stages, channels = [], width
         for stage, after in enumerate((width, 2 * width, 4 * width, 8 * width)):
             for block in range(2):
-                stages.append(Residual(channels, after, stride=2 if stage and not block else 1))
+                stages.append(Residual(channels, after, 2 if stage and not block else 1, norm_groups))
                 channels = after
         self.stages = nn.Sequential(*stages)
         self.head = nn.Linear(channels, classes)

@@ -1,0 +1,56 @@
+# Two commands do everything on a machine with python3, make and g++:
+#   make demo    train on real images with wrong labels, compare the rules
+#   make test    the test suite
+# PYTHON, TORCH, NUMPY and VENV can be given, e.g. make test PYTHON=python3.12 TORCH=torch==2.13.0
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+NUMPY ?= numpy
+VENV ?= .venv
+ARGS ?=
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
+
+.PHONY: demo test test-all test-oldest test-pure bench lint format clean
+
+# torch first and by itself: the build compiles against the torch that is installed, whatever its version.
+$(VENV)/.installed: $(SOURCES)
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13) and "htv needs Python 3.10 to 3.13")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$(TORCH)" "$(NUMPY)" "setuptools>=77" wheel ninja pybind11
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test]"
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/htv demo $(ARGS)
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -q -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -q bench --benchmark-disable
+
+test-all: $(VENV)/.installed
+	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q bench --benchmark-disable
+
+# The oldest supported torch, with the Triton it comes with (whose interpreter needs an older NumPy).
+test-oldest:
+	$(MAKE) test VENV=.venv-oldest TORCH=torch==2.11.0 NUMPY="numpy<2.4"
+
+# No compiler, no kernels: the reference serves everything.
+test-pure:
+	HTV_BUILD=0 $(MAKE) test VENV=.venv-pure
+
+bench: $(VENV)/.installed
+	$(BIN)/python bench/steps.py --out bench/results $(ARGS)
+
+lint: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet ruff
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+format: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet ruff
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .venv-oldest .venv-pure build dist *.egg-info htv/*.so
