@@ -110,14 +110,19 @@ def test_aggregating_detaches():
     assert "forward" not in vars(network)
 
 
-def test_times_take_turns_and_are_medians(monkeypatch):
+def test_times_take_turns_and_the_slow_ones_three(monkeypatch):
     calls = []
-    clock = iter(range(1000))
+    clock = iter(range(100_000))
     monkeypatch.setattr(cost.time, "perf_counter", lambda: next(clock))
     steps = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
-    times = cost.time_steps(steps, {"a": 3, "b": 1}, lambda: None)
-    assert "".join(calls) == "ab" + "ab" + "a" + "a"
-    assert times == {"a": 1000.0, "b": 1000.0}
+    times = cost.time_steps(steps, {"b"}, lambda: None, patience=1)
+    assert "".join(calls) == "ab" + 3 * "ab" + 7 * "a"
+    assert times["a"] == times["b"] == cost.Timing(1000.0, 1000.0, 1000.0)
+
+
+def test_rough_times_are_told():
+    calm, rough = ({"ms_per_step_quartiles": quartiles} for quartiles in ([2.0, 2.9], [2.0, 3.1]))
+    assert not report.times_are_rough([calm, calm]) and report.times_are_rough([calm, rough])
 
 
 def test_peak_memory_is_that_of_the_step():

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,24 +25,44 @@ from htv.demo.variants import Variant, parse
 Step = Callable[[], object]
 
 
-def time_steps(steps: dict[str, Step], rounds: dict[str, int], synchronise: Step) -> dict[str, float]:
-    """Median milliseconds of each step over its number of rounds, after one untimed call each."""
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds: median and quartiles."""
+
+    median: float
+    lower: float
+    upper: float
+
+    @classmethod
+    def of(cls, values: list[float]) -> Timing:
+        lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(median, lower, upper)
+
+
+def time_steps(steps: dict[str, Step], few: set[str], synchronise: Step, patience: float = 10.0) -> dict[str, Timing]:
+    """Time every step in turn, after one untimed call each: 100 rounds, or fewer (10 at least) after `patience` s.
+
+    few: the slow ones that only take part in the first three rounds.
+    """
     for run in steps.values():
         run()
     milliseconds: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(max(rounds.values())):
+    begin = time.perf_counter()
+    for turn in range(100):
         for name, run in steps.items():
-            if turn < rounds[name]:
+            if turn < 3 or name not in few:
                 synchronise()
                 start = time.perf_counter()
                 run()
                 synchronise()
                 milliseconds[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(values) for name, values in milliseconds.items()}
+        if turn >= 9 and time.perf_counter() - begin > patience:
+            break
+    return {name: Timing.of(values) for name, values in milliseconds.items()}
 
 
-def step_times(variants: list[Variant], setup: Setup, x: Tensor, labels: Tensor, num_classes: int) -> dict[str, float]:
-    """Milliseconds of a whole training step per variant, and as "vmap SPEC" of its materialising twin.
+def step_times(variants: list[Variant], setup: Setup, x: Tensor, labels: Tensor, num_classes: int) -> dict[str, Timing]:
+    """A whole training step of each variant, and as "vmap SPEC" of its materialising twin.
 
     x: (batch, pixels) and labels: (batch,) on the device. The learning rate is 0: the weights stay where they are.
     """
@@ -60,13 +80,9 @@ def step_times(variants: list[Variant], setup: Setup, x: Tensor, labels: Tensor,
         return lambda: materialised_step(network, optimizer, x, labels, variant.rule)
 
     steps = {variant.spec: attached(variant) for variant in variants}
-    rounds = dict.fromkeys(steps, 30)
-    for variant in variants:
-        if variant.rule is not None:
-            steps[f"vmap {variant.spec}"] = materialising(variant)
-            rounds[f"vmap {variant.spec}"] = 3  # slow, and far from plain: three will do
+    twins = {f"vmap {variant.spec}": materialising(variant) for variant in variants if variant.rule is not None}
     on_cuda = x.device.type == "cuda"
-    return time_steps(steps, rounds, torch.cuda.synchronize if on_cuda else lambda: None)
+    return time_steps(steps | twins, set(twins), torch.cuda.synchronize if on_cuda else lambda: None)
 
 
 def peak_memory(variant: Variant, materialise: bool, setup: Setup, pixels: int, num_classes: int) -> dict:

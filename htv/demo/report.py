@@ -48,6 +48,11 @@ def in_words(results: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def times_are_rough(results: list[dict]) -> bool:
+    """Whether the middle half of some variant's times spans more than a factor of 1.5."""
+    return any(upper > 1.5 * lower for lower, upper in (result["ms_per_step_quartiles"] for result in results))
+
+
 def save_curves(path: Path, results: list[dict], title: str) -> None:
     """Test accuracy and memorised share after every epoch, one line per variant."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -62,6 +62,8 @@ def run(data: Dataset, variants: list[Variant], setup: Setup, out: Path, console
     report.save_json(numbers, record)
     console.print(report.summary_table(results, setup.noise))
     console.print(report.in_words(results), highlight=False)
+    if report.times_are_rough(results):
+        console.print("The machine was busy: times varied by more than half. Repeat on a quiet one to trust them.")
     console.print(f"Curves: {curves}\nEvery number: {numbers}", soft_wrap=True)
     return record
 
@@ -89,12 +91,16 @@ def _measure(task: Task, variants: list[Variant], setup: Setup, progress: Progre
             progress.update(bar, now=f"{'vmap, ' * materialise}{variant.spec}")
             memory.append(cost.peak_memory(variant, materialise, setup, task.x.shape[1], task.num_classes))
             progress.advance(bar)
-        costs.append({
-            "ms_per_step": times[variant.spec],
-            "vmap_ms_per_step": times.get(f"vmap {variant.spec}"),
-            "peak_bytes": memory[0]["bytes"],
-            "vmap_peak_bytes": memory[1]["bytes"] if variant.rule else None,
-            "memory_method": memory[0]["method"],
-        })  # fmt: skip
+        timing, twin = times[variant.spec], times.get(f"vmap {variant.spec}")
+        costs.append(
+            {
+                "ms_per_step": timing.median,
+                "ms_per_step_quartiles": [timing.lower, timing.upper],
+                "vmap_ms_per_step": twin.median if twin else None,
+                "peak_bytes": memory[0]["bytes"],
+                "vmap_peak_bytes": memory[1]["bytes"] if variant.rule else None,
+                "memory_method": memory[0]["method"],
+            }
+        )
     progress.update(bar, now="")
     return costs
