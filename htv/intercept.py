@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from htv import layers, layout
-from htv.autograd.expand import expand
+from htv.autograd.expand import DerivedTensor, expand
 from htv.autograd.ledger import Slot
 from htv.errors import UnsupportedError
 from htv.groups import Groups
@@ -141,10 +141,12 @@ class Intercept(TorchFunctionMode):
             if any(isinstance(m, Plain) for m in marks):
                 self.refuse(name, parameters, "it is combined with an excluded parameter; exclude both or neither")
             result = func(*args, **kwargs)
-            source = None
-            if isinstance(result, Tensor):
-                source = derived[0].source if name in EXPANDING or _repeats_lead(name, args, kwargs) else result
-            self._put_derived(result, parameters, source)
+            copied = name in EXPANDING or _repeats_lead(name, args, kwargs)
+            for tensor in _tensors((result,), {}):
+                if self.served(tensor) is not None:
+                    continue
+                mark = Derived(parameters, derived[0].source, derived[0].ids) if copied else Derived(parameters, tensor)
+                self.marks.put(tensor, mark if tensor.requires_grad else CONSTANT)
             return result
         if not any(t.requires_grad for t, m in zip(tensors, marks, strict=True) if isinstance(m, Derived)):
             return func(*args, **kwargs)
@@ -189,20 +191,12 @@ class Intercept(TorchFunctionMode):
         for served in mark.parameters:
             served.note("elementwise")
             slots.append(served.slot(self.groups))
-        copies = expand(mark.source, [s.parameter for s in mark.parameters], slots, ndim, self.groups)
+        derived = DerivedTensor(mark.source, [s.parameter for s in mark.parameters], slots, mark.ids)
+        copies = expand(derived, ndim, self.groups)
         shape = (1,) * (ndim - tensor.dim()) + tuple(tensor.shape)
         return copies.expand(*self.groups.lead, *shape[len(self.groups.lead) :])
 
     # -- marks of results ---------------------------------------------------------------------------------------------
-
-    def _put_derived(self, result, parameters, source: Tensor | None) -> None:
-        for tensor in _tensors((result,), {}):
-            if self.served(tensor) is not None:
-                continue
-            if not tensor.requires_grad:
-                self.marks.put(tensor, CONSTANT)
-            else:
-                self.marks.put(tensor, Derived(parameters, tensor if source is None else source))
 
     def _follow_batch_dim(self, func, args, kwargs, tensors, marks, result) -> None:
         """Mark results whose batch dim is not dim 0. Only dim 0 is followed; packed (1, total) batches keep both."""

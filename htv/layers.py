@@ -130,12 +130,19 @@ def _embedding(mode: Intercept, func, args, kwargs):
                 )
         if isinstance(mode.mark(ids), Constant) and ids.dim() > 1 and ids.stride(0) == 0 and mode.groups.fits(ids):
             # The same ids for every example: look them up once, so that the result stays derived from the table alone.
-            once = mode.general(func, (ids[:1], *args[1:]), kwargs)
+            first = ids[:1]
+            mode.marks.put(first, mode.mark(ids))
+            once = _embedding(mode, func, (first, *args[1:]), kwargs)
             return mode.general(torch.Tensor.expand, (once, len(ids), *(-1,) * ids.dim()), {})
+    padding_idx = call["padding_idx"]
+    if served is not None and isinstance(mode.mark(ids), Constant) and padding_idx is None:
+        rows = mode.general(func, args, kwargs)  # derived from the table alone
+        if isinstance(mode.mark(rows), Derived):
+            mode.marks.put(rows, Derived((served,), rows, ids))
+        return rows
     if not call.applicable:
         return NotImplemented
     (weight,) = call.enter("embedding")
-    padding_idx = call["padding_idx"]
     if padding_idx is not None and padding_idx < 0:
         padding_idx += len(call["weight"])
     return embedding(ids, weight, padding_idx, mode.groups)

@@ -31,10 +31,12 @@ class Derived:
     """Computed from served parameters (and constants) alone, by a plain autograd graph.
 
     source: what it broadcasts: the tensor itself, or the one it is an `expand` of.
+    ids:    integers, where the source is an embedding of them in the one parameter and nothing more.
     """
 
     parameters: tuple[Served, ...]
     source: Tensor
+    ids: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -14,20 +14,18 @@ from torch import Tensor
 
 from htv.autograd.ledger import Slot, full_precision
 from htv.groups import Groups
-from htv.ops.factors import StackedFactors
+from htv.ops.factors import EmbeddingFactors, StackedFactors
 
 
-def expand(source: Tensor, parameters: list[Tensor], slots: list[Slot], ndim: int, groups: Groups) -> Tensor:
-    """Copies of `source` for every unit, broadcastable against (*lead, *rest) tensors of `ndim` dims.
+def expand(derived: DerivedTensor, ndim: int, groups: Groups) -> Tensor:
+    """Copies of a derived tensor for every unit, broadcastable against (*lead, *rest) tensors of `ndim` dims.
 
-    source:      parameters[0] itself, or a tensor computed from `parameters` with a graph; its dims are aligned to the
-                 right of the ndim dims, and those it has among the leading ones must have size 1.
-    Returns (*lead, *source dims after them) with ndim dims.
+    Its dims are aligned to the right of the ndim dims; those it has among the leading ones must have size 1.
+    Returns (*lead, *its dims after them) with ndim dims.
     """
-    padded = (1,) * (ndim - source.dim()) + tuple(source.shape)
+    padded = (1,) * (ndim - derived.source.dim()) + tuple(derived.source.shape)
     shape = (*groups.lead, *padded[len(groups.lead) :])
-    tokens = [slot.token for slot in slots]
-    return _Expand.apply(_Derived(source, parameters, slots), shape, groups, *tokens)
+    return _Expand.apply(derived, shape, groups, *(slot.token for slot in derived.slots))
 
 
 class _Pulling(threading.local):
@@ -50,26 +48,40 @@ def pulling_back() -> bool:
     return _pulling.depth > 0
 
 
-class _Derived:
-    """A tensor, the parameters it comes from, and the way back."""
+class DerivedTensor:
+    """A tensor, the parameters it comes from, and the way back for contributions to it.
 
-    def __init__(self, source: Tensor, parameters: list[Tensor], slots: list[Slot]):
-        self.source, self.parameters, self.slots = source, parameters, slots
+    source:  the one parameter itself, or a tensor computed from `parameters` with a graph.
+    slots:   the parameters' slots.
+    ids:     integers, where source is an embedding of them in the one parameter; else None.
+    """
 
-    def pull_back(self, stacked: Tensor) -> list[Tensor | None]:
-        """(E, *source.shape) contributions to the source -> (E, *shape) for every parameter."""
-        if len(self.parameters) == 1 and self.source is self.parameters[0]:
-            return [stacked]
+    def __init__(self, source: Tensor, parameters: list[Tensor], slots: list[Slot], ids: Tensor | None):
+        self.source, self.parameters, self.slots, self.ids = source, parameters, slots, ids
+
+    def record(self, stacked: Tensor, groups: Groups) -> None:
+        """Record (E, *source.shape) contributions to the source as contributions to its parameters."""
+        if self.source is self.parameters[0]:
+            self.slots[0].ledger.record(StackedFactors(stacked, groups))
+        elif self.ids is not None:
+            ids = self.ids.expand(len(stacked), *self.ids.shape)
+            factors = EmbeddingFactors(ids, stacked, len(self.parameters[0]), None, Groups.each(len(stacked)))
+            self.slots[0].ledger.record(factors)
+        else:
+            for slot, values in zip(self.slots, self._pull_back(stacked), strict=True):
+                if values is not None:
+                    slot.ledger.record(StackedFactors(values, groups))
+
+    def _pull_back(self, stacked: Tensor) -> tuple[Tensor | None, ...]:
+        """One vector-Jacobian product per group, batched: (E, *shape) for every parameter."""
         with torch.enable_grad(), _pulling:
-            return list(
-                torch.autograd.grad(
-                    self.source,
-                    self.parameters,
-                    stacked.to(self.source.dtype),
-                    retain_graph=True,
-                    is_grads_batched=True,
-                    allow_unused=True,
-                )
+            return torch.autograd.grad(
+                self.source,
+                self.parameters,
+                stacked.to(self.source.dtype),
+                retain_graph=True,
+                is_grads_batched=True,
+                allow_unused=True,
             )
 
 
@@ -84,9 +96,5 @@ class _Expand(torch.autograd.Function):
     def backward(ctx, grad):
         derived, groups = ctx.derived, ctx.groups
         with full_precision(grad.device):
-            stacked = groups.sum_units(grad)
-            stacked = stacked.reshape(groups.count, *derived.source.shape)
-            for slot, values in zip(derived.slots, derived.pull_back(stacked), strict=True):
-                if values is not None:
-                    slot.ledger.record(StackedFactors(values, groups))
+            derived.record(groups.sum_units(grad).reshape(groups.count, *derived.source.shape), groups)
         return None, None, None, *(None for _ in derived.slots)
