@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def mlp(sizes: tuple[int, ...] = (12, 16, 16, 4), activation: type[nn.Module] = nn.ReLU, norm: bool = True) -> nn.Module:
+def mlp(
+    sizes: tuple[int, ...] = (12, 16, 16, 4), activation: type[nn.Module] = nn.ReLU, norm: bool = True
+) -> nn.Module:
     """Linear layers of the given sizes, an activation between them, a LayerNorm after the first."""
     layers = []
     for before, after in itertools.pairwise(sizes):
@@ -49,7 +51,7 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Pre-norm transformer; positions looked up by torch.arange, head tied to the token embedding unless told not to."""
+    """Pre-norm transformer; positions looked up by torch.arange, head tied to the embedding unless told not to."""
 
     def __init__(
         self,

@@ -17,10 +17,10 @@ from typing import Annotated
 import torch
 import typer
 from rich.progress import track
-from workloads import WORKLOADS
 
 from htv.demo.cost import PeakMeter, time_steps
 from htv.demo.machine import describe
+from workloads import WORKLOADS
 
 RULES = ("plain", "mean", "and_mask", "median", "winsorized_mean")
 

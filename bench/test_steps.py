@@ -1,6 +1,7 @@
 """Whole training steps; `python bench/steps.py` compares them side by side."""
 
 import pytest
+
 from workloads import WORKLOADS
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import models
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import htv
+import models
 from htv.rules import Rule
 
 

@@ -204,9 +204,7 @@ class Handle:
         self._attributes = [v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor)]
         for served in self._served.values():
             served.watch()
-        self._forwards = [
-            _ServedForward(self, m) for m in model.modules() if next(m.parameters(), None) is not None
-        ]
+        self._forwards = [_ServedForward(self, m) for m in model.modules() if next(m.parameters(), None) is not None]
         for forward in self._forwards:
             forward.module.__dict__["forward"] = forward
 

@@ -41,9 +41,7 @@ class CheckReport:
         return True
 
 
-def one_group_at_a_time(
-    loss_of_group, parameters: dict[str, Tensor], num_groups: int
-) -> dict[str, Tensor | None]:
+def one_group_at_a_time(loss_of_group, parameters: dict[str, Tensor], num_groups: int) -> dict[str, Tensor | None]:
     """The oracle: contributions by `num_groups` separate plain backwards.
 
     loss_of_group:  e -> the scalar part of the loss that belongs to group e.
@@ -127,7 +125,7 @@ class _Call:
 
     def __init__(self, model: nn.Module, batch):
         self.model = model
-        to_double = lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t  # noqa: E731
+        to_double = lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t
         batch = pytree.tree_map(to_double, batch)
         self.args, self.kwargs = ((), batch) if isinstance(batch, dict) else (batch, {})
         if not isinstance(self.args, (tuple, list)):

@@ -116,7 +116,8 @@ def _uses_by_class(model: nn.Module) -> dict[str, tuple[list[str], str | None]]:
         refusal = next(filter(None, map(_refusal, modules)), None)
         kinds = list(dict.fromkeys(_with_bias(USES[type(m)], parameter) for m in modules if type(m) in USES))
         if refusal is None and len(kinds) == 0:
-            kinds, refusal = ["own forward"], "served where used elementwise or by a served function; pass batch= to see"
+            kinds = ["own forward"]
+            refusal = "served where used elementwise or by a served function; pass batch= to see"
         used[name] = (kinds, refusal)
     return used
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 CONSTANT, PLAIN = Constant(), Plain()
 
-# Broadcasting operations, by name without underscores: the gradient of an expanded operand is its stack of contributions.
+# Broadcasting operations, by name without underscores: an expanded operand's gradient is its stack of contributions.
 ELEMENTWISE = {
     "add", "sub", "subtract", "rsub", "mul", "multiply", "div", "divide", "truedivide", "rdiv", "rtruediv", "pow",
     "rpow", "radd", "rmul", "iadd", "isub", "imul", "itruediv", "maximum", "minimum", "where", "lerp", "addcmul",
@@ -222,7 +222,6 @@ class Intercept(TorchFunctionMode):
         if dim != 0:
             for output in outputs:
                 self.marks.put(output, Moved(dim))
-
 
     def _is_broadcast(self, tensor: Tensor, tensors, marks) -> bool:
         """Whether `tensor` only broadcasts along the batch of another operand (a mean over the batch, say)."""

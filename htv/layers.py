@@ -75,7 +75,7 @@ class Call:
 
 
 def _signature(text: str) -> inspect.Signature:
-    """"a, b, c=1" -> the signature; torch's builtins have none of their own."""
+    """ "a, b, c=1" -> the signature; torch's builtins have none of their own."""
     parameters = []
     for part in text.split(", "):
         name, _, default = part.partition("=")
@@ -111,9 +111,7 @@ def _conv(mode: Intercept, func, args, kwargs):
             f"{func.__name__}: input of shape {tuple(call.x.shape)} has no batch dim; htv needs (N, C, *space)"
         )
     weight, bias = call.enter(func.__name__, lead_only=True)
-    return conv(
-        call.x, weight, bias, call["stride"], call["padding"], call["dilation"], call["groups"], mode.groups
-    )
+    return conv(call.x, weight, bias, call["stride"], call["padding"], call["dilation"], call["groups"], mode.groups)
 
 
 @serves(F.embedding)

@@ -63,7 +63,9 @@ class Marks:
         self._marks[id(tensor)] = (weakref.ref(tensor), mark)
 
 
-PERMUTING = {"transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis", "t", "T", "mT", "H", "mH", "adjoint"}
+PERMUTING = {
+    "transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis", "t", "T", "mT", "H", "mH", "adjoint",
+}  # fmt: skip
 REDUCING = {"sum", "mean", "amax", "amin", "max", "min", "median", "std", "var", "norm", "prod", "logsumexp"}
 
 FOLLOWED = PERMUTING | {"unsqueeze", "select", "unbind", "__getitem__"}  # REDUCING may or may not keep its dims

@@ -1,4 +1,4 @@
-"""Definitions the library is tested against, written without it: NumPy and SciPy in float64, and plain autograd loops."""
+"""Definitions the library is tested against, written without it: NumPy and SciPy in float64."""
 
 from __future__ import annotations
 

@@ -5,12 +5,12 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from models import LanguageModel, mlp, whole_models
-from oracles import RULES, by_name
 from torch import nn
 
 import htv
 from htv.check import aggregated, one_group_at_a_time
+from models import LanguageModel, mlp, whole_models
+from oracles import RULES, by_name
 
 FOUR = [htv.Mean(), htv.AndMask(0.4), htv.Median(), htv.WinsorizedMean(1)]
 
@@ -95,9 +95,7 @@ LAYERS = {
     ),
     "used by three kinds of op": lambda: (Module(reused, layer=nn.Linear(6, 6)), torch.randn(7, 6)),
     "constant through a layer": lambda: (
-        Module(
-            lambda m, x: x + m.layer(torch.linspace(-1, 1, 4, dtype=x.dtype).reshape(4, 1)), layer=nn.Linear(1, 6)
-        ),
+        Module(lambda m, x: x + m.layer(torch.linspace(-1, 1, 4, dtype=x.dtype).reshape(4, 1)), layer=nn.Linear(1, 6)),
         torch.randn(7, 4, 6),
     ),
 }
@@ -169,7 +167,7 @@ def test_packed_sequences_in_both_layouts():
     weights = torch.randn(11, 4).double()
     rows = [slice(a, b) for a, b in zip(bounds.tolist()[:-1], bounds.tolist()[1:], strict=True) if b > a]
     parameters = dict(model.named_parameters())
-    loss = lambda rows: (model(x[rows]) * weights[rows]).sum()  # noqa: E731
+    loss = lambda rows: (model(x[rows]) * weights[rows]).sum()
     contributions = one_group_at_a_time(lambda e: loss(rows[e]), parameters, len(rows))
     for rule in (htv.AndMask(0.5), htv.Median()):
         with htv.attach(model, rule) as handle:
@@ -185,7 +183,7 @@ def test_two_forwards_before_one_backward_are_one_vote():
     """Group e votes once, with what it contributes through both forwards (two views, say)."""
     model, x, z = nn.Linear(4, 3).double(), torch.randn(6, 4).double(), torch.randn(6, 4).double()
     parameters = dict(model.named_parameters())
-    loss = lambda e: (model(x[e]).square() + model(z[e]).sin()).sum()  # noqa: E731
+    loss = lambda e: (model(x[e]).square() + model(z[e]).sin()).sum()
     contributions = one_group_at_a_time(lambda e: loss(slice(e, e + 1)), parameters, 6)
     with htv.attach(model, htv.Median()):
         (model(x).square().sum() + model(z).sin().sum()).backward()

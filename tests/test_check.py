@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from models import mlp
 from test_attach import Module
 from torch import nn
 
 import htv
 from htv.ops import aggregate
+from models import mlp
 
 
 @pytest.mark.parametrize("broken", ["3.weight", "0.bias"])

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from models import whole_models
 from torch import nn
 
 import htv
+from models import whole_models
 
 
 @pytest.mark.parametrize("name", whole_models())

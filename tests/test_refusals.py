@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from models import mlp
 from test_attach import Module
 from torch import nn
 
 import htv
+from models import mlp
 
 X = torch.randn(5, 4, 6)
 
@@ -92,7 +92,9 @@ def test_unsupported_use(name, square):
 
 def test_unsupported_use_can_be_plain():
     model = Module(lambda m, x: torch.relu(m.first(x)) @ m.w, first=nn.Linear(6, 6), w=torch.randn(6, 2))
-    plain = dict(zip(["w", "weight", "bias"], torch.autograd.grad(model(X).sum(), list(model.parameters())), strict=True))
+    plain = dict(
+        zip(["w", "weight", "bias"], torch.autograd.grad(model(X).sum(), list(model.parameters())), strict=True)
+    )
     with htv.attach(model, htv.Median(), on_unsupported="plain"):
         with pytest.warns(UserWarning, match="'w' is used by matmul"):
             model(X).sum().backward()

@@ -4,10 +4,10 @@ import pickle
 
 import numpy as np
 import pytest
-from oracles import RULES, by_name
 
 import htv
 from htv.rules import Rule
+from oracles import RULES, by_name
 
 
 @pytest.mark.parametrize("rule", RULES, **by_name)

@@ -1,7 +1,7 @@
 """Layer and group normalisation with aggregated gradients of scale and shift.
 
-Both are y = x_hat * weight + bias with statistics inside one example, so the contribution of a group is the sum over its
-positions of grad * x_hat and of grad: one vector per group, no more than the activations themselves.
+Both are y = x_hat * weight + bias with statistics inside one example, so the contribution of a group is the sum over
+its positions of grad * x_hat and of grad: one vector per group, no more than the activations themselves.
 """
 
 from __future__ import annotations

@@ -5,11 +5,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import IDENTITIES, RULES, away_from_ties, by_name, stat
 
 import htv
 from htv.ops import backend, functional, reference
 from htv.rules import Statistic
+from oracles import IDENTITIES, RULES, away_from_ties, by_name, stat
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 BACKENDS = ["auto", "reference"]

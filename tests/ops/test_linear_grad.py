@@ -7,10 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import RULES, away_from_ties, by_name, linear_contributions, stat
 
 import htv
 from htv.ops import backend, factors
+from oracles import RULES, away_from_ties, by_name, linear_contributions, stat
 
 
 @pytest.fixture(params=["auto", "reference"], autouse=True)
@@ -107,9 +107,7 @@ def test_zero_times_infinity_is_nan():
 
 def test_mean_is_the_plain_gradient():
     x, grad_output = torch.randn(6, 4, 7), torch.randn(6, 4, 5)
-    torch.testing.assert_close(
-        htv.linear_grad(x, grad_output, htv.Mean()), torch.einsum("nto,nti->oi", grad_output, x)
-    )
+    torch.testing.assert_close(htv.linear_grad(x, grad_output, htv.Mean()), torch.einsum("nto,nti->oi", grad_output, x))
 
 
 def test_splitting_groups_into_more_rows_changes_nothing():
