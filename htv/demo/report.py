@@ -30,12 +30,17 @@ def summary_table(results: list[dict], noise: float) -> Table:
             result["spec"],
             f"{final['test_accuracy']:.1%}",
             f"{final['memorised']:.1%}",
-            f"{time:.1f} ({time / plain['ms_per_step']:.2f}x)",
-            f"{memory / 1e6:.1f} ({memory / plain['peak_bytes']:.2f}x)",
+            f"{time:.1f} ({_times(time, plain['ms_per_step'])})",
+            f"{memory / 1e6:.1f} ({_times(memory, plain['peak_bytes'])})",
             "" if vmap_time is None else f"{vmap_time:.0f}",
             "" if vmap_memory is None else f"{vmap_memory / 1e6:.0f}",
         )
     return table
+
+
+def _times(value: float, base: float) -> str:
+    ratio = value / base
+    return f"{ratio:.2f}x" if ratio < 10 else f"{ratio:.0f}x"
 
 
 def in_words(results: list[dict]) -> str:
