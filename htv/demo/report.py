@@ -11,8 +11,9 @@ from rich.table import Table
 
 def summary_table(results: list[dict], noise: float) -> Table:
     """One row per variant; the fields of a result are those of the JSON. Fits 80 columns."""
-    table = Table(title=f"Trained on {noise:.0%} wrong labels", title_justify="left", caption_justify="left",
-                  box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False, collapse_padding=True)  # fmt: skip
+    compact = {"padding": (0, 1), "pad_edge": False, "show_edge": False, "collapse_padding": True}
+    title = f"Trained on {noise:.0%} wrong labels"
+    table = Table(title=title, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, **compact)
     table.caption = (
         "memorised: wrongly labelled training images predicted as their wrong label. "
         "Peak MB: what network, optimizer and three steps add. "
