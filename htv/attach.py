@@ -283,6 +283,11 @@ class Handle:
         yield from self._plain
         yield from (s.parameter for s in self._served.values() if not s.parameter.requires_grad)
 
+    @property
+    def passes_plainly(self) -> bool:
+        """Whether uses that cannot be served are passed on plainly, with a warning."""
+        return self._on_unsupported == "plain"
+
     def unsupported(self, message: str, parameters: tuple[Served, ...]) -> None:
         """Refuse a use of parameters, or note that its contributions are summed plainly."""
         if self._on_unsupported == "error":

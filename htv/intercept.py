@@ -18,33 +18,17 @@ from htv.autograd.expand import DerivedTensor, expand
 from htv.autograd.ledger import Slot
 from htv.errors import UnsupportedError
 from htv.groups import Groups
-from htv.layout import Constant, Derived, Marks, Moved, Plain
+from htv.layout import LOST, Batch, Constant, Derived, Mark, Marks, Operation, Plain, plain_name
 
 if TYPE_CHECKING:
     from htv.attach import Handle, Served
 
 CONSTANT, PLAIN = Constant(), Plain()
 
-# Broadcasting operations, by name without underscores: an expanded operand's gradient is its stack of contributions.
-ELEMENTWISE = {
-    "add", "sub", "subtract", "rsub", "mul", "multiply", "div", "divide", "truedivide", "rdiv", "rtruediv", "pow",
-    "rpow", "radd", "rmul", "iadd", "isub", "imul", "itruediv", "maximum", "minimum", "where", "lerp", "addcmul",
-    "addcdiv", "atan2", "hypot", "logaddexp",
-}  # fmt: skip
-CONCATENATING = {"cat", "concat", "concatenate"}
-EXPANDING = {"expand", "expandas", "broadcastto"}
-# The second tensor only lends its dtype, device or shape.
-BORROWING = {"typeas", "to", "expandas", "viewas", "reshapeas"}
+# One tensor only lends its dtype, device or shape to the other.
+BORROWING = {"type_as", "to", "expand_as", "view_as", "reshape_as"}
 # They hand out values without a gradient, or no tensor at all.
-QUERIES = {"detach", "size", "dim", "numel", "stride", "isfloatingpoint", "iscomplex", "dataptr", "iscontiguous"}
-
-
-def plain_name(func) -> str:
-    """`Tensor.__add__`, `add_` and `torch.add` -> "add"; a property getter -> the property's name."""
-    name = getattr(func, "__name__", str(func))
-    if name == "__get__":
-        return getattr(func.__self__, "__name__", name)
-    return name.replace("_", "") if name != "__getitem__" else name
+QUERIES = {"detach", "data", "size", "dim", "numel", "stride", "is_floating_point", "is_complex", "data_ptr"}
 
 
 class Intercept(TorchFunctionMode):
@@ -52,17 +36,23 @@ class Intercept(TorchFunctionMode):
 
     handle:  knows which tensors are served parameters.
     groups:  how this batch's units map to groups.
+    inputs:  the tensors the model is called with; those that start with the batch's dims are taken as the batch's.
     """
 
     def __init__(self, handle: Handle, groups: Groups, inputs: list[Tensor]):
         super().__init__()
         self.handle, self.groups = handle, groups
+        self.home = Batch(len(groups.lead) - 1)  # where layers need the batch
         self.marks = Marks()
         for tensor in handle.constants():
-            self.marks.put(tensor, PLAIN if tensor.requires_grad else CONSTANT)
+            self._mark_constant(tensor)
         for tensor in inputs:
-            if not groups.fits(tensor):
-                self.marks.put(tensor, CONSTANT)
+            if self.served(tensor) is not None:
+                continue
+            if groups.fits(tensor):
+                self.marks.put(tensor, self.home)
+            else:
+                self._mark_constant(tensor)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -70,6 +60,8 @@ class Intercept(TorchFunctionMode):
         if server is not None:
             result = server(self, func, args, kwargs)
             if result is not NotImplemented:
+                if self.marks.get(result) is None:
+                    self.marks.put(result, self.home)
                 return result
         return self.general(func, args, kwargs)
 
@@ -79,37 +71,49 @@ class Intercept(TorchFunctionMode):
         """The record of a served parameter, or None for anything else."""
         return self.handle.served_parameter(tensor)
 
-    def mark(self, tensor: Tensor) -> layout.Mark | None:
+    def mark(self, tensor: Tensor | None) -> Mark | None:
+        """What a tensor is to the batch; None for None.
+
+        A tensor no call of this forward made is a constant: a global, something cached earlier. One with a graph comes
+        from a custom autograd.Function, whose results the mode does not see: it is taken for the batch's if its shape is.
+        """
+        if tensor is None:
+            return None
         served = self.served(tensor)
-        return Derived((served,), tensor) if served is not None else self.marks.get(tensor)
+        if served is not None:
+            return Derived((served,), tensor)
+        mark = self.marks.get(tensor)
+        if mark is not None and not (isinstance(mark, Constant) and tensor.requires_grad):
+            return mark
+        if tensor.grad_fn is not None:
+            return self.home if self.groups.fits(tensor) else LOST
+        return PLAIN if tensor.requires_grad else CONSTANT
 
     def slot(self, value: Tensor | None) -> Slot:
         """A layer's parameter argument: served if it is a served parameter, plain otherwise."""
         served = None if value is None else self.served(value)
         return Slot(value) if served is None else served.slot(self.groups)
 
-    def require_batch(self, x: Tensor, op: str, *parameters: Tensor | None, lead_only: bool = False) -> None:
-        """Raise unless x has the batch in its leading dims, as the contributions of `parameters` need."""
-        names = ", ".join(repr(s.name) for s in map(self.served, parameters) if s is not None)
-        if isinstance(self.marks.get(x), Moved):
-            raise UnsupportedError(
-                f"{op} with parameter {names}: the batch is no longer dim 0 of its input of shape {tuple(x.shape)} "
-                "(it was transposed, indexed or reduced away), so its rows cannot be told apart by group. Keep the "
-                f"batch in dim 0 (batch_first=True), or exclude={names}"
+    def why_not_batch(self, x: Tensor, features: int) -> tuple[type[Exception], str] | None:
+        """None if x has the batch in its leading dims and `features` dims behind it; else the error and its reason."""
+        lead = self.groups.lead
+        mark = self.mark(x)
+        if mark == self.home and self.groups.fits(x) and x.dim() >= len(lead) + features:
+            return None
+        if mark.dim != self.home.dim:
+            return UnsupportedError, (
+                f"the batch is no longer in the leading dims of its input of shape {tuple(x.shape)} (it was transposed, "
+                "indexed, mixed or reduced away), so its rows cannot be told apart by group. Keep the batch in dim 0 "
+                "(batch_first=True)"
             )
-        if not self.groups.fits(x):
-            raise ValueError(
-                f"{op} with parameter {names}: its input of shape {tuple(x.shape)} must start with the batch's dims "
-                f"{self.groups.lead}, or its rows cannot be told apart by group. Keep the batch in dim 0 up to this "
-                f"layer (x.flatten(1) rather than x.view(-1, d)), or exclude={names}"
-            )
-        if lead_only and len(self.groups.lead) > 1:
-            raise UnsupportedError(
-                f"{op} with parameter {names} cannot take packed sequences of shape {self.groups.lead}; exclude={names}"
-            )
+        return ValueError, (
+            f"its input of shape {tuple(x.shape)} must start with the batch's dims {lead}, those of the forward's first "
+            "tensor argument, and have features behind them, or its rows cannot be told apart by group. Keep the batch "
+            "in dim 0 up to this layer (x.flatten(1) rather than x.view(-1, d))"
+        )
 
     def refuse(self, op: str, parameters: tuple[Served, ...], why: str) -> None:
-        """Refuse a use of parameters, or pass it on plainly where the handle was told to."""
+        """Refuse a use of parameters, or note that it is passed on plainly where the handle was told to."""
         names = ", ".join(repr(served.name) for served in parameters)
         self.handle.unsupported(
             f"parameter {names} is used by {op}: {why}. Remedy: exclude={names} to give it a plain gradient, "
@@ -120,40 +124,30 @@ class Intercept(TorchFunctionMode):
     # -- calls that no layer serves -----------------------------------------------------------------------------------
 
     def general(self, func, args, kwargs):
-        tensors = _tensors(args, kwargs)
+        """Run a call that no layer serves, expanding parameters where it is elementwise, and mark its results."""
+        tensors = tensors_in(args, kwargs)
         marks = [self.mark(t) for t in tensors]
-        derived = [m for m in marks if isinstance(m, Derived)]
-        if derived:
-            return self._with_parameters(func, args, kwargs, tensors, marks, derived)
-        result = func(*args, **kwargs)
-        if all(isinstance(m, (Constant, Plain)) for m in marks):  # so is whatever is made from no tensor at all
-            for tensor in _tensors((result,), {}):
-                self.marks.put(tensor, PLAIN if tensor.requires_grad else CONSTANT)
-        elif isinstance(result, (Tensor, tuple, list)):
-            self._follow_batch_dim(func, args, kwargs, tensors, marks, result)
+        if any(isinstance(m, Derived) for m in marks):
+            result = self._with_parameters(func, args, kwargs, tensors, marks)
+        else:
+            result = func(*args, **kwargs)
+        self._mark_results(func, args, kwargs, list(zip(tensors, marks, strict=True)), result)
         return result
 
-    def _with_parameters(self, func, args, kwargs, tensors, marks, derived: list[Derived]):
+    def _with_parameters(self, func, args, kwargs, tensors, marks):
         name = plain_name(func)
+        derived = [m for t, m in zip(tensors, marks, strict=True) if isinstance(m, Derived) and t.requires_grad]
         parameters = tuple(dict.fromkeys(p for m in derived for p in m.parameters))
-        batch = [t for t, m in zip(tensors, marks, strict=True) if m is None or isinstance(m, Moved)]
-        if not batch or name in QUERIES or (name in BORROWING and isinstance(marks[0], Derived)):
-            if any(isinstance(m, Plain) for m in marks):
-                self.refuse(name, parameters, "it is combined with an excluded parameter; exclude both or neither")
-            result = func(*args, **kwargs)
-            copied = name in EXPANDING or _repeats_lead(name, args, kwargs)
-            for tensor in _tensors((result,), {}):
-                if self.served(tensor) is not None:
-                    continue
-                mark = Derived(parameters, derived[0].source, derived[0].ids) if copied else Derived(parameters, tensor)
-                self.marks.put(tensor, mark if tensor.requires_grad else CONSTANT)
-            return result
-        if not any(t.requires_grad for t, m in zip(tensors, marks, strict=True) if isinstance(m, Derived)):
+        if not derived or not torch.is_grad_enabled() or name in QUERIES or name in layout.COMPARING:
             return func(*args, **kwargs)
-        if torch.is_grad_enabled():
+        if name in BORROWING:
+            return func(*args, **kwargs)
+        if any(isinstance(m, Batch) for m in marks):
             replaced = self._expand_operands(func, name, args, kwargs, tensors, marks, parameters)
-            if replaced is not None:
-                return func(*replaced[0], **replaced[1])
+            return func(*args, **kwargs) if replaced is None else func(*replaced[0], **replaced[1])
+        if any(isinstance(m, Plain) for m in marks):
+            why = "it is combined with something that keeps its plain gradient, an excluded parameter or an input that "
+            self.refuse(name, parameters, f"{why}is not of the batch; exclude both or neither")
         return func(*args, **kwargs)
 
     def _expand_operands(self, func, name, args, kwargs, tensors, marks, parameters):
@@ -161,19 +155,25 @@ class Intercept(TorchFunctionMode):
         lead = self.groups.lead
         if _in_place(func) and isinstance(marks[0], Derived):
             return self.refuse(name, parameters, "it is written to in place")
-        if name in ELEMENTWISE:
+        if name in layout.ELEMENTWISE:
             ndim = max(t.dim() for t in tensors)
-        elif name in CONCATENATING:
+        elif name in layout.CONCATENATING:
             ndim = tensors[0].dim()
             dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
             if dim % ndim < len(lead):
                 return self.refuse(name, parameters, "it is concatenated along the batch")
         else:
             return self.refuse(name, parameters, "htv does not know how to separate its contributions by group there")
-        full = [t for t, m in zip(tensors, marks, strict=True) if m is None and t.dim() == ndim and self.groups.fits(t)]
-        if not full:
-            shapes = [tuple(t.shape) for t, m in zip(tensors, marks, strict=True) if not isinstance(m, Derived)]
-            return self.refuse(name, parameters, f"no operand starts with the batch's dims {lead}, but {shapes}")
+        full = [
+            t
+            for t, m in zip(tensors, marks, strict=True)
+            if m == self.home and t.dim() == ndim and self.groups.fits(t)
+        ]
+        lost = [t for t, m in zip(tensors, marks, strict=True) if m == LOST and t.requires_grad and t.numel() > 1]
+        if not full or lost:
+            shapes = [tuple(t.shape) for t, m in zip(tensors, marks, strict=True) if isinstance(m, Batch)]
+            why = f"no operand has the batch in its leading dims {lead}: their shapes are {shapes}, and the batch was "
+            return self.refuse(name, parameters, f"{why}transposed, indexed or reduced away if they seem to fit")
         copies = {}
         for tensor, mark in zip(tensors, marks, strict=True):
             if isinstance(mark, Derived) and tensor.requires_grad:
@@ -183,10 +183,10 @@ class Intercept(TorchFunctionMode):
                     return self.refuse(
                         name, mark.parameters, f"its shape {tuple(source.shape)} varies along the batch's dims {lead}"
                     )
-                copies[id(tensor)] = self._copies(tensor, mark, ndim)
+                copies[id(tensor)] = self._copies(tensor, mark, ndim, full[0])
         return _replace(args, copies), _replace(kwargs, copies)
 
-    def _copies(self, tensor: Tensor, mark: Derived, ndim: int) -> Tensor:
+    def _copies(self, tensor: Tensor, mark: Derived, ndim: int, beside: Tensor) -> Tensor:
         slots = []
         for served in mark.parameters:
             served.note("elementwise")
@@ -198,45 +198,54 @@ class Intercept(TorchFunctionMode):
 
     # -- marks of results ---------------------------------------------------------------------------------------------
 
-    def _follow_batch_dim(self, func, args, kwargs, tensors, marks, result) -> None:
-        """Mark results whose batch dim is not dim 0. Only dim 0 is followed; packed (1, total) batches keep both."""
-        first, name = tensors[0], plain_name(func)
-        moved = next(((t, m) for t, m in zip(tensors, marks, strict=True) if isinstance(m, Moved)), None)
-        outputs = _tensors((result,), {})
-        if moved is None:
-            if not self.groups.fits(first) or marks[0] is not None:
-                return
-            dim = layout.batch_dim_after(name, func, first, 0, args[1:], kwargs) if args else 0
-        else:
-            tensor, mark = moved
-            if self._is_broadcast(tensor, tensors, marks) and all(self.groups.fits(o) for o in outputs):
-                return
-            if mark.dim is None:
-                dim = None
-            elif tensor is first and args:
-                dim = layout.batch_dim_after(name, func, first, mark.dim, args[1:], kwargs)
-                if dim is not None and name not in layout.FOLLOWED and not _keeps(tensor, dim, outputs):
-                    dim = None
-            else:
-                dim = mark.dim if _keeps(tensor, mark.dim, outputs) else None
-        if dim != 0:
-            for output in outputs:
-                self.marks.put(output, Moved(dim))
+    def _mark_constant(self, tensor: Tensor) -> None:
+        self.marks.put(tensor, PLAIN if tensor.requires_grad else CONSTANT)
 
-    def _is_broadcast(self, tensor: Tensor, tensors, marks) -> bool:
-        """Whether `tensor` only broadcasts along the batch of another operand (a mean over the batch, say)."""
-        full = [t for t, m in zip(tensors, marks, strict=True) if m is None and self.groups.fits(t)]
-        return any(tensor.dim() < t.dim() or (tensor.dim() == t.dim() and tensor.shape[0] == 1) for t in full)
+    def _mark_results(self, func, args, kwargs, operands, result) -> None:
+        """Mark what a call made, or wrote to in place."""
+        name = plain_name(func)
+        written = args[0] if args and (_in_place(func) or name == "setitem") else kwargs.get("out")
+        outputs = tensors_in((result,), None) if written is None else tensors_in((written,), None)
+        if not outputs:
+            return
+        if name in BORROWING and operands:
+            operands = operands[:1]
+        if any(isinstance(m, Batch) for _, m in operands) and name not in layout.MAKING:
+            operation = Operation(name, func, args, kwargs, operands, outputs)
+            marks = layout.follow(operation, self.groups.num_units)
+        else:
+            marks = [self._mark_without_batch(name, args, kwargs, operands, output) for output in outputs]
+        for output, mark in zip(outputs, marks, strict=True):
+            if self.served(output) is None:
+                self.marks.put(output, mark)
+            if written is not None:
+                self._mark_base(output, mark)
+
+    def _mark_without_batch(self, name, args, kwargs, operands, output: Tensor) -> Mark:
+        derived = [m for _, m in operands if isinstance(m, Derived)]
+        if not output.requires_grad:
+            return CONSTANT
+        if not derived:
+            return PLAIN
+        if name in layout.EXPANDING or _repeats_lead(name, args, kwargs):
+            return Derived(derived[0].parameters, derived[0].source, derived[0].ids)
+        return Derived(tuple(dict.fromkeys(p for m in derived for p in m.parameters)), output)
+
+    def _mark_base(self, view: Tensor, mark: Mark) -> None:
+        """Writing to a view changes what its base is made of."""
+        base = view._base
+        if base is None or self.served(base) is not None:
+            return
+        if isinstance(mark, Batch):
+            same = mark == self.home and self.groups.fits(base) and base.stride(mark.dim) == view.stride(mark.dim)
+            self.marks.put(base, mark if same else LOST)
+        elif isinstance(mark, Derived) or not isinstance(self.mark(base), (Batch, Derived)):
+            self.marks.put(base, Derived(mark.parameters, base) if isinstance(mark, Derived) else mark)
 
 
 def _in_place(func) -> bool:
     name = getattr(func, "__name__", "")
     return name.startswith("__i") if name.startswith("__") else name.endswith("_")
-
-
-def _keeps(tensor: Tensor, dim: int, outputs: list[Tensor]) -> bool:
-    """Whether every output has the dims of `tensor` at least in number and in the size of `dim`."""
-    return all(o.dim() == tensor.dim() and o.shape[dim] == tensor.shape[dim] for o in outputs)
 
 
 def _repeats_lead(name: str, args, kwargs) -> bool:
@@ -247,14 +256,14 @@ def _repeats_lead(name: str, args, kwargs) -> bool:
     return len(sizes) == args[0].dim() and args[0].shape[0] == 1 and all(size == 1 for size in sizes[1:])
 
 
-def _tensors(args, kwargs) -> list[Tensor]:
+def tensors_in(args, kwargs) -> list[Tensor]:
     """Tensors among the arguments, in order, looking into lists and tuples."""
     found = []
     for value in (*args, *kwargs.values()) if kwargs else args:
         if isinstance(value, Tensor):
             found.append(value)
         elif isinstance(value, (tuple, list)):
-            found.extend(_tensors(value, None))
+            found.extend(tensors_in(value, None))
     return found
 
 

@@ -19,7 +19,7 @@ from htv.autograd.embedding import embedding
 from htv.autograd.linear import linear
 from htv.autograd.norm import group_norm, layer_norm
 from htv.errors import UnsupportedError
-from htv.layout import Constant, Derived
+from htv.layout import Batch, Constant, Derived
 
 if TYPE_CHECKING:
     from htv.intercept import Intercept
@@ -40,20 +40,24 @@ def serves(*functions: Callable):
 class Call:
     """A call's arguments by name, and what its parameters are.
 
-    `applicable`: some parameter is served, gradients are on, and the input comes from the batch.
+    x and parameters: the names of the input and of the parameters among the arguments.
+    `applicable`:     some parameter is served, gradients are on, and the input was computed from the batch.
     """
 
-    def __init__(self, mode: Intercept, signature: inspect.Signature, args, kwargs, x: str, *parameters: str):
-        self.mode, self.names = mode, parameters
+    def __init__(
+        self, mode: Intercept, kind: str, signature: inspect.Signature, args, kwargs, x: str, *parameters: str
+    ):
+        self.mode, self.kind, self.names = mode, kind, parameters
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         self.arguments = bound.arguments
         self.x: Tensor = self.arguments[x]
         self.parameters: list[Tensor | None] = [self.arguments[name] for name in parameters]
-        self.applicable = (
+        self.served = tuple(s for s in map(mode.served, self.parameters) if s is not None)
+        self.applicable = bool(
             torch.is_grad_enabled()
-            and any(mode.served(p) is not None for p in self.parameters)
-            and not isinstance(mode.mark(self.x), (Constant, Derived))
+            and self.served
+            and isinstance(mode.mark(self.x), Batch)
             and not any(self._is_computed(p) for p in self.parameters)
         )
 
@@ -64,13 +68,27 @@ class Call:
     def __getitem__(self, name: str):
         return self.arguments[name]
 
-    def enter(self, kind: str, lead_only: bool = False):
-        """Check the input and note the use; returns the parameters' slots."""
-        self.mode.require_batch(self.x, kind, *self.parameters, lead_only=lead_only)
+    def enter(self, features: int = 0, lead_only: bool = False):
+        """The parameters' slots, or None if the use is passed on plainly. Raises if the input is not the batch's.
+
+        features:   how many dims the layer needs behind the batch's.
+        lead_only:  it needs the batch in dim 0 alone.
+        """
+        names = ", ".join(repr(s.name) for s in self.served)
+        problem = self.mode.why_not_batch(self.x, features)
+        if problem is None and lead_only and len(self.mode.groups.lead) > 1:
+            problem = UnsupportedError, f"it cannot take packed sequences of shape {self.mode.groups.lead}"
+        if problem is not None:
+            error, why = problem
+            message = f"{self.kind} with parameter {names}: {why}; or exclude={names}"
+            if not self.mode.handle.passes_plainly:
+                raise error(message)
+            self.mode.handle.unsupported(message, self.served)
+            return None
         for name, parameter in zip(self.names, self.parameters, strict=True):
             served = self.mode.served(parameter)
             if served is not None:
-                served.note(f"{kind} bias" if name == "bias" and "norm" not in kind else kind)
+                served.note(f"{self.kind} bias" if name == "bias" and "norm" not in self.kind else self.kind)
         return [self.mode.slot(p) for p in self.parameters]
 
 
@@ -95,97 +113,97 @@ _BATCH_NORM = inspect.signature(F.batch_norm)
 
 @serves(F.linear)
 def _linear(mode: Intercept, func, args, kwargs):
-    call = Call(mode, _LINEAR, args, kwargs, "input", "weight", "bias")
-    if not call.applicable:
-        return NotImplemented
-    return linear(call.x, *call.enter("linear"), mode.groups)
+    call = Call(mode, "linear", _LINEAR, args, kwargs, "input", "weight", "bias")
+    slots = call.enter(features=1) if call.applicable else None
+    return NotImplemented if slots is None else linear(call.x, *slots, mode.groups)
 
 
 @serves(F.conv1d, F.conv2d, F.conv3d)
 def _conv(mode: Intercept, func, args, kwargs):
-    call = Call(mode, _CONV, args, kwargs, "input", "weight", "bias")
-    if not call.applicable:
+    call = Call(mode, func.__name__, _CONV, args, kwargs, "input", "weight", "bias")
+    slots = call.enter(features=call["weight"].dim() - 1, lead_only=True) if call.applicable else None
+    if slots is None:
         return NotImplemented
-    if call.x.dim() != call["weight"].dim():
-        raise ValueError(
-            f"{func.__name__}: input of shape {tuple(call.x.shape)} has no batch dim; htv needs (N, C, *space)"
-        )
-    weight, bias = call.enter(func.__name__, lead_only=True)
-    return conv(call.x, weight, bias, call["stride"], call["padding"], call["dilation"], call["groups"], mode.groups)
+    return conv(call.x, *slots, call["stride"], call["padding"], call["dilation"], call["groups"], mode.groups)
 
 
 @serves(F.embedding)
 def _embedding(mode: Intercept, func, args, kwargs):
-    call = Call(mode, _EMBEDDING, args, kwargs, "input", "weight")
-    ids = call.x
-    served = mode.served(call["weight"])
-    if served is not None:
-        for option in ("max_norm", "scale_grad_by_freq", "sparse"):
-            if call[option]:
-                raise UnsupportedError(
-                    f"embedding with parameter {served.name!r}: {option}={call[option]!r} has no per-group meaning; "
-                    f"turn it off or exclude={served.name!r}"
-                )
-        if isinstance(mode.mark(ids), Constant) and ids.dim() > 1 and ids.stride(0) == 0 and mode.groups.fits(ids):
-            # The same ids for every example: look them up once, so that the result stays derived from the table alone.
-            first = ids[:1]
-            mode.marks.put(first, mode.mark(ids))
-            once = _embedding(mode, func, (first, *args[1:]), kwargs)
-            return mode.general(torch.Tensor.expand, (once, len(ids), *(-1,) * ids.dim()), {})
-    padding_idx = call["padding_idx"]
-    if served is not None and isinstance(mode.mark(ids), Constant) and padding_idx is None:
-        rows = mode.general(func, args, kwargs)  # derived from the table alone
-        if isinstance(mode.mark(rows), Derived):
-            mode.marks.put(rows, Derived((served,), rows, ids))
-        return rows
-    if not call.applicable:
+    call = Call(mode, "embedding", _EMBEDDING, args, kwargs, "input", "weight")
+    ids, padding_idx = call.x, call["padding_idx"]
+    for option in ("max_norm", "scale_grad_by_freq", "sparse") if call.served else ():
+        if call[option]:
+            name = call.served[0].name
+            raise UnsupportedError(
+                f"embedding with parameter {name!r}: {option}={call[option]!r} has no per-group meaning; turn it off "
+                f"or exclude={name!r}"
+            )
+    if call.served and isinstance(mode.mark(ids), Constant) and padding_idx is None:
+        return _embedding_of_constants(mode, func, args, kwargs, call)
+    slots = call.enter() if call.applicable else None
+    if slots is None:
         return NotImplemented
-    (weight,) = call.enter("embedding")
     if padding_idx is not None and padding_idx < 0:
         padding_idx += len(call["weight"])
-    return embedding(ids, weight, padding_idx, mode.groups)
+    return embedding(ids, *slots, padding_idx, mode.groups)
+
+
+def _embedding_of_constants(mode: Intercept, func, args, kwargs, call: Call):
+    """The same ids for every example (positions): derived from the table alone, by ids that keep its factors small."""
+    ids = call.x
+    if ids.dim() > 1 and len(ids) > 1 and ids.stride(0) == 0:  # expanded over the batch: look them up once
+        first = ids[:1]
+        mode.marks.put(first, mode.mark(ids))
+        replaced = [first if value is ids else value for value in args]
+        once = _embedding(mode, func, replaced, {k: first if v is ids else v for k, v in kwargs.items()})
+        return mode.general(torch.Tensor.expand, (once, len(ids), *(-1,) * ids.dim()), {})
+    rows = mode.general(func, args, kwargs)
+    if isinstance(mode.mark(rows), Derived):
+        mode.marks.put(rows, Derived(call.served, rows, ids))
+    return rows
 
 
 @serves(F.layer_norm)
 def _layer_norm(mode: Intercept, func, args, kwargs):
-    call = Call(mode, _LAYER_NORM, args, kwargs, "input", "weight", "bias")
-    if not call.applicable:
+    call = Call(mode, "layer_norm", _LAYER_NORM, args, kwargs, "input", "weight", "bias")
+    shape = tuple(call["normalized_shape"])
+    slots = call.enter(features=len(shape)) if call.applicable else None
+    if slots is None:
         return NotImplemented
-    weight, bias = call.enter("layer_norm")
-    x = _as_autocast_would(call.x)
-    return layer_norm(x, tuple(call["normalized_shape"]), weight, bias, call["eps"], mode.groups)
+    return layer_norm(_as_autocast_would(call.x), shape, *slots, call["eps"], mode.groups)
 
 
 @serves(F.group_norm)
 def _group_norm(mode: Intercept, func, args, kwargs):
-    call = Call(mode, _GROUP_NORM, args, kwargs, "input", "weight", "bias")
-    if not call.applicable:
+    call = Call(mode, "group_norm", _GROUP_NORM, args, kwargs, "input", "weight", "bias")
+    slots = call.enter(features=1, lead_only=True) if call.applicable else None
+    if slots is None:
         return NotImplemented
-    weight, bias = call.enter("group_norm", lead_only=True)
-    return group_norm(_as_autocast_would(call.x), call["num_groups"], weight, bias, call["eps"], mode.groups)
+    return group_norm(_as_autocast_would(call.x), call["num_groups"], *slots, call["eps"], mode.groups)
 
 
 @serves(F.rms_norm, torch.rms_norm)
 def _rms_norm(mode: Intercept, func, args, kwargs):
-    call = Call(mode, _RMS_NORM, args, kwargs, "input", "weight")
+    call = Call(mode, "rms_norm", _RMS_NORM, args, kwargs, "input", "weight")
     if not call.applicable:
         return NotImplemented
-    normalised = F.rms_norm(call.x, tuple(call["normalized_shape"]), None, call["eps"])
+    normalised = mode.general(F.rms_norm, (call.x, tuple(call["normalized_shape"]), None, call["eps"]), {})
     return mode.general(torch.mul, (normalised, call["weight"]), {})
 
 
 @serves(F.batch_norm)
 def _batch_norm(mode: Intercept, func, args, kwargs):
-    call = Call(mode, _BATCH_NORM, args, kwargs, "input", "weight", "bias")
+    call = Call(mode, "batch_norm", _BATCH_NORM, args, kwargs, "input", "weight", "bias")
     if not torch.is_grad_enabled():
         return NotImplemented
     if call["training"] or call["running_mean"] is None:
-        names = ", ".join(repr(s.name) for s in map(mode.served, call.parameters) if s is not None)
+        names = ", ".join(repr(s.name) for s in call.served)
         raise UnsupportedError(batch_norm_refusal(f"parameter {names}" if names else "F.batch_norm"))
     if not call.applicable:
         return NotImplemented
     shape = (-1,) + (1,) * (call.x.dim() - 2)
-    y = F.batch_norm(call.x, call["running_mean"], call["running_var"], None, None, False, 0.0, call["eps"])
+    frozen = (call.x, call["running_mean"], call["running_var"], None, None, False, 0.0, call["eps"])
+    y = mode.general(F.batch_norm, frozen, {})
     for operation, parameter in ((torch.mul, call["weight"]), (torch.add, call["bias"])):
         if parameter is not None:
             y = mode.general(operation, (y, mode.general(torch.Tensor.reshape, (parameter, shape), {})), {})
@@ -202,5 +220,6 @@ def batch_norm_refusal(what: str) -> str:
 
 
 def _as_autocast_would(x: Tensor) -> Tensor:
-    """Autocast runs normalisations in float32."""
-    return x.float() if torch.is_autocast_enabled(x.device.type) and x.dtype in (torch.float16, torch.bfloat16) else x
+    """Autocast runs normalisations in float32 on CUDA, and as they come on the CPU."""
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    return x.float() if half and x.device.type == "cuda" and torch.is_autocast_enabled("cuda") else x

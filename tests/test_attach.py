@@ -39,6 +39,38 @@ def reused(self, x):
     return self.layer(torch.tanh(self.layer(x)) + self.layer.weight[0])
 
 
+def accumulated(self, x):
+    total = torch.zeros(len(x), 3, 6, dtype=x.dtype)
+    total += self.first(x)
+    total[:, 1:] += self.first(x[:, :-1])
+    total[:, 0] = x[:, 2]
+    return self.second(total)
+
+
+def merged_heads(self, x):
+    n, t, d = x.shape
+    q, k, v = (y.view(n, t, 2, d // 2).transpose(1, 2).reshape(n * 2, t, d // 2) for y in self.qkv(x).chunk(3, -1))
+    y = torch.bmm(torch.softmax(q @ k.transpose(1, 2), -1), v)
+    return self.out(y.view(n, 2, t, d // 2).transpose(1, 2).reshape(n, t, d))
+
+
+def gathered(self, x):
+    weights = torch.sigmoid(self.gate(x))
+    chosen = weights.topk(2, dim=-1).indices
+    experts = torch.einsum("ntd,nte->nted", x, weights)
+    picked = torch.gather(experts, 2, chosen.unsqueeze(-1).expand(-1, -1, -1, x.shape[-1]))
+    return self.out(picked.sum(dim=2))
+
+
+def decaying(self, x):
+    bias = self.bias.clone()
+    for _ in range(3):
+        x = torch.tanh(x + bias)
+    return x
+
+
+TABLE = torch.arange(16)
+
 LAYERS = {
     "linear 2-D": lambda: (nn.Linear(6, 5), torch.randn(7, 6)),
     "linear without bias": lambda: (nn.Linear(6, 5, bias=False), torch.randn(7, 6)),
@@ -92,6 +124,23 @@ LAYERS = {
     "one parameter, two derived uses": lambda: (
         Module(lambda m, x: x * m.p[0] + torch.tanh(m.p[1]) + m.p.sum(), p=torch.randn(2, 4)),
         torch.randn(7, 3, 4),
+    ),
+    "written in place": lambda: (
+        Module(accumulated, first=nn.Linear(6, 6), second=nn.LayerNorm(6)),
+        torch.randn(7, 3, 6),
+    ),
+    "heads merged into the batch and back": lambda: (
+        Module(merged_heads, qkv=nn.Linear(6, 18), out=nn.Linear(6, 6)),
+        torch.randn(7, 7, 6),
+    ),
+    "gathered and mixed within examples": lambda: (
+        Module(gathered, gate=nn.Linear(6, 3), out=nn.Linear(6, 4)),
+        torch.randn(7, 5, 6),
+    ),
+    "one derived tensor used often": lambda: (Module(decaying, bias=torch.randn(6)), torch.randn(7, 6)),
+    "positions by a global constant": lambda: (
+        Module(lambda m, x: x + m.e(TABLE[: x.shape[1]]), e=nn.Embedding(16, 6)),
+        torch.randn(7, 7, 6),
     ),
     "used by three kinds of op": lambda: (Module(reused, layer=nn.Linear(6, 6)), torch.randn(7, 6)),
     "constant through a layer": lambda: (

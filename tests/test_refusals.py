@@ -74,6 +74,29 @@ UNSUPPORTED = {
     "batch transposed away, then pointwise": lambda: Module(
         lambda m, x: m.layer(torch.tanh(x.permute(1, 0, 2)) + 1), layer=nn.Linear(6, 2)
     ),
+    "batch behind time in a stack": lambda: Module(
+        lambda m, x: m.layer(torch.stack([x[:, t] for t in range(4)])), layer=nn.Linear(6, 2)
+    ),
+    "batch moved by einsum": lambda: Module(
+        lambda m, x: m.layer(torch.einsum("btd->tbd", x)), layer=nn.Linear(6, 2)
+    ),
+    "batch moved by an aten operator": lambda: Module(
+        lambda m, x: m.layer(torch.ops.aten.transpose.int(x, 0, 1)), layer=nn.Linear(6, 2)
+    ),
+    "batch merged, then transposed": lambda: Module(
+        lambda m, x: m.layer(x.reshape(-1, 4, 3).transpose(0, 1)), layer=nn.Linear(3, 2)
+    ),
+    "rows picked across the batch": lambda: Module(
+        lambda m, x: m.layer(x.reshape(-1, 6)[[0, 7, 8, 3]]), layer=nn.Linear(6, 2)
+    ),
+    "batch flipped": lambda: Module(lambda m, x: m.layer(torch.tanh(m.layer(x)).flip(0)), layer=nn.Linear(6, 6)),
+    "batch rolled": lambda: Module(lambda m, x: m.layer(x.roll(1, 0)), layer=nn.Linear(6, 6)),
+    "parts of the batch swapped": lambda: Module(
+        lambda m, x: m.layer(torch.cat(x.chunk(2)[::-1])), layer=nn.Linear(6, 6)
+    ),
+    "excluded-like input with a gradient": lambda: Module(
+        lambda m, x: x + m.layer(torch.ones(1, 4, 6, requires_grad=True)), layer=nn.Linear(6, 6)
+    ),
     "batch indexed away": lambda: Module(lambda m, x: m.layer(x[0]), layer=nn.Linear(6, 2)),
     "batch reduced away": lambda: Module(lambda m, x: m.layer(x.mean(0)), layer=nn.Linear(6, 2)),
 }

@@ -254,7 +254,7 @@ std::tuple<Tensor, Tensor> stacked(Tensor grads, std::string name, int64_t count
 
   const torch::stable::accelerator::DeviceGuard guard(grads.get_device_index());
   void* current = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(grads.get_device_index(), &current));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(grads.get_device_index(), &current));
   const cudaStream_t stream = static_cast<cudaStream_t>(current);
 
   constexpr auto real64 = torch::headeronly::ScalarType::Double;
