@@ -22,7 +22,8 @@ class Groups:
     lead:     the shape of the leading dimensions that hold the units, (N,) or (1, N).
     offsets:  (E + 1,) int64 on the CPU; once units are put in `order`, group e owns units offsets[e]:offsets[e + 1].
     order:    (N,) int64, the units sorted by group, or None where they already are.
-    keys:     (E,) the caller's ids, or None where groups are numbered as they come.
+    keys:     (E,) the caller's ids, or None where groups are numbered as they come; of packed sequences, the numbers of
+              those with rows, or None where all have some.
     """
 
     lead: tuple[int, ...]
@@ -76,10 +77,10 @@ class Groups:
                 f"cu_seqlens must rise from 0 to the number of packed rows, {num_units}; it goes from "
                 f"{int(bounds[0])} to {int(bounds[-1])}" + (" and falls in between" if bool((sizes < 0).any()) else "")
             )
-        sizes = sizes[sizes > 0]
-        if len(sizes) == 0:
+        voting = (sizes > 0).nonzero().flatten()
+        if len(voting) == 0:
             raise ValueError("cu_seqlens holds no rows: no group can vote (skip the step)")
-        return Groups(lead, _offsets(sizes))
+        return Groups(lead, _offsets(sizes[voting]), keys=voting if len(voting) < len(sizes) else None)
 
     @property
     def count(self) -> int:

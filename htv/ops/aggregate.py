@@ -131,6 +131,8 @@ class Agreement:
     mean_agreement:  |sum_e sign(c_e)| / E, averaged over the coordinates.
     m_coherence:     ||sum_e c_e||^2 / sum_e ||c_e||^2: 1 for orthogonal groups of equal norm, E for identical ones,
                      NaN where every contribution is zero (Chatterjee & Zielinski 2020).
+
+    All are NaN for a parameter without coordinates.
     """
 
     kept_fraction: float
@@ -141,6 +143,8 @@ class Agreement:
 def agreement(parts: list[Factors], rule: Rule) -> Agreement:
     """One more sliced pass over the contributions: costs about as much as a sliced rule does."""
     first = parts[0]
+    if math.prod(first.shape) == 0:
+        return Agreement(math.nan, math.nan, math.nan)
     statistic = rule.statistic(first.groups.count)
     masked = statistic.name in ("and_mask", "xor_mask", "geometric_mean", "sand_mask")
     agreeing = kept = total_energy = energy = 0.0
