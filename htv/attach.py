@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
+import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -12,8 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from htv import layers
-from htv.autograd.expand import pulling_back
-from htv.autograd.ledger import Hub, Ledger, Slot
+from htv.autograd.ledger import Hub, Ledger, Owner, Passes, Slot
 from htv.errors import UnsupportedError
 from htv.groups import Groups
 from htv.intercept import Intercept
@@ -46,7 +47,8 @@ def attach(
                      contributions of that use be summed plainly.
     stats:           collect what `Handle.stats` returns; one more sliced pass over every parameter's contributions.
 
-    Raises TypeError or ValueError for bad arguments, RuntimeError if the model, or a part of it, is attached already.
+    Raises TypeError or ValueError for bad arguments, RuntimeError if the model, a part of it or one of its parameters is
+    attached already, or if a parameter has no shape yet.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -63,7 +65,24 @@ def attach(
                 f"{'the model' if name == '' else f'module {name!r}'} is attached already: call detach() on its "
                 "handle before attaching another rule"
             )
-    return Handle(model, _choose_rules(model, rule, exclude), on_unsupported, stats)
+    rules = _choose_rules(model, rule, exclude)
+    _refuse_shared(model, rules)
+    return Handle(model, rules, on_unsupported, stats)
+
+
+_handles: weakref.WeakSet[Handle] = weakref.WeakSet()  # those attached
+
+
+def _refuse_shared(model: nn.Module, rules: dict[str, Rule | None]) -> None:
+    mine = {id(p): name for name, p in model.named_parameters() if rules[name] is not None}
+    for handle in list(_handles):
+        for served in handle.served():
+            if id(served.parameter) in mine:
+                raise RuntimeError(
+                    f"parameter {mine[id(served.parameter)]!r} is served by another handle already (as "
+                    f"{served.name!r} of a {type(handle.model).__name__}): detach that handle first, or "
+                    f"exclude={mine[id(served.parameter)]!r} from one of the two"
+                )
 
 
 def _choose_rules(model: nn.Module, rule: RuleChoice, exclude) -> dict[str, Rule | None]:
@@ -73,6 +92,11 @@ def _choose_rules(model: nn.Module, rule: RuleChoice, exclude) -> dict[str, Rule
     for name, parameter in model.named_parameters(remove_duplicate=False):
         aliases.setdefault(id(parameter), []).append(name)
     unmatched = set(patterns)
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedTensorMixin):
+            raise RuntimeError(
+                f"parameter {name!r} is not initialized: it gets its shape from a first batch. Run the model once first"
+            )
     rules: dict[str, Rule | None] = {}
     for name, parameter in model.named_parameters():
         hits = {p for p in patterns for alias in aliases[id(parameter)] if _matches(alias, p)}
@@ -80,6 +104,8 @@ def _choose_rules(model: nn.Module, rule: RuleChoice, exclude) -> dict[str, Rule
         chosen = None if hits else rule if isinstance(rule, Rule) else rule(name, parameter)
         if chosen is not None and not isinstance(chosen, Rule):
             raise TypeError(f"the rule for parameter {name!r} must be an htv rule or None, got {chosen!r}")
+        if not (parameter.dtype.is_floating_point or parameter.dtype.is_complex or parameter.requires_grad):
+            chosen = None  # integers, which never have a gradient
         if chosen is not None and not parameter.dtype.is_floating_point:
             raise TypeError(
                 f"parameter {name!r} is {parameter.dtype}: rules rank and count real numbers; exclude={name!r}"
@@ -96,16 +122,18 @@ def _matches(name: str, pattern: str) -> bool:
     return name == pattern or name.startswith(f"{pattern}.") or fnmatch.fnmatchcase(name, pattern)
 
 
-class Served:
+class Served(Owner):
     """One served parameter: its rule, its hub for the forwards not yet differentiated, and a guard on its gradient."""
 
     def __init__(self, handle: Handle, name: str, parameter: nn.Parameter, rule: Rule):
         self.handle, self.name, self.parameter, self.rule = handle, name, parameter, rule
+        self.passes, self.settled = handle.passes, set()
         self.uses: set[str] = set()
         self.agreement: Agreement | None = None
         self.refusal: str | None = None  # why some use was let through plainly
         self._hub: tuple[Tensor, Ledger] | None = None
         self._delivered: tuple[int, int, int] | None = None
+        self._twice = -1  # the last backward pass in which two hubs delivered
         self._hook = None
 
     def note(self, use: str) -> None:
@@ -115,8 +143,7 @@ class Served:
     def slot(self, groups: Groups) -> Slot:
         """For one more use: uses share a hub until a backward has consumed it."""
         if self._hub is None or not self._hub[1].groups.same_voters(groups):
-            observe = self._observe if self.handle.collects_stats else None
-            ledger = Ledger(self.rule, groups, self._guard, self._deliver, observe)
+            ledger = Ledger(self.rule, groups, self, self.handle.collects_stats)
             self._hub = Hub.apply(self.parameter, ledger), ledger
         token, ledger = self._hub
         return Slot(self.parameter.detach(), token, ledger)
@@ -124,7 +151,7 @@ class Served:
     def watch(self) -> None:
         """Make gradients that come by another way than the hub an error."""
         if self._hook is None and self.parameter.requires_grad:
-            self._hook = self.parameter.register_hook(self._check_gradient)
+            self._hook = _hook_first(self.parameter, self._check_gradient)
 
     def unwatch(self) -> None:
         if self._hook is not None:
@@ -133,58 +160,123 @@ class Served:
             if not self.parameter._backward_hooks:
                 self.parameter._backward_hooks = None
 
-    def _guard(self) -> None:
+    def guard(self) -> None:
         if not self.handle.attached:
             raise RuntimeError(
                 f"backward after detach: the forward ran while parameter {self.name!r} was served, but its handle has "
                 "been detached since; run the forward again, or detach after backward"
             )
 
-    def _observe(self, agreement: Agreement) -> None:
+    def observe(self, agreement: Agreement) -> None:
         self.agreement = agreement
 
-    def _deliver(self, grad: Tensor) -> None:
+    def deliver(self, grad: Tensor) -> None:
         # No reference is kept: autograd may then take the tensor for .grad without a copy.
-        self._delivered = (torch._C._current_graph_task_id(), grad.data_ptr(), grad._version)
+        current = torch._C._current_graph_task_id()
+        if self._delivered is not None and self._delivered[0] == current:
+            self._twice = current
+        self._delivered = (current, grad.data_ptr(), grad._version)
         self._hub = None
+        self.handle.settled()
 
     def _check_gradient(self, grad: Tensor | None) -> None:
-        if grad is None or pulling_back() or self.refusal is not None:
+        if grad is None or self.refusal is not None:
             return
         expected, self._delivered = self._delivered, None
-        if expected != (torch._C._current_graph_task_id(), grad.data_ptr(), grad._version):
-            self.handle.unsupported(
-                f"parameter {self.name!r} reached the loss by a path htv does not serve: it was used outside the "
-                "model's forward (a penalty on the weights, say), inside a custom autograd.Function, or by two "
-                "forwards with different groups. Remedy: use the optimizer's weight decay, call backward() once per "
-                f"forward, or exclude={self.name!r}",
-                (self,),
+        current = torch._C._current_graph_task_id()
+        if expected == (current, grad.data_ptr(), grad._version):
+            return
+        if self._twice == current:
+            why = (
+                f"parameter {self.name!r} got two aggregated gradients in one backward, and their sum is no vote: the "
+                "loss joins two forwards with different groups, or one forward from before another backward() and one "
+                "from after it. Remedy: call backward() once per forward, or run the forwards of one loss together, "
             )
+        else:
+            why = (
+                f"parameter {self.name!r} reached the loss by a path htv does not serve: it was used outside the "
+                "model's forward (a penalty on the weights, say) or inside a custom autograd.Function; or a tensor "
+                "hook changed the gradient in place. Remedy: use the optimizer's weight decay, "
+            )
+        self.handle.unsupported(f"{why}or exclude={self.name!r}", (self,))
+
+
+def _hook_first(tensor: Tensor, method: Callable[[Tensor], None]):
+    """Register a hook that runs before the user's, which may replace the gradient. Does not keep the method's self."""
+    reference = weakref.WeakMethod(method)
+
+    def hook(grad: Tensor) -> None:
+        bound = reference()
+        return None if bound is None else bound(grad)
+
+    handle = tensor.register_hook(hook)
+    hooks = tensor._backward_hooks
+    others = {key: value for key, value in hooks.items() if key != handle.id}
+    hooks.clear()  # torch runs them in the order of insertion into the underlying dict
+    hooks[handle.id] = hook
+    hooks.update(others)
+    return handle
 
 
 class _ServedForward:
-    """Stands in for a module's forward while it is attached; the outermost one enters the intercepting mode."""
+    """Stands in for a module's forward while it is attached; the outermost one enters the intercepting mode.
+
+    Copies of the module, by copy.deepcopy, pickle or torch.save, are made as if it were not attached.
+    """
 
     def __init__(self, handle: Handle, module: nn.Module):
         self.handle, self.module = handle, module
-        self.own = module.__dict__.get("forward")  # an instance attribute of the user's, if any
         self.inner = module.forward
+        self.parameters = [id(p) for p in module.parameters()]
         self.batch_norms = [(n, m) for n, m in module.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self._ours = {"forward": self, "__reduce_ex__": self._reduce_module}
+        attributes = module.__dict__
+        self._own = {key: attributes[key] for key in self._ours if key in attributes}  # instance attributes of the user's
 
     def __call__(self, *args, **kwargs):
         return self.handle.run(self, args, kwargs)
 
+    def install(self) -> None:
+        self.module.__dict__.update(self._ours)
+
     def check(self) -> None:
-        """Refuse before anything runs: a BatchNorm counts its batches before it computes."""
+        """Refuse before anything runs: replaced parameters, and a BatchNorm, which counts batches before it computes."""
+        if [id(p) for p in self.module.parameters()] != self.parameters:
+            known = set(self.parameters)
+            new = (repr(n) for n, p in self.module.named_parameters() if id(p) not in known)
+            raise RuntimeError(
+                f"the model's parameters changed while attached: {next(new, 'some')} is not what it was, or is gone (a "
+                "module was exchanged, load_state_dict(assign=True) or functional_call was used, ...): detach and "
+                "attach again"
+            )
         for name, module in self.batch_norms:
             if module.training:
                 raise UnsupportedError(layers.batch_norm_refusal(f"module {name!r}"))
 
     def restore(self) -> None:
-        if self.own is None:
-            del self.module.__dict__["forward"]
-        else:
-            self.module.__dict__["forward"] = self.own
+        """Take out what `install` put in, unless the user has replaced it since."""
+        attributes = self.module.__dict__
+        for key, value in self._ours.items():
+            if attributes.get(key) is value:
+                del attributes[key]
+                if key in self._own:
+                    attributes[key] = self._own[key]
+
+    def _reduce_module(self, protocol):
+        """The module's `__reduce_ex__`, as it would be without htv."""
+        attributes = self.module.__dict__
+        before = {key: attributes[key] for key in self._ours if key in attributes}
+        self.restore()
+        try:
+            result = self.module.__reduce_ex__(protocol)
+            if isinstance(result, tuple) and len(result) > 2 and result[2] is attributes:
+                result = (*result[:2], dict(attributes), *result[3:])
+            return result
+        finally:
+            attributes.update(before)
+
+    def __reduce_ex__(self, protocol):
+        raise RuntimeError("this module cannot be copied or pickled while attached: call detach() on its handle first")
 
 
 class Handle:
@@ -195,7 +287,10 @@ class Handle:
         self.collects_stats, self._on_unsupported = stats, on_unsupported
         self._spec: tuple[str, Tensor] | None = None  # who votes, while a block of groups() or packed() is open
         self._last_spec = self._spec
-        self._running = False
+        self._specs: list[tuple[str, Tensor] | None] = []  # of all forwards since the last backward
+        self._differentiated = False
+        self._thread = threading.local()  # .running: whether a forward is under way in this thread
+        self.passes = Passes()
         parameters = dict(model.named_parameters())
         self._served = {
             id(p): Served(self, name, p, rules[name]) for name, p in parameters.items() if rules[name] is not None
@@ -206,11 +301,15 @@ class Handle:
             served.watch()
         self._forwards = [_ServedForward(self, m) for m in model.modules() if next(m.parameters(), None) is not None]
         for forward in self._forwards:
-            forward.module.__dict__["forward"] = forward
+            forward.install()
+        _handles.add(self)
 
     def __repr__(self) -> str:
         state = "attached" if self.attached else "detached"
         return f"<htv.Handle {state}: {len(self._served)} parameters of {type(self.model).__name__} served>"
+
+    def __reduce_ex__(self, protocol):
+        raise RuntimeError("a handle cannot be copied or pickled: copy the model, and attach to the copy")
 
     def __enter__(self) -> Handle:
         return self
@@ -223,6 +322,7 @@ class Handle:
         if not self.attached:
             return
         self.attached = False
+        _handles.discard(self)
         for forward in self._forwards:
             forward.restore()
         for served in self._served.values():
@@ -299,7 +399,10 @@ class Handle:
 
     def run(self, forward: _ServedForward, args: tuple, kwargs: dict):
         """Run a module's forward, under the mode if it is the outermost one and gradients are wanted."""
-        if self._running or not torch.is_grad_enabled():
+        if getattr(self._thread, "running", False):
+            return forward.inner(*args, **kwargs)
+        if not torch.is_grad_enabled():
+            self._remember(graph=False)
             return forward.inner(*args, **kwargs)
         forward.check()
         inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
@@ -308,17 +411,15 @@ class Handle:
             served.watch()
         for rule in {served.rule for served in self._served.values()}:
             rule.statistic(groups.count)  # refuse too few groups before anything runs
-        self._running = True
+        self._thread.running = True
         try:
             with Intercept(self, groups, inputs):
                 return forward.inner(*args, **kwargs)
         finally:
-            self._running = False
+            self._thread.running = False
 
     def _groups(self, inputs: list[Tensor]) -> Groups:
-        in_backward = torch._C._current_graph_task_id() != -1  # activation checkpointing runs the forward again
-        spec = self._last_spec if in_backward else self._spec
-        self._last_spec = spec
+        spec = self._remember(graph=True)
         batch = next((t for t in inputs if t.dim() > 0), None)
         if spec is None:
             if batch is None:
@@ -335,3 +436,36 @@ class Handle:
         if packed_in_dim_1:
             return Groups.packed(value, (1, total))
         return Groups.packed(value, (total if batch is None else len(batch),))
+
+    def _remember(self, graph: bool) -> tuple[str, Tensor] | None:
+        """Who votes in the forward that starts now, kept for the time activation checkpointing runs it again.
+
+        graph:  whether gradients are on; a reentrant checkpoint runs its first forward without, as an evaluation does.
+        """
+        if torch._C._current_graph_task_id() != -1:
+            if len(self._specs) > 1 and "Checkpoint" in type(torch._C._current_autograd_node()).__name__:
+                raise RuntimeError(
+                    "a reentrant activation checkpoint runs a forward again, but since the last backward there were "
+                    "forwards with different groups() or packed(): whose votes these are cannot be told. Call backward() "
+                    "before the next forward, or torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+                )
+            return self._last_spec
+        if graph:
+            self.passes.forget()
+        if self._differentiated:
+            self._specs, self._differentiated, self._last_spec = [], False, None
+        if graph or self._spec is not None:
+            self._last_spec = self._spec
+            if not any(_same_spec(self._spec, spec) for spec in self._specs):
+                self._specs.append(self._spec)
+        return self._spec
+
+    def settled(self) -> None:
+        """A backward has reached a parameter: the forwards before it are taken to be done with."""
+        self._differentiated = True
+
+
+def _same_spec(a: tuple[str, Tensor] | None, b: tuple[str, Tensor] | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a[0] == b[0] and (a[1] is b[1] or torch.equal(torch.as_tensor(a[1]).cpu(), torch.as_tensor(b[1]).cpu()))

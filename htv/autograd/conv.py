@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from htv.autograd.ledger import Slot, full_precision
+from htv.autograd.ledger import MARKER, Slot, full_precision
 from htv.groups import Groups
 from htv.ops.factors import ConvFactors, ConvGeometry, StackedFactors
 from htv.ops.reference import compute_dtype
@@ -34,19 +34,20 @@ class _Conv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, weight_token, bias_token, weight_slot, bias_slot, geometry, groups):
         ctx.slots, ctx.geometry, ctx.groups = (weight_slot, bias_slot), geometry, groups
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(MARKER, x, weight if ctx.needs_input_grad[0] else None)
+        ctx.kernel = tuple(weight.shape[2:])
         function = (F.conv1d, F.conv2d, F.conv3d)[weight.dim() - 3]
         return function(x, weight, bias, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
+        _, x, weight = ctx.saved_tensors
         weight_slot, bias_slot = ctx.slots
         geometry, groups, needs = ctx.geometry, ctx.groups, ctx.needs_input_grad
         with full_precision(grad.device):
             x_like = x.to(grad.dtype)
             grad_weight = weight_slot.grad(
-                lambda: ConvFactors(x_like, grad, tuple(weight.shape[2:]), geometry, groups), needs[1]
+                lambda: ConvFactors(x_like, grad, ctx.kernel, geometry, groups), needs[1]
             )
             grad_bias = bias_slot.grad(lambda: StackedFactors(_position_sums(grad, groups), groups), needs[2])
             grad_x = _grad_input(grad, x_like, weight.to(grad.dtype), geometry).to(x.dtype) if needs[0] else None

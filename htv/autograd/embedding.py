@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from htv.autograd.ledger import Slot, full_precision
+from htv.autograd.ledger import MARKER, Slot, full_precision
 from htv.groups import Groups
 from htv.ops.factors import EmbeddingFactors
 
@@ -20,12 +20,12 @@ class _Embedding(torch.autograd.Function):
     @staticmethod
     def forward(ctx, ids, weight, weight_token, weight_slot, padding_idx, groups):
         ctx.slot, ctx.groups, ctx.num_embeddings, ctx.padding_idx = weight_slot, groups, len(weight), padding_idx
-        ctx.save_for_backward(ids)
+        ctx.save_for_backward(MARKER, ids)
         return F.embedding(ids, weight)
 
     @staticmethod
     def backward(ctx, grad):
-        (ids,) = ctx.saved_tensors
+        _, ids = ctx.saved_tensors
         with full_precision(grad.device):
             grad_weight = ctx.slot.grad(
                 lambda: EmbeddingFactors(ids, grad, ctx.num_embeddings, ctx.padding_idx, ctx.groups),

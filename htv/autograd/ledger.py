@@ -12,6 +12,7 @@ twice, an output the loss ignores) is left to the engine, and factors live no lo
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -24,29 +25,83 @@ from htv.ops.factors import Factors
 from htv.rules import Rule
 
 
+# Saved first by every Function: a forward run again without htv (activation checkpointing of a function that is no
+# module) saves something else first, which torch.utils.checkpoint notices.
+MARKER = torch.empty(0, 7, dtype=torch.uint8)
+
+
+class Passes:
+    """Which backward passes run inside another (reentrant activation checkpointing), as far as ledgers met them."""
+
+    def __init__(self) -> None:
+        self._outer: dict[int, int] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._outer)
+
+    def nest(self, inner: int, outer: int) -> None:
+        self._outer[inner] = outer
+
+    def related(self, a: int, b: int) -> bool:
+        """Whether two passes are parts of one outermost backward."""
+        return self._outermost(a) == self._outermost(b)
+
+    def _outermost(self, task: int) -> int:
+        while task in self._outer:
+            task = self._outer[task]
+        return task
+
+    def forget(self) -> None:
+        """No backward is under way."""
+        self._outer.clear()
+
+
+class Owner:
+    """Whose contributions a ledger gathers: one parameter, with what its ledgers have in common.
+
+    name:     of the parameter.
+    passes:   shared by all parameters of a handle.
+    settled:  the passes this parameter's rule was applied in, as long as they matter.
+    """
+
+    name: str
+    passes: Passes
+    settled: set[int]
+
+    def guard(self) -> None:
+        """Called before anything is recorded; raises if the handle is gone."""
+
+    def deliver(self, grad: Tensor) -> None:
+        """Called with the aggregated gradient just before the hub hands it to autograd."""
+
+    def observe(self, agreement: Agreement) -> None:
+        """Called with the parameter's `Agreement` where the ledger collects it."""
+
+
 class Ledger:
     """Factors recorded for one parameter in the backward pass under way.
 
     rule and groups:  what to aggregate with, and who votes.
-    guard:            called before anything is recorded; raises if the handle is gone.
-    deliver:          called with the aggregated gradient just before the hub hands it to autograd.
-    observe:          called with the parameter's `Agreement` if not None (one more pass over the contributions).
+    owner:            told of what happens; not kept alive, since autograd's graph keeps ledgers.
+    observes:         whether to give the owner the parameter's `Agreement` (one more pass over the contributions).
     """
 
-    def __init__(
-        self,
-        rule: Rule,
-        groups: Groups,
-        guard: Callable[[], None],
-        deliver: Callable[[Tensor], None],
-        observe: Callable[[Agreement], None] | None,
-    ):
-        self.rule, self.groups, self.guard, self.deliver, self.observe = rule, groups, guard, deliver, observe
+    def __init__(self, rule: Rule, groups: Groups, owner: Owner, observes: bool = False):
+        self.rule, self.groups, self.observes = rule, groups, observes
+        self.owner_name, self._owner = owner.name, weakref.ref(owner)
         self._parts: list[Factors] = []
         self._pass = -1
 
-    def record(self, factors: Factors) -> None:
-        """Add the contributions of one use. What an interrupted backward left behind is dropped."""
+    def guard(self) -> None:
+        owner = self._owner()
+        if owner is not None:  # else the model is gone, but not its graph
+            owner.guard()
+
+    def record(self, factors: Callable[[], Factors], born: int = -1) -> None:
+        """Add the contributions of one use. What an interrupted backward left behind is dropped.
+
+        born:  the backward pass in which the use's forward ran, -1 for none: then this pass runs inside that one.
+        """
         self.guard()
         if torch.is_grad_enabled():
             raise RuntimeError(
@@ -54,20 +109,44 @@ class Ledger:
                 "without create_graph=True, or detach the handle for that step"
             )
         current = torch._C._current_graph_task_id()
+        self._refuse_reentry(current, born)
         if current != self._pass:
             self._parts, self._pass = [], current
-        self._parts.append(factors)
+        self._parts.append(factors())
+
+    def _refuse_reentry(self, current: int, born: int) -> None:
+        """One outermost backward may apply the rule to a parameter once."""
+        owner = self._owner()
+        if owner is None:
+            return
+        if born not in (-1, current):
+            owner.passes.nest(current, born)
+        if not owner.passes:
+            return
+        others = owner.settled | ({self._pass} if self._parts else set())
+        if any(other != current and owner.passes.related(other, current) for other in others):
+            raise RuntimeError(
+                f"parameter {owner.name!r} is used in a reentrant activation checkpoint and also elsewhere in the same "
+                "backward: its contributions arrive in separate passes and cannot be added before the rule is applied. "
+                "Call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+            )
 
     def settle(self, parameter: Tensor) -> Tensor | None:
         """The aggregated gradient of what this pass recorded, or None if nothing was."""
         self.guard()
         parts, self._parts = self._parts, []
-        if not parts or self._pass != torch._C._current_graph_task_id():
+        current = torch._C._current_graph_task_id()
+        if not parts or self._pass != current:
             return None
-        if self.observe is not None:
-            self.observe(aggregate.agreement(parts, self.rule))
+        owner = self._owner()
+        if self.observes and owner is not None:
+            owner.observe(aggregate.agreement(parts, self.rule))
         grad = aggregate.aggregate(parts, self.rule).to(parameter.dtype)
-        self.deliver(grad)
+        if owner is not None:
+            if not owner.passes:
+                owner.settled.clear()
+            owner.settled.add(current)
+            owner.deliver(grad)
         return grad
 
 
@@ -100,14 +179,30 @@ class Slot:
     ledger:  where to record if served.
     """
 
-    __slots__ = ("ledger", "token", "value")
+    __slots__ = ("_born", "ledger", "token", "value")
 
     def __init__(self, value: Tensor | None, token: Tensor | None = None, ledger: Ledger | None = None):
         self.value, self.token, self.ledger = value, token, ledger
+        self._born = torch._C._current_graph_task_id()
+
+    def record(self, factors: Callable[[], Factors]) -> None:
+        """In backward: record the factors of a served parameter, if this pass wants its gradient."""
+        if _hub_runs(self.token):
+            self.ledger.record(factors, self._born)
 
     def grad(self, factors: Callable[[], Factors], needed: bool) -> Tensor | None:
         """In backward: record the factors if served (no gradient here), else the plain gradient if needed."""
         if self.ledger is not None:
-            self.ledger.record(factors())
+            self.record(factors)
             return None
         return factors().total() if needed else None
+
+
+def _hub_runs(token: Tensor | None) -> bool:
+    """Whether the pass under way goes on to the token's hub: torch.autograd.grad may ask for other gradients only."""
+    if token is None or token.grad_fn is None:
+        return True
+    try:
+        return torch._C._will_engine_execute_node(token.grad_fn)
+    except RuntimeError:  # torch does not tell here: record, and the hub decides
+        return True

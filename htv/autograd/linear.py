@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from htv.autograd.ledger import Slot, full_precision
+from htv.autograd.ledger import MARKER, Slot, full_precision
 from htv.groups import Groups
 from htv.ops.factors import LinearFactors, StackedFactors
 from htv.ops.reference import compute_dtype
@@ -21,18 +21,22 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, weight_token, bias_token, weight_slot, bias_slot, groups):
         ctx.slots, ctx.groups = (weight_slot, bias_slot), groups
-        ctx.save_for_backward(x, weight)
-        return F.linear(x, weight, bias)
+        needs_x = weight_slot.ledger is not None or ctx.needs_input_grad[1]
+        ctx.save_for_backward(MARKER, x if needs_x else None, weight if ctx.needs_input_grad[0] else None)
+        ctx.x_dtype = x.dtype
+        y = F.linear(x, weight, bias)
+        # With a bias and more than two dims it is a view, which autograd would not let anyone change in place.
+        return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
+        _, x, weight = ctx.saved_tensors
         weight_slot, bias_slot = ctx.slots
         groups, needs = ctx.groups, ctx.needs_input_grad
         with full_precision(grad.device):
             grad_weight = weight_slot.grad(lambda: LinearFactors(x.to(grad.dtype), grad, groups), needs[1])
             grad_bias = bias_slot.grad(lambda: StackedFactors(_row_sums(grad, groups), groups), needs[2])
-            grad_x = (grad @ weight.to(grad.dtype)).to(x.dtype) if needs[0] else None
+            grad_x = (grad @ weight.to(grad.dtype)).to(ctx.x_dtype) if needs[0] else None
         return grad_x, grad_weight, grad_bias, None, None, None, None, None
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from htv.autograd.ledger import Slot, full_precision
+from htv.autograd.ledger import MARKER, Slot, full_precision
 from htv.groups import Groups
 from htv.ops.factors import SCRATCH_BYTES, StackedFactors
 from htv.ops.reference import compute_dtype
@@ -35,12 +35,12 @@ class _LayerNorm(torch.autograd.Function):
     def forward(ctx, x, weight, bias, weight_token, bias_token, weight_slot, bias_slot, shape, eps, groups):
         ctx.slots, ctx.shape, ctx.groups = (weight_slot, bias_slot), shape, groups
         y, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, eps)
-        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        ctx.save_for_backward(MARKER, x, weight, bias, mean, rstd)
         return y
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight, bias, mean, rstd = ctx.saved_tensors
+        _, x, weight, bias, mean, rstd = ctx.saved_tensors
         shape, groups = ctx.shape, ctx.groups
 
         def per_unit(t: Tensor) -> Tensor:
@@ -59,22 +59,31 @@ class _LayerNorm(torch.autograd.Function):
         return grad_x, *grads, None, None, None, None, None, None, None
 
 
+def _group_norm_format(x: Tensor) -> torch.memory_format:
+    """What F.group_norm computes and returns: the input's memory format on the CPU, contiguous elsewhere."""
+    if x.device.type == "cpu":
+        for dims, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+            if x.dim() == dims and not x.is_contiguous() and x.is_contiguous(memory_format=memory_format):
+                return memory_format
+    return torch.contiguous_format
+
+
 class _GroupNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, weight_token, bias_token, weight_slot, bias_slot, num_groups, eps, groups):
         ctx.slots, ctx.num_groups, ctx.groups = (weight_slot, bias_slot), num_groups, groups
         n, channels, space = x.shape[0], x.shape[1], math.prod(x.shape[2:])
-        x = x.contiguous()
+        x = x.contiguous(memory_format=_group_norm_format(x))
         y, mean, rstd = torch.native_group_norm(x, weight, bias, n, channels, space, num_groups, eps)
-        ctx.save_for_backward(x, weight, mean, rstd)
+        ctx.save_for_backward(MARKER, x, weight, mean, rstd)
         return y
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight, mean, rstd = ctx.saved_tensors
+        _, x, weight, mean, rstd = ctx.saved_tensors
         n, channels, space = x.shape[0], x.shape[1], math.prod(x.shape[2:])
         per_channel = channels // ctx.num_groups
-        grad = grad.contiguous()
+        grad = grad.contiguous(memory_format=_group_norm_format(x))
         with full_precision(grad.device):
             mean_c, rstd_c = (t.repeat_interleave(per_channel, dim=1).unsqueeze(2) for t in (mean, rstd))
             x_flat, grad_flat = x.reshape(n, channels, space), grad.reshape(n, channels, space)
