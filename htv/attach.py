@@ -231,7 +231,9 @@ class _ServedForward:
         self.batch_norms = [(n, m) for n, m in module.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self._ours = {"forward": self, "__reduce_ex__": self._reduce_module}
         attributes = module.__dict__
-        self._own = {key: attributes[key] for key in self._ours if key in attributes}  # instance attributes of the user's
+        self._own = {
+            key: attributes[key] for key in self._ours if key in attributes
+        }  # instance attributes of the user's
 
     def __call__(self, *args, **kwargs):
         return self.handle.run(self, args, kwargs)

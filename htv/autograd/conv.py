@@ -46,9 +46,7 @@ class _Conv(torch.autograd.Function):
         geometry, groups, needs = ctx.geometry, ctx.groups, ctx.needs_input_grad
         with full_precision(grad.device):
             x_like = x.to(grad.dtype)
-            grad_weight = weight_slot.grad(
-                lambda: ConvFactors(x_like, grad, ctx.kernel, geometry, groups), needs[1]
-            )
+            grad_weight = weight_slot.grad(lambda: ConvFactors(x_like, grad, ctx.kernel, geometry, groups), needs[1])
             grad_bias = bias_slot.grad(lambda: StackedFactors(_position_sums(grad, groups), groups), needs[2])
             grad_x = _grad_input(grad, x_like, weight.to(grad.dtype), geometry).to(x.dtype) if needs[0] else None
         return grad_x, grad_weight, grad_bias, None, None, None, None, None, None

@@ -83,7 +83,7 @@ class _GroupNorm(torch.autograd.Function):
         _, x, weight, mean, rstd = ctx.saved_tensors
         n, channels, space = x.shape[0], x.shape[1], math.prod(x.shape[2:])
         per_channel = channels // ctx.num_groups
-        grad = grad.contiguous(memory_format=_group_norm_format(x))
+        x, grad = x.contiguous(), grad.contiguous()  # torch 2.13 crashes on channels_last without all three gradients
         with full_precision(grad.device):
             mean_c, rstd_c = (t.repeat_interleave(per_channel, dim=1).unsqueeze(2) for t in (mean, rstd))
             x_flat, grad_flat = x.reshape(n, channels, space), grad.reshape(n, channels, space)
