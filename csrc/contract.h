@@ -16,17 +16,12 @@ using torch::stable::Tensor;
 
 inline bool is_order(Statistic statistic) { return statistic >= Statistic::median; }
 
-inline Statistic statistic_named(const std::string& op, const std::string& name) {
-  constexpr const char* names[] = {
-      "mean",           "and_mask", "xor_mask",     "geometric_mean",  "sand_mask",      "sign_sum",
-      "sign_agreement", "median",   "trimmed_mean", "winsorized_mean", "median_of_means",
-  };
-  int index = 0;
-  for (const char* known : names) {
-    if (name == known) return static_cast<Statistic>(index);
-    ++index;
-  }
-  STD_TORCH_CHECK(false, op, ": unknown statistic '", name, "'");
+// Statistics travel as their position here and in htv.ops.reference.STATISTICS: a string argument would cost an
+// allocation, which the stable ABI does not give back, at every call.
+inline Statistic statistic_of(const std::string& op, int64_t code) {
+  STD_TORCH_CHECK(code >= 0 && code <= static_cast<int64_t>(Statistic::median_of_means), op, ": unknown statistic ",
+                  code);
+  return static_cast<Statistic>(code);
 }
 
 inline Dtype dtype_of(const std::string& op, const char* argument, const Tensor& tensor) {

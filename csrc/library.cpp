@@ -1,13 +1,12 @@
 // Registers the CPU kernels for the ops that htv/ops/schema.py declares. Load after it.
-#include <string>
 #include <torch/csrc/stable/library.h>
 #include <tuple>
 
 #include "contract.h"
 
 namespace htv::cpu {
-std::tuple<Tensor, Tensor> stacked(Tensor grads, std::string statistic, int64_t count, double votes, double k);
-std::tuple<Tensor, Tensor> linear(Tensor x, Tensor grad_output, Tensor offsets, std::string statistic, int64_t count);
+std::tuple<Tensor, Tensor> stacked(Tensor grads, int64_t statistic, int64_t count, double votes, double k);
+std::tuple<Tensor, Tensor> linear(Tensor x, Tensor grad_output, Tensor offsets, int64_t statistic, int64_t count);
 }  // namespace htv::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(htv, CPU, m) {

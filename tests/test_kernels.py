@@ -52,4 +52,24 @@ def test_an_unknown_level_is_an_error(host, monkeypatch):
     with pytest.raises(RuntimeError, match=r"HTV_CPU_CAPABILITY must be baseline, avx2 or avx512, got 'avx1024'"):
         host.cpu_capability()
     with pytest.raises(RuntimeError, match="got 'avx1024'"):
-        torch.ops.htv.stacked(torch.ones(2, 3), "mean", 0, 0.0, 0.0)
+        torch.ops.htv.stacked(torch.ones(2, 3), 0, 0, 0.0, 0.0)
+
+
+def test_calls_leave_no_memory_behind():
+    """Not even a few bytes a call: they would keep the heap from giving back what lies between them."""
+    ctypes = pytest.importorskip("ctypes")
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        pytest.skip("needs /proc")
+    grads, x, offsets = torch.ones(4, 8), torch.ones(4, 2), torch.arange(5)
+    libc = ctypes.CDLL(None)
+
+    def resident_after(calls: int) -> int:
+        for _ in range(calls):
+            torch.ops.htv.stacked(grads, 0, 0, 0.0, 0.0)
+            torch.ops.htv.linear(x, x, offsets, 1, 2)
+        getattr(libc, "malloc_trim", lambda _: None)(0)
+        return 1024 * int(status.read_text().split("VmRSS:")[1].split()[0])
+
+    before = resident_after(2_000)
+    assert resident_after(30_000) - before < 16 * 30_000

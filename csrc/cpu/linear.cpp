@@ -29,15 +29,15 @@ int64_t longest_group(const std::string& op, const Tensor& offsets, int64_t rows
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> linear(Tensor x, Tensor grad_output, Tensor offsets, std::string name, int64_t count) {
+std::tuple<Tensor, Tensor> linear(Tensor x, Tensor grad_output, Tensor offsets, int64_t code, int64_t count) {
   const std::string op = "htv::linear";
   check_matrix(op, "x", x);
   check_matrix(op, "grad_output", grad_output);
   STD_TORCH_CHECK(grad_output.is_cpu(), op, ": grad_output must be on the CPU, as x is");
-  const Statistic statistic = statistic_named(op, name);
+  const Statistic statistic = statistic_of(op, code);
   STD_TORCH_CHECK(statistic == Statistic::mean || statistic == Statistic::and_mask ||
                       statistic == Statistic::xor_mask || statistic == Statistic::sign_sum,
-                  op, ": serves mean, and_mask, xor_mask and sign_sum, not '", name, "'");
+                  op, ": serves mean, and_mask, xor_mask and sign_sum, not statistic ", code);
   const Dtype dtype = dtype_of(op, "x", x);
   STD_TORCH_CHECK(dtype_of(op, "grad_output", grad_output) == dtype, op, ": x and grad_output must have one dtype");
   const int64_t rows = x.size(0), in = x.size(1), out = grad_output.size(1);

@@ -10,18 +10,24 @@
 
 namespace htv::cpu {
 
-struct Free {
-  void operator()(void* memory) const { std::free(memory); }
-};
-using Scratch = std::unique_ptr<void, Free>;
+// Memory aligned to 64 bytes, from malloc: glibc before 2.38 seldom reuses what aligned_alloc gave, so that a scratch per
+// call would make the heap grow with every call.
+class Scratch {
+  std::unique_ptr<void, decltype(&std::free)> memory_{nullptr, &std::free};
+  void* aligned_ = nullptr;
 
-inline Scratch allocate_scratch(int64_t bytes) {
-  constexpr int64_t alignment = 64;
-  if (bytes == 0) return nullptr;
-  void* const memory = std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
-  if (memory == nullptr) throw std::bad_alloc();
-  return Scratch(memory);
-}
+ public:
+  explicit Scratch(int64_t bytes) {
+    constexpr size_t alignment = 64;
+    if (bytes == 0) return;
+    size_t space = size_t(bytes) + alignment;
+    memory_.reset(std::malloc(space));
+    if (memory_ == nullptr) throw std::bad_alloc();
+    aligned_ = memory_.get();
+    std::align(alignment, size_t(bytes), aligned_, space);
+  }
+  void* get() const { return aligned_; }
+};
 
 // f(first, last, scratch) over 0 <= chunk < chunks, on torch's threads; small work stays on one.
 template <class F>
@@ -30,7 +36,7 @@ void parallel_chunks(int64_t chunks, int64_t work_per_chunk, int64_t scratch_byt
   const int64_t grain = std::max<int64_t>(1, worth_a_thread / std::max<int64_t>(1, work_per_chunk));
   if (chunks == 0) return;
   torch::stable::parallel_for(0, chunks, grain, [&](int64_t first, int64_t last) {
-    const Scratch scratch = allocate_scratch(scratch_bytes);
+    const Scratch scratch(scratch_bytes);
     f(first, last, scratch.get());
   });
 }

@@ -26,10 +26,10 @@ Ranks ranks_of(Statistic statistic, const Parameters& p) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> stacked(Tensor grads, std::string name, int64_t count, double votes, double k) {
+std::tuple<Tensor, Tensor> stacked(Tensor grads, int64_t code, int64_t count, double votes, double k) {
   const std::string op = "htv::stacked";
   check_matrix(op, "grads", grads);
-  const Statistic statistic = statistic_named(op, name);
+  const Statistic statistic = statistic_of(op, code);
   const Dtype dtype = dtype_of(op, "grads", grads);
   const int64_t coordinates = grads.size(1), chunks = (coordinates + kStackedChunk - 1) / kStackedChunk;
   const Parameters parameters = parameters_for(op, statistic, grads.size(0), count, votes, k);

@@ -243,10 +243,10 @@ void launch(const StackedTask& task, unsigned blocks, cudaStream_t stream) {
   kernel<<<blocks, kThreads, 0, stream>>>(task);
 }
 
-std::tuple<Tensor, Tensor> stacked(Tensor grads, std::string name, int64_t count, double votes, double k) {
+std::tuple<Tensor, Tensor> stacked(Tensor grads, int64_t code, int64_t count, double votes, double k) {
   const std::string op = "htv::stacked";
   check_matrix(op, "grads", grads);
-  const Statistic statistic = statistic_named(op, name);
+  const Statistic statistic = statistic_of(op, code);
   const Dtype dtype = dtype_of(op, "grads", grads);
   const Parameters parameters = parameters_for(op, statistic, grads.size(0), count, votes, k);
   const int64_t coordinates = grads.size(1), blocks = (coordinates + kThreads - 1) / kThreads;

@@ -65,7 +65,7 @@ def _fused_linear(part: LinearFactors, statistic: Statistic, server: str) -> tup
         from htv.triton_kernels.linear import linear
 
         return linear(x, grad_output, part.offsets, statistic.name, statistic.count)
-    return torch.ops.htv.linear(x, grad_output, part.offsets, statistic.name, statistic.count)
+    return torch.ops.htv.linear(x, grad_output, part.offsets, schema.code(statistic.name), statistic.count)
 
 
 def _sliced(parts: list[Factors], statistic: Statistic) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from htv.ops import backend, reference
+from htv.ops import backend, reference, schema
 from htv.rules import (
     AndMask,
     GeometricMean,
@@ -43,7 +43,7 @@ def stacked(grads: Tensor, statistic: Statistic) -> tuple[Tensor, Tensor]:
     if grads.numel() == 0:
         return reference.stacked(grads, Statistic("mean"))
     flat = grads.reshape(len(grads), -1).contiguous()
-    arguments = (statistic.name, statistic.count, statistic.votes, statistic.k)
+    arguments = (schema.code(statistic.name), statistic.count, statistic.votes, statistic.k)
     if backend.choose("stacked", statistic.name, grads.device) == "reference":
         value, mask_sum = reference.stacked(flat, statistic)
     else:

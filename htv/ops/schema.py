@@ -14,7 +14,7 @@
         mask_sum     as above
         Serves `FUSED_LINEAR` only; the sliced path serves the rest.
 
-`statistic`, `count`, `votes` and `k` are the fields of `htv.rules.Statistic`.
+`statistic` is the `code` of a `htv.rules.Statistic`'s name; `count`, `votes` and `k` are its fields.
 """
 
 from __future__ import annotations
@@ -26,9 +26,17 @@ from htv.rules import Statistic
 
 FUSED_LINEAR = ("mean", "and_mask", "xor_mask", "sign_sum")
 
+_NAMES = tuple(reference.STATISTICS)  # csrc/statistic.h lists them in this order
+
+
+def code(name: str) -> int:
+    """The number by which kernels know a statistic."""
+    return _NAMES.index(name)
+
+
 library = torch.library.Library("htv", "DEF")
-library.define("stacked(Tensor grads, str statistic, int count, float votes, float k) -> (Tensor, Tensor)")
-library.define("linear(Tensor x, Tensor grad_output, Tensor offsets, str statistic, int count) -> (Tensor, Tensor)")
+library.define("stacked(Tensor grads, int statistic, int count, float votes, float k) -> (Tensor, Tensor)")
+library.define("linear(Tensor x, Tensor grad_output, Tensor offsets, int statistic, int count) -> (Tensor, Tensor)")
 
 
 @torch.library.register_fake("htv::stacked")
@@ -45,11 +53,11 @@ def _linear_fake(x, grad_output, offsets, statistic, count):
 
 
 def _stacked_reference(grads, statistic, count, votes, k):
-    return reference.stacked(grads, Statistic(statistic, count, votes, k))
+    return reference.stacked(grads, Statistic(_NAMES[statistic], count, votes, k))
 
 
 def _linear_reference(x, grad_output, offsets, statistic, count):
-    return reference.linear(x, grad_output, offsets, Statistic(statistic, count))
+    return reference.linear(x, grad_output, offsets, Statistic(_NAMES[statistic], count))
 
 
 # Any device without a kernel of its own gets the definition.
@@ -58,7 +66,8 @@ library.impl("linear", _linear_reference, "CompositeExplicitAutograd")
 
 
 def _stacked_setup(ctx, inputs, output):
-    grads, *ctx.statistic = inputs
+    grads, statistic, *numbers = inputs
+    ctx.statistic = Statistic(_NAMES[statistic], *numbers)
     ctx.save_for_backward(grads)
 
 
@@ -67,7 +76,7 @@ def _stacked_backward(ctx, grad_value, grad_mask_sum):
     (grads,) = ctx.saved_tensors
     with torch.enable_grad():
         leaf = grads.detach().requires_grad_()
-        outputs = reference.stacked(leaf, Statistic(*ctx.statistic))
+        outputs = reference.stacked(leaf, ctx.statistic)
         pairs = [(o, g) for o, g in zip(outputs, (grad_value, grad_mask_sum), strict=True) if o.requires_grad]
         if not pairs:
             return torch.zeros_like(grads), None, None, None, None

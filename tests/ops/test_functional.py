@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import htv
-from htv.ops import backend, functional, reference
+from htv.ops import backend, functional, reference, schema
 from htv.rules import Statistic
 from oracles import IDENTITIES, RULES, away_from_ties, by_name, stat
 
@@ -162,7 +162,7 @@ def test_sign_agreement_has_zero_derivative():
 def test_opcheck(name, dtype):
     statistic = Statistic(name, count=2 if name != "median" else 0, votes=1.5, k=0.5)
     values = torch.randn(6, 20).to(dtype)
-    arguments = (statistic.name, statistic.count, statistic.votes, statistic.k)
+    arguments = (schema.code(statistic.name), statistic.count, statistic.votes, statistic.k)
     torch.library.opcheck(torch.ops.htv.stacked.default, (values, *arguments))
 
 
