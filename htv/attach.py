@@ -47,8 +47,8 @@ def attach(
                      contributions of that use be summed plainly.
     stats:           collect what `Handle.stats` returns; one more sliced pass over every parameter's contributions.
 
-    Raises TypeError or ValueError for bad arguments, RuntimeError if the model, a part of it or one of its parameters is
-    attached already, or if a parameter has no shape yet.
+    Raises TypeError or ValueError for bad arguments, RuntimeError if the model, a part of it or one of its parameters
+    is attached already, or if a parameter has no shape yet.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -230,10 +230,8 @@ class _ServedForward:
         self.parameters = [id(p) for p in module.parameters()]
         self.batch_norms = [(n, m) for n, m in module.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self._ours = {"forward": self, "__reduce_ex__": self._reduce_module}
-        attributes = module.__dict__
-        self._own = {
-            key: attributes[key] for key in self._ours if key in attributes
-        }  # instance attributes of the user's
+        # Instance attributes of the user's, if any.
+        self._own = {key: module.__dict__[key] for key in self._ours if key in module.__dict__}
 
     def __call__(self, *args, **kwargs):
         return self.handle.run(self, args, kwargs)
@@ -242,7 +240,7 @@ class _ServedForward:
         self.module.__dict__.update(self._ours)
 
     def check(self) -> None:
-        """Refuse before anything runs: replaced parameters, and a BatchNorm, which counts batches before it computes."""
+        """Refuse before anything runs: replaced parameters; a BatchNorm, which counts its batches first."""
         if [id(p) for p in self.module.parameters()] != self.parameters:
             known = set(self.parameters)
             new = (repr(n) for n, p in self.module.named_parameters() if id(p) not in known)
@@ -448,8 +446,8 @@ class Handle:
             if len(self._specs) > 1 and "Checkpoint" in type(torch._C._current_autograd_node()).__name__:
                 raise RuntimeError(
                     "a reentrant activation checkpoint runs a forward again, but since the last backward there were "
-                    "forwards with different groups() or packed(): whose votes these are cannot be told. Call backward() "
-                    "before the next forward, or torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+                    "forwards with different groups() or packed(): whose votes these are cannot be told. Call "
+                    "backward() before the next forward, or torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
                 )
             return self._last_spec
         if graph:

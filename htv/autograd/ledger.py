@@ -24,10 +24,9 @@ from htv.ops.aggregate import Agreement
 from htv.ops.factors import Factors
 from htv.rules import Rule
 
-
 # Saved first by every Function: a forward run again without htv (activation checkpointing of a function that is no
 # module) saves something else first, which torch.utils.checkpoint notices.
-MARKER = torch.empty(0, 7, dtype=torch.uint8)
+MARKER = torch.empty(0, 7, dtype=torch.uint8, device="cpu")
 
 
 class Passes:
