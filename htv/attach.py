@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from htv import layers
-from htv.autograd.ledger import Hub, Ledger, Owner, Passes, Slot
+from htv.autograd.ledger import Passes
 from htv.errors import UnsupportedError
 from htv.groups import Groups
 from htv.intercept import Intercept
 from htv.ops.aggregate import Agreement
 from htv.rules import Rule
+from htv.served import Served
 
 __all__ = ["Handle", "attach"]
 
@@ -122,102 +123,6 @@ def _matches(name: str, pattern: str) -> bool:
     return name == pattern or name.startswith(f"{pattern}.") or fnmatch.fnmatchcase(name, pattern)
 
 
-class Served(Owner):
-    """One served parameter: its rule, its hub for the forwards not yet differentiated, and a guard on its gradient."""
-
-    def __init__(self, handle: Handle, name: str, parameter: nn.Parameter, rule: Rule):
-        self.handle, self.name, self.parameter, self.rule = handle, name, parameter, rule
-        self.passes, self.settled = handle.passes, set()
-        self.uses: set[str] = set()
-        self.agreement: Agreement | None = None
-        self.refusal: str | None = None  # why some use was let through plainly
-        self._hub: tuple[Tensor, Ledger] | None = None
-        self._delivered: tuple[int, int, int] | None = None
-        self._twice = -1  # the last backward pass in which two hubs delivered
-        self._hook = None
-
-    def note(self, use: str) -> None:
-        """Remember a kind of use, for `htv.explain`."""
-        self.uses.add(use)
-
-    def slot(self, groups: Groups) -> Slot:
-        """For one more use: uses share a hub until a backward has consumed it."""
-        if self._hub is None or not self._hub[1].groups.same_voters(groups):
-            ledger = Ledger(self.rule, groups, self, self.handle.collects_stats)
-            self._hub = Hub.apply(self.parameter, ledger), ledger
-        token, ledger = self._hub
-        return Slot(self.parameter.detach(), token, ledger)
-
-    def watch(self) -> None:
-        """Make gradients that come by another way than the hub an error."""
-        if self._hook is None and self.parameter.requires_grad:
-            self._hook = _hook_first(self.parameter, self._check_gradient)
-
-    def unwatch(self) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
-            if not self.parameter._backward_hooks:
-                self.parameter._backward_hooks = None
-
-    def guard(self) -> None:
-        if not self.handle.attached:
-            raise RuntimeError(
-                f"backward after detach: the forward ran while parameter {self.name!r} was served, but its handle has "
-                "been detached since; run the forward again, or detach after backward"
-            )
-
-    def observe(self, agreement: Agreement) -> None:
-        self.agreement = agreement
-
-    def deliver(self, grad: Tensor) -> None:
-        # No reference is kept: autograd may then take the tensor for .grad without a copy.
-        current = torch._C._current_graph_task_id()
-        if self._delivered is not None and self._delivered[0] == current:
-            self._twice = current
-        self._delivered = (current, grad.data_ptr(), grad._version)
-        self._hub = None
-        self.handle.settled()
-
-    def _check_gradient(self, grad: Tensor | None) -> None:
-        if grad is None or self.refusal is not None:
-            return
-        expected, self._delivered = self._delivered, None
-        current = torch._C._current_graph_task_id()
-        if expected == (current, grad.data_ptr(), grad._version):
-            return
-        if self._twice == current:
-            why = (
-                f"parameter {self.name!r} got two aggregated gradients in one backward, and their sum is no vote: the "
-                "loss joins two forwards with different groups, or one forward from before another backward() and one "
-                "from after it. Remedy: call backward() once per forward, or run the forwards of one loss together, "
-            )
-        else:
-            why = (
-                f"parameter {self.name!r} reached the loss by a path htv does not serve: it was used outside the "
-                "model's forward (a penalty on the weights, say) or inside a custom autograd.Function; or a tensor "
-                "hook changed the gradient in place. Remedy: use the optimizer's weight decay, "
-            )
-        self.handle.unsupported(f"{why}or exclude={self.name!r}", (self,))
-
-
-def _hook_first(tensor: Tensor, method: Callable[[Tensor], None]):
-    """Register a hook that runs before the user's, which may replace the gradient. Does not keep the method's self."""
-    reference = weakref.WeakMethod(method)
-
-    def hook(grad: Tensor) -> None:
-        bound = reference()
-        return None if bound is None else bound(grad)
-
-    handle = tensor.register_hook(hook)
-    hooks = tensor._backward_hooks
-    others = {key: value for key, value in hooks.items() if key != handle.id}
-    hooks.clear()  # torch runs them in the order of insertion into the underlying dict
-    hooks[handle.id] = hook
-    hooks.update(others)
-    return handle
-
-
 class _ServedForward:
     """Stands in for a module's forward while it is attached; the outermost one enters the intercepting mode.
 
@@ -287,7 +192,7 @@ class Handle:
         self.collects_stats, self._on_unsupported = stats, on_unsupported
         self._spec: tuple[str, Tensor] | None = None  # who votes, while a block of groups() or packed() is open
         self._last_spec = self._spec
-        self._specs: list[tuple[str, Tensor] | None] = []  # of all forwards since the last backward
+        self._specs: list[tuple[str, Tensor] | None] = []  # since the last backward; at most two different ones
         self._differentiated = False
         self._thread = threading.local()  # .running: whether a forward is under way in this thread
         self.passes = Passes()
@@ -456,7 +361,7 @@ class Handle:
             self._specs, self._differentiated, self._last_spec = [], False, None
         if graph or self._spec is not None:
             self._last_spec = self._spec
-            if not any(_same_spec(self._spec, spec) for spec in self._specs):
+            if len(self._specs) < 2 and not any(_same_spec(self._spec, spec) for spec in self._specs):
                 self._specs.append(self._spec)
         return self._spec
 

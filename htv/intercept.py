@@ -21,7 +21,8 @@ from htv.groups import Groups
 from htv.layout import LOST, Batch, Constant, Derived, Mark, Marks, Operation, Plain, plain_name
 
 if TYPE_CHECKING:
-    from htv.attach import Handle, Served
+    from htv.attach import Handle
+    from htv.served import Served
 
 CONSTANT, PLAIN = Constant(), Plain()
 
@@ -75,7 +76,7 @@ class Intercept(TorchFunctionMode):
         """What a tensor is to the batch; None for None.
 
         A tensor no call of this forward made is a constant: a global, something cached earlier. One with a graph comes
-        from a custom autograd.Function, whose results the mode does not see: it is taken for the batch's if its shape is.
+        from a custom autograd.Function, whose results the mode does not see: it is the batch's if its shape is.
         """
         if tensor is None:
             return None
@@ -102,14 +103,14 @@ class Intercept(TorchFunctionMode):
             return None
         if mark.dim != self.home.dim:
             return UnsupportedError, (
-                f"the batch is no longer in the leading dims of its input of shape {tuple(x.shape)} (it was transposed, "
-                "indexed, mixed or reduced away), so its rows cannot be told apart by group. Keep the batch in dim 0 "
-                "(batch_first=True)"
+                f"the batch is no longer in the leading dims of its input of shape {tuple(x.shape)} (it was "
+                "transposed, indexed, mixed or reduced away), so its rows cannot be told apart by group. Keep the "
+                "batch in dim 0 (batch_first=True)"
             )
         return ValueError, (
-            f"its input of shape {tuple(x.shape)} must start with the batch's dims {lead}, those of the forward's first "
-            "tensor argument, and have features behind them, or its rows cannot be told apart by group. Keep the batch "
-            "in dim 0 up to this layer (x.flatten(1) rather than x.view(-1, d))"
+            f"its input of shape {tuple(x.shape)} must start with the batch's dims {lead}, those of the forward's "
+            "first tensor argument, and have features behind them, or its rows cannot be told apart by group. Keep the "
+            "batch in dim 0 up to this layer (x.flatten(1) rather than x.view(-1, d))"
         )
 
     def refuse(self, op: str, parameters: tuple[Served, ...], why: str) -> None:
@@ -165,9 +166,7 @@ class Intercept(TorchFunctionMode):
         else:
             return self.refuse(name, parameters, "htv does not know how to separate its contributions by group there")
         full = [
-            t
-            for t, m in zip(tensors, marks, strict=True)
-            if m == self.home and t.dim() == ndim and self.groups.fits(t)
+            t for t, m in zip(tensors, marks, strict=True) if m == self.home and t.dim() == ndim and self.groups.fits(t)
         ]
         lost = [t for t, m in zip(tensors, marks, strict=True) if m == LOST and t.requires_grad and t.numel() > 1]
         if not full or lost:
@@ -192,7 +191,9 @@ class Intercept(TorchFunctionMode):
             served.note("elementwise")
             slots.append(served.slot(self.groups))
         derived = DerivedTensor(mark.source, [s.parameter for s in mark.parameters], slots, mark.ids)
-        copies = expand(derived, ndim, self.groups)
+        # A scalar does not raise the type of what it meets: its copies must not either.
+        dtype = torch.result_type(beside, tensor) if tensor.dim() == 0 else None
+        copies = expand(derived, ndim, self.groups, dtype)
         shape = (1,) * (ndim - tensor.dim()) + tuple(tensor.shape)
         return copies.expand(*self.groups.lead, *shape[len(self.groups.lead) :])
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from htv.attach import Served
+    from htv.served import Served
 
 
 @dataclass(frozen=True)
@@ -87,44 +87,46 @@ def _names(text: str) -> frozenset[str]:
 
 # Broadcasting arithmetic: an expanded operand's gradient is its stack of contributions.
 ELEMENTWISE = _names(
-    "add sub subtract rsub mul multiply div divide true_divide truediv rdiv rtruediv pow rpow radd rmul iadd isub imul "
-    "itruediv maximum minimum where lerp addcmul addcdiv atan2 hypot logaddexp"
+    "add sub subtract rsub mul multiply div divide true_divide truediv rdiv rtruediv pow rpow radd rmul iadd isub "
+    "imul itruediv maximum minimum where lerp addcmul addcdiv atan2 hypot logaddexp"
 )
 COMPARING = _names(
     "eq ne lt le gt ge isclose equal logical_and logical_or logical_xor logical_not and or xor invert bitwise_and "
     "bitwise_or bitwise_not isnan isinf isfinite floor_divide floordiv remainder fmod mod rmod rfloordiv"
 )
 UNARY = _names(
-    "abs absolute neg negative positive pos exp exp2 expm1 log log2 log10 log1p sqrt rsqrt square reciprocal sin cos tan "
-    "asin acos atan sinh cosh tanh asinh acosh atanh sigmoid logit erf erfc erfinv sign sgn floor ceil round trunc frac "
-    "clamp clamp_min clamp_max clip nan_to_num relu relu6 leaky_relu elu selu celu gelu silu mish softplus softsign "
-    "tanhshrink softshrink hardshrink hardtanh hardsigmoid hardswish threshold rrelu logsigmoid dropout alpha_dropout "
-    "feature_dropout feature_alpha_dropout dropout1d dropout2d dropout3d masked_fill masked_scatter bernoulli "
-    "to float half bfloat16 double int long bool type type_as contiguous clone detach requires_grad_ requires_grad data "
-    "real imag conj cpu cuda zeros_like ones_like empty_like full_like rand_like randn_like randint_like zero fill "
-    "uniform normal copy alias view_as_real special_expit polygamma lgamma digamma sinc heaviside"
+    "abs absolute neg negative positive pos exp exp2 expm1 log log2 log10 log1p sqrt rsqrt square reciprocal sin "
+    "cos tan asin acos atan sinh cosh tanh asinh acosh atanh sigmoid logit erf erfc erfinv sign sgn floor ceil "
+    "round trunc frac clamp clamp_min clamp_max clip nan_to_num relu relu6 leaky_relu elu selu celu gelu silu mish "
+    "softplus softsign tanhshrink softshrink hardshrink hardtanh hardsigmoid hardswish threshold rrelu logsigmoid "
+    "dropout alpha_dropout feature_dropout feature_alpha_dropout dropout1d dropout2d dropout3d masked_fill "
+    "masked_scatter bernoulli to float half bfloat16 double int long bool type type_as contiguous clone detach "
+    "requires_grad_ requires_grad data real imag conj cpu cuda zeros_like ones_like empty_like full_like rand_like "
+    "randn_like randint_like zero fill uniform normal copy alias view_as_real special_expit polygamma lgamma "
+    "digamma sinc heaviside"
 )
 BROADCASTING = ELEMENTWISE | COMPARING | UNARY
 
 # Functions of (N, C, *space) or (*, features) that compute every example by itself, whatever their other arguments.
 ROWWISE = _names(
-    "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution max_pool1d max_pool2d max_pool3d "
-    "boolean_dispatch fn avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d "
-    "adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d lp_pool1d lp_pool2d interpolate upsample pad grid_sample "
-    "pixel_shuffle pixel_unshuffle channel_shuffle fold batch_norm group_norm instance_norm layer_norm rms_norm "
-    "local_response_norm linear embedding one_hot prelu bilinear"
+    "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution max_pool1d max_pool2d "
+    "max_pool3d boolean_dispatch fn avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
+    "adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d lp_pool1d lp_pool2d "
+    "interpolate upsample pad grid_sample pixel_shuffle pixel_unshuffle channel_shuffle fold batch_norm group_norm "
+    "instance_norm layer_norm rms_norm local_response_norm linear embedding one_hot prelu bilinear"
 )
 KEEPS_LAST = {"layer_norm": 1, "rms_norm": 1, "linear": 1, "bilinear": 1, "pad": 1}  # dims at the end they may mix
 
-# Operations along one or several dims, which keep the number of dims: where the dim stands after the tensor, and default.
+# Operations along dims, which keep the number of dims: where the dim stands after the tensor, and its default.
 ALONG = {
-    "softmax": (0, None), "log_softmax": (0, None), "softmin": (0, None), "gumbel_softmax": (3, -1), "cumsum": (0, None),
-    "cumprod": (0, None), "cummax": (0, None), "cummin": (0, None), "logcumsumexp": (0, None), "flip": (0, None),
-    "roll": (1, None), "sort": (0, -1), "argsort": (0, -1), "topk": (1, -1), "gather": (0, None), "scatter": (0, None),
-    "scatter_add": (0, None), "scatter_reduce": (0, None), "index_select": (0, None), "index_add": (0, None),
-    "index_copy": (0, None), "index_fill": (0, None), "take_along_dim": (1, None), "chunk": (1, 0), "split": (1, 0),
-    "split_with_sizes": (1, 0), "tensor_split": (1, 0), "narrow": (0, None), "normalize": (1, 1), "glu": (0, -1),
-    "repeat_interleave": (1, None), "diff": (1, -1), "renorm": (1, None), "unfold": (0, None),
+    "softmax": (0, None), "log_softmax": (0, None), "softmin": (0, None), "gumbel_softmax": (3, -1),
+    "cumsum": (0, None), "cumprod": (0, None), "cummax": (0, None), "cummin": (0, None), "logcumsumexp": (0, None),
+    "flip": (0, None), "roll": (1, None), "sort": (0, -1), "argsort": (0, -1), "topk": (1, -1), "gather": (0, None),
+    "scatter": (0, None), "scatter_add": (0, None), "scatter_reduce": (0, None), "index_select": (0, None),
+    "index_add": (0, None), "index_copy": (0, None), "index_fill": (0, None), "take_along_dim": (1, None),
+    "chunk": (1, 0), "split": (1, 0), "split_with_sizes": (1, 0), "tensor_split": (1, 0), "narrow": (0, None),
+    "normalize": (1, 1), "glu": (0, -1), "repeat_interleave": (1, None), "diff": (1, -1), "renorm": (1, None),
+    "unfold": (0, None),
 }  # fmt: skip
 
 # Reductions: where the dims stand after the tensor.
@@ -177,9 +179,7 @@ def follow(op: Operation, units: int) -> list[Batch]:
         return [mark, *[Batch(0)] * (len(op.outputs) - 1)] if is_first and mark.dim == 1 else lost
     places = [_place(op, t, m, output, units) for output in op.outputs for t, m in operands]
     per_output = [places[i * len(operands) : (i + 1) * len(operands)] for i in range(len(op.outputs))]
-    return [
-        _agreed(found, operands, output, units) for found, output in zip(per_output, op.outputs, strict=True)
-    ]
+    return [_agreed(found, operands, output, units) for found, output in zip(per_output, op.outputs, strict=True)]
 
 
 def _agreed(found: list[Batch], operands, output: Tensor, units: int) -> Batch:
@@ -223,7 +223,10 @@ def _place(op: Operation, tensor: Tensor, mark: Batch, output: Tensor, units: in
     if not is_first and name not in ("gather", "take_along_dim"):
         return LOST
     if name in ROWWISE:
-        kept = dim < tensor.dim() - KEEPS_LAST[name] if name in KEEPS_LAST else dim == 0 or name in ("embedding", "one_hot")
+        if name in KEEPS_LAST:
+            kept = dim < tensor.dim() - KEEPS_LAST[name]
+        else:
+            kept = dim == 0 or name in ("embedding", "one_hot")
         if name.startswith("conv") and op.operands[1][0].dim() != tensor.dim():
             return LOST  # an unbatched image
         return mark if kept else LOST

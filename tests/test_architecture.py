@@ -14,7 +14,7 @@ LAYERS = [
     ["htv.triton_kernels"],
     ["htv.ops"],
     ["htv.autograd"],
-    ["htv.layout", "htv.layers", "htv.intercept"],
+    ["htv.layout", "htv.layers", "htv.served", "htv.intercept"],
     ["htv.attach"],
     ["htv.check", "htv.explain"],
     ["htv.data", "htv.methods", "htv.distributed", "htv.integrations"],

@@ -455,3 +455,12 @@ def test_two_backwards_through_one_graph_under_reentrant_neighbours():
         loss.backward()
     for p, g in zip(model.parameters(), once, strict=True):
         torch.testing.assert_close(p.grad, 3 * g)
+
+
+def test_a_scalar_parameter_does_not_raise_the_type_of_what_it_meets():
+    model, x = Module(lambda m, x: x * m.scale.exp(), scale=torch.tensor(0.3)), torch.randn(5, 3, dtype=torch.bfloat16)
+    with htv.attach(model, htv.Median()):
+        y = model(x)
+        assert y.dtype == torch.bfloat16
+        y.sum().backward()
+    assert model.scale.grad.dtype == torch.float32

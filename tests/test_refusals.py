@@ -77,9 +77,7 @@ UNSUPPORTED = {
     "batch behind time in a stack": lambda: Module(
         lambda m, x: m.layer(torch.stack([x[:, t] for t in range(4)])), layer=nn.Linear(6, 2)
     ),
-    "batch moved by einsum": lambda: Module(
-        lambda m, x: m.layer(torch.einsum("btd->tbd", x)), layer=nn.Linear(6, 2)
-    ),
+    "batch moved by einsum": lambda: Module(lambda m, x: m.layer(torch.einsum("btd->tbd", x)), layer=nn.Linear(6, 2)),
     "batch moved by an aten operator": lambda: Module(
         lambda m, x: m.layer(torch.ops.aten.transpose.int(x, 0, 1)), layer=nn.Linear(6, 2)
     ),
