@@ -1,0 +1,66 @@
+"""Fill the measured blocks of README.md from the committed result files: `python bench/readme.py`.
+
+A block stands between <!-- NAME --> and <!-- /NAME -->; tests/test_docs.py checks that all are up to date.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+DEMO, STEPS = ROOT / "docs/results/demo.json", ROOT / "bench/results/steps-cpu.json"
+
+
+def machine(facts: dict) -> str:
+    return f"{facts['cpu']}, {facts['threads']} threads, {facts['cpu_capability']}, torch {facts['versions']['torch']}"
+
+
+def demo_block() -> str:
+    """The demo's table, from its JSON."""
+    demo = json.loads(DEMO.read_text())
+    plain = demo["results"][0]
+    lines = [
+        "| rule | test accuracy | wrong labels memorised | time per step | peak memory | by vmap: time, memory |",
+        "|---|---|---|---|---|---|",
+    ]
+    for result in demo["results"]:
+        vmap = "-"
+        if result["vmap_ms_per_step"] is not None:
+            vmap = (
+                f"{result['vmap_ms_per_step'] / plain['ms_per_step']:.0f}x, "
+                f"{result['vmap_peak_bytes'] / plain['peak_bytes']:.0f}x"
+            )
+        lines.append(
+            f"| {result['spec']} | {result['final']['test_accuracy']:.1%} | {result['final']['memorised']:.1%} | "
+            f"{result['ms_per_step'] / plain['ms_per_step']:.2f}x | "
+            f"{result['peak_bytes'] / plain['peak_bytes']:.2f}x | {vmap} |"
+        )
+    return "\n".join(
+        [*lines, "", f"`{demo['command']}`, seed {demo['setup']['seed']}, on {machine(demo['machine'])}; "
+         "[every number](docs/results/demo.json). Steps this small show the fixed costs of htv most."]
+    )  # fmt: skip
+
+
+def steps_block() -> str:
+    """The table of whole steps, from bench/results."""
+    steps = json.loads(STEPS.read_text())
+    head = (
+        "One forward and backward with each rule, as a multiple of plain in time and in peak memory (`make bench`, "
+        f"{steps['date']}, {machine(steps['machine'])}):"
+    )
+    return "\n".join([head, "", (STEPS.with_suffix(".md")).read_text().strip()])
+
+
+def filled(text: str) -> str:
+    """README with its blocks replaced."""
+    for name, block in (("demo", demo_block()), ("steps", steps_block())):
+        before, _, rest = text.partition(f"<!-- {name} -->")
+        _, _, after = rest.partition(f"<!-- /{name} -->")
+        text = f"{before}<!-- {name} -->\n{block}\n<!-- /{name} -->{after}"
+    return text
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    readme.write_text(filled(readme.read_text()))
