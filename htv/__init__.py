@@ -1,5 +1,7 @@
 """htv: keep what autograd's sum throws away. Robust statistics of per-example gradients, straight into `.grad`."""
 
+from importlib import metadata as _metadata
+
 from htv.attach import Handle, attach
 from htv.check import CheckReport, check
 from htv.errors import CheckError, UnsupportedError
@@ -30,6 +32,11 @@ from htv.rules import (
     WinsorizedMean,
     XorMask,
 )
+
+try:
+    __version__ = _metadata.version("hard-to-vary")
+except _metadata.PackageNotFoundError:
+    __version__ = "0+source"  # not installed: run from the source folder
 
 __all__ = [
     "Agreement",

@@ -102,7 +102,7 @@ UNARY = _names(
     "dropout alpha_dropout feature_dropout feature_alpha_dropout dropout1d dropout2d dropout3d masked_fill "
     "masked_scatter bernoulli to float half bfloat16 double int long bool type type_as contiguous clone detach "
     "requires_grad_ requires_grad data real imag conj cpu cuda zeros_like ones_like empty_like full_like rand_like "
-    "randn_like randint_like zero fill uniform normal copy alias view_as_real special_expit polygamma lgamma "
+    "randn_like randint_like zero fill uniform normal copy alias special_expit polygamma lgamma "
     "digamma sinc heaviside"
 )
 BROADCASTING = ELEMENTWISE | COMPARING | UNARY
@@ -113,9 +113,14 @@ ROWWISE = _names(
     "max_pool3d boolean_dispatch fn avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
     "adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d lp_pool1d lp_pool2d "
     "interpolate upsample pad grid_sample pixel_shuffle pixel_unshuffle channel_shuffle fold batch_norm group_norm "
-    "instance_norm layer_norm rms_norm local_response_norm linear embedding one_hot prelu bilinear"
+    "instance_norm layer_norm rms_norm local_response_norm linear embedding one_hot prelu bilinear "
+    "tril triu view_as_real view_as_complex"
 )
-KEEPS_LAST = {"layer_norm": 1, "rms_norm": 1, "linear": 1, "bilinear": 1, "pad": 1}  # dims at the end they may mix
+# How many dims at the end some of them may mix; the others need the batch in dim 0.
+KEEPS_LAST = {
+    "layer_norm": 1, "rms_norm": 1, "linear": 1, "bilinear": 1, "pad": 1, "embedding": 0, "one_hot": 0, "tril": 2,
+    "triu": 2, "view_as_real": 0, "view_as_complex": 1,
+}  # fmt: skip
 
 # Operations along dims, which keep the number of dims: where the dim stands after the tensor, and its default.
 ALONG = {
@@ -133,7 +138,7 @@ ALONG = {
 REDUCING = {
     "sum": 0, "nansum": 0, "mean": 0, "nanmean": 0, "amax": 0, "amin": 0, "max": 0, "min": 0, "median": 0, "std": 0,
     "var": 0, "prod": 0, "logsumexp": 0, "argmax": 0, "argmin": 0, "any": 0, "all": 0, "norm": 1, "vector_norm": 1,
-    "linalg_vector_norm": 1, "cosine_similarity": 1, "count_nonzero": 0,
+    "linalg_norm": 1, "linalg_vector_norm": 1, "cosine_similarity": 1, "count_nonzero": 0,
 }  # fmt: skip
 
 PERMUTING = _names("transpose swapaxes swapdims permute movedim moveaxis t T mT H mH adjoint")
@@ -223,10 +228,7 @@ def _place(op: Operation, tensor: Tensor, mark: Batch, output: Tensor, units: in
     if not is_first and name not in ("gather", "take_along_dim"):
         return LOST
     if name in ROWWISE:
-        if name in KEEPS_LAST:
-            kept = dim < tensor.dim() - KEEPS_LAST[name]
-        else:
-            kept = dim == 0 or name in ("embedding", "one_hot")
+        kept = dim < tensor.dim() - KEEPS_LAST[name] if name in KEEPS_LAST else dim == 0
         if name.startswith("conv") and op.operands[1][0].dim() != tensor.dim():
             return LOST  # an unbatched image
         return mark if kept else LOST

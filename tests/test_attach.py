@@ -69,6 +69,17 @@ def decaying(self, x):
     return x
 
 
+def rotated(self, x):
+    """Rotary positions by complex numbers, as language models write them; then a lower-triangular mix."""
+    n, t, d = x.shape
+    pairs = torch.view_as_complex(self.qk(x).reshape(n, t, d // 2, 2).contiguous())
+    angles = torch.outer(torch.arange(t, dtype=x.dtype), 0.5 ** torch.arange(d // 2, dtype=x.dtype))
+    turned = torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(2)
+    halves = torch.cat([-x[..., d // 2 :], x[..., : d // 2]], dim=-1)
+    weights = torch.tril(turned @ halves.transpose(-1, -2))
+    return self.out(weights / torch.linalg.norm(weights, dim=-1, keepdim=True) @ x)
+
+
 TABLE = torch.arange(16)
 
 LAYERS = {
@@ -137,6 +148,7 @@ LAYERS = {
         Module(gathered, gate=nn.Linear(6, 3), out=nn.Linear(6, 4)),
         torch.randn(7, 5, 6),
     ),
+    "rotary positions": lambda: (Module(rotated, qk=nn.Linear(6, 6), out=nn.Linear(6, 5)), torch.randn(7, 7, 6)),
     "one derived tensor used often": lambda: (Module(decaying, bias=torch.randn(6)), torch.randn(7, 6)),
     "positions by a global constant": lambda: (
         Module(lambda m, x: x + m.e(TABLE[: x.shape[1]]), e=nn.Embedding(16, 6)),
