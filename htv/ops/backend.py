@@ -27,6 +27,8 @@ _named: list[str] = []  # the innermost `use_backend` last
 
 def _load() -> str | None:
     """Load the compiled ops. Returns None, or why there are none; a library that is there but broken raises."""
+    if os.environ.get("HTV_BUILD") == "0":
+        return "HTV_BUILD=0 is set: compiled kernels are not used even where they were built"
     libraries = sorted(_PACKAGE.glob("_C*.so"))
     if not libraries:
         return "the package was installed without compiled kernels (HTV_BUILD=0, or run from the source folder)"

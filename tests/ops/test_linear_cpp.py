@@ -1,6 +1,5 @@
 """htv::linear in C++ against its definition, at every CPU level this machine has."""
 
-import importlib
 import itertools
 import math
 
@@ -12,27 +11,12 @@ from hypothesis import strategies as st
 from htv.ops import backend, functional, reference, schema
 from htv.rules import Statistic
 
-pytestmark = pytest.mark.skipif(backend.NOT_BUILT is not None, reason="htv was built without compiled kernels")
+pytestmark = [
+    pytest.mark.skipif(backend.NOT_BUILT is not None, reason="htv was built without compiled kernels"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
-LEVELS = ("baseline", "avx2", "avx512")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small tensors: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(params=LEVELS)
-def level(request, monkeypatch):
-    monkeypatch.setenv("HTV_CPU_CAPABILITY", request.param)
-    if importlib.import_module("htv._host").cpu_capability() != request.param:
-        pytest.skip(f"no {request.param} here")
-    return request.param
 
 
 def statistics(groups):

@@ -1,6 +1,5 @@
 """htv::stacked in C++ against its definition, at every CPU level this machine has."""
 
-import importlib
 import math
 
 import pytest
@@ -11,29 +10,14 @@ from hypothesis import strategies as st
 from htv.ops import backend, reference, schema
 from htv.rules import Statistic
 
-pytestmark = pytest.mark.skipif(backend.NOT_BUILT is not None, reason="htv was built without compiled kernels")
+pytestmark = [
+    pytest.mark.skipif(backend.NOT_BUILT is not None, reason="htv was built without compiled kernels"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
-LEVELS = ("baseline", "avx2", "avx512")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 GROUPS = (1, 2, 3, 4, 5, 8, 17, 33, 64, 100, 257, 1000)
 WIDTHS = (0, 1, 15, 16, 17, 1000, 1024, 1025, 2100)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small tensors: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(params=LEVELS)
-def level(request, monkeypatch):
-    monkeypatch.setenv("HTV_CPU_CAPABILITY", request.param)
-    if importlib.import_module("htv._host").cpu_capability() != request.param:
-        pytest.skip(f"no {request.param} here")
-    return request.param
 
 
 def statistics(groups):

@@ -1,0 +1,25 @@
+"""Fixtures of the tests of compiled kernels."""
+
+import importlib
+
+import pytest
+import torch
+
+LEVELS = ("baseline", "avx2", "avx512")
+
+
+@pytest.fixture
+def one_thread():
+    """Small tensors: threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=LEVELS)
+def level(request, monkeypatch):
+    monkeypatch.setenv("HTV_CPU_CAPABILITY", request.param)
+    if importlib.import_module("htv._host").cpu_capability() != request.param:
+        pytest.skip(f"no {request.param} here")
+    return request.param
