@@ -6,7 +6,7 @@ Commands import what they need when they run, so that `htv --help` stays quick.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -44,11 +44,11 @@ def _root(
 @app.command()
 def demo(
     data: Annotated[
-        Optional[Path],  # noqa: UP045 (typer reads annotations on Python 3.10 too)
+        Path | None,
         typer.Option(help="Folder of idx files (MNIST's format), plain or .gz. Default: scikit-learn's digits."),
     ] = None,
     rule: Annotated[
-        Optional[list[str]],  # noqa: UP045
+        list[str] | None,
         typer.Option(
             help="Rule to compare with plain; repeat it or separate by commas. and-mask[:TAU], median, "
             "winsorized[:COUNT_OR_FRACTION], trimmed[:COUNT_OR_FRACTION], median-of-means[:K]. "
@@ -60,7 +60,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for demo.png and demo.json; made if missing.")] = Path("demo"),
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     train_limit: Annotated[
-        Optional[int],  # noqa: UP045
+        int | None,
         typer.Option(min=1, help="Train on at most so many images. Default: 3000 with --data, else all."),
     ] = None,
 ) -> None:

@@ -289,14 +289,13 @@ def _reduced(op: Operation, tensor: Tensor, mark: Batch, output: Tensor) -> Batc
 
 def _multiplied(op: Operation, tensor: Tensor, mark: Batch, output: Tensor) -> Batch:
     """Rows of the first factor and batches of either stay; contracted dims and columns of the second are no batch."""
-    if tensor.dim() != output.dim():
-        return mark if op.name in ("matmul", "mv") and mark.dim == 0 and output.dim() == tensor.dim() - 1 else LOST
     factors = [t for t, _ in op.operands][-2:]  # baddbmm and addmm take the addend first
     if op.name == "rmatmul":
         factors.reverse()
-    if tensor is factors[0] and mark.dim != tensor.dim() - 1:
-        return mark
-    return mark if mark.dim < tensor.dim() - 2 else LOST
+    if factors[0] is factors[1] or tensor.dim() - output.dim() not in (0, 1):
+        return LOST
+    kept = tensor.dim() - (1 if tensor is factors[0] else 2)  # the dims that are not summed over nor columns
+    return mark if mark.dim < kept and (tensor.dim() == output.dim() or mark.dim == 0) else LOST
 
 
 def _einsum(op: Operation, tensor: Tensor, mark: Batch) -> Batch:
@@ -305,10 +304,10 @@ def _einsum(op: Operation, tensor: Tensor, mark: Batch) -> Batch:
         return LOST
     inputs, result = equation.replace(" ", "").split("->")
     terms = inputs.split(",")
-    index = next(i for i, (t, _) in enumerate(op.operands) if t is tensor)
-    if len(terms) != len(op.operands):
+    places = [i for i, (t, _) in enumerate(op.operands) if t is tensor]
+    if len(terms) != len(op.operands) or len({terms[i] for i in places}) != 1:
         return LOST
-    term = terms[index]
+    term = terms[places[0]]
     if "." in term or "." in result:
         return mark if term.startswith("...") and result.startswith("...") and mark.dim == 0 else LOST
     letter = term[mark.dim]

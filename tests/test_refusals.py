@@ -87,6 +87,15 @@ UNSUPPORTED = {
     "rows picked across the batch": lambda: Module(
         lambda m, x: m.layer(x.reshape(-1, 6)[[0, 7, 8, 3]]), layer=nn.Linear(6, 2)
     ),
+    "batch summed by a vector": lambda: Module(
+        lambda m, x: m.layer((torch.ones(len(x)) @ x[:, 0])[:, None]), layer=nn.Linear(1, 2)
+    ),
+    "examples compared by einsum": lambda: Module(
+        lambda m, x: m.layer(torch.einsum("ad,bd->ba", x[:, 0], x[:, 0]).T[:, :1]), layer=nn.Linear(1, 2)
+    ),
+    "examples compared with themselves": lambda: Module(
+        lambda m, x: (lambda y: m.layer(torch.einsum("ad,bd->ab", y, y)[:, :1]))(x[:, 0]), layer=nn.Linear(1, 2)
+    ),
     "batch flipped": lambda: Module(lambda m, x: m.layer(torch.tanh(m.layer(x)).flip(0)), layer=nn.Linear(6, 6)),
     "batch rolled": lambda: Module(lambda m, x: m.layer(x.roll(1, 0)), layer=nn.Linear(6, 6)),
     "parts of the batch swapped": lambda: Module(
