@@ -8,6 +8,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,8 @@ def attach(
     exclude: tuple[str, ...] | list[str] | str = (),
     on_unsupported: str = "error",
     stats: bool = False,
+    batch_dim: int = 0,
+    batch_norm: str = "error",
 ) -> Handle:
     """Aggregate the per-group gradients of a model's parameters by a rule.
 
@@ -46,6 +49,11 @@ def attach(
     exclude:         parameters that keep their plain gradient: names, module names, or patterns such as "*.bias".
     on_unsupported:  "error" refuses a use whose contributions cannot be separated; "plain" warns once and lets the
                      contributions of that use be summed plainly.
+    batch_dim:       the dim of the model's inputs that holds the examples: 1 for sequence-first models.
+    batch_norm:      what becomes of BatchNorm modules in train mode, which couple the examples of a batch: "error"
+                     refuses them; "frozen" runs them on their running statistics, which stay as they are; "shared" lets
+                     an example's contribution be its rows' part of the plain gradient, with what passes through the
+                     shared statistics.
     stats:           collect what `Handle.stats` returns; one more sliced pass over every parameter's contributions.
 
     Raises TypeError or ValueError for bad arguments, RuntimeError if the model, a part of it or one of its parameters
@@ -60,6 +68,10 @@ def attach(
         )
     if on_unsupported not in ("error", "plain"):
         raise ValueError(f"on_unsupported must be 'error' or 'plain', got {on_unsupported!r}")
+    if batch_norm not in ("error", "frozen", "shared"):
+        raise ValueError(f"batch_norm must be 'error', 'frozen' or 'shared', got {batch_norm!r}")
+    if type(batch_dim) is not int or batch_dim < 0:
+        raise ValueError(f"batch_dim must be a dim counted from the front, 0, 1, ...; got {batch_dim!r}")
     for name, module in model.named_modules():
         if isinstance(module.__dict__.get("forward"), _ServedForward):
             raise RuntimeError(
@@ -68,7 +80,7 @@ def attach(
             )
     rules = _choose_rules(model, rule, exclude)
     _refuse_shared(model, rules)
-    return Handle(model, rules, on_unsupported, stats)
+    return Handle(model, rules, on_unsupported, stats, batch_dim, batch_norm)
 
 
 _handles: weakref.WeakSet[Handle] = weakref.WeakSet()  # those attached
@@ -123,6 +135,15 @@ def _matches(name: str, pattern: str) -> bool:
     return name == pattern or name.startswith(f"{pattern}.") or fnmatch.fnmatchcase(name, pattern)
 
 
+@dataclass(frozen=True, eq=False)
+class Voting:
+    """Who votes in a forward, as asked for by `Handle.groups`, `packed` or `tokens`: kind "ids", "packed" or "rows"."""
+
+    kind: str
+    value: Tensor | None
+    weight: str
+
+
 class _ServedForward:
     """Stands in for a module's forward while it is attached; the outermost one enters the intercepting mode.
 
@@ -154,9 +175,22 @@ class _ServedForward:
                 "module was exchanged, load_state_dict(assign=True) or functional_call was used, ...): detach and "
                 "attach again"
             )
-        for name, module in self.batch_norms:
+        for name, module in self.batch_norms if self.handle.batch_norm == "error" else ():
             if module.training:
                 raise UnsupportedError(layers.batch_norm_refusal(f"module {name!r}"))
+
+    @contextmanager
+    def frozen_statistics(self) -> Iterator[None]:
+        """Run BatchNorm modules on their running statistics, where the handle was told to."""
+        frozen = self.batch_norms if self.handle.batch_norm == "frozen" else ()
+        training = [module for _, module in frozen if module.training and module.running_mean is not None]
+        for module in training:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
 
     def restore(self) -> None:
         """Take out what `install` put in, unless the user has replaced it since."""
@@ -187,12 +221,21 @@ class _ServedForward:
 class Handle:
     """What `attach` returns: who votes, what was measured, and the way back. Also a context manager that detaches."""
 
-    def __init__(self, model: nn.Module, rules: dict[str, Rule | None], on_unsupported: str, stats: bool):
+    def __init__(
+        self,
+        model: nn.Module,
+        rules: dict[str, Rule | None],
+        on_unsupported: str,
+        stats: bool,
+        batch_dim: int,
+        batch_norm: str,
+    ):
         self.model, self.attached = model, True
+        self._batch_dim, self.batch_norm = batch_dim, batch_norm
         self.collects_stats, self._on_unsupported = stats, on_unsupported
-        self._spec: tuple[str, Tensor] | None = None  # who votes, while a block of groups() or packed() is open
+        self._spec: Voting | None = None  # who votes, while a block of groups() or packed() is open
         self._last_spec = self._spec
-        self._specs: list[tuple[str, Tensor] | None] = []  # since the last backward; at most two different ones
+        self._specs: list[Voting | None] = []  # since the last backward; at most two different ones
         self._differentiated = False
         self._thread = threading.local()  # .running: whether a forward is under way in this thread
         self.passes = Passes()
@@ -234,28 +277,46 @@ class Handle:
             served.unwatch()
 
     @contextmanager
-    def groups(self, ids: Tensor) -> Iterator[None]:
+    def groups(self, ids: Tensor, weight: str = "size") -> Iterator[None]:
         """Forwards inside the block let examples with equal ids vote together.
 
-        ids: (N,) integers, one per index of the batch's dim 0; any values in any order.
+        ids:     (N,) integers, one per index of the batch's dim; any values in any order.
+        weight:  "size": a group's contribution is the sum of its examples', as the loss has it; "equal": it is scaled as
+                 if every group had N / E examples, so that the mean of every group (environment) counts once.
         """
-        with self._voters("ids", ids):
+        with self._voters(Voting("ids", ids, weight)):
             yield
 
     @contextmanager
-    def packed(self, cu_seqlens: Tensor) -> Iterator[None]:
+    def packed(self, cu_seqlens: Tensor, weight: str = "size") -> Iterator[None]:
         """Forwards inside the block take packed sequences: inputs of shape (total, ...) or (1, total, ...).
 
         cu_seqlens: (E + 1,) integers from 0 to total; rows cu_seqlens[e]:cu_seqlens[e + 1] vote together.
+        weight:     as for `groups`.
         """
-        with self._voters("packed", cu_seqlens):
+        with self._voters(Voting("packed", cu_seqlens, weight)):
             yield
 
     @contextmanager
-    def _voters(self, kind: str, value: Tensor) -> Iterator[None]:
+    def tokens(self, mask: Tensor | None = None) -> Iterator[None]:
+        """Forwards inside the block let every row a layer sees vote by itself: every token of every example.
+
+        The contribution of a token is its row's part of the parameter's gradient, including what later tokens draw from it
+        through attention. Layers on (..., features) can be served so; convolutions and parameters that differ from token
+        to token (positions) are refused.
+
+        mask: (N, T) booleans, True where a token votes; what the others (padding) contribute is left out.
+        """
+        with self._voters(Voting("rows", mask, "size")):
+            yield
+
+    @contextmanager
+    def _voters(self, spec: Voting) -> Iterator[None]:
+        if spec.weight not in ("size", "equal"):
+            raise ValueError(f"weight must be 'size' or 'equal', got {spec.weight!r}")
         if self._spec is not None:
-            raise RuntimeError("groups() and packed() blocks cannot be nested")
-        self._spec = (kind, value)
+            raise RuntimeError("groups(), packed() and tokens() blocks cannot be nested")
+        self._spec = spec
         try:
             yield
         finally:
@@ -289,6 +350,11 @@ class Handle:
         yield from (s.parameter for s in self._served.values() if not s.parameter.requires_grad)
 
     @property
+    def shares_statistics(self) -> bool:
+        """Whether contributions may include what passes through the statistics of a BatchNorm in train mode."""
+        return self.batch_norm == "shared"
+
+    @property
     def passes_plainly(self) -> bool:
         """Whether uses that cannot be served are passed on plainly, with a warning."""
         return self._on_unsupported == "plain"
@@ -314,35 +380,35 @@ class Handle:
         groups = self._groups(inputs)
         for served in self._served.values():
             served.watch()
-        for rule in {served.rule for served in self._served.values()}:
+        for rule in {served.rule for served in self._served.values()} if not groups.rows_vote else ():
             rule.statistic(groups.count)  # refuse too few groups before anything runs
         self._thread.running = True
         try:
-            with Intercept(self, groups, inputs):
+            with Intercept(self, groups, inputs), forward.frozen_statistics():
                 return forward.inner(*args, **kwargs)
         finally:
             self._thread.running = False
 
     def _groups(self, inputs: list[Tensor]) -> Groups:
         spec = self._remember(graph=True)
-        batch = next((t for t in inputs if t.dim() > 0), None)
-        if spec is None:
+        dim = self._batch_dim
+        batch = next((t for t in inputs if t.dim() > dim), None)
+        size = None if batch is None else batch.shape[dim]
+        if spec is None or spec.kind == "rows":
             if batch is None:
                 raise ValueError(
-                    "the forward has no tensor argument whose dim 0 could be the batch: say who votes with "
+                    f"the forward has no tensor argument whose dim {dim} could be the batch: say who votes with "
                     "`with handle.groups(ids)`"
                 )
-            return Groups.each(len(batch))
-        kind, value = spec
-        if kind == "ids":
-            return Groups.by_id(value, len(value) if batch is None else len(batch))
-        total = int(value[-1]) if len(value) else 0
-        packed_in_dim_1 = batch is not None and batch.dim() > 1 and tuple(batch.shape[:2]) == (1, total)
-        if packed_in_dim_1:
-            return Groups.packed(value, (1, total))
-        return Groups.packed(value, (total if batch is None else len(batch),))
+            return Groups.each(size, dim) if spec is None else Groups.each_row(size, dim, spec.value)
+        if spec.kind == "ids":
+            return Groups.by_id(spec.value, len(spec.value) if batch is None else size, dim, spec.weight)
+        total = int(spec.value[-1]) if len(spec.value) else 0
+        if batch is not None and batch.dim() > 1 and tuple(batch.shape[:2]) == (1, total):
+            dim, size = 1, total
+        return Groups.packed(spec.value, total if batch is None else size, dim, spec.weight)
 
-    def _remember(self, graph: bool) -> tuple[str, Tensor] | None:
+    def _remember(self, graph: bool) -> Voting | None:
         """Who votes in the forward that starts now, kept for the time activation checkpointing runs it again.
 
         graph:  whether gradients are on; a reentrant checkpoint runs its first forward without, as an evaluation does.
@@ -370,7 +436,9 @@ class Handle:
         self._differentiated = True
 
 
-def _same_spec(a: tuple[str, Tensor] | None, b: tuple[str, Tensor] | None) -> bool:
+def _same_spec(a: Voting | None, b: Voting | None) -> bool:
     if a is None or b is None:
         return a is b
-    return a[0] == b[0] and (a[1] is b[1] or torch.equal(torch.as_tensor(a[1]).cpu(), torch.as_tensor(b[1]).cpu()))
+    if (a.kind, a.weight) != (b.kind, b.weight) or a.value is None or b.value is None:
+        return (a.kind, a.weight) == (b.kind, b.weight) and a.value is b.value
+    return a.value is b.value or torch.equal(torch.as_tensor(a.value).cpu(), torch.as_tensor(b.value).cpu())

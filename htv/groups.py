@@ -1,46 +1,98 @@
-"""How the rows of a batch map to groups, the units that vote.
+"""Who votes: how the units of a batch map to groups, and where the units are in a tensor.
 
-A *unit* is one index of a batch's leading dimensions: by default dim 0 holds the examples and every example is its own
-group. `Groups` assigns units to groups, whatever follows the leading dimensions (time, space) belonging to its unit.
+A *unit* is one index of the batch's dim: by default dim 0 of the model's input holds the examples, and every example is
+its own group. `Groups` assigns units to groups, once per forward. `Place` says where the units are in one tensor of that
+forward, `Voters` is both together: what a layer needs to tell its rows apart.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-__all__ = ["Groups"]
+__all__ = ["Groups", "Place", "Voters"]
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Where the N units are in one tensor: along `dim`, each of its indices belonging to one unit.
+
+    outer, times:  the dim holds outer * N * times indices, and index i belongs to unit (i // times) % N, as after merging
+                   the batch's dim with one before and one behind it.
+    units:         (size of the dim,) int64, the unit of every index, where they follow no such pattern (rows that were
+                   selected or permuted); outer and times mean nothing then.
+    """
+
+    dim: int
+    outer: int = 1
+    times: int = 1
+    units: Tensor | None = None
+
+    def at(self, dim: int) -> Place:
+        return replace(self, dim=dim)
+
+    def size(self, num_units: int) -> int:
+        return self.outer * num_units * self.times if self.units is None else len(self.units)
+
+    def index(self, num_units: int) -> Tensor:
+        """(size of the dim,) int64: the unit of every index."""
+        if self.units is not None:
+            return self.units
+        return (torch.arange(self.size(num_units)) // self.times) % num_units
+
+    def same(self, other: Place, num_units: int) -> bool:
+        """Whether every index of two tensors that are alike but for this belongs to the same unit."""
+        if self.dim != other.dim or self.size(num_units) != other.size(num_units):
+            return False
+        if self.units is None and other.units is None:
+            return (self.outer, self.times) == (other.outer, other.times) or num_units == 1
+        if self.units is other.units:
+            return True
+        return torch.equal(self.index(num_units).cpu(), other.index(num_units).cpu())
 
 
 @dataclass(frozen=True, eq=False)
 class Groups:
-    """Assignment of the units of one batch to E groups. Made by `each`, `by_id` and `packed`; every group has rows.
+    """Assignment of the N units of one batch to E groups. Made by `each`, `by_id` and `packed`; every group has units.
 
-    lead:     the shape of the leading dimensions that hold the units, (N,) or (1, N).
-    offsets:  (E + 1,) int64 on the CPU; once units are put in `order`, group e owns units offsets[e]:offsets[e + 1].
-    order:    (N,) int64, the units sorted by group, or None where they already are.
-    keys:     (E,) the caller's ids, or None where groups are numbered as they come; of packed sequences, the numbers of
-              those with rows, or None where all have some.
+    num_units:  N.
+    offsets:    (E + 1,) int64 on the CPU; once units are put in `order`, group e owns units offsets[e]:offsets[e + 1].
+    order:      (N,) int64, the units sorted by group, or None where they already are.
+    keys:       (E,) the caller's ids, or None where groups are numbered as they come; of packed sequences, the numbers of
+                those with rows, or None where all have some.
+    home:       where the units are in the model's inputs.
+    weights:    (E,) float64, what each group's contributions are multiplied by, or None for 1.
+    rows_vote:  every row a layer sees is a group of its own, whatever its unit.
+    voting:     with rows_vote: (N, T) bool, the rows of each unit that vote, or None for all.
     """
 
-    lead: tuple[int, ...]
+    num_units: int
     offsets: Tensor
     order: Tensor | None = None
     keys: Tensor | None = None
+    home: Place = Place(0)
+    weights: Tensor | None = None
+    rows_vote: bool = False
+    voting: Tensor | None = None
 
     @staticmethod
-    def each(num_units: int) -> Groups:
-        """Every unit of dim 0 is a group of its own."""
+    def each(num_units: int, dim: int = 0) -> Groups:
+        """Every unit is a group of its own."""
         if num_units < 1:
-            raise ValueError("the batch is empty: its dim 0 has size 0, and no group can vote (skip the step)")
-        return Groups((num_units,), torch.arange(num_units + 1))
+            raise ValueError(f"the batch is empty: its dim {dim} has size 0, and no group can vote (skip the step)")
+        return Groups(num_units, torch.arange(num_units + 1), home=Place(dim))
 
     @staticmethod
-    def by_id(ids: Tensor | list[int], num_units: int) -> Groups:
-        """Units with equal ids vote together. ids: (N,) integers, any values, any order."""
+    def by_id(ids: Tensor | list[int], num_units: int, dim: int = 0, weight: str = "size") -> Groups:
+        """Units with equal ids vote together.
+
+        ids:     (N,) integers, any values, any order.
+        weight:  "size": contributions count as they come, so a group counts by its size; "equal": every group counts as
+                 if it had N / E units, so that its mean counts once.
+        """
         ids = torch.as_tensor(ids)
         if ids.dim() != 1 or ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
             raise ValueError(
@@ -48,16 +100,17 @@ class Groups:
             )
         if len(ids) != num_units:
             raise ValueError(
-                f"groups has {len(ids)} ids but dim 0 of the batch has size {num_units}: pass one id per example"
+                f"groups has {len(ids)} ids but dim {dim} of the batch has size {num_units}: pass one id per example"
             )
         if num_units < 1:
             raise ValueError("groups is empty: no group can vote (skip the step)")
         keys, inverse, sizes = ids.unique(return_inverse=True, return_counts=True)
         order = None if bool((inverse[1:] >= inverse[:-1]).all()) else inverse.argsort(stable=True)
-        return Groups((num_units,), _offsets(sizes), order, keys.cpu())
+        weights = None if weight == "size" else num_units / (len(sizes) * sizes.cpu().double())
+        return Groups(num_units, _offsets(sizes), order, keys.cpu(), Place(dim), weights)
 
     @staticmethod
-    def packed(cu_seqlens: Tensor | list[int], lead: tuple[int, ...]) -> Groups:
+    def packed(cu_seqlens: Tensor | list[int], num_units: int, dim: int = 0, weight: str = "size") -> Groups:
         """Consecutive units vote together: sequence e owns units cu_seqlens[e]:cu_seqlens[e + 1].
 
         cu_seqlens: integers from 0 up to the number of units, as variable-length attention takes them; a sequence of
@@ -70,7 +123,6 @@ class Groups:
                 f"got shape {tuple(bounds.shape)} and dtype {bounds.dtype}"
             )
         bounds = bounds.long()
-        num_units = math.prod(lead)
         sizes = bounds.diff()
         if bounds[0] != 0 or bounds[-1] != num_units or bool((sizes < 0).any()):
             raise ValueError(
@@ -80,40 +132,140 @@ class Groups:
         voting = (sizes > 0).nonzero().flatten()
         if len(voting) == 0:
             raise ValueError("cu_seqlens holds no rows: no group can vote (skip the step)")
-        return Groups(lead, _offsets(sizes[voting]), keys=voting if len(voting) < len(sizes) else None)
+        keys = voting if len(voting) < len(sizes) else None
+        weights = None if weight == "size" else num_units / (len(voting) * sizes[voting].double())
+        return Groups(num_units, _offsets(sizes[voting]), keys=keys, home=Place(dim), weights=weights)
+
+    @staticmethod
+    def each_row(num_units: int, dim: int = 0, voting: Tensor | None = None) -> Groups:
+        """Every row a layer sees votes by itself. voting: (N, T) bool, False where a row (padding) has no vote."""
+        if voting is not None and (voting.dim() != 2 or voting.dtype != torch.bool or len(voting) != num_units):
+            raise ValueError(
+                f"mask must be a boolean tensor of shape ({num_units}, T), True where a token votes; got shape "
+                f"{tuple(voting.shape)} and dtype {voting.dtype}"
+            )
+        if voting is not None and not bool(voting.any()):
+            raise ValueError("mask lets no token vote (skip the step)")
+        return replace(Groups.each(num_units, dim), rows_vote=True, voting=voting)
 
     @property
     def count(self) -> int:
-        """E, the number of groups."""
+        """E, the number of groups, where rows do not vote by themselves."""
         return len(self.offsets) - 1
-
-    @property
-    def num_units(self) -> int:
-        return math.prod(self.lead)
 
     def same_voters(self, other: Groups) -> bool:
         """Whether group e of both stands for the same voter, so that contributions may be added group by group."""
+        if self.rows_vote != other.rows_vote:
+            return False
+        if self.rows_vote:
+            same_mask = self.voting is other.voting or (
+                self.voting is not None and other.voting is not None and torch.equal(self.voting, other.voting)
+            )
+            return same_mask and self.num_units == other.num_units
         if self.keys is None or other.keys is None:
             return self.keys is other.keys and self.count == other.count
         return torch.equal(self.keys, other.keys)
 
-    def fits(self, tensor: Tensor) -> bool:
-        """Whether the tensor's leading dimensions are this batch's."""
-        return tuple(tensor.shape[: len(self.lead)]) == self.lead
+    def fits(self, tensor: Tensor, place: Place | None = None) -> bool:
+        """Whether a tensor has the size of a place, the home by default, where the batch would be."""
+        place = self.home if place is None else place
+        return tensor.dim() > place.dim and tensor.shape[place.dim] == place.size(self.num_units)
 
-    def units(self, tensor: Tensor) -> Tensor:
-        """(*lead, *rest) -> (N, *rest), in the caller's order."""
-        return tensor.reshape(self.num_units, *tensor.shape[len(self.lead) :])
+    def members(self) -> Tensor:
+        """(N,) int64: the group of every unit."""
+        groups = torch.repeat_interleave(torch.arange(self.count), self.offsets.diff())
+        return groups if self.order is None else torch.empty_like(groups).index_copy_(0, self.order.cpu(), groups)
 
-    def sorted_units(self, tensor: Tensor) -> Tensor:
-        """(*lead, *rest) -> (N, *rest), in the order of the groups."""
-        units = self.units(tensor)
-        return units if self.order is None else units.index_select(0, self.order.to(units.device))
 
-    def sum_units(self, tensor: Tensor) -> Tensor:
-        """(*lead, *rest) -> (E, *rest), summed within each group; deterministic, no atomics."""
-        units = self.sorted_units(tensor)
-        return units if self.count == self.num_units else segment_sum(units, self.offsets)
+class Voters:
+    """Who votes with which indices of one tensor's batch dim: `groups` at a `place`.
+
+    dim:      the batch's dim.
+    order:    (S,) int64, the dim's indices sorted by group, or None where they are.
+    offsets:  (E + 1,) int64 on the CPU; in that order group e owns indices offsets[e]:offsets[e + 1]. A group may have none.
+    """
+
+    def __init__(self, groups: Groups, place: Place):
+        self.groups, self.dim = groups, place.dim
+        if place.units is None and place.outer == 1 and groups.order is None:
+            self.order, self.offsets = None, groups.offsets * place.times
+            return
+        members = groups.members()[place.index(groups.num_units).cpu()]
+        self.offsets = _offsets(members.bincount(minlength=groups.count))
+        order = members.argsort(stable=True)
+        self.order = None if torch.equal(order, torch.arange(len(order))) else order
+
+    @property
+    def rows_vote(self) -> bool:
+        return self.groups.rows_vote
+
+    @property
+    def count(self) -> int:
+        """E, where rows do not vote by themselves."""
+        return self.groups.count
+
+    def front(self, tensor: Tensor) -> Tensor:
+        """(..., S, ...) -> (S, ...), indices sorted by group."""
+        tensor = tensor.movedim(self.dim, 0)
+        return tensor if self.order is None else tensor.index_select(0, self.order.to(tensor.device))
+
+    def rows(self, tensor: Tensor, features: int = 1) -> Tensor:
+        """(..., S, ..., *features) -> (R, *features), the rows of each group together."""
+        front = self.front(tensor)
+        lead = front.dim() - features
+        rows = front.reshape(math.prod(front.shape[:lead]), *front.shape[lead:])
+        voting = self.groups.voting
+        if voting is None:
+            return rows
+        if len(rows) != voting.numel() or bool((self.offsets.diff() != self.offsets[1]).any()):
+            raise ValueError(
+                f"tokens(mask) has {voting.shape[1]} tokens for each of {len(voting)} examples, but a layer saw an "
+                f"input of shape {tuple(tensor.shape)}, whose rows are not these tokens. Remedy: exclude its parameters"
+            )
+        return rows.index_select(0, voting.to(rows.device).flatten().nonzero().flatten())
+
+    def grad_rows(self, grad: Tensor, features: int = 1) -> tuple[Tensor, Tensor]:
+        """`rows` of an output's gradient, multiplied by the weights of their groups; and their `bounds`."""
+        rows = self.rows(grad, features)
+        bounds, weights = self.bounds(rows), self.groups.weights
+        if weights is not None:
+            rows = rows * _as_column(torch.repeat_interleave(weights, bounds.diff()), rows)
+        return rows, bounds
+
+    def bounds(self, rows: Tensor) -> Tensor:
+        """(E + 1,) int64 on the CPU: group e owns rows bounds[e]:bounds[e + 1] of what `rows` returned."""
+        if self.rows_vote:
+            return torch.arange(len(rows) + 1)
+        indices = int(self.offsets[-1])
+        return self.offsets * (len(rows) // indices) if indices else self.offsets
+
+    def sums(self, tensor: Tensor, features: int = 1, dtype: torch.dtype | None = None) -> Tensor:
+        """(..., S, ..., *features) -> (E, *features): sums over each group's rows; deterministic, no atomics."""
+        if self.rows_vote:
+            return self.rows(tensor, features).to(dtype)
+        shape = tensor.shape[tensor.dim() - features :]
+        front = tensor.movedim(self.dim, 0)
+        if front.dim() > 1 + features:
+            per_index = math.prod(front.shape[1 : front.dim() - features])
+            front = front.reshape(len(front), per_index, *shape).sum(dim=1, dtype=dtype)
+        return self.along(front.to(dtype), dim=0)
+
+    def along(self, tensor: Tensor, dim: int | None = None) -> Tensor:
+        """(..., S, ...) -> (E, ...): sums over each group's indices, weighted; all other dims stay."""
+        front = tensor.movedim(self.dim if dim is None else dim, 0)
+        if self.order is not None:
+            front = front.index_select(0, self.order.to(front.device))
+        summed = front if self.count == len(front) and self._singles() else segment_sum(front, self.offsets)
+        weights = self.groups.weights
+        return summed if weights is None else summed * _as_column(weights, summed)
+
+    def _singles(self) -> bool:
+        """Whether each of the E groups has one index."""
+        return bool((self.offsets.diff() == 1).all())
+
+
+def _as_column(values: Tensor, beside: Tensor) -> Tensor:
+    return values.to(beside).reshape(-1, *(1,) * (beside.dim() - 1))
 
 
 def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
@@ -121,7 +273,9 @@ def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
     sizes = offsets.diff()
     if bool((sizes == sizes[0]).all()):
         return values.reshape(len(sizes), int(sizes[0]), *values.shape[1:]).sum(dim=1)
-    flat = values.reshape(len(values), -1)  # segment_reduce wants its data contiguous and is fastest in 2-D
+    flat = values.reshape(
+        len(values), math.prod(values.shape[1:])
+    )  # segment_reduce wants its data contiguous and is fastest in 2-D
     summed = torch.segment_reduce(flat.contiguous(), "sum", offsets=offsets.to(values.device), axis=0, initial=0)
     return summed.reshape(len(sizes), *values.shape[1:])
 

@@ -14,17 +14,29 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from htv import layers, layout
-from htv.autograd.expand import DerivedTensor, expand
+from htv.autograd.derived import DerivedTensor
+from htv.autograd.expand import expand, expand_rows, per_unit
 from htv.autograd.ledger import Slot
-from htv.errors import UnsupportedError
-from htv.groups import Groups
-from htv.layout import LOST, Batch, Constant, Derived, Mark, Marks, Operation, Plain, plain_name
+from htv.groups import Groups, Place, Voters
+from htv.layout import (
+    CONSTANT,
+    LOST,
+    PLAIN,
+    Constant,
+    Derived,
+    Lost,
+    Mark,
+    Marks,
+    OfBatch,
+    Operation,
+    Plain,
+    plain_name,
+    replace_tensors,
+)
 
 if TYPE_CHECKING:
     from htv.attach import Handle
     from htv.served import Served
-
-CONSTANT, PLAIN = Constant(), Plain()
 
 # One tensor only lends its dtype, device or shape to the other.
 BORROWING = {"type_as", "to", "expand_as", "view_as", "reshape_as"}
@@ -43,28 +55,26 @@ class Intercept(TorchFunctionMode):
     def __init__(self, handle: Handle, groups: Groups, inputs: list[Tensor]):
         super().__init__()
         self.handle, self.groups = handle, groups
-        self.home = Batch(len(groups.lead) - 1)  # where layers need the batch
         self.marks = Marks()
+        self._voters: dict[tuple, Voters] = {}
         for tensor in handle.constants():
             self._mark_constant(tensor)
         for tensor in inputs:
             if self.served(tensor) is not None:
                 continue
             if groups.fits(tensor):
-                self.marks.put(tensor, self.home)
+                self.marks.put(tensor, groups.home)
             else:
                 self._mark_constant(tensor)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+        return self.call(func, args, kwargs or {})
+
+    def call(self, func, args, kwargs):
+        """One torch call of the forward, served where that is needed."""
         server = layers.SERVERS.get(func)
-        if server is not None:
-            result = server(self, func, args, kwargs)
-            if result is not NotImplemented:
-                if self.marks.get(result) is None:
-                    self.marks.put(result, self.home)
-                return result
-        return self.general(func, args, kwargs)
+        result = NotImplemented if server is None else server(self, func, args, kwargs)
+        return self.general(func, args, kwargs) if result is NotImplemented else result
 
     # -- what a tensor is ---------------------------------------------------------------------------------------------
 
@@ -87,31 +97,43 @@ class Intercept(TorchFunctionMode):
         if mark is not None and not (isinstance(mark, Constant) and tensor.requires_grad):
             return mark
         if tensor.grad_fn is not None:
-            return self.home if self.groups.fits(tensor) else LOST
+            return self.groups.home if self.groups.fits(tensor) else LOST
         return PLAIN if tensor.requires_grad else CONSTANT
 
     def slot(self, value: Tensor | None) -> Slot:
-        """A layer's parameter argument: served if it is a served parameter, plain otherwise."""
-        served = None if value is None else self.served(value)
-        return Slot(value) if served is None else served.slot(self.groups)
+        """A layer's parameter argument: served if it is one or derived from some, plain otherwise."""
+        mark = self.mark(value)
+        if not isinstance(mark, Derived) or not value.requires_grad:
+            return Slot(value)
+        served = self.served(value)
+        if served is not None:
+            return Slot(value.detach(), [served.sink(self.groups)])
+        return self._derived(value, mark).slot()
 
-    def why_not_batch(self, x: Tensor, features: int) -> tuple[type[Exception], str] | None:
-        """None if x has the batch in its leading dims and `features` dims behind it; else the error and its reason."""
-        lead = self.groups.lead
+    def _derived(self, value: Tensor, mark: Derived) -> DerivedTensor:
+        parameters, sinks = zip(*((s.parameter, s.sink(self.groups)) for s in mark.parameters), strict=True)
+        return DerivedTensor(value, list(parameters), list(sinks), mark.origin if value is mark.source else None)
+
+    def voters(self, place: Place) -> Voters:
+        """Who votes with the indices of a tensor that has the batch there."""
+        key = (place.dim, place.outer, place.times, None if place.units is None else id(place.units))
+        found = self._voters.get(key)
+        if found is None:
+            found = self._voters[key] = Voters(self.groups, place)
+            found.place = place  # keeps its units alive, and so their id
+        return found
+
+    def why_not_batch(self, x: Tensor, features: int) -> str | None:
+        """None if it is known where the batch is in x, before its last `features` dims; else the reason."""
         mark = self.mark(x)
-        if mark == self.home and self.groups.fits(x) and x.dim() >= len(lead) + features:
-            return None
-        if mark.dim != self.home.dim:
-            return UnsupportedError, (
-                f"the batch is no longer in the leading dims of its input of shape {tuple(x.shape)} (it was "
-                "transposed, indexed, mixed or reduced away), so its rows cannot be told apart by group. Keep the "
-                "batch in dim 0 (batch_first=True)"
+        if not isinstance(mark, Place):
+            return (
+                f"it is not known any more which part of its input of shape {tuple(x.shape)} belongs to which example: "
+                "an operation htv does not know, or one that mixes examples, came before it"
             )
-        return ValueError, (
-            f"its input of shape {tuple(x.shape)} must start with the batch's dims {lead}, those of the forward's "
-            "first tensor argument, and have features behind them, or its rows cannot be told apart by group. Keep the "
-            "batch in dim 0 up to this layer (x.flatten(1) rather than x.view(-1, d))"
-        )
+        if mark.dim >= x.dim() - features:
+            return f"the batch is in dim {mark.dim} of its input of shape {tuple(x.shape)}, which this layer mixes"
+        return None
 
     def refuse(self, op: str, parameters: tuple[Served, ...], why: str) -> None:
         """Refuse a use of parameters, or note that it is passed on plainly where the handle was told to."""
@@ -143,7 +165,7 @@ class Intercept(TorchFunctionMode):
             return func(*args, **kwargs)
         if name in BORROWING:
             return func(*args, **kwargs)
-        if any(isinstance(m, Batch) for m in marks):
+        if any(isinstance(m, OfBatch) for m in marks):
             replaced = self._expand_operands(func, name, args, kwargs, tensors, marks, parameters)
             return func(*args, **kwargs) if replaced is None else func(*replaced[0], **replaced[1])
         if any(isinstance(m, Plain) for m in marks):
@@ -153,49 +175,66 @@ class Intercept(TorchFunctionMode):
 
     def _expand_operands(self, func, name, args, kwargs, tensors, marks, parameters):
         """Arguments with every parameter replaced by its copies per unit, or None to run the call plainly."""
-        lead = self.groups.lead
         if _in_place(func) and isinstance(marks[0], Derived):
             return self.refuse(name, parameters, "it is written to in place")
         if name in layout.ELEMENTWISE:
             ndim = max(t.dim() for t in tensors)
         elif name in layout.CONCATENATING:
             ndim = tensors[0].dim()
-            dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
-            if dim % ndim < len(lead):
-                return self.refuse(name, parameters, "it is concatenated along the batch")
         else:
             return self.refuse(name, parameters, "htv does not know how to separate its contributions by group there")
-        full = [
-            t for t, m in zip(tensors, marks, strict=True) if m == self.home and t.dim() == ndim and self.groups.fits(t)
+        places = [
+            (t, m.at(m.dim + ndim - t.dim())) for t, m in zip(tensors, marks, strict=True) if isinstance(m, Place)
         ]
         lost = [t for t, m in zip(tensors, marks, strict=True) if m == LOST and t.requires_grad and t.numel() > 1]
-        if not full or lost:
-            shapes = [tuple(t.shape) for t, m in zip(tensors, marks, strict=True) if isinstance(m, Batch)]
-            why = f"no operand has the batch in its leading dims {lead}: their shapes are {shapes}, and the batch was "
-            return self.refuse(name, parameters, f"{why}transposed, indexed or reduced away if they seem to fit")
+        shapes = [tuple(t.shape) for t, m in zip(tensors, marks, strict=True) if isinstance(m, OfBatch)]
+        if not places or lost or not all(p.same(places[0][1], self.groups.num_units) for _, p in places):
+            why = f"of the other operands, of shapes {shapes}, it is not known which part belongs to which example: "
+            return self.refuse(name, parameters, f"{why}the batch was indexed, mixed or reduced away")
+        beside, place = places[0]
+        if name in layout.CONCATENATING and kwargs.get("dim", args[1] if len(args) > 1 else 0) % ndim == place.dim:
+            return self.refuse(name, parameters, "it is concatenated along the batch")
         copies = {}
         for tensor, mark in zip(tensors, marks, strict=True):
             if isinstance(mark, Derived) and tensor.requires_grad:
-                source = mark.source
-                leading = ((1,) * (ndim - source.dim()) + tuple(source.shape))[: len(lead)]
-                if any(size != 1 for size in leading):
-                    return self.refuse(
-                        name, mark.parameters, f"its shape {tuple(source.shape)} varies along the batch's dims {lead}"
-                    )
-                copies[id(tensor)] = self._copies(tensor, mark, ndim, full[0])
-        return _replace(args, copies), _replace(kwargs, copies)
+                copies[id(tensor)] = found = self._copies(tensor, mark, ndim, beside, place)
+                if found is None:
+                    why = f"its shape {tuple(tensor.shape)} varies along dim {place.dim}, the batch's, of {shapes}"
+                    return self.refuse(name, mark.parameters, why)
+        return replace_tensors(args, copies), replace_tensors(kwargs, copies)
 
-    def _copies(self, tensor: Tensor, mark: Derived, ndim: int, beside: Tensor) -> Tensor:
-        slots = []
+    def _copies(self, tensor: Tensor, mark: Derived, ndim: int, beside: Tensor, place: Place) -> Tensor | None:
+        """A derived tensor's copies for every unit, to stand in for it; None if it cannot be told apart by unit."""
         for served in mark.parameters:
             served.note("elementwise")
-            slots.append(served.slot(self.groups))
-        derived = DerivedTensor(mark.source, [s.parameter for s in mark.parameters], slots, mark.ids)
+        source, size = mark.source, place.size(self.groups.num_units)
+        of_batch = ((1,) * (ndim - source.dim()) + tuple(source.shape))[place.dim]
+        if of_batch != 1:
+            if source is not tensor or mark.origin is None or source.dim() != ndim or of_batch != size:
+                return None
+            derived = self._derived(source, mark)
+            return None if derived.origin is None else per_unit(derived, self.voters(place))
         # A scalar does not raise the type of what it meets: its copies must not either.
         dtype = torch.result_type(beside, tensor) if tensor.dim() == 0 else None
-        copies = expand(derived, ndim, self.groups, dtype)
-        shape = (1,) * (ndim - tensor.dim()) + tuple(tensor.shape)
-        return copies.expand(*self.groups.lead, *shape[len(self.groups.lead) :])
+        slot = self.slot(source)
+        if self.groups.rows_vote:
+            return self._row_copies(slot, tensor, ndim, beside, place, dtype)
+        copies = expand(slot, ndim, size, self.voters(place), dtype)
+        shape = [*(1,) * (ndim - tensor.dim()), *tensor.shape]
+        shape[place.dim] = size
+        return copies.expand(shape)
+
+    def _row_copies(self, slot: Slot, tensor, ndim: int, beside: Tensor, place: Place, dtype) -> Tensor | None:
+        """Where rows vote: copies along all dims of the other operand that the tensor lacks or has size 1 in front."""
+        source = slot.value
+        own = [*source.shape]
+        while own and own[0] == 1 and ndim - len(own) < beside.dim():
+            own = own[1:]
+        lead = beside.shape[: ndim - len(own)]
+        if beside.dim() != ndim or place.dim >= len(lead) or tuple(tensor.shape) != tuple(source.shape):
+            return None
+        flat = Slot(source.reshape(own), slot.sinks)
+        return expand_rows(flat, (*lead, *own), self.voters(place), dtype)
 
     # -- marks of results ---------------------------------------------------------------------------------------------
 
@@ -211,7 +250,7 @@ class Intercept(TorchFunctionMode):
             return
         if name in BORROWING and operands:
             operands = operands[:1]
-        if any(isinstance(m, Batch) for _, m in operands) and name not in layout.MAKING:
+        if any(isinstance(m, OfBatch) for _, m in operands) and name not in layout.MAKING:
             operation = Operation(name, func, args, kwargs, operands, outputs)
             marks = layout.follow(operation, self.groups.num_units)
         else:
@@ -228,8 +267,8 @@ class Intercept(TorchFunctionMode):
             return CONSTANT
         if not derived:
             return PLAIN
-        if name in layout.EXPANDING or _repeats_lead(name, args, kwargs):
-            return Derived(derived[0].parameters, derived[0].source, derived[0].ids)
+        if name in layout.EXPANDING or _only_copies(name, args, kwargs):
+            return Derived(derived[0].parameters, derived[0].source, derived[0].origin)
         return Derived(tuple(dict.fromkeys(p for m in derived for p in m.parameters)), output)
 
     def _mark_base(self, view: Tensor, mark: Mark) -> None:
@@ -237,10 +276,9 @@ class Intercept(TorchFunctionMode):
         base = view._base
         if base is None or self.served(base) is not None:
             return
-        if isinstance(mark, Batch):
-            same = mark == self.home and self.groups.fits(base) and base.stride(mark.dim) == view.stride(mark.dim)
-            self.marks.put(base, mark if same else LOST)
-        elif isinstance(mark, Derived) or not isinstance(self.mark(base), (Batch, Derived)):
+        if isinstance(mark, OfBatch):
+            self.marks.put(base, layout.base_after_writing(base, self.mark(base), view, mark, self.groups.num_units))
+        elif isinstance(mark, Derived) or not isinstance(self.mark(base), (Place, Lost, Derived)):
             self.marks.put(base, Derived(mark.parameters, base) if isinstance(mark, Derived) else mark)
 
 
@@ -249,12 +287,13 @@ def _in_place(func) -> bool:
     return name.startswith("__i") if name.startswith("__") else name.endswith("_")
 
 
-def _repeats_lead(name: str, args, kwargs) -> bool:
-    """Whether a call to Tensor.repeat only copies along dim 0, as expand does."""
+def _only_copies(name: str, args, kwargs) -> bool:
+    """Whether a call to Tensor.repeat only copies along dims of size 1, as expand does."""
     if name != "repeat" or kwargs:
         return False
     sizes = args[1:] if isinstance(args[1], int) else tuple(args[1])
-    return len(sizes) == args[0].dim() and args[0].shape[0] == 1 and all(size == 1 for size in sizes[1:])
+    shape = (1,) * (len(sizes) - args[0].dim()) + tuple(args[0].shape)
+    return all(size == 1 or dim == 1 for size, dim in zip(sizes, shape, strict=True))
 
 
 def tensors_in(args, kwargs) -> list[Tensor]:
@@ -266,14 +305,3 @@ def tensors_in(args, kwargs) -> list[Tensor]:
         elif isinstance(value, (tuple, list)):
             found.extend(tensors_in(value, None))
     return found
-
-
-def _replace(value, copies: dict[int, Tensor]):
-    """The same structure with some tensors replaced, by identity."""
-    if isinstance(value, Tensor):
-        return copies.get(id(value), value)
-    if isinstance(value, dict):
-        return {key: _replace(item, copies) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(_replace(item, copies) for item in value)
-    return value

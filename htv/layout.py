@@ -16,7 +16,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from htv.groups import Place
+
 if TYPE_CHECKING:
+    from htv.autograd.derived import Origin
     from htv.served import Served
 
 
@@ -34,29 +37,24 @@ class Plain:
 class Derived:
     """Computed from served parameters (and constants) alone, by a plain autograd graph.
 
-    source: what it broadcasts: the tensor itself, or the one it is an `expand` of.
-    ids:    integers, where the source is an embedding of them in the one parameter and nothing more.
+    source:  what it broadcasts: the tensor itself, or the one it is an `expand` of.
+    origin:  how the source was made from its parameters, where its contributions can be told without going back through
+             its graph (`htv.autograd.derived`).
     """
 
     parameters: tuple[Served, ...]
     source: Tensor
-    ids: Tensor | None = None
+    origin: Origin | None = None
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Computed from the batch.
-
-    dim:   the dim along which units follow one another, or None if that is not known any more.
-    times: consecutive indices of that dim per unit, as after merging the batch with the dim behind it.
-    """
-
-    dim: int | None
-    times: int = 1
+class Lost:
+    """Computed from the batch, but it is not known any more which part of it belongs to which unit."""
 
 
-Mark = Constant | Plain | Derived | Batch
-LOST = Batch(None)
+Mark = Constant | Plain | Derived | Place | Lost
+OfBatch = Place | Lost
+CONSTANT, PLAIN, LOST = Constant(), Plain(), Lost()
 
 
 class Marks:
@@ -100,7 +98,7 @@ UNARY = _names(
     "round trunc frac clamp clamp_min clamp_max clip nan_to_num relu relu6 leaky_relu elu selu celu gelu silu mish "
     "softplus softsign tanhshrink softshrink hardshrink hardtanh hardsigmoid hardswish threshold rrelu logsigmoid "
     "dropout alpha_dropout feature_dropout feature_alpha_dropout dropout1d dropout2d dropout3d masked_fill "
-    "masked_scatter bernoulli to float half bfloat16 double int long bool type type_as contiguous clone detach "
+    "bernoulli to float half bfloat16 double int long bool type type_as contiguous clone detach "
     "requires_grad_ requires_grad data real imag conj cpu cuda zeros_like ones_like empty_like full_like rand_like "
     "randn_like randint_like zero fill uniform normal copy alias special_expit polygamma lgamma "
     "digamma sinc heaviside"
@@ -127,8 +125,7 @@ ALONG = {
     "softmax": (0, None), "log_softmax": (0, None), "softmin": (0, None), "gumbel_softmax": (3, -1),
     "cumsum": (0, None), "cumprod": (0, None), "cummax": (0, None), "cummin": (0, None), "logcumsumexp": (0, None),
     "flip": (0, None), "roll": (1, None), "sort": (0, -1), "argsort": (0, -1), "topk": (1, -1), "gather": (0, None),
-    "scatter": (0, None), "scatter_add": (0, None), "scatter_reduce": (0, None), "index_select": (0, None),
-    "index_add": (0, None), "index_copy": (0, None), "index_fill": (0, None), "take_along_dim": (1, None),
+    "index_select": (0, None), "index_fill": (0, None), "take_along_dim": (1, None),
     "chunk": (1, 0), "split": (1, 0), "split_with_sizes": (1, 0), "tensor_split": (1, 0), "narrow": (0, None),
     "normalize": (1, 1), "glu": (0, -1), "repeat_interleave": (1, None), "diff": (1, -1), "renorm": (1, None),
     "unfold": (0, None),
@@ -146,8 +143,12 @@ RESHAPING = _names("reshape view flatten unflatten squeeze view_as reshape_as un
 EXPANDING = _names("expand expand_as broadcast_to")
 MULTIPLYING = _names("matmul rmatmul mm bmm mv baddbmm addmm addbmm")
 CONCATENATING = _names("cat concat concatenate")
+# They only move elements, so running them on the units' numbers shows where a batch went that they cut or permute.
+MOVING = _names(
+    "getitem flip roll index_select narrow chunk split split_with_sizes tensor_split gather take_along_dim "
+    "repeat_interleave masked_select cat concat concatenate select unbind unfold"
+)
 MAKING = _names("new_zeros new_ones new_empty new_full new_tensor")  # a tensor only lends its dtype and device
-RECURRENT = _names("lstm gru rnn_tanh rnn_relu")
 
 
 @dataclass
@@ -168,97 +169,107 @@ class Operation:
                 return self.kwargs[name]
         return self.args[1 + position] if len(self.args) > 1 + position else default
 
+    def again(self, replaced: dict[int, Tensor]):
+        """The call with some tensors replaced, by identity."""
+        return self.func(*replace_tensors(self.args, replaced), **replace_tensors(self.kwargs, replaced))
 
-def follow(op: Operation, units: int) -> list[Batch]:
+
+def replace_tensors(value, replaced: dict[int, Tensor]):
+    """The same structure with some tensors replaced, by identity."""
+    if isinstance(value, Tensor):
+        return replaced.get(id(value), value)
+    if isinstance(value, dict):
+        return {key: replace_tensors(item, replaced) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(replace_tensors(item, replaced) for item in value)
+    return value
+
+
+def follow(op: Operation, units: int) -> list[OfBatch]:
     """The mark of each output of an operation some operand of which is of the batch.
 
     units: how many units the batch has.
     """
-    operands = [(t, m) for t, m in op.operands if isinstance(m, Batch)]
-    first, mark = operands[0]
-    is_first = op.operands[0][0] is first
-    lost = [LOST] * len(op.outputs)
-    if op.name in RECURRENT:
-        return [mark, *[Batch(1, mark.times)] * (len(op.outputs) - 1)] if is_first else lost
-    if op.name == "multi_head_attention_forward":  # (T, N, D) -> (T, N, D) and weights (N, T, S)
-        return [mark, *[Batch(0)] * (len(op.outputs) - 1)] if is_first and mark.dim == 1 else lost
-    places = [_place(op, t, m, output, units) for output in op.outputs for t, m in operands]
-    per_output = [places[i * len(operands) : (i + 1) * len(operands)] for i in range(len(op.outputs))]
-    return [_agreed(found, operands, output, units) for found, output in zip(per_output, op.outputs, strict=True)]
+    operands = [(t, m) for t, m in op.operands if isinstance(m, OfBatch)]
+    if op.name in WRITING:
+        return [_after_writing(op, units)] * len(op.outputs)
+    return [_agreed(op, operands, i, units) for i in range(len(op.outputs))]
 
 
-def _agreed(found: list[Batch], operands, output: Tensor, units: int) -> Batch:
-    """The place all operands agree on; those merely broadcast along it, or without a gradient, have no say."""
-    known = {place for place in found if place.dim is not None}
-    if len(known) != 1:
+def _agreed(op: Operation, operands, index: int, units: int) -> OfBatch:
+    """The place all operands agree on in one output; those merely broadcast along it, or without a gradient, have no say.
+
+    Where the operation moves parts of the batch about, it is run once more on the units' numbers to see where they went.
+    """
+    output = op.outputs[index]
+    found = [_place(op, t, m, output, units) for t, m in operands]
+    places = [place for place in found if place is not None]
+    if not places and op.name in MOVING:
+        return _probed(op, index, units)
+    place = places[0] if places else None
+    if place is None or not all(place.same(other, units) for other in places[1:]):
         return LOST
-    (place,) = known
-    if place.dim >= output.dim() or output.shape[place.dim] != units * place.times:
+    if place.dim >= output.dim() or output.shape[place.dim] != place.size(units):
         return LOST
     for (tensor, _), where in zip(operands, found, strict=True):
         at = place.dim - (output.dim() - tensor.dim())
-        if where.dim is None and tensor.requires_grad and at >= 0 and tensor.shape[at] != 1:
+        if where is None and tensor.requires_grad and at >= 0 and tensor.shape[at] != 1:
             return LOST
     return place
 
 
-def _place(op: Operation, tensor: Tensor, mark: Batch, output: Tensor, units: int) -> Batch:
-    """Where one operand puts the batch dim in one output."""
-    dim = mark.dim
-    if dim is None:
-        return LOST
-    name, is_first = op.name, op.operands[0][0] is tensor
+def _place(op: Operation, tensor: Tensor, mark: OfBatch, output: Tensor, units: int) -> Place | None:
+    """Where one operand puts the batch dim in one output; None if that is not known."""
+    if isinstance(mark, Lost):
+        return None
+    dim, name, is_first = mark.dim, op.name, op.operands[0][0] is tensor
     binary = name in ("max", "min") and isinstance(op.argument(0, "other"), Tensor)
     if name in BROADCASTING or name in EXPANDING or binary:
-        return Batch(dim + output.dim() - tensor.dim(), mark.times)
+        at = dim + output.dim() - tensor.dim()
+        stays = name not in EXPANDING or output.shape[at] == tensor.shape[dim]
+        return mark.at(at) if stays else None
     if name in CONCATENATING:
-        along = op.argument(0, "dim", "axis", default=0) % tensor.dim()
-        return LOST if along == dim else mark
+        return mark if op.argument(0, "dim", "axis", default=0) % tensor.dim() != dim else None
     if name == "stack":
         along = op.argument(0, "dim", default=0) % output.dim()
-        return Batch(dim + (along <= dim), mark.times)
+        return mark.at(dim + (along <= dim))
     if name in MULTIPLYING:
         return _multiplied(op, tensor, mark, output)
     if name == "einsum":
         return _einsum(op, tensor, mark)
     if name == "scaled_dot_product_attention":
-        return mark if dim < tensor.dim() - 2 and tensor.dim() == output.dim() else LOST
-    if name == "setitem":
-        return _after_setitem(op, tensor, mark)
+        return mark if dim < tensor.dim() - 2 and tensor.dim() == output.dim() else None
     if not is_first and name not in ("gather", "take_along_dim"):
-        return LOST
+        return None
     if name in ROWWISE:
         kept = dim < tensor.dim() - KEEPS_LAST[name] if name in KEEPS_LAST else dim == 0
         if name.startswith("conv") and op.operands[1][0].dim() != tensor.dim():
-            return LOST  # an unbatched image
-        return mark if kept else LOST
+            return None  # an unbatched image
+        return mark if kept else None
     if name in PERMUTING:
         # Dims of distinct sizes show where each of them goes.
         probe = torch.empty(tuple(range(2, 2 + tensor.dim())), device="meta")
-        swap = lambda value: probe if value is tensor else value
-        moved = op.func(*map(swap, op.args), **{k: swap(v) for k, v in op.kwargs.items()})
-        return Batch(list(moved.shape).index(dim + 2), mark.times)
+        moved = op.again({id(tensor): probe})
+        return mark.at(list(moved.shape).index(dim + 2))
     if name in RESHAPING:
         return _reshaped(tensor, mark, output, units)
     if name == "unsqueeze":
         along = op.argument(0, "dim") % (tensor.dim() + 1)
-        return Batch(dim + (along <= dim), mark.times)
+        return mark.at(dim + (along <= dim))
     if name in ("select", "unbind"):
         along = op.argument(0, "dim", default=0)
-        return _without(mark, along % tensor.dim()) if isinstance(along, int) else LOST
+        return _without(mark, along % tensor.dim()) if isinstance(along, int) else None
     if name == "getitem":
         return _after_indexing(tensor, mark, op.args[1])
     if name in ("repeat", "tile"):
-        sizes = op.args[1:] if isinstance(op.args[1], int) else tuple(op.args[1])
-        at = dim + len(sizes) - tensor.dim()
-        return Batch(at, mark.times) if at >= 0 and sizes[at] == 1 else LOST
+        return _repeated(op, tensor, mark)
     if op.func is torch.nn.functional.unfold:  # im2col of (N, C, *space); the method of that name goes along a dim
-        return mark if dim == 0 and tensor.dim() == 4 else LOST
+        return mark if dim == 0 and tensor.dim() == 4 else None
     if name in ALONG:
         return _along(op, tensor, mark)
     if name in REDUCING:
         return _reduced(op, tensor, mark, output)
-    return LOST
+    return None
 
 
 def _dims(value, ndim: int) -> set[int] | None:
@@ -266,77 +277,102 @@ def _dims(value, ndim: int) -> set[int] | None:
     return {v % ndim for v in values} if values and all(type(v) is int for v in values) else None
 
 
-def _along(op: Operation, tensor: Tensor, mark: Batch) -> Batch:
+def _along(op: Operation, tensor: Tensor, mark: Place) -> Place | None:
     position, default = ALONG[op.name]
     value = op.argument(position, "dim", "dims", "axis", "dimension", default=default)
     if op.name == "flip" and isinstance(value, int):
         value = op.args[1 + position :] or value
     dims = _dims(value, tensor.dim())
-    return LOST if dims is None or mark.dim in dims else mark
+    return None if dims is None or mark.dim in dims else mark
 
 
-def _reduced(op: Operation, tensor: Tensor, mark: Batch, output: Tensor) -> Batch:
+def _reduced(op: Operation, tensor: Tensor, mark: Place, output: Tensor) -> Place | None:
     default = 1 if op.name == "cosine_similarity" else None
     dims = _dims(op.argument(REDUCING[op.name], "dim", "axis", default=default), tensor.dim())
     if dims is None or mark.dim in dims:
-        return LOST
+        return None
     if output.dim() == tensor.dim():
         return mark
     if output.dim() != tensor.dim() - len(dims):
-        return LOST
-    return Batch(mark.dim - sum(d < mark.dim for d in dims), mark.times)
+        return None
+    return mark.at(mark.dim - sum(d < mark.dim for d in dims))
 
 
-def _multiplied(op: Operation, tensor: Tensor, mark: Batch, output: Tensor) -> Batch:
-    """Rows of the first factor and batches of either stay; contracted dims and columns of the second are no batch."""
+def _multiplied(op: Operation, tensor: Tensor, mark: Place, output: Tensor) -> Place | None:
+    """Batches and rows of the first factor stay, batches and columns of the second; contracted dims do not."""
     factors = [t for t, _ in op.operands][-2:]  # baddbmm and addmm take the addend first
     if op.name == "rmatmul":
         factors.reverse()
-    if factors[0] is factors[1] or tensor.dim() - output.dim() not in (0, 1):
-        return LOST
-    kept = tensor.dim() - (1 if tensor is factors[0] else 2)  # the dims that are not summed over nor columns
-    return mark if mark.dim < kept and (tensor.dim() == output.dim() or mark.dim == 0) else LOST
+    if factors[0] is factors[1]:
+        return None
+    is_first = tensor is factors[0]
+    if tensor is not factors[1] and not is_first:  # an addend
+        return mark.at(mark.dim + output.dim() - tensor.dim())
+    if tensor.dim() == 1:
+        return None
+    contracted = tensor.dim() - (1 if is_first else 2)
+    if mark.dim == contracted:
+        return None
+    from_end = tensor.dim() - mark.dim  # the output lacks the dim of a factor that is a vector
+    if min(f.dim() for f in factors) == 1:
+        from_end -= mark.dim < contracted
+    return mark.at(output.dim() - from_end)
 
 
-def _einsum(op: Operation, tensor: Tensor, mark: Batch) -> Batch:
+def _einsum(op: Operation, tensor: Tensor, mark: Place) -> Place | None:
     equation = op.args[0]
-    if not isinstance(equation, str) or "->" not in equation or mark.dim is None:
-        return LOST
+    if not isinstance(equation, str) or "->" not in equation:
+        return None
     inputs, result = equation.replace(" ", "").split("->")
     terms = inputs.split(",")
     places = [i for i, (t, _) in enumerate(op.operands) if t is tensor]
     if len(terms) != len(op.operands) or len({terms[i] for i in places}) != 1:
-        return LOST
+        return None
     term = terms[places[0]]
     if "." in term or "." in result:
-        return mark if term.startswith("...") and result.startswith("...") and mark.dim == 0 else LOST
+        return mark if term.startswith("...") and result.startswith("...") and mark.dim == 0 else None
     letter = term[mark.dim]
-    return Batch(result.index(letter), mark.times) if letter in result else LOST
+    return mark.at(result.index(letter)) if letter in result else None
 
 
-def _reshaped(tensor: Tensor, mark: Batch, output: Tensor, units: int) -> Batch:
-    """Row-major order keeps whole units together as long as what precedes the batch dim stays as it is."""
-    before = tensor.shape[: mark.dim]
-    if math.prod(before) == 1:  # the batch is outermost but for dims of size 1
-        at = next((i for i, size in enumerate(output.shape) if size != 1), mark.dim if mark.dim < output.dim() else 0)
-        at = min(at, mark.dim) if units == 1 else at
-    elif output.shape[: mark.dim] == before:
-        at = mark.dim
-    else:
-        return LOST
-    if at >= output.dim() or output.shape[at] % units:
-        return LOST
-    return Batch(at, output.shape[at] // units)
+def _reshaped(tensor: Tensor, mark: Place, output: Tensor, units: int) -> Place | None:
+    """Row-major order: whole units stay together, whatever is before and behind them, as long as no dim cuts them."""
+    before = math.prod(tensor.shape[: mark.dim])
+    if mark.units is not None:
+        for at in range(output.dim()):
+            factor, cut = divmod(output.shape[at], max(1, len(mark.units)))
+            if math.prod(output.shape[:at]) == before and not cut and factor:
+                return Place(at, units=mark.units if factor == 1 else mark.units.repeat_interleave(factor))
+        return None
+    before *= mark.outer
+    candidates = []
+    for at in range(output.dim()):
+        outer, cut = divmod(before, max(1, math.prod(output.shape[:at])))
+        times, remainder = divmod(output.shape[at], max(1, outer * units))
+        if not cut and not remainder and outer and times:
+            candidates.append(Place(at, outer, times))
+    # Several only if the batch has one unit, or none has any element: then the dim that is there already.
+    return next((p for p in candidates if p.dim == mark.dim), candidates[0] if candidates else None)
 
 
-def _without(mark: Batch, removed: int) -> Batch:
-    if removed == mark.dim:
-        return LOST
-    return Batch(mark.dim - (removed < mark.dim), mark.times)
+def _repeated(op: Operation, tensor: Tensor, mark: Place) -> Place | None:
+    sizes = op.args[1:] if isinstance(op.args[1], int) else tuple(op.args[1])
+    at = mark.dim + len(sizes) - tensor.dim()
+    if at < 0:
+        return None
+    if sizes[at] == 1:
+        return mark.at(at)
+    if mark.units is not None:
+        return Place(at, units=mark.units.repeat(sizes[at]))
+    return Place(at, mark.outer * sizes[at], mark.times)
 
 
-def _after_indexing(tensor: Tensor, mark: Batch, index) -> Batch:
-    """Follow the batch dim through an index; anything but a full slice of it loses it."""
+def _without(mark: Place, removed: int) -> Place | None:
+    return None if removed == mark.dim else mark.at(mark.dim - (removed < mark.dim))
+
+
+def _after_indexing(tensor: Tensor, mark: Place, index) -> Place | None:
+    """Follow the batch dim through an index; None if the index takes anything but a full slice of it."""
     items = index if isinstance(index, tuple) else (index,)
     taken = sum(_consumed(item) for item in items)
     position = old = 0  # in the result, in the indexed tensor
@@ -347,25 +383,25 @@ def _after_indexing(tensor: Tensor, mark: Batch, index) -> Batch:
         elif item is Ellipsis:
             skipped = tensor.dim() - taken
             if old <= mark.dim < old + skipped:
-                return _unless_scattered(items, Batch(position + mark.dim - old, mark.times))
+                return _unless_scattered(items, mark.at(position + mark.dim - old))
             old, position = old + skipped, position + skipped
         elif isinstance(item, slice):
             if old == mark.dim:
                 whole = item.indices(tensor.shape[old]) == (0, tensor.shape[old], 1)
-                return _unless_scattered(items, Batch(position, mark.times)) if whole else LOST
+                return _unless_scattered(items, mark.at(position)) if whole else None
             old, position = old + 1, position + 1
         elif type(item) is int:
             if old == mark.dim:
-                return LOST
+                return None
             old += 1
         else:
             consumed = _consumed(item)
             if old <= mark.dim < old + consumed or advanced:
-                return LOST
+                return None
             advanced += 1
             old += consumed
             position += 1 if consumed > 1 or _is_mask(item) else getattr(item, "ndim", 1)
-    return Batch(position + mark.dim - old, mark.times)
+    return mark.at(position + mark.dim - old)
 
 
 def _is_mask(item) -> bool:
@@ -379,18 +415,118 @@ def _consumed(item) -> int:
     return item.dim() if isinstance(item, Tensor) and _is_mask(item) else 1
 
 
-def _unless_scattered(items: tuple, found: Batch) -> Batch:
+def _unless_scattered(items: tuple, found: Place) -> Place | None:
     """Two tensors in one index may move their dims to the front."""
-    return found if sum(isinstance(item, (Tensor, list)) for item in items) < 2 else LOST
+    return found if sum(isinstance(item, (Tensor, list)) for item in items) < 2 else None
 
 
-def _after_setitem(op: Operation, tensor: Tensor, mark: Batch) -> Batch:
-    """target[index] = value: a batch target stays one; a batch value makes the target one if the index keeps dim 0."""
-    target, index, value = op.args[:3]
-    if tensor is target:
-        return mark
-    if tensor is not value or mark.times != 1 or target.dim() == 0:
+# -- operations that move parts of the batch about --------------------------------------------------------------------
+
+
+def _numbered(tensor: Tensor, mark: Place, units: int) -> Tensor:
+    """The unit of every element of a tensor, in its shape; takes no memory."""
+    index = mark.index(units).to(tensor.device)
+    return index.reshape(-1, *(1,) * (tensor.dim() - mark.dim - 1)).expand(tensor.shape)
+
+
+def _probed(op: Operation, index: int, units: int) -> OfBatch:
+    """Run the operation on the units' numbers instead of the values; the batch is along the only dim they vary along."""
+    moved = op.operands if op.name in CONCATENATING else op.operands[:1]
+    if not all(isinstance(m, Place) for _, m in moved):
+        return LOST  # values that are no unit's, as padding
+    result = op.again({id(t): _numbered(t, m, units) for t, m in moved})
+    return _read_off(result if isinstance(result, Tensor) else result[index], units)
+
+
+def _read_off(numbers: Tensor, units: int) -> OfBatch:
+    """The place at which the elements have these units' numbers."""
+    if numbers.dim() == 0:
         return LOST
-    inside = _after_indexing(target, Batch(0), index)
-    at = mark.dim + target[index].dim() - value.dim() if inside.dim is not None else None
-    return Batch(0) if inside.dim is not None and at == inside.dim else LOST
+    for dim in range(numbers.dim()):
+        along = numbers.movedim(dim, 0).reshape(numbers.shape[dim], -1)
+        if along.numel() == 0:
+            return Place(dim, units=numbers.new_zeros(0)) if numbers.shape[dim] == 0 else LOST
+        if bool((along == along[:, :1]).all()):
+            found = along[:, 0].clone()
+            ordered = len(found) == units and torch.equal(found.cpu(), torch.arange(units))
+            return Place(dim) if ordered else Place(dim, units=found)
+    return LOST
+
+
+def _after_writing(op: Operation, units: int) -> OfBatch:
+    """target[index] = value and its relatives: the target stays the batch's if every element written is of its unit.
+
+    A target that is no batch's yet (zeros) becomes what its first batch value says, if that fits one of its dims.
+    """
+    read, target, value = WRITING[op.name](op)
+    marks = {id(t): m for t, m in op.operands}
+    mark, value_mark = marks.get(id(target)), marks.get(id(value))
+    if not isinstance(value_mark, OfBatch):
+        return mark if isinstance(mark, OfBatch) else LOST
+    if isinstance(mark, Lost) or isinstance(value_mark, Lost):
+        return LOST if value.requires_grad or not isinstance(mark, Place) else mark
+    candidates = [mark] if isinstance(mark, Place) else _candidates(target, value, value_mark, units)
+    for place in candidates:
+        written = read(_numbered(target, place, units))
+        if value.dim() > written.dim():
+            return LOST
+        numbers = _numbered(value, value_mark, units)
+        if all(a in (b, 1) for a, b in zip(reversed(numbers.shape), reversed(written.shape), strict=False)) and bool(
+            (written == numbers).all()
+        ):
+            return place
+    return LOST
+
+
+def base_after_writing(base: Tensor, known: Mark | None, view: Tensor, mark: OfBatch, units: int) -> OfBatch:
+    """The mark of a tensor after something of the batch was written to a view of it."""
+    if isinstance(mark, Lost) or isinstance(known, Lost):
+        return LOST
+    offset = view.storage_offset() - base.storage_offset()
+    for place in [known] if isinstance(known, Place) else _candidates(base, view, mark, units):
+        numbers = torch.empty_like(base, dtype=torch.int64).copy_(_numbered(base, place, units))
+        if numbers.stride() != base.stride():
+            return LOST
+        if bool((numbers.as_strided(view.shape, view.stride(), offset) == _numbered(view, mark, units)).all()):
+            return place
+    return LOST
+
+
+def _candidates(target: Tensor, value: Tensor, mark: Place, units: int) -> list[Place]:
+    """Places a target of zeros may have: as the value counts from the end first, then any dim the batch fits."""
+    aligned = mark.dim + target.dim() - value.dim()
+    fitting = [
+        Place(d, times=target.shape[d] // units)
+        for d in range(target.dim())
+        if target.shape[d] and not target.shape[d] % units
+    ]
+    return sorted(fitting, key=lambda p: p.dim != aligned)
+
+
+def _setitem(op: Operation):
+    target, index, value = op.args[:3]
+    return lambda numbers: numbers[index], target, value
+
+
+def _indexed(op: Operation):
+    target, dim, index, value = op.args[0], *(op.argument(i, n) for i, n in enumerate(("dim", "index", "source")))
+    return lambda numbers: numbers.index_select(dim, index), target, value
+
+
+def _scattered(op: Operation):
+    target, dim, index, value = op.args[0], *(op.argument(i, n) for i, n in enumerate(("dim", "index", "src")))
+    if isinstance(value, Tensor) and value.shape != index.shape:
+        value = value[tuple(slice(size) for size in index.shape)]
+    return lambda numbers: numbers.gather(dim, index), target, value
+
+
+def _put(op: Operation):
+    target, indices, value = op.args[0], op.argument(0, "indices"), op.argument(1, "values")
+    return lambda numbers: numbers[tuple(indices)], target, value
+
+
+# Operations that write values of one tensor into another, by how to read what they write.
+WRITING = {
+    "setitem": _setitem, "index_add": _indexed, "index_copy": _indexed, "scatter": _scattered,
+    "scatter_add": _scattered, "scatter_reduce": _scattered, "index_put": _put,
+}  # fmt: skip

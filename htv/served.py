@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from htv.autograd.ledger import Hub, Ledger, Owner, Slot
+from htv.autograd.ledger import Hub, Ledger, Owner, Sink
 from htv.groups import Groups
 from htv.ops.aggregate import Agreement
 from htv.rules import Rule
@@ -36,13 +36,12 @@ class Served(Owner):
         """Remember a kind of use, for `htv.explain`."""
         self.uses.add(use)
 
-    def slot(self, groups: Groups) -> Slot:
+    def sink(self, groups: Groups) -> Sink:
         """For one more use: uses share a hub until a backward has consumed it."""
         if self._hub is None or not self._hub[1].groups.same_voters(groups):
             ledger = Ledger(self.rule, groups, self, self.handle.collects_stats)
             self._hub = Hub.apply(self.parameter, ledger), ledger
-        token, ledger = self._hub
-        return Slot(self.parameter.detach(), token, ledger)
+        return Sink(*self._hub)
 
     def watch(self) -> None:
         """Make gradients that come by another way than the hub an error."""

@@ -1,4 +1,4 @@
-"""Convolutions of one to three spatial dims with aggregated gradients of weight and bias."""
+"""Convolutions of one to three spatial dims, and transposed ones, with aggregated gradients of weight and bias."""
 
 from __future__ import annotations
 
@@ -7,20 +7,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from htv.autograd.ledger import MARKER, Slot, full_precision
-from htv.groups import Groups
+from htv.groups import Voters
 from htv.ops.factors import ConvFactors, ConvGeometry, StackedFactors
 from htv.ops.reference import compute_dtype
 
 
-def conv(x: Tensor, weight: Slot, bias: Slot, stride, padding, dilation, conv_groups: int, groups: Groups) -> Tensor:
-    """F.conv{1,2,3}d. x: (N, C, *space), weight: (O, C / conv_groups, *kernel) -> (N, O, *out_space)."""
+def conv(x: Tensor, weight: Slot, bias: Slot, stride, padding, dilation, conv_groups: int, voters: Voters) -> Tensor:
+    """F.conv{1,2,3}d. x: (S, C, *space), weight: (O, C / conv_groups, *kernel) -> (S, O, *out_space)."""
     kernel = weight.value.shape[2:]
     if padding == "valid":
         padding = 0
     elif padding == "same":
         x, padding = _pad_same(x, kernel, dilation), 0
     geometry = ConvGeometry(stride, padding, dilation, conv_groups, len(kernel))
-    return _Conv.apply(x, weight.value, bias.value, weight.token, bias.token, weight, bias, geometry, groups)
+    return _Conv.apply(x, weight.value, bias.value, weight, bias, geometry, voters, *weight.tokens, *bias.tokens)
+
+
+def conv_transpose(
+    x: Tensor, weight: Slot, bias: Slot, stride, padding, output_padding, conv_groups: int, dilation, voters: Voters
+) -> Tensor:
+    """F.conv_transpose{1,2,3}d. x: (S, C, *space), weight: (C, O / conv_groups, *kernel) -> (S, O, *out_space)."""
+    geometry = ConvGeometry(stride, padding, dilation, conv_groups, weight.value.dim() - 2)
+    tokens = *weight.tokens, *bias.tokens
+    return _ConvTranspose.apply(x, weight.value, bias.value, weight, bias, output_padding, geometry, voters, *tokens)
 
 
 def _pad_same(x: Tensor, kernel: tuple[int, ...], dilation) -> Tensor:
@@ -32,8 +41,9 @@ def _pad_same(x: Tensor, kernel: tuple[int, ...], dilation) -> Tensor:
 
 class _Conv(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, weight_token, bias_token, weight_slot, bias_slot, geometry, groups):
-        ctx.slots, ctx.geometry, ctx.groups = (weight_slot, bias_slot), geometry, groups
+    def forward(ctx, x, weight, bias, weight_slot, bias_slot, geometry, voters, *tokens):
+        ctx.slots, ctx.geometry, ctx.voters = (weight_slot, bias_slot), geometry, voters
+        ctx.unused = (None,) * (4 + len(tokens))
         ctx.save_for_backward(MARKER, x, weight if ctx.needs_input_grad[0] else None)
         ctx.kernel = tuple(weight.shape[2:])
         function = (F.conv1d, F.conv2d, F.conv3d)[weight.dim() - 3]
@@ -43,18 +53,18 @@ class _Conv(torch.autograd.Function):
     def backward(ctx, grad):
         _, x, weight = ctx.saved_tensors
         weight_slot, bias_slot = ctx.slots
-        geometry, groups, needs = ctx.geometry, ctx.groups, ctx.needs_input_grad
+        geometry, voters, needs = ctx.geometry, ctx.voters, ctx.needs_input_grad
         with full_precision(grad.device):
             x_like = x.to(grad.dtype)
-            grad_weight = weight_slot.grad(lambda: ConvFactors(x_like, grad, ctx.kernel, geometry, groups), needs[1])
-            grad_bias = bias_slot.grad(lambda: StackedFactors(_position_sums(grad, groups), groups), needs[2])
+            grad_weight = weight_slot.grad(lambda: ConvFactors(x_like, grad, ctx.kernel, geometry, voters), needs[1])
+            grad_bias = bias_slot.grad(lambda: _bias_factors(grad, voters), needs[2])
             grad_x = _grad_input(grad, x_like, weight.to(grad.dtype), geometry).to(x.dtype) if needs[0] else None
-        return grad_x, grad_weight, grad_bias, None, None, None, None, None, None
+        return grad_x, grad_weight, grad_bias, *ctx.unused
 
 
-def _position_sums(grad: Tensor, groups: Groups) -> Tensor:
-    """(N, O, *out_space) -> (E, O), in float32 or wider."""
-    return groups.sum_units(grad.flatten(2).sum(dim=2, dtype=compute_dtype(grad.dtype)))
+def _bias_factors(grad: Tensor, voters: Voters) -> StackedFactors:
+    """Contributions (E, O) from the gradient (S, O, *out_space), summed in float32 or wider."""
+    return StackedFactors(voters.sums(grad.flatten(2).sum(dim=2, dtype=compute_dtype(grad.dtype))))
 
 
 def _grad_input(grad: Tensor, x: Tensor, weight: Tensor, geometry: ConvGeometry) -> Tensor:
@@ -63,3 +73,34 @@ def _grad_input(grad: Tensor, x: Tensor, weight: Tensor, geometry: ConvGeometry)
         False, [0] * len(geometry.stride), geometry.groups, [True, False, False],
     )  # fmt: skip
     return grad_x
+
+
+class _ConvTranspose(torch.autograd.Function):
+    """The weight's gradient is that of the convolution from the output's gradient to the input."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, weight_slot, bias_slot, output_padding, geometry, voters, *tokens):
+        ctx.slots, ctx.geometry, ctx.voters = (weight_slot, bias_slot), geometry, voters
+        ctx.unused = (None,) * (5 + len(tokens))
+        ctx.save_for_backward(MARKER, x, weight if ctx.needs_input_grad[0] else None)
+        ctx.kernel = tuple(weight.shape[2:])
+        function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[weight.dim() - 3]
+        g = geometry
+        return function(x, weight, bias, g.stride, g.padding, output_padding, g.groups, g.dilation)
+
+    @staticmethod
+    def backward(ctx, grad):
+        _, x, weight = ctx.saved_tensors
+        weight_slot, bias_slot = ctx.slots
+        geometry, voters, needs = ctx.geometry, ctx.voters, ctx.needs_input_grad
+        with full_precision(grad.device):
+            x_like = x.to(grad.dtype)
+            grad_weight = weight_slot.grad(lambda: ConvFactors(grad, x_like, ctx.kernel, geometry, voters), needs[1])
+            grad_bias = bias_slot.grad(lambda: _bias_factors(grad, voters), needs[2])
+            grad_x = None
+            if needs[0]:
+                function = (F.conv1d, F.conv2d, F.conv3d)[grad.dim() - 3]
+                g = geometry
+                grad_x = function(grad, weight.to(grad.dtype), None, g.stride, g.padding, g.dilation, g.groups)
+                grad_x = grad_x.to(x.dtype)
+        return grad_x, grad_weight, grad_bias, *ctx.unused

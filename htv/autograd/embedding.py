@@ -7,28 +7,32 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from htv.autograd.ledger import MARKER, Slot, full_precision
-from htv.groups import Groups
+from htv.groups import Voters
 from htv.ops.factors import EmbeddingFactors
 
 
-def embedding(ids: Tensor, weight: Slot, padding_idx: int | None, groups: Groups) -> Tensor:
-    """F.embedding. ids: (*lead, *rest) integers, weight: (V, D) -> (*lead, *rest, D)."""
-    return _Embedding.apply(ids, weight.value, weight.token, weight, padding_idx, groups)
+def embedding(ids: Tensor, weight: Slot, padding_idx: int | None, voters: Voters) -> Tensor:
+    """F.embedding. ids: integers with the batch in one of their dims, weight: (V, D) -> (*ids.shape, D)."""
+    return _Embedding.apply(ids, weight.value, weight, padding_idx, voters, *weight.tokens)
 
 
 class _Embedding(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, ids, weight, weight_token, weight_slot, padding_idx, groups):
-        ctx.slot, ctx.groups, ctx.num_embeddings, ctx.padding_idx = weight_slot, groups, len(weight), padding_idx
+    def forward(ctx, ids, weight, weight_slot, padding_idx, voters, *tokens):
+        ctx.slot, ctx.voters, ctx.num_embeddings, ctx.padding_idx = weight_slot, voters, len(weight), padding_idx
+        ctx.unused = (None,) * (3 + len(tokens))
         ctx.save_for_backward(MARKER, ids)
         return F.embedding(ids, weight)
 
     @staticmethod
     def backward(ctx, grad):
         _, ids = ctx.saved_tensors
+        voters = ctx.voters
+
+        def factors() -> EmbeddingFactors:
+            rows, bounds = voters.grad_rows(grad)
+            return EmbeddingFactors(voters.rows(ids, 0), rows, bounds, ctx.num_embeddings, ctx.padding_idx)
+
         with full_precision(grad.device):
-            grad_weight = ctx.slot.grad(
-                lambda: EmbeddingFactors(ids, grad, ctx.num_embeddings, ctx.padding_idx, ctx.groups),
-                ctx.needs_input_grad[1],
-            )
-        return None, grad_weight, None, None, None, None
+            grad_weight = ctx.slot.grad(factors, ctx.needs_input_grad[1])
+        return None, grad_weight, *ctx.unused

@@ -1,127 +1,75 @@
 """Parameters used elementwise (positions, class tokens, scales, gates): expanded so that every unit sees its own copy.
 
-The gradient of the expanded tensor then is the stack of contributions. What is expanded may be the parameter itself or
-a tensor *derived* from parameters alone (a slice, a reshape, exp of it); contributions to a derived tensor are pulled
-back to its parameters through its own small graph, one vector-Jacobian product per group.
+The gradient of the expanded tensor then is the stack of contributions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
 
+from htv.autograd.derived import DerivedTensor
 from htv.autograd.ledger import MARKER, Slot, full_precision
-from htv.errors import UnsupportedError
-from htv.groups import Groups
-from htv.ops.factors import EmbeddingFactors, StackedFactors
+from htv.groups import Voters
+from htv.ops.factors import StackedFactors
+from htv.ops.reference import compute_dtype
 
 
-def expand(derived: DerivedTensor, ndim: int, groups: Groups, dtype: torch.dtype | None = None) -> Tensor:
-    """Copies of a derived tensor for every unit, broadcastable against (*lead, *rest) tensors of `ndim` dims.
+def expand(slot: Slot, ndim: int, size: int, voters: Voters, dtype: torch.dtype | None = None) -> Tensor:
+    """Copies of a tensor for every index of the batch's dim, broadcastable against tensors of `ndim` dims.
 
-    Its dims are aligned to the right of the ndim dims; those it has among the leading ones must have size 1.
-    dtype: of the copies, if not the tensor's own. (One of no dims does not decide the type of a result, copies would.)
-    Returns (*lead, *its dims after them) with ndim dims.
+    Its dims are aligned to the right of the ndim dims; the one at the batch's must have size 1, or be missing.
+    size:   of the batch's dim, that of `voters`.
+    dtype:  of the copies, if not the tensor's own. (One of no dims does not decide the type of a result, copies would.)
     """
-    padded = (1,) * (ndim - derived.source.dim()) + tuple(derived.source.shape)
-    shape = (*groups.lead, *padded[len(groups.lead) :])
-    return _Expand.apply(derived, shape, groups, dtype, *(slot.token for slot in derived.slots))
+    shape = [*(1,) * (ndim - slot.value.dim()), *slot.value.shape]
+    shape[voters.dim] = size
+    return _Expand.apply(slot.value, slot, tuple(shape), voters, dtype, *slot.tokens)
 
 
-class DerivedTensor:
-    """A tensor, the parameters it comes from, and the way back for contributions to it.
-
-    source:  the one parameter itself, or a tensor computed from `parameters` with a graph.
-    slots:   the parameters' slots.
-    ids:     integers, where source is an embedding of them in the one parameter; else None.
-
-    The way back is fixed here: what is done to the source in place later does not concern the copies made now.
-    Raises UnsupportedError if the source also depends on anything else that needs a gradient.
-    """
-
-    def __init__(self, source: Tensor, parameters: list[Tensor], slots: list[Slot], ids: Tensor | None):
-        self.source, self.parameters, self.slots, self.ids = source, parameters, slots, ids
-        self._edge = None
-        if source is not parameters[0]:
-            self._edge = get_gradient_edge(source)
-            self._require_own_graph()
-            if ids is not None and not self._edge.node.name().startswith("EmbeddingBackward"):
-                self.ids = None  # changed in place since the lookup
-
-    def _require_own_graph(self) -> None:
-        own, seen, ahead = {id(p) for p in self.parameters}, set(), [self._edge.node]
-        while ahead:
-            node = ahead.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            leaf = getattr(node, "variable", None)
-            if (leaf is not None and id(leaf) not in own) or node.name() == "HubBackward":
-                what = "the batch" if leaf is None else f"a tensor of shape {tuple(leaf.shape)}"
-                names = ", ".join(repr(slot.ledger.owner_name) for slot in self.slots)
-                raise UnsupportedError(
-                    f"a tensor of shape {tuple(self.source.shape)} was taken to be computed from the served "
-                    f"parameters {names} alone, but it also depends on {what}, whose gradient would be lost. Remedy: "
-                    f"detach that tensor, or exclude={names}"
-                )
-            ahead.extend(n for n, _ in node.next_functions)
-
-    def record(self, stacked: Tensor, groups: Groups) -> None:
-        """Record (E, *source.shape) contributions to the source as contributions to its parameters."""
-        if self._edge is None:
-            self.slots[0].record(lambda: StackedFactors(stacked, groups))
-        elif self.ids is not None:
-            ids = self.ids.expand(len(stacked), *self.ids.shape)
-            count, each = len(self.parameters[0]), Groups.each(len(stacked))
-            self.slots[0].record(lambda: EmbeddingFactors(ids, stacked, count, None, each))
-        else:
-            for slot, values in zip(self.slots, self._pull_back(stacked), strict=True):
-                if values is not None:
-                    slot.record(lambda values=values: StackedFactors(values, groups))
-
-    def _pull_back(self, stacked: Tensor) -> tuple[Tensor | None, ...]:
-        """One vector-Jacobian product per group, batched: (E, *shape) for every parameter."""
-        with torch.enable_grad(), _without_hooks(self.parameters):
-            return torch.autograd.grad(
-                self._edge,
-                self.parameters,
-                stacked.to(self.source.dtype),
-                retain_graph=True,
-                is_grads_batched=True,
-                allow_unused=True,
-            )
-
-
-@contextmanager
-def _without_hooks(parameters: list[Tensor]) -> Iterator[None]:
-    """Hooks on the parameters are for their gradients, not for contributions on their way into a ledger."""
-    hooks = [(p._backward_hooks, dict(p._backward_hooks)) for p in parameters if p._backward_hooks]
-    for live, _ in hooks:
-        live.clear()
-    try:
-        yield
-    finally:
-        for live, kept in hooks:
-            live.update(kept)
+def expand_rows(slot: Slot, shape: tuple[int, ...], voters: Voters, dtype: torch.dtype | None = None) -> Tensor:
+    """Where rows vote by themselves: copies for every row, the dims of `shape` before the tensor's own."""
+    return _Expand.apply(slot.value, slot, shape, voters, dtype, *slot.tokens)
 
 
 class _Expand(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, derived, shape, groups, dtype, *tokens):
-        ctx.derived, ctx.groups = derived, groups
+    def forward(ctx, source, slot, shape, voters, dtype, *tokens):
+        ctx.slot, ctx.voters, ctx.unused = slot, voters, (None,) * (5 + len(tokens))
         ctx.save_for_backward(MARKER)
-        source = derived.source.detach()
         source = source if dtype is None else source.to(dtype)
         return source.reshape((1,) * (len(shape) - source.dim()) + tuple(source.shape)).expand(shape)
 
     @staticmethod
     def backward(ctx, grad):
-        derived, groups = ctx.derived, ctx.groups
+        slot, voters = ctx.slot, ctx.voters
         with full_precision(grad.device):
-            grad = grad.to(derived.source.dtype)
-            derived.record(groups.sum_units(grad).reshape(groups.count, *derived.source.shape), groups)
-        return None, None, None, None, *(None for _ in derived.slots)
+            slot.record(lambda: StackedFactors(_contributions(grad.to(slot.value.dtype), slot.value, voters)))
+        return ctx.unused
+
+
+def _contributions(grad: Tensor, source: Tensor, voters: Voters) -> Tensor:
+    """(E, *source.shape)"""
+    if voters.rows_vote:
+        return voters.rows(grad, source.dim()) if source.dim() < grad.dim() else voters.front(grad)
+    summed = voters.along(grad.to(compute_dtype(grad.dtype)))
+    return summed.reshape(len(summed), *source.shape)
+
+
+def per_unit(derived: DerivedTensor, voters: Voters) -> Tensor:
+    """A derived tensor of which every unit has a part of its own, and a known origin: its parts' gradients are recorded."""
+    return _PerUnit.apply(derived.source.detach(), derived, voters, *(sink.token for sink in derived.sinks))
+
+
+class _PerUnit(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, source, derived, voters, *tokens):
+        ctx.derived, ctx.voters, ctx.unused = derived, voters, (None,) * (3 + len(tokens))
+        ctx.save_for_backward(MARKER)
+        return source.view_as(source)
+
+    @staticmethod
+    def backward(ctx, grad):
+        with full_precision(grad.device):
+            ctx.derived.record_by_unit(grad, ctx.voters)
+        return ctx.unused

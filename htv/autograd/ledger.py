@@ -170,38 +170,65 @@ def full_precision(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, enabled=False)
 
 
-class Slot:
-    """One parameter argument of a layer's Function: served by htv, differentiated plainly, or absent.
+class Sink:
+    """Where the contributions of one use go: one parameter's ledger.
 
-    value:   what the layer computes with; detached if served.
-    token:   the graph edge to the hub if served.
-    ledger:  where to record if served.
+    token:   the graph edge to the hub.
+    adapt:   from the factors of what the layer computes with to those of the parameter, where the two differ.
     """
 
-    __slots__ = ("_born", "ledger", "token", "value")
+    __slots__ = ("_adapt", "_born", "ledger", "token")
 
-    def __init__(self, value: Tensor | None, token: Tensor | None = None, ledger: Ledger | None = None):
-        self.value, self.token, self.ledger = value, token, ledger
+    def __init__(self, token: Tensor, ledger: Ledger, adapt: Callable[[Factors], Factors] | None = None):
+        self.token, self.ledger, self._adapt = token, ledger, adapt
         self._born = torch._C._current_graph_task_id()
 
+    def wanted(self) -> bool:
+        """Whether the pass under way goes on to the hub: torch.autograd.grad may ask for other gradients only."""
+        if self.token.grad_fn is None:
+            return True
+        try:
+            return torch._C._will_engine_execute_node(self.token.grad_fn)
+        except RuntimeError:  # torch does not tell here: record, and the hub decides
+            return True
+
     def record(self, factors: Callable[[], Factors]) -> None:
-        """In backward: record the factors of a served parameter, if this pass wants its gradient."""
-        if _hub_runs(self.token):
-            self.ledger.record(factors, self._born)
+        """In backward: record factors if this pass wants the parameter's gradient."""
+        if self.wanted():
+            adapt = self._adapt
+            self.ledger.record(factors if adapt is None else lambda: adapt(factors()), self._born)
+
+
+class Slot:
+    """One tensor argument of a layer's Function whose gradient is wanted: served by htv, plain, or absent.
+
+    value:   what the layer computes with; detached if served.
+    sinks:   if served, where contributions go: one for a parameter, one for each that a derived tensor comes from.
+    tokens:  the sinks' tokens, for the Function's arguments.
+    """
+
+    __slots__ = ("sinks", "tokens", "value")
+
+    def __init__(self, value: Tensor | None, sinks: list[Sink] | None = None):
+        self.value, self.sinks = value, sinks
+        self.tokens = () if sinks is None else tuple(sink.token for sink in sinks)
+
+    @property
+    def is_served(self) -> bool:
+        return self.sinks is not None
+
+    def record(self, factors: Callable[[], Factors]) -> None:
+        """In backward: record the factors of what is served, if this pass wants a gradient of it."""
+        wanted = [sink for sink in self.sinks if sink.wanted()]
+        if len(wanted) > 1:
+            made = factors()
+            factors = lambda: made
+        for sink in wanted:
+            sink.record(factors)
 
     def grad(self, factors: Callable[[], Factors], needed: bool) -> Tensor | None:
         """In backward: record the factors if served (no gradient here), else the plain gradient if needed."""
-        if self.ledger is not None:
+        if self.is_served:
             self.record(factors)
             return None
         return factors().total() if needed else None
-
-
-def _hub_runs(token: Tensor | None) -> bool:
-    """Whether the pass under way goes on to the token's hub: torch.autograd.grad may ask for other gradients only."""
-    if token is None or token.grad_fn is None:
-        return True
-    try:
-        return torch._C._will_engine_execute_node(token.grad_fn)
-    except RuntimeError:  # torch does not tell here: record, and the hub decides
-        return True

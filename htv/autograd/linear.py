@@ -1,4 +1,4 @@
-"""Linear layers: y = x W^T + b with aggregated gradients of W and b."""
+"""Linear and bilinear layers with aggregated gradients of weight and bias."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from htv.autograd.ledger import MARKER, Slot, full_precision
-from htv.groups import Groups
-from htv.ops.factors import LinearFactors, StackedFactors
+from htv.groups import Voters
+from htv.ops.factors import BilinearFactors, LinearFactors, StackedFactors
 from htv.ops.reference import compute_dtype
 
 
-def linear(x: Tensor, weight: Slot, bias: Slot, groups: Groups) -> Tensor:
-    """F.linear. x: (*lead, *rest, I), weight: (O, I) -> (*lead, *rest, O)."""
-    return _Linear.apply(x, weight.value, bias.value, weight.token, bias.token, weight, bias, groups)
+def linear(x: Tensor, weight: Slot, bias: Slot, voters: Voters) -> Tensor:
+    """F.linear. x: (*rest, I) with the batch in one of rest, weight: (O, I) -> (*rest, O)."""
+    return _Linear.apply(x, weight.value, bias.value, weight, bias, voters, *weight.tokens, *bias.tokens)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, weight_token, bias_token, weight_slot, bias_slot, groups):
-        ctx.slots, ctx.groups = (weight_slot, bias_slot), groups
-        needs_x = weight_slot.ledger is not None or ctx.needs_input_grad[1]
+    def forward(ctx, x, weight, bias, weight_slot, bias_slot, voters, *tokens):
+        ctx.slots, ctx.voters, ctx.unused = (weight_slot, bias_slot), voters, (None,) * (3 + len(tokens))
+        needs_x = weight_slot.is_served or ctx.needs_input_grad[1]
         ctx.save_for_backward(MARKER, x if needs_x else None, weight if ctx.needs_input_grad[0] else None)
         ctx.x_dtype = x.dtype
         y = F.linear(x, weight, bias)
@@ -32,16 +32,55 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, grad):
         _, x, weight = ctx.saved_tensors
         weight_slot, bias_slot = ctx.slots
-        groups, needs = ctx.groups, ctx.needs_input_grad
+        voters, needs = ctx.voters, ctx.needs_input_grad
+
+        def weight_factors() -> LinearFactors:
+            rows, bounds = voters.grad_rows(grad)
+            return LinearFactors(voters.rows(x.to(grad.dtype)), rows, bounds)
+
         with full_precision(grad.device):
-            grad_weight = weight_slot.grad(lambda: LinearFactors(x.to(grad.dtype), grad, groups), needs[1])
-            grad_bias = bias_slot.grad(lambda: StackedFactors(_row_sums(grad, groups), groups), needs[2])
+            grad_weight = weight_slot.grad(weight_factors, needs[1])
+            grad_bias = bias_slot.grad(lambda: bias_factors(grad, voters), needs[2])
             grad_x = (grad @ weight.to(grad.dtype)).to(ctx.x_dtype) if needs[0] else None
-        return grad_x, grad_weight, grad_bias, None, None, None, None, None
+        return grad_x, grad_weight, grad_bias, *ctx.unused
 
 
-def _row_sums(grad: Tensor, groups: Groups) -> Tensor:
-    """(*lead, *rest, O) -> (E, O), summed over each group's rows in float32 or wider."""
-    units = groups.units(grad)
-    rows = units.flatten(1, -2).sum(dim=1, dtype=compute_dtype(grad.dtype)) if units.dim() > 2 else units
-    return groups.sum_units(rows.reshape(*groups.lead, grad.shape[-1]))
+def bias_factors(grad: Tensor, voters: Voters) -> StackedFactors:
+    """Of a bias along the last dim, from the gradient (*rest, O): (E, O), summed in float32 or wider."""
+    return StackedFactors(voters.sums(grad, dtype=compute_dtype(grad.dtype)))
+
+
+def bilinear(left: Tensor, right: Tensor, weight: Slot, bias: Slot, voters: Voters) -> Tensor:
+    """F.bilinear. left: (*rest, I), right: (*rest, J), weight: (O, I, J) -> (*rest, O)."""
+    return _Bilinear.apply(left, right, weight.value, bias.value, weight, bias, voters, *weight.tokens, *bias.tokens)
+
+
+class _Bilinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, left, right, weight, bias, weight_slot, bias_slot, voters, *tokens):
+        ctx.slots, ctx.voters, ctx.unused = (weight_slot, bias_slot), voters, (None,) * (3 + len(tokens))
+        ctx.save_for_backward(MARKER, left, right, weight)
+        return F.bilinear(left, right, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        _, left, right, weight = ctx.saved_tensors
+        weight_slot, bias_slot = ctx.slots
+        voters, needs = ctx.voters, ctx.needs_input_grad
+
+        def weight_factors() -> BilinearFactors:
+            rows, bounds = voters.grad_rows(grad)
+            return BilinearFactors(voters.rows(left.to(grad.dtype)), voters.rows(right.to(grad.dtype)), rows, bounds)
+
+        with full_precision(grad.device):
+            grad_weight = weight_slot.grad(weight_factors, needs[2])
+            grad_bias = bias_slot.grad(lambda: bias_factors(grad, voters), needs[3])
+            mixed = "...o,oij,...j->...i", "...o,oij,...i->...j"
+            others = right, left
+            grad_left, grad_right = (
+                torch.einsum(equation, grad, weight.to(grad.dtype), other.to(grad.dtype)).to(x.dtype)
+                if needed
+                else None
+                for equation, other, x, needed in zip(mixed, others, (left, right), needs[:2], strict=True)
+            )
+        return grad_left, grad_right, grad_weight, grad_bias, *ctx.unused

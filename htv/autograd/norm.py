@@ -13,27 +13,28 @@ import torch
 from torch import Tensor
 
 from htv.autograd.ledger import MARKER, Slot, full_precision
-from htv.groups import Groups
+from htv.groups import Voters
 from htv.ops.factors import SCRATCH_BYTES, StackedFactors
 from htv.ops.reference import compute_dtype
 
 
-def layer_norm(x: Tensor, shape: tuple[int, ...], weight: Slot, bias: Slot, eps: float, groups: Groups) -> Tensor:
-    """F.layer_norm. x: (*lead, *rest, *shape); weight and bias: shape."""
-    return _LayerNorm.apply(x, weight.value, bias.value, weight.token, bias.token, weight, bias, shape, eps, groups)
+def layer_norm(x: Tensor, shape: tuple[int, ...], weight: Slot, bias: Slot, eps: float, voters: Voters) -> Tensor:
+    """F.layer_norm. x: (*rest, *shape) with the batch in one of rest; weight and bias: shape."""
+    tokens = *weight.tokens, *bias.tokens
+    return _LayerNorm.apply(x, weight.value, bias.value, weight, bias, shape, eps, voters, *tokens)
 
 
-def group_norm(x: Tensor, num_groups: int, weight: Slot, bias: Slot, eps: float, groups: Groups) -> Tensor:
-    """F.group_norm. x: (N, C, *space); weight and bias: (C,)."""
-    return _GroupNorm.apply(
-        x, weight.value, bias.value, weight.token, bias.token, weight, bias, num_groups, eps, groups
-    )
+def group_norm(x: Tensor, num_groups: int, weight: Slot, bias: Slot, eps: float, voters: Voters) -> Tensor:
+    """F.group_norm. x: (S, C, *space); weight and bias: (C,)."""
+    tokens = *weight.tokens, *bias.tokens
+    return _GroupNorm.apply(x, weight.value, bias.value, weight, bias, num_groups, eps, voters, *tokens)
 
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, weight_token, bias_token, weight_slot, bias_slot, shape, eps, groups):
-        ctx.slots, ctx.shape, ctx.groups = (weight_slot, bias_slot), shape, groups
+    def forward(ctx, x, weight, bias, weight_slot, bias_slot, shape, eps, voters, *tokens):
+        ctx.slots, ctx.shape, ctx.voters = (weight_slot, bias_slot), shape, voters
+        ctx.unused = (None,) * (5 + len(tokens))
         y, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, eps)
         ctx.save_for_backward(MARKER, x, weight, bias, mean, rstd)
         return y
@@ -41,22 +42,21 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         _, x, weight, bias, mean, rstd = ctx.saved_tensors
-        shape, groups = ctx.shape, ctx.groups
+        shape, voters = ctx.shape, ctx.voters
 
-        def per_unit(t: Tensor) -> Tensor:
-            """(*lead, *rest, *shape) -> (N, R, prod(shape)), and for mean and rstd (N, R, 1)."""
-            features = math.prod(t.shape[t.dim() - len(shape) :])
-            return t.reshape(groups.num_units, -1, features)
+        def rows(t: Tensor) -> Tensor:
+            """(*rest, *shape) -> (S, *rest of rest, prod(shape)); the batch's dim in front. For mean and rstd (..., 1)."""
+            return t.flatten(t.dim() - len(shape)).movedim(voters.dim, 0)
 
         with full_precision(grad.device):
-            normalised = _Normalised(per_unit(x), per_unit(mean), per_unit(rstd), per_unit(grad), dim=1)
+            normalised = _Normalised(rows(x), rows(mean), rows(rstd), rows(grad))
             grads = _affine_grads(ctx, normalised, shape)
             grad_x = None
             if ctx.needs_input_grad[0]:
                 grad_x, _, _ = torch.ops.aten.native_layer_norm_backward(
                     grad, x, shape, mean, rstd, weight, bias, [True, False, False]
                 )
-        return grad_x, *grads, None, None, None, None, None, None, None
+        return grad_x, *grads, *ctx.unused
 
 
 def _group_norm_format(x: Tensor) -> torch.memory_format:
@@ -70,8 +70,9 @@ def _group_norm_format(x: Tensor) -> torch.memory_format:
 
 class _GroupNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, weight_token, bias_token, weight_slot, bias_slot, num_groups, eps, groups):
-        ctx.slots, ctx.num_groups, ctx.groups = (weight_slot, bias_slot), num_groups, groups
+    def forward(ctx, x, weight, bias, weight_slot, bias_slot, num_groups, eps, voters, *tokens):
+        ctx.slots, ctx.num_groups, ctx.voters = (weight_slot, bias_slot), num_groups, voters
+        ctx.unused = (None,) * (5 + len(tokens))
         n, channels, space = x.shape[0], x.shape[1], math.prod(x.shape[2:])
         x = x.contiguous(memory_format=_group_norm_format(x))
         y, mean, rstd = torch.native_group_norm(x, weight, bias, n, channels, space, num_groups, eps)
@@ -87,41 +88,44 @@ class _GroupNorm(torch.autograd.Function):
         with full_precision(grad.device):
             mean_c, rstd_c = (t.repeat_interleave(per_channel, dim=1).unsqueeze(2) for t in (mean, rstd))
             x_flat, grad_flat = x.reshape(n, channels, space), grad.reshape(n, channels, space)
-            normalised = _Normalised(x_flat, mean_c, rstd_c, grad_flat, dim=2)
+            of_rows = (t.transpose(1, 2) for t in (x_flat, mean_c, rstd_c, grad_flat))  # (S, space, C)
+            normalised = _Normalised(*of_rows)
             grads = _affine_grads(ctx, normalised, (channels,))
             grad_x = None
             if ctx.needs_input_grad[0]:
                 grad_x, _, _ = torch.ops.aten.native_group_norm_backward(
                     grad, x, mean, rstd, weight, n, channels, space, ctx.num_groups, [True, False, False]
                 )
-        return grad_x, *grads, None, None, None, None, None, None, None
+        return grad_x, *grads, *ctx.unused
 
 
 class _Normalised:
-    """x and its statistics, with the output gradient; sums over `dim` a few units at a time, so temporaries stay small.
+    """x and its statistics, with the output gradient, taken a few indices of the batch at a time: small temporaries.
 
-    All of x and grad: (N, a, b); mean and rstd broadcast against them.
+    All of x and grad: (S, *rest, features), indices of the batch's dim in front; mean and rstd broadcast against them.
     """
 
-    def __init__(self, x: Tensor, mean: Tensor, rstd: Tensor, grad: Tensor, dim: int):
-        self.tensors, self.dim, self.dtype = (x, mean, rstd, grad), dim, compute_dtype(x.dtype)
-        self.chunk = max(1, SCRATCH_BYTES // max(1, x[0].numel() * 4))
+    def __init__(self, x: Tensor, mean: Tensor, rstd: Tensor, grad: Tensor):
+        self.tensors, self.dtype = (x, mean, rstd, grad), compute_dtype(x.dtype)
+        self.chunk = max(1, SCRATCH_BYTES // max(1, math.prod(x.shape[1:]) * 4))
 
-    def sums(self, combine: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """(N, features): the sum over positions of combine(grad, x_hat)."""
+    def stacked(self, combine: Callable[[Tensor, Tensor], Tensor], voters: Voters) -> Tensor:
+        """(E, features): the sum over each group's rows of combine(grad, x_hat); unsummed where rows vote."""
         pieces = []
         for x, mean, rstd, grad in zip(*(t.split(self.chunk) for t in self.tensors), strict=True):
             x_hat = (x.to(self.dtype) - mean.to(self.dtype)) * rstd.to(self.dtype)
-            pieces.append(combine(grad.to(self.dtype), x_hat).sum(dim=self.dim))
-        return torch.cat(pieces)
+            piece = combine(grad.to(self.dtype), x_hat)
+            pieces.append(piece if voters.rows_vote else piece.flatten(1, -2).sum(dim=1) if piece.dim() > 2 else piece)
+        joined = torch.cat(pieces).movedim(0, voters.dim) if voters.rows_vote else torch.cat(pieces)
+        return voters.sums(joined) if voters.rows_vote else voters.along(joined, dim=0)
 
 
 def _affine_grads(ctx, normalised: _Normalised, shape: tuple[int, ...]) -> tuple[Tensor | None, Tensor | None]:
     weight_slot, bias_slot = ctx.slots
-    groups = ctx.groups
 
     def stack(combine) -> StackedFactors:
-        return StackedFactors(groups.sum_units(normalised.sums(combine).reshape(*groups.lead, *shape)), groups)
+        stacked = normalised.stacked(combine, ctx.voters)
+        return StackedFactors(stacked.reshape(len(stacked), *shape))
 
     grad_weight = weight_slot.grad(lambda: stack(lambda grad, x_hat: grad * x_hat), ctx.needs_input_grad[1])
     grad_bias = bias_slot.grad(lambda: stack(lambda grad, x_hat: grad), ctx.needs_input_grad[2])

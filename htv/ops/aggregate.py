@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,12 +10,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from htv.groups import Groups
+from htv.groups import Groups, Place, Voters
 from htv.ops import backend, factors, functional, reference, schema
-from htv.ops.factors import EmbeddingFactors, Factors, LinearFactors, StackedFactors
+from htv.ops.factors import (
+    EmbeddingFactors,
+    Factors,
+    GroupwiseFactors,
+    LinearFactors,
+    StackedFactors,
+    ViewFactors,
+)
+from htv.ops.reference import STREAMING, Summary
 from htv.rules import Mean, Rule, Statistic
 
-__all__ = ["Agreement", "agreement", "aggregate", "linear_grad", "path"]
+__all__ = ["Agreement", "agreement", "aggregate", "linear_grad", "path", "summarise"]
 
 
 def aggregate(parts: list[Factors], rule: Rule) -> Tensor:
@@ -24,15 +33,44 @@ def aggregate(parts: list[Factors], rule: Rule) -> Tensor:
     Returns the parameter's shape, in the parts' compute dtype (for `Mean`, in the dtype of the factors).
     """
     first = parts[0]
-    if any(part.shape != first.shape or part.groups.count != first.groups.count for part in parts):
-        raise ValueError("factors of one parameter must agree on its shape and on the number of groups")
+    _require_same_voters(parts)
     if math.prod(first.shape) == 0:
         return torch.zeros(first.shape, dtype=first.dtype, device=first.device)
-    statistic = rule.statistic(first.groups.count)
+    statistic = rule.statistic(first.count)
     if isinstance(rule, Mean):
         return sum(part.total() for part in parts[1:]) + first.total() if len(parts) > 1 else first.total()
-    value, mask_sum = _fused_or_sliced(parts, statistic)
+    value, mask_sum = _by_blocks(parts, statistic)
     return functional.normalise(value, mask_sum, statistic)
+
+
+def _require_same_voters(parts: list[Factors]) -> None:
+    first = parts[0]
+    for part in parts[1:]:
+        if part.shape != first.shape or part.count != first.count:
+            raise ValueError(
+                "the uses of one parameter must agree on its shape and on the number of groups: got "
+                f"{first.shape} and {part.shape}, {first.count} and {part.count} groups (where every row votes by "
+                "itself, a parameter used on different numbers of rows has no votes to add)"
+            )
+
+
+def summarise(parts: list[Factors], statistic: Statistic) -> Summary:
+    """What a streaming statistic needs to know of contributions, to be joined with those of other batches."""
+    first = parts[0]
+    _require_same_voters(parts)
+    if math.prod(first.shape) == 0 or statistic.name not in ("geometric_mean", "sand_mask"):
+        total = sum(part.total().to(first.dtype) for part in parts)
+        votes = _by_blocks(parts, Statistic("sign_sum"))[0] if total.numel() else total
+        return Summary(first.count, total, votes)
+    return _summary_by_group(parts, statistic)
+
+
+def _summary_by_group(parts: list[Factors], statistic: Statistic) -> Summary:
+    """One group after another, so that no more than one contribution is held."""
+    summaries = (
+        Summary.of(sum(part.one(e) for part in parts).unsqueeze(0), statistic.name) for e in range(parts[0].count)
+    )
+    return functools.reduce(Summary.__add__, summaries)
 
 
 def path(kind: type[Factors], rule: Rule, device: torch.device) -> str:
@@ -48,7 +86,40 @@ def path(kind: type[Factors], rule: Rule, device: torch.device) -> str:
     return f"{style} ({backend.choose('stacked', name, device)})"
 
 
-def _fused_or_sliced(parts: list[Factors], statistic: Statistic) -> tuple[Tensor, Tensor]:
+def _by_blocks(parts: list[Factors], statistic: Statistic) -> tuple[Tensor, Tensor]:
+    """Aggregate views of the parameter that do not overlap (chunks, experts) each by itself, as the tensors they are."""
+    views: dict[tuple, list[Factors]] = {}
+    for part in parts:
+        views.setdefault(part.view if isinstance(part, ViewFactors) else None, []).append(part)
+    if None in views or not _disjoint(list(views.values())):
+        return _one_block(parts, statistic)
+    first = parts[0]
+    value = first.placed(torch.zeros(first.inner.shape, dtype=first.dtype, device=first.device))
+    mask_sum, seen = 0.0, 0
+    for block in views.values():
+        block_value, block_mask = _one_block([part.inner for part in block], statistic)
+        block[0].shown(value).copy_(block_value)
+        mask_sum, seen = mask_sum + block_mask, seen + block_value.numel()
+    return value, mask_sum + _mask_of_zeros(first, statistic) * (value.numel() - seen)
+
+
+def _disjoint(blocks: list[list[ViewFactors]]) -> bool:
+    """Whether no element of the parameter is shown by two views, nor by one view twice."""
+    first = blocks[0][0]
+    shown = first.placed(torch.zeros(first.inner.shape, dtype=torch.int32, device=first.device))
+    for block in blocks:
+        block[0].shown(shown).add_(1)
+    return int(shown.sum()) == sum(math.prod(block[0].inner.shape) for block in blocks) and int(shown.max()) <= 1
+
+
+def _mask_of_zeros(like: Factors, statistic: Statistic) -> Tensor:
+    """The mask's value at a coordinate to which nobody contributes."""
+    zeros = torch.zeros(like.count, 1, dtype=like.dtype, device=like.device)
+    return functional.stacked(zeros, statistic)[1]
+
+
+def _one_block(parts: list[Factors], statistic: Statistic) -> tuple[Tensor, Tensor]:
+    parts = _joined(parts)
     first = parts[0]
     if len(parts) == 1 and isinstance(first, LinearFactors):
         server = backend.choose("linear", statistic.name, first.device)
@@ -56,7 +127,18 @@ def _fused_or_sliced(parts: list[Factors], statistic: Statistic) -> tuple[Tensor
             return _fused_linear(first, statistic, server)
     if all(isinstance(part, EmbeddingFactors) for part in parts):
         return _sparse_rows(parts, statistic)
+    if statistic.name in STREAMING and any(isinstance(part, GroupwiseFactors) for part in parts):
+        value, mask_sum = reference.finish(_summary_by_group(parts, statistic), statistic)
+        return value * first.count, mask_sum
     return _sliced(parts, statistic)
+
+
+def _joined(parts: list[Factors]) -> list[Factors]:
+    """Several uses in linear layers (recurrence) as one use of more rows."""
+    linear = [part for part in parts if isinstance(part, LinearFactors)]
+    if len(linear) < 2 or len({part.x.dtype for part in linear}) > 1:
+        return parts
+    return [LinearFactors.joined(linear), *(part for part in parts if not isinstance(part, LinearFactors))]
 
 
 def _fused_linear(part: LinearFactors, statistic: Statistic, server: str) -> tuple[Tensor, Tensor]:
@@ -64,8 +146,8 @@ def _fused_linear(part: LinearFactors, statistic: Statistic, server: str) -> tup
     if server == "triton":
         from htv.triton_kernels.linear import linear
 
-        return linear(x, grad_output, part.offsets, statistic.name, statistic.count)
-    return torch.ops.htv.linear(x, grad_output, part.offsets, schema.code(statistic.name), statistic.count)
+        return linear(x, grad_output, part.bounds, statistic.name, statistic.count)
+    return torch.ops.htv.linear(x, grad_output, part.bounds, schema.code(statistic.name), statistic.count)
 
 
 def _sliced(parts: list[Factors], statistic: Statistic) -> tuple[Tensor, Tensor]:
@@ -78,7 +160,7 @@ def _sliced(parts: list[Factors], statistic: Statistic) -> tuple[Tensor, Tensor]
         box, box_mask = functional.stacked(contributions, statistic)
         value[rows, columns] = box
         mask_sum += box_mask
-    return value.mul_(first.groups.count).reshape(first.shape), mask_sum
+    return value.mul_(first.count).reshape(first.shape), mask_sum
 
 
 def _slices(parts: list[Factors]) -> Iterator[tuple[slice, slice, Tensor]]:
@@ -88,10 +170,10 @@ def _slices(parts: list[Factors]) -> Iterator[tuple[slice, slice, Tensor]]:
     heap grow without bound, for it rarely reuses aligned blocks.)
     """
     first = parts[0]
-    count, rest = first.groups.count, first.shape[2:]
+    count, rest = first.count, first.shape[2:]
     height, width = factors.two_dims(first.shape)
     itemsize = torch.finfo(first.dtype).bits // 8
-    budget = max(1, factors.SCRATCH_BYTES // (count * math.prod(rest) * itemsize))
+    budget = max(1, max(part.scratch for part in parts) // (count * math.prod(rest) * itemsize))
     columns = min(width, max(math.isqrt(budget), budget // height, 1))
     rows = min(height, max(1, budget // columns))
     size = count * rows * columns * math.prod(rest)
@@ -113,9 +195,8 @@ def _sparse_rows(parts: list[EmbeddingFactors], statistic: Statistic) -> tuple[T
     first = parts[0]
     touched = torch.cat([part.touched() for part in parts]).unique()
     value = torch.zeros(first.shape, dtype=first.dtype, device=first.device)
-    zeros = torch.zeros(first.groups.count, 1, dtype=first.dtype, device=first.device)
     untouched = (first.shape[0] - len(touched)) * first.shape[1]
-    mask_sum = functional.stacked(zeros, statistic)[1] * untouched
+    mask_sum = _mask_of_zeros(first, statistic) * untouched
     if len(touched):
         rows, rows_mask = _sliced([part.compact(touched) for part in parts], statistic)
         value[touched] = rows
@@ -145,12 +226,12 @@ def agreement(parts: list[Factors], rule: Rule) -> Agreement:
     first = parts[0]
     if math.prod(first.shape) == 0:
         return Agreement(math.nan, math.nan, math.nan)
-    statistic = rule.statistic(first.groups.count)
+    statistic = rule.statistic(first.count)
     masked = statistic.name in ("and_mask", "xor_mask", "geometric_mean", "sand_mask")
     agreeing = kept = total_energy = energy = 0.0
     for _, _, box in _slices(parts):
         contributions = box.flatten(1)
-        votes = reference.sign_sum(contributions).abs()
+        votes = contributions.sign().sum(dim=0).abs()
         agreeing += votes.sum(dtype=torch.float64).item() / len(contributions)
         wide = contributions.double()
         energy += wide.square().sum().item()
@@ -197,10 +278,13 @@ def linear_grad(
     if groups is not None and cu_seqlens is not None:
         raise ValueError("pass groups or cu_seqlens, not both")
     if groups is not None:
-        voters = Groups.by_id(groups, len(x))
+        groups = Groups.by_id(groups, len(x))
     elif cu_seqlens is not None:
-        voters = Groups.packed(cu_seqlens, (len(x),))
+        groups = Groups.packed(cu_seqlens, len(x))
     else:
-        voters = Groups.each(len(x))
+        groups = Groups.each(len(x))
     with torch.no_grad():
-        return aggregate([LinearFactors(x.detach(), grad_output.detach(), voters)], rule).to(x.dtype)
+        voters = Voters(groups, Place(0))
+        rows = voters.rows(grad_output.detach())
+        factors = LinearFactors(voters.rows(x.detach()), rows, voters.bounds(rows))
+        return aggregate([factors], rule).to(x.dtype)

@@ -3,6 +3,9 @@ wherever no kernel serves. Runs on any device and in float64."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -26,56 +29,98 @@ def stacked(grads: Tensor, statistic: Statistic) -> tuple[Tensor, Tensor]:
     A coordinate with a NaN among its E values is NaN and counts 0 in `mask_sum`.
     """
     values = grads.to(compute_dtype(grads.dtype))
-    value, mask = STATISTICS[statistic.name](values, statistic)
-    has_nan = values.isnan().any(dim=0)
+    if statistic.name in STREAMING:
+        return finish(Summary.of(values, statistic.name), statistic)
+    return _finished(ORDER[statistic.name](values, statistic), None, values.isnan().any(dim=0))
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What streaming statistics need to know of the contributions of some groups; those of several batches add up.
+
+    count:  how many groups.
+    total:  (*shape), the sum of contributions.
+    votes:  (*shape), the sum of their signs, in the same floating-point type; NaN where a contribution is NaN.
+    spread: (*shape), the sum of squared deviations from the mean, for `sand_mask`; else None.
+    logs:   (*shape), the sum of logarithms of magnitudes, for `geometric_mean`; else None.
+    """
+
+    count: int
+    total: Tensor
+    votes: Tensor
+    spread: Tensor | None = None
+    logs: Tensor | None = None
+
+    @staticmethod
+    def of(values: Tensor, name: str) -> Summary:
+        """Of stacked contributions (E, *shape), for the streaming statistic of this name."""
+        return Summary(
+            len(values),
+            values.sum(dim=0),
+            torch.where(values.isnan().any(dim=0), torch.nan, values.sign().sum(dim=0)),
+            (values - values.mean(dim=0)).square().sum(dim=0) if name == "sand_mask" else None,
+            (values.abs() + LOG_OFFSET).log().sum(dim=0) if name == "geometric_mean" else None,
+        )
+
+    def __add__(self, other: Summary) -> Summary:
+        count, spread, logs = self.count + other.count, None, None
+        if self.spread is not None:
+            apart = self.total / self.count - other.total / other.count
+            spread = self.spread + other.spread + apart.square() * (self.count * other.count / count)
+        if self.logs is not None:
+            logs = self.logs + other.logs
+        return Summary(count, self.total + other.total, self.votes + other.votes, spread, logs)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Summary:
+        """The same with every tensor replaced by what a function makes of it."""
+        tensors = (self.total, self.votes, self.spread, self.logs)
+        return Summary(self.count, *(None if t is None else function(t) for t in tensors))
+
+
+def finish(summary: Summary, statistic: Statistic) -> tuple[Tensor, Tensor]:
+    """A streaming statistic of all contributions a summary is of; returns what `stacked` returns."""
+    return _finished(*STREAMING[statistic.name](summary, statistic), summary.votes.isnan())
+
+
+def _finished(value: Tensor, mask: Tensor | None, has_nan: Tensor) -> tuple[Tensor, Tensor]:
     value = torch.where(has_nan, torch.nan, value)
     if mask is None:
-        return value, torch.zeros((), dtype=torch.float64, device=grads.device)
+        return value, torch.zeros((), dtype=torch.float64, device=value.device)
     return value, torch.where(has_nan, 0, mask).sum(dtype=torch.float64)
 
 
-def sign_sum(values: Tensor) -> Tensor:
-    """Sum over dim 0 of the signs, as int64; sign(0) = 0."""
-    return (values > 0).sum(dim=0) - (values < 0).sum(dim=0)
+def _mean(s: Summary, statistic: Statistic):
+    return s.total / s.count, None
 
 
-def _keep(values: Tensor, statistic: Statistic) -> Tensor:
-    return sign_sum(values).abs() >= statistic.count
+def _and_mask(s: Summary, statistic: Statistic):
+    keep = s.votes.abs() >= statistic.count
+    return torch.where(keep, s.total / s.count, 0), keep
 
 
-def _mean(values: Tensor, statistic: Statistic):
-    return values.mean(dim=0), None
+def _xor_mask(s: Summary, statistic: Statistic):
+    drop = s.votes.abs() < statistic.count
+    return torch.where(drop, s.total / s.count, 0), drop
 
 
-def _and_mask(values: Tensor, statistic: Statistic):
-    keep = _keep(values, statistic)
-    return torch.where(keep, values.mean(dim=0), 0), keep
+def _geometric_mean(s: Summary, statistic: Statistic):
+    keep = s.votes.abs() >= statistic.count
+    return torch.where(keep, s.total.sign() * (s.logs / s.count).exp(), 0), keep
 
 
-def _xor_mask(values: Tensor, statistic: Statistic):
-    drop = ~_keep(values, statistic)
-    return torch.where(drop, values.mean(dim=0), 0), drop
-
-
-def _geometric_mean(values: Tensor, statistic: Statistic):
-    keep = _keep(values, statistic)
-    magnitude = (values.abs() + LOG_OFFSET).log().mean(dim=0).exp()
-    return torch.where(keep, values.mean(dim=0).sign() * magnitude, 0), keep
-
-
-def _sand_mask(values: Tensor, statistic: Statistic):
-    excess = (sign_sum(values).abs().to(values.dtype) - statistic.votes) / len(values)
-    mask = torch.tanh(statistic.k / values.var(dim=0) * excess).clamp(min=0)
+def _sand_mask(s: Summary, statistic: Statistic):
+    excess = (s.votes.abs() - statistic.votes) / s.count
+    mask = torch.tanh(statistic.k / (s.spread / (s.count - 1)) * excess).clamp(min=0)
     mask = torch.where(mask.isnan(), SAND_UNDEFINED, mask)
-    return torch.where(mask == 0, 0, mask * values.mean(dim=0)), mask
+    return torch.where(mask == 0, 0, mask * s.total / s.count), mask
 
 
-def _mean_of_signs(values: Tensor, statistic: Statistic):
-    return values.sign().mean(dim=0), None
+def _sign_sum(s: Summary, statistic: Statistic):
+    return s.votes / s.count, None
 
 
-def _sign_agreement(values: Tensor, statistic: Statistic):
-    return values.sign().sum(dim=0).abs() / len(values), None
+def _sign_agreement(s: Summary, statistic: Statistic):
+    return s.votes.abs() / s.count, None
 
 
 def midpoint(lower: Tensor, higher: Tensor) -> Tensor:
@@ -86,18 +131,18 @@ def midpoint(lower: Tensor, higher: Tensor) -> Tensor:
 def _median(values: Tensor, statistic: Statistic):
     ranked = values.sort(dim=0).values
     lower, higher = ranked[(len(values) - 1) // 2], ranked[len(values) // 2]
-    return (midpoint(lower, higher) if statistic.count == 0 else lower if statistic.count < 0 else higher), None
+    return midpoint(lower, higher) if statistic.count == 0 else lower if statistic.count < 0 else higher
 
 
 def _trimmed_mean(values: Tensor, statistic: Statistic):
     count = statistic.count
-    return values.sort(dim=0).values[count : len(values) - count].mean(dim=0), None
+    return values.sort(dim=0).values[count : len(values) - count].mean(dim=0)
 
 
 def _winsorized_mean(values: Tensor, statistic: Statistic):
     ranked = values.sort(dim=0).values
     low, high = ranked[statistic.count], ranked[len(values) - 1 - statistic.count]
-    return torch.minimum(torch.maximum(ranked, low), high).mean(dim=0), None
+    return torch.minimum(torch.maximum(ranked, low), high).mean(dim=0)
 
 
 def _median_of_means(values: Tensor, statistic: Statistic):
@@ -105,19 +150,23 @@ def _median_of_means(values: Tensor, statistic: Statistic):
     return _median(means, Statistic("median"))
 
 
-STATISTICS = {
+# In the order of their numbers for kernels.
+STREAMING = {
     "mean": _mean,
     "and_mask": _and_mask,
     "xor_mask": _xor_mask,
     "geometric_mean": _geometric_mean,
     "sand_mask": _sand_mask,
-    "sign_sum": _mean_of_signs,
+    "sign_sum": _sign_sum,
     "sign_agreement": _sign_agreement,
+}
+ORDER = {
     "median": _median,
     "trimmed_mean": _trimmed_mean,
     "winsorized_mean": _winsorized_mean,
     "median_of_means": _median_of_means,
 }
+STATISTICS = (*STREAMING, *ORDER)
 
 
 def linear(x: Tensor, grad_output: Tensor, offsets: Tensor, statistic: Statistic) -> tuple[Tensor, Tensor]:

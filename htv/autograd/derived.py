@@ -1,0 +1,157 @@
+"""Tensors computed from served parameters alone, and the way of contributions to them back to the parameters.
+
+A slice of a position table, a chunk of a fused projection, `w.t()`, `exp(p)`, a normalised or merged weight: layers and
+elementwise operations compute with them, and what each group contributes to them is pulled back to the parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+from htv.autograd.ledger import Sink, Slot
+from htv.errors import UnsupportedError
+from htv.groups import Voters
+from htv.ops.factors import EmbeddingFactors, Factors, GroupwiseFactors, LinearFactors, StackedFactors, ViewFactors
+
+
+class Lookup:
+    """An origin: the source is an embedding of ids, the same in every forward of the batch, in its one parameter."""
+
+    def __init__(self, ids: Tensor):
+        self.ids, self.node = ids, "EmbeddingBackward"
+
+    def factors(self, number: int, grad: Tensor, voters: Voters, parameter: Tensor) -> Factors:
+        """Contributions to the parameter from grad (*ids.shape, D), the part of each unit where `voters` has it."""
+        rows, bounds = voters.grad_rows(grad)
+        return EmbeddingFactors(voters.rows(self.ids, 0), rows, bounds, len(parameter))
+
+    def stacked(self, values: Tensor, parameter: Tensor) -> Factors:
+        """Contributions from (E, *ids.shape, D), one to the whole source from every group."""
+        rows = values.flatten(0, -2)
+        bounds = torch.arange(len(values) + 1) * self.ids.numel()
+        return EmbeddingFactors(self.ids.flatten().repeat(len(values)), rows, bounds, len(parameter))
+
+
+class Projection:
+    """An origin: the source is a linear layer's output for a constant input; its parameters are weight, maybe bias."""
+
+    def __init__(self, x: Tensor, has_weight: bool):
+        self.x, self.has_weight, self.node = x, has_weight, ""
+
+    def factors(self, number: int, grad: Tensor, voters: Voters, parameter: Tensor) -> Factors:
+        if number > 0 or not self.has_weight:
+            return StackedFactors(voters.sums(grad))
+        rows, bounds = voters.grad_rows(grad)
+        return LinearFactors(voters.rows(self.x.to(grad.dtype)), rows, bounds)
+
+
+Origin = Lookup | Projection
+
+
+class DerivedTensor:
+    """A tensor computed from `parameters` with a graph of its own.
+
+    source:  the tensor.
+    sinks:   those of the parameters.
+    origin:  how the source was made, if that is known.
+
+    The way back is fixed here: what is done to the source in place later does not concern the uses made now.
+    Raises UnsupportedError if the source also depends on anything else that needs a gradient.
+    """
+
+    def __init__(self, source: Tensor, parameters: list[Tensor], sinks: list[Sink], origin: Origin | None = None):
+        self.source, self.parameters, self.sinks, self.origin = source, parameters, sinks, origin
+        self._view = _view_of(source, parameters[0]) if len(parameters) == 1 else None
+        self._edge = get_gradient_edge(source)
+        self._require_own_graph()
+        if origin is not None and not self._edge.node.name().startswith(origin.node):
+            self.origin = None  # changed in place since
+
+    def _require_own_graph(self) -> None:
+        own, seen, ahead = {id(p) for p in self.parameters}, set(), [self._edge.node]
+        while ahead:
+            node = ahead.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            leaf = getattr(node, "variable", None)
+            if (leaf is not None and id(leaf) not in own) or node.name() == "HubBackward":
+                what = "the batch" if leaf is None else f"a tensor of shape {tuple(leaf.shape)}"
+                names = ", ".join(repr(sink.ledger.owner_name) for sink in self.sinks)
+                raise UnsupportedError(
+                    f"a tensor of shape {tuple(self.source.shape)} was taken to be computed from the served "
+                    f"parameters {names} alone, but it also depends on {what}, whose gradient would be lost. Remedy: "
+                    f"detach that tensor, or exclude={names}"
+                )
+            ahead.extend(n for n, _ in node.next_functions)
+
+    def slot(self) -> Slot:
+        """For a layer that computes with the source."""
+        adapted = [Sink(s.token, s.ledger, self._adapt(number)) for number, s in enumerate(self.sinks)]
+        return Slot(self.source.detach(), adapted)
+
+    def record_by_unit(self, grad: Tensor, voters: Voters) -> None:
+        """Record the gradient of a source of which every unit has its own part, where `voters` says. Needs an origin."""
+        for number, (sink, p) in enumerate(zip(self.sinks, self.parameters, strict=True)):
+            sink.record(lambda number=number, p=p: self.origin.factors(number, grad, voters, p))
+
+    def _adapt(self, number: int) -> Callable[[Factors], Factors]:
+        """From factors of the source to factors of one parameter."""
+        parameter = self.parameters[number]
+
+        def adapt(factors: Factors) -> Factors:
+            if self._view is not None:
+                return ViewFactors.of(factors, self._view, parameter)
+            if isinstance(factors, StackedFactors):
+                if isinstance(self.origin, Lookup):
+                    return self.origin.stacked(factors.values, parameter)
+                return StackedFactors(self._pull_back(factors.values, number, batched=True))
+            return GroupwiseFactors(factors, lambda grad: self._pull_back(grad, number), parameter)
+
+        return adapt
+
+    def _pull_back(self, grad: Tensor, number: int, batched: bool = False) -> Tensor:
+        """One parameter's part of the vector-Jacobian product of (*source.shape), or of a stack of these."""
+        parameter = self.parameters[number]
+        with torch.enable_grad(), _without_hooks(self.parameters):
+            (found,) = torch.autograd.grad(
+                self._edge,
+                parameter,
+                grad.to(self.source.dtype),
+                retain_graph=True,
+                is_grads_batched=batched,
+                allow_unused=True,
+            )
+        if found is None:
+            found = grad.new_zeros(*grad.shape[: grad.dim() - self.source.dim()], *parameter.shape)
+        return found
+
+
+def _view_of(source: Tensor, parameter: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], int] | None:
+    """(size, stride, offset into the parameter) of a view that shows no element twice; None for other tensors."""
+    if source._base is not parameter or source.dtype != parameter.dtype or source.is_conj() or source.is_neg():
+        return None
+    if any(stride == 0 and size > 1 for size, stride in zip(source.shape, source.stride(), strict=True)):
+        return None
+    dense = torch.empty_like(parameter, device="meta")
+    if dense.stride() != parameter.stride():
+        return None
+    return tuple(source.shape), source.stride(), source.storage_offset() - parameter.storage_offset()
+
+
+@contextmanager
+def _without_hooks(parameters: list[Tensor]) -> Iterator[None]:
+    """Hooks on the parameters are for their gradients, not for contributions on their way into a ledger."""
+    hooks = [(p._backward_hooks, dict(p._backward_hooks)) for p in parameters if p._backward_hooks]
+    for live, _ in hooks:
+        live.clear()
+    try:
+        yield
+    finally:
+        for live, kept in hooks:
+            live.update(kept)
