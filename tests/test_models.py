@@ -1,0 +1,90 @@
+"""Models as Hugging Face, timm and PEFT build them, against one example at a time under one rule of every family."""
+
+import pytest
+import torch
+
+import htv
+from htv.check import aggregated, one_group_at_a_time
+from oracles import by_name
+
+zoo = pytest.importorskip("zoo", reason="needs the extra `models`", exc_type=ModuleNotFoundError)
+
+RULES = [htv.Mean(), htv.AndMask(0.4), htv.Median(), htv.WinsorizedMean(1)]
+# Refused so far, by the use that stands in the way; a row must go as soon as its model is served.
+REFUSED = {
+    "gpt2": "addmm of flattened rows",
+    "gpt2-sdpa": "addmm of flattened rows",
+    "bart": "positions looked up per example",
+    "opt": "layers on flattened rows",
+    "clip-text": "each example's own last token",
+    "mixtral": "experts' rows gathered by token",
+    "qwen3-moe": "experts' rows gathered by token",
+    "switch": "experts' rows gathered by token",
+    "whisper": "positions looked up per example",
+    "timm-swin": "windows merged with the batch",
+    "timm-beit": "a bias put together from parameters",
+}
+NOT_YET = (htv.UnsupportedError, ValueError)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """For calls this small more threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def rows(names):
+    mark = lambda why: pytest.mark.xfail(raises=NOT_YET, strict=True, reason=why)
+    return [pytest.param(name, marks=mark(REFUSED[name]) if name in REFUSED else ()) for name in names]
+
+
+@pytest.mark.parametrize("rule", RULES, **by_name)
+@pytest.mark.parametrize("name", rows(zoo.MODELS))
+def test_model(name, rule):
+    model, batch = zoo.MODELS[name]()
+    report = htv.check(model, batch, rule)
+    assert report.groups == zoo.N
+    assert report.parameters == sum(p.requires_grad for p in model.parameters()) > 0
+    assert report.ambiguous < 0.05
+
+
+@pytest.mark.parametrize("name", rows(zoo.TEXT))
+def test_as_many_tokens_as_examples(name, monkeypatch):
+    """Four of each, and as many heads: no size tells where the batch is."""
+    monkeypatch.setattr(zoo, "N", 4)
+    monkeypatch.setattr(zoo, "T", 4)
+    assert htv.check(*zoo.MODELS[name](), htv.Median())
+
+
+@pytest.mark.parametrize("name", rows(zoo.MODELS))
+def test_examples_vote_in_groups(name):
+    model, batch = zoo.MODELS[name]()
+    assert htv.check(model, batch, htv.Median(), groups=torch.tensor([8, 2, 5, 2, 8])).groups == 3
+
+
+@pytest.mark.parametrize("name", rows(["gpt2-lora", "llama-lora"]))
+def test_only_adapters_train(name):
+    model, batch = zoo.MODELS[name]()
+    with htv.attach(model, htv.Median()):
+        model(**batch).logits.square().sum().backward()
+    trained = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert trained == {name for name, _ in model.named_parameters() if "lora_" in name}
+
+
+@pytest.mark.parametrize("name", rows(["mixtral", "qwen3-moe"]))
+def test_an_expert_few_examples_reach_has_no_median(name):
+    """An expert that sees no token of an example is given zero by it."""
+    model, batch = zoo.MODELS[name]()
+    weight = model.double().model.layers[-1].mlp.experts.down_proj
+    loss = lambda rows: model(**{key: value[rows] for key, value in batch.items()}).logits.square().sum()
+    contributions = one_group_at_a_time(lambda e: loss(slice(e, e + 1)), {"weight": weight}, zoo.N)["weight"]
+    examples = contributions.flatten(2).any(dim=2).sum(dim=0)  # that reach each expert
+    few = (examples > 0) & (examples < zoo.N / 2)
+    assert few.any()
+    with htv.attach(model, htv.Median()):
+        loss(slice(None)).backward()
+    assert not weight.grad[few].any()
+    torch.testing.assert_close(weight.grad, aggregated(contributions, htv.Median()), rtol=1e-6, atol=1e-9)
