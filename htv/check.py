@@ -197,7 +197,7 @@ def _compare(found, plain, contributions, rules, noise: float, scale: float) -> 
         if rule is not None and rule.statistic(groups).name in SIGN_RULES:
             compared = ~((stacked != 0) & (stacked.abs() <= noise)).any(dim=0)
             if rule.statistic(groups).normalise:  # signs left out still count in the kept fraction
-                slack = (~compared).sum().item() / max(1, (expected != 0).sum().item())
+                slack = (~compared).sum().item() / max(1, (compared & (expected != 0)).sum().item())
         error = (found[name] - expected).abs()
         budget = groups * noise + (1e-9 + slack) * expected.abs()
         wrong = compared & ~((error <= budget) | (found[name] == expected))

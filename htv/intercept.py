@@ -216,7 +216,7 @@ class Intercept(TorchFunctionMode):
             return None if derived.origin is None else per_unit(derived, self.voters(place))
         # A scalar does not raise the type of what it meets: its copies must not either.
         dtype = torch.result_type(beside, tensor) if tensor.dim() == 0 else None
-        slot = self.slot(source)
+        slot = self.slot(source) if self.served(source) is not None else self._derived(source, mark).slot()
         if self.groups.rows_vote:
             return self._row_copies(slot, tensor, ndim, beside, place, dtype)
         copies = expand(slot, ndim, size, self.voters(place), dtype)
@@ -236,6 +236,48 @@ class Intercept(TorchFunctionMode):
         flat = Slot(source.reshape(own), slot.sinks)
         return expand_rows(flat, (*lead, *own), self.voters(place), dtype)
 
+    def with_copies(self, func, args, kwargs, tensors: list[Tensor], ndim: int, place: Place):
+        """A call with its tensors that come from parameters replaced by their copies per unit. place: of `ndim` dims."""
+        copies = {}
+        for tensor in tensors:
+            mark = self.mark(tensor)
+            if isinstance(mark, Derived) and tensor.requires_grad:
+                found = self._copies(tensor, mark, ndim, tensor, place)
+                if found is None:
+                    why = f"its shape {tuple(tensor.shape)} varies along the batch"
+                    self.refuse(plain_name(func), mark.parameters, why)
+                    continue
+                copies[id(tensor)] = found
+                self.marks.put(found, place)
+        return self.general(func, replace_tensors(args, copies), replace_tensors(kwargs, copies))
+
+    def copied_per_unit(self, x: Tensor | None) -> Tensor | None:
+        """A layer's input; one that is a derived tensor expanded over the batch (learnt queries) as copies per unit."""
+        mark, units = self.mark(x), self.groups.num_units
+        if not isinstance(mark, Derived) or mark.source is x or not x.requires_grad or not torch.is_grad_enabled():
+            return x
+        own = (1,) * (x.dim() - mark.source.dim()) + tuple(mark.source.shape)
+        dims = [d for d in range(x.dim()) if x.shape[d] == units and own[d] == 1]
+        home = self.groups.home.dim
+        if units == 1 or self.groups.rows_vote or not (home in dims or len(dims) == 1):
+            return x
+        place = Place(home if home in dims else dims[0])
+        copies = self._copies(x, mark, x.dim(), x, place)
+        self.marks.put(copies, place)
+        return copies
+
+    def unexpanded(self, w: Tensor, x: Tensor) -> Tensor:
+        """A derived factor of a product with x without leading dims along which it only repeats what x has."""
+        source = self.mark(w).source
+        if source is not w:
+            own = (1,) * (w.dim() - source.dim()) + tuple(source.shape)
+            repeated = [d for d in range(w.dim() - 2) if own[d] == 1 != w.shape[d]]
+            known = x.dim() >= w.dim() and all(x.shape[x.dim() - w.dim() + d] == w.shape[d] for d in repeated)
+            w = source if known else w
+        while w.dim() > 2 and w.shape[0] == 1 and x.dim() >= w.dim():
+            w = w.squeeze(0)
+        return w
+
     # -- marks of results ---------------------------------------------------------------------------------------------
 
     def _mark_constant(self, tensor: Tensor) -> None:
@@ -254,22 +296,26 @@ class Intercept(TorchFunctionMode):
             operation = Operation(name, func, args, kwargs, operands, outputs)
             marks = layout.follow(operation, self.groups.num_units)
         else:
-            marks = [self._mark_without_batch(name, args, kwargs, operands, output) for output in outputs]
+            operation = Operation(name, func, args, kwargs, operands, outputs)
+            marks = [self._mark_without_batch(operation, output) for output in outputs]
         for output, mark in zip(outputs, marks, strict=True):
             if self.served(output) is None:
                 self.marks.put(output, mark)
             if written is not None:
                 self._mark_base(output, mark)
 
-    def _mark_without_batch(self, name, args, kwargs, operands, output: Tensor) -> Mark:
-        derived = [m for _, m in operands if isinstance(m, Derived)]
+    def _mark_without_batch(self, op: Operation, output: Tensor) -> Mark:
+        derived = [(t, m) for t, m in op.operands if isinstance(m, Derived)]
         if not output.requires_grad:
             return CONSTANT
         if not derived:
             return PLAIN
-        if name in layout.EXPANDING or _only_copies(name, args, kwargs):
-            return Derived(derived[0].parameters, derived[0].source, derived[0].origin)
-        return Derived(tuple(dict.fromkeys(p for m in derived for p in m.parameters)), output)
+        tensor, mark = derived[0]
+        if op.name in layout.EXPANDING or _only_copies(op.name, op.args, op.kwargs):
+            return Derived(mark.parameters, mark.source, mark.origin)
+        if op.name in layout.PERMUTING and mark.source is not tensor and mark.source.dim() == tensor.dim():
+            return Derived(mark.parameters, op.again({id(tensor): mark.source}))  # still an expanded tensor
+        return Derived(tuple(dict.fromkeys(p for _, m in derived for p in m.parameters)), output)
 
     def _mark_base(self, view: Tensor, mark: Mark) -> None:
         """Writing to a view changes what its base is made of."""

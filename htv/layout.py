@@ -146,9 +146,11 @@ CONCATENATING = _names("cat concat concatenate")
 # They only move elements, so running them on the units' numbers shows where a batch went that they cut or permute.
 MOVING = _names(
     "getitem flip roll index_select narrow chunk split split_with_sizes tensor_split gather take_along_dim "
-    "repeat_interleave masked_select cat concat concatenate select unbind unfold"
+    "repeat_interleave masked_select cat concat concatenate select unbind unfold pack_padded_sequence"
 )
-MAKING = _names("new_zeros new_ones new_empty new_full new_tensor")  # a tensor only lends its dtype and device
+MAKING = _names(  # a tensor only lends its dtype and device, or a size
+    "new_zeros new_ones new_empty new_full new_tensor zeros ones empty full arange linspace eye rand randn randint"
+)
 
 
 @dataclass
@@ -191,6 +193,8 @@ def follow(op: Operation, units: int) -> list[OfBatch]:
     units: how many units the batch has.
     """
     operands = [(t, m) for t, m in op.operands if isinstance(m, OfBatch)]
+    if op.name == "pad_packed_sequence":
+        return [_after_padding(op, units), *[LOST] * (len(op.outputs) - 1)]
     if op.name in WRITING:
         return [_after_writing(op, units)] * len(op.outputs)
     return [_agreed(op, operands, i, units) for i in range(len(op.outputs))]
@@ -435,19 +439,30 @@ def _probed(op: Operation, index: int, units: int) -> OfBatch:
     if not all(isinstance(m, Place) for _, m in moved):
         return LOST  # values that are no unit's, as padding
     result = op.again({id(t): _numbered(t, m, units) for t, m in moved})
-    return _read_off(result if isinstance(result, Tensor) else result[index], units)
+    result = result if isinstance(result, Tensor) else result[index]
+    same_kind = op.outputs[index].is_floating_point() == moved[0][0].is_floating_point()
+    return _read_off(result, units) if same_kind else LOST
+
+
+def _after_padding(op: Operation, units: int) -> OfBatch:
+    """torch._pad_packed_sequence(data, batch_sizes, batch_first, padding, length): the padding is nobody's."""
+    data, mark = op.operands[0]
+    if not isinstance(mark, Place):
+        return LOST
+    padded, _ = op.func(_numbered(data, mark, units), *op.args[1:3], -1, *op.args[4:])
+    return _read_off(padded, units)
 
 
 def _read_off(numbers: Tensor, units: int) -> OfBatch:
-    """The place at which the elements have these units' numbers."""
-    if numbers.dim() == 0:
-        return LOST
+    """The place at which the elements have these units' numbers; negative ones are nobody's."""
     for dim in range(numbers.dim()):
+        if numbers.numel() == 0:
+            if numbers.shape[dim] == 0:
+                return Place(dim, units=numbers.new_zeros(0))
+            continue
         along = numbers.movedim(dim, 0).reshape(numbers.shape[dim], -1)
-        if along.numel() == 0:
-            return Place(dim, units=numbers.new_zeros(0)) if numbers.shape[dim] == 0 else LOST
-        if bool((along == along[:, :1]).all()):
-            found = along[:, 0].clone()
+        found = along.amax(dim=1)
+        if bool(((along == found[:, None]) | (along < 0)).all()) and bool((found >= 0).all()):
             ordered = len(found) == units and torch.equal(found.cpu(), torch.arange(units))
             return Place(dim) if ordered else Place(dim, units=found)
     return LOST

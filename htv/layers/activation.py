@@ -1,0 +1,29 @@
+"""Activations with parameters."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+from htv.layers.call import Call, serves, signature
+
+if TYPE_CHECKING:
+    from htv.intercept import Intercept
+
+
+_PRELU = signature("input, weight")
+
+
+@serves(F.prelu, torch.prelu)
+def _prelu(mode: Intercept, func, args, kwargs):
+    call = Call(mode, "prelu", _PRELU, args, kwargs, "input", "weight")
+    if not call.applicable:
+        return NotImplemented
+    x, weight = call.x, call["weight"]
+    if weight.numel() > 1 or x.dim() > 1:
+        shape = (-1,) + (1,) * max(0, x.dim() - 2) if weight.numel() > 1 else (1,) * x.dim()
+        weight = mode.general(torch.Tensor.reshape, (weight, shape), {})
+    positive = mode.general(torch.gt, (x, 0), {})
+    return mode.general(torch.where, (positive, x, mode.general(torch.mul, (x, weight), {})), {})

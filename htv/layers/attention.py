@@ -1,0 +1,53 @@
+"""Attention: torch's own multi-head attention taken apart, and the fused product with a learnt bias."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+from htv.groups import Place
+from htv.layers.call import Operands, serves
+from htv.layout import OfBatch
+
+if TYPE_CHECKING:
+    from htv.intercept import Intercept
+
+
+# torch's own code, but for the question whether somebody intercepts it: then its projections can be served one by one.
+_in_python = types.FunctionType(
+    F.multi_head_attention_forward.__code__,
+    {**vars(F), "has_torch_function": lambda tensors: False},
+    "multi_head_attention_in_python",
+    F.multi_head_attention_forward.__defaults__,
+)
+
+
+@serves(F.multi_head_attention_forward)
+def _multi_head_attention(mode: Intercept, func, args, kwargs):
+    bound = inspect.signature(func).bind(*args, **kwargs).arguments
+    tensors = (bound[name] for name in ("query", "key", "value"))
+    if not torch.is_grad_enabled() or not any(isinstance(mode.mark(t), OfBatch) for t in tensors):
+        return NotImplemented
+    with mode:
+        return _in_python(*args, **kwargs)
+
+
+_ATTENTION = ("query", "key", "value", "attn_mask")
+
+
+@serves(F.scaled_dot_product_attention)
+def _dot_product_attention(mode: Intercept, func, args, kwargs):
+    """Operands derived from parameters (relative positions, learnt queries) get their copies per unit."""
+    arguments = {**dict(zip(_ATTENTION, args, strict=False)), **{k: v for k, v in kwargs.items() if k in _ATTENTION}}
+    tensors = [t for t in arguments.values() if t is not None]
+    if not Operands(mode, *tensors).meet:
+        return NotImplemented
+    ndim = max(t.dim() for t in tensors)
+    place = next((m.at(m.dim + ndim - t.dim()) for t in tensors if isinstance(m := mode.mark(t), Place)), None)
+    if place is None or place.dim >= ndim - 2:
+        return NotImplemented
+    return mode.with_copies(func, args, kwargs, tensors, ndim, place)

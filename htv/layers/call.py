@@ -1,0 +1,131 @@
+"""What all served layers share: the table of servers, and a call as they see it.
+
+A server gets the intercepting mode and the call; it returns the layer's output, or NotImplemented to let the call be
+judged like any other (no served parameter in it, or an input that is not the batch's).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from htv.autograd.ledger import Slot
+from htv.errors import UnsupportedError
+from htv.groups import Place, Voters
+from htv.layout import Derived, OfBatch
+
+if TYPE_CHECKING:
+    from htv.intercept import Intercept
+    from htv.served import Served
+
+SERVERS: dict[Callable, Callable] = {}
+
+
+def serves(*functions: Callable):
+    """Register the decorated server for torch functions."""
+
+    def register(server):
+        SERVERS.update(dict.fromkeys(functions, server))
+        return server
+
+    return register
+
+
+class Call:
+    """A call's arguments by name, and what its parameters are.
+
+    x and parameters: the names of the input and of the parameters among the arguments.
+    `applicable`:     some parameter is served, or derived from served ones, gradients are on, and the input was computed
+                      from the batch.
+    """
+
+    def __init__(
+        self, mode: Intercept, kind: str, signature: inspect.Signature, args, kwargs, x: str, *parameters: str
+    ):
+        self.mode, self.kind, self.names = mode, kind, parameters
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        self.arguments = bound.arguments
+        self.x: Tensor = mode.copied_per_unit(self.arguments[x])
+        self.parameters: list[Tensor | None] = [self.arguments[name] for name in parameters]
+        self.served = tuple(dict.fromkeys(s for p in self.parameters for s in behind(mode, p)))
+        of_batch = isinstance(mode.mark(self.x), OfBatch)
+        self.applicable = bool(torch.is_grad_enabled() and self.served and of_batch)
+
+    def __getitem__(self, name: str):
+        return self.arguments[name]
+
+    @property
+    def place(self) -> Place:
+        """Where the batch is in the input."""
+        return self.mode.mark(self.x)
+
+    @property
+    def voters(self) -> Voters:
+        return self.mode.voters(self.place)
+
+    def enter(self, features: int = 0, rows: bool = True) -> list[Slot] | None:
+        """The parameters' slots, or None if the use is passed on plainly. Raises if the input is not the batch's.
+
+        features:  how many dims at the end the layer mixes; all but the first where it takes (S, C, *space).
+        rows:      whether its input consists of rows that could vote one by one.
+        """
+        names = ", ".join(repr(s.name) for s in self.served)
+        problem = self.mode.why_not_batch(self.x, features)
+        if problem is None and not rows and self.mode.groups.rows_vote:
+            problem = "it has no rows that could vote by themselves, as tokens() asks"
+        if problem is not None:
+            message = f"{self.kind} with parameter {names}: {problem}. Remedy: keep examples apart, or exclude={names}"
+            if not self.mode.handle.passes_plainly:
+                raise UnsupportedError(message)
+            self.mode.handle.unsupported(message, self.served)
+            return None
+        for name, parameter in zip(self.names, self.parameters, strict=True):
+            served = self.mode.served(parameter)
+            for owner in behind(self.mode, parameter):
+                bias = name == "bias" and "norm" not in self.kind
+                owner.note(f"{self.kind} bias" if bias else self.kind if served else f"{self.kind} (computed)")
+        return [self.mode.slot(p) for p in self.parameters]
+
+    def done(self, result: Tensor, place: Place | None = None) -> Tensor:
+        """Mark the layer's result: the batch is where it was in the input, unless said otherwise."""
+        self.mode.marks.put(result, place or self.place)
+        return result
+
+
+def behind(mode: Intercept, parameter: Tensor | None) -> tuple[Served, ...]:
+    """The served parameters a layer's parameter argument is or comes from."""
+    mark = mode.mark(parameter)
+    return mark.parameters if isinstance(mark, Derived) and parameter.requires_grad else ()
+
+
+def signature(text: str) -> inspect.Signature:
+    """ "a, b, c=1" -> the signature; torch's builtins have none of their own."""
+    parameters = []
+    for part in text.split(", "):
+        name, _, default = part.partition("=")
+        value = eval(default, {}) if default else inspect.Parameter.empty  # literals written below
+        parameters.append(inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=value))
+    return inspect.Signature(parameters)
+
+
+def stands_alone(mode: Intercept, value: Tensor | None) -> bool:
+    """Whether a layer's argument is a parameter as it stands, served or not, or absent."""
+    return value is None or mode.served(value) is not None or not value.requires_grad
+
+
+class Operands:
+    """A call's tensors, told apart as those derived from served parameters and those of the batch."""
+
+    def __init__(self, mode: Intercept, *tensors: Tensor):
+        self.derived = [bool(behind(mode, t)) for t in tensors]
+        self.of_batch = [isinstance(mode.mark(t), OfBatch) for t in tensors]
+
+    @property
+    def meet(self) -> bool:
+        """Whether served parameters meet the batch here, with gradients on."""
+        return torch.is_grad_enabled() and any(self.derived) and any(self.of_batch)

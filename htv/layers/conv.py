@@ -1,0 +1,45 @@
+"""Convolutions and transposed convolutions."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch.nn.functional as F
+
+from htv.autograd.conv import conv, conv_transpose
+from htv.autograd.ledger import Slot
+from htv.layers.call import Call, serves, signature
+
+if TYPE_CHECKING:
+    from htv.intercept import Intercept
+
+
+_CONV = signature("input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1")
+_CONV_TRANSPOSE = signature("input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1")
+
+
+@serves(F.conv1d, F.conv2d, F.conv3d)
+def _conv(mode: Intercept, func, args, kwargs):
+    call = Call(mode, func.__name__, _CONV, args, kwargs, "input", "weight", "bias")
+    slots = _enter_images(call) if call.applicable else None
+    if slots is None:
+        return NotImplemented
+    options = (call[name] for name in ("stride", "padding", "dilation", "groups"))
+    return call.done(conv(call.x, *slots, *options, call.voters))
+
+
+@serves(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+def _conv_transpose(mode: Intercept, func, args, kwargs):
+    call = Call(mode, func.__name__, _CONV_TRANSPOSE, args, kwargs, "input", "weight", "bias")
+    slots = _enter_images(call) if call.applicable else None
+    if slots is None:
+        return NotImplemented
+    options = (call[name] for name in ("stride", "padding", "output_padding", "groups", "dilation"))
+    return call.done(conv_transpose(call.x, *slots, *options, call.voters))
+
+
+def _enter_images(call: Call) -> list[Slot] | None:
+    """The slots of a layer that takes (S, C, *space); one image without S is no batch."""
+    if call.x.dim() < call["weight"].dim():
+        return call.enter(features=call.x.dim())
+    return call.enter(features=call.x.dim() - 1, rows=False)

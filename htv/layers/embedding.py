@@ -1,0 +1,111 @@
+"""Embedding tables, bags of embeddings, and rows of a parameter picked by ids."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from htv.autograd.derived import Lookup
+from htv.autograd.embedding import embedding
+from htv.errors import UnsupportedError
+from htv.groups import Place
+from htv.layers.call import Call, behind, serves, stands_alone
+from htv.layout import Constant, Derived
+
+if TYPE_CHECKING:
+    from htv.intercept import Intercept
+
+
+_EMBEDDING = inspect.signature(F.embedding)
+_EMBEDDING_BAG = inspect.signature(F.embedding_bag)
+
+
+@serves(F.embedding)
+def _embedding(mode: Intercept, func, args, kwargs):
+    call = Call(mode, "embedding", _EMBEDDING, args, kwargs, "input", "weight")
+    ids, padding_idx = call.x, call["padding_idx"]
+    _refuse_options(call, "max_norm", "scale_grad_by_freq", "sparse")
+    if call.served and isinstance(mode.mark(ids), Constant) and padding_idx is None:
+        return _embedding_of_constants(mode, func, args, kwargs, call)
+    slots = call.enter() if call.applicable else None
+    if slots is None:
+        return NotImplemented
+    if padding_idx is not None and padding_idx < 0:
+        padding_idx += len(call["weight"])
+    return call.done(embedding(ids, *slots, padding_idx, call.voters))
+
+
+def _refuse_options(call: Call, *options: str) -> None:
+    for option in options if call.served else ():
+        if call[option]:
+            name = call.served[0].name
+            raise UnsupportedError(
+                f"{call.kind} with parameter {name!r}: {option}={call[option]!r} has no per-group meaning; turn it off "
+                f"or exclude={name!r}"
+            )
+
+
+def _embedding_of_constants(mode: Intercept, func, args, kwargs, call: Call):
+    """The same ids for every example (positions): derived from the table alone, by ids that keep its factors small."""
+    ids = call.x
+    if ids.dim() > 1 and len(ids) > 1 and ids.stride(0) == 0:  # expanded over the batch: look them up once
+        first = ids[:1]
+        mode.marks.put(first, mode.mark(ids))
+        replaced = [first if value is ids else value for value in args]
+        once = _embedding(mode, func, replaced, {k: first if v is ids else v for k, v in kwargs.items()})
+        return mode.general(torch.Tensor.expand, (once, len(ids), *(-1,) * ids.dim()), {})
+    rows = mode.general(func, args, kwargs)
+    if isinstance(mode.mark(rows), Derived) and stands_alone(mode, call["weight"]):
+        mode.marks.put(rows, Derived(call.served, rows, Lookup(ids)))
+    return rows
+
+
+@serves(F.embedding_bag)
+def _embedding_bag(mode: Intercept, func, args, kwargs):
+    call = Call(mode, "embedding_bag", _EMBEDDING_BAG, args, kwargs, "input", "weight")
+    _refuse_options(call, "max_norm", "scale_grad_by_freq", "sparse")
+    if not call.applicable:
+        return NotImplemented
+    if call.x.dim() != 2:
+        raise UnsupportedError(
+            f"embedding_bag with parameter {call.served[0].name!r}: bags given by offsets cannot be told apart by "
+            "example; pass ids of shape (N, L), padded with padding_idx"
+        )
+    with mode:
+        return _bagged(call.x, *(call[n] for n in ("weight", "mode", "per_sample_weights", "padding_idx")))
+
+
+def _bagged(ids: Tensor, weight: Tensor, reduction: str, sample_weights: Tensor | None, padding_idx: int | None):
+    rows = F.embedding(ids, weight, padding_idx)  # (N, L, D)
+    if sample_weights is not None:
+        rows = rows * sample_weights.unsqueeze(-1)
+    if padding_idx is None:
+        return rows.sum(1) if reduction == "sum" else rows.mean(1) if reduction == "mean" else rows.max(1).values
+    kept = (ids != padding_idx % len(weight)).unsqueeze(-1)
+    if reduction == "max":
+        highest = torch.where(kept, rows, -torch.inf).max(1).values
+        return torch.where(kept.any(1), highest, 0)
+    total = torch.where(kept, rows, 0).sum(1)
+    return total if reduction == "sum" else total / kept.sum(1).clamp(min=1)
+
+
+@serves(Tensor.__getitem__, torch.index_select, Tensor.index_select)
+def _picked(mode: Intercept, func, args, kwargs):
+    """Rows of a parameter picked by ids of the batch are an embedding."""
+    table = args[0]
+    if not behind(mode, table) or not torch.is_grad_enabled() or kwargs:
+        return NotImplemented
+    ids = args[1] if len(args) == 2 else args[2] if args[1] == 0 and args[2].dim() == 1 else None
+    if isinstance(ids, tuple) and len(ids) == 1:
+        (ids,) = ids
+    integers = isinstance(ids, Tensor) and ids.dtype not in (torch.bool, torch.uint8) and ids.dim() > 0
+    if not integers or not isinstance(mode.mark(ids), Place):
+        return NotImplemented
+    with mode:
+        flat = table.reshape(len(table), math.prod(table.shape[1:]))
+        return F.embedding(ids % len(table), flat).reshape(*ids.shape, *table.shape[1:])

@@ -1,0 +1,109 @@
+"""Normalisations: served with their own backward, or as a plain one without parameters and an elementwise affine map."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from htv.autograd.norm import group_norm, layer_norm
+from htv.errors import UnsupportedError
+from htv.layers.call import Call, serves
+
+if TYPE_CHECKING:
+    from htv.intercept import Intercept
+
+
+_LAYER_NORM = inspect.signature(F.layer_norm)
+_GROUP_NORM = inspect.signature(F.group_norm)
+_RMS_NORM = inspect.signature(F.rms_norm)
+_INSTANCE_NORM = inspect.signature(F.instance_norm)
+_BATCH_NORM = inspect.signature(F.batch_norm)
+
+
+@serves(F.layer_norm)
+def _layer_norm(mode: Intercept, func, args, kwargs):
+    call = Call(mode, "layer_norm", _LAYER_NORM, args, kwargs, "input", "weight", "bias")
+    shape = tuple(call["normalized_shape"])
+    slots = call.enter(features=len(shape)) if call.applicable else None
+    if slots is None:
+        return NotImplemented
+    return call.done(layer_norm(_as_autocast_would(call.x), shape, *slots, call["eps"], call.voters))
+
+
+@serves(F.group_norm)
+def _group_norm(mode: Intercept, func, args, kwargs):
+    call = Call(mode, "group_norm", _GROUP_NORM, args, kwargs, "input", "weight", "bias")
+    slots = call.enter(features=call.x.dim() - 1, rows=False) if call.applicable else None
+    if slots is None:
+        return NotImplemented
+    return call.done(group_norm(_as_autocast_would(call.x), call["num_groups"], *slots, call["eps"], call.voters))
+
+
+@serves(F.rms_norm, torch.rms_norm)
+def _rms_norm(mode: Intercept, func, args, kwargs):
+    call = Call(mode, "rms_norm", _RMS_NORM, args, kwargs, "input", "weight")
+    if not call.applicable:
+        return NotImplemented
+    normalised = mode.general(F.rms_norm, (call.x, tuple(call["normalized_shape"]), None, call["eps"]), {})
+    return mode.general(torch.mul, (normalised, call["weight"]), {})
+
+
+@serves(F.instance_norm)
+def _instance_norm(mode: Intercept, func, args, kwargs):
+    call = Call(mode, "instance_norm", _INSTANCE_NORM, args, kwargs, "input", "weight", "bias")
+    if not call.applicable:
+        return NotImplemented
+    if call.x.dim() < 3:
+        raise UnsupportedError(
+            f"instance_norm with parameter {call.served[0].name!r}: its input must be (N, C, *space), got shape "
+            f"{tuple(call.x.shape)}"
+        )
+    names = ("running_mean", "running_var", "use_input_stats", "momentum", "eps")
+    without = {**{name: call[name] for name in names}, "weight": None, "bias": None}
+    return _affine(mode, call, mode.general(F.instance_norm, (call.x,), without))
+
+
+@serves(F.batch_norm)
+def _batch_norm(mode: Intercept, func, args, kwargs):
+    call = Call(mode, "batch_norm", _BATCH_NORM, args, kwargs, "input", "weight", "bias")
+    if not torch.is_grad_enabled():
+        return NotImplemented
+    shared = call["training"] or call["running_mean"] is None
+    if shared and not mode.handle.shares_statistics:
+        names = ", ".join(repr(s.name) for s in call.served)
+        raise UnsupportedError(batch_norm_refusal(f"parameter {names}" if names else "F.batch_norm"))
+    if not call.applicable:
+        return NotImplemented
+    names = ("running_mean", "running_var", "training", "momentum", "eps")
+    without = {**{name: call[name] for name in names}, "weight": None, "bias": None}
+    return _affine(mode, call, mode.general(F.batch_norm, (call.x,), without))
+
+
+def _affine(mode: Intercept, call: Call, y: Tensor) -> Tensor:
+    """y * weight + bias for y (N, C, *space) and parameters (C,), as elementwise operations."""
+    shape = (-1,) + (1,) * (y.dim() - 2)
+    for operation, parameter in ((torch.mul, call["weight"]), (torch.add, call["bias"])):
+        if parameter is not None:
+            y = mode.general(operation, (y, mode.general(torch.Tensor.reshape, (parameter, shape), {})), {})
+    return y
+
+
+def batch_norm_refusal(what: str) -> str:
+    """Why a BatchNorm in train mode cannot be served, and what to do."""
+    return (
+        f"BatchNorm in train mode ({what}) couples the examples of the batch through their shared statistics, so no "
+        "example has a gradient of its own. Call .eval() on the BatchNorm modules or attach(..., "
+        "batch_norm='frozen') for frozen statistics, replace them (htv.replace_batchnorm makes them GroupNorm), or "
+        "attach(..., batch_norm='shared') to let an example's part of the gradients include what passes through the "
+        "shared statistics"
+    )
+
+
+def _as_autocast_would(x: Tensor) -> Tensor:
+    """Autocast runs normalisations in float32 on CUDA, and as they come on the CPU."""
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    return x.float() if half and x.device.type == "cuda" and torch.is_autocast_enabled("cuda") else x

@@ -1,0 +1,151 @@
+"""Products of a parameter with the batch written out: matmul, addmm, einsum and their relatives, as linear layers."""
+
+from __future__ import annotations
+
+import math
+import string
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from htv.layers.call import Operands, behind, serves
+
+if TYPE_CHECKING:
+    from htv.intercept import Intercept
+
+
+def _served_product(mode: Intercept, left: Tensor, right: Tensor) -> bool:
+    operands = Operands(mode, left, right)
+    return operands.meet and not all(operands.derived)
+
+
+@serves(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm, torch.mv, Tensor.mv)
+def _matmul(mode: Intercept, func, args, kwargs):
+    left, right = (*args, *kwargs.values())[:2]
+    if len(args) + len(kwargs) != 2 or not _served_product(mode, left, right):
+        return NotImplemented
+    with mode:
+        return _product(mode, left, right)
+
+
+@serves(Tensor.__rmatmul__)
+def _rmatmul(mode: Intercept, func, args, kwargs):
+    return _matmul(mode, torch.matmul, args[::-1], {})
+
+
+@serves(torch.addmm, Tensor.addmm, torch.baddbmm, Tensor.baddbmm)
+def _addmm(mode: Intercept, func, args, kwargs):
+    addend, left, right = args[:3]
+    if len(args) > 3 or not _served_product(mode, left, right):
+        return NotImplemented
+    beta, alpha = kwargs.get("beta", 1), kwargs.get("alpha", 1)
+    with mode:
+        if beta == alpha == 1 and addend.dim() == 1 and right.dim() == 2 and behind(mode, right):
+            return F.linear(left, right.t(), addend)
+        product = _product(mode, left, right)
+        return (addend if beta == 1 else beta * addend) + (product if alpha == 1 else alpha * product)
+
+
+def _product(mode: Intercept, left: Tensor, right: Tensor) -> Tensor:
+    """left @ right, one of which is derived from served parameters."""
+    if behind(mode, left):
+        left = mode.unexpanded(left, right)
+        if left.dim() == 1:
+            return F.linear(right.mT, left.unsqueeze(0)).squeeze(-1)
+        if left.dim() == 2:
+            return F.linear(right.mT, left).mT if right.dim() > 1 else F.linear(right, left)
+    else:
+        right = mode.unexpanded(right, left)
+        if right.dim() == 1:
+            return F.linear(left, right.unsqueeze(0)).squeeze(-1)
+        if right.dim() == 2:
+            return F.linear(left, right.t())
+    batch = string.ascii_uppercase[: max(left.dim(), right.dim()) - 2]
+    terms = [batch[len(batch) - t.dim() + 2 :] + own for t, own in ((left, "ij"), (right, "jk"))]
+    sizes = dict(zip(batch, torch.broadcast_shapes(left.shape[:-2], right.shape[:-2]), strict=True))
+    operands = [_squeezed(t, term, sizes) for t, term in zip((left, right), terms, strict=True)]
+    return _contract(mode, *map(list, zip(*operands, strict=True)), f"{batch}ik")
+
+
+def _squeezed(tensor: Tensor, term: str, sizes: dict[str, int]) -> tuple[Tensor, str]:
+    """Without the dims along which it is broadcast."""
+    for c in [c for c in term if sizes.get(c, 1) != 1 and tensor.shape[term.index(c)] == 1]:
+        tensor, term = tensor.squeeze(term.index(c)), term.replace(c, "")
+    return tensor, term
+
+
+@serves(torch.einsum)
+def _einsum(mode: Intercept, func, args, kwargs):
+    equation, operands = args[0], list(args[1:])
+    if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
+        operands = list(operands[0])
+    if not isinstance(equation, str) or not Operands(mode, *operands).meet:
+        return NotImplemented
+    terms, result = _parse(equation, operands)
+    if any(len(set(term)) != len(term) for term in terms):
+        return NotImplemented
+    with mode:
+        return _contract(mode, operands, terms, result)
+
+
+def _parse(equation: str, operands: list[Tensor]) -> tuple[list[str], str]:
+    """The operands' and the result's letters, with those of "..." and of a result left out written in."""
+    inputs, arrow, result = equation.replace(" ", "").partition("->")
+    terms = inputs.split(",")
+    spare = [letter for letter in string.ascii_letters if letter not in equation]
+    hidden = max(t.dim() - len(term.replace(".", "")) for t, term in zip(operands, terms, strict=True))
+    dots = "".join(spare[:hidden])
+    if not arrow:
+        once = sorted(c for c in set(inputs) - set(",.") if inputs.count(c) == 1)
+        result = "..." * ("..." in inputs) + "".join(once)
+    own = [dots[hidden - (t.dim() - len(term.replace(".", ""))) :] for t, term in zip(operands, terms, strict=True)]
+    terms = [term.replace("...", "" if t.dim() == len(term.replace(".", "")) else letters)
+             for t, term, letters in zip(operands, terms, own, strict=True)]  # fmt: skip
+    return terms, result.replace("...", dots)
+
+
+def _contract(mode: Intercept, operands: list[Tensor], terms: list[str], result: str) -> Tensor:
+    """An einsum some operand of which is derived from parameters: first its product with one of the batch, and so on."""
+    operands, terms = list(operands), list(terms)
+    while len(operands) > 1:
+        kinds = Operands(mode, *operands)
+        if not kinds.meet:
+            break
+        w = kinds.derived.index(True)
+        shared = lambda i: len(set(terms[i]) & set(terms[w]))
+        x = max((i for i, is_batch in enumerate(kinds.of_batch) if is_batch), key=shared)
+        others = {c for i, term in enumerate(terms) if i not in (w, x) for c in term} | set(result)
+        kept = "".join(dict.fromkeys(c for c in terms[x] + terms[w] if c in others))
+        pair = _pair(operands[x], terms[x], operands[w], terms[w], kept)
+        rest = [i for i in range(len(operands)) if i not in (w, x)]
+        operands, terms = [*(operands[i] for i in rest), pair], [*(terms[i] for i in rest), kept]
+    return torch.einsum(f"{','.join(terms)}->{result}", *operands)
+
+
+def _pair(x: Tensor, x_term: str, w: Tensor, w_term: str, result: str) -> Tensor:
+    """einsum of two operands as a linear layer with weight w, or one for each index both and the result have."""
+    for c in [c for c in x_term if c not in w_term + result]:
+        x, x_term = x.sum(x_term.index(c)), x_term.replace(c, "")
+    for c in [c for c in w_term if c not in x_term + result]:
+        w, w_term = w.sum(w_term.index(c)), w_term.replace(c, "")
+    sizes = dict(zip(x_term + w_term, (*x.shape, *w.shape), strict=True))
+    blocks = [c for c in w_term if c in x_term and c in result]
+    summed = [c for c in w_term if c in x_term and c not in result]
+    made = [c for c in w_term if c not in x_term]
+    rows = [c for c in x_term if c not in w_term]
+    size = lambda letters: math.prod(sizes[c] for c in letters)
+    if not summed:
+        x = x.permute([x_term.index(c) for c in rows + blocks]).reshape(*(sizes[c] for c in rows + blocks), 1)
+        w = w.permute([w_term.index(c) for c in blocks + made]).reshape(*(sizes[c] for c in blocks), size(made))
+        y = x * w
+    else:
+        x = x.permute([x_term.index(c) for c in rows + blocks + summed])
+        x = x.reshape(*(sizes[c] for c in rows), size(blocks), size(summed))
+        w = w.permute([w_term.index(c) for c in blocks + made + summed])
+        w = w.reshape(size(blocks), size(made), size(summed))
+        y = torch.stack([F.linear(x.select(-2, b), w[b]) for b in range(size(blocks))], -2)
+    y = y.reshape(*(sizes[c] for c in rows + blocks + made))
+    order = rows + blocks + made
+    return y.permute([order.index(c) for c in result])
