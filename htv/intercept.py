@@ -311,6 +311,8 @@ class Intercept(TorchFunctionMode):
         if not derived:
             return PLAIN
         tensor, mark = derived[0]
+        if output is tensor and not _in_place(op.func):  # x.to(...) of what is so already
+            return mark
         if op.name in layout.EXPANDING or _only_copies(op.name, op.args, op.kwargs):
             return Derived(mark.parameters, mark.source, mark.origin)
         if op.name in layout.PERMUTING and mark.source is not tensor and mark.source.dim() == tensor.dim():

@@ -56,8 +56,10 @@ class _Conv(torch.autograd.Function):
         geometry, voters, needs = ctx.geometry, ctx.voters, ctx.needs_input_grad
         with full_precision(grad.device):
             x_like = x.to(grad.dtype)
-            grad_weight = weight_slot.grad(lambda: ConvFactors(x_like, grad, ctx.kernel, geometry, voters), needs[1])
-            grad_bias = bias_slot.grad(lambda: _bias_factors(grad, voters), needs[2])
+            kernel = ctx.kernel
+            make = lambda x, grad: ConvFactors(x, grad, kernel, geometry, voters)
+            grad_weight = weight_slot.grad(needs[1], make, x_like, grad)
+            grad_bias = bias_slot.grad(needs[2], lambda grad: _bias_factors(grad, voters), grad)
             grad_x = _grad_input(grad, x_like, weight.to(grad.dtype), geometry).to(x.dtype) if needs[0] else None
         return grad_x, grad_weight, grad_bias, *ctx.unused
 
@@ -95,8 +97,10 @@ class _ConvTranspose(torch.autograd.Function):
         geometry, voters, needs = ctx.geometry, ctx.voters, ctx.needs_input_grad
         with full_precision(grad.device):
             x_like = x.to(grad.dtype)
-            grad_weight = weight_slot.grad(lambda: ConvFactors(grad, x_like, ctx.kernel, geometry, voters), needs[1])
-            grad_bias = bias_slot.grad(lambda: _bias_factors(grad, voters), needs[2])
+            kernel = ctx.kernel
+            make = lambda x, grad: ConvFactors(grad, x, kernel, geometry, voters)
+            grad_weight = weight_slot.grad(needs[1], make, x_like, grad)
+            grad_bias = bias_slot.grad(needs[2], lambda grad: _bias_factors(grad, voters), grad)
             grad_x = None
             if needs[0]:
                 function = (F.conv1d, F.conv2d, F.conv3d)[grad.dim() - 3]

@@ -98,7 +98,8 @@ class DerivedTensor:
     def record_by_unit(self, grad: Tensor, voters: Voters) -> None:
         """Record the gradient of a source of which every unit has its own part, where `voters` says. Needs an origin."""
         for number, (sink, p) in enumerate(zip(self.sinks, self.parameters, strict=True)):
-            sink.record(lambda number=number, p=p: self.origin.factors(number, grad, voters, p))
+            if sink.wanted():
+                sink.record(self.origin.factors(number, grad, voters, p))
 
     def _adapt(self, number: int) -> Callable[[Factors], Factors]:
         """From factors of the source to factors of one parameter."""

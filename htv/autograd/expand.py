@@ -42,18 +42,19 @@ class _Expand(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        slot, voters = ctx.slot, ctx.voters
+        slot, voters, shape = ctx.slot, ctx.voters, tuple(ctx.slot.value.shape)
         with full_precision(grad.device):
-            slot.record(lambda: StackedFactors(_contributions(grad.to(slot.value.dtype), slot.value, voters)))
+            make = lambda grad: StackedFactors(_contributions(grad, shape, voters))
+            slot.record(make, grad.to(slot.value.dtype))
         return ctx.unused
 
 
-def _contributions(grad: Tensor, source: Tensor, voters: Voters) -> Tensor:
-    """(E, *source.shape)"""
+def _contributions(grad: Tensor, shape: tuple[int, ...], voters: Voters) -> Tensor:
+    """(E, *shape) to a tensor of that shape, from the gradient of its copies."""
     if voters.rows_vote:
-        return voters.rows(grad, source.dim()) if source.dim() < grad.dim() else voters.front(grad)
+        return voters.rows(grad, len(shape)) if len(shape) < grad.dim() else voters.front(grad)
     summed = voters.along(grad.to(compute_dtype(grad.dtype)))
-    return summed.reshape(len(summed), *source.shape)
+    return summed.reshape(len(summed), *shape)
 
 
 def per_unit(derived: DerivedTensor, voters: Voters) -> Tensor:

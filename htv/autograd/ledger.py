@@ -96,7 +96,7 @@ class Ledger:
         if owner is not None:  # else the model is gone, but not its graph
             owner.guard()
 
-    def record(self, factors: Callable[[], Factors], born: int = -1) -> None:
+    def record(self, factors: Factors, born: int = -1) -> None:
         """Add the contributions of one use. What an interrupted backward left behind is dropped.
 
         born:  the backward pass in which the use's forward ran, -1 for none: then this pass runs inside that one.
@@ -111,7 +111,7 @@ class Ledger:
         self._refuse_reentry(current, born)
         if current != self._pass:
             self._parts, self._pass = [], current
-        self._parts.append(factors())
+        self._parts.append(factors)
 
     def _refuse_reentry(self, current: int, born: int) -> None:
         """One outermost backward may apply the rule to a parameter once."""
@@ -192,11 +192,9 @@ class Sink:
         except RuntimeError:  # torch does not tell here: record, and the hub decides
             return True
 
-    def record(self, factors: Callable[[], Factors]) -> None:
-        """In backward: record factors if this pass wants the parameter's gradient."""
-        if self.wanted():
-            adapt = self._adapt
-            self.ledger.record(factors if adapt is None else lambda: adapt(factors()), self._born)
+    def record(self, factors: Factors) -> None:
+        """In backward: record factors of what the layer computes with."""
+        self.ledger.record(factors if self._adapt is None else self._adapt(factors), self._born)
 
 
 class Slot:
@@ -217,18 +215,22 @@ class Slot:
     def is_served(self) -> bool:
         return self.sinks is not None
 
-    def record(self, factors: Callable[[], Factors]) -> None:
-        """In backward: record the factors of what is served, if this pass wants a gradient of it."""
-        wanted = [sink for sink in self.sinks if sink.wanted()]
-        if len(wanted) > 1:
-            made = factors()
-            factors = lambda: made
-        for sink in wanted:
-            sink.record(factors)
+    def record(self, make: Callable[..., Factors], *tensors: Tensor) -> None:
+        """In backward: record the factors made of some tensors, if this pass wants a gradient of what is served.
 
-    def grad(self, factors: Callable[[], Factors], needed: bool) -> Tensor | None:
+        make holds no tensors itself, so that what is recorded is known by them.
+        """
+        wanted = [sink for sink in self.sinks if sink.wanted()]
+        if wanted:
+            for sink in wanted:
+                sink.ledger.guard()
+            factors = make(*tensors)
+            for sink in wanted:
+                sink.record(factors)
+
+    def grad(self, needed: bool, make: Callable[..., Factors], *tensors: Tensor) -> Tensor | None:
         """In backward: record the factors if served (no gradient here), else the plain gradient if needed."""
         if self.is_served:
-            self.record(factors)
+            self.record(make, *tensors)
             return None
-        return factors().total() if needed else None
+        return make(*tensors).total() if needed else None

@@ -34,13 +34,13 @@ class _Linear(torch.autograd.Function):
         weight_slot, bias_slot = ctx.slots
         voters, needs = ctx.voters, ctx.needs_input_grad
 
-        def weight_factors() -> LinearFactors:
+        def weight_factors(x: Tensor, grad: Tensor) -> LinearFactors:
             rows, bounds = voters.grad_rows(grad)
             return LinearFactors(voters.rows(x.to(grad.dtype)), rows, bounds)
 
         with full_precision(grad.device):
-            grad_weight = weight_slot.grad(weight_factors, needs[1])
-            grad_bias = bias_slot.grad(lambda: bias_factors(grad, voters), needs[2])
+            grad_weight = weight_slot.grad(needs[1], weight_factors, x, grad)
+            grad_bias = bias_slot.grad(needs[2], lambda grad: bias_factors(grad, voters), grad)
             grad_x = (grad @ weight.to(grad.dtype)).to(ctx.x_dtype) if needs[0] else None
         return grad_x, grad_weight, grad_bias, *ctx.unused
 
@@ -68,13 +68,13 @@ class _Bilinear(torch.autograd.Function):
         weight_slot, bias_slot = ctx.slots
         voters, needs = ctx.voters, ctx.needs_input_grad
 
-        def weight_factors() -> BilinearFactors:
+        def weight_factors(left: Tensor, right: Tensor, grad: Tensor) -> BilinearFactors:
             rows, bounds = voters.grad_rows(grad)
             return BilinearFactors(voters.rows(left.to(grad.dtype)), voters.rows(right.to(grad.dtype)), rows, bounds)
 
         with full_precision(grad.device):
-            grad_weight = weight_slot.grad(weight_factors, needs[2])
-            grad_bias = bias_slot.grad(lambda: bias_factors(grad, voters), needs[3])
+            grad_weight = weight_slot.grad(needs[2], weight_factors, left, right, grad)
+            grad_bias = bias_slot.grad(needs[3], lambda grad: bias_factors(grad, voters), grad)
             mixed = "...o,oij,...j->...i", "...o,oij,...i->...j"
             others = right, left
             grad_left, grad_right = (

@@ -45,12 +45,11 @@ class _LayerNorm(torch.autograd.Function):
         shape, voters = ctx.shape, ctx.voters
 
         def rows(t: Tensor) -> Tensor:
-            """(*rest, *shape) -> (S, *rest of rest, prod(shape)); the batch's dim in front. For mean and rstd (..., 1)."""
+            """(*rest, *shape) -> (S, ..., prod(shape)), the batch's dim in front; (S, ..., 1) of mean and rstd."""
             return t.flatten(t.dim() - len(shape)).movedim(voters.dim, 0)
 
         with full_precision(grad.device):
-            normalised = _Normalised(rows(x), rows(mean), rows(rstd), rows(grad))
-            grads = _affine_grads(ctx, normalised, shape)
+            grads = _affine_grads(ctx, shape, *map(rows, (x, mean, rstd, grad)))
             grad_x = None
             if ctx.needs_input_grad[0]:
                 grad_x, _, _ = torch.ops.aten.native_layer_norm_backward(
@@ -89,8 +88,7 @@ class _GroupNorm(torch.autograd.Function):
             mean_c, rstd_c = (t.repeat_interleave(per_channel, dim=1).unsqueeze(2) for t in (mean, rstd))
             x_flat, grad_flat = x.reshape(n, channels, space), grad.reshape(n, channels, space)
             of_rows = (t.transpose(1, 2) for t in (x_flat, mean_c, rstd_c, grad_flat))  # (S, space, C)
-            normalised = _Normalised(*of_rows)
-            grads = _affine_grads(ctx, normalised, (channels,))
+            grads = _affine_grads(ctx, (channels,), *of_rows)
             grad_x = None
             if ctx.needs_input_grad[0]:
                 grad_x, _, _ = torch.ops.aten.native_group_norm_backward(
@@ -120,13 +118,15 @@ class _Normalised:
         return voters.sums(joined) if voters.rows_vote else voters.along(joined, dim=0)
 
 
-def _affine_grads(ctx, normalised: _Normalised, shape: tuple[int, ...]) -> tuple[Tensor | None, Tensor | None]:
-    weight_slot, bias_slot = ctx.slots
+def _affine_grads(ctx, shape: tuple[int, ...], *tensors: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of scale and shift, of that shape, or None where they are recorded. tensors: of `_Normalised`."""
+    voters = ctx.voters
 
-    def stack(combine) -> StackedFactors:
-        stacked = normalised.stacked(combine, ctx.voters)
-        return StackedFactors(stacked.reshape(len(stacked), *shape))
+    def grad(index: int, combine: Callable[[Tensor, Tensor], Tensor]) -> Tensor | None:
+        def factors(*tensors: Tensor) -> StackedFactors:
+            stacked = _Normalised(*tensors).stacked(combine, voters)
+            return StackedFactors(stacked.reshape(len(stacked), *shape))
 
-    grad_weight = weight_slot.grad(lambda: stack(lambda grad, x_hat: grad * x_hat), ctx.needs_input_grad[1])
-    grad_bias = bias_slot.grad(lambda: stack(lambda grad, x_hat: grad), ctx.needs_input_grad[2])
-    return grad_weight, grad_bias
+        return ctx.slots[index].grad(ctx.needs_input_grad[1 + index], factors, *tensors)
+
+    return grad(0, lambda grad, x_hat: grad * x_hat), grad(1, lambda grad, x_hat: grad)

@@ -103,7 +103,9 @@ def _picked(mode: Intercept, func, args, kwargs):
     ids = args[1] if len(args) == 2 else args[2] if args[1] == 0 and args[2].dim() == 1 else None
     if isinstance(ids, tuple) and len(ids) == 1:
         (ids,) = ids
-    integers = isinstance(ids, Tensor) and ids.dtype not in (torch.bool, torch.uint8) and ids.dim() > 0
+    integers = isinstance(ids, Tensor) and ids.dtype not in (torch.bool, torch.uint8)
+    if integers and ids.dim() == 0 and func is Tensor.__getitem__:  # which expert, say: one slice for all
+        return mode.general(func, (table, int(ids)), {})
     if not integers or not isinstance(mode.mark(ids), Place):
         return NotImplemented
     with mode:
