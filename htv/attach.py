@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from htv import layers
+from htv.autograd.accumulation import MicroBatches, refuse_unless_streaming
 from htv.autograd.ledger import Passes
 from htv.errors import UnsupportedError
 from htv.groups import Groups
@@ -236,7 +237,7 @@ class Handle:
         self._spec: Voting | None = None  # who votes, while a block of groups() or packed() is open
         self._last_spec = self._spec
         self._specs: list[Voting | None] = []  # since the last backward; at most two different ones
-        self._differentiated = False
+        self._differentiated = self._accumulates = False
         self._thread = threading.local()  # .running: whether a forward is under way in this thread
         self.passes = Passes()
         parameters = dict(model.named_parameters())
@@ -322,6 +323,38 @@ class Handle:
         finally:
             self._spec = None
 
+    @contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """Let the groups of all backwards inside the block vote together, as if they were one large batch.
+
+        Inside, served parameters get no gradient; the block's end adds the aggregated one to `.grad`, ready for clipping
+        and the optimizer. Divide the loss by the number of micro-batches, as for plain accumulation. If the block raises,
+        what it gathered is dropped. Hooks on served parameters do not run for what the block adds.
+
+        Exact for streaming rules (masks, sums). Median, TrimmedMean and WinsorizedMean need all contributions at once and
+        are refused; MedianOfMeans(k) takes k micro-batches of equally many groups as its buckets.
+
+        Raises ValueError for such a rule or a group id that occurs in two micro-batches, RuntimeError for nested blocks
+        and for torch.autograd.grad() inside.
+        """
+        if self._accumulates:
+            raise RuntimeError("accumulate() blocks cannot be nested")
+        for served in self._served.values():
+            refuse_unless_streaming(served.rule, served.name)
+        batches = MicroBatches()
+        for served in self._served.values():
+            served.accumulate(batches)
+        self._accumulates = True
+        try:
+            yield
+            with torch.no_grad():
+                for served, grad in [(s, s.accumulation.result()) for s in self._served.values()]:
+                    served.add_accumulated(grad)
+        finally:
+            self._accumulates = False
+            for served in self._served.values():
+                served.accumulate(None)
+
     def stats(self) -> dict[str, Agreement]:
         """Per parameter, `kept_fraction`, `mean_agreement` and `m_coherence` of its last backward.
 
@@ -380,8 +413,9 @@ class Handle:
         groups = self._groups(inputs)
         for served in self._served.values():
             served.watch()
-        for rule in {served.rule for served in self._served.values()} if not groups.rows_vote else ():
-            rule.statistic(groups.count)  # refuse too few groups before anything runs
+        if not groups.rows_vote and not self._accumulates:
+            for rule in {served.rule for served in self._served.values()}:
+                rule.statistic(groups.count)  # refuse too few groups before anything runs
         self._thread.running = True
         try:
             with Intercept(self, groups, inputs), forward.frozen_statistics():

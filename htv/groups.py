@@ -63,6 +63,7 @@ class Groups:
     order:      (N,) int64, the units sorted by group, or None where they already are.
     keys:       (E,) the caller's ids, or None where groups are numbered as they come; of packed sequences, the numbers of
                 those with rows, or None where all have some.
+    named:      whether the keys are ids the caller gave.
     home:       where the units are in the model's inputs.
     weights:    (E,) float64, what each group's contributions are multiplied by, or None for 1.
     rows_vote:  every row a layer sees is a group of its own, whatever its unit.
@@ -73,6 +74,7 @@ class Groups:
     offsets: Tensor
     order: Tensor | None = None
     keys: Tensor | None = None
+    named: bool = False
     home: Place = Place(0)
     weights: Tensor | None = None
     rows_vote: bool = False
@@ -107,7 +109,7 @@ class Groups:
         keys, inverse, sizes = ids.unique(return_inverse=True, return_counts=True)
         order = None if bool((inverse[1:] >= inverse[:-1]).all()) else inverse.argsort(stable=True)
         weights = None if weight == "size" else num_units / (len(sizes) * sizes.cpu().double())
-        return Groups(num_units, _offsets(sizes), order, keys.cpu(), Place(dim), weights)
+        return Groups(num_units, _offsets(sizes), order, keys.cpu(), True, Place(dim), weights)
 
     @staticmethod
     def packed(cu_seqlens: Tensor | list[int], num_units: int, dim: int = 0, weight: str = "size") -> Groups:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from htv.autograd.accumulation import Accumulation, MicroBatches
 from htv.autograd.ledger import Hub, Ledger, Owner, Sink
 from htv.groups import Groups
 from htv.ops.aggregate import Agreement
@@ -65,14 +66,24 @@ class Served(Owner):
     def observe(self, agreement: Agreement) -> None:
         self.agreement = agreement
 
-    def deliver(self, grad: Tensor) -> None:
+    def deliver(self, grad: Tensor | None) -> None:
         # No reference is kept: autograd may then take the tensor for .grad without a copy.
         current = torch._C._current_graph_task_id()
         if self._delivered is not None and self._delivered[0] == current:
             self._twice = current
-        self._delivered = (current, grad.data_ptr(), grad._version)
+        self._delivered = None if grad is None else (current, grad.data_ptr(), grad._version)
         self._hub = None
         self.handle.settled()
+
+    def accumulate(self, batches: MicroBatches | None) -> None:
+        """From now on gather contributions over several backward passes; None: no longer, and drop what was gathered."""
+        self.accumulation = None if batches is None else Accumulation(self.rule, batches)
+
+    def add_accumulated(self, grad: Tensor | None) -> None:
+        """Put the aggregated gradient of an accumulation where backward() would."""
+        if grad is not None:
+            grad = grad.to(self.parameter.dtype)
+            self.parameter.grad = grad if self.parameter.grad is None else self.parameter.grad + grad
 
     def _check_gradient(self, grad: Tensor | None) -> None:
         if grad is None or self.refusal is not None:

@@ -18,6 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from htv.autograd.accumulation import Accumulation
 from htv.groups import Groups
 from htv.ops import aggregate
 from htv.ops.aggregate import Agreement
@@ -58,20 +59,22 @@ class Passes:
 class Owner:
     """Whose contributions a ledger gathers: one parameter, with what its ledgers have in common.
 
-    name:     of the parameter.
-    passes:   shared by all parameters of a handle.
-    settled:  the passes this parameter's rule was applied in, as long as they matter.
+    name:          of the parameter.
+    passes:        shared by all parameters of a handle.
+    settled:       the passes this parameter's rule was applied in, as long as they matter.
+    accumulation:  where contributions are gathered over several backward passes, or None.
     """
 
     name: str
     passes: Passes
     settled: set[int]
+    accumulation: Accumulation | None = None
 
     def guard(self) -> None:
         """Called before anything is recorded; raises if the handle is gone."""
 
-    def deliver(self, grad: Tensor) -> None:
-        """Called with the aggregated gradient just before the hub hands it to autograd."""
+    def deliver(self, grad: Tensor | None) -> None:
+        """Called with the aggregated gradient just before the hub hands it to autograd; None where it accumulates."""
 
     def observe(self, agreement: Agreement) -> None:
         """Called with the parameter's `Agreement` where the ledger collects it."""
@@ -130,8 +133,11 @@ class Ledger:
                 "Call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
             )
 
-    def settle(self, parameter: Tensor) -> Tensor | None:
-        """The aggregated gradient of what this pass recorded, or None if nothing was."""
+    def settle(self, parameter: Tensor, gradient_node) -> Tensor | None:
+        """The aggregated gradient of what this pass recorded, or None if nothing was, or the owner accumulates it.
+
+        gradient_node: where autograd takes the gradient next.
+        """
         self.guard()
         parts, self._parts = self._parts, []
         current = torch._C._current_graph_task_id()
@@ -140,13 +146,28 @@ class Ledger:
         owner = self._owner()
         if self.observes and owner is not None:
             owner.observe(aggregate.agreement(parts, self.rule))
-        grad = aggregate.aggregate(parts, self.rule).to(parameter.dtype)
+        accumulation = None if owner is None else owner.accumulation
+        if accumulation is None:
+            grad = aggregate.aggregate(parts, self.rule).to(parameter.dtype)
+        else:
+            _refuse_autograd_grad(gradient_node)
+            grad = accumulation.add(current, parts, self.groups)
         if owner is not None:
             if not owner.passes:
                 owner.settled.clear()
             owner.settled.add(current)
             owner.deliver(grad)
         return grad
+
+
+def _refuse_autograd_grad(gradient_node) -> None:
+    try:
+        torch._C._will_engine_execute_node(gradient_node)
+    except RuntimeError:  # torch tells of leaves only in backward()
+        raise RuntimeError(
+            "torch.autograd.grad() inside accumulate() would return no gradient, for rules are applied at the block's "
+            "end: call backward() there"
+        ) from None
 
 
 class Hub(torch.autograd.Function):
@@ -162,7 +183,7 @@ class Hub(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, _):
         with full_precision(ctx.parameter.device):
-            return ctx.ledger.settle(ctx.parameter), None
+            return ctx.ledger.settle(ctx.parameter, ctx.next_functions[0][0]), None
 
 
 def full_precision(device: torch.device) -> torch.autocast:

@@ -3,6 +3,7 @@ wherever no kernel serves. Runs on any device and in float64."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -61,6 +62,13 @@ class Summary:
             (values - values.mean(dim=0)).square().sum(dim=0) if name == "sand_mask" else None,
             (values.abs() + LOG_OFFSET).log().sum(dim=0) if name == "geometric_mean" else None,
         )
+
+    @staticmethod
+    def of_zeros(count: int, like: Summary) -> Summary:
+        """Of that many groups that contribute nothing anywhere."""
+        zeros = torch.zeros_like(like.total)
+        logs = None if like.logs is None else torch.full_like(zeros, count * math.log(LOG_OFFSET))
+        return Summary(count, zeros, zeros, None if like.spread is None else zeros, logs)
 
     def __add__(self, other: Summary) -> Summary:
         count, spread, logs = self.count + other.count, None, None

@@ -1,0 +1,120 @@
+"""One vote over several micro-batches: streaming rules add up what they need to know, and are applied once at the end.
+
+The groups of all micro-batches of a block stand beside each other, as those of one large batch would.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from htv.groups import Groups
+from htv.ops import aggregate, functional, reference
+from htv.ops.factors import Factors
+from htv.ops.reference import Summary
+from htv.rules import MedianOfMeans, Rule, Statistic
+
+
+MANY = 1 << 30  # groups: what a statistic needs to know of contributions does not depend on how many there are
+
+
+def refuse_unless_streaming(rule: Rule, name: str) -> None:
+    """Raise for rules that need the contributions of all micro-batches at once."""
+    if not rule.streaming and not isinstance(rule, MedianOfMeans):
+        raise ValueError(
+            f"{rule}, the rule of parameter {name!r}, needs all contributions at once and cannot be accumulated over "
+            "micro-batches. Remedy: MedianOfMeans(k) with k micro-batches in the block, each of which is a bucket"
+        )
+
+
+class MicroBatches:
+    """The backward passes of one block and who voted in them.
+
+    count:  E, the number of groups of all of them.
+    """
+
+    def __init__(self) -> None:
+        self._groups: dict[int, Groups] = {}
+
+    @property
+    def count(self) -> int:
+        return sum(groups.count for groups in self._groups.values())
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def note(self, task: int, groups: Groups) -> None:
+        """A backward pass brings contributions of these groups."""
+        if task in self._groups:
+            if not self._groups[task].same_voters(groups):
+                raise RuntimeError("one backward inside accumulate() joins two forwards with different groups")
+            return
+        if groups.rows_vote:
+            raise ValueError("accumulate() cannot be joined with tokens(): let examples vote, or call it without")
+        for other in self._groups.values():
+            if groups.named and other.named and bool(torch.isin(groups.keys, other.keys).any()):
+                raise ValueError(
+                    "a group id occurs in two micro-batches of one accumulate() block: the rows of a group must be in "
+                    "one micro-batch, for its vote to be counted once. Give the groups of every micro-batch ids of "
+                    "their own"
+                )
+            if groups.weights is not None and groups.num_units * other.count != other.num_units * groups.count:
+                raise ValueError(
+                    "weight='equal' inside accumulate() needs the same number of examples per group in every "
+                    f"micro-batch on average, got {other.num_units}/{other.count} and {groups.num_units}/{groups.count}"
+                )
+        self._groups[task] = groups
+
+
+class Accumulation:
+    """What is known so far of one parameter's contributions in a block.
+
+    Takes the parameter's size once for the sum and once for each further field of `Summary` the rule needs; k times for
+    MedianOfMeans(k).
+    """
+
+    def __init__(self, rule: Rule, batches: MicroBatches):
+        self.rule, self.batches = rule, batches
+        self._summary: Summary | None = None
+        self._means: list[Tensor] = []
+        self._tasks: set[int] = set()
+
+    def add(self, task: int, parts: list[Factors], groups: Groups) -> None:
+        """The contributions of one backward pass."""
+        self.batches.note(task, groups)
+        if task in self._tasks:
+            raise RuntimeError(
+                "one backward inside accumulate() brought contributions to a parameter twice: call backward() once "
+                "per forward"
+            )
+        self._tasks.add(task)
+        if isinstance(self.rule, MedianOfMeans):
+            self._means.append(sum(part.total().to(part.dtype) for part in parts) / groups.count)
+            return
+        summary = aggregate.summarise(parts, self.rule.statistic(MANY))
+        self._summary = summary if self._summary is None else self._summary + summary
+
+    def result(self) -> Tensor | None:
+        """The aggregated gradient of all micro-batches, or None if the parameter was in none of them."""
+        if self._means:
+            return self._median_of_means()
+        if self._summary is None:
+            return None
+        missing = self.batches.count - self._summary.count  # micro-batches that did not reach the parameter
+        statistic = self.rule.statistic(self.batches.count)
+        summary = self._summary
+        if missing:
+            summary = summary + Summary.of_zeros(missing, summary)
+        value, mask_sum = reference.finish(summary, statistic)
+        return functional.normalise(value * self.batches.count, mask_sum, statistic)
+
+    def _median_of_means(self) -> Tensor:
+        batches, buckets = len(self.batches), self.rule.k
+        if batches != buckets or self.batches.count % buckets:
+            raise RuntimeError(
+                f"{self.rule} over an accumulate() block needs {buckets} micro-batches, its buckets, with equally many "
+                f"groups, but the block had {batches} with {self.batches.count} groups in all"
+            )
+        means = [*self._means, *[torch.zeros_like(self._means[0])] * (buckets - len(self._means))]
+        value, _ = functional.stacked(torch.stack(means), Statistic("median"))
+        return value * self.batches.count

@@ -1,0 +1,151 @@
+"""Micro-batches inside `handle.accumulate()` vote as one large batch does."""
+
+import pytest
+import torch
+from torch import nn
+
+import htv
+from models import mlp
+from oracles import RULES, by_name
+from test_attach import Module
+
+STREAMING = [rule for rule in RULES if rule.streaming]
+ORDER = [rule for rule in RULES if not rule.streaming and not isinstance(rule, htv.MedianOfMeans)]
+
+
+def gradients(model):
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def large_batch(model, x, rule, ids=None):
+    model.zero_grad()
+    with htv.attach(model, rule) as handle:
+        with handle.groups(torch.arange(len(x)) if ids is None else ids):
+            loss = model(x).square().sum() / len(x)
+        loss.backward()
+    found = gradients(model)
+    model.zero_grad()
+    return found
+
+
+def accumulated(model, x, rule, sizes, ids=None):
+    """One block of micro-batches of these sizes."""
+    ids = torch.arange(len(x)) if ids is None else ids
+    with htv.attach(model, rule) as handle:
+        with handle.accumulate():
+            for part, own in zip(x.split(sizes), ids.split(sizes), strict=True):
+                with handle.groups(own):
+                    (model(part).square().sum() / len(x)).backward()
+                assert all(p.grad is None for p in model.parameters())
+    return gradients(model)
+
+
+def require_equal(found, expected):
+    assert found.keys() == expected.keys()
+    for name, grad in expected.items():
+        torch.testing.assert_close(found[name], grad, rtol=1e-9, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("rule", STREAMING, **by_name)
+@pytest.mark.parametrize("sizes", [[4, 4, 4], [1, 6, 2, 3], [12]], ids=str)
+def test_streaming_rules_equal_one_large_batch(rule, sizes):
+    model, x = mlp().double(), torch.randn(12, 12).double()
+    require_equal(accumulated(model, x, rule, sizes), large_batch(model, x, rule))
+
+
+def test_groups_of_several_examples():
+    model, x = mlp().double(), torch.randn(12, 12).double()
+    ids = torch.tensor([3, 1, 3, 1, 7, 7, 5, 5, 9, 5, 9, 9])
+    rule = htv.AndMask(0.5)
+    require_equal(accumulated(model, x, rule, [6, 6], ids), large_batch(model, x, rule, ids))
+
+
+def test_median_of_means_takes_micro_batches_as_buckets():
+    model, x, rule = mlp().double(), torch.randn(12, 12).double(), htv.MedianOfMeans(3)
+    require_equal(accumulated(model, x, rule, [4, 4, 4]), large_batch(model, x, rule))
+    with pytest.raises(RuntimeError, match="needs 3 micro-batches"):
+        accumulated(model, x, rule, [6, 6])
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_parameter_that_some_micro_batches_do_not_reach():
+    """Its groups there count as such that contribute nothing."""
+    experts = lambda m, x: m.a(x) if bool((x[:, 0] > 0).all()) else m.b(x)
+    model = Module(experts, a=nn.Linear(3, 2), b=nn.Linear(3, 2)).double()
+    x = torch.randn(9, 3).double()
+    x[:4, 0], x[4:, 0] = x[:4, 0].abs(), -x[4:, 0].abs()
+    both = lambda m, x: torch.where(x[:, :1] > 0, m.a(x), m.b(x))
+    for rule in (htv.AndMask(0.3), htv.GeometricMean(0.3), htv.SandMask(0.3, 0.5)):
+        found = accumulated(model, x, rule, [4, 5])
+        model.function = both
+        require_equal(found, large_batch(model, x, rule))
+        model.function = experts
+        model.zero_grad()
+
+
+@pytest.mark.parametrize("rule", ORDER, **by_name)
+def test_order_rules_are_refused_and_name_median_of_means(rule):
+    with htv.attach(mlp(), rule) as handle:
+        with pytest.raises(ValueError, match=r"'0.weight'.*MedianOfMeans\(k\)"), handle.accumulate():
+            pass
+
+
+def test_what_was_in_grad_before_stays():
+    model, x = nn.Linear(3, 2), torch.randn(6, 3)
+    expected = large_batch(model, x, htv.AndMask(0.4))
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    found = accumulated_over(model, x, htv.AndMask(0.4))
+    for name, grad in expected.items():
+        torch.testing.assert_close(found[name], grad + 1)
+
+
+def accumulated_over(model, x, rule):
+    with htv.attach(model, rule) as handle, handle.accumulate():
+        for part in x.split(2):
+            (model(part).square().sum() / len(x)).backward()
+    return gradients(model)
+
+
+def test_a_block_that_raises_leaves_nothing_behind():
+    model, x = mlp(), torch.randn(6, 12)
+    with htv.attach(model, htv.AndMask(0.4)) as handle:
+        with pytest.raises(ZeroDivisionError), handle.accumulate():
+            model(x).sum().backward()
+            raise ZeroDivisionError
+        assert all(p.grad is None for p in model.parameters())
+        model(x).square().sum().backward()
+        found = gradients(model)
+        model.zero_grad()
+        with handle.accumulate():
+            model(x).square().sum().backward()
+    for name, grad in gradients(model).items():
+        torch.testing.assert_close(grad, found[name])
+
+
+def test_misuse_is_refused():
+    model, x = mlp(), torch.randn(6, 12)
+    with htv.attach(model, htv.AndMask(0.4)) as handle:
+        with pytest.raises(RuntimeError, match="nested"), handle.accumulate(), handle.accumulate():
+            pass
+        with pytest.raises(RuntimeError, match="call backward"), handle.accumulate():
+            torch.autograd.grad(model(x).sum(), list(model.parameters()))
+        with pytest.raises(ValueError, match="id occurs in two micro-batches"), handle.accumulate():
+            for _ in range(2):
+                with handle.groups(torch.arange(6)):
+                    model(x).sum().backward()
+        with pytest.raises(ValueError, match="tokens"), handle.accumulate(), handle.tokens():
+            model(x).sum().backward()
+        with pytest.raises(ValueError, match="same number of examples per group"), handle.accumulate():
+            for ids in (torch.arange(6), torch.tensor([7, 7, 7, 8, 8, 9])):
+                with handle.groups(ids, weight="equal"):
+                    model(x).sum().backward()
+
+
+def test_excluded_parameters_accumulate_plainly():
+    model, x = nn.Linear(3, 2), torch.randn(6, 3)
+    plain = torch.autograd.grad(model(x).sum(), model.bias)[0]
+    with htv.attach(model, htv.AndMask(0.4), exclude="bias") as handle, handle.accumulate():
+        for part in x.split(2):
+            model(part).sum().backward()
+    torch.testing.assert_close(model.bias.grad, plain)
