@@ -1,0 +1,213 @@
+"""Who votes: examples in any dim, groups with weights, packed sequences, single tokens, padding."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_attach import Module
+from torch import nn
+
+import htv
+from htv.check import aggregated, one_group_at_a_time
+from models import LanguageModel, mlp
+from oracles import by_name
+
+RULES = [htv.Mean(), htv.AndMask(0.4), htv.AndMask(0.4, rescale=True), htv.Median(), htv.WinsorizedMean(1)]
+
+
+def require(model, contributions, rule):
+    """Every .grad is the aggregate of these contributions, name -> (E, *shape)."""
+    for name, p in model.named_parameters():
+        expected = aggregated(contributions[name], rule)
+        found = p.grad
+        if name.endswith("in_proj_bias"):  # the keys' part has no gradient but rounding, whose sign means nothing
+            if getattr(rule, "rescale", False):
+                continue
+            found, expected = (torch.cat([t[: len(t) // 3], t[2 * len(t) // 3 :]]) for t in (found, expected))
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def per_group(model, loss_of_group, count):
+    return one_group_at_a_time(loss_of_group, dict(model.named_parameters()), count)
+
+
+@pytest.mark.parametrize("rule", RULES, **by_name)
+def test_environments_whose_means_count_once(rule):
+    model, x = mlp().double(), torch.randn(9, 12).double()
+    ids = torch.tensor([5, 2, 2, 5, 2, 2, 2, 0, 0])
+    loss = lambda rows: (model(x[rows]) - 1).square().sum(1)
+    means = per_group(model, lambda e: loss(ids == (0, 2, 5)[e]).mean(), 3)
+    with htv.attach(model, rule) as handle:
+        with handle.groups(ids, weight="equal"):
+            value = loss(slice(None)).mean()
+        value.backward()
+    # Mean() is the gradient of the mean of the environments' means.
+    require(model, {name: c / 3 for name, c in means.items()}, rule)
+
+
+@pytest.mark.parametrize("rule", RULES, **by_name)
+def test_packed_sequences_whose_means_count_once(rule):
+    model, x = nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 3)).double(), torch.randn(7, 4).double()
+    bounds = [0, 1, 5, 5, 7]
+    loss = lambda rows: model(x[rows]).square().sum(1)
+    means = per_group(model, lambda e: loss(slice(*((0, 1), (1, 5), (5, 7))[e])).mean(), 3)
+    for lead in ((7,), (1, 7)):
+        model.zero_grad()
+        with htv.attach(model, rule) as handle:
+            with handle.packed(torch.tensor(bounds), weight="equal"):
+                value = model(x.reshape(*lead, 4)).square().sum() / 7
+            value.backward()
+        require(model, {name: c / 3 for name, c in means.items()}, rule)
+
+
+def test_weights_reach_every_kind_of_layer():
+    model = Module(
+        lambda m, ids: m.out(m.conv((m.e(ids) + m.p).transpose(1, 2)).transpose(1, 2) * m.s).flatten(1),
+        e=nn.Embedding(6, 4), p=torch.randn(3, 4), conv=nn.Conv1d(4, 4, 2), s=torch.randn(4), out=nn.Linear(4, 2),
+    ).double()  # fmt: skip
+    x, ids = torch.randint(0, 6, (6, 3)), torch.tensor([1, 1, 1, 0, 0, 2])
+    loss = lambda rows: model(x[rows]).square().sum(1)
+    for rule in (htv.Mean(), htv.AndMask(0.5), htv.Median()):
+        model.zero_grad()
+        means = per_group(model, lambda e: loss(ids == e).mean(), 3)
+        with htv.attach(model, rule) as handle:
+            with handle.groups(ids, weight="equal"):
+                value = loss(slice(None)).mean()
+            value.backward()
+        require(model, {name: c / 3 for name, c in means.items()}, rule)
+
+
+class SequenceFirst(nn.Module):
+    """Input (T, N, D), as recurrent layers and attention take it by default."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.attention = nn.GRU(4, 6), nn.MultiheadAttention(6, 2)
+        self.positions, self.out = nn.Parameter(torch.randn(9, 1, 6)), nn.Linear(6, 3)
+
+    def forward(self, x):
+        y = self.rnn(x)[0] + self.positions[: len(x)]
+        return self.out(y + self.attention(y, y, y, need_weights=False)[0])
+
+
+@pytest.mark.parametrize("length", [5, 6], ids=["T != N", "T == N"])
+@pytest.mark.parametrize("rule", RULES, **by_name)
+def test_examples_in_dim_1(rule, length):
+    model, x = SequenceFirst().double(), torch.randn(length, 6, 4).double()
+    contributions = per_group(model, lambda e: model(x[:, e : e + 1]).square().sum(), 6)
+    with htv.attach(model, rule, batch_dim=1):
+        model(x).square().sum().backward()
+    require(model, contributions, rule)
+
+
+def test_time_taken_for_the_batch_is_refused():
+    """A sequence-first model without batch_dim=1 would let time steps vote."""
+    with htv.attach(SequenceFirst(), htv.Median()) as handle:
+        with pytest.raises(htv.UnsupportedError, match="batch_dim=1"):
+            handle.model(torch.randn(5, 6, 4))
+
+
+# -- tokens -----------------------------------------------------------------------------------------------------------
+
+
+class Mixer(nn.Module):
+    """Tokens that look at each other, and every kind of parameter that can be told apart by token."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.norm, self.inner, self.out = (
+            nn.Embedding(9, 4),
+            nn.LayerNorm(4),
+            nn.Linear(4, 4),
+            nn.Linear(4, 3),
+        )
+        self.scale = nn.Parameter(torch.randn(4))
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        y = self.norm(x)
+        y = x + torch.softmax(y @ y.transpose(1, 2), -1) @ self.inner(y)
+        return self.out(y * self.scale)
+
+
+def copied_per_token(model, ids, loss):
+    """name -> (N, T, *shape): gradients of one copy of each parameter per token, by plain autograd."""
+    n, t = ids.shape
+    copies = {name: p.detach().expand(n, t, *p.shape).clone().requires_grad_() for name, p in model.named_parameters()}
+    linear = lambda x, name: torch.einsum("nti,ntoi->nto", x, copies[f"{name}.weight"]) + copies[f"{name}.bias"]
+    x = torch.gather(copies["embed.weight"], 2, ids[..., None, None].expand(n, t, 1, 4)).squeeze(2)
+    y = F.layer_norm(x, (4,)) * copies["norm.weight"] + copies["norm.bias"]
+    y = x + torch.softmax(y @ y.transpose(1, 2), -1) @ linear(y, "inner")
+    return dict(zip(copies, torch.autograd.grad(loss(linear(y * copies["scale"], "out")), list(copies.values()))))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("rule", RULES, **by_name)
+def test_every_token_votes(rule, masked):
+    model, ids = Mixer().double(), torch.randint(0, 9, (3, 5))
+    mask = torch.rand(3, 5) < 0.6 if masked else torch.ones(3, 5, dtype=torch.bool)
+    mask[0, 0] = mask[1, 3] = mask[2, 2] = True
+    loss = lambda y: (y.square().sum(-1) * mask).sum()
+    copies = copied_per_token(model, ids, loss)
+    with htv.attach(model, rule) as handle:
+        with handle.tokens(mask if masked else None):
+            value = loss(model(ids))
+        value.backward()
+    require(model, {name: c[mask] for name, c in copies.items()}, rule)
+
+
+def test_tokens_of_a_whole_model():
+    """All tokens' contributions add up to the plain gradient."""
+    model, ids = LanguageModel(), torch.randint(0, 29, (3, 5))
+    exclude = [name for name, _ in model.named_parameters() if "position" in name]
+    plain = torch.autograd.grad(model(ids).square().sum(), list(model.parameters()))
+    with htv.attach(model, htv.WinsorizedMean(0), exclude=exclude) as handle:
+        with handle.tokens():
+            value = model(ids).square().sum()
+        found = torch.autograd.grad(value, list(model.parameters()))
+    for (name, _), a, b in zip(model.named_parameters(), found, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_what_has_no_tokens_is_refused():
+    x = torch.randn(4, 3, 6)
+    for module, words in (
+        (nn.Conv1d(3, 2, 2), "no rows that could vote"),
+        (Module(lambda m, x: x + m.p, p=torch.randn(3, 6)), "exclude='p'"),
+    ):
+        with htv.attach(module, htv.Median()) as handle, handle.tokens():
+            with pytest.raises(htv.UnsupportedError, match=words):
+                module(x)
+    pooled = Module(lambda m, x: m.a(m.b(x).mean(1)), a=nn.Linear(5, 2), b=nn.Linear(6, 5))
+    with htv.attach(pooled, htv.Median()) as handle, handle.tokens(torch.ones(4, 3, dtype=torch.bool)):
+        with pytest.raises(ValueError, match="whose rows are not these tokens"):
+            pooled(x).sum().backward()
+    for mask, words in ((torch.ones(4, 3), "boolean"), (torch.zeros(4, 3, dtype=torch.bool), "lets no token vote")):
+        with htv.attach(pooled, htv.Median()) as handle, handle.tokens(mask):
+            with pytest.raises(ValueError, match=words):
+                pooled(x)
+
+
+def test_bad_weights():
+    with htv.attach(mlp(), htv.Median()) as handle:
+        with pytest.raises(ValueError, match="weight must be 'size' or 'equal'"):
+            with handle.groups(torch.arange(3), weight="mean"):
+                pass
+
+
+# -- padding ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", RULES, **by_name)
+def test_padded_tokens_change_nothing(rule):
+    """Examples of unequal length, padded: the same as every example by itself without padding."""
+    layer = nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, batch_first=True)
+    model = Module(lambda m, x, pad: m.layer(x, src_key_padding_mask=pad), layer=layer).double()
+    lengths = [5, 2, 4, 1, 3]
+    x = torch.randn(5, 5, 6).double()
+    pad = torch.arange(5) >= torch.tensor(lengths)[:, None]
+    none = torch.zeros(1, 5, dtype=torch.bool)
+    alone = lambda e: model(x[e : e + 1, : lengths[e]], none[:, : lengths[e]]).square().sum()
+    contributions = per_group(model, alone, 5)
+    with htv.attach(model, rule):
+        (model(x, pad).square().sum(-1) * ~pad).sum().backward()
+    require(model, contributions, rule)
