@@ -45,8 +45,8 @@ def replace_batchnorm(model: nn.Module, num_groups: int | None = None, replace: 
     in all of them for the same one; a model without BatchNorm comes back as it is.
 
     Raises TypeError or ValueError for bad arguments, RuntimeError if the model or a part of it is attached or if a
-    lazy BatchNorm has no shape yet, and `UnsupportedError` for a BatchNorm that does more than one: a subclass with its
-    own forward (a fused activation, say), hooks, a parametrization. The model is then as it was.
+    lazy BatchNorm does not know its channels, and `UnsupportedError` for a BatchNorm that does more: a subclass
+    with its own forward (a fused activation, say), hooks, a parametrization. The model is then as it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -74,10 +74,10 @@ def _replacement(name: str, module: _BatchNorm, num_groups: int | None, replace:
         if not isinstance(made, nn.Module):
             raise TypeError(f"replace must return a module or None; for {_called(name)} it returned {made!r}")
         return made
-    if isinstance(module, LazyModuleMixin):
+    if isinstance(module, LazyModuleMixin) or module.num_features == 0:  # torch leaves 0 if there is nothing to shape
         raise RuntimeError(
-            f"{_called(name)} is a {type(module).__name__} that is not initialized: it gets its shape from a first "
-            "batch. Run the model once first"
+            f"{_called(name)} is a {type(module).__name__} that does not know its channels: a lazy one gets them from "
+            "a first batch. Run the model once first, or make it with num_features"
         )
     more = _does_more(module)
     if more is not None:
