@@ -210,10 +210,10 @@ class Intercept(TorchFunctionMode):
         source, size = mark.source, place.size(self.groups.num_units)
         of_batch = ((1,) * (ndim - source.dim()) + tuple(source.shape))[place.dim]
         if of_batch != 1:
-            if source is not tensor or mark.origin is None or source.dim() != ndim or of_batch != size:
+            if source is not tensor or self.served(source) or source.dim() != ndim or of_batch != size:
                 return None
             derived = self._derived(source, mark)
-            return None if derived.origin is None else per_unit(derived, self.voters(place))
+            return None if derived.is_view else per_unit(derived, self.voters(place))
         # A scalar does not raise the type of what it meets: its copies must not either.
         dtype = torch.result_type(beside, tensor) if tensor.dim() == 0 else None
         slot = self.slot(source) if self.served(source) is not None else self._derived(source, mark).slot()

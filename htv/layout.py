@@ -345,8 +345,13 @@ def _reshaped(tensor: Tensor, mark: Place, output: Tensor, units: int) -> Place 
     if mark.units is not None:
         for at in range(output.dim()):
             factor, cut = divmod(output.shape[at], max(1, len(mark.units)))
-            if math.prod(output.shape[:at]) == before and not cut and factor:
+            if math.prod(output.shape[:at]) != before:
+                continue
+            if not cut and factor:
                 return Place(at, units=mark.units if factor == 1 else mark.units.repeat_interleave(factor))
+            if output.shape[at] and len(mark.units) % output.shape[at] == 0:
+                split = mark.units.reshape(output.shape[at], -1)
+                return Place(at, units=split[:, 0]) if bool((split == split[:, :1]).all()) else None
         return None
     before *= mark.outer
     candidates = []
@@ -453,6 +458,20 @@ def _after_padding(op: Operation, units: int) -> OfBatch:
     return _read_off(padded, units)
 
 
+def _named(dim: int, found: Tensor, units: int) -> Place:
+    """The place of these units along a dim, as a pattern if they follow one."""
+    outer, rest = divmod(len(found), units)
+    if not rest:
+        every = torch.arange(units, device=found.device)
+        for place, pattern in (
+            (Place(dim, times=outer), every.repeat_interleave(outer)),
+            (Place(dim, outer=outer), every.repeat(outer)),
+        ):
+            if torch.equal(found, pattern):
+                return place
+    return Place(dim, units=found)
+
+
 def _read_off(numbers: Tensor, units: int) -> OfBatch:
     """The place at which the elements have these units' numbers; negative ones are nobody's."""
     for dim in range(numbers.dim()):
@@ -463,8 +482,7 @@ def _read_off(numbers: Tensor, units: int) -> OfBatch:
         along = numbers.movedim(dim, 0).reshape(numbers.shape[dim], -1)
         found = along.amax(dim=1)
         if bool(((along == found[:, None]) | (along < 0)).all()) and bool((found >= 0).all()):
-            ordered = len(found) == units and torch.equal(found.cpu(), torch.arange(units))
-            return Place(dim) if ordered else Place(dim, units=found)
+            return _named(dim, found, units)
     return LOST
 
 

@@ -10,21 +10,6 @@ from oracles import by_name
 zoo = pytest.importorskip("zoo", reason="needs the extra `models`", exc_type=ModuleNotFoundError)
 
 RULES = [htv.Mean(), htv.AndMask(0.4), htv.Median(), htv.WinsorizedMean(1)]
-# Refused so far, by the use that stands in the way; a row must go as soon as its model is served.
-REFUSED = {
-    "gpt2": "addmm of flattened rows",
-    "gpt2-sdpa": "addmm of flattened rows",
-    "bart": "positions looked up per example",
-    "opt": "layers on flattened rows",
-    "clip-text": "each example's own last token",
-    "mixtral": "experts' rows gathered by token",
-    "qwen3-moe": "experts' rows gathered by token",
-    "switch": "experts' rows gathered by token",
-    "whisper": "positions looked up per example",
-    "timm-swin": "windows merged with the batch",
-    "timm-beit": "a bias put together from parameters",
-}
-NOT_YET = (htv.UnsupportedError, ValueError)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -36,13 +21,8 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def rows(names):
-    mark = lambda why: pytest.mark.xfail(raises=NOT_YET, strict=True, reason=why)
-    return [pytest.param(name, marks=mark(REFUSED[name]) if name in REFUSED else ()) for name in names]
-
-
 @pytest.mark.parametrize("rule", RULES, **by_name)
-@pytest.mark.parametrize("name", rows(zoo.MODELS))
+@pytest.mark.parametrize("name", zoo.MODELS)
 def test_model(name, rule):
     model, batch = zoo.MODELS[name]()
     report = htv.check(model, batch, rule)
@@ -51,7 +31,7 @@ def test_model(name, rule):
     assert report.ambiguous < 0.05
 
 
-@pytest.mark.parametrize("name", rows(zoo.TEXT))
+@pytest.mark.parametrize("name", zoo.TEXT)
 def test_as_many_tokens_as_examples(name, monkeypatch):
     """Four of each, and as many heads: no size tells where the batch is."""
     monkeypatch.setattr(zoo, "N", 4)
@@ -59,7 +39,7 @@ def test_as_many_tokens_as_examples(name, monkeypatch):
     assert htv.check(*zoo.MODELS[name](), htv.Median())
 
 
-@pytest.mark.parametrize("name", rows(zoo.MODELS))
+@pytest.mark.parametrize("name", zoo.MODELS)
 def test_examples_vote_in_groups(name):
     model, batch = zoo.MODELS[name]()
     assert htv.check(model, batch, htv.Median(), groups=torch.tensor([8, 2, 5, 2, 8])).groups == 3

@@ -57,14 +57,14 @@ class _Conv(torch.autograd.Function):
         with full_precision(grad.device):
             x_like = x.to(grad.dtype)
             kernel = ctx.kernel
-            make = lambda x, grad: ConvFactors(x, grad, kernel, geometry, voters)
-            grad_weight = weight_slot.grad(needs[1], make, x_like, grad)
-            grad_bias = bias_slot.grad(needs[2], lambda grad: _bias_factors(grad, voters), grad)
+            make = lambda voters, x, grad: ConvFactors(x, grad, kernel, geometry, voters)
+            grad_weight = weight_slot.grad(needs[1], make, voters, x_like, grad)
+            grad_bias = bias_slot.grad(needs[2], _bias_factors, voters, grad)
             grad_x = _grad_input(grad, x_like, weight.to(grad.dtype), geometry).to(x.dtype) if needs[0] else None
         return grad_x, grad_weight, grad_bias, *ctx.unused
 
 
-def _bias_factors(grad: Tensor, voters: Voters) -> StackedFactors:
+def _bias_factors(voters: Voters, grad: Tensor) -> StackedFactors:
     """Contributions (E, O) from the gradient (S, O, *out_space), summed in float32 or wider."""
     return StackedFactors(voters.sums(grad.flatten(2).sum(dim=2, dtype=compute_dtype(grad.dtype))))
 
@@ -98,9 +98,9 @@ class _ConvTranspose(torch.autograd.Function):
         with full_precision(grad.device):
             x_like = x.to(grad.dtype)
             kernel = ctx.kernel
-            make = lambda x, grad: ConvFactors(grad, x, kernel, geometry, voters)
-            grad_weight = weight_slot.grad(needs[1], make, x_like, grad)
-            grad_bias = bias_slot.grad(needs[2], lambda grad: _bias_factors(grad, voters), grad)
+            make = lambda voters, x, grad: ConvFactors(grad, x, kernel, geometry, voters)
+            grad_weight = weight_slot.grad(needs[1], make, voters, x_like, grad)
+            grad_bias = bias_slot.grad(needs[2], _bias_factors, voters, grad)
             grad_x = None
             if needs[0]:
                 function = (F.conv1d, F.conv2d, F.conv3d)[grad.dim() - 3]

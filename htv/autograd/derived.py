@@ -17,13 +17,14 @@ from htv.autograd.ledger import Sink, Slot
 from htv.errors import UnsupportedError
 from htv.groups import Voters
 from htv.ops.factors import EmbeddingFactors, Factors, GroupwiseFactors, LinearFactors, StackedFactors, ViewFactors
+from htv.ops.reference import compute_dtype
 
 
 class Lookup:
     """An origin: the source is an embedding of ids, the same in every forward of the batch, in its one parameter."""
 
     def __init__(self, ids: Tensor):
-        self.ids, self.node = ids, "EmbeddingBackward"
+        self.ids, self.nodes = ids, ("EmbeddingBackward", "IndexBackward")
 
     def factors(self, number: int, grad: Tensor, voters: Voters, parameter: Tensor) -> Factors:
         """Contributions to the parameter from grad (*ids.shape, D), the part of each unit where `voters` has it."""
@@ -41,7 +42,7 @@ class Projection:
     """An origin: the source is a linear layer's output for a constant input; its parameters are weight, maybe bias."""
 
     def __init__(self, x: Tensor, has_weight: bool):
-        self.x, self.has_weight, self.node = x, has_weight, ""
+        self.x, self.has_weight, self.nodes = x, has_weight, ("",)
 
     def factors(self, number: int, grad: Tensor, voters: Voters, parameter: Tensor) -> Factors:
         if number > 0 or not self.has_weight:
@@ -51,6 +52,27 @@ class Projection:
 
 
 Origin = Lookup | Projection
+
+
+class PartFactors(Factors):
+    """Contributions to a tensor of which every group has its own part: the gradient there, zeros elsewhere."""
+
+    def __init__(self, grad: Tensor, voters: Voters):
+        self.grad, self.voters, self.count = grad, voters, voters.count
+        self.shape, self.device, self.dtype = tuple(grad.shape), grad.device, compute_dtype(grad.dtype)
+
+    def one(self, group: int) -> Tensor:
+        start, end = self.voters.offsets[group : group + 2].tolist()
+        order, weights = self.voters.order, self.voters.groups.weights
+        mine = torch.arange(start, end) if order is None else order[start:end]
+        part = torch.zeros_like(self.grad, dtype=self.dtype)
+        rows = part.movedim(self.voters.dim, 0)
+        mine = mine.to(self.device)
+        rows[mine] = self.grad.movedim(self.voters.dim, 0)[mine].to(self.dtype)
+        return part if weights is None else part * weights[group].item()
+
+    def total(self) -> Tensor:
+        return sum(self.one(e) for e in range(self.count))
 
 
 class DerivedTensor:
@@ -69,7 +91,7 @@ class DerivedTensor:
         self._view = _view_of(source, parameters[0]) if len(parameters) == 1 else None
         self._edge = get_gradient_edge(source)
         self._require_own_graph()
-        if origin is not None and not self._edge.node.name().startswith(origin.node):
+        if origin is not None and not self._edge.node.name().startswith(origin.nodes):
             self.origin = None  # changed in place since
 
     def _require_own_graph(self) -> None:
@@ -95,11 +117,20 @@ class DerivedTensor:
         adapted = [Sink(s.token, s.ledger, self._adapt(number)) for number, s in enumerate(self.sinks)]
         return Slot(self.source.detach(), adapted)
 
+    @property
+    def is_view(self) -> bool:
+        return self._view is not None
+
     def record_by_unit(self, grad: Tensor, voters: Voters) -> None:
-        """Record the gradient of a source of which every unit has its own part, where `voters` says. Needs an origin."""
+        """Record the gradient of a source of which every unit has its own part, where `voters` says."""
         for number, (sink, p) in enumerate(zip(self.sinks, self.parameters, strict=True)):
-            if sink.wanted():
+            if not sink.wanted():
+                continue
+            if self.origin is not None:
                 sink.record(self.origin.factors(number, grad, voters, p))
+            else:
+                pull_back = lambda grad, number=number: self._pull_back(grad, number)
+                sink.record(GroupwiseFactors(PartFactors(grad, voters), pull_back, p))
 
     def _adapt(self, number: int) -> Callable[[Factors], Factors]:
         """From factors of the source to factors of one parameter."""

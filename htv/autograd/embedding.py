@@ -27,14 +27,12 @@ class _Embedding(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         _, ids = ctx.saved_tensors
-        voters = ctx.voters
-
         num_embeddings, padding_idx = ctx.num_embeddings, ctx.padding_idx
 
-        def factors(ids: Tensor, grad: Tensor) -> EmbeddingFactors:
+        def factors(voters: Voters, ids: Tensor, grad: Tensor) -> EmbeddingFactors:
             rows, bounds = voters.grad_rows(grad)
             return EmbeddingFactors(voters.rows(ids, 0), rows, bounds, num_embeddings, padding_idx)
 
         with full_precision(grad.device):
-            grad_weight = ctx.slot.grad(ctx.needs_input_grad[1], factors, ids, grad)
+            grad_weight = ctx.slot.grad(ctx.needs_input_grad[1], factors, ctx.voters, ids, grad)
         return None, grad_weight, *ctx.unused

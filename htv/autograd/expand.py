@@ -42,10 +42,10 @@ class _Expand(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        slot, voters, shape = ctx.slot, ctx.voters, tuple(ctx.slot.value.shape)
+        slot, shape = ctx.slot, tuple(ctx.slot.value.shape)
         with full_precision(grad.device):
-            make = lambda grad: StackedFactors(_contributions(grad, shape, voters))
-            slot.record(make, grad.to(slot.value.dtype))
+            make = lambda voters, grad: StackedFactors(_contributions(grad, shape, voters))
+            slot.record(make, ctx.voters, grad.to(slot.value.dtype))
         return ctx.unused
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from htv.autograd.accumulation import Accumulation
-from htv.groups import Groups
+from htv.groups import Groups, Voters
 from htv.ops import aggregate
 from htv.ops.aggregate import Agreement
 from htv.ops.factors import Factors
@@ -98,6 +98,10 @@ class Ledger:
         owner = self._owner()
         if owner is not None:  # else the model is gone, but not its graph
             owner.guard()
+
+    def made(self, make: Callable[..., Factors], voters: Voters, tensors: tuple[Tensor, ...]) -> Factors:
+        """The factors of one use."""
+        return make(voters, *tensors)
 
     def record(self, factors: Factors, born: int = -1) -> None:
         """Add the contributions of one use. What an interrupted backward left behind is dropped.
@@ -236,22 +240,23 @@ class Slot:
     def is_served(self) -> bool:
         return self.sinks is not None
 
-    def record(self, make: Callable[..., Factors], *tensors: Tensor) -> None:
-        """In backward: record the factors made of some tensors, if this pass wants a gradient of what is served.
+    def record(self, make: Callable[..., Factors], voters: Voters, *tensors: Tensor) -> None:
+        """In backward: record make(voters, *tensors), if this pass wants a gradient of what is served.
 
-        make holds no tensors itself, so that what is recorded is known by them.
+        make holds no tensors itself, so that what is recorded is known by its arguments: where a compiled backward is
+        traced, it is called when that runs.
         """
         wanted = [sink for sink in self.sinks if sink.wanted()]
         if wanted:
             for sink in wanted:
                 sink.ledger.guard()
-            factors = make(*tensors)
+            factors = wanted[0].ledger.made(make, voters, tensors)
             for sink in wanted:
                 sink.record(factors)
 
-    def grad(self, needed: bool, make: Callable[..., Factors], *tensors: Tensor) -> Tensor | None:
+    def grad(self, needed: bool, make: Callable[..., Factors], voters: Voters, *tensors: Tensor) -> Tensor | None:
         """In backward: record the factors if served (no gradient here), else the plain gradient if needed."""
         if self.is_served:
-            self.record(make, *tensors)
+            self.record(make, voters, *tensors)
             return None
-        return make(*tensors).total() if needed else None
+        return make(voters, *tensors).total() if needed else None

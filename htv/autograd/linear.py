@@ -34,18 +34,18 @@ class _Linear(torch.autograd.Function):
         weight_slot, bias_slot = ctx.slots
         voters, needs = ctx.voters, ctx.needs_input_grad
 
-        def weight_factors(x: Tensor, grad: Tensor) -> LinearFactors:
+        def weight_factors(voters: Voters, x: Tensor, grad: Tensor) -> LinearFactors:
             rows, bounds = voters.grad_rows(grad)
             return LinearFactors(voters.rows(x.to(grad.dtype)), rows, bounds)
 
         with full_precision(grad.device):
-            grad_weight = weight_slot.grad(needs[1], weight_factors, x, grad)
-            grad_bias = bias_slot.grad(needs[2], lambda grad: bias_factors(grad, voters), grad)
+            grad_weight = weight_slot.grad(needs[1], weight_factors, voters, x, grad)
+            grad_bias = bias_slot.grad(needs[2], bias_factors, voters, grad)
             grad_x = (grad @ weight.to(grad.dtype)).to(ctx.x_dtype) if needs[0] else None
         return grad_x, grad_weight, grad_bias, *ctx.unused
 
 
-def bias_factors(grad: Tensor, voters: Voters) -> StackedFactors:
+def bias_factors(voters: Voters, grad: Tensor) -> StackedFactors:
     """Of a bias along the last dim, from the gradient (*rest, O): (E, O), summed in float32 or wider."""
     return StackedFactors(voters.sums(grad, dtype=compute_dtype(grad.dtype)))
 
@@ -68,13 +68,13 @@ class _Bilinear(torch.autograd.Function):
         weight_slot, bias_slot = ctx.slots
         voters, needs = ctx.voters, ctx.needs_input_grad
 
-        def weight_factors(left: Tensor, right: Tensor, grad: Tensor) -> BilinearFactors:
+        def weight_factors(voters: Voters, left: Tensor, right: Tensor, grad: Tensor) -> BilinearFactors:
             rows, bounds = voters.grad_rows(grad)
             return BilinearFactors(voters.rows(left.to(grad.dtype)), voters.rows(right.to(grad.dtype)), rows, bounds)
 
         with full_precision(grad.device):
-            grad_weight = weight_slot.grad(needs[2], weight_factors, left, right, grad)
-            grad_bias = bias_slot.grad(needs[3], lambda grad: bias_factors(grad, voters), grad)
+            grad_weight = weight_slot.grad(needs[2], weight_factors, voters, left, right, grad)
+            grad_bias = bias_slot.grad(needs[3], bias_factors, voters, grad)
             mixed = "...o,oij,...j->...i", "...o,oij,...i->...j"
             others = right, left
             grad_left, grad_right = (

@@ -120,13 +120,12 @@ class _Normalised:
 
 def _affine_grads(ctx, shape: tuple[int, ...], *tensors: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of scale and shift, of that shape, or None where they are recorded. tensors: of `_Normalised`."""
-    voters = ctx.voters
 
     def grad(index: int, combine: Callable[[Tensor, Tensor], Tensor]) -> Tensor | None:
-        def factors(*tensors: Tensor) -> StackedFactors:
+        def factors(voters: Voters, *tensors: Tensor) -> StackedFactors:
             stacked = _Normalised(*tensors).stacked(combine, voters)
             return StackedFactors(stacked.reshape(len(stacked), *shape))
 
-        return ctx.slots[index].grad(ctx.needs_input_grad[1 + index], factors, *tensors)
+        return ctx.slots[index].grad(ctx.needs_input_grad[1 + index], factors, ctx.voters, *tensors)
 
     return grad(0, lambda grad, x_hat: grad * x_hat), grad(1, lambda grad, x_hat: grad)

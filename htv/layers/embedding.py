@@ -15,7 +15,7 @@ from htv.autograd.embedding import embedding
 from htv.errors import UnsupportedError
 from htv.groups import Place
 from htv.layers.call import Call, behind, serves, stands_alone
-from htv.layout import Constant, Derived
+from htv.layout import Constant, Derived, Lost
 
 if TYPE_CHECKING:
     from htv.intercept import Intercept
@@ -96,18 +96,27 @@ def _bagged(ids: Tensor, weight: Tensor, reduction: str, sample_weights: Tensor 
 
 @serves(Tensor.__getitem__, torch.index_select, Tensor.index_select)
 def _picked(mode: Intercept, func, args, kwargs):
-    """Rows of a parameter picked by ids of the batch are an embedding."""
+    """Rows of a parameter picked by ids are an embedding."""
     table = args[0]
-    if not behind(mode, table) or not torch.is_grad_enabled() or kwargs:
+    owners = behind(mode, table)
+    if not owners or not torch.is_grad_enabled() or kwargs:
         return NotImplemented
     ids = args[1] if len(args) == 2 else args[2] if args[1] == 0 and args[2].dim() == 1 else None
     if isinstance(ids, tuple) and len(ids) == 1:
         (ids,) = ids
-    integers = isinstance(ids, Tensor) and ids.dtype not in (torch.bool, torch.uint8)
-    if integers and ids.dim() == 0 and func is Tensor.__getitem__:  # which expert, say: one slice for all
-        return mode.general(func, (table, int(ids)), {})
-    if not integers or not isinstance(mode.mark(ids), Place):
+    if not isinstance(ids, Tensor) or ids.dtype in (torch.bool, torch.uint8):
         return NotImplemented
+    if ids.dim() == 0:  # which expert, say: one slice for all
+        return mode.general(func, (table, int(ids)), {}) if func is Tensor.__getitem__ else NotImplemented
+    if isinstance(mode.mark(ids), Lost):  # whose ids they are shows where the rows are used
+        return _rows_of_table(mode, func, args, table, ids)
     with mode:
-        flat = table.reshape(len(table), math.prod(table.shape[1:]))
+        flat = table if table.dim() == 2 else table.reshape(len(table), math.prod(table.shape[1:]))
         return F.embedding(ids % len(table), flat).reshape(*ids.shape, *table.shape[1:])
+
+
+def _rows_of_table(mode: Intercept, func, args, table: Tensor, ids: Tensor) -> Tensor:
+    rows = func(*args)
+    lookup = Lookup(ids % len(table)) if table.dim() == 2 and mode.served(table) is not None else None
+    mode.marks.put(rows, Derived(behind(mode, table), rows, lookup))
+    return rows

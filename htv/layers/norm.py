@@ -12,6 +12,7 @@ from torch import Tensor
 from htv.autograd.norm import group_norm, layer_norm
 from htv.errors import UnsupportedError
 from htv.layers.call import Call, serves
+from htv.layout import OfBatch
 
 if TYPE_CHECKING:
     from htv.intercept import Intercept
@@ -70,7 +71,7 @@ def _instance_norm(mode: Intercept, func, args, kwargs):
 @serves(F.batch_norm)
 def _batch_norm(mode: Intercept, func, args, kwargs):
     call = Call(mode, "batch_norm", _BATCH_NORM, args, kwargs, "input", "weight", "bias")
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or not isinstance(mode.mark(call.x), OfBatch):
         return NotImplemented
     shared = call["training"] or call["running_mean"] is None
     if shared and not mode.handle.shares_statistics:

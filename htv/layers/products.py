@@ -48,6 +48,22 @@ def _addmm(mode: Intercept, func, args, kwargs):
         return (addend if beta == 1 else beta * addend) + (product if alpha == 1 else alpha * product)
 
 
+def _grouped_mm(mode: Intercept, func, args, kwargs):
+    """Rows (R, I) in stretches that end at offs, each by its own matrix of (B, I, O): the experts of a mixture."""
+    rows, matrices, *rest = args
+    offs = rest[0] if rest else kwargs.get("offs")
+    if not _served_product(mode, rows, matrices) or behind(mode, rows):
+        return NotImplemented
+    with mode:
+        if offs is None or rows.dim() != 2 or matrices.dim() != 3:
+            return _product(mode, rows, matrices)
+        ends = offs.tolist()
+        return torch.cat([rows[a:b] @ matrices[i] for i, (a, b) in enumerate(zip([0, *ends], ends, strict=False))])
+
+
+serves(*(getattr(o, n) for o, n in ((F, "grouped_mm"), (torch, "_grouped_mm")) if hasattr(o, n)))(_grouped_mm)
+
+
 def _product(mode: Intercept, left: Tensor, right: Tensor) -> Tensor:
     """left @ right, one of which is derived from served parameters."""
     if behind(mode, left):

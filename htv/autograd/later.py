@@ -1,0 +1,53 @@
+"""Factors of a use met while a compiled backward is traced: they are made when that runs, and who votes is known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from htv.errors import UnsupportedError
+from htv.groups import Groups, Voters
+from htv.ops.factors import Factors, StackedFactors
+
+
+class Later(Factors):
+    """make(voters, *tensors), with the voters and the values of the tensors that a run of the backward has.
+
+    make:     holds no tensors.
+    voters:   while tracing: every index of the batch's dim by itself.
+    tensors:  while tracing.
+    """
+
+    def __init__(self, make: Callable[..., Factors], voters: Voters, tensors: tuple[Tensor, ...], steps=()):
+        self.make, self.voters, self.tensors, self._steps = make, voters, tensors, steps
+
+    def then(self, step: Callable[[Factors, Tensor], Factors]) -> Later:
+        """What a function makes of these factors and the parameter; the function holds no tensors."""
+        return Later(self.make, self.voters, self.tensors, (*self._steps, step))
+
+    def stacked_now(self, name: str) -> Tensor:
+        """(S, *shape): the contributions of every index, while tracing; where they are few enough to be stacked.
+
+        name: the parameter's, for the refusal.
+        """
+        factors = self.make(self.voters, *self.tensors)
+        if not isinstance(factors, StackedFactors) or self._steps or self.voters.rows_vote:
+            raise UnsupportedError(
+                f"parameter {name!r} is used by a layer through a tensor computed from it (a weight norm, a merged or "
+                "scaled weight), or so under tokens(): torch.compile serves computed tensors in elementwise operations "
+                f"alone. Remedy: run this model without torch.compile, or exclude={name!r}"
+            )
+        return factors.values
+
+    def recipe(self) -> Callable[[Groups, Tensor, list[Tensor]], Factors]:
+        """Makes the factors, given who votes, the parameter and the values of the tensors; holds no tensors."""
+        make, place, steps = self.make, self.voters.place, self._steps
+
+        def run(groups: Groups, parameter: Tensor, tensors: list[Tensor]) -> Factors:
+            factors = make(Voters(groups, place), *tensors)
+            for step in steps:
+                factors = step(factors, parameter)
+            return factors
+
+        return run
