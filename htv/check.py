@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,8 @@ from htv.rules import Rule
 __all__ = ["CheckReport", "check", "one_group_at_a_time"]
 
 SIGN_RULES = ("and_mask", "xor_mask", "geometric_mean", "sand_mask", "sign_sum")
+STEEP_RULES = ("geometric_mean", "sand_mask")  # those that may move more than the contribution that moved most
+EPSILON = {t: torch.finfo(t).eps for t in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 
 
 @dataclass(frozen=True)
@@ -73,98 +75,152 @@ def check(
     rule: RuleChoice,
     groups: Tensor | None = None,
     exclude: tuple[str, ...] | list[str] | str = (),
+    dtype: torch.dtype = torch.float64,
+    batch_dim: int = 0,
+    batch_norm: str = "error",
 ) -> CheckReport:
-    """Compare an attached backward with plain backwards of one group at a time, on a float64 copy of the model.
+    """Compare an attached backward with plain backwards of one group at a time, on a copy of the model.
 
     model:    not attached; it is copied and left as it is. Dropout is switched off in the copy.
     batch:    what the model is called with: a tensor, a tuple of positional or a dict of keyword arguments. Tensors
-              whose dim 0 is the batch's are cut into groups, others go to every group whole. Take a small one: the
-              comparison stores all contributions, (E x parameters) in float64.
-    rule, exclude:  as for `htv.attach`.
+              whose dim `batch_dim` is the batch's are cut into groups, others go to every group whole. Take a small
+              one: the comparison stores all contributions, (E x parameters) in float64.
+    rule, exclude, batch_dim:  as for `htv.attach`.
     groups:   (N,) integer ids of who votes together; default: each example.
+    dtype:    what the attached model computes in; the one-group-at-a-time gradients are always those of a float64 copy
+              of it. A lower type may differ by what rounding explains: twice as much as plain backwards of one group
+              at a time in that type are off.
+    batch_norm:  "error" or "frozen", as for `htv.attach`; with shared statistics no example has a gradient of its own.
 
     The loss is a fixed random projection of the outputs. Returns a `CheckReport`; raises `htv.CheckError` naming the
     first parameter that differs, ValueError if the model's examples are not separable at all (its plain gradient is
     not the sum of its groups' gradients), and whatever attaching and running the model raises.
     """
-    twin = copy.deepcopy(model).double()
+    if dtype not in EPSILON:
+        raise ValueError(f"dtype must be one of {', '.join(map(str, EPSILON))}; got {dtype!r}")
+    if batch_norm == "shared":
+        raise ValueError("batch_norm='shared' couples the examples: there is no gradient of one group to compare with")
+    twin = _cast(model, dtype)
+    single, exact = _cast(twin, dtype, batch_norm), _cast(twin, torch.float64, batch_norm)
+    if groups is not None:
+        groups = torch.as_tensor(groups)
+    call = _Call(twin, batch, dtype, batch_dim)
+    with attach(twin, rule, exclude=exclude, batch_dim=batch_dim, batch_norm=batch_norm) as handle:
+        rules = {served.name: served.rule for served in handle.served()}
+        with handle.groups(groups) if groups is not None else nullcontext():
+            loss = call.loss()
+        found = _gradients(loss, _trained(twin))
+    del loss
+
+    plain, contributions = _one_by_one(exact, call, groups)
+    rounded = contributions if dtype == torch.float64 else _one_by_one(single, call, groups)[1]
+    relative = 1e-9 if dtype == torch.float64 else 4 * EPSILON[dtype]
+    return _compare(found, plain, contributions, rounded, rules, relative)
+
+
+def _cast(model: nn.Module, dtype: torch.dtype, batch_norm: str = "error") -> nn.Module:
+    """A copy that computes in dtype, without dropout; with BatchNorms in eval mode where "frozen" says so."""
+    twin = copy.deepcopy(model)._apply(lambda t: t.to(dtype) if t.is_floating_point() else t)
     for module in twin.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.eval()
-    call = _Call(twin, batch)
+        elif isinstance(module, (nn.MultiheadAttention, nn.RNNBase)):
+            module.dropout = 0.0
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm) and batch_norm == "frozen":
+            module.eval()
+    return twin
+
+
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _gradients(loss: Tensor, parameters: dict[str, Tensor]) -> dict[str, Tensor | None]:
+    grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    return {name: None if g is None else g.double() for name, g in zip(parameters, grads, strict=True)}
+
+
+def _one_by_one(model: nn.Module, like: _Call, groups: Tensor | None):
+    """Gradients of a model that is not attached, in float64: of the whole batch, and (E, *shape) of each group."""
+    call, parameters = like.to(model), _trained(model)
     voters = Groups.each(call.size) if groups is None else Groups.by_id(groups, call.size)
-
-    parameters = {name: p for name, p in twin.named_parameters() if p.requires_grad}
-    with attach(twin, rule, exclude=exclude) as handle:
-        rules = {served.name: served.rule for served in handle.served()}
-        if groups is None:
-            loss = call.loss()
-        else:
-            with handle.groups(groups):
-                loss = call.loss()
-        found = dict(zip(parameters, _gradients(loss, parameters), strict=True))
-
-    plain = dict(zip(parameters, _gradients(call.loss(), parameters), strict=True))
-    members = [voters.order[a:b] if voters.order is not None else torch.arange(a, b) for a, b in _bounds(voters)]
-    contributions = one_group_at_a_time(lambda e: call.loss(members[e]), parameters, voters.count)
-    noise, scale = _noise(contributions, plain)
-    return _compare(found, plain, contributions, rules, noise, scale)
-
-
-def _bounds(voters: Groups) -> Iterator[tuple[int, int]]:
-    offsets = voters.offsets.tolist()
-    return zip(offsets[:-1], offsets[1:], strict=True)
-
-
-def _gradients(loss: Tensor, parameters: dict[str, Tensor]) -> tuple[Tensor | None, ...]:
-    return torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    order = torch.arange(call.size) if voters.order is None else voters.order.cpu()
+    members = order.split(voters.offsets.diff().tolist())
+    plain = _gradients(call.loss(), parameters)
+    stacks = one_group_at_a_time(lambda e: call.loss(members[e]), parameters, voters.count)
+    return plain, {name: None if c is None else c.double() for name, c in stacks.items()}
 
 
 class _Call:
-    """A model and its arguments; `loss` projects its outputs on fixed random directions."""
+    """A model and its arguments in one dtype; `loss` projects its outputs on fixed random directions.
 
-    def __init__(self, model: nn.Module, batch):
-        self.model = model
-        to_double = lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t
-        batch = pytree.tree_map(to_double, batch)
+    Every call starts from the buffers the model came with: one forward may change them (a power iteration, say).
+    """
+
+    def __init__(self, model: nn.Module, batch, dtype: torch.dtype, dim: int):
+        cast = lambda t: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t
+        batch = pytree.tree_map(cast, batch)
         self.args, self.kwargs = ((), batch) if isinstance(batch, dict) else (batch, {})
         if not isinstance(self.args, (tuple, list)):
             self.args = (self.args,)
-        tensors = [t for t in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor) and t.dim()]
+        tensors = [t for t in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor) and t.dim() > dim]
         if not tensors:
-            raise ValueError("batch must hold at least one tensor with the batch in dim 0")
-        self.size = len(tensors[0])
-        self.directions: list[Tensor] = []
+            raise ValueError(f"batch must hold at least one tensor with the batch in dim {dim}")
+        self.dim, self.size = dim, tensors[0].shape[dim]
+        self.directions: list[tuple[int, Tensor]] = []  # per output, and the dim that is the batch's
+        self._run_with(model)
+
+    def to(self, model: nn.Module) -> _Call:
+        """The same call of a copy of the model in another dtype."""
+        other = copy.copy(self)
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float64)
+        cast = lambda t: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t
+        other.args, other.kwargs = pytree.tree_map(cast, (tuple(self.args), self.kwargs))
+        other._run_with(model)
+        return other
+
+    def _run_with(self, model: nn.Module) -> None:
+        self.model = model
+        self._buffers = [(b, b.clone(), b._version) for b in model.buffers()]
 
     def _outputs(self, rows: Tensor | None) -> list[Tensor]:
         def cut(value):
-            is_batch = isinstance(value, Tensor) and value.dim() > 0 and len(value) == self.size
-            return value[rows] if is_batch and rows is not None else value
+            is_batch = isinstance(value, Tensor) and value.dim() > self.dim and value.shape[self.dim] == self.size
+            return value.index_select(self.dim, rows.to(value.device)) if is_batch and rows is not None else value
 
         args, kwargs = pytree.tree_map(cut, (tuple(self.args), self.kwargs))
+        for buffer, saved, version in self._buffers:
+            if buffer._version != version:
+                buffer.data.copy_(saved)
         result = self.model(*args, **kwargs)
         size = self.size if rows is None else len(rows)
         leaves = pytree.tree_leaves(dict(result) if hasattr(result, "items") else result)
-        return [t for t in leaves if isinstance(t, Tensor) and t.requires_grad and t.dim() and len(t) == size]
+        tensors = [t for t in leaves if isinstance(t, Tensor) and t.requires_grad]
+        return [t for t in tensors if size in (t.shape[d] for d in {self.dim, 0} if d < t.dim())]
 
     def loss(self, rows: Tensor | None = None) -> Tensor:
-        """The scalar loss of some rows of the batch, or of all."""
+        """The scalar loss of some rows of the batch, or of all (first, for its outputs tell the directions)."""
         outputs = self._outputs(rows)
         if not outputs:
-            raise ValueError(f"the model returned no differentiable tensor whose dim 0 is the batch's ({self.size})")
+            raise ValueError(
+                f"the model returned no differentiable tensor whose dim {self.dim} is the batch's ({self.size})"
+            )
         if not self.directions:
             generator = torch.Generator().manual_seed(0)
-            self.directions = [
-                torch.randn(self.size, *o.shape[1:], generator=generator, dtype=torch.float64).to(o.device)
-                for o in outputs
-            ]
-        directions = self.directions if rows is None else [d[rows] for d in self.directions]
-        return torch.stack([(o * d).sum() for o, d in zip(outputs, directions, strict=True)]).sum()
+            for o in outputs:
+                dim = self.dim if o.dim() > self.dim and o.shape[self.dim] == self.size else 0
+                drawn = torch.randn(o.shape, generator=generator, dtype=torch.float64)
+                self.directions.append((dim, drawn.to(o.device, o.dtype).double()))  # exact in both types
+        parts = []
+        for o, (dim, direction) in zip(outputs, self.directions, strict=True):
+            part = direction if rows is None else direction.index_select(dim, rows.to(direction.device))
+            parts.append((o * part.to(o.dtype)).sum())
+        return torch.stack([part.to(parts[0].dtype) for part in parts]).sum()
 
 
-def _noise(contributions: dict[str, Tensor | None], plain: dict[str, Tensor | None]) -> tuple[float, float]:
-    """The rounding noise of this model's contributions, and their largest magnitude."""
-    scale = max((c.abs().max().item() for c in contributions.values() if c is not None and c.numel()), default=0.0)
+def _exact_noise(contributions: dict[str, Tensor | None], plain: dict[str, Tensor | None]) -> float:
+    """The rounding noise of this model's contributions in float64."""
+    scale = _scale(contributions)
     noise = 1e-13 * scale
     for name, stacked in contributions.items():
         if stacked is None or not stacked.numel():
@@ -176,10 +232,24 @@ def _noise(contributions: dict[str, Tensor | None], plain: dict[str, Tensor | No
                 f"{gap:.2g}): the model couples the examples of a batch, or is random beyond its Dropout modules"
             )
         noise = max(noise, 8 * gap)
-    return noise, scale
+    return noise
 
 
-def _compare(found, plain, contributions, rules, noise: float, scale: float) -> CheckReport:
+def _scale(contributions: dict[str, Tensor | None]) -> float:
+    return max((c.abs().max().item() for c in contributions.values() if c is not None and c.numel()), default=0.0)
+
+
+def _noise(stacked: Tensor, rounded: Tensor, exact: float) -> Tensor:
+    """Twice what contributions to each coordinate are off by in a lower type, or what is usual in their tensor."""
+    off = (rounded - stacked).abs().amax(dim=0)
+    reached = (stacked != 0).any(dim=0)
+    usual = off[reached].mean() if bool(reached.any()) else off.new_zeros(())
+    return 2 * torch.where(reached, torch.maximum(off, usual), off) + exact
+
+
+def _compare(found, plain, contributions, rounded, rules, relative: float) -> CheckReport:
+    """rounded: the contributions as computed one group at a time in the type of what was found."""
+    exact, scale = _exact_noise(contributions, plain), _scale(contributions)
     worst = ambiguous = total = 0.0
     groups = next((len(c) for c in contributions.values() if c is not None), 0)
     for name, stacked in contributions.items():
@@ -190,16 +260,20 @@ def _compare(found, plain, contributions, rules, noise: float, scale: float) -> 
             )
         if stacked is None or not stacked.numel():
             continue
-        rule = rules.get(name)
+        rule, low = rules.get(name), stacked if rounded[name] is None else rounded[name]
+        off = _noise(stacked, low, exact)
         expected = plain[name] if rule is None else aggregated(stacked, rule)
         compared = torch.ones_like(expected, dtype=torch.bool)
-        slack = 0.0
-        if rule is not None and rule.statistic(groups).name in SIGN_RULES:
-            compared = ~((stacked != 0) & (stacked.abs() <= noise)).any(dim=0)
-            if rule.statistic(groups).normalise:  # signs left out still count in the kept fraction
+        budget = groups * off + relative * expected.abs()
+        statistic = None if rule is None else rule.statistic(groups)
+        if statistic is not None and statistic.name in SIGN_RULES:
+            compared = ~(((stacked != 0) | (low != 0)) & (stacked.abs() <= off)).any(dim=0)
+            if statistic.normalise:  # signs left out still count in the kept fraction
                 slack = (~compared).sum().item() / max(1, (compared & (expected != 0)).sum().item())
+                budget = budget + slack * expected.abs()
+            if statistic.name in STEEP_RULES and relative > 1e-9:
+                budget = budget + _sensitivity(stacked, off, rule)
         error = (found[name] - expected).abs()
-        budget = groups * noise + (1e-9 + slack) * expected.abs()
         wrong = compared & ~((error <= budget) | (found[name] == expected))
         if bool(wrong.any()):
             at = tuple(wrong.nonzero()[0].tolist())
@@ -213,3 +287,13 @@ def _compare(found, plain, contributions, rules, noise: float, scale: float) -> 
         ambiguous += (~compared).sum().item()
         total += compared.numel()
     return CheckReport(len(contributions), groups, worst / scale if scale else 0.0, ambiguous / total if total else 0.0)
+
+
+def _sensitivity(stacked: Tensor, off: Tensor, rule: Rule) -> Tensor:
+    """How far noise in the contributions moves a rule that may magnify it, as far as a few draws tell."""
+    generator = torch.Generator().manual_seed(0)
+    expected, moved = aggregated(stacked, rule), torch.zeros_like(stacked[0])
+    for _ in range(8):
+        drawn = torch.randint(0, 2, stacked.shape, generator=generator).to(stacked) * 2 - 1
+        moved = torch.maximum(moved, (aggregated(stacked + drawn * off, rule) - expected).abs())
+    return 2 * moved

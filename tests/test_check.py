@@ -31,7 +31,7 @@ def test_names_the_first_wrong_parameter(broken, monkeypatch):
 
 
 def test_a_lost_gradient_is_an_error(monkeypatch):
-    monkeypatch.setattr("htv.autograd.ledger.Ledger.settle", lambda self, parameter: None)
+    monkeypatch.setattr("htv.autograd.ledger.Ledger.settle", lambda self, *parameter: None)
     with pytest.raises(htv.CheckError, match="'0.weight' has no gradient when attached"):
         htv.check(mlp(), torch.randn(6, 12), htv.Median())
 
