@@ -182,13 +182,13 @@ class Groups:
 class Voters:
     """Who votes with which indices of one tensor's batch dim: `groups` at a `place`.
 
-    dim:      the batch's dim.
+    dim:      the batch's dim, that of the `place`.
     order:    (S,) int64, the dim's indices sorted by group, or None where they are.
     offsets:  (E + 1,) int64 on the CPU; in that order group e owns indices offsets[e]:offsets[e + 1]. A group may have none.
     """
 
     def __init__(self, groups: Groups, place: Place):
-        self.groups, self.dim = groups, place.dim
+        self.groups, self.place, self.dim = groups, place, place.dim
         if place.units is None and place.outer == 1 and groups.order is None:
             self.order, self.offsets = None, groups.offsets * place.times
             return
