@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
+from htv.autograd.later import Later
 from htv.autograd.ledger import Sink, Slot
 from htv.errors import UnsupportedError
 from htv.groups import Voters
@@ -24,31 +25,42 @@ class Lookup:
     """An origin: the source is an embedding of ids, the same in every forward of the batch, in its one parameter."""
 
     def __init__(self, ids: Tensor):
-        self.ids, self.nodes = ids, ("EmbeddingBackward", "IndexBackward")
+        self.tensor, self.nodes = ids, ("EmbeddingBackward", "IndexBackward")
 
-    def factors(self, number: int, grad: Tensor, voters: Voters, parameter: Tensor) -> Factors:
-        """Contributions to the parameter from grad (*ids.shape, D), the part of each unit where `voters` has it."""
-        rows, bounds = voters.grad_rows(grad)
-        return EmbeddingFactors(voters.rows(self.ids, 0), rows, bounds, len(parameter))
+    def by_unit(self, number: int, parameter: Tensor) -> Callable[..., Factors]:
+        """Makes factors of a parameter from voters, `tensor` and the gradient of a source that has a part per unit."""
+        num_embeddings = len(parameter)
 
-    def stacked(self, values: Tensor, parameter: Tensor) -> Factors:
+        def make(voters: Voters, ids: Tensor, grad: Tensor) -> Factors:
+            rows, bounds = voters.grad_rows(grad)
+            return EmbeddingFactors(voters.rows(ids, 0), rows, bounds, num_embeddings)
+
+        return make
+
+    @staticmethod
+    def stacked(ids: Tensor, values: Tensor, num_embeddings: int) -> Factors:
         """Contributions from (E, *ids.shape, D), one to the whole source from every group."""
         rows = values.flatten(0, -2)
-        bounds = torch.arange(len(values) + 1) * self.ids.numel()
-        return EmbeddingFactors(self.ids.flatten().repeat(len(values)), rows, bounds, len(parameter))
+        bounds = torch.arange(len(values) + 1) * ids.numel()
+        return EmbeddingFactors(ids.flatten().repeat(len(values)), rows, bounds, num_embeddings)
 
 
 class Projection:
     """An origin: the source is a linear layer's output for a constant input; its parameters are weight, maybe bias."""
 
     def __init__(self, x: Tensor, has_weight: bool):
-        self.x, self.has_weight, self.nodes = x, has_weight, ("",)
+        self.tensor, self.has_weight, self.nodes = x, has_weight, ("",)
 
-    def factors(self, number: int, grad: Tensor, voters: Voters, parameter: Tensor) -> Factors:
-        if number > 0 or not self.has_weight:
-            return StackedFactors(voters.sums(grad))
-        rows, bounds = voters.grad_rows(grad)
-        return LinearFactors(voters.rows(self.x.to(grad.dtype)), rows, bounds)
+    def by_unit(self, number: int, parameter: Tensor) -> Callable[..., Factors]:
+        is_bias = number > 0 or not self.has_weight
+
+        def make(voters: Voters, x: Tensor, grad: Tensor) -> Factors:
+            if is_bias:
+                return StackedFactors(voters.sums(grad))
+            rows, bounds = voters.grad_rows(grad)
+            return LinearFactors(voters.rows(x.to(grad.dtype)), rows, bounds)
+
+        return make
 
 
 Origin = Lookup | Projection
@@ -127,7 +139,8 @@ class DerivedTensor:
             if not sink.wanted():
                 continue
             if self.origin is not None:
-                sink.record(self.origin.factors(number, grad, voters, p))
+                make, tensors = self.origin.by_unit(number, p), (self.origin.tensor, grad)
+                sink.record(sink.ledger.made(make, voters, tensors))
             else:
                 pull_back = lambda grad, number=number: self._pull_back(grad, number)
                 sink.record(GroupwiseFactors(PartFactors(grad, voters), pull_back, p))
@@ -137,15 +150,30 @@ class DerivedTensor:
         parameter = self.parameters[number]
 
         def adapt(factors: Factors) -> Factors:
+            if isinstance(factors, Later):
+                return self._adapt_later(factors, number)
             if self._view is not None:
                 return ViewFactors.of(factors, self._view, parameter)
             if isinstance(factors, StackedFactors):
                 if isinstance(self.origin, Lookup):
-                    return self.origin.stacked(factors.values, parameter)
+                    return Lookup.stacked(self.origin.tensor, factors.values, len(parameter))
                 return StackedFactors(self._pull_back(factors.values, number, batched=True))
             return GroupwiseFactors(factors, lambda grad: self._pull_back(grad, number), parameter)
 
         return adapt
+
+    def _adapt_later(self, later: Later, number: int) -> Later:
+        """The same where a backward is traced: through the graph of the source now, the rest when the backward runs."""
+        if self._view is not None:
+            view = self._view
+            return later.then(lambda factors, parameter: ViewFactors.of(factors, view, parameter))
+        values = later.stacked_now(self.sinks[number].ledger.owner_name)
+        if isinstance(self.origin, Lookup):
+            count = len(self.parameters[number])
+            make = lambda voters, ids, values: Lookup.stacked(ids, voters.along(values, dim=0), count)
+            return Later(make, later.voters, (self.origin.tensor, values))
+        make = lambda voters, values: StackedFactors(voters.along(values, dim=0))
+        return Later(make, later.voters, (self._pull_back(values, number, batched=True),))
 
     def _pull_back(self, grad: Tensor, number: int, batched: bool = False) -> Tensor:
         """One parameter's part of the vector-Jacobian product of (*source.shape), or of a stack of these."""
