@@ -13,6 +13,8 @@ from torch import Tensor
 from htv.groups import Groups, Place, Voters
 from htv.ops import backend, factors, functional, reference, schema
 from htv.ops.factors import (
+    BilinearFactors,
+    ConvFactors,
     EmbeddingFactors,
     Factors,
     GroupwiseFactors,
@@ -23,7 +25,9 @@ from htv.ops.factors import (
 from htv.ops.reference import STREAMING, Summary
 from htv.rules import Mean, Rule, Statistic
 
-__all__ = ["Agreement", "agreement", "aggregate", "linear_grad", "path", "summarise"]
+CONV_OUTPUTS = 32  # output channels per group of a convolution from which on each group is worth a fused call
+
+__all__ = ["Agreement", "agreement", "aggregate", "extra_work", "linear_grad", "path", "summarise"]
 
 
 def aggregate(parts: list[Factors], rule: Rule) -> Tensor:
@@ -58,6 +62,8 @@ def summarise(parts: list[Factors], statistic: Statistic) -> Summary:
     """What a streaming statistic needs to know of contributions, to be joined with those of other batches."""
     first = parts[0]
     _require_same_voters(parts)
+    if all(isinstance(part, EmbeddingFactors) for part in parts):
+        return _sparse_summary(EmbeddingFactors.joined(parts), statistic.name)
     if math.prod(first.shape) == 0 or statistic.name not in ("geometric_mean", "sand_mask"):
         total = sum(part.total().to(first.dtype) for part in parts)
         votes = _by_blocks(parts, Statistic("sign_sum"))[0] if total.numel() else total
@@ -68,39 +74,127 @@ def summarise(parts: list[Factors], statistic: Statistic) -> Summary:
 def _summary_by_group(parts: list[Factors], statistic: Statistic) -> Summary:
     """One group after another, so that no more than one contribution is held."""
     summaries = (
-        Summary.of(sum(part.one(e) for part in parts).unsqueeze(0), statistic.name) for e in range(parts[0].count)
+        Summary.of(sum((part.one(e) for part in parts[1:]), parts[0].one(e)).unsqueeze(0), statistic.name)
+        for e in range(parts[0].count)
     )
     return functools.reduce(Summary.__add__, summaries)
 
 
-def path(kind: type[Factors], rule: Rule, device: torch.device) -> str:
-    """How a parameter with one use of this kind is served: "plain sum", "stacked", "fused (...)" or "sliced (...)"."""
+def path(kind: type[Factors] | Factors, rule: Rule, device: torch.device) -> str:
+    """How a parameter with one use of this kind is served, and by which backend where one is chosen.
+
+    kind: factors, or their class, which stands for sizes that are not extreme (of a convolution: not depthwise).
+    Returns "plain sum", "stacked (...)", "fused (...)", "sliced (...)", "sparse", "sparse, sliced (...)" or "by group".
+    """
     if isinstance(rule, Mean):
         return "plain sum"
     name = rule.statistic(1 << 30).name  # which statistic does not depend on the number of groups
-    if kind is LinearFactors and name in schema.FUSED_LINEAR:
-        server = backend.choose("linear", name, device)
-        if server != "reference":
-            return f"fused ({server})"
-    style = "stacked" if kind is StackedFactors else "sliced"
-    return f"{style} ({backend.choose('stacked', name, device)})"
+    style = _style(kind, name, device)
+    if style == "fused":
+        return f"fused ({backend.choose('linear', name, device)})"
+    if style == "by group":
+        return style
+    if style == "sparse" and name in STREAMING:
+        return style
+    return f"{'sparse, sliced' if style == 'sparse' else style} ({backend.choose('stacked', name, device)})"
+
+
+def _style(part: type[Factors] | Factors, name: str, device: torch.device) -> str:
+    """How the contributions of one use are gone through for a statistic of this name.
+
+    "fused", "sparse" (pairs of token and group), "stacked", "sliced" (boxes of coordinates) or "by group" (one whole
+    contribution at a time).
+    """
+    if isinstance(part, ViewFactors):
+        return _style(part.inner, name, device)
+    kind = part if isinstance(part, type) else type(part)
+    if issubclass(kind, StackedFactors):
+        return "stacked"
+    if issubclass(kind, EmbeddingFactors):
+        return "sparse"
+    if issubclass(kind, GroupwiseFactors):
+        return "by group" if name in STREAMING else "sliced"
+    fuses = name in schema.FUSED_LINEAR and backend.choose("linear", name, device) != "reference"
+    if issubclass(kind, LinearFactors):
+        return "fused" if fuses else "sliced"
+    if not issubclass(kind, ConvFactors) or name not in STREAMING:
+        return "sliced"
+    if not isinstance(part, ConvFactors):
+        return "fused" if fuses else "sliced"
+    if part.geometry.groups > 1 and part.outputs < CONV_OUTPUTS:
+        return "sliced"
+    if not part.fits_linear:
+        return "by group"
+    return "fused" if fuses else "sliced"
+
+
+def extra_work(part: Factors, rule: Rule) -> float:
+    """Arithmetic of aggregating one use's contributions, in units of its plain weight gradient's: an estimate.
+
+    With E groups, R rows (of a convolution: positions of all samples) and n operations per contribution, the plain
+    gradient being 2 R per coordinate:
+
+        plain sum  0
+        fused      E / 2R, a comparison and a count at once; 1 where every row votes: a product of signs. Convolutions
+                   copy each window once per block of output channels: + 1 / 2O
+        sliced     E (1 + n) / 2R (bilinear: 3R): written, then n = log2(E) comparisons by order rules, n = 4 by others
+        by group   E (1 + n) / 2R of a convolution; a gradient pulled back for each group otherwise: E
+        sparse     P n / R with P pairs of token and group; order rules E (1 + n) T / R for the T tokens that matter
+        stacked    n, in units of summing the stored contributions
+    """
+    if isinstance(rule, Mean):
+        return 0.0
+    if isinstance(part, ViewFactors):
+        return extra_work(part.inner, rule)
+    statistic, groups = rule.statistic(part.count), part.count
+    operations = 4.0 if statistic.name in STREAMING else math.log2(max(2, groups))
+    style = _style(part, statistic.name, part.device)
+    if style == "stacked":
+        return operations
+    if isinstance(part, EmbeddingFactors):
+        rows, sizes = max(1, len(part.ids)), part.pairs.tokens.unique_consecutive(return_counts=True)[1]
+        if statistic.name in STREAMING:
+            return operations * len(part.pairs.tokens) / rows
+        return groups * (1 + operations) * int((sizes > _outvoted(statistic, groups)).sum()) / rows
+    if isinstance(part, GroupwiseFactors):
+        return float(groups)
+    flops = {BilinearFactors: 3, ConvFactors: 2, LinearFactors: 2}.get(type(part), 2)
+    rows = max(1, int((part.row_bounds if isinstance(part, ConvFactors) else part.bounds)[-1]))
+    if style != "fused":
+        return groups * (1 + operations) / (flops * rows)
+    copies = 1 / (2 * part.outputs) if isinstance(part, ConvFactors) else 0.0
+    return copies + (1.0 if groups >= rows else groups / (2 * rows))
 
 
 def _by_blocks(parts: list[Factors], statistic: Statistic) -> tuple[Tensor, Tensor]:
-    """Aggregate views of the parameter that do not overlap (chunks, experts) each by itself, as the tensors they are."""
-    views: dict[tuple, list[Factors]] = {}
-    for part in parts:
-        views.setdefault(part.view if isinstance(part, ViewFactors) else None, []).append(part)
-    if None in views or not _disjoint(list(views.values())):
+    """Views of the parameter that do not overlap (chunks, experts) are each aggregated by itself."""
+    views = _views(parts)
+    if views is None:
         return _one_block(parts, statistic)
     first = parts[0]
     value = first.placed(torch.zeros(first.inner.shape, dtype=first.dtype, device=first.device))
-    mask_sum, seen = 0.0, 0
-    for block in views.values():
+    mask_sum, seen = torch.zeros((), dtype=torch.float64, device=first.device), 0
+    for block in views:
         block_value, block_mask = _one_block([part.inner for part in block], statistic)
         block[0].shown(value).copy_(block_value)
         mask_sum, seen = mask_sum + block_mask, seen + block_value.numel()
     return value, mask_sum + _mask_of_zeros(first, statistic) * (value.numel() - seen)
+
+
+def _blocks(parts: list[Factors]) -> list[list[Factors]]:
+    """The factors of each block of the parameter that is aggregated by itself."""
+    views = _views(parts)
+    return [parts] if views is None else [[part.inner for part in block] for block in views]
+
+
+def _views(parts: list[Factors]) -> list[list[ViewFactors]] | None:
+    """Parts by the view they are of, or None unless all are of views that do not overlap."""
+    views: dict[tuple, list[ViewFactors]] = {}
+    for part in parts:
+        if not isinstance(part, ViewFactors):
+            return None
+        views.setdefault(part.view, []).append(part)
+    return list(views.values()) if _disjoint(list(views.values())) else None
 
 
 def _disjoint(blocks: list[list[ViewFactors]]) -> bool:
@@ -121,33 +215,59 @@ def _mask_of_zeros(like: Factors, statistic: Statistic) -> Tensor:
 def _one_block(parts: list[Factors], statistic: Statistic) -> tuple[Tensor, Tensor]:
     parts = _joined(parts)
     first = parts[0]
-    if len(parts) == 1 and isinstance(first, LinearFactors):
-        server = backend.choose("linear", statistic.name, first.device)
-        if server != "reference":
-            return _fused_linear(first, statistic, server)
-    if all(isinstance(part, EmbeddingFactors) for part in parts):
-        return _sparse_rows(parts, statistic)
+    if len(parts) == 1:
+        if isinstance(first, EmbeddingFactors):
+            return (_sparse_streaming if statistic.name in STREAMING else _sparse_order)(first, statistic)
+        style = _style(first, statistic.name, first.device)
+        if style == "fused":
+            fused = _fused_conv if isinstance(first, ConvFactors) else _fused_linear
+            return fused(first, statistic, backend.choose("linear", statistic.name, first.device))
+        if style == "by group":
+            return _by_group(parts, statistic)
+    if len(parts) == 2 and {type(part) for part in parts} == {LinearFactors, EmbeddingFactors}:
+        return _tied(*sorted(parts, key=lambda part: isinstance(part, EmbeddingFactors)), statistic)
     if statistic.name in STREAMING and any(isinstance(part, GroupwiseFactors) for part in parts):
-        value, mask_sum = reference.finish(_summary_by_group(parts, statistic), statistic)
-        return value * first.count, mask_sum
+        return _by_group(parts, statistic)
     return _sliced(parts, statistic)
 
 
 def _joined(parts: list[Factors]) -> list[Factors]:
-    """Several uses in linear layers (recurrence) as one use of more rows."""
-    linear = [part for part in parts if isinstance(part, LinearFactors)]
-    if len(linear) < 2 or len({part.x.dtype for part in linear}) > 1:
-        return parts
-    return [LinearFactors.joined(linear), *(part for part in parts if not isinstance(part, LinearFactors))]
+    """Several uses in linear layers (recurrence) as one use of more rows, several lookups as one of more ids."""
+    for kind in (LinearFactors, EmbeddingFactors):
+        alike = [part for part in parts if isinstance(part, kind)]
+        if len(alike) > 1 and len({part.grad_output.dtype for part in alike}) == 1:
+            parts = [kind.joined(alike), *(part for part in parts if not isinstance(part, kind))]
+    return parts
+
+
+def _by_group(parts: list[Factors], statistic: Statistic) -> tuple[Tensor, Tensor]:
+    value, mask_sum = reference.finish(_summary_by_group(parts, statistic), statistic)
+    return value * parts[0].count, mask_sum
 
 
 def _fused_linear(part: LinearFactors, statistic: Statistic, server: str) -> tuple[Tensor, Tensor]:
-    x, grad_output = part.x.contiguous(), part.grad_output.contiguous()
+    return _fused(part.x, part.grad_output, part.bounds, statistic, server)
+
+
+def _fused(x: Tensor, grad_output: Tensor, bounds: Tensor, statistic: Statistic, server: str) -> tuple[Tensor, Tensor]:
+    x, grad_output = x.contiguous(), grad_output.contiguous()
     if server == "triton":
         from htv.triton_kernels.linear import linear
 
-        return linear(x, grad_output, part.bounds, statistic.name, statistic.count)
-    return torch.ops.htv.linear(x, grad_output, part.bounds, schema.code(statistic.name), statistic.count)
+        return linear(x, grad_output, bounds, statistic.name, statistic.count)
+    return torch.ops.htv.linear(x, grad_output, bounds, schema.code(statistic.name), statistic.count)
+
+
+def _fused_conv(part: ConvFactors, statistic: Statistic, server: str) -> tuple[Tensor, Tensor]:
+    """Block by block as linear layers of the windows that the output's positions see."""
+    value = torch.zeros(part.shape, dtype=part.dtype, device=part.device)
+    mask_sum = torch.zeros((), dtype=torch.float64, device=part.device)
+    bounds = part.row_bounds
+    for rows, columns, x, grad_output in part.as_linear():
+        block, block_mask = _fused(x, grad_output, bounds, statistic, server)
+        value[rows, columns] = part.from_linear(block)
+        mask_sum += block_mask
+    return value, mask_sum
 
 
 def _sliced(parts: list[Factors], statistic: Statistic) -> tuple[Tensor, Tensor]:
@@ -190,17 +310,95 @@ def _slices(parts: list[Factors]) -> Iterator[tuple[slice, slice, Tensor]]:
             yield *box, contributions
 
 
-def _sparse_rows(parts: list[EmbeddingFactors], statistic: Statistic) -> tuple[Tensor, Tensor]:
-    """Embedding tables: only rows that some group touched; every statistic of zeros alone is zero."""
-    first = parts[0]
-    touched = torch.cat([part.touched() for part in parts]).unique()
-    value = torch.zeros(first.shape, dtype=first.dtype, device=first.device)
-    untouched = (first.shape[0] - len(touched)) * first.shape[1]
-    mask_sum = _mask_of_zeros(first, statistic) * untouched
-    if len(touched):
-        rows, rows_mask = _sliced([part.compact(touched) for part in parts], statistic)
-        value[touched] = rows
-        mask_sum = mask_sum + rows_mask
+def _sparse_streaming(part: EmbeddingFactors, statistic: Statistic) -> tuple[Tensor, Tensor]:
+    """Embedding tables: pairs of token and group, and everything else counted as the zeros it is."""
+    value = torch.zeros(part.shape, dtype=part.dtype, device=part.device)
+    mask_sum = _mask_of_zeros(part, statistic)
+    untouched = part.shape[0]
+    total_mask = torch.zeros_like(mask_sum)
+    for tokens, summary in _token_summaries(part, statistic.name):
+        rows, rows_mask = reference.finish(summary, statistic)
+        value[tokens] = rows * part.count
+        total_mask += rows_mask
+        untouched -= len(tokens)
+    return value, total_mask + mask_sum * (untouched * part.shape[1])
+
+
+def _sparse_summary(part: EmbeddingFactors, name: str) -> Summary:
+    """Of the whole table."""
+    whole = _zeros(part.count, part, name).map(lambda t: t.expand(part.shape).clone())
+    for tokens, summary in _token_summaries(part, name):
+        for table, rows in zip(_tensors(whole), _tensors(summary), strict=True):
+            table[tokens] = rows
+    return whole
+
+
+def _tensors(summary: Summary) -> list[Tensor]:
+    tensors: list[Tensor] = []
+    summary.map(tensors.append)
+    return tensors
+
+
+def _token_summaries(part: EmbeddingFactors, name: str) -> Iterator[tuple[Tensor, Summary]]:
+    """Tokens (t,) and the summary (t, D) of their contributions, those that equally many groups have together."""
+    pairs = part.pairs
+    tokens, sizes = pairs.tokens.unique_consecutive(return_counts=True)
+    first = sizes.cumsum(0) - sizes
+    bits = torch.finfo(part.dtype).bits
+    for size in sizes.unique().tolist():
+        step = max(1, factors.SCRATCH_BYTES * 8 // (size * max(1, part.shape[1]) * bits))
+        for which in (sizes == size).nonzero().flatten().split(step):
+            at = first[which] + torch.arange(size, device=part.device)[:, None]
+            summary = Summary.of(pairs.values[at], name)
+            yield tokens[which], summary if size == part.count else summary + _zeros(part.count - size, part, name)
+
+
+def _zeros(count: int, like: Factors, name: str) -> Summary:
+    """Of contributions that are zero, for one coordinate."""
+    return Summary.of(torch.zeros(count, 1, dtype=like.dtype, device=like.device), name)
+
+
+def _sparse_order(part: EmbeddingFactors, statistic: Statistic) -> tuple[Tensor, Tensor]:
+    """Embedding tables: rows of tokens that enough groups have are ranked, all others are zero."""
+    pairs = part.pairs
+    value = torch.zeros(part.shape, dtype=part.dtype, device=part.device)
+    tokens, sizes = pairs.tokens.unique_consecutive(return_counts=True)
+    mask_sum = torch.zeros((), dtype=torch.float64, device=part.device)
+    matter = tokens[sizes > _outvoted(statistic, part.count)]
+    if len(matter):
+        value[matter], mask_sum = _sliced([part.compact(matter)], statistic)
+    nan = pairs.values.isnan()
+    value.index_put_((pairs.tokens[nan.nonzero()[:, 0]], nan.nonzero()[:, 1]), value.new_tensor(torch.nan))
+    return value, mask_sum
+
+
+def _outvoted(statistic: Statistic, count: int) -> int:
+    """How many of E values may be other than zero without the order statistic being so."""
+    if statistic.name == "median":
+        return (count - 1) // 2
+    if statistic.name == "median_of_means":
+        return (statistic.count - 1) // 2
+    return statistic.count  # values cut or clipped per side
+
+
+def _tied(linear: LinearFactors, embedding: EmbeddingFactors, statistic: Statistic) -> tuple[Tensor, Tensor]:
+    """An embedding table that is also a linear layer's weight: rows no token touches are the layer's alone."""
+    touched = embedding.pairs.tokens.unique_consecutive()
+    value = torch.empty(linear.shape, dtype=linear.dtype, device=linear.device)
+    mask_sum = torch.zeros((), dtype=torch.float64, device=linear.device)
+    alone = torch.ones(linear.shape[0], dtype=torch.bool, device=linear.device)
+    alone[touched] = False
+    step = max(64, factors.WINDOW_BYTES // max(1, len(linear.x) * linear.x.element_size()))
+    for tokens, is_touched in [(t, True) for t in touched.split(step)] + [
+        (t, False) for t in alone.nonzero().flatten().split(step)
+    ]:
+        if len(tokens):
+            rows = LinearFactors(linear.x, linear.grad_output.index_select(1, tokens), linear.bounds)
+            found = (
+                _sliced([rows, embedding.compact(tokens)], statistic) if is_touched else _one_block([rows], statistic)
+            )
+            value[tokens] = found[0]
+            mask_sum += found[1]
     return value, mask_sum
 
 
@@ -222,24 +420,60 @@ class Agreement:
 
 
 def agreement(parts: list[Factors], rule: Rule) -> Agreement:
-    """One more sliced pass over the contributions: costs about as much as a sliced rule does."""
+    """`Agreement` of contributions that are the sums of the parts'.
+
+    Votes, sum and norms each come from where they are cheapest, as long as no block of the parameter has uses of
+    several kinds; else one sliced pass gives all.
+    """
     first = parts[0]
+    _require_same_voters(parts)
     if math.prod(first.shape) == 0:
         return Agreement(math.nan, math.nan, math.nan)
     statistic = rule.statistic(first.count)
-    masked = statistic.name in ("and_mask", "xor_mask", "geometric_mean", "sand_mask")
+    blocks = [_joined(block) for block in _blocks(parts)]
+    tally = _tally_apart if all(len(block) == 1 for block in blocks) else _tally_sliced
+    agreeing, kept, total_energy, energy = tally(parts, blocks, statistic)
+    coordinates = math.prod(first.shape)
+    coherence = total_energy / energy if energy > 0 else math.nan
+    return Agreement(kept / coordinates, agreeing / (first.count * coordinates), coherence)
+
+
+_MASKED = ("and_mask", "xor_mask", "geometric_mean", "sand_mask")
+
+
+def _tally_apart(
+    parts: list[Factors], blocks: list[list[Factors]], statistic: Statistic
+) -> tuple[float, float, float, float]:
+    """Sums over coordinates: |votes|, mask, squared sum of contributions, squared contributions."""
+    votes = _by_blocks(parts, Statistic("sign_sum"))[0].abs()
+    if statistic.name == "sand_mask":
+        kept = _by_blocks(parts, statistic)[1].item()
+    elif statistic.name == "xor_mask":
+        kept = (votes < statistic.count).sum().item()
+    else:
+        kept = (votes >= statistic.count).sum().item() if statistic.name in _MASKED else votes.numel()
+    agreeing = votes.nan_to_num_(0).sum(dtype=torch.float64).item()  # a NaN agrees with nothing
+    del votes
+    total_energy = sum(block[0].total().double().square().sum().item() for block in blocks)
+    energy = sum(block[0].squared_norms().sum().item() for block in blocks)
+    return agreeing, kept, total_energy, energy
+
+
+def _tally_sliced(
+    parts: list[Factors], blocks: list[list[Factors]], statistic: Statistic
+) -> tuple[float, float, float, float]:
+    """The same from one pass over the contributions."""
     agreeing = kept = total_energy = energy = 0.0
-    for _, _, box in _slices(parts):
+    for _, _, box in _slices(_joined(parts)):
         contributions = box.flatten(1)
-        votes = contributions.sign().sum(dim=0).abs()
-        agreeing += votes.sum(dtype=torch.float64).item() / len(contributions)
+        votes = functional.stacked(contributions, Statistic("sign_sum"))[0] * len(contributions)
+        agreeing += votes.abs().nan_to_num(0).sum(dtype=torch.float64).item()
         wide = contributions.double()
         energy += wide.square().sum().item()
         total_energy += wide.sum(dim=0).square().sum().item()
+        masked = statistic.name in _MASKED
         kept += functional.stacked(contributions, statistic)[1].item() if masked else contributions.shape[1]
-    coordinates = math.prod(first.shape)
-    coherence = total_energy / energy if energy > 0 else math.nan
-    return Agreement(kept / coordinates, agreeing / coordinates, coherence)
+    return agreeing, kept, total_energy, energy
 
 
 def linear_grad(

@@ -7,17 +7,21 @@ rule then works for any layer: see `htv.ops.aggregate`.
 
 from __future__ import annotations
 
+import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from htv.groups import Voters
+from htv.groups import Voters, segment_sum
 from htv.ops.reference import compute_dtype
 
 SCRATCH_BYTES = 4 << 20  # what a slice of contributions, and a slice's operands, may take
+WINDOW_BYTES = 8 << 20  # what the windows of a convolution's input may take, and the gradients beside them
 GROUPWISE_BYTES = 64 << 20  # the same where every slice costs a pass over all groups
 
 
@@ -48,9 +52,10 @@ class Factors:
         """The plain sum over groups, (*shape): what autograd would compute."""
         raise TypeError(f"{type(self).__name__} does not define total()")
 
-    def squared_norms(self) -> Tensor | None:
-        """(E,) float64, ||c_e||^2, where that is cheaper than all of c_e; else None."""
-        return None
+    def squared_norms(self) -> Tensor:
+        """(E,) float64, ||c_e||^2."""
+        found = [self.one(e).double().square().sum() for e in range(self.count)]
+        return torch.stack(found)
 
 
 class StackedFactors(Factors):
@@ -72,7 +77,7 @@ class StackedFactors(Factors):
         return self.values.sum(dim=0)
 
     def squared_norms(self) -> Tensor:
-        return self.values.flatten(1).double().square().sum(dim=1)
+        return self.values.reshape(self.count, -1).double().square().sum(dim=1)
 
 
 class LinearFactors(Factors):
@@ -88,15 +93,15 @@ class LinearFactors(Factors):
     def joined(parts: list[LinearFactors]) -> LinearFactors:
         """The sum of several factors of one shape, as one of more rows per group."""
         sizes = torch.stack([part.bounds.diff() for part in parts])  # (parts, E)
-        starts = torch.stack([part.bounds[:-1] for part in parts])
-        ahead = torch.tensor([0, *(len(part.x) for part in parts[:-1])]).cumsum(0)
         bounds = torch.cat([sizes.new_zeros(1), sizes.sum(dim=0).cumsum(0)])
-        # Row j of the result is row `first + j` of all parts' rows one after another, piece by piece.
-        lengths = sizes.t().flatten()
-        first = (starts + ahead[:, None]).t().flatten() - (lengths.cumsum(0) - lengths)
-        order = torch.repeat_interleave(first, lengths) + torch.arange(int(bounds[-1]))
-        order = order.to(parts[0].device)
-        x, grad_output = (torch.cat(rows)[order] for rows in ([p.x for p in parts], [p.grad_output for p in parts]))
+        begins = bounds[:-1] + sizes.cumsum(0) - sizes  # where each part's rows of each group go
+        rows = int(bounds[-1])
+        x, grad_output = (t.new_empty(rows, t.shape[1]) for t in (parts[0].x, parts[0].grad_output))
+        for part, begin, size in zip(parts, begins, sizes, strict=True):
+            to = torch.repeat_interleave(begin - part.bounds[:-1], size) + torch.arange(len(part.x))
+            to = to.to(x.device)
+            x.index_copy_(0, to, part.x)
+            grad_output.index_copy_(0, to, part.grad_output)
         return LinearFactors(x, grad_output, bounds)
 
     def transposed(self) -> LinearFactors:
@@ -124,20 +129,21 @@ class LinearFactors(Factors):
     def total(self) -> Tensor:
         return self.grad_output.t() @ self.x
 
-    def squared_norms(self) -> Tensor | None:
+    def squared_norms(self) -> Tensor:
         """By Gram matrices, sum_rs (g_r . g_s) (x_r . x_s), where a group has few rows."""
         sizes = self.bounds.diff()
         most = int(sizes.max())
         outputs, inputs = self.shape
         if most * (outputs + inputs) > outputs * inputs:
-            return None
+            return super().squared_norms()
         found = torch.empty(self.count, dtype=torch.float64, device=self.device)
-        step = max(1, SCRATCH_BYTES // (8 * most * (most + outputs + inputs)))
+        step = max(1, SCRATCH_BYTES // (8 * max(1, most) * (most + outputs + inputs)))
         uniform = bool((sizes == most).all())
         for start in range(0, self.count, step if uniform else 1):
             stop = min(self.count, start + step) if uniform else start + 1
             rows = slice(int(self.bounds[start]), int(self.bounds[stop]))
-            grams = [t[rows].double().reshape(stop - start, -1, t.shape[1]) for t in (self.grad_output, self.x)]
+            size = (rows.stop - rows.start) // (stop - start)
+            grams = [t[rows].double().reshape(stop - start, size, t.shape[1]) for t in (self.grad_output, self.x)]
             grams = [torch.bmm(t, t.transpose(1, 2)) for t in grams]
             found[start:stop] = (grams[0] * grams[1]).sum(dim=(1, 2)).clamp(min=0)
         return found
@@ -146,45 +152,94 @@ class LinearFactors(Factors):
 class ConvFactors(Factors):
     """Convolution weight of shape (O, C / conv_groups, *kernel), any number of spatial dims.
 
-    For one kernel tap, the contribution of an example is a product of its output gradient with a strided view of its
-    padded input.
+    The S samples are sorted by group, and group e owns samples bounds[e]:bounds[e + 1]. Every position of the output is
+    a row of a linear layer whose input is the window of x seen from there: L rows for each sample.
     """
 
     def __init__(self, x: Tensor, grad_output: Tensor, kernel: tuple[int, ...], geometry: ConvGeometry, voters: Voters):
         """x: (S, C, *space) and grad_output: (S, O, *out_space), same dtype, their samples where `voters` says."""
-        self.x, self.grad_output, self.kernel, self.geometry, self.voters = x, grad_output, kernel, geometry, voters
+        self.x, self.grad_output, self.bounds = voters.front(x), voters.front(grad_output), voters.offsets
+        self.kernel, self.geometry = kernel, geometry
         self.shape = (grad_output.shape[1], x.shape[1] // geometry.groups, *kernel)
         self.count, self.device, self.dtype = voters.count, x.device, compute_dtype(x.dtype)
+        weights = voters.groups.weights
+        if weights is not None:  # the one place where they enter
+            each = torch.repeat_interleave(weights, self.bounds.diff()).to(x.device, self.dtype)
+            self.x = self.x.to(self.dtype)
+            self.grad_output = self.grad_output * each.reshape(-1, *(1,) * (grad_output.dim() - 1))
+
+    @property
+    def positions(self) -> int:
+        """L."""
+        return math.prod(self.grad_output.shape[2:])
+
+    @property
+    def row_bounds(self) -> Tensor:
+        """(E + 1,): `bounds` of the S * L rows."""
+        return self.bounds * self.positions
+
+    @property
+    def outputs(self) -> int:
+        """Output channels of one group of the convolution."""
+        return self.shape[0] // self.geometry.groups
 
     def write(self, rows: slice, columns: slice, out: Tensor) -> None:
-        for index, part in self._conv_groups(rows):
-            self._write_conv_group(index, part, columns, out[:, part.start - rows.start : part.stop - rows.start])
+        for groups, part in self._segments(rows):
+            self._write_segment(groups, part, columns, out[:, part.start - rows.start : part.stop - rows.start])
 
-    def _conv_groups(self, rows: slice) -> Iterator[tuple[int, slice]]:
-        """Split a range of output channels at the borders of the convolution's groups."""
-        size = self.shape[0] // self.geometry.groups
-        for index in range(rows.start // size, (rows.stop - 1) // size + 1):
-            yield index, slice(max(rows.start, index * size), min(rows.stop, (index + 1) * size))
+    def _segments(self, rows: slice) -> Iterator[tuple[slice, slice]]:
+        """Split a range of output channels into whole groups of the convolution, all at once, and parts of one group.
 
-    def _write_conv_group(self, index: int, rows: slice, columns: slice, out: Tensor) -> None:
-        """out: (E, r, c, *kernel)."""
-        first = index * self.shape[1]
-        x = self.padded(slice(first + columns.start, first + columns.stop))
-        grad_output = self.grad_output[:, rows].to(self.dtype).flatten(2)  # (S, r, L)
-        for tap in self.taps():
-            product = torch.bmm(grad_output, self.seen_by(tap, x).flatten(2).transpose(1, 2))  # (S, r, c)
-            out[(slice(None),) * 3 + tap] = self.voters.along(product)
+        Yields (groups, output channels).
+        """
+        size, start = self.outputs, rows.start
+        while start < rows.stop:
+            first, offset = divmod(start, size)
+            whole = 0 if offset else (rows.stop - start) // size
+            stop = start + whole * size if whole else min(rows.stop, (first + 1) * size)
+            yield slice(first, first + max(1, whole)), slice(start, stop)
+            start = stop
 
-    def taps(self) -> Iterator[tuple[int, ...]]:
-        """The kernel's positions, in order."""
-        return itertools.product(*(range(k) for k in self.kernel))
+    def _write_segment(self, groups: slice, rows: slice, columns: slice, out: Tensor) -> None:
+        """out: (E, r, c, *kernel), some samples at a time."""
+        x = self.x.unflatten(1, (self.geometry.groups, self.shape[1]))[:, groups, columns]  # (S, n, c, *space)
+        grad_output = self.grad_output[:, rows].unflatten(1, (x.shape[1], -1))  # (S, n, r, *out_space)
+        per_sample = max(x[:1].numel(), grad_output[:1].numel(), out[:1].numel()) * out.element_size()
+        step = max(1, SCRATCH_BYTES // per_sample)
+        # Measured on CPUs: one convolution of S * n groups is fastest but for few positions.
+        folds = x.shape[1] > 1 or (self.positions >= 64 and self.device.type == "cpu")
+        contributions = self._folded if folds else self._by_tap
+        bounds, out = self.bounds, out.zero_()
+        for start in range(0, len(x), step):
+            stop = min(start + step, len(x))
+            first = int(torch.searchsorted(bounds, start, right=True)) - 1
+            last = int(torch.searchsorted(bounds, stop))
+            mine = bounds[first : last + 1].clamp(start, stop) - start
+            samples = slice(start, stop)
+            found = contributions(x[samples].to(self.dtype), grad_output[samples].to(self.dtype))
+            out[first:last] += segment_sum(found.reshape(stop - start, *out.shape[1:]), mine)
 
-    def padded(self, channels: slice) -> Tensor:
-        """Some channels of the input in `dtype`, with the convolution's zero padding."""
-        x = self.x[:, channels].to(self.dtype)
+    def _folded(self, x: Tensor, grad_output: Tensor) -> Tensor:
+        """(S, n * r, c, *kernel): each sample as groups of one convolution.
+
+        x: (S, n, c, *space), grad_output: (S, n, r, *out_space).
+        """
+        samples, n = x.shape[:2]
+        x, grad_output = (t.reshape(1, -1, *t.shape[3:]) for t in (x, grad_output))
+        return self._weight_grad(x, grad_output, samples * n)
+
+    def _by_tap(self, x: Tensor, grad_output: Tensor) -> Tensor:
+        """The same for n = 1 by a product for each position of the kernel."""
+        x, grad_output = self._padded(x[:, 0]), grad_output[:, 0].flatten(2)  # (S, c, *space), (S, r, L)
+        found = x.new_empty(len(x), grad_output.shape[1], x.shape[1], *self.kernel)
+        for tap in itertools.product(*(range(k) for k in self.kernel)):
+            found[(slice(None),) * 3 + tap] = torch.bmm(grad_output, self._seen_by(tap, x).flatten(2).transpose(1, 2))
+        return found
+
+    def _padded(self, x: Tensor) -> Tensor:
         return F.pad(x, [amount for amount in reversed(self.geometry.padding) for _ in range(2)])
 
-    def seen_by(self, tap: tuple[int, ...], x: Tensor) -> Tensor:
+    def _seen_by(self, tap: tuple[int, ...], x: Tensor) -> Tensor:
         """(S, c, *out_space): what one position of the kernel sees of a padded input; a view."""
         steps = zip(tap, self.geometry.dilation, self.geometry.stride, self.grad_output.shape[2:], strict=True)
         for dim, (k, dilation, stride, length) in enumerate(steps, start=2):
@@ -192,26 +247,95 @@ class ConvFactors(Factors):
             x = x[(slice(None),) * dim + (slice(None, None, stride),)]
         return x
 
+    def as_linear(self) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+        """The weight in blocks, each that of a linear layer: (rows, columns, x, grad_output).
+
+        x:            (S * L, taps * c), the windows of the block's c input channels; overwritten by the next.
+        grad_output:  (S * L, r), of its r output channels.
+
+        Both are bounded by `window_bytes`, as long as `fits_linear`.
+        """
+        taps, width, rows = math.prod(self.kernel), self.shape[1], len(self.x) * self.positions
+        if rows == 0:
+            return
+        affordable = WINDOW_BYTES // (rows * self.x.element_size())
+        channels = min(width, max(1, _rounded(affordable, (192, 48)) // taps))
+        height = min(self.outputs, max(64, _rounded(affordable, (64,))))
+        windows = self.x.new_empty(rows * taps * channels)
+        tops = (range(first, first + self.outputs, height) for first in range(0, self.shape[0], self.outputs))
+        for top in itertools.chain.from_iterable(tops):
+            group = top // self.outputs
+            block = slice(top, min(top + height, (group + 1) * self.outputs))
+            grad_output = self.grad_output[:, block].flatten(2).transpose(1, 2).reshape(rows, -1).contiguous()
+            for left in range(0, width, channels):
+                columns = slice(left, min(left + channels, width))
+                seen = slice(group * width + columns.start, group * width + columns.stop)
+                yield block, columns, self._windows(seen, windows), grad_output
+
+    @property
+    def fits_linear(self) -> bool:
+        """Whether `as_linear` stays in bounds with blocks wide enough to be worth it."""
+        least = min(48, self.shape[1] * math.prod(self.kernel))
+        rows = len(self.x) * self.positions
+        return rows * max(least, math.prod(self.kernel)) * self.x.element_size() <= WINDOW_BYTES
+
+    def _windows(self, channels: slice, out: Tensor) -> Tensor:
+        """(S * L, taps * c): windows of some channels, written to the start of a flat tensor."""
+        # Channels last, so that copies are of long runs.
+        x, geometry = self.x[:, channels].movedim(1, -1), self.geometry
+        if any(geometry.padding):
+            sizes = [n + 2 * p for n, p in zip(x.shape[1:-1], geometry.padding, strict=True)]
+            inner = [slice(p, p + n) for n, p in zip(x.shape[1:-1], geometry.padding, strict=True)]
+            padded = x.new_zeros(len(x), *sizes, x.shape[-1])
+            padded[(slice(None), *inner)] = x
+            x = padded
+        elif math.prod(self.kernel) > 1:
+            x = x.contiguous()
+        own, (first, *steps, last) = self.grad_output.shape[2:], x.stride()
+        seen = x.as_strided(
+            (len(x), *own, *self.kernel, x.shape[-1]),
+            (
+                first,
+                *(step * n for step, n in zip(steps, geometry.stride, strict=True)),
+                *(step * n for step, n in zip(steps, geometry.dilation, strict=True)),
+                last,
+            ),
+            x.storage_offset(),
+        )
+        flat = out[: seen.numel()]
+        flat.view(seen.shape).copy_(seen)
+        return flat.view(len(x) * self.positions, -1)
+
+    def from_linear(self, value: Tensor) -> Tensor:
+        """A block's values (r, taps * c) as (r, c, *kernel)."""
+        return value.unflatten(1, (*self.kernel, -1)).movedim(-1, 1)
+
     def one(self, group: int) -> Tensor:
-        order, (start, end) = self.voters.order, self.voters.offsets[group : group + 2].tolist()
-        samples = slice(start, end) if order is None else order[start:end].to(self.device)
-        grad = self._weight_grad(self.x[samples].to(self.dtype), self.grad_output[samples].to(self.dtype))
-        weights = self.voters.groups.weights
-        return grad if weights is None else grad * weights[group].item()
+        samples = slice(*self.bounds[group : group + 2].tolist())
+        return self._of_samples(samples)
+
+    def _of_samples(self, samples: slice) -> Tensor:
+        x, grad_output = self.x[samples].to(self.dtype), self.grad_output[samples].to(self.dtype)
+        return self._weight_grad(x, grad_output, self.geometry.groups)
 
     def total(self) -> Tensor:
-        if self.voters.groups.weights is None:
-            return self._weight_grad(self.x, self.grad_output)
-        return sum(self.one(e) for e in range(self.count))
+        return self._weight_grad(self.x, self.grad_output, self.geometry.groups)
 
-    def _weight_grad(self, x: Tensor, grad_output: Tensor) -> Tensor:
+    def _weight_grad(self, x: Tensor, grad_output: Tensor, groups: int) -> Tensor:
         geometry = self.geometry
-        weight = x.new_empty(self.shape)  # only its shape counts
+        weight = x.new_empty(grad_output.shape[1], x.shape[1] // groups, *self.kernel)  # only its shape counts
+        if len(x) == 0:
+            return weight.zero_()
         _, grad, _ = torch.ops.aten.convolution_backward(
             grad_output, x, weight, None, geometry.stride, geometry.padding, geometry.dilation,
-            False, [0] * len(self.kernel), geometry.groups, [False, True, False],
+            False, [0] * len(self.kernel), groups, [False, True, False],
         )  # fmt: skip
         return grad
+
+
+def _rounded(size: int, steps: tuple[int, ...]) -> int:
+    """The largest multiple of one of these steps, the first that fits, in a size; the size itself below them all."""
+    return next((size // step * step for step in steps if size >= step), size)
 
 
 class ConvGeometry:
@@ -240,46 +364,79 @@ class EmbeddingFactors(Factors):
             ids, voter, grad_output = ids[kept], voter[kept], grad_output[kept]
         self._init(ids, voter, grad_output, num_embeddings, len(bounds) - 1)
 
-    def _init(self, tokens: Tensor, voter: Tensor, grad_output: Tensor, num_embeddings: int, count: int) -> None:
-        """Occurrences sorted by token, so that a range of rows is a range of occurrences."""
-        self.tokens, order = tokens.sort(stable=True)
-        self.voter, self.grad_output = voter[order], grad_output[order]
+    def _init(self, ids: Tensor, voter: Tensor, grad_output: Tensor, num_embeddings: int, count: int) -> None:
+        self.ids, self.voter, self.grad_output = ids, voter, grad_output
         self.count, self.device, self.dtype = count, grad_output.device, compute_dtype(grad_output.dtype)
         self.shape = (num_embeddings, grad_output.shape[1])
 
-    def touched(self) -> Tensor:
-        """The sorted ids of all rows with an occurrence; every other row has only zero contributions."""
-        return self.tokens.unique()
+    @staticmethod
+    def joined(parts: list[EmbeddingFactors]) -> EmbeddingFactors:
+        """The sum of several factors of one table."""
+        whole = object.__new__(EmbeddingFactors)
+        ids, voter, grads = (torch.cat(t) for t in zip(*((p.ids, p.voter, p.grad_output) for p in parts), strict=True))
+        whole._init(ids, voter, grads, parts[0].shape[0], parts[0].count)
+        return whole
+
+    @functools.cached_property
+    def pairs(self) -> Pairs:
+        """What is not zero: the contributions of a group to the row of a token it has."""
+        key, order = (self.ids.long() * self.count + self.voter).sort(stable=True)
+        key, sizes = key.unique_consecutive(return_counts=True)
+        values = self.grad_output[order].to(self.dtype)
+        values = segment_sum(values, _offsets(sizes)) if len(key) < len(order) else values
+        return Pairs(key // self.count, key % self.count, values)
 
     def compact(self, tokens: Tensor) -> EmbeddingFactors:
-        """The same factors for the table made of the rows `tokens` alone (sorted, a superset of `touched`)."""
+        """Factors of the table made of the rows `tokens` alone (sorted)."""
+        pairs, place = self.pairs, torch.searchsorted(tokens, self.pairs.tokens)
+        kept = (tokens[place.clamp(max=len(tokens) - 1)] == pairs.tokens).nonzero().flatten()
         small = object.__new__(EmbeddingFactors)
-        small._init(torch.searchsorted(tokens, self.tokens), self.voter, self.grad_output, len(tokens), self.count)
+        small._init(place[kept], pairs.voter[kept], pairs.values[kept], len(tokens), self.count)
+        small.pairs = Pairs(small.ids, small.voter, small.grad_output)
         return small
 
     def write(self, rows: slice, columns: slice, out: Tensor) -> None:
-        first, last = torch.searchsorted(self.tokens, self.tokens.new_tensor([rows.start, rows.stop])).tolist()
-        slot = self.voter[first:last] * (rows.stop - rows.start) + (self.tokens[first:last] - rows.start)
-        grad_output = self.grad_output[first:last, columns].to(self.dtype)
-        # index_put_ sorts to accumulate, so there are no atomics on CUDA either.
-        out.zero_().flatten(0, 1).index_put_((slot,), grad_output, accumulate=True)
+        pairs = self.pairs
+        first, last = torch.searchsorted(pairs.tokens, pairs.tokens.new_tensor([rows.start, rows.stop])).tolist()
+        slot = pairs.voter[first:last] * (rows.stop - rows.start) + (pairs.tokens[first:last] - rows.start)
+        out.zero_().flatten(0, 1)[slot] = pairs.values[first:last, columns]
 
     def one(self, group: int) -> Tensor:
-        mine = self.voter == group
-        return self._sum(self.grad_output[mine].to(self.dtype), self.tokens[mine])
+        mine = (self.pairs.voter == group).nonzero().flatten()
+        whole = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        whole[self.pairs.tokens[mine]] = self.pairs.values[mine]
+        return whole
 
     def total(self) -> Tensor:
-        return self._sum(self.grad_output, self.tokens)
+        return torch.ops.aten.embedding_dense_backward(self.grad_output, self.ids, self.shape[0], -1, False)
 
-    def _sum(self, grad_output: Tensor, tokens: Tensor) -> Tensor:
-        return torch.ops.aten.embedding_dense_backward(grad_output, tokens, self.shape[0], -1, False)
+    def squared_norms(self) -> Tensor:
+        voter, order = self.pairs.voter.sort(stable=True)
+        norms = self.pairs.values.double().square().sum(dim=1)[order]
+        return segment_sum(norms, _offsets(voter.bincount(minlength=self.count)))
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """Contributions to an embedding table by (token, group), sorted by both; every other contribution is zero.
+
+    tokens and voter: (P,) int64, no pair twice; values: (P, D).
+    """
+
+    tokens: Tensor
+    voter: Tensor
+    values: Tensor
+
+
+def _offsets(sizes: Tensor) -> Tensor:
+    return torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]).cpu()
 
 
 class BilinearFactors(Factors):
     """c_e = sum over e's rows r of grad_output[r, :, None, None] * left[r, None, :, None] * right[r, None, None, :]."""
 
     def __init__(self, left: Tensor, right: Tensor, grad_output: Tensor, bounds: Tensor):
-        """left: (R, I), right: (R, J), grad_output: (R, O), the same dtype; group e owns rows bounds[e]:bounds[e + 1]."""
+        """left: (R, I), right: (R, J), grad_output: (R, O), one dtype; group e owns rows bounds[e]:bounds[e + 1]."""
         self.left, self.right, self.grad_output, self.bounds = left, right, grad_output, bounds
         self.shape = (grad_output.shape[1], left.shape[1], right.shape[1])
         self.count, self.device, self.dtype = len(bounds) - 1, left.device, compute_dtype(left.dtype)
@@ -336,13 +493,16 @@ class ViewFactors(GroupwiseFactors):
 
     @staticmethod
     def of(inner: Factors, view: View, parameter: Tensor) -> Factors:
-        """Factors of the parameter; those of the view itself where it shows all of a parameter as it is or transposed."""
+        """Factors of the parameter; those of the view itself if it is the whole parameter, perhaps transposed."""
         if view == (tuple(parameter.shape), parameter.stride(), 0):
             return inner
         whole = (tuple(parameter.shape)[::-1], parameter.stride()[::-1], 0)
         if view == whole and isinstance(inner, LinearFactors):
             return inner.transposed()
         return ViewFactors(inner, view, parameter)
+
+    def squared_norms(self) -> Tensor:
+        return self.inner.squared_norms()
 
     def placed(self, value: Tensor) -> Tensor:
         """A tensor of the view's size at its place among zeros, in the parameter's shape."""
@@ -369,6 +529,7 @@ __all__ = [
     "Factors",
     "GroupwiseFactors",
     "LinearFactors",
+    "Pairs",
     "StackedFactors",
     "ViewFactors",
     "two_dims",

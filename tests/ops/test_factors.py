@@ -1,0 +1,365 @@
+"""Every kind of factors, alone and together, against contributions formed one group at a time by plain autograd."""
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import htv
+from htv.groups import Groups, Place, Voters
+from htv.ops import aggregate, backend, factors
+from htv.ops.factors import (
+    BilinearFactors,
+    ConvFactors,
+    ConvGeometry,
+    EmbeddingFactors,
+    Factors,
+    GroupwiseFactors,
+    LinearFactors,
+    StackedFactors,
+    ViewFactors,
+)
+from htv.ops.reference import STREAMING, finish
+from oracles import RULES, by_name, stat
+
+E = 7
+SIZES = (3, 1, 0, 2, 4, 1, 1)  # rows per group: ragged, one without any
+IDS = torch.repeat_interleave(torch.arange(E), torch.tensor(SIZES))
+BOUNDS = torch.tensor([0, *SIZES]).cumsum(0)
+
+
+@dataclass
+class Case:
+    parts: list[Factors]
+    contributions: torch.Tensor  # (E, *shape), float64
+
+
+@pytest.fixture(params=["auto", "reference"], autouse=True)
+def served_by(request):
+    with backend.use_backend(request.param):
+        yield
+
+
+def randn(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def by_autograd(function, parameter, grad_output, ids=IDS, count=E):
+    """(E, *shape): for each group, d(function(parameter, rows) * grad_output[rows]) / d(parameter)."""
+    parameter = parameter.detach().clone().requires_grad_()
+    found = []
+    for e in range(count):
+        rows = (ids == e).nonzero().flatten()
+        loss = (function(parameter, rows) * grad_output[rows]).sum()
+        found.append(torch.autograd.grad(loss, parameter)[0] if len(rows) else torch.zeros_like(parameter))
+    return torch.stack(found).detach()
+
+
+def linear_use(outputs, inputs, sizes=SIZES):
+    """(factors, contributions) of one use of an (O, I) weight."""
+    ids, bounds = torch.repeat_interleave(torch.arange(E), torch.tensor(sizes)), torch.tensor([0, *sizes]).cumsum(0)
+    x, grad = randn(len(ids), inputs), randn(len(ids), outputs)
+    found = by_autograd(lambda w, rows: F.linear(x[rows], w), randn(outputs, inputs), grad, ids)
+    return LinearFactors(x, grad, bounds), found
+
+
+def summed(*uses):
+    return Case([use[0] for use in uses], sum(use[1] for use in uses))
+
+
+def embedding_use(tokens=23, width=5, padding_idx=None, repeats=3):
+    """Several lookups a row, of few tokens, so that many occur twice in a group and some in most groups."""
+    ids = torch.randint(0, tokens // 2, (len(IDS), repeats)) * torch.randint(0, 2, (len(IDS), repeats))
+    ids[:, 0] = 3
+    grad = randn(len(IDS), repeats, width)
+    found = by_autograd(lambda w, rows: F.embedding(ids[rows], w, padding_idx=padding_idx), randn(tokens, width), grad)
+    return EmbeddingFactors(ids.flatten(), grad.flatten(0, 1), BOUNDS * repeats, tokens, padding_idx), found
+
+
+def conv_case(c, o, space, kernel, groups=1, weight="size", ids=None, sort=False, **options):
+    """ids: of the samples; a layer that sees but some of the units where a group has none."""
+    dims, ids = len(space), IDS[torch.randperm(len(IDS))] if ids is None else ids
+    ids = ids.sort().values if sort else ids
+    function = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
+    x, weights = randn(len(ids), c, *space), randn(o, c // groups, *kernel)
+    grad = randn(*function(x, weights, groups=groups, **options).shape)
+    units = Groups.by_id(torch.arange(E).repeat_interleave(2), 2 * E, weight=weight)
+    voters = Voters(units, Place(0, units=2 * ids))
+    found = by_autograd(lambda w, rows: function(x[rows], w, groups=groups, **options), weights, grad, ids)
+    if units.weights is not None:
+        found = found * units.weights.reshape(-1, *(1,) * weights.dim())
+    geometry = ConvGeometry(
+        options.get("stride", 1), options.get("padding", 0), options.get("dilation", 1), groups, dims
+    )
+    return Case([ConvFactors(x, grad, kernel, geometry, voters)], found)
+
+
+def view_of(inner, view, parameter, found):
+    """Factors of a view, and its contributions at their place in the parameter."""
+    placed = [torch.zeros_like(parameter) for _ in range(E)]
+    for whole, contribution in zip(placed, found, strict=True):
+        whole.as_strided(*view).copy_(contribution)
+    return ViewFactors.of(inner, view, parameter), torch.stack(placed)
+
+
+def views_case(views, shape, layer=linear_use):
+    parameter = randn(*shape)
+    return summed(*(view_of(use[0], view, parameter, use[1]) for view in views for use in [layer(*view[0])]))
+
+
+def stacked_use(*shape):
+    values = randn(E, *shape)
+    return StackedFactors(values), values
+
+
+def bilinear_case():
+    left, right, grad = randn(len(IDS), 4), randn(len(IDS), 3), randn(len(IDS), 5)
+    found = by_autograd(lambda w, rows: F.bilinear(left[rows], right[rows], w), randn(5, 4, 3), grad)
+    return Case([BilinearFactors(left, right, grad, BOUNDS)], found)
+
+
+def groupwise_use():
+    """A weight computed as A * p.t() + constant, with rows of p shared."""
+    inner, found = linear_use(6, 5)
+    a, parameter = randn(6, 5), randn(5, 6)
+    pull_back = lambda grad: (a * grad).t()
+    return GroupwiseFactors(inner, pull_back, parameter), torch.stack([pull_back(c) for c in found])
+
+
+def tied_case():
+    table, found = embedding_use(23, 5)
+    layer, more = linear_use(23, 5)
+    return Case([table, layer], found + more)
+
+
+def dense(*shape, offset=0):
+    return shape, tuple(math.prod(shape[i + 1 :]) for i in range(len(shape))), offset
+
+
+CASES = {
+    "linear": lambda: summed(linear_use(5, 4)),
+    "recurrence": lambda: summed(
+        linear_use(5, 4),
+        linear_use(5, 4, (0, 2, 1, 1, 0, 3, 1)),
+        linear_use(5, 4, (1,) * E),
+        linear_use(5, 4, (0,) * E),
+    ),
+    "stacked": lambda: summed(stacked_use(6)),
+    "scalar": lambda: summed(stacked_use()),
+    "linear and stacked": lambda: summed(linear_use(5, 4), stacked_use(5, 4)),
+    "bilinear": bilinear_case,
+    "groupwise": lambda: summed(groupwise_use()),
+    "groupwise and linear": lambda: summed(groupwise_use(), linear_use(5, 6)),
+    "embedding": lambda: summed(embedding_use()),
+    "embedding with padding": lambda: summed(embedding_use(padding_idx=3)),
+    "embeddings": lambda: summed(embedding_use(), embedding_use(padding_idx=0), embedding_use(repeats=1)),
+    "tied": tied_case,
+    "tied twice": lambda: summed(embedding_use(), linear_use(23, 5), embedding_use(), linear_use(23, 5)),
+    "embedding and stacked": lambda: summed(embedding_use(), stacked_use(23, 5)),
+    "chunks": lambda: views_case([dense(2, 4), dense(3, 4, offset=8), dense(1, 4, offset=20)], (6, 4)),
+    "chunk twice": lambda: views_case([dense(2, 4), dense(2, 4)], (6, 4)),
+    "experts": lambda: views_case([dense(3, 4, offset=12 * e) for e in (0, 2, 3)], (4, 3, 4)),
+    "transposed experts": lambda: views_case([((4, 3), (1, 4), 12 * e) for e in (0, 1)], (3, 3, 4)),
+    "overlapping": lambda: views_case([dense(3, 4), dense(3, 4, offset=8)], (6, 4)),
+    "transposed and whole": lambda: views_case([((4, 6), (1, 4), 0), dense(6, 4)], (6, 4)),
+    "chunk and whole": lambda: views_case([dense(2, 4), dense(6, 4)], (6, 4)),
+    "columns": lambda: views_case([((6, 2), (4, 1), 0), ((6, 1), (4, 1), 3)], (6, 4)),
+    "views of no layer": lambda: views_case([dense(2, 4), dense(2, 4, offset=8)], (6, 4), stacked_use),
+    "conv1d": lambda: conv_case(4, 6, (9,), (3,), padding=1),
+    "conv2d": lambda: conv_case(4, 6, (5, 7), (3, 2), stride=(1, 2), padding=(1, 0), dilation=(2, 1)),
+    "conv2d sorted": lambda: conv_case(4, 6, (5, 7), (3, 3), sort=True),
+    "conv2d one sample a group": lambda: conv_case(4, 6, (9, 9), (3, 3), ids=torch.arange(E)),
+    "conv2d equal groups": lambda: conv_case(4, 6, (5, 5), (3, 3), weight="equal", padding=1),
+    "conv2d 1x1": lambda: conv_case(4, 6, (5, 5), (1, 1)),
+    "conv2d stride beyond kernel": lambda: conv_case(4, 6, (7, 7), (2, 2), stride=3),
+    "conv3d": lambda: conv_case(2, 3, (4, 3, 5), (2, 2, 3), padding=(0, 1, 1)),
+    "grouped": lambda: conv_case(12, 8, (5, 5), (3, 3), groups=4, padding=1),
+    "grouped wide": lambda: conv_case(4, 64, (5, 4), (3, 2), groups=2, padding=1),
+    "depthwise": lambda: conv_case(10, 10, (6, 5), (3, 3), groups=10, padding=1),
+    "depthwise equal groups": lambda: conv_case(6, 12, (9,), (3,), groups=6, stride=2, weight="equal"),
+}
+
+
+@pytest.mark.parametrize("rule", RULES, **by_name)
+@pytest.mark.parametrize("name", CASES)
+def test_every_rule(name, rule):
+    case = CASES[name]()
+    before = [part.total() for part in case.parts]
+    found = aggregate.aggregate(case.parts, rule)
+    np.testing.assert_allclose(found, E * stat(rule, case.contributions.numpy()), rtol=1e-8, atol=1e-8)
+    for part, total in zip(case.parts, before, strict=True):
+        assert torch.equal(part.total(), total)
+
+
+@pytest.mark.parametrize("scratch", [1, 500])
+@pytest.mark.parametrize("rule", [htv.AndMask(0.4, rescale=True), htv.SandMask(0.3, 0.5), htv.Median()], **by_name)
+@pytest.mark.parametrize("name", CASES)
+def test_any_slices(name, rule, scratch, monkeypatch):
+    for limit in ("SCRATCH_BYTES", "GROUPWISE_BYTES"):
+        monkeypatch.setattr(factors, limit, scratch)
+    monkeypatch.setattr(Factors, "scratch", scratch)
+    case = CASES[name]()
+    found = aggregate.aggregate(case.parts, rule)
+    np.testing.assert_allclose(found, E * stat(rule, case.contributions.numpy()), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_total_and_norms(name):
+    case = CASES[name]()
+    one = torch.stack([sum(part.one(e) for part in case.parts) for e in range(E)])
+    torch.testing.assert_close(one, case.contributions, rtol=1e-9, atol=1e-9)
+    total = sum(part.total() for part in case.parts)
+    torch.testing.assert_close(total, case.contributions.sum(0), rtol=1e-9, atol=1e-9)
+    for part in case.parts:
+        norms = [part.one(e).square().sum() for e in range(E)]
+        torch.testing.assert_close(part.squared_norms(), torch.stack(norms), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("rule", [r for r in RULES if r.streaming], **by_name)
+@pytest.mark.parametrize("name", CASES)
+def test_summaries(name, rule):
+    case, statistic = CASES[name](), rule.statistic(E)
+    value, mask_sum = finish(aggregate.summarise(case.parts, statistic), statistic)
+    found = aggregate.functional.normalise(value, mask_sum, statistic)
+    np.testing.assert_allclose(found, stat(rule, case.contributions.numpy()), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("rule", RULES, **by_name)
+@pytest.mark.parametrize("name", CASES)
+def test_agreement(name, rule):
+    case, statistic = CASES[name](), rule.statistic(E)
+    found, c = aggregate.agreement(case.parts, rule), case.contributions
+    assert found.mean_agreement == pytest.approx(c.sign().sum(0).abs().mean().item() / E, rel=1e-9)
+    assert found.m_coherence == pytest.approx((c.sum(0).square().sum() / c.square().sum()).item(), rel=1e-9)
+    masked = statistic.name in ("and_mask", "xor_mask", "geometric_mean", "sand_mask")
+    mask_sum = aggregate.functional.stacked(c, statistic)[1].item() if masked else c[0].numel()
+    assert found.kept_fraction == pytest.approx(mask_sum / c[0].numel(), rel=1e-9)
+
+
+@pytest.mark.parametrize("rule", RULES, **by_name)
+@pytest.mark.parametrize("name", ["embedding", "embeddings", "tied", "conv2d", "depthwise", "chunks", "recurrence"])
+def test_nan_shows_at_its_coordinates_only(name, rule):
+    case = CASES[name]()
+    part = case.parts[0].inner if isinstance(case.parts[0], ViewFactors) else case.parts[0]
+    part.grad_output[(5, 1, *(0,) * (part.grad_output.dim() - 2))] = torch.nan
+    expected = torch.stack([sum(p.one(e) for p in case.parts) for e in range(E)]).isnan().any(0)
+    assert expected.any() and not expected.all()
+    assert torch.equal(aggregate.aggregate(case.parts, rule).isnan(), expected)
+
+
+@pytest.mark.parametrize("rule", [r for r in RULES if not r.streaming], **by_name)
+@pytest.mark.parametrize("touching", range(1, 6))
+def test_few_groups_touch_a_token(rule, touching):
+    """All one sign, and one of the other sign: at the border where non-zero values begin to matter."""
+    count = 6
+    for signs in (torch.ones(touching), torch.ones(touching).index_fill(0, torch.tensor(0), -1)):
+        ids = torch.cat([torch.full((touching,), 2), torch.full((count - touching,), 1)])
+        grad = torch.cat([signs, torch.zeros(count - touching)]).double()[:, None] * torch.arange(1.0, 4.0)
+        part = EmbeddingFactors(ids, grad, torch.arange(count + 1), 4)
+        stacked = torch.stack([part.one(e) for e in range(count)])
+        expected = count * stat(rule, stacked.numpy())
+        np.testing.assert_allclose(aggregate.aggregate([part], rule), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("window", [1, 6000, 20000])
+@pytest.mark.parametrize("rule", [htv.AndMask(0.4), htv.XorMask(0.4), htv.SignSum(), htv.SandMask(0.3, 0.5)], **by_name)
+@pytest.mark.parametrize("options", [{}, {"groups": 2}, {"weight": "equal"}], ids=str)
+def test_convolutions_in_any_blocks(options, rule, window, monkeypatch):
+    monkeypatch.setattr(factors, "WINDOW_BYTES", window)
+    case = conv_case(16, 72, (3, 2), (3, 1), padding=(1, 0), **options)
+    found = aggregate.aggregate(case.parts, rule)
+    np.testing.assert_allclose(found, E * stat(rule, case.contributions.numpy()), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rule", [htv.AndMask(0.4), htv.SandMask(0.3, 0.5), htv.Median()], **by_name)
+def test_half_precision_is_computed_in_float32(rule, dtype):
+    x, grad = (torch.randint(-2, 3, (E, 4, 5, 5)).to(dtype) for _ in range(2))
+    for groups in (1, 4):
+        voters = Voters(Groups.each(E), Place(0))
+        part = ConvFactors(x, grad, (3, 3), ConvGeometry(1, 1, 1, groups, 2), voters)
+        found = aggregate.aggregate([part], rule)
+        assert found.dtype == torch.float32
+        wide = ConvFactors(x.double(), grad.double(), (3, 3), part.geometry, voters)
+        torch.testing.assert_close(found.double(), aggregate.aggregate([wide], rule), rtol=1e-5, atol=1e-5)
+
+
+def test_conv_memory_formats_do_not_matter():
+    x, grad = randn(E, 6, 5, 5), randn(E, 8, 5, 5)
+    make = lambda x, grad: ConvFactors(x, grad, (3, 3), ConvGeometry(1, 1, 1, 1, 2), Voters(Groups.each(E), Place(0)))
+    for rule in (htv.AndMask(0.4), htv.Median()):
+        expected = aggregate.aggregate([make(x, grad)], rule)
+        last = [t.contiguous(memory_format=torch.channels_last) for t in (x, grad)]
+        torch.testing.assert_close(aggregate.aggregate([make(*last)], rule), expected, rtol=1e-10, atol=1e-10)
+
+
+def largest_tensor(function):
+    """Bytes of the largest tensor made while a function runs."""
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, (tuple, list)) else (out,):
+                if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
+                    largest = max(largest, tensor.untyped_storage().nbytes())
+            return out
+
+    with Watch():
+        function()
+    return largest
+
+
+@pytest.mark.parametrize("rule", [htv.AndMask(0.4), htv.GeometricMean(0.4), htv.Median()], **by_name)
+def test_an_embedding_costs_its_pairs(rule):
+    """256 groups x 50,000 tokens x 16 would take 800 MB; the table takes 3 MB."""
+    ids, grad = torch.randint(0, 50_000, (256 * 4,)), torch.randn(256 * 4, 16)
+    part = EmbeddingFactors(ids, grad, torch.arange(257) * 4, 50_000)
+    assert largest_tensor(lambda: aggregate.aggregate([part], rule)) <= 4 << 20
+
+
+@pytest.mark.parametrize("rule", [htv.AndMask(0.4), htv.SandMask(0.4, 1.0), htv.Median()], **by_name)
+@pytest.mark.parametrize(("groups", "size"), [(1, 16), (64, 16), (1, 96)], ids=str)
+def test_convolutions_stay_within_bounds(rule, groups, size):
+    x = torch.randn(8, 64, size, size)
+    grad = torch.randn(8, 64, size, size)
+    part = ConvFactors(x, grad, (3, 3), ConvGeometry(1, 1, 1, groups, 2), Voters(Groups.each(8), Place(0)))
+    allowed = max(x.untyped_storage().nbytes() * 5 // 4, 2 * factors.SCRATCH_BYTES, factors.WINDOW_BYTES)
+    assert largest_tensor(lambda: aggregate.aggregate([part], rule)) <= allowed
+
+
+def test_paths_tell_the_truth():
+    kinds = {
+        "linear": ("fused", "sliced"), "conv2d": ("fused", "sliced"), "grouped wide": ("fused", "sliced"),
+        "depthwise": ("sliced", "sliced"), "embedding": ("sparse", "sparse, sliced"), "stacked": ("stacked", "stacked"),
+        "bilinear": ("sliced", "sliced"), "groupwise": ("by group", "sliced"),
+    }  # fmt: skip
+    compiled = backend.choose("linear", "and_mask", torch.device("cpu")) != "reference"
+    for name, (streaming, order) in kinds.items():
+        part = CASES[name]().parts[0]
+        for rule, style in ((htv.AndMask(0.4), streaming), (htv.Median(), order)):
+            style = "sliced" if style == "fused" and not compiled else style
+            found = aggregate.path(part, rule, part.device)
+            assert found.split(" (")[0] == style
+            if name != "depthwise":  # a matter of sizes, which a class does not know
+                assert aggregate.path(type(part), rule, part.device) == found
+        assert aggregate.path(part, htv.Mean(), part.device) == "plain sum"
+    assert aggregate.path(Factors, htv.AndMask(0.4), torch.device("cpu")).startswith("sliced")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_extra_work_is_a_number(name):
+    for part, rule in itertools.product(CASES[name]().parts, RULES):
+        work = aggregate.extra_work(part, rule)
+        assert math.isfinite(work) and work >= 0 and (work == 0) <= (isinstance(rule, htv.Mean) or part.count == 0)
+
+
+def test_uses_must_agree():
+    with pytest.raises(ValueError, match="must agree"):
+        aggregate.agreement([linear_use(5, 4)[0], linear_use(4, 5)[0]], htv.Median())
+    assert set(STREAMING) >= {"mean", "and_mask"}
