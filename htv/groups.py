@@ -173,6 +173,10 @@ class Groups:
         place = self.home if place is None else place
         return tensor.dim() > place.dim and tensor.shape[place.dim] == place.size(self.num_units)
 
+    def voters(self, place: Place) -> Voters:
+        """Who votes with the indices of a tensor that has the units there."""
+        return Voters(self, place)
+
     def members(self) -> Tensor:
         """(N,) int64: the group of every unit."""
         groups = torch.repeat_interleave(torch.arange(self.count), self.offsets.diff())

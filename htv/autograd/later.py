@@ -45,7 +45,7 @@ class Later(Factors):
         make, place, steps = self.make, self.voters.place, self._steps
 
         def run(groups: Groups, parameter: Tensor, tensors: list[Tensor]) -> Factors:
-            factors = make(Voters(groups, place), *tensors)
+            factors = make(groups.voters(place), *tensors)
             for step in steps:
                 factors = step(factors, parameter)
             return factors
