@@ -265,6 +265,8 @@ def _compare(found, plain, contributions, rounded, rules, relative: float) -> Ch
         expected = plain[name] if rule is None else aggregated(stacked, rule)
         compared = torch.ones_like(expected, dtype=torch.bool)
         budget = groups * off + relative * expected.abs()
+        if relative > 1e-9:  # sums are taken in float32 at least
+            budget = budget + 4 * EPSILON[torch.float32] * stacked.abs().sum(dim=0)
         statistic = None if rule is None else rule.statistic(groups)
         if statistic is not None and statistic.name in SIGN_RULES:
             compared = ~(((stacked != 0) | (low != 0)) & (stacked.abs() <= off)).any(dim=0)

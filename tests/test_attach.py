@@ -1,179 +1,19 @@
-"""A whole model served: every layer under every rule against one group at a time, reuse, groups, and the way back."""
+"""A whole model served: against one group at a time, who votes, what a loss may do, and the way back."""
 
 import copy
 
 import pytest
 import torch
 import torch.nn.functional as F
+from layer_table import Module
 from torch import nn
 
 import htv
 from htv.check import aggregated, one_group_at_a_time
 from models import LanguageModel, mlp, whole_models
-from oracles import RULES, by_name
+from oracles import by_name
 
 FOUR = [htv.Mean(), htv.AndMask(0.4), htv.Median(), htv.WinsorizedMean(1)]
-
-
-class Module(nn.Module):
-    """A module from a function of (itself, x) and parameters by name."""
-
-    def __init__(self, forward, **parameters):
-        super().__init__()
-        self.function = forward
-        for name, value in parameters.items():
-            if isinstance(value, nn.Module):
-                self.add_module(name, value)
-            else:
-                setattr(self, name, nn.Parameter(value))
-
-    def forward(self, *args):
-        return self.function(self, *args)
-
-
-def rms(self, x):
-    return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
-
-
-def reused(self, x):
-    return self.layer(torch.tanh(self.layer(x)) + self.layer.weight[0])
-
-
-def accumulated(self, x):
-    total = torch.zeros(len(x), 3, 6, dtype=x.dtype)
-    total += self.first(x)
-    total[:, 1:] += self.first(x[:, :-1])
-    total[:, 0] = x[:, 2]
-    return self.second(total)
-
-
-def merged_heads(self, x):
-    n, t, d = x.shape
-    q, k, v = (y.view(n, t, 2, d // 2).transpose(1, 2).reshape(n * 2, t, d // 2) for y in self.qkv(x).chunk(3, -1))
-    y = torch.bmm(torch.softmax(q @ k.transpose(1, 2), -1), v)
-    return self.out(y.view(n, 2, t, d // 2).transpose(1, 2).reshape(n, t, d))
-
-
-def gathered(self, x):
-    weights = torch.sigmoid(self.gate(x))
-    chosen = weights.topk(2, dim=-1).indices
-    experts = torch.einsum("ntd,nte->nted", x, weights)
-    picked = torch.gather(experts, 2, chosen.unsqueeze(-1).expand(-1, -1, -1, x.shape[-1]))
-    return self.out(picked.sum(dim=2))
-
-
-def decaying(self, x):
-    bias = self.bias.clone()
-    for _ in range(3):
-        x = torch.tanh(x + bias)
-    return x
-
-
-def rotated(self, x):
-    """Rotary positions by complex numbers, as language models write them; then a lower-triangular mix."""
-    n, t, d = x.shape
-    pairs = torch.view_as_complex(self.qk(x).reshape(n, t, d // 2, 2).contiguous())
-    angles = torch.outer(torch.arange(t, dtype=x.dtype), 0.5 ** torch.arange(d // 2, dtype=x.dtype))
-    turned = torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(2)
-    halves = torch.cat([-x[..., d // 2 :], x[..., : d // 2]], dim=-1)
-    weights = torch.tril(turned @ halves.transpose(-1, -2))
-    return self.out(weights / torch.linalg.norm(weights, dim=-1, keepdim=True) @ x)
-
-
-TABLE = torch.arange(16)
-
-LAYERS = {
-    "linear 2-D": lambda: (nn.Linear(6, 5), torch.randn(7, 6)),
-    "linear without bias": lambda: (nn.Linear(6, 5, bias=False), torch.randn(7, 6)),
-    "linear 3-D": lambda: (nn.Linear(6, 5), torch.randn(7, 4, 6)),
-    "linear 4-D": lambda: (nn.Linear(6, 5), torch.randn(7, 2, 3, 6)),
-    "linear 5-D": lambda: (nn.Linear(6, 5), torch.randn(7, 2, 1, 3, 6)),
-    "F.linear": lambda: (
-        Module(lambda m, x: F.linear(input=x, weight=m.w, bias=m.b), w=torch.randn(5, 6), b=torch.randn(5)),
-        torch.randn(7, 6),
-    ),
-    "conv1d": lambda: (nn.Conv1d(3, 4, 3, stride=2, padding=2, dilation=2), torch.randn(7, 3, 9)),
-    "conv2d": lambda: (nn.Conv2d(3, 4, (3, 2), padding=(1, 0)), torch.randn(7, 3, 5, 6)),
-    "conv2d strided": lambda: (nn.Conv2d(3, 4, 3, stride=(2, 3), bias=False), torch.randn(7, 3, 8, 9)),
-    "conv2d same": lambda: (nn.Conv2d(2, 3, 4, padding="same", dilation=(1, 2)), torch.randn(7, 2, 6, 7)),
-    "conv2d valid": lambda: (nn.Conv2d(2, 3, 2, padding="valid"), torch.randn(7, 2, 4, 4)),
-    "conv2d reflect": lambda: (nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect"), torch.randn(7, 2, 5, 5)),
-    "conv2d grouped": lambda: (nn.Conv2d(6, 9, 3, groups=3, padding=1), torch.randn(7, 6, 4, 4)),
-    "conv2d depthwise": lambda: (nn.Conv2d(4, 8, 3, groups=4), torch.randn(7, 4, 5, 5)),
-    "conv3d": lambda: (nn.Conv3d(2, 3, (1, 2, 3), padding=1), torch.randn(7, 2, 3, 4, 4)),
-    "embedding": lambda: (nn.Embedding(11, 5), torch.randint(0, 11, (7, 6))),
-    "embedding of one id": lambda: (nn.Embedding(11, 5), torch.randint(0, 11, (7,))),
-    "embedding padded": lambda: (nn.Embedding(11, 5, padding_idx=-3), torch.randint(6, 11, (7, 6))),
-    "layer norm": lambda: (nn.LayerNorm(6), torch.randn(7, 6)),
-    "layer norm 4-D over two": lambda: (nn.LayerNorm((4, 6)), torch.randn(7, 2, 4, 6)),
-    "layer norm without bias": lambda: (nn.LayerNorm(6, bias=False), torch.randn(7, 3, 6)),
-    "group norm": lambda: (nn.GroupNorm(3, 6), torch.randn(7, 6, 4, 5)),
-    "group norm flat": lambda: (nn.GroupNorm(2, 6), torch.randn(7, 6)),
-    "rms norm": lambda: (nn.RMSNorm(6), torch.randn(7, 3, 6)),
-    "rms norm by hand": lambda: (Module(rms, weight=torch.randn(6)), torch.randn(7, 3, 6)),
-    "batch norm, frozen": lambda: (nn.BatchNorm2d(4).eval(), torch.randn(7, 4, 3, 3)),
-    "scale and shift": lambda: (
-        Module(lambda m, x: (1 + m.scale) * x + m.shift[:, :3], scale=torch.randn(4), shift=torch.randn(2, 5, 1)),
-        torch.randn(7, 2, 3, 4),
-    ),
-    "in-place addition": lambda: (
-        Module(lambda m, x: x.clone().add_(m.p).mul_(m.q.exp()), p=torch.randn(3, 4), q=torch.randn(1)),
-        torch.randn(7, 3, 4),
-    ),
-    "scalar gate": lambda: (
-        Module(lambda m, x: torch.sigmoid(m.gate) * x / (1 + m.gate**2), gate=torch.tensor(0.3)),
-        torch.randn(7, 3),
-    ),
-    "class token repeated": lambda: (
-        Module(lambda m, x: torch.cat((m.token.repeat(len(x), 1, 1), x), 1) ** 2, token=torch.randn(1, 2, 4)),
-        torch.randn(7, 3, 4),
-    ),
-    "where": lambda: (
-        Module(lambda m, x: torch.where(x > 0, x * m.slope, x - m.slope), slope=torch.randn(4)),
-        torch.randn(7, 3, 4),
-    ),
-    "one parameter, two derived uses": lambda: (
-        Module(lambda m, x: x * m.p[0] + torch.tanh(m.p[1]) + m.p.sum(), p=torch.randn(2, 4)),
-        torch.randn(7, 3, 4),
-    ),
-    "written in place": lambda: (
-        Module(accumulated, first=nn.Linear(6, 6), second=nn.LayerNorm(6)),
-        torch.randn(7, 3, 6),
-    ),
-    "heads merged into the batch and back": lambda: (
-        Module(merged_heads, qkv=nn.Linear(6, 18), out=nn.Linear(6, 6)),
-        torch.randn(7, 7, 6),
-    ),
-    "gathered and mixed within examples": lambda: (
-        Module(gathered, gate=nn.Linear(6, 3), out=nn.Linear(6, 4)),
-        torch.randn(7, 5, 6),
-    ),
-    "rotary positions": lambda: (Module(rotated, qk=nn.Linear(6, 6), out=nn.Linear(6, 5)), torch.randn(7, 7, 6)),
-    "one derived tensor used often": lambda: (Module(decaying, bias=torch.randn(6)), torch.randn(7, 6)),
-    "positions by a global constant": lambda: (
-        Module(lambda m, x: x + m.e(TABLE[: x.shape[1]]), e=nn.Embedding(16, 6)),
-        torch.randn(7, 7, 6),
-    ),
-    "used by three kinds of op": lambda: (Module(reused, layer=nn.Linear(6, 6)), torch.randn(7, 6)),
-    "constant through a layer": lambda: (
-        Module(lambda m, x: x + m.layer(torch.linspace(-1, 1, 4, dtype=x.dtype).reshape(4, 1)), layer=nn.Linear(1, 6)),
-        torch.randn(7, 4, 6),
-    ),
-}
-
-
-@pytest.mark.parametrize("rule", RULES, **by_name)
-@pytest.mark.parametrize("layer", LAYERS)
-def test_layer(layer, rule):
-    model, x = LAYERS[layer]()
-    assert htv.check(model, x, rule)
-
-
-@pytest.mark.parametrize("layer", [name for name in LAYERS if "reused" not in name])
-def test_layer_by_unsorted_groups_of_unequal_size(layer):
-    model, x = LAYERS[layer]()
-    for rule in (htv.AndMask(0.3), htv.Median(), htv.MedianOfMeans(2)):
-        assert htv.check(model, x, rule, groups=torch.tensor([4, 1, 1, 9, 4, 1, 2])).groups == 4
 
 
 @pytest.mark.parametrize("name", whole_models())

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_attach import Module
+from layer_table import Module
 from torch import nn
 
 import htv

@@ -9,7 +9,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from test_attach import Module
+from layer_table import Module
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from test_attach import Module
+from layer_table import Module
 from torch import nn
 
 import htv

@@ -1,0 +1,92 @@
+"""Every use in `layer_table` against one group at a time: under the rules, by groups, in lower types, of any size."""
+
+import layer_table
+import pytest
+import torch
+from layer_table import BASIC, LAYERS, TABLE
+from torch.utils import _pytree as pytree
+
+import htv
+from oracles import RULES, by_name
+
+FIVE = [htv.Mean(), htv.AndMask(0.4), htv.AndMask(0.4, rescale=True), htv.Median(), htv.WinsorizedMean(1)]
+THREE = [htv.AndMask(0.4), htv.Median(), htv.WinsorizedMean(1)]
+CASES = [
+    pytest.param(name, rule, id=f"{name}-{rule}")
+    for section, rows in TABLE.items()
+    for name in rows
+    for rule in (RULES if section in BASIC else FIVE)
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """For calls this small more threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(("layer", "rule"), CASES)
+def test_layer(layer, rule):
+    report = htv.check(*LAYERS[layer](), rule)
+    assert report.groups == layer_table.N and report.ambiguous < 0.2
+    # Where a sign means nothing (a key bias under softmax), neither does the fraction of coordinates kept.
+    assert report.error < 1e-10 or (report.ambiguous and rule == htv.AndMask(0.4, rescale=True))
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_layer_by_unsorted_groups_of_unequal_size(layer):
+    model, x = LAYERS[layer]()
+    for rule in (htv.AndMask(0.3), htv.Median(), htv.MedianOfMeans(2)):
+        assert htv.check(model, x, rule, groups=torch.tensor([4, 1, 1, 9, 4, 1, 2])).groups == 4
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 6])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_layer_where_sizes_coincide(layer, size, monkeypatch):
+    """As many examples as tokens, features, heads; and a single one."""
+    monkeypatch.setattr(layer_table, "N", size)
+    assert htv.check(*LAYERS[layer](), htv.Median()).groups == size
+
+
+@pytest.mark.parametrize("rule", THREE, **by_name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_layer_in_lower_types(layer, dtype, rule):
+    if layer == "orthogonal" and dtype == torch.bfloat16:
+        pytest.skip("torch has no matrix factorisation in bfloat16")
+    model, batch = LAYERS[layer]()
+    report = htv.check(model, batch, rule, dtype=dtype)
+    if sum(p.numel() for p in model.parameters()) > 1:
+        assert report.ambiguous < (0.1 if dtype == torch.float32 else 0.9)
+
+
+def outputs(model, batch):
+    args, kwargs = ((), batch) if isinstance(batch, dict) else (batch if isinstance(batch, tuple) else (batch,), {})
+    torch.manual_seed(0)
+    return [t for t in pytree.tree_leaves(model(*args, **kwargs)) if isinstance(t, torch.Tensor)]
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_outputs_are_those_of_the_plain_model(layer):
+    model, batch = LAYERS[layer]()
+    model = model.double()
+    batch = pytree.tree_map(lambda t: t.double() if t.is_floating_point() else t, batch)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    plain = outputs(model, batch)
+    buffers = [b.clone() for b in model.buffers()]
+    model.load_state_dict(state)
+    with htv.attach(model, htv.Median()):
+        served = outputs(model, batch)
+        assert all(torch.equal(a, b) for a, b in zip(model.buffers(), buffers, strict=True))
+        for a, b in zip(served, plain, strict=True):
+            assert a.shape == b.shape and a.requires_grad == b.requires_grad
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+        model.load_state_dict(state)
+        with torch.no_grad():
+            untouched = outputs(model, batch)
+        model.load_state_dict(state)
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(untouched, outputs(model, batch), strict=True))
