@@ -3,6 +3,7 @@
 from importlib import metadata as _metadata
 
 from htv.attach import Handle, attach
+from htv.batchnorm import replace_batchnorm
 from htv.check import CheckReport, check
 from htv.errors import CheckError, UnsupportedError
 from htv.explain import Explanation, explain
@@ -64,6 +65,7 @@ __all__ = [
     "linear_grad",
     "median",
     "median_of_means",
+    "replace_batchnorm",
     "sand_mask",
     "sign_agreement",
     "trimmed_mean",

@@ -248,7 +248,10 @@ class Handle:
         self._attributes = [v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor)]
         for served in self._served.values():
             served.watch()
-        self._forwards = [_ServedForward(self, m) for m in model.modules() if next(m.parameters(), None) is not None]
+        # Modules without parameters run plainly, but a checkpoint may run a frozen BatchNorm again by itself.
+        also = nn.modules.batchnorm._BatchNorm if batch_norm == "frozen" else ()
+        wrapped = (m for m in model.modules() if next(m.parameters(), None) is not None or isinstance(m, also))
+        self._forwards = [_ServedForward(self, m) for m in wrapped]
         for forward in self._forwards:
             forward.install()
         _handles.add(self)
@@ -407,7 +410,8 @@ class Handle:
             return forward.inner(*args, **kwargs)
         if not torch.is_grad_enabled():
             self._remember(graph=False)
-            return forward.inner(*args, **kwargs)
+            with forward.frozen_statistics():
+                return forward.inner(*args, **kwargs)
         forward.check()
         inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         groups = self._groups(inputs)

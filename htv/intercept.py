@@ -119,8 +119,7 @@ class Intercept(TorchFunctionMode):
         key = (place.dim, place.outer, place.times, None if place.units is None else id(place.units))
         found = self._voters.get(key)
         if found is None:
-            found = self._voters[key] = Voters(self.groups, place)
-            found.place = place  # keeps its units alive, and so their id
+            found = self._voters[key] = self.groups.voters(place)
         return found
 
     def why_not_batch(self, x: Tensor, features: int) -> str | None:
@@ -186,7 +185,9 @@ class Intercept(TorchFunctionMode):
         places = [
             (t, m.at(m.dim + ndim - t.dim())) for t, m in zip(tensors, marks, strict=True) if isinstance(m, Place)
         ]
-        lost = [t for t, m in zip(tensors, marks, strict=True) if m == LOST and t.requires_grad and t.numel() > 1]
+        lost = not self.handle.shares_statistics and any(
+            m == LOST and t.requires_grad for t, m in zip(tensors, marks, strict=True)
+        )
         shapes = [tuple(t.shape) for t, m in zip(tensors, marks, strict=True) if isinstance(m, OfBatch)]
         if not places or lost or not all(p.same(places[0][1], self.groups.num_units) for _, p in places):
             why = f"of the other operands, of shapes {shapes}, it is not known which part belongs to which example: "
@@ -294,7 +295,7 @@ class Intercept(TorchFunctionMode):
             operands = operands[:1]
         if any(isinstance(m, OfBatch) for _, m in operands) and name not in layout.MAKING:
             operation = Operation(name, func, args, kwargs, operands, outputs)
-            marks = layout.follow(operation, self.groups.num_units)
+            marks = layout.follow(operation, self.groups.num_units, self.handle.shares_statistics)
         else:
             operation = Operation(name, func, args, kwargs, operands, outputs)
             marks = [self._mark_without_batch(operation, output) for output in outputs]

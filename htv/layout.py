@@ -187,23 +187,24 @@ def replace_tensors(value, replaced: dict[int, Tensor]):
     return value
 
 
-def follow(op: Operation, units: int) -> list[OfBatch]:
+def follow(op: Operation, units: int, couples: bool = False) -> list[OfBatch]:
     """The mark of each output of an operation some operand of which is of the batch.
 
-    units: how many units the batch has.
+    units:    how many units the batch has.
+    couples:  whether what was computed from several units (statistics of the batch) may meet a unit's own part.
     """
     operands = [(t, m) for t, m in op.operands if isinstance(m, OfBatch)]
     if op.name == "pad_packed_sequence":
         return [_after_padding(op, units), *[LOST] * (len(op.outputs) - 1)]
     if op.name in WRITING:
         return [_after_writing(op, units)] * len(op.outputs)
-    return [_agreed(op, operands, i, units) for i in range(len(op.outputs))]
+    return [_agreed(op, operands, i, units, couples) for i in range(len(op.outputs))]
 
 
-def _agreed(op: Operation, operands, index: int, units: int) -> OfBatch:
-    """The place all operands agree on in one output; those merely broadcast along it, or without a gradient, have no say.
+def _agreed(op: Operation, operands, index: int, units: int, couples: bool) -> OfBatch:
+    """The place all operands agree on in one output; those without a gradient have no say.
 
-    Where the operation moves parts of the batch about, it is run once more on the units' numbers to see where they went.
+    Where the operation moves parts of the batch about, it is run on the units' numbers to see where they went.
     """
     output = op.outputs[index]
     found = [_place(op, t, m, output, units) for t, m in operands]
@@ -217,7 +218,8 @@ def _agreed(op: Operation, operands, index: int, units: int) -> OfBatch:
         return LOST
     for (tensor, _), where in zip(operands, found, strict=True):
         at = place.dim - (output.dim() - tensor.dim())
-        if where is None and tensor.requires_grad and at >= 0 and tensor.shape[at] != 1:
+        broadcast = at < 0 or tensor.shape[at] == 1
+        if where is None and tensor.requires_grad and not (couples and broadcast):
             return LOST
     return place
 

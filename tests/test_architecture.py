@@ -16,7 +16,7 @@ LAYERS = [
     ["htv.autograd"],
     ["htv.layout", "htv.layers", "htv.served", "htv.intercept"],
     ["htv.attach"],
-    ["htv.check", "htv.explain"],
+    ["htv.batchnorm", "htv.check", "htv.explain"],
     ["htv.data", "htv.methods", "htv.distributed", "htv.integrations"],
     ["htv.demo"],
     ["htv.cli"],
@@ -67,5 +67,5 @@ def test_imports_run_one_way(path):
 def test_every_public_name_of_the_contract_is_there():
     names = """attach check explain linear_grad sign_agreement and_mask xor_mask geometric_mean sand_mask median
         trimmed_mean winsorized_mean median_of_means Mean AndMask XorMask GeometricMean SandMask SignSum Median
-        MedianOfMeans TrimmedMean WinsorizedMean UnsupportedError CheckError use_backend""".split()
+        MedianOfMeans TrimmedMean WinsorizedMean UnsupportedError CheckError use_backend replace_batchnorm""".split()
     assert [name for name in names if not hasattr(htv, name)] == []

@@ -560,7 +560,6 @@ def test_shared_in_eval_mode_is_eval_mode():
 # -- what is still to do ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(strict=True, reason="forwards without gradients run BatchNorm in train mode")
 def test_frozen_statistics_stay_as_they_are_without_gradients():
     model = used(mlp(), 9, 5)
     before = statistics(model)
@@ -572,7 +571,6 @@ def test_frozen_statistics_stay_as_they_are_without_gradients():
     assert model[1].training
 
 
-@pytest.mark.xfail(strict=True, reason="a module without parameters, run again by a checkpoint, is not frozen")
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_frozen_modules_without_parameters_that_are_checkpointed(use_reentrant):
     from torch.utils.checkpoint import checkpoint
@@ -596,7 +594,6 @@ def test_frozen_modules_without_parameters_that_are_checkpointed(use_reentrant):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.xfail(strict=True, reason="scale and shift raise the type of what they meet")
 @pytest.mark.parametrize("training", [True, False])
 def test_half_precision_inputs_of_a_single_precision_batch_norm(training):
     model, x = nn.BatchNorm2d(4).train(training), torch.randn(6, 4, 3, 3).bfloat16()
@@ -605,7 +602,6 @@ def test_half_precision_inputs_of_a_single_precision_batch_norm(training):
         assert model(x).dtype == plain.dtype == torch.bfloat16
 
 
-@pytest.mark.xfail(strict=True, reason="torch.batch_norm is not recognised")
 def test_torch_batch_norm_is_refused_as_well():
     class Direct(nn.Module):
         def __init__(self):
@@ -620,7 +616,6 @@ def test_torch_batch_norm_is_refused_as_well():
         model(torch.randn(6, 5))
 
 
-@pytest.mark.xfail(strict=True, reason="a mean over the batch that is broadcast back is not noticed")
 @pytest.mark.parametrize("keepdim", [False, True])
 def test_normalising_over_the_batch_by_hand_is_refused_as_well(keepdim):
     class Centred(nn.Module):

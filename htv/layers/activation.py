@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from htv.layers.call import Call, serves, signature
+from htv.layers.call import Call, refuse_rows, serves, signature
 
 if TYPE_CHECKING:
     from htv.intercept import Intercept
@@ -21,6 +21,7 @@ def _prelu(mode: Intercept, func, args, kwargs):
     call = Call(mode, "prelu", _PRELU, args, kwargs, "input", "weight")
     if not call.applicable:
         return NotImplemented
+    refuse_rows(call)
     x, weight = call.x, call["weight"]
     if weight.numel() > 1 or x.dim() > 1:
         shape = (-1,) + (1,) * max(0, x.dim() - 2) if weight.numel() > 1 else (1,) * x.dim()

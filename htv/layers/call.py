@@ -113,6 +113,16 @@ def signature(text: str) -> inspect.Signature:
     return inspect.Signature(parameters)
 
 
+def refuse_rows(call: Call) -> None:
+    """For layers whose channels come before other dims: these have no rows that could vote by themselves."""
+    if call.mode.groups.rows_vote and call.x.dim() > 2:
+        names = ", ".join(repr(s.name) for s in call.served)
+        raise UnsupportedError(
+            f"{call.kind} with parameter {names}: it has no rows that could vote by themselves, as tokens() asks. "
+            f"Remedy: exclude={names}"
+        )
+
+
 def stands_alone(mode: Intercept, value: Tensor | None) -> bool:
     """Whether a layer's argument is a parameter as it stands, served or not, or absent."""
     return value is None or mode.served(value) is not None or not value.requires_grad

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from htv.autograd.norm import group_norm, layer_norm
 from htv.errors import UnsupportedError
-from htv.layers.call import Call, serves
+from htv.layers.call import Call, refuse_rows, serves, signature
 from htv.layout import OfBatch
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ _GROUP_NORM = inspect.signature(F.group_norm)
 _RMS_NORM = inspect.signature(F.rms_norm)
 _INSTANCE_NORM = inspect.signature(F.instance_norm)
 _BATCH_NORM = inspect.signature(F.batch_norm)
+_TORCH_BATCH_NORM = signature("input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled")
 
 
 @serves(F.layer_norm)
@@ -63,6 +64,7 @@ def _instance_norm(mode: Intercept, func, args, kwargs):
             f"instance_norm with parameter {call.served[0].name!r}: its input must be (N, C, *space), got shape "
             f"{tuple(call.x.shape)}"
         )
+    refuse_rows(call)
     names = ("running_mean", "running_var", "use_input_stats", "momentum", "eps")
     without = {**{name: call[name] for name in names}, "weight": None, "bias": None}
     return _affine(mode, call, mode.general(F.instance_norm, (call.x,), without))
@@ -79,9 +81,17 @@ def _batch_norm(mode: Intercept, func, args, kwargs):
         raise UnsupportedError(batch_norm_refusal(f"parameter {names}" if names else "F.batch_norm"))
     if not call.applicable:
         return NotImplemented
+    refuse_rows(call)
     names = ("running_mean", "running_var", "training", "momentum", "eps")
     without = {**{name: call[name] for name in names}, "weight": None, "bias": None}
     return _affine(mode, call, mode.general(F.batch_norm, (call.x,), without))
+
+
+@serves(torch.batch_norm)
+def _torch_batch_norm(mode: Intercept, func, args, kwargs):
+    bound = _TORCH_BATCH_NORM.bind(*args, **kwargs).arguments
+    bound.pop("cudnn_enabled")
+    return mode.call(F.batch_norm, (), dict(bound))
 
 
 def _affine(mode: Intercept, call: Call, y: Tensor) -> Tensor:
@@ -90,7 +100,7 @@ def _affine(mode: Intercept, call: Call, y: Tensor) -> Tensor:
     for operation, parameter in ((torch.mul, call["weight"]), (torch.add, call["bias"])):
         if parameter is not None:
             y = mode.general(operation, (y, mode.general(torch.Tensor.reshape, (parameter, shape), {})), {})
-    return y
+    return y if y.dtype == call.x.dtype else mode.general(torch.Tensor.to, (y, call.x.dtype), {})
 
 
 def batch_norm_refusal(what: str) -> str:
