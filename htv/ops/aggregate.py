@@ -25,6 +25,7 @@ from htv.ops.factors import (
 from htv.ops.reference import STREAMING, Summary
 from htv.rules import Mean, Rule, Statistic
 
+FEW = 0.25  # contributions per activation up to which those of a convolution are sliced rather than fused
 CONV_OUTPUTS = 32  # output channels per group of a convolution from which on each group is worth a fused call
 
 __all__ = ["Agreement", "agreement", "aggregate", "extra_work", "linear_grad", "path", "summarise"]
@@ -121,7 +122,9 @@ def _style(part: type[Factors] | Factors, name: str, device: torch.device) -> st
         return "sliced"
     if not isinstance(part, ConvFactors):
         return "fused" if fuses else "sliced"
-    if part.geometry.groups > 1 and part.outputs < CONV_OUTPUTS:
+    activations = part.x.numel() + part.grad_output.numel()
+    few = part.folds_well and part.count * math.prod(part.shape) <= FEW * activations
+    if few or (part.geometry.groups > 1 and part.outputs < CONV_OUTPUTS):
         return "sliced"
     if not part.fits_linear:
         return "by group"

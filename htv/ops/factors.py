@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from htv.groups import Voters, segment_sum
@@ -183,6 +182,11 @@ class ConvFactors(Factors):
         """Output channels of one group of the convolution."""
         return self.shape[0] // self.geometry.groups
 
+    @property
+    def folds_well(self) -> bool:
+        """Whether a convolution that takes samples for groups is the fastest way to their contributions (measured)."""
+        return self.positions >= 64 and self.device.type == "cpu"
+
     def write(self, rows: slice, columns: slice, out: Tensor) -> None:
         for groups, part in self._segments(rows):
             self._write_segment(groups, part, columns, out[:, part.start - rows.start : part.stop - rows.start])
@@ -204,11 +208,11 @@ class ConvFactors(Factors):
         """out: (E, r, c, *kernel), some samples at a time."""
         x = self.x.unflatten(1, (self.geometry.groups, self.shape[1]))[:, groups, columns]  # (S, n, c, *space)
         grad_output = self.grad_output[:, rows].unflatten(1, (x.shape[1], -1))  # (S, n, r, *out_space)
-        per_sample = max(x[:1].numel(), grad_output[:1].numel(), out[:1].numel()) * out.element_size()
+        folds = x.shape[1] > 1 or self.folds_well
+        windows = 0 if folds else self.positions * x.shape[2] * math.prod(self.kernel)
+        per_sample = max(x[:1].numel(), grad_output[:1].numel(), out[:1].numel(), windows) * out.element_size()
         step = max(1, SCRATCH_BYTES // per_sample)
-        # Measured on CPUs: one convolution of S * n groups is fastest but for few positions.
-        folds = x.shape[1] > 1 or (self.positions >= 64 and self.device.type == "cpu")
-        contributions = self._folded if folds else self._by_tap
+        contributions = self._folded if folds else self._by_windows
         bounds, out = self.bounds, out.zero_()
         for start in range(0, len(x), step):
             stop = min(start + step, len(x))
@@ -228,24 +232,11 @@ class ConvFactors(Factors):
         x, grad_output = (t.reshape(1, -1, *t.shape[3:]) for t in (x, grad_output))
         return self._weight_grad(x, grad_output, samples * n)
 
-    def _by_tap(self, x: Tensor, grad_output: Tensor) -> Tensor:
-        """The same for n = 1 by a product for each position of the kernel."""
-        x, grad_output = self._padded(x[:, 0]), grad_output[:, 0].flatten(2)  # (S, c, *space), (S, r, L)
-        found = x.new_empty(len(x), grad_output.shape[1], x.shape[1], *self.kernel)
-        for tap in itertools.product(*(range(k) for k in self.kernel)):
-            found[(slice(None),) * 3 + tap] = torch.bmm(grad_output, self._seen_by(tap, x).flatten(2).transpose(1, 2))
-        return found
-
-    def _padded(self, x: Tensor) -> Tensor:
-        return F.pad(x, [amount for amount in reversed(self.geometry.padding) for _ in range(2)])
-
-    def _seen_by(self, tap: tuple[int, ...], x: Tensor) -> Tensor:
-        """(S, c, *out_space): what one position of the kernel sees of a padded input; a view."""
-        steps = zip(tap, self.geometry.dilation, self.geometry.stride, self.grad_output.shape[2:], strict=True)
-        for dim, (k, dilation, stride, length) in enumerate(steps, start=2):
-            x = x.narrow(dim, k * dilation, (length - 1) * stride + 1)
-            x = x[(slice(None),) * dim + (slice(None, None, stride),)]
-        return x
+    def _by_windows(self, x: Tensor, grad_output: Tensor) -> Tensor:
+        """The same for n = 1 by products with the windows."""
+        windows = self._windows(x[:, 0]).unflatten(0, (len(x), self.positions))
+        found = torch.bmm(grad_output[:, 0].flatten(2), windows)
+        return self.from_linear(found.flatten(0, 1)).unflatten(0, (len(x), -1))
 
     def as_linear(self) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
         """The weight in blocks, each that of a linear layer: (rows, columns, x, grad_output).
@@ -253,13 +244,14 @@ class ConvFactors(Factors):
         x:            (S * L, taps * c), the windows of the block's c input channels; overwritten by the next.
         grad_output:  (S * L, r), of its r output channels.
 
-        Both are bounded by `window_bytes`, as long as `fits_linear`.
+        Both are bounded by WINDOW_BYTES, as long as `fits_linear`.
         """
         taps, width, rows = math.prod(self.kernel), self.shape[1], len(self.x) * self.positions
         if rows == 0:
             return
         affordable = WINDOW_BYTES // (rows * self.x.element_size())
         channels = min(width, max(1, _rounded(affordable, (192, 48)) // taps))
+        channels = -(-width // -(-width // channels))  # blocks of about the same size
         height = min(self.outputs, max(64, _rounded(affordable, (64,))))
         windows = self.x.new_empty(rows * taps * channels)
         tops = (range(first, first + self.outputs, height) for first in range(0, self.shape[0], self.outputs))
@@ -270,7 +262,7 @@ class ConvFactors(Factors):
             for left in range(0, width, channels):
                 columns = slice(left, min(left + channels, width))
                 seen = slice(group * width + columns.start, group * width + columns.stop)
-                yield block, columns, self._windows(seen, windows), grad_output
+                yield block, columns, self._windows(self.x[:, seen], windows), grad_output
 
     @property
     def fits_linear(self) -> bool:
@@ -279,10 +271,9 @@ class ConvFactors(Factors):
         rows = len(self.x) * self.positions
         return rows * max(least, math.prod(self.kernel)) * self.x.element_size() <= WINDOW_BYTES
 
-    def _windows(self, channels: slice, out: Tensor) -> Tensor:
-        """(S * L, taps * c): windows of some channels, written to the start of a flat tensor."""
-        # Channels last, so that copies are of long runs.
-        x, geometry = self.x[:, channels].movedim(1, -1), self.geometry
+    def _windows(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """(S * L, taps * c): the windows of x (S, c, *space), if wanted written to the start of a flat tensor."""
+        x, geometry = x.movedim(1, -1), self.geometry  # channels last, so that copies are of long runs
         if any(geometry.padding):
             sizes = [n + 2 * p for n, p in zip(x.shape[1:-1], geometry.padding, strict=True)]
             inner = [slice(p, p + n) for n, p in zip(x.shape[1:-1], geometry.padding, strict=True)]
@@ -302,19 +293,31 @@ class ConvFactors(Factors):
             ),
             x.storage_offset(),
         )
-        flat = out[: seen.numel()]
+        flat = x.new_empty(seen.numel()) if out is None else out[: seen.numel()]
         flat.view(seen.shape).copy_(seen)
-        return flat.view(len(x) * self.positions, -1)
+        return flat.view(len(x) * self.positions, math.prod(self.kernel) * x.shape[-1])
 
     def from_linear(self, value: Tensor) -> Tensor:
         """A block's values (r, taps * c) as (r, c, *kernel)."""
         return value.unflatten(1, (*self.kernel, -1)).movedim(-1, 1)
 
+    def squared_norms(self) -> Tensor:
+        """As those of a linear layer, where that is cheaper."""
+        inputs = self.shape[1] * math.prod(self.kernel)
+        most = int(self.bounds.diff().max()) * self.positions
+        if self.geometry.groups > 1 or most * (self.shape[0] + inputs) > self.shape[0] * inputs:
+            return super().squared_norms()
+        found, step = [], max(1, WINDOW_BYTES // max(1, most * inputs * self.x.element_size()))
+        for start in range(0, self.count, step):
+            bounds = self.bounds[start : start + step + 1]
+            samples = slice(*bounds[[0, -1]].tolist())
+            x, grad_output = self._windows(self.x[samples]), self.grad_output[samples].flatten(2).transpose(1, 2)
+            rows = LinearFactors(x, grad_output.flatten(0, 1), (bounds - bounds[0]) * self.positions)
+            found.append(rows.squared_norms())
+        return torch.cat(found)
+
     def one(self, group: int) -> Tensor:
         samples = slice(*self.bounds[group : group + 2].tolist())
-        return self._of_samples(samples)
-
-    def _of_samples(self, samples: slice) -> Tensor:
         x, grad_output = self.x[samples].to(self.dtype), self.grad_output[samples].to(self.dtype)
         return self._weight_grad(x, grad_output, self.geometry.groups)
 
