@@ -30,7 +30,7 @@ _in_python = types.FunctionType(
 def _multi_head_attention(mode: Intercept, func, args, kwargs):
     bound = inspect.signature(func).bind(*args, **kwargs).arguments
     tensors = (bound[name] for name in ("query", "key", "value"))
-    if not torch.is_grad_enabled() or not any(isinstance(mode.mark(t), OfBatch) for t in tensors):
+    if not any(isinstance(mode.mark(t), OfBatch) for t in tensors):
         return NotImplemented
     with mode:
         return _in_python(*args, **kwargs)

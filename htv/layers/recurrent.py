@@ -60,7 +60,7 @@ def _server(kind: str, step: Cell):
         packed = isinstance(args[3], (tuple, list))  # then args[1] are the batch sizes
         weights = args[3 if packed else 2]
         if not _meets(mode, args[0], weights):
-            return NotImplemented
+            return _as_torch_does(mode, func, args, kwargs, packed, batch_first=not packed and args[-1])
         hidden = args[2 if packed else 1]
         hidden = tuple(hidden) if kind == "lstm" else (hidden,)
         has_biases, num_layers, dropout, train, bidirectional, *batch_first = args[4 if packed else 3 :]
@@ -84,6 +84,20 @@ def _server(kind: str, step: Cell):
         return found if kind == "lstm" else found[0]
 
     return layer, cell
+
+
+def _as_torch_does(mode: Intercept, func, args, kwargs, packed: bool, batch_first: bool):
+    """No served weight, or no gradients: only where the batch is in the results has to be known."""
+    place = mode.mark(args[0])
+    expected = 0 if packed or batch_first else 1
+    if not isinstance(place, Place) or place.dim != expected:
+        return NotImplemented
+    y, *last = func(*args, **kwargs)
+    mode.marks.put(y, place)
+    for hidden in last:
+        first = mode.call(Tensor.__getitem__, (args[0], slice(int(args[1][0]))), {}) if packed else None
+        mode.marks.put(hidden, (mode.mark(first) if packed else place).at(1))
+    return (y, *last)
 
 
 def _meets(mode: Intercept, x: Tensor, weights) -> bool:
