@@ -1,8 +1,8 @@
 """Who votes: how the units of a batch map to groups, and where the units are in a tensor.
 
-A *unit* is one index of the batch's dim: by default dim 0 of the model's input holds the examples, and every example is
-its own group. `Groups` assigns units to groups, once per forward. `Place` says where the units are in one tensor of that
-forward, `Voters` is both together: what a layer needs to tell its rows apart.
+A *unit* is one index of the batch's dim: by default dim 0 of the model's input holds the examples, and every example
+is its own group. `Groups` assigns units to groups, once per forward. `Place` says where the units are in one tensor of
+that forward, `Voters` is both together: what a layer needs to tell its rows apart.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ __all__ = ["Groups", "Place", "Voters"]
 class Place:
     """Where the N units are in one tensor: along `dim`, each of its indices belonging to one unit.
 
-    outer, times:  the dim holds outer * N * times indices, and index i belongs to unit (i // times) % N, as after merging
-                   the batch's dim with one before and one behind it.
+    outer, times:  the dim holds outer * N * times indices, and index i belongs to unit (i // times) % N, as after
+                   merging the batch's dim with one before and one behind it.
     units:         (size of the dim,) int64, the unit of every index, where they follow no such pattern (rows that were
                    selected or permuted); outer and times mean nothing then.
     """
@@ -61,8 +61,8 @@ class Groups:
     num_units:  N.
     offsets:    (E + 1,) int64 on the CPU; once units are put in `order`, group e owns units offsets[e]:offsets[e + 1].
     order:      (N,) int64, the units sorted by group, or None where they already are.
-    keys:       (E,) the caller's ids, or None where groups are numbered as they come; of packed sequences, the numbers of
-                those with rows, or None where all have some.
+    keys:       (E,) the caller's ids, or None where groups are numbered as they come; of packed sequences, the numbers
+                of those with rows, or None where all have some.
     named:      whether the keys are ids the caller gave.
     home:       where the units are in the model's inputs.
     weights:    (E,) float64, what each group's contributions are multiplied by, or None for 1.
@@ -188,7 +188,7 @@ class Voters:
 
     dim:      the batch's dim, that of the `place`.
     order:    (S,) int64, the dim's indices sorted by group, or None where they are.
-    offsets:  (E + 1,) int64 on the CPU; in that order group e owns indices offsets[e]:offsets[e + 1]. A group may have none.
+    offsets:  (E + 1,) int64 on the CPU; in that order group e owns indices offsets[e]:offsets[e + 1], perhaps none.
     """
 
     def __init__(self, groups: Groups, place: Place):

@@ -238,7 +238,7 @@ class Intercept(TorchFunctionMode):
         return expand_rows(flat, (*lead, *own), self.voters(place), dtype)
 
     def with_copies(self, func, args, kwargs, tensors: list[Tensor], ndim: int, place: Place):
-        """A call with its tensors that come from parameters replaced by their copies per unit. place: of `ndim` dims."""
+        """A call with what comes from parameters replaced by its copies per unit. place: in tensors of `ndim` dims."""
         copies = {}
         for tensor in tensors:
             mark = self.mark(tensor)

@@ -441,7 +441,7 @@ def _numbered(tensor: Tensor, mark: Place, units: int) -> Tensor:
 
 
 def _probed(op: Operation, index: int, units: int) -> OfBatch:
-    """Run the operation on the units' numbers instead of the values; the batch is along the only dim they vary along."""
+    """Run the operation on the units' numbers instead of the values; the batch is along the dim they vary along."""
     moved = op.operands if op.name in CONCATENATING else op.operands[:1]
     if not all(isinstance(m, Place) for _, m in moved):
         return LOST  # values that are no unit's, as padding

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from test_attach import Module
 from torch import nn
 
 import htv
 from models import mlp
 from oracles import RULES, by_name
-from test_attach import Module
 
 STREAMING = [rule for rule in RULES if rule.streaming]
 ORDER = [rule for rule in RULES if not rule.streaming and not isinstance(rule, htv.MedianOfMeans)]

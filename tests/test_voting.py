@@ -137,7 +137,8 @@ def copied_per_token(model, ids, loss):
     x = torch.gather(copies["embed.weight"], 2, ids[..., None, None].expand(n, t, 1, 4)).squeeze(2)
     y = F.layer_norm(x, (4,)) * copies["norm.weight"] + copies["norm.bias"]
     y = x + torch.softmax(y @ y.transpose(1, 2), -1) @ linear(y, "inner")
-    return dict(zip(copies, torch.autograd.grad(loss(linear(y * copies["scale"], "out")), list(copies.values()))))
+    value = loss(linear(y * copies["scale"], "out"))
+    return dict(zip(copies, torch.autograd.grad(value, list(copies.values())), strict=True))
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -14,7 +14,6 @@ from htv.ops.factors import Factors
 from htv.ops.reference import Summary
 from htv.rules import MedianOfMeans, Rule, Statistic
 
-
 MANY = 1 << 30  # groups: what a statistic needs to know of contributions does not depend on how many there are
 
 

@@ -58,7 +58,7 @@ def _contributions(grad: Tensor, shape: tuple[int, ...], voters: Voters) -> Tens
 
 
 def per_unit(derived: DerivedTensor, voters: Voters) -> Tensor:
-    """A derived tensor of which every unit has a part of its own, and a known origin: its parts' gradients are recorded."""
+    """A derived tensor of which every unit has a part of its own, whose gradient is recorded as that unit's."""
     return _PerUnit.apply(derived.source.detach(), derived, voters, *(sink.token for sink in derived.sinks))
 
 

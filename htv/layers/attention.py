@@ -6,7 +6,6 @@ import inspect
 import types
 from typing import TYPE_CHECKING
 
-import torch
 import torch.nn.functional as F
 
 from htv.groups import Place

@@ -39,8 +39,8 @@ class Call:
     """A call's arguments by name, and what its parameters are.
 
     x and parameters: the names of the input and of the parameters among the arguments.
-    `applicable`:     some parameter is served, or derived from served ones, gradients are on, and the input was computed
-                      from the batch.
+    `applicable`:     some parameter is served, or derived from served ones, gradients are on, and the input was
+                      computed from the batch.
     """
 
     def __init__(

@@ -13,7 +13,6 @@ from torch import Tensor
 from htv.autograd.derived import Lookup
 from htv.autograd.embedding import embedding
 from htv.errors import UnsupportedError
-from htv.groups import Place
 from htv.layers.call import Call, behind, serves, stands_alone
 from htv.layout import Constant, Derived, Lost
 

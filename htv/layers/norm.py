@@ -1,4 +1,4 @@
-"""Normalisations: served with their own backward, or as a plain one without parameters and an elementwise affine map."""
+"""Normalisations: with a backward of their own, or as a plain one without parameters and an elementwise affine map."""
 
 from __future__ import annotations
 

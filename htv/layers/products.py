@@ -123,7 +123,7 @@ def _parse(equation: str, operands: list[Tensor]) -> tuple[list[str], str]:
 
 
 def _contract(mode: Intercept, operands: list[Tensor], terms: list[str], result: str) -> Tensor:
-    """An einsum some operand of which is derived from parameters: first its product with one of the batch, and so on."""
+    """An einsum with operands derived from parameters: first the product of one with the batch, and so on."""
     operands, terms = list(operands), list(terms)
     while len(operands) > 1:
         kinds = Operands(mode, *operands)

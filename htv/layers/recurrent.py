@@ -1,6 +1,7 @@
 """Recurrent layers, unrolled in time: their weights are used at every step, and each step's use is served.
 
-The arithmetic is that of torch's own cells; what the fused kernels of torch save by running all steps at once is the cost.
+The arithmetic is that of torch's own cells; what the fused kernels of torch save by running all steps at once is the
+cost.
 """
 
 from __future__ import annotations
@@ -165,7 +166,7 @@ class _Steps:
 
 
 class _PackedSteps:
-    """The steps of a PackedSequence, longest sequence first. x: (rows, D), step by step; batch_sizes: (T,) on the CPU."""
+    """The steps of a PackedSequence, longest first. x: (rows, D), step by step; batch_sizes: (T,) on the CPU."""
 
     def __init__(self, mode: Intercept, kind: str, x: Tensor, batch_sizes: Tensor):
         self.mode, self.x, self.sizes = mode, x, batch_sizes.tolist()
