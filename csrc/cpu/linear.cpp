@@ -46,7 +46,8 @@ std::tuple<Tensor, Tensor> linear(Tensor x, Tensor grad_output, Tensor offsets, 
   const Parameters parameters = parameters_for(op, statistic, groups, count, 0, 0);
 
   Tensor value = torch::stable::new_empty(x, {out, in}, compute_type(dtype));
-  const int64_t tiles = linear_tiles(out, in);
+  const int64_t tile_out = linear_tile_out(out, in, torch::stable::get_num_threads());
+  const int64_t tiles = linear_tiles(out, in, tile_out);
   std::vector<int64_t> kept(tiles);
   const LinearTask task{x.const_data_ptr(),
                         grad_output.const_data_ptr(),
@@ -58,10 +59,11 @@ std::tuple<Tensor, Tensor> linear(Tensor x, Tensor grad_output, Tensor offsets, 
                         statistic,
                         parameters,
                         longest <= 1,
+                        tile_out,
                         value.mutable_data_ptr(),
                         kept.data()};
   const auto kernel = HTV_PER_LEVEL(linear_kernel);
-  parallel_chunks(tiles, (rows + 1) * kTileOut * kTileIn / 16, linear_scratch_bytes(dtype),
+  parallel_chunks(tiles, (rows + 1) * tile_out * kTileIn / 16, linear_scratch_bytes(dtype),
                   [&](int64_t first, int64_t last, void* scratch) { kernel(task, first, last, scratch); });
   return {value, sum_in_order(x, {kept.begin(), kept.end()})};
 }

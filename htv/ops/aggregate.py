@@ -227,7 +227,8 @@ def _one_block(parts: list[Factors], statistic: Statistic) -> tuple[Tensor, Tens
             return fused(first, statistic, backend.choose("linear", statistic.name, first.device))
         if style == "by group":
             return _by_group(parts, statistic)
-    if len(parts) == 2 and {type(part) for part in parts} == {LinearFactors, EmbeddingFactors}:
+    tied = len(parts) == 2 and {type(part) for part in parts} == {LinearFactors, EmbeddingFactors}
+    if tied and _style(LinearFactors, statistic.name, first.device) == "fused":
         return _tied(*sorted(parts, key=lambda part: isinstance(part, EmbeddingFactors)), statistic)
     if statistic.name in STREAMING and any(isinstance(part, GroupwiseFactors) for part in parts):
         return _by_group(parts, statistic)
@@ -392,16 +393,13 @@ def _tied(linear: LinearFactors, embedding: EmbeddingFactors, statistic: Statist
     alone = torch.ones(linear.shape[0], dtype=torch.bool, device=linear.device)
     alone[touched] = False
     step = max(64, factors.WINDOW_BYTES // max(1, len(linear.x) * linear.x.element_size()))
-    for tokens, is_touched in [(t, True) for t in touched.split(step)] + [
-        (t, False) for t in alone.nonzero().flatten().split(step)
-    ]:
+    for tokens in (*touched.split(step), *alone.nonzero().flatten().split(step)):
         if len(tokens):
-            rows = LinearFactors(linear.x, linear.grad_output.index_select(1, tokens), linear.bounds)
-            found = (
-                _sliced([rows, embedding.compact(tokens)], statistic) if is_touched else _one_block([rows], statistic)
-            )
-            value[tokens] = found[0]
-            mask_sum += found[1]
+            rows = [LinearFactors(linear.x, linear.grad_output.index_select(1, tokens), linear.bounds)]
+            if not alone[tokens[0]]:
+                rows.append(embedding.compact(tokens))
+            value[tokens], rows_mask = (_one_block if len(rows) == 1 else _sliced)(rows, statistic)
+            mask_sum += rows_mask
     return value, mask_sum
 
 
