@@ -14,10 +14,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import htv
-from htv.autograd.expand import DerivedTensor, expand
-from htv.autograd.ledger import Hub, Ledger, Owner, Passes, Slot
+from htv.autograd.derived import DerivedTensor
+from htv.autograd.expand import expand
+from htv.autograd.ledger import Hub, Ledger, Owner, Passes, Sink
 from htv.check import aggregated
-from htv.groups import Groups
+from htv.groups import Groups, Voters
 from models import mlp
 
 
@@ -108,12 +109,13 @@ def test_a_derived_tensor_that_depends_on_more_than_its_parameters():
     p, other = torch.randn(3, requires_grad=True), torch.randn(3, requires_grad=True)
     owner, groups = Bystander(), Groups.each(4)
     ledger = Ledger(htv.Median(), groups, owner)
-    slot = Slot(p.detach(), Hub.apply(p, ledger), ledger)
+    sink = Sink(Hub.apply(p, ledger), ledger)
     for source in (p.exp() * other, torch.cat([p, F.relu(other)])):
         with pytest.raises(htv.UnsupportedError, match="'p'.*gradient would be lost"):
-            DerivedTensor(source, [p], [slot], None)
-    DerivedTensor(p.exp() * other.detach(), [p], [slot], None)
-    copies = expand(DerivedTensor(p.exp(), [p], [slot], None), 2, groups, torch.bfloat16)
+            DerivedTensor(source, [p], [sink])
+    DerivedTensor(p.exp() * other.detach(), [p], [sink])
+    voters = Voters(groups, groups.home)
+    copies = expand(DerivedTensor(p.exp(), [p], [sink]).slot(), 2, 4, voters, torch.bfloat16)
     assert copies.dtype == torch.bfloat16 and copies.shape == (4, 3)
     copies.square().sum().backward()
     assert p.grad.dtype == torch.float32 and owner.settled
@@ -222,9 +224,9 @@ def test_stats_of_a_parameter_without_coordinates():
 
 
 def test_packed_sequences_dropped_for_being_empty_keep_their_identity():
-    first, second = (Groups.packed(torch.tensor(b), (5,)) for b in ([0, 2, 2, 5], [0, 0, 2, 5]))
-    both = Groups.packed(torch.tensor([0, 2, 5]), (5,))
-    assert first.same_voters(Groups.packed(torch.tensor([0, 1, 1, 5]), (5,)))
+    first, second = (Groups.packed(torch.tensor(b), 5) for b in ([0, 2, 2, 5], [0, 0, 2, 5]))
+    both = Groups.packed(torch.tensor([0, 2, 5]), 5)
+    assert first.same_voters(Groups.packed(torch.tensor([0, 1, 1, 5]), 5))
     assert not first.same_voters(second) and not first.same_voters(both) and not both.same_voters(first)
 
 

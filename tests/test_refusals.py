@@ -7,6 +7,7 @@ from layer_table import Module
 from torch import nn
 
 import htv
+from htv.check import aggregated, one_group_at_a_time
 from models import mlp
 
 X = torch.randn(5, 4, 6)
@@ -27,7 +28,7 @@ class Square(torch.autograd.Function):
 
 
 def refused(model, call, error, *words, backward=False):
-    """`call` raises `error` with all words in its message, and every .grad and state stays."""
+    """`call` raises `error` with all words in its message, and every .grad and state stays. Returns the message."""
     for p in model.parameters():
         p.grad = torch.full_like(p, 7.0)
     state = {k: v.clone() for k, v in model.state_dict().items()}
@@ -38,95 +39,287 @@ def refused(model, call, error, *words, backward=False):
     if not backward:
         assert all((p.grad == 7).all() for p in model.parameters())
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    return str(caught.value)
 
 
+def mix(forward, **parameters):
+    """A model of x (N, 4, 6) with a layer `l` before and a layer `h` after, unless told otherwise."""
+    parameters = parameters or {"l": nn.Linear(6, 6), "h": nn.Linear(6, 6)}
+    return Module(forward, **parameters)
+
+
+def similarity(m, x):
+    y = F.normalize(m.l(x[:, 0]), dim=-1)
+    return y @ y.T
+
+
+def contrastive(m, x):
+    """A loss inside the forward, on which something is learnt after the examples were compared."""
+    scores = similarity(m, x) * m.temperature.exp()
+    return F.cross_entropy(scores, torch.arange(len(x)), reduction="none")
+
+
+def set_row(m, x):
+    y = m.l(x).clone()
+    y[0] = y[1]
+    return m.h(y)
+
+
+def copied_row(m, x):
+    y = m.l(x).clone()
+    y[0].copy_(y[1])
+    return m.h(y)
+
+
+def running_over_the_batch(m, x):
+    h, found = torch.zeros(4, 6), []
+    for example in x:
+        h = torch.tanh(m.l(example + h))
+        found.append(h)
+    return torch.stack(found)
+
+
+class Bank(nn.Module):
+    """Keeps hidden rows of its last batch, with their graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.l, self.h, self.rows = nn.Linear(6, 6), nn.Linear(6, 6), None
+
+    def forward(self, x):
+        y = self.l(x[:, 0])
+        old = y.flip(0) if self.rows is None else self.rows
+        self.rows = y
+        return self.h(y + old)
+
+
+def scattered(index):
+    """Rows added to rows of other examples."""
+    return lambda m, x: m.h(torch.zeros_like(x).index_add_(0, index(len(x)), m.l(x)))
+
+
+def paired(m, x):
+    y = m.l(x[:, 0])
+    n = len(y)
+    both = torch.cat([y[:, None].expand(-1, n, -1), y[None].expand(n, -1, -1)], -1)
+    return F.linear(both, m.h.weight.repeat(1, 2))
+
+
+# Examples have to do with each other before a parameter meets them.
+MIXING = {
+    "batch statistics by hand": lambda: mix(lambda m, x: (lambda y: m.h((y - y.mean(0)) / y.std(0)))(m.l(x))),
+    "batch statistics kept as a dim": lambda: mix(lambda m, x: (lambda y: m.h(y - y.mean(0, keepdim=True)))(m.l(x))),
+    "scaled by the mean of the batch": lambda: mix(lambda m, x: (lambda y: m.h(y * y.mean()))(m.l(x))),
+    "batch maximum": lambda: mix(lambda m, x: (lambda y: m.h(y - y.amax(0)))(m.l(x))),
+    "similarity of examples": lambda: mix(lambda m, x: m.h(similarity(m, x)[:, :1].expand(-1, 6))),
+    "similarity as attention": lambda: mix(lambda m, x: m.h(similarity(m, x) @ x[:, 0])),
+    "contrastive loss": lambda: mix(contrastive, l=nn.Linear(6, 6), temperature=torch.tensor(0.1)),
+    "distances of examples": lambda: mix(
+        lambda m, x: (lambda y: m.h(torch.cdist(y, y)[:, :1].expand(-1, 6)))(m.l(x[:, 0]))
+    ),
+    "differences of examples": lambda: mix(lambda m, x: (lambda y: m.h(y[:, None] - y[None]))(m.l(x[:, 0]))),
+    "pairs of examples": lambda: mix(paired),
+    "x + x.flip(0)": lambda: mix(lambda m, x: m.h(x + x.flip(0))),
+    "y + y.flip(0)": lambda: mix(lambda m, x: (lambda y: m.h(y + y.flip(0)))(m.l(x))),
+    "y * y.flip(0), detached": lambda: mix(lambda m, x: m.h(m.l(x) * m.l(x).flip(0).detach())),
+    "mixup": lambda: mix(lambda m, x: (lambda y: m.h(0.3 * y + 0.7 * y[torch.arange(len(y)).flip(0)]))(m.l(x))),
+    "mixup by lerp": lambda: mix(lambda m, x: (lambda y: m.h(torch.lerp(y, y.roll(1, 0), 0.3)))(m.l(x))),
+    "mixup by take_along_dim": lambda: mix(
+        lambda m, x: (lambda y, i: m.h(y + torch.take_along_dim(y, i, 0)))(
+            m.l(x), torch.arange(len(x)).flip(0)[:, None, None]
+        )
+    ),
+    "cumsum": lambda: mix(lambda m, x: m.h(m.l(x).cumsum(0))),
+    "softmax over the batch": lambda: mix(lambda m, x: m.h(m.l(x).softmax(0))),
+    "normalised over the batch": lambda: mix(lambda m, x: m.h(F.normalize(m.l(x), dim=0))),
+    "sorted along the batch": lambda: mix(lambda m, x: m.h(m.l(x).sort(0).values)),
+    "neighbours subtracted": lambda: mix(lambda m, x: m.h(m.l(x).diff(dim=0))),
+    "neighbours added": lambda: mix(lambda m, x: m.h(m.l(x)[1:] + m.l(x)[:-1])),
+    "windows along the batch": lambda: mix(lambda m, x: m.h(m.l(x).unfold(0, 2, 1)[..., 0])),
+    "frequencies along the batch": lambda: mix(lambda m, x: m.h(torch.fft.fft(m.l(x), dim=0).real)),
+    "one example for all": lambda: mix(lambda m, x: (lambda y: m.h(y - y[:1]))(m.l(x))),
+    "attention over the batch": lambda: mix(
+        lambda m, x: (lambda y: m.h(F.scaled_dot_product_attention(y, y, y)))(m.l(x[:, 0]))
+    ),
+    "attention over the batch, per token": lambda: mix(
+        lambda m, x: (lambda y: m.h(F.scaled_dot_product_attention(y, y, y)))(m.l(x).transpose(0, 1))
+    ),
+    "multi-head attention over the batch": lambda: mix(lambda m, x: m.a(x, x, x)[0], a=nn.MultiheadAttention(6, 2)),
+    "recurrence along the batch": lambda: mix(lambda m, x: m.r(x)[0], r=nn.LSTM(6, 4)),
+    "recurrence along the batch by hand": lambda: mix(running_over_the_batch, l=nn.Linear(6, 6)),
+    "the other way's last state": lambda: mix(
+        lambda m, x: (lambda y, h: m.r(y.flip(0), h)[0])(*m.r(x)), r=nn.GRU(6, 6, batch_first=True)
+    ),
+    "batch as the length of a convolution": lambda: mix(
+        lambda m, x: m.c(x[:, 0].T.unsqueeze(0)), c=nn.Conv1d(6, 6, 3, padding=1)
+    ),
+    "batch as the space of a group norm": lambda: mix(lambda m, x: m.g(x[:, 0].T.unsqueeze(0)), g=nn.GroupNorm(2, 6)),
+    "batch as the space of an instance norm": lambda: mix(
+        lambda m, x: m.g(x[:, 0].T.unsqueeze(0)), g=nn.InstanceNorm1d(6, affine=True)
+    ),
+    "layer norm over the batch": lambda: mix(lambda m, x: m.h(F.layer_norm(m.l(x), tuple(x.shape)))),
+    "layer norm over the batch and features": lambda: mix(
+        lambda m, x: m.h(F.layer_norm(m.l(x.transpose(0, 1)), (len(x), 6)))
+    ),
+    "rms norm over the batch": lambda: mix(lambda m, x: m.h(F.rms_norm(m.l(x), tuple(x.shape)))),
+    "lower triangle over the batch": lambda: mix(lambda m, x: m.h(m.l(x[:, 0]).T.tril().T)),
+    "bilinear of two examples": lambda: mix(lambda m, x: m.b(x, x.flip(0)), b=nn.Bilinear(6, 6, 2)),
+    "summed by einsum": lambda: mix(lambda m, x: torch.einsum("ntd,de->te", x, m.w), w=torch.randn(6, 6)),
+    "scattered to other examples": lambda: mix(scattered(lambda n: torch.arange(n).flip(0))),
+    "scattered to one example": lambda: mix(scattered(lambda n: torch.zeros(n, dtype=torch.long))),
+    "an example's row set to another's": lambda: mix(set_row),
+    "an example's row copied from another's": lambda: mix(copied_row),
+    "a bank of earlier rows": Bank,
+    "singular vectors of the batch": lambda: mix(
+        lambda m, x: m.h(torch.linalg.svd(m.l(x[:, 0]), full_matrices=False)[0][:, :1].expand(-1, 6))
+    ),
+    "outer product over the batch": lambda: mix(
+        lambda m, x: m.h(torch.outer(x[:, 0, 0], x[:, 0, 0])[..., None].expand(-1, -1, 6))
+    ),
+    "batch summed by a vector": lambda: mix(lambda m, x: m.h(torch.ones(len(x)) @ x[:, 0])),
+    "batch reduced away": lambda: mix(lambda m, x: m.h(x.mean(0))),
+    "examples compared by einsum": lambda: mix(
+        lambda m, x: m.h(torch.einsum("ad,bd->ba", x[:, 0], x[:, 0]).T[:, :1].expand(-1, 6))
+    ),
+    "examples compared with themselves": lambda: mix(
+        lambda m, x: (lambda y: m.h(torch.einsum("ad,bd->ab", y, y)[:, :1].expand(-1, 6)))(x[:, 0])
+    ),
+    "a weight made from the batch": lambda: mix(
+        lambda m, x: F.linear(x, m.w * m.l(x).mean()), l=nn.Linear(6, 6), w=torch.randn(6, 6)
+    ),
+}
+# The same where a parameter fits the batch's size: N is 5, then as many as tokens, then as features.
+SIZED = {
+    "mixed by a matrix from the left": lambda n: mix(lambda m, x: m.w @ x[:, 0], w=torch.randn(n, n)),
+    "mixed by einsum": lambda n: mix(lambda m, x: torch.einsum("sn,ntd->std", m.w, x), w=torch.randn(n, n)),
+    "mixed by tensordot": lambda n: mix(lambda m, x: torch.tensordot(x, m.w, ([0], [0])), w=torch.randn(n, 2)),
+    "batch as channels": lambda n: mix(lambda m, x: m.c(x[:, 0].unsqueeze(0)), c=nn.Conv1d(n, n, 1)),
+    "batch as the channels of a prelu": lambda n: mix(lambda m, x: F.prelu(x[:, 0].T, m.a), a=torch.rand(n)),
+    "a row for every place in the batch": lambda n: mix(lambda m, x: x * m.p, p=torch.randn(n, 1, 1)),
+    "a row for every place, sliced": lambda n: mix(lambda m, x: x * m.p[: len(x), None], p=torch.randn(n + 2, 6)),
+}
+# Uses of one example at a time that are not served.
 UNSUPPORTED = {
-    "matmul": lambda: Module(lambda m, x: x @ m.w, w=torch.randn(6, 2)),
-    "einsum": lambda: Module(lambda m, x: torch.einsum("nti,io->nto", x, m.w), w=torch.randn(6, 2)),
-    "bmm": lambda: Module(lambda m, x: torch.bmm(x, m.w.expand(5, 6, 2)), w=torch.randn(6, 2)),
-    "addmm": lambda: Module(lambda m, x: torch.addmm(m.b, x[:, 0], m.w), w=torch.randn(6, 2), b=torch.randn(2)),
-    "bilinear": lambda: Module(lambda m, x: m.layer(x, x), layer=nn.Bilinear(6, 6, 2)),
-    "prelu": lambda: Module(lambda m, x: m.layer(x), layer=nn.PReLU()),
-    "conv_transpose1d": lambda: Module(lambda m, x: m.layer(x), layer=nn.ConvTranspose1d(4, 2, 3)),
-    "multi_head_attention_forward": lambda: Module(
-        lambda m, x: m.layer(x, x, x)[0], layer=nn.MultiheadAttention(6, 2, batch_first=True)
-    ),
-    "lstm": lambda: Module(lambda m, x: m.layer(x)[0], layer=nn.LSTM(6, 3, batch_first=True)),
-    "gru": lambda: Module(lambda m, x: m.layer(x)[0], layer=nn.GRU(6, 3, batch_first=True)),
-    "embeddingbag": lambda: Module(
-        lambda m, x: m.layer((x[..., 0].abs() * 3).long().clamp(max=4)), layer=nn.EmbeddingBag(5, 3)
-    ),
-    "instance_norm": lambda: Module(lambda m, x: m.layer(x), layer=nn.InstanceNorm1d(4, affine=True)),
-    "computed weight": lambda: Module(lambda m, x: F.linear(x, m.w * 2), w=torch.randn(2, 6)),
-    "weight norm": lambda: Module(
-        lambda m, x: m.layer(x), layer=nn.utils.parametrizations.weight_norm(nn.Linear(6, 2))
-    ),
     "setitem": lambda: Module(lambda m, x: x.clone().__setitem__((slice(None), 0), m.p), p=torch.randn(6)),
     "cat along the batch": lambda: Module(lambda m, x: torch.cat([x, m.p]), p=torch.randn(1, 4, 6)),
-    "one row per example of the set": lambda: Module(lambda m, x: x + m.p, p=torch.randn(5, 1, 6)),
+    "tensordot": lambda: Module(lambda m, x: torch.tensordot(x, m.w, 1), w=torch.randn(6, 2)),
+    "inner": lambda: Module(lambda m, x: torch.inner(x, m.w), w=torch.randn(2, 6)),
+    "multi_dot": lambda: Module(
+        lambda m, x: torch.linalg.multi_dot([x[:, 0], m.w, m.v]), w=torch.randn(6, 2), v=torch.randn(2, 3)
+    ),
+    "vecdot": lambda: Module(lambda m, x: torch.linalg.vecdot(x, m.w), w=torch.randn(6)),
+    "cdist to prototypes": lambda: Module(lambda m, x: torch.cdist(x[:, 0], m.w), w=torch.randn(3, 6)),
+    "cosine_similarity": lambda: Module(
+        lambda m, x: F.cosine_similarity(x[:, :1], m.w[None], dim=-1), w=torch.randn(3, 6)
+    ),
+    "an operation htv does not know": lambda: mix(lambda m, x: m.h(torch.fft.rfft(m.l(x), dim=1).real)),
+    "an unbatched image": lambda: Module(lambda m, x: m.c(x[0]), c=nn.Conv1d(4, 2, 3)),
     "embedding with max_norm": lambda: Module(
-        lambda m, x: m.layer((x[..., 0].abs() * 3).long().clamp(max=4)), layer=nn.Embedding(5, 3, max_norm=1.0)
+        lambda m, x: m.layer((x[..., 0] > 0).long()), layer=nn.Embedding(5, 3, max_norm=1.0)
+    ),
+    "embedding with scale_grad_by_freq": lambda: Module(
+        lambda m, x: m.layer((x[..., 0] > 0).long()), layer=nn.Embedding(5, 3, scale_grad_by_freq=True)
     ),
     "sparse embedding": lambda: Module(
-        lambda m, x: m.layer((x[..., 0].abs() * 3).long().clamp(max=4)), layer=nn.Embedding(5, 3, sparse=True)
+        lambda m, x: m.layer((x[..., 0] > 0).long()), layer=nn.Embedding(5, 3, sparse=True)
     ),
-    "batch transposed away": lambda: Module(lambda m, x: m.layer(x.transpose(0, 1)), layer=nn.Linear(6, 2)),
-    "batch transposed away, then pointwise": lambda: Module(
-        lambda m, x: m.layer(torch.tanh(x.permute(1, 0, 2)) + 1), layer=nn.Linear(6, 2)
-    ),
-    "batch behind time in a stack": lambda: Module(
-        lambda m, x: m.layer(torch.stack([x[:, t] for t in range(4)])), layer=nn.Linear(6, 2)
-    ),
-    "batch moved by einsum": lambda: Module(lambda m, x: m.layer(torch.einsum("btd->tbd", x)), layer=nn.Linear(6, 2)),
-    "batch moved by an aten operator": lambda: Module(
-        lambda m, x: m.layer(torch.ops.aten.transpose.int(x, 0, 1)), layer=nn.Linear(6, 2)
-    ),
-    "batch merged, then transposed": lambda: Module(
-        lambda m, x: m.layer(x.reshape(-1, 4, 3).transpose(0, 1)), layer=nn.Linear(3, 2)
-    ),
-    "rows picked across the batch": lambda: Module(
-        lambda m, x: m.layer(x.reshape(-1, 6)[[0, 7, 8, 3]]), layer=nn.Linear(6, 2)
-    ),
-    "batch summed by a vector": lambda: Module(
-        lambda m, x: m.layer((torch.ones(len(x)) @ x[:, 0])[:, None]), layer=nn.Linear(1, 2)
-    ),
-    "examples compared by einsum": lambda: Module(
-        lambda m, x: m.layer(torch.einsum("ad,bd->ba", x[:, 0], x[:, 0]).T[:, :1]), layer=nn.Linear(1, 2)
-    ),
-    "examples compared with themselves": lambda: Module(
-        lambda m, x: (lambda y: m.layer(torch.einsum("ad,bd->ab", y, y)[:, :1]))(x[:, 0]), layer=nn.Linear(1, 2)
-    ),
-    "batch flipped": lambda: Module(lambda m, x: m.layer(torch.tanh(m.layer(x)).flip(0)), layer=nn.Linear(6, 6)),
-    "batch rolled": lambda: Module(lambda m, x: m.layer(x.roll(1, 0)), layer=nn.Linear(6, 6)),
-    "parts of the batch swapped": lambda: Module(
-        lambda m, x: m.layer(torch.cat(x.chunk(2)[::-1])), layer=nn.Linear(6, 6)
+    "embedding bag with max_norm": lambda: Module(
+        lambda m, x: m.layer((x[..., 0] > 0).long()), layer=nn.EmbeddingBag(5, 3, max_norm=1.0)
     ),
     "excluded-like input with a gradient": lambda: Module(
         lambda m, x: x + m.layer(torch.ones(1, 4, 6, requires_grad=True)), layer=nn.Linear(6, 6)
     ),
-    "batch indexed away": lambda: Module(lambda m, x: m.layer(x[0]), layer=nn.Linear(6, 2)),
-    "batch reduced away": lambda: Module(lambda m, x: m.layer(x.mean(0)), layer=nn.Linear(6, 2)),
+    "bags by offsets": lambda: Module(
+        lambda m, x: m.layer((x[..., 0] > 0).long().flatten(), torch.arange(len(x)) * 4), layer=nn.EmbeddingBag(5, 3)
+    ),
+}
+REMEDIES = ("exclude=", "pass ids of shape")
+
+
+def require_refusal(model, x):
+    """An UnsupportedError that names a parameter of the model and a remedy."""
+    names = [n for n, _ in model.named_parameters()]
+    with htv.attach(model, htv.Median()):
+        message = refused(model, lambda: model(x), htv.UnsupportedError)
+    assert any(repr(name) in message for name in names), message
+    assert any(remedy in message for remedy in REMEDIES), message
+
+
+@pytest.mark.parametrize("size", [5, 4, 6], ids=["N", "N == T", "N == D"])
+@pytest.mark.parametrize("name", MIXING | UNSUPPORTED)
+def test_unsupported_use(name, size):
+    """Also where sizes coincide, so that shapes alone would not tell."""
+    require_refusal((MIXING | UNSUPPORTED)[name](), torch.randn(size, 4, 6))
+
+
+@pytest.mark.parametrize("size", [5, 4, 6], ids=["N", "N == T", "N == D"])
+@pytest.mark.parametrize("name", SIZED)
+def test_a_parameter_that_meets_the_batch_s_dim(name, size):
+    require_refusal(SIZED[name](size), torch.randn(size, 4, 6))
+
+
+def test_coupling_that_needs_no_parameter_to_follow():
+    """Where examples meet behind the last parameter, in a loss, contributions are what passes through their rows."""
+    model = Module(similarity, l=nn.Linear(6, 6, bias=False)).double()
+    x = torch.randn(5, 4, 6).double()
+    weight = model.l.weight
+    rows = F.normalize(model.l(x[:, 0]), dim=-1).detach().requires_grad_()
+    loss = lambda s: F.cross_entropy(5 * s, torch.arange(5))
+    (row_grads,) = torch.autograd.grad(loss(rows @ rows.T), rows)
+    parts = [
+        torch.autograd.grad((F.normalize(model.l(x[e, 0]), dim=-1) * row_grads[e]).sum(), weight)[0] for e in range(5)
+    ]
+    with htv.attach(model, htv.Median()):
+        (found,) = torch.autograd.grad(loss(model(x)), weight)
+    torch.testing.assert_close(found, aggregated(torch.stack(parts), htv.Median()))
+
+
+# Where the batch is in the output of models that change the order of examples: the example of every row.
+REORDERED = {
+    "flipped": (lambda m, x: m.l(x.flip(0)), [4, 3, 2, 1, 0]),
+    "rolled": (lambda m, x: m.l(torch.tanh(m.l(x)).roll(1, 0)), [4, 0, 1, 2, 3]),
+    "parts swapped": (lambda m, x: m.l(torch.cat(x.chunk(2)[::-1])), [3, 4, 0, 1, 2]),
+    "gathered": (
+        lambda m, x: m.l(torch.gather(m.l(x[:, 0]), 0, torch.arange(5).flip(0)[:, None].expand(-1, 6))),
+        [4, 3, 2, 1, 0],
+    ),
+    "repeated": (lambda m, x: m.l(x.repeat_interleave(2, 0)[1:6]), [0, 1, 1, 2, 2]),
+    "one example": (lambda m, x: m.l(x[2:3]), [2]),
+    "one example without its dim": (lambda m, x: m.l(x[2]), [2] * 4),
+    "rows of some": (lambda m, x: m.l(x.reshape(-1, 6)[[0, 7, 8, 3]]), [0, 1, 2, 0]),
+    "data made with other data": (lambda m, x: m.l((x - x.mean(0)) / x.std(0)), [0, 1, 2, 3, 4]),
+    "a row of a table for every place": (lambda m, x: m.l(x) * m.e(torch.arange(5))[:, None], [0, 1, 2, 3, 4]),
+    "a row of a parameter for every place": (
+        lambda m, x: m.l(x) * m.e.weight[torch.arange(5)][:, None],
+        [0, 1, 2, 3, 4],
+    ),
 }
 
 
-@pytest.mark.parametrize("square", [False, True], ids=["T != N", "T == N"])
-@pytest.mark.parametrize("name", UNSUPPORTED)
-def test_unsupported_use(name, square):
-    """Also where sizes coincide, so that shapes alone would not tell."""
-    model = UNSUPPORTED[name]()
-    x = torch.randn(4, 4, 6) if square and "example" not in name and name != "bmm" else X
-    parameter = next(n for n, _ in model.named_parameters())
-    with htv.attach(model, htv.Median()):
-        refused(model, lambda: model(x), htv.UnsupportedError, repr(parameter), "exclude")
+@pytest.mark.parametrize("name", REORDERED)
+def test_examples_in_another_order(name):
+    forward, examples = REORDERED[name]
+    model = Module(forward, l=nn.Linear(6, 6), e=nn.Embedding(9, 6)).double()
+    x = torch.randn(5, 4, 6).double()
+    parameters = {n: p for n, p in model.named_parameters() if n.startswith("l.") or "table" in name}
+    y = model(x)
+    weights = torch.randn(y.shape).double()
+    mine = lambda e: torch.tensor([e == example for example in examples]).double().reshape(-1, *(1,) * (y.dim() - 1))
+    contributions = one_group_at_a_time(lambda e: (model(x) * weights * mine(e)).sum(), parameters, 5)
+    for rule in (htv.AndMask(0.4), htv.WinsorizedMean(1)):
+        with htv.attach(model, rule):
+            grads = torch.autograd.grad((model(x) * weights).sum(), list(parameters.values()))
+        for (name, stacked), grad in zip(contributions.items(), grads, strict=True):
+            torch.testing.assert_close(grad, aggregated(stacked, rule), rtol=1e-9, atol=1e-12, msg=name)
 
 
 def test_unsupported_use_can_be_plain():
-    model = Module(lambda m, x: torch.relu(m.first(x)) @ m.w, first=nn.Linear(6, 6), w=torch.randn(6, 2))
+    model = Module(lambda m, x: torch.inner(torch.relu(m.first(x)), m.w), first=nn.Linear(6, 6), w=torch.randn(2, 6))
     plain = dict(
         zip(["w", "weight", "bias"], torch.autograd.grad(model(X).sum(), list(model.parameters())), strict=True)
     )
     with htv.attach(model, htv.Median(), on_unsupported="plain"):
-        with pytest.warns(UserWarning, match="'w' is used by matmul"):
+        with pytest.warns(UserWarning, match="'w' is used by inner"):
             model(X).sum().backward()
     torch.testing.assert_close(model.w.grad, plain["w"])
     assert not torch.allclose(model.first.weight.grad, plain["weight"])
@@ -172,17 +365,17 @@ def test_a_custom_function_inside_the_forward():
         refused(model, lambda: model(X).sum().backward(), htv.UnsupportedError, "'p'", "custom autograd.Function")
 
 
+def test_vmap_inside_the_forward():
+    model = Module(lambda m, x: torch.vmap(m.l)(x), l=nn.Linear(6, 6))
+    with htv.attach(model, htv.Median()):
+        refused(model, lambda: model(X).sum().backward(), htv.UnsupportedError, "'l.", "exclude", backward=True)
+
+
 def test_two_forwards_with_different_groups_in_one_backward():
     model = mlp()
     with htv.attach(model, htv.Median()):
         loss = model(torch.randn(6, 12)).sum() + model(torch.randn(4, 12)).sum()
         refused(model, loss.backward, htv.UnsupportedError, "two forwards with different groups", backward=True)
-
-
-def test_batch_dim_mismatch():
-    model = Module(lambda m, x: m.layer(x.reshape(-1, 6)), layer=nn.Linear(6, 2))
-    with htv.attach(model, htv.Median()):
-        refused(model, lambda: model(X), ValueError, "'layer.weight'", "(20, 6)", "(5,)", "batch in dim 0")
 
 
 def test_groups_and_packed_of_the_wrong_length():
@@ -241,6 +434,14 @@ def test_double_backward():
     with htv.attach(model, htv.Median()):
         loss = model(torch.randn(6, 12)).sum()
         refused(model, lambda: loss.backward(create_graph=True), RuntimeError, "create_graph")
+
+
+def test_a_gradient_penalty_on_the_input():
+    """A second derivative would miss what the first one's backward does not differentiate."""
+    model, x = mlp(norm=False), torch.randn(6, 12, requires_grad=True)
+    with htv.attach(model, htv.Mean()):
+        penalty = lambda: torch.autograd.grad(model(x).sum(), x, create_graph=True)[0].square().sum().backward()
+        refused(model, penalty, RuntimeError, "create_graph")
 
 
 def test_statistics_that_were_not_asked_for():
