@@ -23,6 +23,7 @@ from htv.intercept import Intercept
 from htv.ops.aggregate import Agreement
 from htv.rules import Rule
 from htv.served import Served
+from htv.watched import Watched, register
 
 __all__ = ["Handle", "attach"]
 
@@ -44,7 +45,8 @@ def attach(
     contributions c_e of the E groups of the batch, and any optimizer works unchanged. No class, parameter or state_dict
     key of the model changes; forwards without gradients run as before.
 
-    model:           any module whose parameters are used in ways `htv.explain` lists as served.
+    model:           any module whose parameters are used in ways `htv.explain` lists as served. For what torch.compile
+                     returned, the module it was made of; torch.compile may as well be called later.
     rule:            an `htv.Rule` for all parameters, or a callable (name, parameter) -> rule, or None for a plain
                      gradient.
     exclude:         parameters that keep their plain gradient: names, module names, or patterns such as "*.bias".
@@ -60,6 +62,8 @@ def attach(
     Raises TypeError or ValueError for bad arguments, RuntimeError if the model, a part of it or one of its parameters
     is attached already, or if a parameter has no shape yet.
     """
+    while type(model).__name__ == "OptimizedModule":  # what torch.compile returns
+        model = model._orig_mod
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if not (isinstance(rule, Rule) or (callable(rule) and not isinstance(rule, type))):
@@ -157,10 +161,15 @@ class _ServedForward:
         self.parameters = [id(p) for p in module.parameters()]
         self.batch_norms = [(n, m) for n, m in module.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self._ours = {"forward": self, "__reduce_ex__": self._reduce_module}
+        self.key, self.watched = register(self), Watched(module)  # for torch.compile
         # Instance attributes of the user's, if any.
         self._own = {key: module.__dict__[key] for key in self._ours if key in module.__dict__}
 
     def __call__(self, *args, **kwargs):
+        if torch.compiler.is_dynamo_compiling():
+            from htv import compiled
+
+            return compiled.call(self, args, kwargs)
         return self.handle.run(self, args, kwargs)
 
     def install(self) -> None:
@@ -176,6 +185,10 @@ class _ServedForward:
                 "module was exchanged, load_state_dict(assign=True) or functional_call was used, ...): detach and "
                 "attach again"
             )
+        self.check_batch_norm()
+
+    def check_batch_norm(self) -> None:
+        """Refuse a BatchNorm in train mode, unless the handle was told what to do about it."""
         for name, module in self.batch_norms if self.handle.batch_norm == "error" else ():
             if module.training:
                 raise UnsupportedError(layers.batch_norm_refusal(f"module {name!r}"))
@@ -245,6 +258,7 @@ class Handle:
             id(p): Served(self, name, p, rules[name]) for name, p in parameters.items() if rules[name] is not None
         }
         self._plain = [p for name, p in parameters.items() if rules[name] is None]
+        self.settlements: list = []  # what compiled backwards of this model look up
         self._attributes = [v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor)]
         for served in self._served.values():
             served.watch()
@@ -285,8 +299,8 @@ class Handle:
         """Forwards inside the block let examples with equal ids vote together.
 
         ids:     (N,) integers, one per index of the batch's dim; any values in any order.
-        weight:  "size": a group's contribution is the sum of its examples', as the loss has it; "equal": it is scaled as
-                 if every group had N / E examples, so that the mean of every group (environment) counts once.
+        weight:  "size": a group's contribution is the sum of its examples', as the loss has it; "equal": it is scaled
+                 as if every group had N / E examples, so that the mean of every group (environment) counts once.
         """
         with self._voters(Voting("ids", ids, weight)):
             yield
@@ -305,9 +319,9 @@ class Handle:
     def tokens(self, mask: Tensor | None = None) -> Iterator[None]:
         """Forwards inside the block let every row a layer sees vote by itself: every token of every example.
 
-        The contribution of a token is its row's part of the parameter's gradient, including what later tokens draw from it
-        through attention. Layers on (..., features) can be served so; convolutions and parameters that differ from token
-        to token (positions) are refused.
+        The contribution of a token is its row's part of the parameter's gradient, including what other tokens draw from
+        it through attention. Layers on (..., features) can be served so; convolutions and parameters that differ from
+        token to token (positions) are refused.
 
         mask: (N, T) booleans, True where a token votes; what the others (padding) contribute is left out.
         """
@@ -330,12 +344,12 @@ class Handle:
     def accumulate(self) -> Iterator[None]:
         """Let the groups of all backwards inside the block vote together, as if they were one large batch.
 
-        Inside, served parameters get no gradient; the block's end adds the aggregated one to `.grad`, ready for clipping
-        and the optimizer. Divide the loss by the number of micro-batches, as for plain accumulation. If the block raises,
-        what it gathered is dropped. Hooks on served parameters do not run for what the block adds.
+        Inside, served parameters get no gradient; the block's end adds the aggregated one to `.grad`, ready for
+        clipping and the optimizer. Divide the loss by the number of micro-batches, as for plain accumulation. If the
+        block raises, what it gathered is dropped. Hooks on served parameters do not run for what the block adds.
 
-        Exact for streaming rules (masks, sums). Median, TrimmedMean and WinsorizedMean need all contributions at once and
-        are refused; MedianOfMeans(k) takes k micro-batches of equally many groups as its buckets.
+        Exact for streaming rules (masks, sums). Median, TrimmedMean and WinsorizedMean need all contributions at once
+        and are refused; MedianOfMeans(k) takes k micro-batches of equally many groups as its buckets.
 
         Raises ValueError for such a rule or a group id that occurs in two micro-batches, RuntimeError for nested blocks
         and for torch.autograd.grad() inside.

@@ -71,9 +71,14 @@ class Served(Owner):
         current = torch._C._current_graph_task_id()
         if self._delivered is not None and self._delivered[0] == current:
             self._twice = current
-        self._delivered = None if grad is None else (current, grad.data_ptr(), grad._version)
+        self.expect(grad)
         self._hub = None
         self.handle.settled()
+
+    def expect(self, grad: Tensor | None) -> None:
+        """This very gradient is what reaches the parameter."""
+        current = torch._C._current_graph_task_id()
+        self._delivered = None if grad is None else (current, grad.data_ptr(), grad._version)
 
     def accumulate(self, batches: MicroBatches | None) -> None:
         """From now on gather contributions over several backward passes; None: no longer, and drop what was gathered."""
@@ -90,9 +95,12 @@ class Served(Owner):
             return
         expected, self._delivered = self._delivered, None
         current = torch._C._current_graph_task_id()
-        if expected == (current, grad.data_ptr(), grad._version):
-            return
-        if self._twice == current:
+        if expected != (current, grad.data_ptr(), grad._version):
+            self.refuse_gradient(self._twice == current)
+
+    def refuse_gradient(self, twice: bool) -> None:
+        """The parameter got more than an aggregated gradient. twice: it got two of them."""
+        if twice:
             why = (
                 f"parameter {self.name!r} got two aggregated gradients in one backward, and their sum is no vote: the "
                 "loss joins two forwards with different groups, or one forward from before another backward() and one "

@@ -33,11 +33,7 @@ class Later(Factors):
         """
         factors = self.make(self.voters, *self.tensors)
         if not isinstance(factors, StackedFactors) or self._steps or self.voters.rows_vote:
-            raise UnsupportedError(
-                f"parameter {name!r} is used by a layer through a tensor computed from it (a weight norm, a merged or "
-                "scaled weight), or so under tokens(): torch.compile serves computed tensors in elementwise operations "
-                f"alone. Remedy: run this model without torch.compile, or exclude={name!r}"
-            )
+            raise later_refusal(name)
         return factors.values
 
     def recipe(self) -> Callable[[Groups, Tensor, list[Tensor]], Factors]:
@@ -51,3 +47,12 @@ class Later(Factors):
             return factors
 
         return run
+
+
+def later_refusal(name: str) -> UnsupportedError:
+    """For a parameter's use whose contributions must go back through a graph that a compiled backward has not."""
+    return UnsupportedError(
+        f"parameter {name!r} is used by a layer, or row by row, through a tensor computed from it (a weight norm, a "
+        "merged or scaled weight): torch.compile serves computed tensors in elementwise operations alone. Remedy: run "
+        f"this model without torch.compile, or exclude={name!r}"
+    )

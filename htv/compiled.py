@@ -1,0 +1,212 @@
+"""Attached models under torch.compile.
+
+Dynamo cannot follow all that a served forward does beside calling torch. It traces `call` instead: that reads the
+model's tensors and settings, so that Dynamo guards on them, and hands them to `_traced`, which it does not look into.
+AOTAutograd then runs that as plain Python on tensors without values, forward and backward, under the usual mode and
+with the usual layers, tokens and hubs (`htv.traced`).
+
+Who votes is an input of the compiled graph, so a backward that is traced makes no factors: each hub leaves one
+operator in the graph, `htv::settle`, with the tensors its uses recorded. When the compiled backward runs, the operator
+makes the factors of them, and an ordinary ledger applies the rule.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+import torch._dynamo
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.utils import _pytree as pytree
+
+from htv.errors import UnsupportedError
+from htv.intercept import Intercept
+from htv.traced import TracedGroups, TracedHandle, TracedIntercept, VotingPlan
+from htv.watched import Watched, forwards
+
+if TYPE_CHECKING:
+    from htv.attach import _ServedForward
+
+__all__ = ["call"]
+
+# -- what Dynamo sees -------------------------------------------------------------------------------------------------
+
+
+def call(forward: _ServedForward, args: tuple, kwargs: dict):
+    """A forward of an attached module. Traced by Dynamo, and written for it."""
+    handle = forward.handle
+    if not torch.is_grad_enabled() and handle.batch_norm != "frozen":
+        return forward.inner(*args, **kwargs)
+    watched, spec, tensors = forward.watched, handle._spec, []
+    for module, name, child in watched.children:
+        if module._modules[name] is not child:
+            raise RuntimeError(
+                f"the model's parameters changed while attached: module {name!r} was exchanged; detach and attach again"
+            )
+    for (module, name), parameter in zip(watched.tensors, watched.parameters):  # noqa: B905
+        tensor = getattr(module, name)
+        if parameter is not None and tensor is not parameter:
+            raise RuntimeError(f"the model's parameters changed while attached: {name!r}; detach and attach again")
+        tensors.append(tensor)
+    settings = [getattr(module, name) for module, name in watched.settings]
+    voting = ("each", None, "size") if spec is None else (spec.kind, spec.value, spec.weight)
+    settings, voting, args, kwargs = pytree.tree_map(_without_none, (settings, voting, args, kwargs))
+    results = _traced(forward.key, tensors, settings, voting, args, kwargs)
+    return _rebuilt(_structure_of(forward.key), results, watched.classes)
+
+
+_NONE = "<htv: None>"  # None cannot enter a function that is not looked into
+
+
+def _without_none(value):
+    return _NONE if value is None else value
+
+
+def _with_none(value):
+    if isinstance(value, torch.SymInt):
+        return int(value)  # compiled once for each size
+    return None if isinstance(value, str) and value == _NONE else value
+
+
+@torch._dynamo.assume_constant_result
+def _structure_of(key: str) -> tuple:
+    """Only a list of tensors can leave such a function: what else the forward returned last is a constant."""
+    return forwards[key].watched.structure
+
+
+def _described(value, tensors: list[Tensor], classes: list[type]) -> tuple:
+    """How a forward's result is made of tensors, which are appended, and of classes: (kind, detail, items)."""
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        return "tensor", len(tensors) - 1, ()
+    if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device)):
+        return "constant", value, ()
+    cls, names = type(value), ()
+    if cls in (tuple, list):
+        kind, items = cls.__name__, value
+    elif cls is dict:
+        kind, names, items = "dict", tuple(value), value.values()
+    elif isinstance(value, tuple) and hasattr(value, "_fields"):
+        kind, items = "named", value
+    elif dataclasses.is_dataclass(value):
+        names = tuple(f.name for f in dataclasses.fields(value))
+        kind, items = "dataclass", [getattr(value, name) for name in names]
+    else:
+        raise UnsupportedError(
+            f"a compiled forward of an attached model cannot return a {cls.__name__}: return tensors and constants in "
+            "tuples, lists, dicts or dataclasses (of Hugging Face models: use_cache=False)"
+        )
+    if kind in ("named", "dataclass") and cls not in classes:
+        classes.append(cls)
+    number = classes.index(cls) if cls in classes else -1
+    return kind, (number, names), tuple(_described(item, tensors, classes) for item in items)
+
+
+def _rebuilt(description: tuple, tensors: list[Tensor], classes: list[type]):
+    """The forward's result. Traced by Dynamo, which can guard on classes found in a list, not in a constant."""
+    kind, detail, items = description
+    if kind == "tensor":
+        return tensors[detail]
+    if kind == "constant":
+        return detail
+    values = [_rebuilt(item, tensors, classes) for item in items]
+    if kind == "list":
+        return values
+    if kind == "tuple":
+        return tuple(values)
+    if kind == "named":
+        return classes[detail[0]](*values)
+    pairs = dict(zip(detail[1], values))  # noqa: B905
+    return pairs if kind == "dict" else classes[detail[0]](**pairs)
+
+
+# -- what AOTAutograd runs --------------------------------------------------------------------------------------------
+
+
+@torch._dynamo.nonstrict_trace
+def _traced(key: str, tensors: list[Tensor], settings: list, voting: tuple, args: tuple, kwargs: dict) -> list[Tensor]:
+    voting, args, kwargs = pytree.tree_map(_with_none, (voting, args, kwargs))
+    forward, results = forwards[key], []
+    result = _run(forward, tensors, voting, args, kwargs)
+    forward.watched.structure = _described(result, results, forward.watched.classes)
+    return results
+
+
+@torch._dynamo.disable  # where Dynamo gives up (fullgraph=False), all of it runs eagerly
+def _run(forward: _ServedForward, tensors: list[Tensor], voting: tuple, args: tuple, kwargs: dict):
+    handle = forward.handle
+    if not any(isinstance(t, (FakeTensor, FunctionalTensor)) for t in tensors):
+        return handle.run(forward, args, kwargs)  # nothing is traced: Dynamo gave up, or the backend is "eager"
+    for_shapes = all(isinstance(t, FakeTensor) for t in tensors) and get_proxy_mode() is None
+    if not for_shapes and not all(isinstance(t, FunctionalTensor) for t in tensors):
+        raise UnsupportedError("an attached model can be traced by torch.compile alone: detach its handle first")
+    outer = getattr(handle._thread, "running", False)
+    if outer and not for_shapes:
+        raise UnsupportedError(
+            "a part of an attached model is compiled by itself, which hides from htv how the batch got there and what "
+            "else uses its parameters. Remedy: compile the whole model, torch.compile(model)"
+        )
+    handle._thread.running = True
+    try:
+        with _exchanged(forward.watched, tensors), forward.frozen_statistics():
+            if (
+                for_shapes or not torch.is_grad_enabled()
+            ):  # what htv refuses is refused below, where Dynamo passes the message on
+                return forward.inner(*args, **kwargs)
+            forward.check_batch_norm()
+            with _intercept(forward, tensors, voting, args, kwargs):
+                return forward.inner(*args, **kwargs)
+    except DataDependentOutputException as error:
+        raise UnsupportedError(
+            f"the way of a parameter's contributions depends on values ({error.func}), which torch.compile does not "
+            "have. Remedy: run this model without torch.compile"
+        ) from error
+    finally:
+        handle._thread.running = outer
+
+
+@contextmanager
+def _exchanged(watched: Watched, tensors: list[Tensor]) -> Iterator[None]:
+    """The model with other tensors in it. What its forward sets otherwise would be lost, and is refused."""
+    cells = [(_store(module, name), name) for module, name in watched.tensors]
+    before = [store[name] for store, name in cells]
+    settings = [(vars(module), name, vars(module)[name]) for module, name in watched.settings]
+    for (store, name), tensor in zip(cells, tensors, strict=True):
+        store[name] = tensor
+    try:
+        yield
+        changed = [name for (store, name), tensor in zip(cells, tensors, strict=True) if store[name] is not tensor]
+        changed += [name for store, name, value in settings if store[name] is not value and store[name] != value]
+        if changed:
+            raise UnsupportedError(
+                f"the forward sets attribute {changed[0]!r} of a module, which a compiled forward would not do again: "
+                "make it a buffer and write to it in place"
+            )
+    finally:
+        for (store, name), tensor in zip(cells, before, strict=True):
+            store[name] = tensor
+        for store, name, value in settings:
+            store[name] = value
+
+
+def _store(module: torch.nn.Module, name: str) -> dict:
+    return next(store for store in (module._parameters, module._buffers, vars(module)) if name in store)
+
+
+def _intercept(forward: _ServedForward, tensors: list[Tensor], voting: tuple, args: tuple, kwargs: dict) -> Intercept:
+    inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    for size in (size for tensor in inputs for size in tensor.shape):
+        int(size)  # compiled once for each size
+    handle, (kind, value, weight) = forward.handle, voting
+    value = torch.tensor(value) if isinstance(value, (list, tuple)) else value
+    plan = VotingPlan.of(kind, weight, inputs, handle._batch_dim, value)
+    if kind == "each" and not handle._accumulates:
+        for rule in {served.rule for served in handle.served()}:
+            rule.statistic(plan.num_units)  # refuse too few groups before anything runs
+    return TracedIntercept(TracedHandle(forward, tensors), TracedGroups(plan, value), inputs)

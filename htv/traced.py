@@ -1,0 +1,274 @@
+"""What stands for groups, parameters and their hubs while a compiled forward and its backward are traced.
+
+Tensors have no values then, and who votes is not known. The stand-ins live as long as the trace; settlements stay: they
+tell the operator that a traced hub leaves in the graph what to do when the compiled backward runs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from htv.autograd.later import Later, later_refusal
+from htv.autograd.ledger import Hub, Ledger, Owner, Passes, Sink, full_precision
+from htv.errors import UnsupportedError
+from htv.groups import Groups, Place, Voters
+from htv.intercept import Intercept, tensors_in
+from htv.layout import LOST, Mark
+from htv.ops.factors import Factors
+from htv.watched import keys
+
+if TYPE_CHECKING:
+    from htv.attach import _ServedForward
+    from htv.served import Served
+
+
+@dataclass(frozen=True)
+class VotingPlan:
+    """All about who votes but the values of ids, bounds or mask."""
+
+    kind: str
+    weight: str
+    num_units: int
+    dim: int
+
+    @staticmethod
+    def of(kind: str, weight: str, inputs: list[Tensor], dim: int, value: Tensor | None) -> VotingPlan:
+        batch = next((t for t in inputs if t.dim() > dim), None)
+        if batch is None:
+            raise ValueError(f"the forward has no tensor argument whose dim {dim} could be the batch")
+        if kind == "packed" and batch.dim() > 1 and dim == 0 and len(batch) == 1:
+            dim = 1
+        if kind == "ids" and len(value) != batch.shape[dim]:
+            raise ValueError(
+                f"groups has {len(value)} ids but dim {dim} of the batch has size {batch.shape[dim]}: pass one id per "
+                "example"
+            )
+        return VotingPlan(kind, weight, int(batch.shape[dim]), dim)
+
+    def groups(self, value: Tensor | None) -> Groups:
+        if self.kind == "each":
+            return Groups.each(self.num_units, self.dim)
+        if self.kind == "rows":
+            return Groups.each_row(self.num_units, self.dim, value)
+        make = Groups.by_id if self.kind == "ids" else Groups.packed
+        return make(value, self.num_units, self.dim, self.weight)
+
+
+class TracedGroups(Groups):
+    """Who votes in a forward that is being traced: known when it runs. value: ids, bounds or mask."""
+
+    def __init__(self, plan: VotingPlan, value: Tensor | None):
+        super().__init__(plan.num_units, None, home=Place(plan.dim), rows_vote=plan.kind == "rows")
+        object.__setattr__(self, "plan", plan)
+        object.__setattr__(self, "value", value)
+
+    def same_voters(self, other: TracedGroups) -> bool:
+        return self.plan == other.plan and self.value is other.value
+
+    def voters(self, place: Place) -> Voters:
+        return EachIndex(self, place)
+
+
+class EachIndex(Voters):
+    """Every index of a tensor's batch dim by itself, as contributions are computed while tracing."""
+
+    def __init__(self, groups: TracedGroups, place: Place):
+        self.groups, self.place, self.dim, self.order = groups, place, place.dim, None
+
+    @property
+    def count(self) -> int:
+        return self.place.size(self.groups.num_units)
+
+    @property
+    def offsets(self) -> Tensor:
+        return torch.arange(self.count + 1)
+
+    def bounds(self, rows: Tensor) -> Tensor:
+        per_index = 1 if self.rows_vote else len(rows) // max(1, self.count)
+        return torch.arange(0, len(rows) + 1, max(1, per_index))
+
+    def along(self, tensor: Tensor, dim: int | None = None) -> Tensor:
+        return tensor.movedim(self.dim if dim is None else dim, 0)
+
+
+class TracedIntercept(Intercept):
+    """The mode, for tensors without values."""
+
+    def mark(self, tensor: Tensor | None) -> Mark | None:
+        if tensor is not None and not isinstance(tensor, FunctionalTensor):
+            raise UnsupportedError(
+                f"a tensor of shape {tuple(tensor.shape)} is neither an argument of the forward nor a parameter, "
+                "buffer or attribute of its modules (a global, a list's item, a closure's variable): the compiled "
+                "forward would keep its present value. Remedy: register it as a buffer, or pass it as an argument"
+            )
+        return super().mark(tensor)
+
+    def _mark_results(self, func, args, kwargs, operands, result) -> None:
+        """The units' numbers have values; where they meet a tensor without, nobody knows where the batch went."""
+        try:
+            with _disable_current_modes():
+                super()._mark_results(func, args, kwargs, operands, result)
+        except UnsupportedError:
+            raise
+        except (RuntimeError, AssertionError):
+            for output in tensors_in((result,), None):
+                self.marks.put(output, LOST)
+
+    def why_not_batch(self, x: Tensor, features: int) -> str | None:
+        why = super().why_not_batch(x, features)
+        return why and f"{why} (or one that picks rows by the values of a tensor, which torch.compile does not have)"
+
+
+class TracedServed(Owner):
+    """Stands for a served parameter in one trace.
+
+    Refers to its hub weakly: a cycle through autograd's graph would never be collected.
+    """
+
+    def __init__(self, served: Served, parameter: Tensor):
+        self.served, self.parameter, self.name, self.rule = served, parameter, served.name, served.rule
+        self.passes, self.settled = Passes(), set()
+        self.note = served.note
+        self._hub = lambda: None, lambda: None
+        self.delivered: list[Tensor] = []
+        check = weakref.WeakMethod(self._check_gradient)
+        parameter.register_hook(lambda grad: check() and check()(grad))
+
+    @property
+    def refusal(self) -> str | None:
+        return self.served.refusal
+
+    @refusal.setter
+    def refusal(self, value: str) -> None:
+        self.served.refusal = value
+
+    def sink(self, groups: TracedGroups) -> Sink:
+        token, ledger = (reference() for reference in self._hub)
+        if token is None or ledger is None or not ledger.groups.same_voters(groups):
+            ledger = TracedLedger(self, groups)
+            token = Hub.apply(self.parameter, ledger)
+            self._hub = weakref.ref(token), weakref.ref(ledger)
+        return Sink(token, ledger)
+
+    def _check_gradient(self, grad: Tensor | None) -> None:
+        """Inside one graph, what comes by another way is added where no hook on the real parameter sees it."""
+        delivered, self.delivered = self.delivered, []
+        if grad is not None and self.refusal is None and not any(grad is d for d in delivered):
+            self.served.refuse_gradient(twice=len(delivered) > 1)
+
+
+_traced_parameters: weakref.WeakValueDictionary[int, TracedServed] = weakref.WeakValueDictionary()
+
+
+class TracedHandle:
+    """What a mode needs of a handle."""
+
+    def __init__(self, forward: _ServedForward, tensors: list[Tensor]):
+        handle = forward.handle
+        self.passes_plainly, self.shares_statistics = handle.passes_plainly, handle.shares_statistics
+        self.unsupported = handle.unsupported
+        self._served: dict[int, TracedServed] = {}
+        self._constants: list[Tensor] = []
+        for tensor, parameter in zip(tensors, forward.watched.parameters, strict=True):
+            served = handle.served_parameter(parameter)
+            if served is None:
+                self._constants.append(tensor)
+                continue
+            traced = _traced_parameters.get(id(tensor))
+            if traced is None or traced.parameter is not tensor:  # else from another call in the same graph
+                traced = _traced_parameters[id(tensor)] = TracedServed(served, tensor)
+            self._served[id(tensor)] = traced
+
+    def served_parameter(self, tensor: Tensor) -> TracedServed | None:
+        return self._served.get(id(tensor))
+
+    def constants(self) -> list[Tensor]:
+        return self._constants
+
+
+class TracedLedger(Ledger):
+    """Gathers what a traced backward records, and leaves the operator that settles it when the backward runs."""
+
+    def __init__(self, owner: TracedServed, groups: TracedGroups):
+        super().__init__(owner.rule, groups, owner)
+        self.owner = owner  # nobody else may keep it
+
+    def made(self, make: Callable[..., Factors], voters: Voters, tensors: tuple[Tensor, ...]) -> Later:
+        return Later(make, voters, tensors)
+
+    def settle(self, parameter: Tensor, gradient_node) -> Tensor | None:
+        parts, self._parts = self._parts, []
+        if not parts or self._pass != torch._C._current_graph_task_id():
+            return None
+        if not all(isinstance(part, Later) for part in parts):
+            raise later_refusal(self.owner_name)
+        tensors = [tensor for part in parts for tensor in part.tensors]
+        recipes = [(part.recipe(), len(part.tensors)) for part in parts]
+        key = next(keys)
+        _settlements[key] = settlement = Settlement(self.owner.served, self.groups.plan, recipes)
+        self.owner.served.handle.settlements.append(settlement)
+        grad = torch.ops.htv.settle(tensors, self.groups.value, key)
+        self.owner._hub = lambda: None, lambda: None
+        self.owner.delivered.append(grad)
+        return grad
+
+
+# -- when the compiled backward runs ----------------------------------------------------------------------------------
+
+
+class Settlement:
+    """How one traced hub's gradient is computed. recipes: of each use, and how many tensors it takes."""
+
+    def __init__(self, served: Served, plan: VotingPlan, recipes: list[tuple[Callable[..., Factors], int]]):
+        self.served, self.plan, self.recipes = served, plan, recipes
+
+    def empty(self) -> Tensor:
+        p = self.served.parameter
+        return torch.empty(p.shape, dtype=p.dtype, device=p.device)
+
+    def run(self, tensors: Iterator[Tensor], value: Tensor | None) -> Tensor:
+        served, parameter, groups = self.served, self.served.parameter, self.plan.groups(value)
+        ledger = Ledger(served.rule, groups, served, served.handle.collects_stats)
+        with torch.no_grad(), full_precision(parameter.device):
+            served.guard()
+            for recipe, count in self.recipes:
+                ledger.record(recipe(groups, parameter, list(itertools.islice(tensors, count))))
+            grad = ledger.settle(parameter, None if served.accumulation is None else _gradient_node(parameter))
+            grad = self.empty().zero_() if grad is None else grad.contiguous()  # None: it accumulates
+        served.expect(grad)
+        return grad
+
+
+@torch.enable_grad()
+def _gradient_node(parameter: Tensor):
+    """Where autograd takes a gradient of the parameter."""
+    return parameter.view_as(parameter).grad_fn.next_functions[0][0]
+
+
+_settlements: weakref.WeakValueDictionary[str, Settlement] = weakref.WeakValueDictionary()  # handles keep them alive
+
+_library = torch.library.Library("htv", "FRAGMENT")
+_library.define(
+    "settle(Tensor[] tensors, Tensor? value, str key) -> Tensor",
+    tags=(torch.Tag.cudagraph_unsafe,),  # what it does beside computing, a replayed CUDA graph would not
+)
+
+
+def _settle(tensors: list[Tensor], value: Tensor | None, key: str) -> Tensor:
+    settlement = _settlements.get(key)
+    if settlement is None:
+        raise RuntimeError("backward through a compiled forward of a model that was attached, but is gone")
+    return settlement.run(iter(tensors), value)
+
+
+_library.impl("settle", _settle, "CompositeExplicitAutograd")
+torch.library.register_fake("htv::settle", lambda tensors, value, key: _settlements[key].empty(), lib=_library)

@@ -1,0 +1,58 @@
+"""What code compiled for an attached model depends on. `htv.compiled`, which reads it, is loaded when needed."""
+
+from __future__ import annotations
+
+import itertools
+import uuid
+import weakref
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from htv.attach import _ServedForward
+
+# Keys are strings in compiled graphs, which may be cached on disk: no other process can have the same.
+keys = (f"{uuid.uuid4().hex}-{number}" for number in itertools.count())
+forwards: weakref.WeakValueDictionary[str, _ServedForward] = weakref.WeakValueDictionary()
+
+
+INTERNAL = set(vars(nn.Module())) - {"training"}
+
+
+def register(forward: _ServedForward) -> str:
+    """A key to find a forward by, from functions that Dynamo does not look into."""
+    key = next(keys)
+    forwards[key] = forward
+    return key
+
+
+class Watched:
+    """The state of a model that its forward may read.
+
+    tensors:     (module, name) of its parameters, buffers and plain tensor attributes.
+    parameters:  for each of them the parameter it was when the model was attached, or None.
+    settings:    (module, name) of its plain attributes: training, dropout's p, ...
+    children:    (module, name, submodule).
+    classes:     of results, found so far.
+    structure:   how the last result was made of tensors and classes.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.tensors, self.parameters, self.settings, self.children, self.classes, self.structure = (
+            [],
+            [],
+            [],
+            [],
+            [],
+            (),
+        )
+        for module in model.modules():
+            own = {name: v for name, v in vars(module).items() if name not in INTERNAL}
+            tensors = {**module._parameters, **module._buffers, **own}
+            for name in [name for name, value in tensors.items() if isinstance(value, Tensor)]:
+                self.tensors.append((module, name))
+                self.parameters.append(module._parameters.get(name))
+            plain = (bool, int, float, str, type(None))
+            self.settings += [(module, name) for name, value in own.items() if isinstance(value, plain)]
+            self.children += [(module, name, child) for name, child in module._modules.items() if child is not None]
