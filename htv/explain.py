@@ -7,37 +7,68 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from htv.attach import attach
 from htv.ops import aggregate
-from htv.ops.factors import ConvFactors, EmbeddingFactors, Factors, LinearFactors, StackedFactors
+from htv.ops.factors import (
+    BilinearFactors,
+    ConvFactors,
+    EmbeddingFactors,
+    Factors,
+    GroupwiseFactors,
+    LinearFactors,
+    StackedFactors,
+)
 from htv.rules import AndMask, Median
 
 __all__ = ["Explanation", "Row", "explain"]
 
+# The kinds of use layers note, by the factors they record. " bias" and " (computed)" are added to them.
 FACTORS: dict[str, type[Factors]] = {
     "linear": LinearFactors,
+    "bilinear": BilinearFactors,
     "conv1d": ConvFactors,
     "conv2d": ConvFactors,
     "conv3d": ConvFactors,
+    "conv_transpose1d": ConvFactors,
+    "conv_transpose2d": ConvFactors,
+    "conv_transpose3d": ConvFactors,
     "embedding": EmbeddingFactors,
     "layer_norm": StackedFactors,
     "group_norm": StackedFactors,
     "elementwise": StackedFactors,
 }
+COMPUTED = " (computed)"
 
 USES: dict[type[nn.Module], str] = {
     nn.Linear: "linear",
+    nn.Bilinear: "bilinear",
     nn.Conv1d: "conv1d",
     nn.Conv2d: "conv2d",
     nn.Conv3d: "conv3d",
+    nn.ConvTranspose1d: "conv_transpose1d",
+    nn.ConvTranspose2d: "conv_transpose2d",
+    nn.ConvTranspose3d: "conv_transpose3d",
     nn.Embedding: "embedding",
+    nn.EmbeddingBag: "embedding",
     nn.LayerNorm: "layer_norm",
     nn.GroupNorm: "group_norm",
     nn.RMSNorm: "elementwise",
+    nn.InstanceNorm1d: "elementwise",
+    nn.InstanceNorm2d: "elementwise",
+    nn.InstanceNorm3d: "elementwise",
     nn.BatchNorm1d: "elementwise",
     nn.BatchNorm2d: "elementwise",
     nn.BatchNorm3d: "elementwise",
+    nn.PReLU: "elementwise",
+    nn.MultiheadAttention: "linear",
+    nn.LSTM: "linear",
+    nn.GRU: "linear",
+    nn.RNN: "linear",
+    nn.LSTMCell: "linear",
+    nn.GRUCell: "linear",
+    nn.RNNCell: "linear",
 }
 
 
@@ -101,8 +132,14 @@ def _path(kinds: list[str], rule, device: torch.device) -> str:
         return "not used in this forward"
     if len(kinds) > 1:
         return f"summed per group, then {aggregate.path(Factors, rule, device)}"
-    factors = StackedFactors if kinds[0].endswith(" bias") else FACTORS[kinds[0]]
-    return aggregate.path(factors, rule, device)
+    (kind,) = kinds
+    if kind.endswith(" bias"):
+        return aggregate.path(StackedFactors, rule, device)
+    factors = FACTORS[kind.removesuffix(COMPUTED)]
+    if not kind.endswith(COMPUTED) or factors is StackedFactors:
+        return aggregate.path(factors, rule, device)
+    views, others = (aggregate.path(f, rule, device) for f in (factors, GroupwiseFactors))
+    return others if others == views else f"{others}; views: {views}"
 
 
 def _uses_by_class(model: nn.Module) -> dict[str, tuple[list[str], str | None]]:
@@ -110,11 +147,22 @@ def _uses_by_class(model: nn.Module) -> dict[str, tuple[list[str], str | None]]:
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(module)
+    parametrized = {
+        id(parametrizations): module
+        for module in model.modules()
+        if parametrize.is_parametrized(module)
+        for parametrizations in module.parametrizations.values()
+    }
     used = {}
     for name, parameter in model.named_parameters():
         modules = owners[id(parameter)]
         refusal = next(filter(None, map(_refusal, modules)), None)
-        kinds = list(dict.fromkeys(_with_bias(USES[type(m)], parameter) for m in modules if type(m) in USES))
+        kinds = []
+        for module in modules:
+            kind = _kind(parametrized.get(id(module), module), name, parameter)
+            if kind is not None:
+                kinds.append(f"{kind}{COMPUTED}" if id(module) in parametrized else kind)
+        kinds = list(dict.fromkeys(kinds))
         if refusal is None and len(kinds) == 0:
             kinds = ["own forward"]
             refusal = "served where used elementwise or by a served function; pass batch= to see"
@@ -122,18 +170,31 @@ def _uses_by_class(model: nn.Module) -> dict[str, tuple[list[str], str | None]]:
     return used
 
 
-def _with_bias(kind: str, parameter: nn.Parameter) -> str:
-    """Tell a layer's bias from its weight, as `htv.layers` does when it runs."""
+def _base(module: nn.Module) -> type[nn.Module] | None:
+    """The class in USES whose forward a module runs, as classes derived by torch (parametrized ones) do; or None."""
+    return next((c for c in type(module).__mro__ if c in USES and type(module).forward is c.forward), None)
+
+
+def _kind(module: nn.Module, name: str, parameter: nn.Parameter) -> str | None:
+    """How a module uses its parameter; a layer's bias is told from its weight, as `htv.layers` does when it runs."""
+    base = _base(module)
+    if base is None:
+        return None
+    if name.rpartition(".")[2] in ("bias_k", "bias_v"):  # of attention: one more key and value
+        return "elementwise"
+    kind = USES[base]
     return f"{kind} bias" if parameter.dim() == 1 and FACTORS[kind] is not StackedFactors else kind
 
 
 def _refusal(module: nn.Module) -> str | None:
-    if isinstance(module, nn.Embedding) and (module.max_norm or module.scale_grad_by_freq or module.sparse):
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and (
+        module.max_norm or module.scale_grad_by_freq or module.sparse
+    ):
         return "unsupported: max_norm, scale_grad_by_freq or sparse is on"
     if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
         return "unsupported: BatchNorm in train mode couples the examples"
-    if type(module).__module__.startswith("torch.nn.") and type(module) not in USES:
-        containers = (nn.ParameterList, nn.ParameterDict)
+    if type(module).__module__.startswith("torch.nn.") and _base(module) is None:
+        containers = (nn.ParameterList, nn.ParameterDict, parametrize.ParametrizationList)
         return None if isinstance(module, containers) else f"unsupported: {type(module).__name__}"
     return None
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from layer_table import LAYERS, Lora, Module, Tied
 from torch import nn
 
 import htv
@@ -26,13 +27,59 @@ def test_tied_weights_and_positions():
     assert rows["positions.weight"].use == "elementwise"
 
 
+@pytest.mark.parametrize("layer", LAYERS)
+def test_every_layer_is_served_as_it_is_explained(layer):
+    model, batch = LAYERS[layer]()
+    by_class, by_run = htv.explain(model), htv.explain(model, batch)
+    assert not by_run.unsupported
+    assert all(row.use != "-" and row.streaming and row.order for row in by_run.rows if "frozen" not in row.streaming)
+    for guess, seen in zip(by_class.rows, by_run.rows, strict=True):
+        assert not guess.streaming.startswith("unsupported")
+        # What a module of one's own does with others (a second use, a chunk of their weights) no class tells.
+        if guess.use != "own forward" and type(model) not in (Module, Tied, Lora) and "frozen" not in seen.streaming:
+            assert guess == seen
+
+
+LIKE_ITS_CLASS = {
+    nn.MultiheadAttention: lambda: (nn.MultiheadAttention(6, 2, batch_first=True, add_bias_kv=True), 3),
+    nn.LSTM: lambda: (nn.LSTM(6, 4, batch_first=True, proj_size=2), 1),
+    nn.Bilinear: lambda: (nn.Bilinear(6, 6, 2), 2),
+}
+
+
+@pytest.mark.parametrize("kind", LIKE_ITS_CLASS)
+def test_modules_in_a_model_of_ones_own(kind):
+    layer, inputs = LIKE_ITS_CLASS[kind]()
+    model = Module(lambda m, x: m.layer(*[x] * inputs), layer=layer)
+    rows = {row.parameter: row for row in htv.explain(model, torch.randn(3, 4, 6)).rows}
+    uses = {row.parameter: row.use for row in htv.explain(model).rows}
+    assert uses == {name: row.use for name, row in rows.items()}
+    if kind is nn.MultiheadAttention:
+        assert uses["layer.bias_k"] == "elementwise" and uses["layer.in_proj_bias"] == "linear bias"
+    if kind is nn.Bilinear:
+        assert uses == {"layer.weight": "bilinear", "layer.bias": "bilinear bias"}
+
+
+def test_computed_weights():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)))
+    for explanation in (htv.explain(model), htv.explain(model, torch.randn(5, 4))):
+        rows = {row.parameter: row for row in explanation.rows}
+        assert rows["0.bias"].use == "linear bias"
+        for number in (0, 1):
+            row = rows[f"0.parametrizations.weight.original{number}"]
+            assert row.use == "linear (computed)" and row.streaming.startswith("by group; views: ")
+
+
 def test_unsupported_modules_are_listed_with_the_reason():
-    model = nn.Sequential(nn.Linear(4, 4), nn.PReLU(), nn.BatchNorm1d(4))
-    assert htv.explain(model).unsupported == ("1.weight", "2.weight", "2.bias")
-    model[2].eval()
+    bag = nn.EmbeddingBag(4, 4, max_norm=1.0)
+    model = nn.ModuleList([nn.Linear(4, 4), bag, nn.BatchNorm1d(4)])
+    explanation = htv.explain(model)
+    assert explanation.unsupported == ("1.weight", "2.weight", "2.bias")
+    assert "max_norm" in str(explanation) and "BatchNorm in train mode" in str(explanation)
+    model = Module(lambda m, x: torch.inner(m.l(x), m.w), l=nn.Linear(4, 4), w=torch.randn(2, 4))
     explanation = htv.explain(model, torch.randn(3, 4))
-    assert explanation.unsupported == ("1.weight",)
-    assert "prelu" in str(explanation)
+    assert explanation.unsupported == ("w",)
+    assert "used by inner" in str(explanation)
     model(torch.randn(3, 4)).sum().backward()  # nothing stays attached
 
 
