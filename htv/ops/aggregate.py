@@ -26,6 +26,7 @@ from htv.ops.reference import STREAMING, Summary
 from htv.rules import Mean, Rule, Statistic
 
 FEW = 0.25  # contributions per activation up to which those of a convolution are sliced rather than fused
+MANY_POSITIONS = 512  # rows per group from which on groups of a convolution are gone through one by one
 CONV_OUTPUTS = 32  # output channels per group of a convolution from which on each group is worth a fused call
 
 __all__ = ["Agreement", "agreement", "aggregate", "extra_work", "linear_grad", "path", "summarise"]
@@ -122,11 +123,13 @@ def _style(part: type[Factors] | Factors, name: str, device: torch.device) -> st
         return "sliced"
     if not isinstance(part, ConvFactors):
         return "fused" if fuses else "sliced"
-    activations = part.x.numel() + part.grad_output.numel()
-    few = part.folds_well and part.count * math.prod(part.shape) <= FEW * activations
+    # Measured: contributions that fit one slice are cheapest as they are, those of many positions whole.
+    size = part.count * math.prod(part.shape)
+    one_slice = size * torch.finfo(part.dtype).bits // 8 <= factors.SCRATCH_BYTES
+    few = part.folds_well and one_slice and size <= FEW * (part.x.numel() + part.grad_output.numel())
     if few or (part.geometry.groups > 1 and part.outputs < CONV_OUTPUTS):
         return "sliced"
-    if not part.fits_linear:
+    if not part.fits_linear or int(part.row_bounds[-1]) >= MANY_POSITIONS * part.count:
         return "by group"
     return "fused" if fuses else "sliced"
 
