@@ -6,8 +6,10 @@ from layer_table import Module
 from torch import nn
 
 import htv
+from htv.check import aggregated
 from htv.ops import aggregate
-from models import mlp
+from models import mlp, whole_models
+from oracles import RULES, by_name
 
 
 @pytest.mark.parametrize("broken", ["3.weight", "0.bias"])
@@ -28,6 +30,55 @@ def test_names_the_first_wrong_parameter(broken, monkeypatch):
     with pytest.raises(htv.CheckError, match="differs from one group at a time under Median"):
         htv.check(model, torch.randn(6, 12), htv.Median())
     assert slightly_wrong.done
+
+
+def _drop(stacked):
+    stacked[2] = 0
+
+
+def _twice(stacked):
+    stacked[2] *= 2
+
+
+def _another(stacked):
+    stacked[2] = stacked[3]
+
+
+def _together(stacked):
+    stacked[2] += stacked[3]
+    stacked[3] = 0
+
+
+BROKEN = {"dropped": _drop, "counted twice": _twice, "another's": _another, "given to another": _together}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rule", [htv.AndMask(0.4), htv.Median(), htv.WinsorizedMean(1), htv.TrimmedMean(1)], ids=repr)
+def test_one_group_s_wrong_contribution_is_caught_in_every_type(dtype, rule, monkeypatch):
+    model, x = mlp(), torch.randn(6, 12)
+    for name, breaks in [("honest", None), *BROKEN.items()]:
+
+        def wrong(parts, rule, breaks=breaks):
+            stacked = torch.stack([sum(part.one(e) for part in parts) for e in range(parts[0].count)])
+            if breaks is not None:
+                breaks(stacked)
+            return aggregated(stacked, rule).to(parts[0].dtype)
+
+        monkeypatch.setattr(aggregate, "aggregate", wrong)
+        if breaks is None:
+            assert htv.check(model, x, rule, dtype=dtype)
+        else:
+            with pytest.raises(htv.CheckError, match="differs from one group at a time"):
+                htv.check(model, x, rule, dtype=dtype)
+                raise AssertionError(f"a contribution {name} went unnoticed")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("rule", RULES, **by_name)
+@pytest.mark.parametrize("name", ["mlp", "language model"])
+def test_whole_models_in_lower_types(name, rule, dtype):
+    model, batch = whole_models()[name]()
+    assert htv.check(model, batch, rule, dtype=dtype).parameters == len(list(model.parameters()))
 
 
 def test_a_lost_gradient_is_an_error(monkeypatch):
@@ -76,3 +127,38 @@ def test_bad_batches():
         htv.check(mlp(), (), htv.Median())
     with pytest.raises(ValueError, match="no differentiable tensor"):
         htv.check(Module(lambda m, x: (m.p * x).sum(), p=torch.randn(4)), torch.randn(3, 4), htv.Median())
+
+
+def test_the_batch_in_another_dim():
+    model = nn.TransformerEncoderLayer(6, 2, 8, dropout=0.3)
+    for x in (torch.randn(4, 5, 6), torch.randn(5, 5, 6)):
+        assert htv.check(model, x, htv.Median(), batch_dim=1).groups == 5
+        ids = torch.tensor([3, 1, 3, 3, 2])
+        assert htv.check(model, x, htv.AndMask(0.4), groups=ids, batch_dim=1, dtype=torch.float32).groups == 3
+    last = Module(lambda m, x: m.r(x)[0][-1], r=nn.GRU(6, 3))  # the batch is in dim 0 of what it returns
+    assert htv.check(last, torch.randn(4, 5, 6), htv.Median(), batch_dim=1).groups == 5
+    with pytest.raises(ValueError, match="the batch in dim 1"):
+        htv.check(mlp(), torch.randn(5), htv.Median(), batch_dim=1)
+
+
+def test_frozen_batch_norm():
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).train()
+    model(torch.randn(9, 4))  # statistics other than 0 and 1
+    running = model[1].running_mean.clone()
+    assert htv.check(model, torch.randn(6, 4), htv.Median(), batch_norm="frozen")
+    assert model[1].training and torch.equal(model[1].running_mean, running)
+    with pytest.raises(ValueError, match="shared"):
+        htv.check(model, torch.randn(6, 4), htv.Median(), batch_norm="shared")
+
+
+def test_every_call_starts_from_the_same_buffers():
+    """A power iteration per forward, say, is the same for the whole batch and for each group."""
+    model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(6, 4)))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    assert htv.check(model, torch.randn(5, 6), htv.Median()).error < 1e-12
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_types_that_do_not_hold_fractions():
+    with pytest.raises(ValueError, match="dtype must be one of.*torch.float64"):
+        htv.check(mlp(), torch.randn(5, 12), htv.Median(), dtype=torch.int32)

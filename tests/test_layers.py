@@ -1,9 +1,12 @@
 """Every use in `layer_table` against one group at a time: under the rules, by groups, in lower types, of any size."""
 
+from contextlib import nullcontext
+
 import layer_table
 import pytest
 import torch
-from layer_table import BASIC, LAYERS, TABLE
+from layer_table import BASIC, LAYERS, TABLE, Module, Recurrent
+from torch import nn
 from torch.utils import _pytree as pytree
 
 import htv
@@ -43,10 +46,20 @@ def test_layer_by_unsorted_groups_of_unequal_size(layer):
         assert htv.check(model, x, rule, groups=torch.tensor([4, 1, 1, 9, 4, 1, 2])).groups == 4
 
 
-@pytest.mark.parametrize("size", [1, 2, 4, 6])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_layer_of_one_example(layer, monkeypatch):
+    """Served exactly or refused: a dim of size 1 has nothing to follow the batch by."""
+    monkeypatch.setattr(layer_table, "N", 1)
+    try:
+        assert htv.check(*LAYERS[layer](), htv.Median()).groups == 1
+    except htv.UnsupportedError as refusal:
+        pytest.xfail(str(refusal))
+
+
+@pytest.mark.parametrize("size", [2, 4, 6])
 @pytest.mark.parametrize("layer", LAYERS)
 def test_layer_where_sizes_coincide(layer, size, monkeypatch):
-    """As many examples as tokens, features, heads; and a single one."""
+    """As many examples as tokens, features, heads."""
     monkeypatch.setattr(layer_table, "N", size)
     assert htv.check(*LAYERS[layer](), htv.Median()).groups == size
 
@@ -90,3 +103,48 @@ def test_outputs_are_those_of_the_plain_model(layer):
         model.load_state_dict(state)
     with torch.no_grad():
         assert all(torch.equal(a, b) for a, b in zip(untouched, outputs(model, batch), strict=True))
+
+
+SEQUENCE_FIRST = {
+    "linear": lambda: nn.Linear(6, 5),
+    "layer norm": lambda: nn.LayerNorm(6),
+    "RMSNorm": lambda: nn.RMSNorm(6),
+    "scale": lambda: Module(lambda m, x: x * m.w, w=torch.randn(6)),
+    "positions": lambda: Module(lambda m, x: torch.tanh(x + m.p[: len(x), None]), p=torch.randn(9, 6)),
+    "positions looked up": lambda: Module(lambda m, x: x * m.e(torch.arange(len(x)))[:, None], e=nn.Embedding(9, 6)),
+    "MultiheadAttention": lambda: Module(lambda m, x: m.a(x, x, x)[0], a=nn.MultiheadAttention(6, 2)),
+    "TransformerEncoderLayer": lambda: nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0),
+    "LSTM": lambda: Module(lambda m, x: m.r(x)[0], r=nn.LSTM(6, 4, 2, bidirectional=True)),
+    "GRU": lambda: Module(lambda m, x: m.r(x)[0], r=nn.GRU(6, 4)),
+    "matmul": lambda: Module(lambda m, x: x @ m.w, w=torch.randn(6, 2)),
+    "einsum": lambda: Module(lambda m, x: torch.einsum("tnd,tde->tne", x, m.w), w=torch.randn(4, 6, 2)),
+}
+
+
+@pytest.mark.parametrize("size", [5, 4, 6], ids=["N", "N == T", "N == D"])
+@pytest.mark.parametrize("name", SEQUENCE_FIRST)
+def test_sequence_first_models(name, size):
+    model, x = SEQUENCE_FIRST[name](), torch.randn(4, size, 6)
+    for rule in (htv.AndMask(0.4), htv.Median()):
+        assert htv.check(model, x, rule, batch_dim=1).groups == size
+
+
+RANDOM = {
+    "dropout": lambda: nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.5), nn.Linear(6, 2)),
+    "attention": lambda: nn.TransformerEncoderLayer(6, 2, 8, dropout=0.3, batch_first=True),
+    "recurrence": lambda: Recurrent("LSTM", num_layers=2, dropout=0.4, batch_first=True),
+    "randomized relu": lambda: nn.Sequential(nn.Linear(6, 6), nn.RReLU(), nn.Linear(6, 2)),
+}
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_noise_is_that_of_the_plain_model(name):
+    """The same seed gives the same masks: outputs, and gradients under Mean, are those without htv."""
+    model, x = RANDOM[name]().double(), torch.randn(5, 4, 6).double()
+    found = []
+    for served in (False, True):
+        with htv.attach(model, htv.Mean()) if served else nullcontext():
+            y = outputs(model, x)
+            found.append((y[0], *torch.autograd.grad(y[0].square().sum(), list(model.parameters()))))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
