@@ -4,6 +4,7 @@ from contextlib import nullcontext
 
 import layer_table
 import pytest
+import supported
 import torch
 from layer_table import BASIC, LAYERS, TABLE, Module, Recurrent
 from torch import nn
@@ -148,3 +149,8 @@ def test_noise_is_that_of_the_plain_model(name):
             found.append((y[0], *torch.autograd.grad(y[0].square().sum(), list(model.parameters()))))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_the_table_of_what_is_supported_is_current():
+    assert supported.missing() == []
+    assert supported.PATH.read_text() == supported.text(), "run: python tests/supported.py"

@@ -1,0 +1,178 @@
+"""docs/supported.md: what is served exactly or refused clearly, and the test that shows it.
+
+    python tests/supported.py     # writes it anew
+
+Layers and refusals come from the tables the tests run over; other rows stand here.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+from layer_table import TABLE
+from test_refusals import MIXING, REORDERED, SIZED, UNSUPPORTED
+
+import htv  # noqa: F401, so that the tables find the package before the tests' folder does
+
+TESTS = Path(__file__).parent
+PATH = TESTS.parent / "docs" / "supported.md"
+EXACT, REFUSED = "served exactly", "refused clearly"
+
+Row = tuple[str, str, str]  # what, EXACT or REFUSED or both, the tests as "file: function, function; file: ..."
+
+WHO_VOTES: list[Row] = [
+    ("every example", EXACT, "layers: test_layer"),
+    ("groups by ids, unsorted, of unequal size", EXACT, "layers: test_layer_by_unsorted_groups_of_unequal_size"),
+    ("environments whose means count once", EXACT, "voting: test_environments_whose_means_count_once"),
+    ("packed sequences, (total, d) or (1, total, d)", EXACT, "attach: test_packed_sequences_in_both_layouts"),
+    ("packed sequences whose means count once", EXACT, "voting: test_packed_sequences_whose_means_count_once"),
+    ("every token, all or those of a mask", EXACT, "voting: test_every_token_votes, test_tokens_of_a_whole_model"),
+    ("tokens where a layer has none (convolutions, positions)", REFUSED, "voting: test_what_has_no_tokens_is_refused"),
+    ("the batch in dim 1: sequence-first models", EXACT,
+     "layers: test_sequence_first_models; voting: test_examples_in_dim_1"),
+    ("a batch of one example", f"{EXACT}, or refused", "layers: test_layer_of_one_example"),
+    ("as many examples as tokens, features or heads", EXACT, "layers: test_layer_where_sizes_coincide"),
+    ("ids or bounds that do not fit, an empty batch", REFUSED,
+     "refusals: test_groups_and_packed_of_the_wrong_length, test_empty_batch_and_too_few_groups"),
+]  # fmt: skip
+TRAINING: list[Row] = [
+    ("two forwards before one backward", EXACT, "attach: test_two_forwards_before_one_backward_are_one_vote"),
+    ("two forwards with different groups under one loss", REFUSED,
+     "refusals: test_two_forwards_with_different_groups_in_one_backward"),
+    ("several backwards, retain_graph", EXACT, "attach: test_two_backwards_each_aggregate_and_accumulate"),
+    ("gradient accumulation, `with handle.accumulate():`", EXACT,
+     "accumulation: test_streaming_rules_equal_one_large_batch"),
+    ("order rules over micro-batches", REFUSED, "accumulation: test_order_rules_are_refused_and_name_median_of_means"),
+    ("torch.autograd.grad, of some parameters only", EXACT,
+     "lifecycle: test_gradients_of_some_parameters_leave_no_factors_of_the_others"),
+    ("gradients of the input", EXACT, "attach: test_input_gradients_stay_plain"),
+    ("optimizers, clipping", EXACT, "attach: test_any_optimizer_and_clipping_work_unchanged"),
+    ("several losses of one forward", EXACT, "training: test_several_losses_of_one_forward_are_one_vote"),
+    ("autocast in bfloat16 and float16", EXACT,
+     "training: test_autocast; attach: test_gradients_have_the_type_of_their_parameter_under_autocast"),
+    ("GradScaler", EXACT, "training: test_gradient_scaling, test_a_scaled_step_with_infinities_is_skipped"),
+    ("float32 and bfloat16 models", EXACT,
+     "layers: test_layer_in_lower_types; check: test_whole_models_in_lower_types"),
+    ("torch.compile(fullgraph=True)", EXACT, "compile: test_same_gradients, test_uses_of_parameters"),
+    ("weight averages (EMA, SWA)", EXACT, "training: test_averaged_copies_follow_an_attached_model"),
+    ("activation checkpointing, non-reentrant", EXACT,
+     "attach: test_activation_checkpointing; training: test_checkpointed_layers; "
+     "lifecycle: test_a_layer_used_in_a_checkpoint_and_elsewhere"),
+    ("activation checkpointing, reentrant", f"{EXACT}, or refused",
+     "lifecycle: test_reentrant_checkpoints_of_several_layers_and_inside_one_another, "
+     "test_a_layer_used_in_a_checkpoint_and_elsewhere"),
+    ("a checkpointed function that uses parameters directly", REFUSED,
+     "lifecycle: test_recomputation_outside_the_mode_fails_loudly"),
+    ("forwards under no_grad; eval mode", EXACT,
+     "attach: test_forwards_without_gradient_are_untouched; layers: test_outputs_are_those_of_the_plain_model"),
+    ("dropout", EXACT, "layers: test_noise_is_that_of_the_plain_model"),
+    ("parameters frozen and unfrozen", EXACT, "attach: test_frozen_then_unfrozen_parameters"),
+    ("excluded parameters, a rule for each", EXACT, "attach: test_exclude_and_callable_rules"),
+    ("tensor hooks on parameters", EXACT, "lifecycle: test_tensor_hooks_on_parameters_act_once_on_the_gradient"),
+    ("deepcopy, pickle and torch.save of an attached model", EXACT,
+     "lifecycle: test_copies_of_an_attached_model_are_detached"),
+    ("state_dict, and the model after detach", EXACT,
+     "attach: test_detach_restores_the_model_exactly; "
+     "training: test_state_dicts_pass_between_attached_and_plain_models"),
+    ("parameters exchanged while attached", REFUSED, "lifecycle: test_parameters_replaced_while_attached"),
+    ("double backward, gradient penalties", REFUSED,
+     "refusals: test_double_backward, test_a_gradient_penalty_on_the_input"),
+    ("penalties on weights in the loss", REFUSED, "refusals: test_a_path_to_a_parameter_outside_the_forward"),
+    ("custom autograd.Functions that use parameters", REFUSED,
+     "refusals: test_a_custom_function_inside_the_forward"),
+    ("losses that compare examples, behind the model", EXACT,
+     "refusals: test_coupling_that_needs_no_parameter_to_follow"),
+    ("complex parameters", REFUSED, "refusals: test_complex_parameters"),
+    ("integer parameters; lazy ones", f"{EXACT}, or refused", "lifecycle: test_integer_and_uninitialized_parameters"),
+    ("threads", EXACT, "lifecycle: test_threads_are_served_apart"),
+]  # fmt: skip
+BATCH_NORM: list[Row] = [
+    ("in eval mode", EXACT, "layers: test_layer"),
+    ("in train mode", REFUSED, "refusals: test_batch_norm_in_train_mode"),
+    ("in train mode, attach(..., batch_norm=\"frozen\")", EXACT, "batchnorm: test_frozen_is_eval_of_the_batch_norms"),
+    ("in train mode, attach(..., batch_norm=\"shared\")", "rows' parts of the plain gradient",
+     "batchnorm: test_shared_statistics"),
+    ("exchanged for GroupNorm by htv.replace_batchnorm", EXACT, "batchnorm: test_a_replaced_model_is_served"),
+    ("written by hand", REFUSED, "refusals: test_unsupported_use"),
+]  # fmt: skip
+MODELS: list[Row] = [
+    ("MLP, language model with a tied head, ViT, ResNet-18 with GroupNorm", EXACT, "attach: test_whole_model"),
+    ("the following with as many tokens as examples", EXACT, "models: test_as_many_tokens_as_examples"),
+    ("the following by groups", EXACT, "models: test_examples_vote_in_groups"),
+]  # fmt: skip
+
+
+def zoo() -> list[str]:
+    """Names of the models in zoo.py, which needs more than the tests do to be imported."""
+    dicts = {
+        target.id: node.value
+        for node in ast.parse((TESTS / "zoo.py").read_text()).body
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    assigned = [d for name in ("TEXT", "MODELS") for d in ast.walk(dicts[name]) if isinstance(d, ast.Dict)]
+    return [ast.literal_eval(key) for d in assigned for key in d.keys]
+
+
+def text() -> str:
+    """What docs/supported.md should hold."""
+    lines = [
+        "# What is supported",
+        "",
+        "Written by `python tests/supported.py` from the tables the tests run over; a test fails where it is not",
+        "current.",
+        "",
+        f"*{EXACT.capitalize()}*: the gradient is that of one group at a time, by the rules, in float64 to rounding;",
+        f"outputs are those of the plain model. *{REFUSED.capitalize()}*: an error names parameter, operation and",
+        "remedy before any gradient is touched.",
+    ]
+    for section, rows in TABLE.items():
+        lines += _section(section, [(name, EXACT, "layers: test_layer") for name in rows])
+    reordered = [(name, EXACT, "refusals: test_examples_in_another_order") for name in REORDERED]
+    lines += _section("Examples in another order", reordered)
+    lines += _section("Uses that are not served", [(n, REFUSED, "refusals: test_unsupported_use") for n in UNSUPPORTED])
+    mixing = [(name, REFUSED, "refusals: test_unsupported_use") for name in MIXING]
+    mixing += [(name, REFUSED, "refusals: test_a_parameter_that_meets_the_batch_s_dim") for name in SIZED]
+    lines += _section("Examples mixed inside the model", mixing)
+    for section, rows in (
+        ("Who votes", WHO_VOTES), ("Ways to train", TRAINING), ("BatchNorm", BATCH_NORM), 
+        ("Real models", MODELS + [(name, EXACT, "models: test_model") for name in zoo()]),
+    ):  # fmt: skip
+        lines += _section(section, rows)
+    return "\n".join(lines) + "\n"
+
+
+def _section(title: str, rows: list[Row]) -> list[str]:
+    lines = ["", f"## {title}", "", "| what | | shown by |", "|---|---|---|"]
+    for what, how, tests in rows:
+        shown = ", ".join(f"{file}::{name}" for file, name in named(tests))
+        lines.append(f"| {what.replace('|', chr(92) + '|')} | {how} | {shown} |")
+    return lines
+
+
+def named(tests: str) -> list[tuple[str, str]]:
+    """ "layers: test_a, test_b; voting: test_c" -> [("test_layers.py", "test_a"), ...]"""
+    found = []
+    for part in tests.split("; "):
+        file, _, names = part.partition(": ")
+        found += [(f"test_{file}.py", name) for name in names.split(", ")]
+    return found
+
+
+def missing() -> list[str]:
+    """Tests the table names that do not exist."""
+    shown = {line.rsplit("| ", 1)[1].removesuffix(" |") for line in text().splitlines() if "::" in line}
+    names = {name for cell in shown for name in cell.split(", ")}
+    defined = {
+        f"{path.name}::{node.name}"
+        for path in TESTS.glob("test_*.py")
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef)
+    }
+    return sorted(names - defined)
+
+
+if __name__ == "__main__":
+    PATH.write_text(text())
