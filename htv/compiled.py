@@ -77,7 +77,10 @@ def _with_none(value):
 @torch._dynamo.assume_constant_result
 def _structure_of(key: str) -> tuple:
     """Only a list of tensors can leave such a function: what else the forward returned last is a constant."""
-    return forwards[key].watched.structure
+    structure = forwards[key].watched.structure
+    if isinstance(structure, Exception):
+        raise structure
+    return structure
 
 
 def _described(value, tensors: list[Tensor], classes: list[type]) -> tuple:
@@ -133,9 +136,19 @@ def _rebuilt(description: tuple, tensors: list[Tensor], classes: list[type]):
 def _traced(key: str, tensors: list[Tensor], settings: list, voting: tuple, args: tuple, kwargs: dict) -> list[Tensor]:
     voting, args, kwargs = pytree.tree_map(_with_none, (voting, args, kwargs))
     forward, results = forwards[key], []
-    result = _run(forward, tensors, voting, args, kwargs)
-    forward.watched.structure = _described(result, results, forward.watched.classes)
+    try:
+        result = _run(forward, tensors, voting, args, kwargs)
+        forward.watched.structure = _described(result, results, forward.watched.classes)
+    except UnsupportedError as error:
+        if not _for_shapes(tensors):
+            raise
+        forward.watched.structure = error  # here Dynamo would lose the message
     return results
+
+
+def _for_shapes(tensors: list[Tensor]) -> bool:
+    """Whether it is Dynamo that runs a forward, to learn the shapes of what it returns."""
+    return all(isinstance(t, FakeTensor) for t in tensors) and get_proxy_mode() is None
 
 
 @torch._dynamo.disable  # where Dynamo gives up (fullgraph=False), all of it runs eagerly
@@ -143,7 +156,7 @@ def _run(forward: _ServedForward, tensors: list[Tensor], voting: tuple, args: tu
     handle = forward.handle
     if not any(isinstance(t, (FakeTensor, FunctionalTensor)) for t in tensors):
         return handle.run(forward, args, kwargs)  # nothing is traced: Dynamo gave up, or the backend is "eager"
-    for_shapes = all(isinstance(t, FakeTensor) for t in tensors) and get_proxy_mode() is None
+    for_shapes = _for_shapes(tensors)
     if not for_shapes and not all(isinstance(t, FunctionalTensor) for t in tensors):
         raise UnsupportedError("an attached model can be traced by torch.compile alone: detach its handle first")
     outer = getattr(handle._thread, "running", False)
@@ -163,6 +176,8 @@ def _run(forward: _ServedForward, tensors: list[Tensor], voting: tuple, args: tu
             with _intercept(forward, tensors, voting, args, kwargs):
                 return forward.inner(*args, **kwargs)
     except DataDependentOutputException as error:
+        if for_shapes:  # Dynamo breaks the graph here, or says why it must not
+            raise
         raise UnsupportedError(
             f"the way of a parameter's contributions depends on values ({error.func}), which torch.compile does not "
             "have. Remedy: run this model without torch.compile"
