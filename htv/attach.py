@@ -6,6 +6,7 @@ import fnmatch
 import threading
 import warnings
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -158,6 +159,7 @@ class _ServedForward:
     def __init__(self, handle: Handle, module: nn.Module):
         self.handle, self.module = handle, module
         self.inner = module.forward
+        self.astray = False  # whether it ran without gradients on inputs unlike those of the model
         self.parameters = [id(p) for p in module.parameters()]
         self.batch_norms = [(n, m) for n, m in module.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self._ours = {"forward": self, "__reduce_ex__": self._reduce_module}
@@ -251,7 +253,8 @@ class Handle:
         self._last_spec = self._spec
         self._specs: list[Voting | None] = []  # since the last backward; at most two different ones
         self._differentiated = self._accumulates = False
-        self._thread = threading.local()  # .running: whether a forward is under way in this thread
+        self._thread = threading.local()  # .running: the mode of the forward under way in this thread
+        self._checkpointed: deque[Intercept] = deque(maxlen=16)  # forwards that may be run again in parts
         self.passes = Passes()
         parameters = dict(model.named_parameters())
         self._served = {
@@ -420,26 +423,50 @@ class Handle:
 
     def run(self, forward: _ServedForward, args: tuple, kwargs: dict):
         """Run a module's forward, under the mode if it is the outermost one and gradients are wanted."""
-        if getattr(self._thread, "running", False):
+        running = getattr(self._thread, "running", None)
+        if running is not None:
+            self._note_checkpoint(running, forward, args, kwargs)
             return forward.inner(*args, **kwargs)
         if not torch.is_grad_enabled():
             self._remember(graph=False)
             with forward.frozen_statistics():
                 return forward.inner(*args, **kwargs)
         forward.check()
-        inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        groups = self._groups(inputs)
+        inputs = _tensors(args, kwargs)
+        again = self._forward_run_again(forward, inputs)
+        groups = self._groups(inputs) if again is None else again.groups
         for served in self._served.values():
             served.watch()
         if not groups.rows_vote and not self._accumulates:
             for rule in {served.rule for served in self._served.values()}:
                 rule.statistic(groups.count)  # refuse too few groups before anything runs
-        self._thread.running = True
+        mode = self._thread.running = Intercept(self, groups, inputs, again)
+        self._note_checkpoint(mode, forward, args, kwargs)
         try:
-            with Intercept(self, groups, inputs), forward.frozen_statistics():
+            with mode, forward.frozen_statistics():
                 return forward.inner(*args, **kwargs)
         finally:
-            self._thread.running = False
+            self._thread.running = None
+
+    def _note_checkpoint(self, mode: Intercept, forward: _ServedForward, args: tuple, kwargs: dict) -> None:
+        """Remember what activation checkpointing may ask for when it runs this part of a forward again."""
+        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None and mode not in self._checkpointed:
+            self._checkpointed.append(mode)
+        if not torch.is_grad_enabled():  # a reentrant one
+            forward.astray = forward.astray or any(mode.astray(t) for t in _tensors(args, kwargs))
+
+    def _forward_run_again(self, forward: _ServedForward, inputs: list[Tensor]) -> Intercept | None:
+        """The forward of which activation checkpointing runs a part again, as far as its inputs show it."""
+        if torch._C._current_graph_task_id() == -1:
+            return None
+        if forward.astray and _in_reentrant_checkpoint():
+            raise RuntimeError(
+                "a reentrant activation checkpoint runs a module again whose inputs do not have the batch where the "
+                "model's have it, or come from parameters: which part is whose cannot be told. Call "
+                "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+            )
+        known = (mode for mode in reversed(self._checkpointed) if any(mode.marks.get(t) is not None for t in inputs))
+        return next(known, None)
 
     def _groups(self, inputs: list[Tensor]) -> Groups:
         spec = self._remember(graph=True)
@@ -466,7 +493,7 @@ class Handle:
         graph:  whether gradients are on; a reentrant checkpoint runs its first forward without, as an evaluation does.
         """
         if torch._C._current_graph_task_id() != -1:
-            if len(self._specs) > 1 and "Checkpoint" in type(torch._C._current_autograd_node()).__name__:
+            if len(self._specs) > 1 and _in_reentrant_checkpoint():
                 raise RuntimeError(
                     "a reentrant activation checkpoint runs a forward again, but since the last backward there were "
                     "forwards with different groups() or packed(): whose votes these are cannot be told. Call "
@@ -477,6 +504,7 @@ class Handle:
             self.passes.forget()
         if self._differentiated:
             self._specs, self._differentiated, self._last_spec = [], False, None
+            self._checkpointed.clear()
         if graph or self._spec is not None:
             self._last_spec = self._spec
             if len(self._specs) < 2 and not any(_same_spec(self._spec, spec) for spec in self._specs):
@@ -486,6 +514,15 @@ class Handle:
     def settled(self) -> None:
         """A backward has reached a parameter: the forwards before it are taken to be done with."""
         self._differentiated = True
+
+
+def _in_reentrant_checkpoint() -> bool:
+    """Whether the backward pass under way is in the node of a reentrant activation checkpoint."""
+    return "Checkpoint" in type(torch._C._current_autograd_node()).__name__
+
+
+def _tensors(args: tuple, kwargs: dict) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
 
 
 def _same_spec(a: Voting | None, b: Voting | None) -> bool:

@@ -49,23 +49,31 @@ class Intercept(TorchFunctionMode):
 
     handle:  knows which tensors are served parameters.
     groups:  how this batch's units map to groups.
-    inputs:  the tensors the model is called with; those that start with the batch's dims are taken as the batch's.
+    inputs:  the tensors the model is called with; those of the batch's size in its dim are taken as the batch's.
+    again:   of a part that activation checkpointing runs again, the forward it belongs to: tensors keep their marks.
     """
 
-    def __init__(self, handle: Handle, groups: Groups, inputs: list[Tensor]):
+    def __init__(self, handle: Handle, groups: Groups, inputs: list[Tensor], again: Intercept | None = None):
         super().__init__()
         self.handle, self.groups = handle, groups
-        self.marks = Marks()
+        self.marks = Marks(None if again is None else again.marks)
         self._voters: dict[tuple, Voters] = {}
         for tensor in handle.constants():
             self._mark_constant(tensor)
         for tensor in inputs:
-            if self.served(tensor) is not None:
+            if self.served(tensor) is not None or self.marks.get(tensor) is not None:
                 continue
             if groups.fits(tensor):
                 self.marks.put(tensor, groups.home)
             else:
                 self._mark_constant(tensor)
+
+    def astray(self, tensor: Tensor) -> bool:
+        """Whether a tensor is not what it would be taken for as an input of the model."""
+        mark = self.mark(tensor)
+        if isinstance(mark, Place):
+            return not mark.same(self.groups.home, self.groups.num_units)
+        return isinstance(mark, (Lost, Derived)) or (isinstance(mark, Constant) and self.groups.fits(tensor))
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return self.call(func, args, kwargs or {})

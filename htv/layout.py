@@ -58,14 +58,17 @@ CONSTANT, PLAIN, LOST = Constant(), Plain(), Lost()
 
 
 class Marks:
-    """Marks of live tensors, by identity; holds no tensor alive."""
+    """Marks of live tensors, by identity; does not hold them alive. Looks into `earlier` marks for those it lacks."""
 
-    def __init__(self) -> None:
+    def __init__(self, earlier: Marks | None = None) -> None:
         self._marks: dict[int, tuple[weakref.ref, Mark]] = {}
+        self._earlier = earlier
 
     def get(self, tensor: Tensor) -> Mark | None:
         entry = self._marks.get(id(tensor))
-        return entry[1] if entry is not None and entry[0]() is tensor else None
+        if entry is not None and entry[0]() is tensor:
+            return entry[1]
+        return None if self._earlier is None else self._earlier.get(tensor)
 
     def put(self, tensor: Tensor, mark: Mark) -> None:
         self._marks[id(tensor)] = (weakref.ref(tensor), mark)

@@ -68,3 +68,22 @@ def test_an_expert_few_examples_reach_has_no_median(name):
         loss(slice(None)).backward()
     assert not weight.grad[few].any()
     torch.testing.assert_close(weight.grad, aggregated(contributions, htv.Median()), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bert", "t5", "mixtral", "gpt2-lora"])
+def test_gradient_checkpointing(name):
+    """As Hugging Face's Trainer switches it on."""
+    model, batch = zoo.MODELS[name]()
+    model.double().train()  # no dropout in the zoo
+
+    def gradients():
+        model.zero_grad()
+        with htv.attach(model, htv.Median()):
+            model(**batch).logits.square().sum().backward()
+        return {name: p.grad for name, p in model.named_parameters()}
+
+    expected = gradients()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for parameter, grad in gradients().items():
+        if grad is not None or expected[parameter] is not None:
+            torch.testing.assert_close(grad, expected[parameter], rtol=1e-6, atol=1e-9, msg=parameter)

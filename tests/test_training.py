@@ -288,3 +288,42 @@ def test_nothing_of_a_failed_step_reaches_the_next(failure, accumulating):
             torch.testing.assert_close(grad, expected[name], rtol=1e-10, atol=1e-12, msg=name)
         with torch.no_grad():
             assert model(x).shape == (5, 4, 3)
+
+
+class Turned(nn.Module):
+    """A batch-first model with a sequence-first block."""
+
+    def __init__(self, use_reentrant):
+        super().__init__()
+        self.first, self.block, self.use_reentrant = (
+            nn.Linear(6, 6),
+            nn.TransformerEncoderLayer(6, 2, 8, 0.0),
+            use_reentrant,
+        )
+
+    def forward(self, x):
+        y = self.first(x).transpose(0, 1)
+        y = self.block(y) if self.use_reentrant is None else checkpoint(self.block, y, use_reentrant=self.use_reentrant)
+        return y.transpose(0, 1)
+
+
+@pytest.mark.parametrize("length", [3, 5], ids=["T != N", "T == N"])
+def test_checkpointed_blocks_with_the_batch_elsewhere(length):
+    """Run again, a block sees inputs that alone would not tell where the batch is."""
+    x = torch.randn(5, length, 6).double()
+    model = Turned(None).double()
+    groups = torch.tensor([4, 1, 1, 4, 0])
+    gradients_of = {}
+    for use_reentrant in (None, False):
+        model.use_reentrant = use_reentrant
+        with htv.attach(model, MEDIAN) as handle:
+            model.zero_grad()
+            with handle.groups(groups):
+                loss = square(model(x))
+            loss.backward()
+        gradients_of[use_reentrant] = gradients(model)
+    for name, grad in gradients_of[False].items():
+        torch.testing.assert_close(grad, gradients_of[None][name], rtol=1e-9, atol=1e-11, msg=name)
+    model.use_reentrant = True
+    with htv.attach(model, MEDIAN), pytest.raises(RuntimeError, match="use_reentrant=False"):
+        square(model(x)).backward()
