@@ -253,7 +253,7 @@ class Handle:
         self._last_spec = self._spec
         self._specs: list[Voting | None] = []  # since the last backward; at most two different ones
         self._differentiated = self._accumulates = False
-        self._thread = threading.local()  # .running: the mode of the forward under way in this thread
+        self._thread = threading.local()  # .running: the mode of the forward under way in this thread, or True
         self._checkpointed: deque[Intercept] = deque(maxlen=16)  # forwards that may be run again in parts
         self.passes = Passes()
         parameters = dict(model.named_parameters())
@@ -424,8 +424,9 @@ class Handle:
     def run(self, forward: _ServedForward, args: tuple, kwargs: dict):
         """Run a module's forward, under the mode if it is the outermost one and gradients are wanted."""
         running = getattr(self._thread, "running", None)
-        if running is not None:
-            self._note_checkpoint(running, forward, args, kwargs)
+        if running:
+            if isinstance(running, Intercept):
+                self._note_checkpoint(running, forward, args, kwargs)
             return forward.inner(*args, **kwargs)
         if not torch.is_grad_enabled():
             self._remember(graph=False)
