@@ -711,6 +711,9 @@ TABLE: dict[str, dict[str, Builder]] = {
         ),
         "some tokens only": tokens(masked_rows, l=linear(6, 2)),
         "several samples per example": tokens(several_samples, l=linear(6, 6)),
+        "token shift by padding": tokens(
+            lambda m, x: m.h(F.pad(m.l(x), (0, 0, 1, -1)) + x), l=linear(6, 6), h=linear(6, 2)
+        ),
         "unbound and stacked": tokens(
             lambda m, x: torch.stack([m.l(part) for part in x.unbind(1)], 1), l=linear(6, 2)
         ),

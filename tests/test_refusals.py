@@ -162,6 +162,11 @@ MIXING = {
         lambda m, x: m.h(F.layer_norm(m.l(x.transpose(0, 1)), (len(x), 6)))
     ),
     "rms norm over the batch": lambda: mix(lambda m, x: m.h(F.rms_norm(m.l(x), tuple(x.shape)))),
+    "shifted along the batch by padding": lambda: mix(
+        lambda m, x: (lambda y: m.h(y + F.pad(y, (0, 0, 1, -1))))(m.l(x[:, 0]))
+    ),
+    "token shift along the batch": lambda: mix(lambda m, x: (lambda y: m.h(y + F.pad(y, (0, 0, 0, 0, 1, -1))))(m.l(x))),
+    "features rescaled over the batch": lambda: mix(lambda m, x: m.h(m.l(x[:, 0]).renorm(2, 1, 0.5))),
     "lower triangle over the batch": lambda: mix(lambda m, x: m.h(m.l(x[:, 0]).T.tril().T)),
     "bilinear of two examples": lambda: mix(lambda m, x: m.b(x, x.flip(0)), b=nn.Bilinear(6, 6, 2)),
     "summed by einsum": lambda: mix(lambda m, x: torch.einsum("ntd,de->te", x, m.w), w=torch.randn(6, 6)),
