@@ -122,6 +122,12 @@ class Intercept(TorchFunctionMode):
         parameters, sinks = zip(*((s.parameter, s.sink(self.groups)) for s in mark.parameters), strict=True)
         return DerivedTensor(value, list(parameters), list(sinks), mark.origin if value is mark.source else None)
 
+    def place(self, x: Tensor, dim: int = 0) -> Mark | None:
+        """`mark` of x; of a batch with one unit, all of whose x it is, the place along any dim that suits."""
+        mark = self.mark(x)
+        one = self.groups.num_units == 1 and isinstance(mark, Place) and x.dim() > dim
+        return layout.all_of_one(x, dim) if one else mark
+
     def voters(self, place: Place) -> Voters:
         """Who votes with the indices of a tensor that has the batch there."""
         key = (place.dim, place.outer, place.times, None if place.units is None else id(place.units))
@@ -132,7 +138,7 @@ class Intercept(TorchFunctionMode):
 
     def why_not_batch(self, x: Tensor, features: int) -> str | None:
         """None if it is known where the batch is in x, before its last `features` dims; else the reason."""
-        mark = self.mark(x)
+        mark = self.place(x)
         if not isinstance(mark, Place):
             return (
                 f"it is not known any more which part of its input of shape {tuple(x.shape)} belongs to which example: "
@@ -197,15 +203,19 @@ class Intercept(TorchFunctionMode):
             m == LOST and t.requires_grad for t, m in zip(tensors, marks, strict=True)
         )
         shapes = [tuple(t.shape) for t, m in zip(tensors, marks, strict=True) if isinstance(m, OfBatch)]
-        if not places or lost or not all(p.same(places[0][1], self.groups.num_units) for _, p in places):
+        units = self.groups.num_units
+        if not places or lost or not (units == 1 or all(p.same(places[0][1], units) for _, p in places)):
             why = f"of the other operands, of shapes {shapes}, it is not known which part belongs to which example: "
             return self.refuse(name, parameters, f"{why}the batch was indexed, mixed or reduced away")
         beside, place = places[0]
+        if units == 1 and not self.groups.rows_vote:
+            copies = {id(t): self._of_one(t, m, beside) for t, m in zip(tensors, marks, strict=True) if _served(t, m)}
+            return replace_tensors(args, copies), replace_tensors(kwargs, copies)
         if name in layout.CONCATENATING and kwargs.get("dim", args[1] if len(args) > 1 else 0) % ndim == place.dim:
             return self.refuse(name, parameters, "it is concatenated along the batch")
         copies = {}
         for tensor, mark in zip(tensors, marks, strict=True):
-            if isinstance(mark, Derived) and tensor.requires_grad:
+            if _served(tensor, mark):
                 copies[id(tensor)] = found = self._copies(tensor, mark, ndim, beside, place)
                 if found is None:
                     why = f"its shape {tuple(tensor.shape)} varies along dim {place.dim}, the batch's, of {shapes}"
@@ -232,6 +242,13 @@ class Intercept(TorchFunctionMode):
         shape = [*(1,) * (ndim - tensor.dim()), *tensor.shape]
         shape[place.dim] = size
         return copies.expand(shape)
+
+    def _of_one(self, tensor: Tensor, mark: Derived, beside: Tensor) -> Tensor:
+        """A derived tensor as the only unit uses it."""
+        for served in mark.parameters:
+            served.note("elementwise")
+        dtype = torch.result_type(beside, tensor) if tensor.dim() == 0 else None
+        return expand(self.slot(tensor), tensor.dim() + 1, 1, self.voters(Place(0)), dtype).squeeze(0)
 
     def _row_copies(self, slot: Slot, tensor, ndim: int, beside: Tensor, place: Place, dtype) -> Tensor | None:
         """Where rows vote: copies along all dims of the other operand that the tensor lacks or has size 1 in front."""
@@ -337,6 +354,11 @@ class Intercept(TorchFunctionMode):
             self.marks.put(base, layout.base_after_writing(base, self.mark(base), view, mark, self.groups.num_units))
         elif isinstance(mark, Derived) or not isinstance(self.mark(base), (Place, Lost, Derived)):
             self.marks.put(base, Derived(mark.parameters, base) if isinstance(mark, Derived) else mark)
+
+
+def _served(tensor: Tensor, mark: Mark | None) -> bool:
+    """Whether contributions to a tensor go to served parameters."""
+    return isinstance(mark, Derived) and tensor.requires_grad
 
 
 def _in_place(func) -> bool:

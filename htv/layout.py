@@ -130,7 +130,7 @@ ALONG = {
     "flip": (0, None), "roll": (1, None), "sort": (0, -1), "argsort": (0, -1), "topk": (1, -1), "gather": (0, None),
     "index_select": (0, None), "index_fill": (0, None), "take_along_dim": (1, None),
     "chunk": (1, 0), "split": (1, 0), "split_with_sizes": (1, 0), "tensor_split": (1, 0), "narrow": (0, None),
-    "normalize": (1, 1), "glu": (0, -1), "repeat_interleave": (1, None), "diff": (1, -1), "renorm": (1, None),
+    "normalize": (1, 1), "glu": (0, -1), "repeat_interleave": (1, None), "diff": (1, -1),
     "unfold": (0, None),
 }  # fmt: skip
 
@@ -196,12 +196,20 @@ def follow(op: Operation, units: int, couples: bool = False) -> list[OfBatch]:
     units:    how many units the batch has.
     couples:  whether what was computed from several units (statistics of the batch) may meet a unit's own part.
     """
+    if units == 1:  # all there is is the one unit's
+        return [LOST if output.dim() == 0 else all_of_one(output) for output in op.outputs]
     operands = [(t, m) for t, m in op.operands if isinstance(m, OfBatch)]
     if op.name == "pad_packed_sequence":
         return [_after_padding(op, units), *[LOST] * (len(op.outputs) - 1)]
     if op.name in WRITING:
         return [_after_writing(op, units)] * len(op.outputs)
     return [_agreed(op, operands, i, units, couples) for i in range(len(op.outputs))]
+
+
+def all_of_one(tensor: Tensor, dim: int = 0) -> Place:
+    """The place in a tensor all of which belongs to the only unit, as if it were along a dim."""
+    size = tensor.shape[dim]
+    return Place(dim, times=size) if size else Place(dim, units=torch.zeros(0, dtype=torch.int64))
 
 
 def _agreed(op: Operation, operands, index: int, units: int, couples: bool) -> OfBatch:
@@ -251,7 +259,8 @@ def _place(op: Operation, tensor: Tensor, mark: OfBatch, output: Tensor, units: 
     if not is_first and name not in ("gather", "take_along_dim"):
         return None
     if name in ROWWISE:
-        kept = dim < tensor.dim() - KEEPS_LAST[name] if name in KEEPS_LAST else dim == 0
+        last = _mixed_at_the_end(op)
+        kept = dim == 0 if last is None else dim < tensor.dim() - last
         if name.startswith("conv") and op.operands[1][0].dim() != tensor.dim():
             return None  # an unbatched image
         return mark if kept else None
@@ -279,6 +288,15 @@ def _place(op: Operation, tensor: Tensor, mark: OfBatch, output: Tensor, units: 
     if name in REDUCING:
         return _reduced(op, tensor, mark, output)
     return None
+
+
+def _mixed_at_the_end(op: Operation) -> int | None:
+    """How many dims at the end a rowwise operation may mix; None for all but dim 0."""
+    if op.name in ("layer_norm", "rms_norm"):
+        return len(op.argument(0, "normalized_shape"))
+    if op.name == "pad":
+        return len(op.argument(0, "pad")) // 2
+    return KEEPS_LAST.get(op.name)
 
 
 def _dims(value, ndim: int) -> set[int] | None:
@@ -365,7 +383,7 @@ def _reshaped(tensor: Tensor, mark: Place, output: Tensor, units: int) -> Place 
         times, remainder = divmod(output.shape[at], max(1, outer * units))
         if not cut and not remainder and outer and times:
             candidates.append(Place(at, outer, times))
-    # Several only if the batch has one unit, or none has any element: then the dim that is there already.
+    # Several only if there are no elements: then the dim that is there already.
     return next((p for p in candidates if p.dim == mark.dim), candidates[0] if candidates else None)
 
 

@@ -192,6 +192,11 @@ class Hub(torch.autograd.Function):
 
 def full_precision(device: torch.device) -> torch.autocast:
     """Statistics and plain sums keep the type of their operands even where backward runs under autocast."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "htv does not differentiate through a served backward: call backward() or torch.autograd.grad() without "
+            "create_graph=True, or detach the handle for that step"
+        )
     return torch.autocast(device.type, enabled=False)
 
 

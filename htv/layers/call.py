@@ -62,7 +62,7 @@ class Call:
     @property
     def place(self) -> Place:
         """Where the batch is in the input."""
-        return self.mode.mark(self.x)
+        return self.mode.place(self.x)
 
     @property
     def voters(self) -> Voters:

@@ -40,7 +40,7 @@ def _bilinear(mode: Intercept, func, args, kwargs):
     right = call["input2"]
     if not call.served or not torch.is_grad_enabled():
         return NotImplemented
-    place, other = mode.mark(call.x), mode.mark(right)
+    place, other = mode.place(call.x), mode.place(right)
     if not isinstance(place, Place) or not isinstance(other, Place) or not place.same(other, mode.groups.num_units):
         raise UnsupportedError(
             f"bilinear with parameter {call.served[0].name!r}: both inputs must hold the batch in the same dim; "

@@ -65,8 +65,10 @@ def _server(kind: str, step: Cell):
         hidden = args[2 if packed else 1]
         hidden = tuple(hidden) if kind == "lstm" else (hidden,)
         has_biases, num_layers, dropout, train, bidirectional, *batch_first = args[4 if packed else 3 :]
+        owner = next(s for w in weights for s in behind(mode, w))
+        name = f"{kind} with parameter {owner.name!r}"
         with mode:
-            steps = _PackedSteps(mode, kind, *args[:2]) if packed else _Steps(mode, kind, args[0], batch_first[0])
+            steps = _PackedSteps(mode, name, *args[:2]) if packed else _Steps(mode, name, args[0], batch_first[0])
             options = num_layers, 1 + bidirectional, dropout if train else 0.0
             y, last = _stack_of_layers(steps, step, hidden, _by_layer(weights, has_biases, kind, hidden), *options)
         return (y, *last)
@@ -77,7 +79,7 @@ def _server(kind: str, step: Cell):
         if not _meets(mode, x, [w_ih, w_hh, b_ih, b_hh]):
             return NotImplemented
         hidden = tuple(hidden) if kind == "lstm" else (hidden,)
-        place = mode.mark(x)
+        place = mode.place(x)
         with mode:
             if isinstance(place, Place):
                 hidden = tuple(_started(mode, h, place) for h in hidden)
@@ -89,8 +91,8 @@ def _server(kind: str, step: Cell):
 
 def _as_torch_does(mode: Intercept, func, args, kwargs, packed: bool, batch_first: bool):
     """No served weight, or no gradients: only where the batch is in the results has to be known."""
-    place = mode.mark(args[0])
     expected = 0 if packed or batch_first else 1
+    place = mode.place(args[0], expected)
     if not isinstance(place, Place) or place.dim != expected:
         return NotImplemented
     y, *last = func(*args, **kwargs)
@@ -193,12 +195,12 @@ class _PackedSteps:
 
 
 def _require_place(mode: Intercept, kind: str, x: Tensor, dim: int) -> Place:
-    mark = mode.mark(x)
+    mark = mode.place(x, dim)
     if not isinstance(mark, Place) or mark.dim != dim:
         raise UnsupportedError(
             f"{kind}: the examples must be in dim {dim} of its input, seen as {'(T, N, D)' if dim else 'packed rows'}, "
             f"of shape {tuple(x.shape)}, but are not. Remedy: batch_first=True for inputs (N, T, D), attach(..., "
-            "batch_dim=1) for models whose input is (T, N, D), or exclude the layer's parameters"
+            "batch_dim=1) for models whose input is (T, N, D), or exclude= the layer's parameters"
         )
     return mark
 
