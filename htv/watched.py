@@ -35,18 +35,16 @@ class Watched:
     settings:    (module, name) of its plain attributes: training, dropout's p, ...
     children:    (module, name, submodule).
     classes:     of results, found so far.
-    structure:   how the last result was made of tensors and classes.
+    structure:   how the last result was made of tensors and classes, or why it could not be.
     """
 
     def __init__(self, model: nn.Module):
-        self.tensors, self.parameters, self.settings, self.children, self.classes, self.structure = (
-            [],
-            [],
-            [],
-            [],
-            [],
-            (),
-        )
+        self.tensors: list[tuple[nn.Module, str]] = []
+        self.parameters: list[nn.Parameter | None] = []
+        self.settings: list[tuple[nn.Module, str]] = []
+        self.children: list[tuple[nn.Module, str, nn.Module]] = []
+        self.classes: list[type] = []
+        self.structure: tuple | Exception = ()
         for module in model.modules():
             own = {name: v for name, v in vars(module).items() if name not in INTERNAL}
             tensors = {**module._parameters, **module._buffers, **own}
