@@ -22,6 +22,7 @@ from htv.errors import UnsupportedError
 from htv.groups import Groups
 from htv.intercept import Intercept
 from htv.ops.aggregate import Agreement
+from htv.ops.factors import Factors
 from htv.rules import Rule
 from htv.served import Served
 from htv.watched import Watched, register
@@ -249,6 +250,9 @@ class Handle:
         self.model, self.attached = model, True
         self._batch_dim, self.batch_norm = batch_dim, batch_norm
         self.collects_stats, self._on_unsupported = stats, on_unsupported
+        self.examine: Callable[[str, list[Factors]], None] | None = (
+            None  # shown what is recorded, instead of statistics
+        )
         self._spec: Voting | None = None  # who votes, while a block of groups() or packed() is open
         self._last_spec = self._spec
         self._specs: list[Voting | None] = []  # since the last backward; at most two different ones

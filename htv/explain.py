@@ -6,8 +6,9 @@ import warnings
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils import _pytree as pytree
 
 from htv.attach import attach
 from htv.ops import aggregate
@@ -72,12 +73,17 @@ USES: dict[type[nn.Module], str] = {
 }
 
 
+RULES = AndMask(0.5), Median()  # one that streams, one that ranks
+
+
 @dataclass(frozen=True)
 class Row:
     """One parameter.
 
-    use:              the kinds of layer that use it, joined by " + ".
-    streaming, order: the path that serves streaming rules (masks) and order rules (median, ...), or why none does.
+    use:               the kinds of layer that use it, joined by " + ".
+    streaming, order:  the path that serves streaming rules (masks) and order rules (median, ...), or why none does.
+    extra:             for both, an estimate of the arithmetic beside that of the plain gradient, as a share of it; None
+                       where no batch was given, and for small vectors (biases, norms), whose work does not matter.
     """
 
     parameter: str
@@ -85,6 +91,7 @@ class Row:
     use: str
     streaming: str
     order: str
+    extra: tuple[float | None, float | None] = (None, None)
 
 
 @dataclass(frozen=True)
@@ -100,7 +107,11 @@ class Explanation:
 
     def __str__(self) -> str:
         lines = [("parameter", "shape", "use", "streaming rules", "order rules")]
-        lines += [(r.parameter, "x".join(map(str, r.shape)) or "()", r.use, r.streaming, r.order) for r in self.rows]
+        for row in self.rows:
+            paths = (
+                f"{path}{_share(extra)}" for path, extra in zip((row.streaming, row.order), row.extra, strict=True)
+            )
+            lines.append((row.parameter, "x".join(map(str, row.shape)) or "()", row.use, *paths))
         widths = [max(len(line[column]) for line in lines) for column in range(4)]
         return "\n".join(
             "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[4]]).rstrip()
@@ -108,28 +119,42 @@ class Explanation:
         )
 
 
-def explain(model: nn.Module, batch=None) -> Explanation:
-    """Which path serves each parameter of a model.
+def _share(extra: float | None) -> str:
+    return "" if extra is None else f" +{extra:.0%}" if extra < 10 else f" +{extra:.0f}x"
 
-    batch:  optional; what the model is called with (a tensor, a tuple or a dict of arguments). One forward then shows
-            how each parameter is really used. Without it the answer goes by the class of the module that owns the
-            parameter, and a parameter of a module of your own is listed as "own forward".
+
+def explain(model: nn.Module, batch=None) -> Explanation:
+    """Which path serves each parameter of a model, and how much work that adds.
+
+    batch:  optional; what the model is called with (a tensor, a tuple or a dict of arguments). One forward and backward
+            (of the sum of its outputs) then show how each parameter is really used; gradients stay as they are. Without
+            it the answer goes by the class of the module that owns the parameter, and a parameter of a module of your
+            own is listed as "own forward".
     """
-    used = _uses_by_class(model) if batch is None else _uses_by_running(model, batch)
-    rows = []
-    for name, parameter in model.named_parameters():
-        kinds, refusal = used[name]
-        if refusal is None:
-            streaming, order = (_path(kinds, rule, parameter.device) for rule in (AndMask(0.5), Median()))
-        else:
-            streaming, order = refusal, "-"
-        rows.append(Row(name, tuple(parameter.shape), " + ".join(kinds) or "-", streaming, order))
-    return Explanation(tuple(rows))
+    if batch is None:
+        used = _uses_by_class(model)
+        return Explanation(tuple(_row_by_class(name, p, *used[name]) for name, p in model.named_parameters()))
+    used, recorded = _uses_by_running(model, batch)
+    return Explanation(
+        tuple(_row_by_run(name, p, *used[name], recorded.get(name)) for name, p in model.named_parameters())
+    )
+
+
+def _row_by_class(name: str, parameter: nn.Parameter, kinds: list[str], refusal: str | None) -> Row:
+    paths = (refusal, "-") if refusal else (_path(kinds, rule, parameter.device) for rule in RULES)
+    return Row(name, tuple(parameter.shape), " + ".join(kinds) or "-", *paths)
+
+
+def _row_by_run(name: str, parameter: nn.Parameter, kinds: list[str], refusal: str | None, plans: list | None) -> Row:
+    use = " + ".join(kinds) or "-"
+    if refusal or plans is None:
+        paths = (refusal, "-") if refusal else ("not used in this forward",) * 2
+        return Row(name, tuple(parameter.shape), use, *paths)
+    (streaming, work), (order, ranking) = plans
+    return Row(name, tuple(parameter.shape), use, streaming, order, (work, ranking))
 
 
 def _path(kinds: list[str], rule, device: torch.device) -> str:
-    if not kinds:
-        return "not used in this forward"
     if len(kinds) > 1:
         return f"summed per group, then {aggregate.path(Factors, rule, device)}"
     (kind,) = kinds
@@ -199,13 +224,25 @@ def _refusal(module: nn.Module) -> str | None:
     return None
 
 
-def _uses_by_running(model: nn.Module, batch) -> dict[str, tuple[list[str], str | None]]:
+def _uses_by_running(model: nn.Module, batch) -> tuple[dict[str, tuple[list[str], str | None]], dict[str, list]]:
+    """Kinds of use and refusals by parameter, and the plans under both rules of what a backward recorded."""
     args, kwargs = ((), batch) if isinstance(batch, dict) else (batch, {})
     args = tuple(args) if isinstance(args, (tuple, list)) else (args,)
     used = {name: ([], "frozen: no gradient") for name, p in model.named_parameters() if not p.requires_grad}
-    with attach(model, AndMask(0.5), on_unsupported="plain") as handle, warnings.catch_warnings():
+    plans: dict[str, list] = {}
+    with attach(model, RULES[0], on_unsupported="plain", stats=True) as handle, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model(*args, **kwargs)
+        handle.examine = lambda name, parts: plans.update({name: [aggregate.plan(parts, rule) for rule in RULES]})
+        results = pytree.tree_leaves(_as_dict(model(*args, **kwargs)))
+        outputs = [t for t in results if isinstance(t, Tensor) and t.requires_grad]
+        if outputs:
+            wanted = [p for p in model.parameters() if p.requires_grad]
+            torch.autograd.grad([t.sum() for t in outputs], wanted, allow_unused=True)
         for served in handle.served():
             used.setdefault(served.name, (sorted(served.uses), served.refusal and f"unsupported: {served.refusal}"))
-    return used
+    return used, plans
+
+
+def _as_dict(result):
+    """Models may return a mapping that is no dict."""
+    return dict(result) if hasattr(result, "items") else result

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from htv.autograd.accumulation import Accumulation, MicroBatches
 from htv.autograd.ledger import Hub, Ledger, Owner, Sink
 from htv.groups import Groups
+from htv.ops import aggregate
 from htv.ops.aggregate import Agreement
+from htv.ops.factors import Factors
 from htv.rules import Rule
 
 if TYPE_CHECKING:
@@ -63,8 +65,11 @@ class Served(Owner):
                 "been detached since; run the forward again, or detach after backward"
             )
 
-    def observe(self, agreement: Agreement) -> None:
-        self.agreement = agreement
+    def observe(self, parts: list[Factors]) -> None:
+        if self.handle.examine is not None:
+            self.handle.examine(self.name, parts)
+        else:
+            self.agreement = aggregate.agreement(parts, self.rule)
 
     def deliver(self, grad: Tensor | None) -> None:
         # No reference is kept: autograd may then take the tensor for .grad without a copy.

@@ -17,7 +17,14 @@ def test_the_answer_by_class_agrees_with_a_run(name):
     assert [row.parameter for row in by_run.rows] == [n for n, _ in model.named_parameters()]
     for guess, seen in zip(by_class.rows, by_run.rows, strict=True):
         if guess.use != "own forward" and guess.parameter != "positions.weight":  # looked up by torch.arange
-            assert guess == seen
+            assert_alike(guess, seen)
+
+
+def assert_alike(guess, seen):
+    """By class and by run; how convolutions are served depends on sizes no class tells."""
+    assert (guess.parameter, guess.shape, guess.use) == (seen.parameter, seen.shape, seen.use)
+    if not guess.use.startswith("conv") and "computed" not in guess.use:
+        assert (guess.streaming, guess.order) == (seen.streaming, seen.order)
 
 
 def test_tied_weights_and_positions():
@@ -37,7 +44,7 @@ def test_every_layer_is_served_as_it_is_explained(layer):
         assert not guess.streaming.startswith("unsupported")
         # What a module of one's own does with others (a second use, a chunk of their weights) no class tells.
         if guess.use != "own forward" and type(model) not in (Module, Tied, Lora) and "frozen" not in seen.streaming:
-            assert guess == seen
+            assert_alike(guess, seen)
 
 
 LIKE_ITS_CLASS = {
@@ -62,12 +69,15 @@ def test_modules_in_a_model_of_ones_own(kind):
 
 def test_computed_weights():
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)))
-    for explanation in (htv.explain(model), htv.explain(model, torch.randn(5, 4))):
+    for explanation, path in (
+        (htv.explain(model), "by group; views: fused (cpp)"),
+        (htv.explain(model, torch.randn(5, 4)), "by group"),
+    ):
         rows = {row.parameter: row for row in explanation.rows}
         assert rows["0.bias"].use == "linear bias"
         for number in (0, 1):
             row = rows[f"0.parametrizations.weight.original{number}"]
-            assert row.use == "linear (computed)" and row.streaming.startswith("by group; views: ")
+            assert row.use == "linear (computed)" and row.streaming in (path, path.replace("fused", "sliced"))
 
 
 def test_unsupported_modules_are_listed_with_the_reason():
@@ -81,6 +91,22 @@ def test_unsupported_modules_are_listed_with_the_reason():
     assert explanation.unsupported == ("w",)
     assert "used by inner" in str(explanation)
     model(torch.randn(3, 4)).sum().backward()  # nothing stays attached
+
+
+def test_the_extra_work_is_estimated():
+    """E updates of a coordinate against 2 R operations of its product; ranking takes more."""
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    before = [p.grad for p in model.parameters()]
+    rows = {row.parameter: row for row in htv.explain(model, torch.randn(7, 50, 6)).rows}
+    assert rows["0.bias"].extra == (None, None)
+    streaming, order = rows["0.weight"].extra
+    if rows["0.weight"].streaming.startswith("fused"):
+        assert streaming == pytest.approx(7 / (2 * 7 * 50))
+        assert rows["0.weight"].streaming + " +1%" in str(htv.explain(model, torch.randn(7, 50, 6)))
+    assert order > streaming > 0
+    few = {row.parameter: row for row in htv.explain(model, torch.randn(7, 2, 6)).rows}
+    assert few["0.weight"].extra[1] > order
+    assert [p.grad for p in model.parameters()] == before
 
 
 def test_prints_one_line_per_parameter():

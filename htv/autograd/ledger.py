@@ -21,7 +21,6 @@ from torch import Tensor
 from htv.autograd.accumulation import Accumulation
 from htv.groups import Groups, Voters
 from htv.ops import aggregate
-from htv.ops.aggregate import Agreement
 from htv.ops.factors import Factors
 from htv.rules import Rule
 
@@ -76,8 +75,8 @@ class Owner:
     def deliver(self, grad: Tensor | None) -> None:
         """Called with the aggregated gradient just before the hub hands it to autograd; None where it accumulates."""
 
-    def observe(self, agreement: Agreement) -> None:
-        """Called with the parameter's `Agreement` where the ledger collects it."""
+    def observe(self, parts: list[Factors]) -> None:
+        """Called with what a pass recorded, before it is aggregated, where the ledger was told to."""
 
 
 class Ledger:
@@ -85,7 +84,7 @@ class Ledger:
 
     rule and groups:  what to aggregate with, and who votes.
     owner:            told of what happens; not kept alive, since autograd's graph keeps ledgers.
-    observes:         whether to give the owner the parameter's `Agreement` (one more pass over the contributions).
+    observes:         whether to show the owner what is recorded.
     """
 
     def __init__(self, rule: Rule, groups: Groups, owner: Owner, observes: bool = False):
@@ -149,7 +148,7 @@ class Ledger:
             return None
         owner = self._owner()
         if self.observes and owner is not None:
-            owner.observe(aggregate.agreement(parts, self.rule))
+            owner.observe(parts)
         accumulation = None if owner is None else owner.accumulation
         if accumulation is None:
             grad = aggregate.aggregate(parts, self.rule).to(parameter.dtype)

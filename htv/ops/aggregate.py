@@ -172,6 +172,23 @@ def extra_work(part: Factors, rule: Rule) -> float:
     return copies + (1.0 if groups >= rows else groups / (2 * rows))
 
 
+def plan(parts: list[Factors], rule: Rule) -> tuple[str, float | None]:
+    """How the recorded uses of one parameter would be served (see `path`), and the `extra_work`.
+
+    None for what is stacked: its work is that of small vectors beside a layer's activations.
+    """
+    paths, work, coordinates = [], 0.0, 0
+    for block in map(_joined, _blocks(parts)):
+        mixed = len({type(part) for part in block}) > 1
+        found = path(Factors if mixed else block[0], rule, block[0].device)
+        paths.append(f"summed per group, then {found}" if mixed else found)
+        for part in block:
+            if not isinstance(part, StackedFactors):
+                work += extra_work(part, rule) * math.prod(part.shape)
+                coordinates += math.prod(part.shape)
+    return ", ".join(dict.fromkeys(paths)), work / coordinates if coordinates else None
+
+
 def _by_blocks(parts: list[Factors], statistic: Statistic) -> tuple[Tensor, Tensor]:
     """Views of the parameter that do not overlap (chunks, experts) are each aggregated by itself."""
     views = _views(parts)
