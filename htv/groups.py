@@ -201,6 +201,13 @@ class Voters:
         order = members.argsort(stable=True)
         self.order = None if torch.equal(order, torch.arange(len(order))) else order
 
+    def all_alike(self) -> Voters:
+        """The same without weights and with a vote for every row: for plain sums."""
+        groups = self.groups
+        if groups.weights is None and groups.voting is None:
+            return self
+        return replace(groups, weights=None, voting=None).voters(self.place)
+
     @property
     def rows_vote(self) -> bool:
         return self.groups.rows_vote

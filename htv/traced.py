@@ -84,6 +84,9 @@ class EachIndex(Voters):
     def __init__(self, groups: TracedGroups, place: Place):
         self.groups, self.place, self.dim, self.order = groups, place, place.dim, None
 
+    def all_alike(self) -> EachIndex:
+        return self
+
     @property
     def count(self) -> int:
         return self.place.size(self.groups.num_units)

@@ -31,7 +31,10 @@ WHO_VOTES: list[Row] = [
     ("tokens where a layer has none (convolutions, positions)", REFUSED, "voting: test_what_has_no_tokens_is_refused"),
     ("the batch in dim 1: sequence-first models", EXACT,
      "layers: test_sequence_first_models; voting: test_examples_in_dim_1"),
-    ("a batch of one example", f"{EXACT}, or refused", "layers: test_layer_of_one_example"),
+    ("a batch of one example", EXACT, "layers: test_layer_of_one_example"),
+    ("padding masks", EXACT, "voting: test_padded_tokens_change_nothing; models: test_model"),
+    ("excluded parameters beside served ones, whoever votes", EXACT,
+     "voting: test_excluded_parameters_are_plain_whoever_votes"),
     ("as many examples as tokens, features or heads", EXACT, "layers: test_layer_where_sizes_coincide"),
     ("ids or bounds that do not fit, an empty batch", REFUSED,
      "refusals: test_groups_and_packed_of_the_wrong_length, test_empty_batch_and_too_few_groups"),
@@ -40,7 +43,9 @@ TRAINING: list[Row] = [
     ("two forwards before one backward", EXACT, "attach: test_two_forwards_before_one_backward_are_one_vote"),
     ("two forwards with different groups under one loss", REFUSED,
      "refusals: test_two_forwards_with_different_groups_in_one_backward"),
-    ("several backwards, retain_graph", EXACT, "attach: test_two_backwards_each_aggregate_and_accumulate"),
+    ("several backwards, retain_graph", EXACT,
+     "attach: test_two_backwards_each_aggregate_and_accumulate; "
+     "training: test_every_backward_of_its_own_is_a_vote_of_its_own"),
     ("gradient accumulation, `with handle.accumulate():`", EXACT,
      "accumulation: test_streaming_rules_equal_one_large_batch"),
     ("order rules over micro-batches", REFUSED, "accumulation: test_order_rules_are_refused_and_name_median_of_means"),
@@ -55,10 +60,19 @@ TRAINING: list[Row] = [
     ("float32 and bfloat16 models", EXACT,
      "layers: test_layer_in_lower_types; check: test_whole_models_in_lower_types"),
     ("torch.compile(fullgraph=True)", EXACT, "compile: test_same_gradients, test_uses_of_parameters"),
+    ("torch.compile before attach", EXACT, "compile: test_attach_what_was_compiled_before"),
+    ("computed weights, rows picked by values, parts of a model under torch.compile", REFUSED,
+     "compile: test_refused, test_a_part_compiled_by_itself_is_refused"),
+    ("torch.compile: groups, packed sequences, tokens, accumulation", EXACT,
+     "compile: test_groups_change_without_compiling_again, test_packed_sequences_change_without_compiling_again, "
+     "test_tokens_vote, test_accumulation"),
     ("weight averages (EMA, SWA)", EXACT, "training: test_averaged_copies_follow_an_attached_model"),
     ("activation checkpointing, non-reentrant", EXACT,
      "attach: test_activation_checkpointing; training: test_checkpointed_layers; "
      "lifecycle: test_a_layer_used_in_a_checkpoint_and_elsewhere"),
+    ("checkpointed parts whose inputs have the batch in another dim", f"{EXACT}, reentrant ones refused",
+     "training: test_checkpointed_blocks_with_the_batch_elsewhere"),
+    ("gradient checkpointing as Hugging Face switches it on", EXACT, "models: test_gradient_checkpointing"),
     ("activation checkpointing, reentrant", f"{EXACT}, or refused",
      "lifecycle: test_reentrant_checkpoints_of_several_layers_and_inside_one_another, "
      "test_a_layer_used_in_a_checkpoint_and_elsewhere"),
@@ -86,6 +100,9 @@ TRAINING: list[Row] = [
     ("complex parameters", REFUSED, "refusals: test_complex_parameters"),
     ("integer parameters; lazy ones", f"{EXACT}, or refused", "lifecycle: test_integer_and_uninitialized_parameters"),
     ("threads", EXACT, "lifecycle: test_threads_are_served_apart"),
+    ("exceptions in forward or backward, forwards without a backward: nothing leaks into the next step", EXACT,
+     "training: test_nothing_of_a_failed_step_reaches_the_next"),
+    ("handle.stats()", EXACT, "attach: test_stats"),
 ]  # fmt: skip
 BATCH_NORM: list[Row] = [
     ("in eval mode", EXACT, "layers: test_layer"),
@@ -101,6 +118,26 @@ MODELS: list[Row] = [
     ("the following with as many tokens as examples", EXACT, "models: test_as_many_tokens_as_examples"),
     ("the following by groups", EXACT, "models: test_examples_vote_in_groups"),
 ]  # fmt: skip
+
+
+COMPILED = """
+## torch.compile in more detail
+
+- Before or after `attach`, also with `fullgraph=True`. Where Dynamo gives the graph up (without `fullgraph`), the forward
+  runs eagerly as a whole.
+- Compiled once for each shape of the inputs; torch's `recompile_limit` (8) applies. New values in `groups`, `packed` and
+  `tokens` do not compile again; they are checked in backward.
+- Refused there, and served without: layers that compute with a computed weight (weight norm, merged adapters, einsum with a
+  block per head); rows picked by the values of a tensor; global tensors and tensors in lists; forwards that set attributes
+  of modules; results other than tensors and constants in tuples, lists, dicts and dataclasses (Hugging Face:
+  `use_cache=False`); a part of an attached model compiled by itself; two compiled forwards under one loss, unless one
+  compiled function calls both.
+- Dynamo itself refuses `nn.LSTM`, `nn.GRU` and `nn.RNN` unless `torch._dynamo.config.allow_rnn = True`.
+- Attributes of modules that are tensors, numbers, strings, booleans or None are guarded; after a change inside another
+  object (a config, a list) call `torch._dynamo.reset()`.
+- Errors raised while compiling carry htv's words inside Dynamo's exception types. Inside `accumulate()` `.grad` holds zeros
+  until the block ends.
+"""
 
 
 def zoo() -> list[str]:
@@ -141,7 +178,7 @@ def text() -> str:
         ("Real models", MODELS + [(name, EXACT, "models: test_model") for name in zoo()]),
     ):  # fmt: skip
         lines += _section(section, rows)
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + COMPILED
 
 
 def _section(title: str, rows: list[Row]) -> list[str]:

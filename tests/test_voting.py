@@ -188,6 +188,24 @@ def test_what_has_no_tokens_is_refused():
                 pooled(x)
 
 
+@pytest.mark.parametrize("excluded", ["weight", "bias"])
+def test_excluded_parameters_are_plain_whoever_votes(excluded):
+    """Also in one layer with a served one."""
+    model, x = nn.Linear(6, 3), torch.randn(4, 5, 6)
+    plain = dict(
+        zip(("weight", "bias"), torch.autograd.grad(model(x).square().sum(), [model.weight, model.bias]), strict=True)
+    )
+    mask = torch.rand(4, 5) < 0.5
+    mask[0, 0] = True
+    with htv.attach(model, htv.Mean(), exclude=excluded) as handle:
+        for block in (handle.groups(torch.tensor([1, 1, 1, 0]), weight="equal"), handle.tokens(mask)):
+            model.zero_grad()
+            with block:
+                loss = model(x).square().sum()
+            loss.backward()
+            torch.testing.assert_close(getattr(model, excluded).grad, plain[excluded])
+
+
 def test_bad_weights():
     with htv.attach(mlp(), htv.Median()) as handle:
         with pytest.raises(ValueError, match="weight must be 'size' or 'equal'"):

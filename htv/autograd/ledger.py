@@ -263,4 +263,4 @@ class Slot:
         if self.is_served:
             self.record(make, voters, *tensors)
             return None
-        return make(voters, *tensors).total() if needed else None
+        return make(voters.all_alike(), *tensors).total() if needed else None
