@@ -157,8 +157,8 @@ class _ServedForward:
     Copies of the module, by copy.deepcopy, pickle or torch.save, are made as if it were not attached.
     """
 
-    def __init__(self, handle: Handle, module: nn.Module):
-        self.handle, self.module = handle, module
+    def __init__(self, handle: Handle, module: nn.Module, path: str):
+        self.handle, self.module, self.path = handle, module, path
         self.inner = module.forward
         self.astray = False  # whether it ran without gradients on inputs unlike those of the model
         self.parameters = [id(p) for p in module.parameters()]
@@ -173,7 +173,11 @@ class _ServedForward:
             from htv import compiled
 
             return compiled.call(self, args, kwargs)
-        return self.handle.run(self, args, kwargs)
+        try:
+            return self.handle.run(self, args, kwargs)
+        except UnsupportedError as error:
+            error.locate(self.path, type(self.module).__name__)
+            raise
 
     def install(self) -> None:
         self.module.__dict__.update(self._ours)
@@ -271,8 +275,11 @@ class Handle:
             served.watch()
         # Modules without parameters run plainly, but a checkpoint may run a frozen BatchNorm again by itself.
         also = nn.modules.batchnorm._BatchNorm if batch_norm == "frozen" else ()
-        wrapped = (m for m in model.modules() if next(m.parameters(), None) is not None or isinstance(m, also))
-        self._forwards = [_ServedForward(self, m) for m in wrapped]
+        self._forwards = [
+            _ServedForward(self, module, path)
+            for path, module in model.named_modules()
+            if next(module.parameters(), None) is not None or isinstance(module, also)
+        ]
         for forward in self._forwards:
             forward.install()
         _handles.add(self)

@@ -2,7 +2,18 @@
 
 
 class UnsupportedError(RuntimeError):
-    """A registered parameter is used in a way whose per-group contributions htv does not know how to separate."""
+    """A registered parameter is used in a way whose per-group contributions htv does not know how to separate.
+
+    module: the path of the innermost module in whose forward that was, "" for the model itself; None outside of any.
+    """
+
+    module: str | None = None
+
+    def locate(self, path: str, kind: str) -> None:
+        """Say which module it was; the first to say so is the innermost."""
+        if self.module is None:
+            self.module = path
+            self.args = (f"{self} (in {f'module {path!r}, ' if path else 'the model, '}a {kind})",)
 
 
 class CheckError(AssertionError):

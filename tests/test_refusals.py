@@ -415,6 +415,16 @@ def test_no_tensor_to_tell_the_batch_from():
         refused(model, lambda: model([1.0, 2.0]), ValueError, "handle.groups(ids)")
 
 
+def test_refusals_name_the_module():
+    inner = Module(lambda m, x: torch.inner(x, m.w), w=torch.randn(6, 6))
+    model = nn.ModuleDict({"block": nn.Sequential(nn.Linear(6, 6), inner)})
+    model.forward = lambda x: model["block"](x)
+    for used, path, words in ((model, "block.1", "module 'block.1', a Module"), (inner, "", "the model, a Module")):
+        with htv.attach(used, htv.Median()), pytest.raises(htv.UnsupportedError) as caught:
+            used(torch.randn(5, 6))
+        assert caught.value.module == path and str(caught.value).endswith(f"(in {words})")
+
+
 def test_double_attach():
     model = mlp()
     handle = htv.attach(model, htv.Median())
