@@ -24,12 +24,15 @@ class Place:
                    merging the batch's dim with one before and one behind it.
     units:         (size of the dim,) int64, the unit of every index, where they follow no such pattern (rows that were
                    selected or permuted); outer and times mean nothing then.
+    guess:         what was taken for the batch's by its size alone, or "": a place that disagrees with a sure one is an
+                   error then.
     """
 
     dim: int
     outer: int = 1
     times: int = 1
     units: Tensor | None = None
+    guess: str = ""
 
     def at(self, dim: int) -> Place:
         return replace(self, dim=dim)

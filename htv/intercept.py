@@ -7,6 +7,7 @@ use of a parameter together with the batch is refused by name. So no parameter i
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -60,11 +61,14 @@ class Intercept(TorchFunctionMode):
         self._voters: dict[tuple, Voters] = {}
         for tensor in handle.constants():
             self._mark_constant(tensor)
+        sure = True  # the first to fit defines the batch
         for tensor in inputs:
             if self.served(tensor) is not None or self.marks.get(tensor) is not None:
                 continue
             if groups.fits(tensor):
-                self.marks.put(tensor, groups.home)
+                guess = "" if sure else f"an input of shape {tuple(tensor.shape)}"
+                self.marks.put(tensor, replace(groups.home, guess=guess))
+                sure = False
             else:
                 self._mark_constant(tensor)
 
@@ -251,16 +255,13 @@ class Intercept(TorchFunctionMode):
         return expand(self.slot(tensor), tensor.dim() + 1, 1, self.voters(Place(0)), dtype).squeeze(0)
 
     def _row_copies(self, slot: Slot, tensor, ndim: int, beside: Tensor, place: Place, dtype) -> Tensor | None:
-        """Where rows vote: copies along all dims of the other operand that the tensor lacks or has size 1 in front."""
+        """Where rows vote: copies along all dims of the other operand but the last."""
         source = slot.value
-        own = [*source.shape]
-        while own and own[0] == 1 and ndim - len(own) < beside.dim():
-            own = own[1:]
-        lead = beside.shape[: ndim - len(own)]
-        if len(own) > 1 or beside.dim() != ndim or place.dim >= len(lead) or tensor.shape != source.shape:
+        features = source.shape[-1] if source.dim() else 1
+        lead = beside.shape[: ndim - 1]
+        if source.numel() > features or beside.dim() != ndim or place.dim >= len(lead) or tensor.shape != source.shape:
             return None  # it may differ from token to token
-        flat = Slot(source.reshape(own), slot.sinks)
-        return expand_rows(flat, (*lead, *own), self.voters(place), dtype)
+        return expand_rows(slot, (*lead, features), self.voters(place), dtype)
 
     def with_copies(self, func, args, kwargs, tensors: list[Tensor], ndim: int, place: Place):
         """A call with what comes from parameters replaced by its copies per unit. place: in tensors of `ndim` dims."""
@@ -287,7 +288,9 @@ class Intercept(TorchFunctionMode):
         home = self.groups.home.dim
         if units == 1 or self.groups.rows_vote or not (home in dims or len(dims) == 1):
             return x
-        place = Place(home if home in dims else dims[0])
+        names = ", ".join(repr(s.name) for s in mark.parameters)
+        guess = f"a tensor of shape {tuple(x.shape)} expanded from parameter {names}"
+        place = Place(home if home in dims else dims[0], guess=guess)
         copies = self._copies(x, mark, x.dim(), x, place)
         self.marks.put(copies, place)
         return copies
@@ -320,7 +323,10 @@ class Intercept(TorchFunctionMode):
             operands = operands[:1]
         if any(isinstance(m, OfBatch) for _, m in operands) and name not in layout.MAKING:
             operation = Operation(name, func, args, kwargs, operands, outputs)
-            marks = layout.follow(operation, self.groups.num_units, self.handle.shares_statistics)
+            couples, rows = self.handle.shares_statistics, self.groups.rows_vote
+            marks = layout.follow(operation, self.groups.num_units, couples, rows)
+            if written is not None and name in layout.RESHAPED_IN_PLACE:
+                marks = [LOST] * len(outputs)
         else:
             operation = Operation(name, func, args, kwargs, operands, outputs)
             marks = [self._mark_without_batch(operation, output) for output in outputs]
@@ -337,7 +343,7 @@ class Intercept(TorchFunctionMode):
         if not derived:
             return PLAIN
         tensor, mark = derived[0]
-        if output is tensor and not _in_place(op.func):  # x.to(...) of what is so already
+        if output is tensor and not _in_place(op.func) and op.name != "setitem":  # x.to(...) of what is so already
             return mark
         if op.name in layout.EXPANDING or _only_copies(op.name, op.args, op.kwargs):
             return Derived(mark.parameters, mark.source, mark.origin)

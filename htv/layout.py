@@ -8,14 +8,16 @@ does not know loses it, and a layer whose input lost it refuses instead of guess
 from __future__ import annotations
 
 import math
+import string
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from htv.errors import UnsupportedError
 from htv.groups import Place
 
 if TYPE_CHECKING:
@@ -114,7 +116,7 @@ ROWWISE = _names(
     "max_pool3d boolean_dispatch fn avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
     "adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d lp_pool1d lp_pool2d "
     "interpolate upsample pad grid_sample pixel_shuffle pixel_unshuffle channel_shuffle fold batch_norm group_norm "
-    "instance_norm layer_norm rms_norm local_response_norm linear embedding one_hot prelu bilinear "
+    "instance_norm layer_norm rms_norm local_response_norm linear embedding embedding_bag one_hot prelu bilinear "
     "tril triu view_as_real view_as_complex"
 )
 # How many dims at the end some of them may mix; the others need the batch in dim 0.
@@ -144,8 +146,12 @@ REDUCING = {
 PERMUTING = _names("transpose swapaxes swapdims permute movedim moveaxis t T mT H mH adjoint")
 RESHAPING = _names("reshape view flatten unflatten squeeze view_as reshape_as unsafe_view")
 EXPANDING = _names("expand expand_as broadcast_to")
-MULTIPLYING = _names("matmul rmatmul mm bmm mv baddbmm addmm addbmm")
+MULTIPLYING = _names("matmul rmatmul mm bmm mv baddbmm addmm")
 CONCATENATING = _names("cat concat concatenate")
+# In place they change a tensor's shape before its old one can be seen.
+RESHAPED_IN_PLACE = RESHAPING | PERMUTING | _names("unsqueeze resize set as_strided resize_as")
+# They may take tokens out of their order.
+SHUFFLING = _names("flip roll gather take_along_dim index_select sort topk masked_select scatter index_copy index_add")
 # They only move elements, so running them on the units' numbers shows where a batch went that they cut or permute.
 MOVING = _names(
     "getitem flip roll index_select narrow chunk split split_with_sizes tensor_split gather take_along_dim "
@@ -190,12 +196,15 @@ def replace_tensors(value, replaced: dict[int, Tensor]):
     return value
 
 
-def follow(op: Operation, units: int, couples: bool = False) -> list[OfBatch]:
+def follow(op: Operation, units: int, couples: bool = False, rows: bool = False) -> list[OfBatch]:
     """The mark of each output of an operation some operand of which is of the batch.
 
     units:    how many units the batch has.
     couples:  whether what was computed from several units (statistics of the batch) may meet a unit's own part.
+    rows:     whether the order of rows inside a unit matters too, as where tokens vote.
     """
+    if rows and (op.name in SHUFFLING or (op.name == "getitem" and _picks(op.args[1]))):
+        return [LOST] * len(op.outputs)
     if units == 1:  # all there is is the one unit's
         return [LOST if output.dim() == 0 else all_of_one(output) for output in op.outputs]
     operands = [(t, m) for t, m in op.operands if isinstance(m, OfBatch)]
@@ -222,10 +231,17 @@ def _agreed(op: Operation, operands, index: int, units: int, couples: bool) -> O
     places = [place for place in found if place is not None]
     if not places and op.name in MOVING:
         return _probed(op, index, units)
-    place = places[0] if places else None
-    if place is None or not all(place.same(other, units) for other in places[1:]):
-        return LOST
-    if place.dim >= output.dim() or output.shape[place.dim] != place.size(units):
+    if not _all_same(places, units):
+        # Data that only seemed to be the batch's has no say.
+        told = [
+            p for (t, _), p in zip(operands, found, strict=True) if p is not None and (t.requires_grad or not p.guess)
+        ]
+        if not told or not _all_same(told, units):
+            _refuse_guesses(op, places, output)
+            return LOST
+        places = told
+    place = next((p for p in places if not p.guess), places[0] if places else None)
+    if place is None or not 0 <= place.dim < output.dim() or output.shape[place.dim] != place.size(units):
         return LOST
     for (tensor, _), where in zip(operands, found, strict=True):
         at = place.dim - (output.dim() - tensor.dim())
@@ -233,6 +249,19 @@ def _agreed(op: Operation, operands, index: int, units: int, couples: bool) -> O
         if where is None and tensor.requires_grad and not (couples and broadcast):
             return LOST
     return place
+
+
+def _all_same(places: list[Place], units: int) -> bool:
+    return all(places[0].same(other, units) for other in places[1:])
+
+
+def _refuse_guesses(op: Operation, places: list[Place], output: Tensor) -> None:
+    guess = next((p.guess for p in places if p.guess), None)
+    if guess is not None and output.requires_grad:
+        raise UnsupportedError(
+            f"{op.name}: {guess} was taken for the batch's by its size alone, but meets the batch in another dim. "
+            "Remedy: give it a dim of size 1 where the batch would be, or use another batch size"
+        )
 
 
 def _place(op: Operation, tensor: Tensor, mark: OfBatch, output: Tensor, units: int) -> Place | None:
@@ -257,7 +286,7 @@ def _place(op: Operation, tensor: Tensor, mark: OfBatch, output: Tensor, units: 
     if name == "scaled_dot_product_attention":
         return mark if dim < tensor.dim() - 2 and tensor.dim() == output.dim() else None
     if not is_first and name not in ("gather", "take_along_dim"):
-        return None
+        return _looked_up(op, tensor, mark)
     if name in ROWWISE:
         last = _mixed_at_the_end(op)
         kept = dim == 0 if last is None else dim < tensor.dim() - last
@@ -290,10 +319,20 @@ def _place(op: Operation, tensor: Tensor, mark: OfBatch, output: Tensor, units: 
     return None
 
 
+def _looked_up(op: Operation, tensor: Tensor, mark: Place) -> Place | None:
+    """Rows of a constant picked by ids of the batch."""
+    constant = not isinstance(op.operands[0][1], OfBatch) and not tensor.is_floating_point()
+    by_ids = op.name == "getitem" and op.args[1] is tensor and not _is_mask(tensor)
+    along_0 = op.name == "index_select" and op.argument(0, "dim") == 0
+    return mark if constant and (by_ids or along_0) else None
+
+
 def _mixed_at_the_end(op: Operation) -> int | None:
     """How many dims at the end a rowwise operation may mix; None for all but dim 0."""
     if op.name in ("layer_norm", "rms_norm"):
         return len(op.argument(0, "normalized_shape"))
+    if op.name == "embedding_bag":
+        return 1 if op.operands[0][0].dim() == 2 else op.operands[0][0].dim()
     if op.name == "pad":
         return len(op.argument(0, "pad")) // 2
     return KEEPS_LAST.get(op.name)
@@ -347,19 +386,31 @@ def _multiplied(op: Operation, tensor: Tensor, mark: Place, output: Tensor) -> P
 
 
 def _einsum(op: Operation, tensor: Tensor, mark: Place) -> Place | None:
-    equation = op.args[0]
-    if not isinstance(equation, str) or "->" not in equation:
+    equation, operands = op.args[0], [t for t, _ in op.operands]
+    if not isinstance(equation, str):
         return None
-    inputs, result = equation.replace(" ", "").split("->")
-    terms = inputs.split(",")
-    places = [i for i, (t, _) in enumerate(op.operands) if t is tensor]
-    if len(terms) != len(op.operands) or len({terms[i] for i in places}) != 1:
+    terms, result = einsum_terms(equation, operands)
+    mine = {term for term, t in zip(terms, operands, strict=True) if t is tensor}
+    if len(mine) != 1:
         return None
-    term = terms[places[0]]
-    if "." in term or "." in result:
-        return mark if term.startswith("...") and result.startswith("...") and mark.dim == 0 else None
-    letter = term[mark.dim]
+    letter = mine.pop()[mark.dim]
     return mark.at(result.index(letter)) if letter in result else None
+
+
+def einsum_terms(equation: str, operands: list[Tensor]) -> tuple[list[str], str]:
+    """The letters of an einsum's operands and result, with those of "..." and of a result left out written in."""
+    inputs, arrow, result = equation.replace(" ", "").partition("->")
+    written = [term.replace("...", "") for term in inputs.split(",")]
+    spare = [letter for letter in string.ascii_letters if letter not in equation]
+    hidden = [t.dim() - len(term) for t, term in zip(operands, written, strict=True)]
+    dots = "".join(spare[: max(hidden)])  # aligned to the right, as in broadcasting
+    if not arrow:
+        once = sorted(c for c in set(inputs) - set(",.") if inputs.count(c) == 1)
+        result = "..." * ("..." in inputs) + "".join(once)
+    terms = [
+        term.replace("...", dots[len(dots) - count :]) for term, count in zip(inputs.split(","), hidden, strict=True)
+    ]
+    return terms, result.replace("...", dots)
 
 
 def _reshaped(tensor: Tensor, mark: Place, output: Tensor, units: int) -> Place | None:
@@ -371,10 +422,10 @@ def _reshaped(tensor: Tensor, mark: Place, output: Tensor, units: int) -> Place 
             if math.prod(output.shape[:at]) != before:
                 continue
             if not cut and factor:
-                return Place(at, units=mark.units if factor == 1 else mark.units.repeat_interleave(factor))
+                return replace(mark, dim=at, units=mark.units if factor == 1 else mark.units.repeat_interleave(factor))
             if output.shape[at] and len(mark.units) % output.shape[at] == 0:
                 split = mark.units.reshape(output.shape[at], -1)
-                return Place(at, units=split[:, 0]) if bool((split == split[:, :1]).all()) else None
+                return replace(mark, dim=at, units=split[:, 0]) if bool((split == split[:, :1]).all()) else None
         return None
     before *= mark.outer
     candidates = []
@@ -382,21 +433,21 @@ def _reshaped(tensor: Tensor, mark: Place, output: Tensor, units: int) -> Place 
         outer, cut = divmod(before, max(1, math.prod(output.shape[:at])))
         times, remainder = divmod(output.shape[at], max(1, outer * units))
         if not cut and not remainder and outer and times:
-            candidates.append(Place(at, outer, times))
+            candidates.append(replace(mark, dim=at, outer=outer, times=times))
     # Several only if there are no elements: then the dim that is there already.
     return next((p for p in candidates if p.dim == mark.dim), candidates[0] if candidates else None)
 
 
 def _repeated(op: Operation, tensor: Tensor, mark: Place) -> Place | None:
-    sizes = op.args[1:] if isinstance(op.args[1], int) else tuple(op.args[1])
+    given = op.argument(0, "dims", "repeats")
+    sizes = op.args[1:] if isinstance(given, int) else tuple(given)
+    sizes = (1,) * (tensor.dim() - len(sizes)) + sizes  # tile may be given fewer
     at = mark.dim + len(sizes) - tensor.dim()
-    if at < 0:
-        return None
     if sizes[at] == 1:
         return mark.at(at)
     if mark.units is not None:
-        return Place(at, units=mark.units.repeat(sizes[at]))
-    return Place(at, mark.outer * sizes[at], mark.times)
+        return replace(mark, dim=at, units=mark.units.repeat(sizes[at]))
+    return replace(mark, dim=at, outer=mark.outer * sizes[at])
 
 
 def _without(mark: Place, removed: int) -> Place | None:
@@ -436,6 +487,12 @@ def _after_indexing(tensor: Tensor, mark: Place, index) -> Place | None:
     return mark.at(position + mark.dim - old)
 
 
+def _picks(index) -> bool:
+    """Whether an index may change the order of what it takes."""
+    items = index if isinstance(index, tuple) else (index,)
+    return any(isinstance(item, (Tensor, list)) for item in items)
+
+
 def _is_mask(item) -> bool:
     return isinstance(item, bool) or (isinstance(item, Tensor) and item.dtype in (torch.bool, torch.uint8))
 
@@ -464,7 +521,7 @@ def _numbered(tensor: Tensor, mark: Place, units: int) -> Tensor:
 def _probed(op: Operation, index: int, units: int) -> OfBatch:
     """Run the operation on the units' numbers instead of the values; the batch is along the dim they vary along."""
     moved = op.operands if op.name in CONCATENATING else op.operands[:1]
-    if not all(isinstance(m, Place) for _, m in moved):
+    if not all(isinstance(m, Place) for _, m in moved) or op.func is torch.nn.functional.unfold:
         return LOST  # values that are no unit's, as padding
     result = op.again({id(t): _numbered(t, m, units) for t, m in moved})
     result = result if isinstance(result, Tensor) else result[index]
@@ -521,8 +578,8 @@ def _after_writing(op: Operation, units: int) -> OfBatch:
         return mark if isinstance(mark, OfBatch) else LOST
     if isinstance(mark, Lost) or isinstance(value_mark, Lost):
         return LOST if value.requires_grad or not isinstance(mark, Place) else mark
-    candidates = [mark] if isinstance(mark, Place) else _candidates(target, value, value_mark, units)
-    for place in candidates:
+    consistent = []
+    for place in [mark] if isinstance(mark, Place) else _candidates(target, value, value_mark, units):
         written = read(_numbered(target, place, units))
         if value.dim() > written.dim():
             return LOST
@@ -530,8 +587,15 @@ def _after_writing(op: Operation, units: int) -> OfBatch:
         if all(a in (b, 1) for a, b in zip(reversed(numbers.shape), reversed(written.shape), strict=False)) and bool(
             (written == numbers).all()
         ):
-            return place
-    return LOST
+            consistent.append(place)
+    return _the_only(consistent, empty=value.numel() == 0)
+
+
+def _the_only(places: list[Place], empty: bool) -> OfBatch:
+    """The place of a target that fits what was written; where several do, only nothing written yet leaves it open."""
+    if not places or (len(places) > 1 and not empty):
+        return LOST
+    return replace(places[0], guess="a tensor nothing was written to yet") if len(places) > 1 else places[0]
 
 
 def base_after_writing(base: Tensor, known: Mark | None, view: Tensor, mark: OfBatch, units: int) -> OfBatch:
@@ -539,13 +603,14 @@ def base_after_writing(base: Tensor, known: Mark | None, view: Tensor, mark: OfB
     if isinstance(mark, Lost) or isinstance(known, Lost):
         return LOST
     offset = view.storage_offset() - base.storage_offset()
+    consistent = []
     for place in [known] if isinstance(known, Place) else _candidates(base, view, mark, units):
         numbers = torch.empty_like(base, dtype=torch.int64).copy_(_numbered(base, place, units))
         if numbers.stride() != base.stride():
             return LOST
         if bool((numbers.as_strided(view.shape, view.stride(), offset) == _numbered(view, mark, units)).all()):
-            return place
-    return LOST
+            consistent.append(place)
+    return _the_only(consistent, empty=view.numel() == 0)
 
 
 def _candidates(target: Tensor, value: Tensor, mark: Place, units: int) -> list[Place]:

@@ -86,7 +86,7 @@ class Served(Owner):
         self._delivered = None if grad is None else (current, grad.data_ptr(), grad._version)
 
     def accumulate(self, batches: MicroBatches | None) -> None:
-        """From now on gather contributions over several backward passes; None: no longer, and drop what was gathered."""
+        """From now on gather contributions over several backward passes; None: drop what was gathered."""
         self.accumulation = None if batches is None else Accumulation(self.rule, batches)
 
     def add_accumulated(self, grad: Tensor | None) -> None:

@@ -196,8 +196,11 @@ def _view_of(source: Tensor, parameter: Tensor) -> tuple[tuple[int, ...], tuple[
     """(size, stride, offset into the parameter) of a view that shows no element twice; None for other tensors."""
     if source._base is not parameter or source.dtype != parameter.dtype or source.is_conj() or source.is_neg():
         return None
-    if any(stride == 0 and size > 1 for size, stride in zip(source.shape, source.stride(), strict=True)):
-        return None
+    end = 1  # what the dims so far reach over; one that strides less shows elements again
+    for stride, size in sorted((s, n) for s, n in zip(source.stride(), source.shape, strict=True) if n > 1):
+        if stride < end:
+            return None
+        end = stride * size
     dense = torch.empty_like(parameter, device="meta")
     if dense.stride() != parameter.stride():
         return None

@@ -52,7 +52,8 @@ class _Expand(torch.autograd.Function):
 def _contributions(grad: Tensor, shape: tuple[int, ...], voters: Voters) -> Tensor:
     """(E, *shape) to a tensor of that shape, from the gradient of its copies."""
     if voters.rows_vote:
-        return voters.rows(grad, len(shape)) if len(shape) < grad.dim() else voters.front(grad)
+        rows = voters.rows(grad)
+        return rows.reshape(len(rows), *shape)
     summed = voters.along(grad.to(compute_dtype(grad.dtype)))
     return summed.reshape(len(summed), *shape)
 

@@ -30,6 +30,10 @@ def _linear(mode: Intercept, func, args, kwargs):
         if isinstance(mode.mark(y), Derived) and all(stands_alone(mode, p) for p in call.parameters):
             mode.marks.put(y, Derived(call.served, y, Projection(call.x, bool(behind(mode, call["weight"])))))
         return y
+    if call.applicable and call.x.dim() == 1 and mode.groups.num_units == 1:  # x.squeeze() of a batch of one
+        row = mode.call(torch.Tensor.unsqueeze, (call.x, 0), {})
+        y = mode.call(F.linear, (row, call["weight"], call["bias"]), {})
+        return mode.call(torch.Tensor.squeeze, (y, 0), {})
     slots = call.enter(features=1) if call.applicable else None
     return NotImplemented if slots is None else call.done(linear(call.x, *slots, call.voters))
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from htv.layers.call import Operands, behind, serves
+from htv.layout import einsum_terms
 
 if TYPE_CHECKING:
     from htv.intercept import Intercept
@@ -99,27 +100,11 @@ def _einsum(mode: Intercept, func, args, kwargs):
         operands = list(operands[0])
     if not isinstance(equation, str) or not Operands(mode, *operands).meet:
         return NotImplemented
-    terms, result = _parse(equation, operands)
+    terms, result = einsum_terms(equation, operands)
     if any(len(set(term)) != len(term) for term in terms):
         return NotImplemented
     with mode:
         return _contract(mode, operands, terms, result)
-
-
-def _parse(equation: str, operands: list[Tensor]) -> tuple[list[str], str]:
-    """The operands' and the result's letters, with those of "..." and of a result left out written in."""
-    inputs, arrow, result = equation.replace(" ", "").partition("->")
-    terms = inputs.split(",")
-    spare = [letter for letter in string.ascii_letters if letter not in equation]
-    hidden = max(t.dim() - len(term.replace(".", "")) for t, term in zip(operands, terms, strict=True))
-    dots = "".join(spare[:hidden])
-    if not arrow:
-        once = sorted(c for c in set(inputs) - set(",.") if inputs.count(c) == 1)
-        result = "..." * ("..." in inputs) + "".join(once)
-    own = [dots[hidden - (t.dim() - len(term.replace(".", ""))) :] for t, term in zip(operands, terms, strict=True)]
-    terms = [term.replace("...", "" if t.dim() == len(term.replace(".", "")) else letters)
-             for t, term, letters in zip(operands, terms, own, strict=True)]  # fmt: skip
-    return terms, result.replace("...", dots)
 
 
 def _contract(mode: Intercept, operands: list[Tensor], terms: list[str], result: str) -> Tensor:

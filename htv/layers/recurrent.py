@@ -82,7 +82,7 @@ def _server(kind: str, step: Cell):
         place = mode.place(x)
         with mode:
             if isinstance(place, Place):
-                hidden = tuple(_started(mode, h, place) for h in hidden)
+                hidden = tuple(_started(mode, kind, h, place) for h in hidden)
             found = step(F.linear(x, w_ih, b_ih), hidden, [w_hh, b_hh, None])
         return found if kind == "lstm" else found[0]
 
@@ -104,8 +104,14 @@ def _as_torch_does(mode: Intercept, func, args, kwargs, packed: bool, batch_firs
 
 
 def _meets(mode: Intercept, x: Tensor, weights) -> bool:
-    served = any(behind(mode, w) for w in weights)
-    return torch.is_grad_enabled() and served and isinstance(mode.mark(x), OfBatch)
+    owners = [owner for w in weights for owner in behind(mode, w)]
+    meets = bool(torch.is_grad_enabled() and owners and isinstance(mode.mark(x), OfBatch))
+    if meets and mode.groups.rows_vote:
+        raise UnsupportedError(
+            f"a recurrent layer with parameter {owners[0].name!r}: its steps are no rows that could vote by themselves, "
+            f"as tokens() asks. Remedy: exclude={owners[0].name!r} and its others"
+        )
+    return meets
 
 
 def _by_layer(weights, has_biases: bool, kind: str, hidden: Hidden) -> list[list[Tensor | None]]:
@@ -136,11 +142,18 @@ def _stack_of_layers(steps, step: Cell, hidden: Hidden, weights, num_layers: int
     return steps.finished(y), [torch.stack(part) for part in zip(*lasts, strict=True)]
 
 
-def _started(mode: Intercept, hidden: Tensor, place: Place) -> Tensor:
+def _started(mode: Intercept, kind: str, hidden: Tensor, place: Place) -> Tensor:
     """A first hidden state (N, H); one that was made without the batch (zeros) is the batch's, row by row."""
-    if isinstance(mode.mark(hidden), Constant):
+    mark = mode.mark(hidden)
+    if isinstance(mark, Constant):
         hidden = hidden.view_as(hidden)
         mode.marks.put(hidden, place.at(0))
+    elif isinstance(mark, OfBatch) and not (isinstance(mark, Place) and mark.same(place.at(0), mode.groups.num_units)):
+        raise UnsupportedError(
+            f"{kind}: its first hidden state, of shape {tuple(hidden.shape)} for one layer, does not have the examples "
+            "in the dim before the last, as (layers, N, H), or they were taken to be in another one for its size. "
+            "Remedy: make it inside the model, or exclude= the layer's parameters"
+        )
     return hidden
 
 
@@ -148,12 +161,12 @@ class _Steps:
     """The steps of a batch of equally long sequences. x: (T, N, D), or (N, T, D) with batch_first."""
 
     def __init__(self, mode: Intercept, kind: str, x: Tensor, batch_first: bool):
-        self.mode, self.batch_first = mode, batch_first
+        self.mode, self.kind, self.batch_first = mode, kind, batch_first
         self.x = x.transpose(0, 1) if batch_first else x
         self.place = _require_place(mode, kind, self.x, 1)
 
     def started(self, hidden: Tensor) -> Tensor:
-        return _started(self.mode, hidden, self.place)
+        return _started(self.mode, self.kind, hidden, self.place)
 
     def run(self, step: Cell, gates: Tensor, hidden: Hidden, weights: list[Tensor], backwards: bool):
         """Outputs (T, N, H) of one direction from its input gates, and the last hidden state."""
@@ -171,12 +184,12 @@ class _PackedSteps:
     """The steps of a PackedSequence, longest first. x: (rows, D), step by step; batch_sizes: (T,) on the CPU."""
 
     def __init__(self, mode: Intercept, kind: str, x: Tensor, batch_sizes: Tensor):
-        self.mode, self.x, self.sizes = mode, x, batch_sizes.tolist()
+        self.mode, self.kind, self.x, self.sizes = mode, kind, x, batch_sizes.tolist()
         _require_place(mode, kind, x, 0)
         self.first = x[: self.sizes[0]]
 
     def started(self, hidden: Tensor) -> Tensor:
-        return _started(self.mode, hidden, self.mode.mark(self.first))
+        return _started(self.mode, self.kind, hidden, self.mode.mark(self.first))
 
     def run(self, step: Cell, gates: Tensor, hidden: Hidden, weights: list[Tensor], backwards: bool):
         steps = list(gates.split(self.sizes))
