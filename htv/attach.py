@@ -59,7 +59,7 @@ def attach(
                      refuses them; "frozen" runs them on their running statistics, which stay as they are; "shared" lets
                      an example's contribution be its rows' part of the plain gradient, with what passes through the
                      shared statistics.
-    stats:           collect what `Handle.stats` returns; one more sliced pass over every parameter's contributions.
+    stats:           collect what `Handle.stats` returns, at about the price of aggregating every parameter once more.
 
     Raises TypeError or ValueError for bad arguments, RuntimeError if the model, a part of it or one of its parameters
     is attached already, or if a parameter has no shape yet.
@@ -389,7 +389,9 @@ class Handle:
     def stats(self) -> dict[str, Agreement]:
         """Per parameter, `kept_fraction`, `mean_agreement` and `m_coherence` of its last backward.
 
-        Needs ``attach(..., stats=True)``, which costs one more sliced pass over each parameter's contributions.
+        Needs ``attach(..., stats=True)``. Votes come from the path that serves sign counts, the sum of contributions from
+        the plain gradient, their norms from the factors (by Gram matrices where groups have few rows): together about the
+        price of aggregating once more. Only parameters used in several ways at once take a full sliced pass.
         Parameters that received no contribution yet are absent.
         """
         if not self.collects_stats:
