@@ -7,7 +7,8 @@ from htv.batchnorm import replace_batchnorm
 from htv.check import CheckReport, check
 from htv.errors import CheckError, UnsupportedError
 from htv.explain import Explanation, explain
-from htv.ops.aggregate import Agreement, linear_grad
+from htv.ops.aggregate import linear_grad
+from htv.ops.agreement import Agreement
 from htv.ops.backend import use_backend
 from htv.ops.functional import (
     and_mask,

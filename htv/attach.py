@@ -21,7 +21,7 @@ from htv.autograd.ledger import Passes
 from htv.errors import UnsupportedError
 from htv.groups import Groups
 from htv.intercept import Intercept
-from htv.ops.aggregate import Agreement
+from htv.ops.agreement import Agreement
 from htv.ops.factors import Factors
 from htv.rules import Rule
 from htv.served import Served
@@ -389,9 +389,9 @@ class Handle:
     def stats(self) -> dict[str, Agreement]:
         """Per parameter, `kept_fraction`, `mean_agreement` and `m_coherence` of its last backward.
 
-        Needs ``attach(..., stats=True)``. Votes come from the path that serves sign counts, the sum of contributions from
-        the plain gradient, their norms from the factors (by Gram matrices where groups have few rows): together about the
-        price of aggregating once more. Only parameters used in several ways at once take a full sliced pass.
+        Needs ``attach(..., stats=True)``. Votes come from the path that serves sign counts, the sum of contributions
+        from the plain gradient, their norms from the factors (by Gram matrices where groups have few rows): together
+        about the price of aggregating once more. Only parameters used in several ways at once take a full sliced pass.
         Parameters that received no contribution yet are absent.
         """
         if not self.collects_stats:

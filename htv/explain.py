@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from htv.attach import attach
-from htv.ops import aggregate
+from htv.ops import paths
 from htv.ops.factors import (
     BilinearFactors,
     ConvFactors,
@@ -156,14 +156,14 @@ def _row_by_run(name: str, parameter: nn.Parameter, kinds: list[str], refusal: s
 
 def _path(kinds: list[str], rule, device: torch.device) -> str:
     if len(kinds) > 1:
-        return f"summed per group, then {aggregate.path(Factors, rule, device)}"
+        return f"summed per group, then {paths.path(Factors, rule, device)}"
     (kind,) = kinds
     if kind.endswith(" bias"):
-        return aggregate.path(StackedFactors, rule, device)
+        return paths.path(StackedFactors, rule, device)
     factors = FACTORS[kind.removesuffix(COMPUTED)]
     if not kind.endswith(COMPUTED) or factors is StackedFactors:
-        return aggregate.path(factors, rule, device)
-    views, others = (aggregate.path(f, rule, device) for f in (factors, GroupwiseFactors))
+        return paths.path(factors, rule, device)
+    views, others = (paths.path(f, rule, device) for f in (factors, GroupwiseFactors))
     return others if others == views else f"{others}; views: {views}"
 
 
@@ -232,7 +232,7 @@ def _uses_by_running(model: nn.Module, batch) -> tuple[dict[str, tuple[list[str]
     plans: dict[str, list] = {}
     with attach(model, RULES[0], on_unsupported="plain", stats=True) as handle, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        handle.examine = lambda name, parts: plans.update({name: [aggregate.plan(parts, rule) for rule in RULES]})
+        handle.examine = lambda name, parts: plans.update({name: [paths.plan(parts, rule) for rule in RULES]})
         results = pytree.tree_leaves(_as_dict(model(*args, **kwargs)))
         outputs = [t for t in results if isinstance(t, Tensor) and t.requires_grad]
         if outputs:

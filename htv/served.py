@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from htv.autograd.accumulation import Accumulation, MicroBatches
 from htv.autograd.ledger import Hub, Ledger, Owner, Sink
 from htv.groups import Groups
-from htv.ops import aggregate
-from htv.ops.aggregate import Agreement
+from htv.ops.agreement import Agreement, agreement
 from htv.ops.factors import Factors
 from htv.rules import Rule
 
@@ -69,7 +68,7 @@ class Served(Owner):
         if self.handle.examine is not None:
             self.handle.examine(self.name, parts)
         else:
-            self.agreement = aggregate.agreement(parts, self.rule)
+            self.agreement = agreement(parts, self.rule)
 
     def deliver(self, grad: Tensor | None) -> None:
         # No reference is kept: autograd may then take the tensor for .grad without a copy.

@@ -108,8 +108,8 @@ def _meets(mode: Intercept, x: Tensor, weights) -> bool:
     meets = bool(torch.is_grad_enabled() and owners and isinstance(mode.mark(x), OfBatch))
     if meets and mode.groups.rows_vote:
         raise UnsupportedError(
-            f"a recurrent layer with parameter {owners[0].name!r}: its steps are no rows that could vote by themselves, "
-            f"as tokens() asks. Remedy: exclude={owners[0].name!r} and its others"
+            f"a recurrent layer with parameter {owners[0].name!r}: its steps are no rows that could vote by themselves "
+            f"(tokens()). Remedy: exclude={owners[0].name!r} and its others"
         )
     return meets
 

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 
 import htv
 from htv.groups import Groups, Place, Voters
-from htv.ops import aggregate, backend, factors
+from htv.ops import aggregate, backend, factors, paths
+from htv.ops.agreement import agreement
 from htv.ops.factors import (
     BilinearFactors,
     ConvFactors,
@@ -232,7 +233,7 @@ def test_summaries(name, rule):
 @pytest.mark.parametrize("name", CASES)
 def test_agreement(name, rule):
     case, statistic = CASES[name](), rule.statistic(E)
-    found, c = aggregate.agreement(case.parts, rule), case.contributions
+    found, c = agreement(case.parts, rule), case.contributions
     assert found.mean_agreement == pytest.approx(c.sign().sum(0).abs().mean().item() / E, rel=1e-9)
     assert found.m_coherence == pytest.approx((c.sum(0).square().sum() / c.square().sum()).item(), rel=1e-9)
     masked = statistic.name in ("and_mask", "xor_mask", "geometric_mean", "sand_mask")
@@ -344,22 +345,22 @@ def test_paths_tell_the_truth():
         part = CASES[name]().parts[0]
         for rule, style in ((htv.AndMask(0.4), streaming), (htv.Median(), order)):
             style = "sliced" if style == "fused" and not compiled else style
-            found = aggregate.path(part, rule, part.device)
+            found = paths.path(part, rule, part.device)
             assert found.split(" (")[0] == style
             if name != "depthwise":  # a matter of sizes, which a class does not know
-                assert aggregate.path(type(part), rule, part.device) == found
-        assert aggregate.path(part, htv.Mean(), part.device) == "plain sum"
-    assert aggregate.path(Factors, htv.AndMask(0.4), torch.device("cpu")).startswith("sliced")
+                assert paths.path(type(part), rule, part.device) == found
+        assert paths.path(part, htv.Mean(), part.device) == "plain sum"
+    assert paths.path(Factors, htv.AndMask(0.4), torch.device("cpu")).startswith("sliced")
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_extra_work_is_a_number(name):
     for part, rule in itertools.product(CASES[name]().parts, RULES):
-        work = aggregate.extra_work(part, rule)
+        work = paths.extra_work(part, rule)
         assert math.isfinite(work) and work >= 0 and (work == 0) <= (isinstance(rule, htv.Mean) or part.count == 0)
 
 
 def test_uses_must_agree():
     with pytest.raises(ValueError, match="must agree"):
-        aggregate.agreement([linear_use(5, 4)[0], linear_use(4, 5)[0]], htv.Median())
+        agreement([linear_use(5, 4)[0], linear_use(4, 5)[0]], htv.Median())
     assert set(STREAMING) >= {"mean", "and_mask"}

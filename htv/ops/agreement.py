@@ -1,0 +1,86 @@
+"""What `Handle.stats` tells: how far the contributions to one parameter agree."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from htv.ops import aggregate, blocks, functional, sliced
+from htv.ops.factors import Factors
+from htv.rules import Rule, Statistic
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What `handle.stats()` tells of one parameter's contributions in the last backward.
+
+    kept_fraction:   share of coordinates the rule's mask keeps; 1.0 for rules without a mask.
+    mean_agreement:  |sum_e sign(c_e)| / E, averaged over the coordinates.
+    m_coherence:     ||sum_e c_e||^2 / sum_e ||c_e||^2: 1 for orthogonal groups of equal norm, E for identical ones,
+                     NaN where every contribution is zero (Chatterjee & Zielinski 2020).
+
+    All are NaN for a parameter without coordinates.
+    """
+
+    kept_fraction: float
+    mean_agreement: float
+    m_coherence: float
+
+
+def agreement(parts: list[Factors], rule: Rule) -> Agreement:
+    """`Agreement` of contributions that are the sums of the parts'.
+
+    Votes, sum and norms each come from where they are cheapest, as long as no block of the parameter has uses of
+    several kinds; else one sliced pass gives all.
+    """
+    first = parts[0]
+    blocks.require_same_voters(parts)
+    if math.prod(first.shape) == 0:
+        return Agreement(math.nan, math.nan, math.nan)
+    statistic = rule.statistic(first.count)
+    apart = [blocks.joined(block) for block in blocks.blocks(parts)]
+    tally = _tally_apart if all(len(block) == 1 for block in apart) else _tally_sliced
+    agreeing, kept, total_energy, energy = tally(parts, apart, statistic)
+    coordinates = math.prod(first.shape)
+    coherence = total_energy / energy if energy > 0 else math.nan
+    return Agreement(kept / coordinates, agreeing / (first.count * coordinates), coherence)
+
+
+_MASKED = ("and_mask", "xor_mask", "geometric_mean", "sand_mask")
+
+
+def _tally_apart(
+    parts: list[Factors], apart: list[list[Factors]], statistic: Statistic
+) -> tuple[float, float, float, float]:
+    """Sums over coordinates: |votes|, mask, squared sum of contributions, squared contributions."""
+    votes = aggregate.by_blocks(parts, Statistic("sign_sum"))[0].abs()
+    if statistic.name == "sand_mask":
+        kept = aggregate.by_blocks(parts, statistic)[1].item()
+    elif statistic.name == "xor_mask":
+        kept = (votes < statistic.count).sum().item()
+    else:
+        kept = (votes >= statistic.count).sum().item() if statistic.name in _MASKED else votes.numel()
+    agreeing = votes.nan_to_num_(0).sum(dtype=torch.float64).item()  # a NaN agrees with nothing
+    del votes
+    total_energy = sum(block[0].total().double().square().sum().item() for block in apart)
+    energy = sum(block[0].squared_norms().sum().item() for block in apart)
+    return agreeing, kept, total_energy, energy
+
+
+def _tally_sliced(
+    parts: list[Factors], apart: list[list[Factors]], statistic: Statistic
+) -> tuple[float, float, float, float]:
+    """The same from one pass over the contributions."""
+    agreeing = kept = total_energy = energy = 0.0
+    for _, _, box in sliced.slices(blocks.joined(parts)):
+        contributions = box.flatten(1)
+        votes = functional.stacked(contributions, Statistic("sign_sum"))[0] * len(contributions)
+        agreeing += votes.abs().nan_to_num(0).sum(dtype=torch.float64).item()
+        wide = contributions.double()
+        energy += wide.square().sum().item()
+        total_energy += wide.sum(dim=0).square().sum().item()
+        masked = statistic.name in _MASKED
+        kept += functional.stacked(contributions, statistic)[1].item() if masked else contributions.shape[1]
+    return agreeing, kept, total_energy, energy

@@ -1,0 +1,132 @@
+"""Which path serves what, and how much work it is."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from htv.ops import backend, blocks, factors, schema, sparse
+from htv.ops.factors import (
+    BilinearFactors,
+    ConvFactors,
+    EmbeddingFactors,
+    Factors,
+    GroupwiseFactors,
+    LinearFactors,
+    StackedFactors,
+    ViewFactors,
+)
+from htv.ops.reference import STREAMING
+from htv.rules import Mean, Rule
+
+FEW = 0.25  # contributions per activation up to which those of a convolution are sliced rather than fused
+MANY_POSITIONS = 512  # rows per group from which on groups of a convolution are gone through one by one
+CONV_OUTPUTS = 32  # output channels per group of a convolution from which on each group is worth a fused call
+
+
+def path(kind: type[Factors] | Factors, rule: Rule, device: torch.device) -> str:
+    """How a parameter with one use of this kind is served, and by which backend where one is chosen.
+
+    kind: factors, or their class, which stands for sizes that are not extreme (of a convolution: not depthwise).
+    Returns "plain sum", "stacked (...)", "fused (...)", "sliced (...)", "sparse", "sparse, sliced (...)" or "by group".
+    """
+    if isinstance(rule, Mean):
+        return "plain sum"
+    name = rule.statistic(1 << 30).name  # which statistic does not depend on the number of groups
+    style = style_of(kind, name, device)
+    if style == "fused":
+        return f"fused ({backend.choose('linear', name, device)})"
+    if style == "by group":
+        return style
+    if style == "sparse" and name in STREAMING:
+        return style
+    return f"{'sparse, sliced' if style == 'sparse' else style} ({backend.choose('stacked', name, device)})"
+
+
+def style_of(part: type[Factors] | Factors, name: str, device: torch.device) -> str:
+    """How the contributions of one use are gone through for a statistic of this name.
+
+    "fused", "sparse" (pairs of token and group), "stacked", "sliced" (boxes of coordinates) or "by group" (one whole
+    contribution at a time).
+    """
+    if isinstance(part, ViewFactors):
+        return style_of(part.inner, name, device)
+    kind = part if isinstance(part, type) else type(part)
+    if issubclass(kind, StackedFactors):
+        return "stacked"
+    if issubclass(kind, EmbeddingFactors):
+        return "sparse"
+    if issubclass(kind, GroupwiseFactors):
+        return "by group" if name in STREAMING else "sliced"
+    fuses = name in schema.FUSED_LINEAR and backend.choose("linear", name, device) != "reference"
+    if issubclass(kind, LinearFactors):
+        return "fused" if fuses else "sliced"
+    if not issubclass(kind, ConvFactors) or name not in STREAMING:
+        return "sliced"
+    if not isinstance(part, ConvFactors):
+        return "fused" if fuses else "sliced"
+    # Measured: contributions that fit one slice are cheapest as they are, those of many positions whole.
+    size = part.count * math.prod(part.shape)
+    one_slice = size * torch.finfo(part.dtype).bits // 8 <= factors.SCRATCH_BYTES
+    few = part.folds_well and one_slice and size <= FEW * (part.x.numel() + part.grad_output.numel())
+    if few or (part.geometry.groups > 1 and part.outputs < CONV_OUTPUTS):
+        return "sliced"
+    if not part.fits_linear or int(part.row_bounds[-1]) >= MANY_POSITIONS * part.count:
+        return "by group"
+    return "fused" if fuses else "sliced"
+
+
+def extra_work(part: Factors, rule: Rule) -> float:
+    """Arithmetic of aggregating one use's contributions, in units of its plain weight gradient's: an estimate.
+
+    With E groups, R rows (of a convolution: positions of all samples) and n operations per contribution, the plain
+    gradient being 2 R per coordinate:
+
+        plain sum  0
+        fused      E / 2R, a comparison and a count at once; 1 where every row votes: a product of signs. Convolutions
+                   copy each window once per block of output channels: + 1 / 2O
+        sliced     E (1 + n) / 2R (bilinear: 3R): written, then n = log2(E) comparisons by order rules, n = 4 by others
+        by group   E (1 + n) / 2R of a convolution; a gradient pulled back for each group otherwise: E
+        sparse     P n / R with P pairs of token and group; order rules E (1 + n) T / R for the T tokens that matter
+        stacked    n, in units of summing the stored contributions
+    """
+    if isinstance(rule, Mean):
+        return 0.0
+    if isinstance(part, ViewFactors):
+        return extra_work(part.inner, rule)
+    statistic, groups = rule.statistic(part.count), part.count
+    operations = 4.0 if statistic.name in STREAMING else math.log2(max(2, groups))
+    style = style_of(part, statistic.name, part.device)
+    if style == "stacked":
+        return operations
+    if isinstance(part, EmbeddingFactors):
+        rows, sizes = max(1, len(part.ids)), part.pairs.tokens.unique_consecutive(return_counts=True)[1]
+        if statistic.name in STREAMING:
+            return operations * len(part.pairs.tokens) / rows
+        return groups * (1 + operations) * int((sizes > sparse.outvoted(statistic, groups)).sum()) / rows
+    if isinstance(part, GroupwiseFactors):
+        return float(groups)
+    flops = {BilinearFactors: 3, ConvFactors: 2, LinearFactors: 2}.get(type(part), 2)
+    rows = max(1, int((part.row_bounds if isinstance(part, ConvFactors) else part.bounds)[-1]))
+    if style != "fused":
+        return groups * (1 + operations) / (flops * rows)
+    copies = 1 / (2 * part.outputs) if isinstance(part, ConvFactors) else 0.0
+    return copies + (1.0 if groups >= rows else groups / (2 * rows))
+
+
+def plan(parts: list[Factors], rule: Rule) -> tuple[str, float | None]:
+    """How the recorded uses of one parameter would be served (see `path`), and the `extra_work`.
+
+    None for what is stacked: its work is that of small vectors beside a layer's activations.
+    """
+    paths, work, coordinates = [], 0.0, 0
+    for block in map(blocks.joined, blocks.blocks(parts)):
+        mixed = len({type(part) for part in block}) > 1
+        found = path(Factors if mixed else block[0], rule, block[0].device)
+        paths.append(f"summed per group, then {found}" if mixed else found)
+        for part in block:
+            if not isinstance(part, StackedFactors):
+                work += extra_work(part, rule) * math.prod(part.shape)
+                coordinates += math.prod(part.shape)
+    return ", ".join(dict.fromkeys(paths)), work / coordinates if coordinates else None
