@@ -18,6 +18,7 @@ from htv.rules import Rule
 
 __all__ = ["CheckReport", "check", "one_group_at_a_time"]
 
+MOVES = 3  # how often rounding is drawn anew
 SIGN_RULES = ("and_mask", "xor_mask", "geometric_mean", "sand_mask", "sign_sum")
 STEEP_RULES = ("geometric_mean", "sand_mask")  # those that may move more than the contribution that moved most
 EPSILON = {t: torch.finfo(t).eps for t in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
@@ -89,7 +90,8 @@ def check(
     groups:   (N,) integer ids of who votes together; default: each example.
     dtype:    what the attached model computes in; the one-group-at-a-time gradients are always those of a float64 copy
               of it. A lower type may differ by what rounding explains: twice as much as plain backwards of one group
-              at a time in that type are off.
+              at a time in that type are off; where that does not explain it, also with parameters moved by their own
+              rounding, which shows where a kink (of a ReLU, say) is so near that it may fall on either side.
     batch_norm:  "error" or "frozen", as for `htv.attach`; with shared statistics no example has a gradient of its own.
 
     The loss is a fixed random projection of the outputs. Returns a `CheckReport`; raises `htv.CheckError` naming the
@@ -113,9 +115,14 @@ def check(
     del loss
 
     plain, contributions = _one_by_one(exact, call, groups)
-    rounded = contributions if dtype == torch.float64 else _one_by_one(single, call, groups)[1]
-    relative = 1e-9 if dtype == torch.float64 else 4 * EPSILON[dtype]
-    return _compare(found, plain, contributions, rounded, rules, relative)
+    if dtype == torch.float64:
+        return _compare(found, plain, contributions, [contributions], rules, 1e-9)
+    rounded = [_one_by_one(single, call, groups)[1]]
+    try:
+        return _compare(found, plain, contributions, rounded, rules, 4 * EPSILON[dtype])
+    except CheckError:  # or a kink is near
+        rounded += [_one_by_one(_moved(single, dtype, seed), call, groups)[1] for seed in range(MOVES)]
+        return _compare(found, plain, contributions, rounded, rules, 4 * EPSILON[dtype])
 
 
 def _cast(model: nn.Module, dtype: torch.dtype, batch_norm: str = "error") -> nn.Module:
@@ -128,6 +135,17 @@ def _cast(model: nn.Module, dtype: torch.dtype, batch_norm: str = "error") -> nn
             module.dropout = 0.0
         elif isinstance(module, nn.modules.batchnorm._BatchNorm) and batch_norm == "frozen":
             module.eval()
+    return twin
+
+
+def _moved(model: nn.Module, dtype: torch.dtype, seed: int) -> nn.Module:
+    """A copy whose parameters are off by about one rounding each."""
+    twin, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in twin.parameters():
+            if p.is_floating_point():
+                sign = (torch.randint(0, 2, p.shape, generator=generator) * 2 - 1).to(p.device, p.dtype)
+                p.add_(p * sign, alpha=EPSILON[dtype])
     return twin
 
 
@@ -239,16 +257,16 @@ def _scale(contributions: dict[str, Tensor | None]) -> float:
     return max((c.abs().max().item() for c in contributions.values() if c is not None and c.numel()), default=0.0)
 
 
-def _noise(stacked: Tensor, rounded: Tensor, exact: float) -> Tensor:
+def _noise(stacked: Tensor, rounded: list[Tensor], exact: float) -> Tensor:
     """Twice what contributions to each coordinate are off by in a lower type, or what is usual in their tensor."""
-    off = (rounded - stacked).abs().amax(dim=0)
+    off = torch.stack([(low - stacked).abs().amax(dim=0) for low in rounded]).amax(dim=0)
     reached = (stacked != 0).any(dim=0)
     usual = off[reached].mean() if bool(reached.any()) else off.new_zeros(())
     return 2 * torch.where(reached, torch.maximum(off, usual), off) + exact
 
 
 def _compare(found, plain, contributions, rounded, rules, relative: float) -> CheckReport:
-    """rounded: the contributions as computed one group at a time in the type of what was found."""
+    """rounded: the contributions as computed one group at a time in the type of what was found, several times."""
     exact, scale = _exact_noise(contributions, plain), _scale(contributions)
     worst = ambiguous = total = 0.0
     groups = next((len(c) for c in contributions.values() if c is not None), 0)
@@ -260,7 +278,7 @@ def _compare(found, plain, contributions, rounded, rules, relative: float) -> Ch
             )
         if stacked is None or not stacked.numel():
             continue
-        rule, low = rules.get(name), stacked if rounded[name] is None else rounded[name]
+        rule, low = rules.get(name), [stacked if r[name] is None else r[name] for r in rounded]
         off = _noise(stacked, low, exact)
         expected = plain[name] if rule is None else aggregated(stacked, rule)
         compared = torch.ones_like(expected, dtype=torch.bool)
@@ -269,7 +287,8 @@ def _compare(found, plain, contributions, rounded, rules, relative: float) -> Ch
             budget = budget + 4 * EPSILON[torch.float32] * stacked.abs().sum(dim=0)
         statistic = None if rule is None else rule.statistic(groups)
         if statistic is not None and statistic.name in SIGN_RULES:
-            compared = ~(((stacked != 0) | (low != 0)) & (stacked.abs() <= off)).any(dim=0)
+            reached = torch.stack([stacked != 0, *(r != 0 for r in low)]).any(dim=0)
+            compared = ~(reached & (stacked.abs() <= off)).any(dim=0)
             if statistic.normalise:  # signs left out still count in the kept fraction
                 slack = (~compared).sum().item() / max(1, (compared & (expected != 0)).sum().item())
                 budget = budget + slack * expected.abs()

@@ -6,6 +6,7 @@ N so that sizes coincide. What is used in a table by more than one row stands ab
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 
@@ -230,6 +231,10 @@ class WeightNormed(nn.Module):
 # -- products ---------------------------------------------------------------------------------------------------------
 
 
+CONSTANT = torch.linspace(-7, 9, 600).sin()
+FEATURES = CONSTANT[:54].view(9, 6)
+
+
 def einsum(equation: str, *shape: int) -> Builder:
     return tokens(lambda m, x: torch.einsum(equation, x, m.w), w=drawn(*shape))
 
@@ -239,6 +244,24 @@ EINSUMS = {
     "...d,de->...e": (6, 2), "ntd,st->nsd": (5, 4), "ntd,tdo->no": (4, 6, 3), "ntd,td": (4, 6), "ntd,k->ntdk": (5,),
     "btd,e->bt": (3,),
 }  # fmt: skip
+
+
+def assembled(self, x):
+    """A weight put together from two parameters, row by row."""
+    weight = torch.zeros(3, 6, dtype=x.dtype)
+    weight[0] = self.v
+    weight[1:] = self.u
+    return F.linear(x, weight)
+
+
+def aligned(*shape: int, equation: str) -> Builder:
+    """An einsum of the batch with a constant of more dims: "..." counts from the end, so the batch ends in dim 1."""
+
+    def forward(self, x):
+        y = torch.einsum(equation, self.l(x), CONSTANT[: math.prod(shape)].to(x.dtype).view(shape))
+        return (y.sin() * self.s).transpose(0, 1)
+
+    return tokens(forward, l=linear(6, 6), s=drawn(1))
 
 
 # -- adapters ---------------------------------------------------------------------------------------------------------
@@ -370,6 +393,18 @@ def several_samples(self, x):
     near = self.l(x.repeat_interleave(2, 0)).view(n, 2, 4, 6).mean(1)
     far = self.l(x.repeat(2, 1, 1)).view(2, n, 4, 6)
     return near + far[0] * far[1]
+
+
+def looked_up(pick) -> Builder:
+    """A layer on rows of a constant table that ids of the batch pick."""
+    return lambda: (
+        Module(lambda m, t: m.l(pick(FEATURES.to(m.l.weight.dtype), t)), l=nn.Linear(6, 5)),
+        ids(len(FEATURES)),
+    )
+
+
+def tiled(self, x):
+    return self.h(torch.tile(self.l(x).transpose(0, 1), (1, 2))).transpose(0, 1)
 
 
 POSITIONS = torch.arange(16)
@@ -588,10 +623,23 @@ TABLE: dict[str, dict[str, Builder]] = {
             lambda m, x: torch.baddbmm(m.b, x, m.w.expand(len(x), 6, 2)), w=drawn(6, 2), b=drawn(1, 4, 2)
         ),
         **{f"einsum {equation}": einsum(equation, *shape) for equation, shape in EINSUMS.items()},
+        "einsum of a constant of more dims": aligned(4, 1, 4, 6, equation="...td,...td->...td"),
+        "einsum of a constant, summed": aligned(4, 1, 5, 6, equation="...td,...kd->...tk"),
         "einsum of three": tokens(lambda m, x: torch.einsum("nti,ij,nsj->nts", x, m.w, torch.tanh(x)), w=drawn(6, 6)),
         "examples times experts' weights": tokens(
             lambda m, x: sum(F.linear(x, m.w[i]) * i for i in range(3)), w=drawn(4, 5, 6)
         ),
+    },
+    "Views and parts of parameters": {
+        "overlapping windows as a weight": tokens(lambda m, x: F.linear(x, m.p.unfold(0, 6, 1)), p=drawn(8)),
+        "overlapping windows by as_strided": tokens(
+            lambda m, x: F.linear(x, m.p.as_strided((3, 6), (2, 1)), m.p[:3]), p=drawn(10)
+        ),
+        "overlapping windows, elementwise": tokens(lambda m, x: torch.tanh(x * m.p.unfold(0, 6, 1)), p=drawn(9)),
+        "overlapping windows by as_strided, elementwise": tokens(
+            lambda m, x: torch.tanh(x + m.p.as_strided((4, 6), (1, 1))), p=drawn(9)
+        ),
+        "a weight assembled from parameters": tokens(assembled, u=drawn(2, 6), v=drawn(6)),
     },
     "Adapters": {
         "LoRA": of(lambda: Lora(merged=False, magnitude=False), 4, 6),
@@ -710,6 +758,19 @@ TABLE: dict[str, dict[str, Builder]] = {
             lambda m, x: m.l(x[torch.arange(len(x)), x[..., 0].argmax(1)]), l=linear(6, 6)
         ),
         "some tokens only": tokens(masked_rows, l=linear(6, 2)),
+        "tiled, with fewer numbers than dims": tokens(tiled, l=linear(6, 3), h=linear(6, 2)),
+        "tiled, by keyword": tokens(
+            lambda m, x: m.h(torch.tile(input=m.l(x), dims=(1, 1, 2))), l=linear(6, 3), h=linear(6, 2)
+        ),
+        "repeated, by keyword": tokens(
+            lambda m, x: m.h(m.l(x).repeat(repeats=(1, 1, 2))), l=linear(6, 3), h=linear(6, 2)
+        ),
+        "squeezed, whatever the batch's size": tokens(
+            lambda m, x: m.h(torch.tanh(m.l(x[:, 0]).squeeze())).reshape(len(x), -1), l=linear(6, 3), h=linear(3, 2)
+        ),
+        "rows of a constant, by getitem": looked_up(lambda table, t: table[t]),
+        "rows of a constant, by index_select": looked_up(lambda table, t: table.index_select(0, t)),
+        "rows of a constant, by embedding": looked_up(lambda table, t: F.embedding(t, table)),
         "several samples per example": tokens(several_samples, l=linear(6, 6)),
         "token shift by padding": tokens(
             lambda m, x: m.h(F.pad(m.l(x), (0, 0, 1, -1)) + x), l=linear(6, 6), h=linear(6, 2)

@@ -6,11 +6,13 @@ import layer_table
 import pytest
 import supported
 import torch
+import torch.nn.functional as F
 from layer_table import BASIC, LAYERS, TABLE, Module, Recurrent
 from torch import nn
 from torch.utils import _pytree as pytree
 
 import htv
+from htv.check import aggregated, one_group_at_a_time
 from oracles import RULES, by_name
 
 FIVE = [htv.Mean(), htv.AndMask(0.4), htv.AndMask(0.4, rescale=True), htv.Median(), htv.WinsorizedMean(1)]
@@ -146,6 +148,103 @@ def test_noise_is_that_of_the_plain_model(name):
             found.append((y[0], *torch.autograd.grad(y[0].square().sum(), list(model.parameters()))))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+ROWS = {
+    "one row": lambda: torch.randn(6),
+    "(1, 1, D)": lambda: torch.randn(1, 1, 6),
+    "(1, D)": lambda: torch.randn(1, 6),
+    "no dim": lambda: torch.tensor(0.7),
+    "one number": lambda: torch.randn(1),
+    "(1, 1, 1)": lambda: torch.randn(1, 1, 1),
+}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", ROWS)
+def test_tokens_of_elementwise_parameters(name, masked):
+    """A token's contribution to a parameter all tokens share is its own sum."""
+    model = Module(
+        lambda m, x: m.l(torch.tanh(x * m.p + m.q)), l=nn.Linear(6, 3), p=ROWS[name](), q=ROWS[name]()
+    ).double()
+    x, mask = torch.randn(4, 5, 6).double(), torch.ones(4, 5, dtype=torch.bool)
+    if masked:
+        mask = torch.arange(5) < torch.tensor([2, 5, 1, 3])[:, None]
+    voters = mask.nonzero().tolist()
+    parameters = dict(model.named_parameters())
+    parts = one_group_at_a_time(
+        lambda e: model(x[tuple(voters[e])][None, None]).square().sum(), parameters, len(voters)
+    )
+    for rule in THREE:
+        with htv.attach(model, rule) as handle:
+            with handle.tokens(mask if masked else None):
+                y = model(x)
+            grads = torch.autograd.grad((y.square().sum(-1) * mask).sum(), list(parameters.values()))
+        for (name, stacked), grad in zip(parts.items(), grads, strict=True):
+            torch.testing.assert_close(grad, aggregated(stacked, rule), rtol=1e-9, atol=1e-12, msg=name)
+
+
+# Several parameters that meet in one layer, or one behind the other; and whether they have tokens.
+BESIDE = {
+    "linear": (lambda: nn.Linear(6, 3), True),
+    "linear of a computed weight": (
+        lambda: Module(lambda m, x: F.linear(x, m.w.exp(), m.b), w=torch.randn(3, 6), b=torch.randn(3)), True
+    ),
+    "matmul": (lambda: Module(lambda m, x: x @ m.w + m.b, w=torch.randn(6, 3), b=torch.randn(3)), True),
+    "conv": (lambda: nn.Conv1d(5, 3, 2), False),
+    "transposed conv": (lambda: nn.ConvTranspose1d(5, 3, 2), False),
+    "embedding, then linear": (
+        lambda: Module(lambda m, x: m.h(m.e((x[..., 0] > 0).long())), e=nn.Embedding(2, 4), h=nn.Linear(4, 3)), True
+    ),
+    "embedding bag, then linear": (
+        lambda: Module(lambda m, x: m.h(m.e((x[..., 0] > 0).long())), e=nn.EmbeddingBag(2, 4), h=nn.Linear(4, 3)), False
+    ),
+    "layer norm": (lambda: nn.LayerNorm(6), True),
+    "group norm": (lambda: nn.GroupNorm(1, 5), False),
+    "instance norm": (lambda: nn.InstanceNorm1d(5, affine=True), False),
+    "bilinear": (lambda: Module(lambda m, x: m.b(x, x.tanh()), b=nn.Bilinear(6, 6, 3)), True),
+    "elementwise": (lambda: Module(lambda m, x: torch.tanh(x * m.p) + m.q, p=torch.randn(6), q=torch.randn(6)), True),
+    "prelu": (lambda: Module(lambda m, x: m.l(m.a(m.n(x))), l=nn.Linear(6, 3), a=nn.PReLU(), n=nn.LayerNorm(6)), None),
+    "attention": (lambda: Module(lambda m, x: m.a(x, x, x)[0], a=nn.MultiheadAttention(6, 2, batch_first=True)), None),
+    "GRU": (lambda: Module(lambda m, x: m.r(x)[0], r=nn.GRU(6, 4, batch_first=True)), False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("voters", ["equal", "tokens"])
+@pytest.mark.parametrize("name", BESIDE)
+def test_excluded_parameters_beside_served_ones(name, voters):
+    """Those excluded keep the plain gradient, whoever votes on the others, and with what weight."""
+    make, has_tokens = BESIDE[name]
+    model, x = make().double(), torch.randn(4, 5, 6).double()
+    ids, parameters = torch.tensor([1, 1, 1, 0]), dict(model.named_parameters())
+    mask = torch.arange(5) < torch.tensor([2, 5, 1, 3])[:, None]
+    loss = lambda rows: (model(x[rows]) * 0.8 + 0.7).square().sum()
+    plain = dict(zip(parameters, torch.autograd.grad(loss(ids >= 0), list(parameters.values())), strict=True))
+    parts = one_group_at_a_time(lambda e: loss(ids == e), parameters, 2)
+    # Four examples in two groups: as if each group had two.
+    served = {name: 2 * c[0] + 2 / 3 * c[1] for name, c in parts.items()}
+    for excluded in parameters:
+        model.zero_grad()
+        with htv.attach(model, htv.Mean(), exclude=excluded) as handle:
+            block = handle.groups(ids, weight="equal") if voters == "equal" else handle.tokens(mask)
+            try:
+                with block:
+                    value = loss(ids >= 0)
+                value.backward()
+            except (htv.UnsupportedError, ValueError):
+                assert voters == "tokens" and not has_tokens
+                continue
+        assert voters == "equal" or has_tokens is not False
+        torch.testing.assert_close(parameters[excluded].grad, plain[excluded])
+        for other in parameters.keys() - {excluded} if voters == "equal" else ():
+            torch.testing.assert_close(parameters[other].grad, served[other], msg=lambda m: f"{other}: {m}")
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+def test_an_excluded_embedding_bag(mode):
+    model = Module(lambda m, i: m.h(m.e(i)), e=nn.EmbeddingBag(9, 4, mode=mode), h=nn.Linear(4, 3))
+    for size in (5, 7):  # as many examples as ids in a bag
+        assert htv.check(model, torch.randint(0, 9, (size, 5)), htv.Median(), exclude="e.weight").groups == size
 
 
 def test_the_table_of_what_is_supported_is_current():

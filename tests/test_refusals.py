@@ -79,6 +79,13 @@ def running_over_the_batch(m, x):
     return torch.stack(found)
 
 
+def written_at_places(m, x):
+    n = len(x)
+    places = torch.zeros(n, n, 6)
+    places[torch.arange(n), torch.arange(n)] = m.l(x[:, 0])
+    return m.h(places)
+
+
 class Bank(nn.Module):
     """Keeps hidden rows of its last batch, with their graph."""
 
@@ -189,6 +196,9 @@ MIXING = {
     "examples compared with themselves": lambda: mix(
         lambda m, x: (lambda y: m.h(torch.einsum("ad,bd->ab", y, y)[:, :1].expand(-1, 6)))(x[:, 0])
     ),
+    "products summed over the batch": lambda: mix(
+        lambda m, x: m.h(torch.addbmm(torch.zeros(4, 6), m.l(x), torch.ones(len(x), 6, 6)))
+    ),
     "a weight made from the batch": lambda: mix(
         lambda m, x: F.linear(x, m.w * m.l(x).mean()), l=nn.Linear(6, 6), w=torch.randn(6, 6)
     ),
@@ -200,6 +210,12 @@ SIZED = {
     "mixed by tensordot": lambda n: mix(lambda m, x: torch.tensordot(x, m.w, ([0], [0])), w=torch.randn(n, 2)),
     "batch as channels": lambda n: mix(lambda m, x: m.c(x[:, 0].unsqueeze(0)), c=nn.Conv1d(n, n, 1)),
     "batch as the channels of a prelu": lambda n: mix(lambda m, x: F.prelu(x[:, 0].T, m.a), a=torch.rand(n)),
+    "a learnt tensor expanded to as many rows, compared with the batch": lambda n: mix(
+        lambda m, x: m.h(x[:, 0]) @ m.l(m.q.expand(n, -1)).t(),
+        l=nn.Linear(6, 6),
+        h=nn.Linear(6, 6),
+        q=torch.randn(1, 6),
+    ),
     "a row for every place in the batch": lambda n: mix(lambda m, x: x * m.p, p=torch.randn(n, 1, 1)),
     "a row for every place, sliced": lambda n: mix(lambda m, x: x * m.p[: len(x), None], p=torch.randn(n + 2, 6)),
 }
@@ -217,6 +233,10 @@ UNSUPPORTED = {
     "cosine_similarity": lambda: Module(
         lambda m, x: F.cosine_similarity(x[:, :1], m.w[None], dim=-1), w=torch.randn(3, 6)
     ),
+    "squeezed in place": lambda: mix(lambda m, x: m.h(m.l(x).unsqueeze(0).clone().squeeze_(0))),
+    "unsqueezed in place": lambda: mix(lambda m, x: m.h(m.l(x).clone().unsqueeze_(0))[0]),
+    "transposed in place": lambda: mix(lambda m, x: m.h(m.l(x).clone().transpose_(0, 1)).transpose(0, 1)),
+    "zeros written to at places several dims of which fit": lambda: mix(written_at_places),
     "an operation htv does not know": lambda: mix(lambda m, x: m.h(torch.fft.rfft(m.l(x), dim=1).real)),
     "an unbatched image": lambda: Module(lambda m, x: m.c(x[0]), c=nn.Conv1d(4, 2, 3)),
     "embedding with max_norm": lambda: Module(
@@ -238,7 +258,7 @@ UNSUPPORTED = {
         lambda m, x: m.layer((x[..., 0] > 0).long().flatten(), torch.arange(len(x)) * 4), layer=nn.EmbeddingBag(5, 3)
     ),
 }
-REMEDIES = ("exclude=", "pass ids of shape")
+REMEDIES = ("exclude=", "pass ids of shape", "give it a dim of size 1")
 
 
 def require_refusal(model, x):
@@ -261,6 +281,60 @@ def test_unsupported_use(name, size):
 @pytest.mark.parametrize("name", SIZED)
 def test_a_parameter_that_meets_the_batch_s_dim(name, size):
     require_refusal(SIZED[name](size), torch.randn(size, 4, 6))
+
+
+@pytest.mark.parametrize("length", [4, 5], ids=["T != N", "T == N"])
+def test_positions_as_an_input(length):
+    """Where there are as many as examples their size says they are the batch's, and the sum says they are not."""
+    model = Module(lambda m, x, at: m.l(x) + m.e(at), l=nn.Linear(6, 6), e=nn.Embedding(5, 6)).double()
+    x, at = torch.randn(5, length, 6).double(), torch.arange(length)
+    with htv.attach(model, htv.Median()):
+        if length == 5:
+            refused(model, lambda: model(x, at), htv.UnsupportedError, "an input of shape (5,)", "size 1")
+            return
+        model(x, at).square().sum().backward()
+    parts = one_group_at_a_time(lambda e: model(x[e : e + 1], at).square().sum(), dict(model.named_parameters()), 5)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, aggregated(parts[name], htv.Median()))
+
+
+@pytest.mark.parametrize("kind", ["GRU", "LSTM", "RNN"])
+def test_a_hidden_state_as_an_input(kind):
+    """(layers * directions, N, H): as many in the first dim as examples."""
+    model = Module(lambda m, x, *h: m.r(x, h[0] if len(h) == 1 else h)[0],
+                   r=getattr(nn, kind)(6, 4, batch_first=True, bidirectional=True))  # fmt: skip
+    x, hidden = torch.randn(2, 3, 6), [torch.randn(2, 2, 4)] * (1 + (kind == "LSTM"))
+    with htv.attach(model, htv.Median()):
+        refused(model, lambda: model(x, *hidden), htv.UnsupportedError, "'r.weight_ih_l0'", "hidden state", "exclude=")
+
+
+OUT_OF_ORDER = {
+    "flipped": lambda y: y.flip(1),
+    "rolled": lambda y: y.roll(1, 1),
+    "gathered": lambda y: y.gather(1, torch.arange(5).flip(0)[None, :, None].expand(len(y), 5, 6)),
+    "index_select": lambda y: y.index_select(1, torch.arange(5).flip(0)),
+    "picked": lambda y: y[:, torch.arange(5).flip(0)],
+    "picked by a list": lambda y: y[:, [4, 3, 2, 1, 0]],
+    "picked by a mask": lambda y: y[:, torch.tensor([True, False, True, True, True])],
+    "sorted": lambda y: y.sort(1).values,
+}
+
+
+@pytest.mark.parametrize("size", [3, 5], ids=["N", "N == T"])
+@pytest.mark.parametrize("name", OUT_OF_ORDER)
+def test_tokens_out_of_their_order(name, size):
+    """A mask of tokens would let other ones vote."""
+    model = mix(lambda m, x: m.h(OUT_OF_ORDER[name](m.l(x))))
+    mask = torch.arange(5) < torch.arange(1, size + 1)[:, None]
+    with htv.attach(model, htv.Median()) as handle, handle.tokens(mask):
+        refused(model, lambda: model(torch.randn(size, 5, 6)), htv.UnsupportedError, "'h.weight'", "exclude=")
+
+
+@pytest.mark.parametrize("make", [nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+def test_recurrent_layers_where_tokens_vote(make):
+    model = Module(lambda m, x: m.r(x[:, 0] if "Cell" in make.__name__ else x)[0], r=make(6, 4))
+    with htv.attach(model, htv.Median()) as handle, handle.tokens():
+        refused(model, lambda: model(X), htv.UnsupportedError, "'r.", "tokens()", "exclude=")
 
 
 def test_coupling_that_needs_no_parameter_to_follow():
