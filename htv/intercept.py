@@ -105,6 +105,9 @@ class Intercept(TorchFunctionMode):
         served = self.served(tensor)
         if served is not None:
             return Derived((served,), tensor)
+        if self.marks.outdated(tensor):
+            with torch._C.DisableTorchFunction():
+                self.marks.put(tensor, self._mark_again(tensor))
         mark = self.marks.get(tensor)
         if mark is not None and not (isinstance(mark, Constant) and tensor.requires_grad):
             return mark
@@ -350,6 +353,18 @@ class Intercept(TorchFunctionMode):
         if op.name in layout.PERMUTING and mark.source is not tensor and mark.source.dim() == tensor.dim():
             return Derived(mark.parameters, op.again({id(tensor): mark.source}))  # still an expanded tensor
         return Derived(tuple(dict.fromkeys(p for _, m in derived for p in m.parameters)), output)
+
+    def _mark_again(self, view: Tensor) -> Mark:
+        """What a view is after its memory was written to elsewhere."""
+        base, mark, units = view._base, self.marks.get(view), self.groups.num_units
+        known = self.mark(base)
+        if isinstance(known, Place):
+            one = units == 1 and view.dim() > 0
+            return layout.all_of_one(view) if one else layout.view_after_writing(view, base, known, units)
+        if isinstance(known, Derived) and view.requires_grad and not isinstance(mark, OfBatch):
+            same = isinstance(mark, Derived) and mark.parameters == known.parameters
+            return mark if same else Derived(known.parameters, view)
+        return LOST if isinstance(known, Lost) else mark
 
     def _mark_base(self, view: Tensor, mark: Mark) -> None:
         """Writing to a view changes what its base is made of."""

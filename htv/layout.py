@@ -63,7 +63,7 @@ class Marks:
     """Marks of live tensors, by identity; does not hold them alive. Looks into `earlier` marks for those it lacks."""
 
     def __init__(self, earlier: Marks | None = None) -> None:
-        self._marks: dict[int, tuple[weakref.ref, Mark]] = {}
+        self._marks: dict[int, tuple[weakref.ref, Mark, int]] = {}
         self._earlier = earlier
 
     def get(self, tensor: Tensor) -> Mark | None:
@@ -73,7 +73,20 @@ class Marks:
         return None if self._earlier is None else self._earlier.get(tensor)
 
     def put(self, tensor: Tensor, mark: Mark) -> None:
-        self._marks[id(tensor)] = (weakref.ref(tensor), mark)
+        self._marks[id(tensor)] = (weakref.ref(tensor), mark, _version(tensor))
+
+    def outdated(self, tensor: Tensor) -> bool:
+        """Whether a marked view's memory was written to since, through its base or another view."""
+        entry = self._marks.get(id(tensor))
+        if entry is None or entry[0]() is not tensor or entry[2] == _version(tensor):
+            return False
+        with torch._C.DisableTorchFunction():
+            return tensor._base is not None
+
+
+def _version(tensor: Tensor) -> int:
+    with torch._C.DisableTorchFunction():  # a mode may be on, and would take this for a call of the forward
+        return 0 if tensor.is_inference() else tensor._version
 
 
 def plain_name(func) -> str:
@@ -285,7 +298,8 @@ def _place(op: Operation, tensor: Tensor, mark: OfBatch, output: Tensor, units: 
         return _einsum(op, tensor, mark)
     if name == "scaled_dot_product_attention":
         return mark if dim < tensor.dim() - 2 and tensor.dim() == output.dim() else None
-    if not is_first and name not in ("gather", "take_along_dim"):
+    by_element = name == "gather" and not isinstance(op.operands[0][1], OfBatch)
+    if not is_first and (by_element or name not in ("gather", "take_along_dim")):
         return _looked_up(op, tensor, mark)
     if name in ROWWISE:
         last = _mixed_at_the_end(op)
@@ -320,11 +334,11 @@ def _place(op: Operation, tensor: Tensor, mark: OfBatch, output: Tensor, units: 
 
 
 def _looked_up(op: Operation, tensor: Tensor, mark: Place) -> Place | None:
-    """Rows of a constant picked by ids of the batch."""
+    """Rows, or by gather elements, of a constant picked by ids of the batch."""
     constant = not isinstance(op.operands[0][1], OfBatch) and not tensor.is_floating_point()
     by_ids = op.name == "getitem" and op.args[1] is tensor and not _is_mask(tensor)
     along_0 = op.name == "index_select" and op.argument(0, "dim") == 0
-    return mark if constant and (by_ids or along_0) else None
+    return mark if constant and (by_ids or along_0 or op.name == "gather") else None
 
 
 def _mixed_at_the_end(op: Operation) -> int | None:
@@ -611,6 +625,15 @@ def base_after_writing(base: Tensor, known: Mark | None, view: Tensor, mark: OfB
         if bool((numbers.as_strided(view.shape, view.stride(), offset) == _numbered(view, mark, units)).all()):
             consistent.append(place)
     return _the_only(consistent, empty=view.numel() == 0)
+
+
+def view_after_writing(view: Tensor, base: Tensor, mark: Place, units: int) -> OfBatch:
+    """The mark of a view whose base is now the batch's there."""
+    numbers = torch.empty_like(base, dtype=torch.int64).copy_(_numbered(base, mark, units))
+    if numbers.stride() != base.stride():
+        return LOST
+    offset = view.storage_offset() - base.storage_offset()
+    return _read_off(numbers.as_strided(view.shape, view.stride(), offset), units)
 
 
 def _candidates(target: Tensor, value: Tensor, mark: Place, units: int) -> list[Place]:
