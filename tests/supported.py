@@ -130,20 +130,20 @@ MODELS: list[Row] = [
 COMPILED = """
 ## torch.compile in more detail
 
-- Before or after `attach`, also with `fullgraph=True`. Where Dynamo gives the graph up (without `fullgraph`), the forward
-  runs eagerly as a whole.
-- Compiled once for each shape of the inputs; torch's `recompile_limit` (8) applies. New values in `groups`, `packed` and
-  `tokens` do not compile again; they are checked in backward.
-- Refused there, and served without: layers that compute with a computed weight (weight norm, merged adapters, einsum with a
-  block per head); rows picked by the values of a tensor; global tensors and tensors in lists; forwards that set attributes
-  of modules; results other than tensors and constants in tuples, lists, dicts and dataclasses (Hugging Face:
-  `use_cache=False`); a part of an attached model compiled by itself; two compiled forwards under one loss, unless one
-  compiled function calls both.
+- Before or after `attach`, also with `fullgraph=True`. Where Dynamo gives the graph up (without `fullgraph`), the
+  forward runs eagerly as a whole.
+- Compiled once for each shape of the inputs; torch's `recompile_limit` (8) applies. New values in `groups`, `packed`
+  and `tokens` do not compile again; they are checked in backward.
+- Refused there, and served without: layers that compute with a computed weight (weight norm, merged adapters, einsum
+  with a block per head); rows picked by the values of a tensor; global tensors and tensors in lists; forwards that
+  set attributes of modules; results other than tensors and constants in tuples, lists, dicts and dataclasses (Hugging
+  Face: `use_cache=False`); a part of an attached model compiled by itself; two compiled forwards under one loss,
+  unless one compiled function calls both.
 - Dynamo itself refuses `nn.LSTM`, `nn.GRU` and `nn.RNN` unless `torch._dynamo.config.allow_rnn = True`.
-- Attributes of modules that are tensors, numbers, strings, booleans or None are guarded; after a change inside another
-  object (a config, a list) call `torch._dynamo.reset()`.
-- Errors raised while compiling carry htv's words inside Dynamo's exception types. Inside `accumulate()` `.grad` holds zeros
-  until the block ends.
+- Attributes of modules that are tensors, numbers, strings, booleans or None are guarded; after a change inside
+  another object (a config, a list) call `torch._dynamo.reset()`.
+- Errors raised while compiling carry htv's words inside Dynamo's exception types. Inside `accumulate()` `.grad` holds
+  zeros until the block ends.
 """
 
 
