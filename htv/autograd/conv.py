@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -51,17 +53,22 @@ class _Conv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        _, x, weight = ctx.saved_tensors
-        weight_slot, bias_slot = ctx.slots
-        geometry, voters, needs = ctx.geometry, ctx.voters, ctx.needs_input_grad
-        with full_precision(grad.device):
-            x_like = x.to(grad.dtype)
-            kernel = ctx.kernel
-            make = lambda voters, x, grad: ConvFactors(x, grad, kernel, geometry, voters)
-            grad_weight = weight_slot.grad(needs[1], make, voters, x_like, grad)
-            grad_bias = bias_slot.grad(needs[2], _bias_factors, voters, grad)
-            grad_x = _grad_input(grad, x_like, weight.to(grad.dtype), geometry).to(x.dtype) if needs[0] else None
-        return grad_x, grad_weight, grad_bias, *ctx.unused
+        kernel, geometry = ctx.kernel, ctx.geometry
+        make = lambda voters, x, grad: ConvFactors(x, grad, kernel, geometry, voters)
+        return _gradients(ctx, grad, make, _grad_input)
+
+
+def _gradients(ctx, grad: Tensor, make: Callable[..., ConvFactors], grad_input: Callable[..., Tensor]):
+    """What either convolution's backward returns. make: weight factors from x and grad; grad_input: from all three."""
+    _, x, weight = ctx.saved_tensors
+    weight_slot, bias_slot = ctx.slots
+    geometry, voters, needs = ctx.geometry, ctx.voters, ctx.needs_input_grad
+    with full_precision(grad.device):
+        x_like = x.to(grad.dtype)
+        grad_weight = weight_slot.grad(needs[1], make, voters, x_like, grad)
+        grad_bias = bias_slot.grad(needs[2], _bias_factors, voters, grad)
+        grad_x = grad_input(grad, x_like, weight.to(grad.dtype), geometry).to(x.dtype) if needs[0] else None
+    return grad_x, grad_weight, grad_bias, *ctx.unused
 
 
 def _bias_factors(voters: Voters, grad: Tensor) -> StackedFactors:
@@ -92,19 +99,11 @@ class _ConvTranspose(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        _, x, weight = ctx.saved_tensors
-        weight_slot, bias_slot = ctx.slots
-        geometry, voters, needs = ctx.geometry, ctx.voters, ctx.needs_input_grad
-        with full_precision(grad.device):
-            x_like = x.to(grad.dtype)
-            kernel = ctx.kernel
-            make = lambda voters, x, grad: ConvFactors(grad, x, kernel, geometry, voters)
-            grad_weight = weight_slot.grad(needs[1], make, voters, x_like, grad)
-            grad_bias = bias_slot.grad(needs[2], _bias_factors, voters, grad)
-            grad_x = None
-            if needs[0]:
-                function = (F.conv1d, F.conv2d, F.conv3d)[grad.dim() - 3]
-                g = geometry
-                grad_x = function(grad, weight.to(grad.dtype), None, g.stride, g.padding, g.dilation, g.groups)
-                grad_x = grad_x.to(x.dtype)
-        return grad_x, grad_weight, grad_bias, *ctx.unused
+        kernel, geometry = ctx.kernel, ctx.geometry
+        make = lambda voters, x, grad: ConvFactors(grad, x, kernel, geometry, voters)
+        return _gradients(ctx, grad, make, _grad_input_transposed)
+
+
+def _grad_input_transposed(grad: Tensor, x: Tensor, weight: Tensor, geometry: ConvGeometry) -> Tensor:
+    function = (F.conv1d, F.conv2d, F.conv3d)[grad.dim() - 3]
+    return function(grad, weight, None, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
