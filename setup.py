@@ -32,8 +32,9 @@ COMMON = ["-std=c++20", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "
 CONTRACT = {"linear_kernel": "-ffp-contract=fast"}
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-NOISE = ["-Wno-maybe-uninitialized"]  # from the intrinsics of this level in GCC 12
-LEVELS = {"baseline": [], "avx2": AVX2, "avx512": [*AVX512, *NOISE]}
+ICELAKE = [*AVX512, *(f"-m{f}" for f in ("avx512vpopcntdq", "avx512vbmi", "avx512vbmi2", "avx512bitalg", "gfni"))]
+NOISE = ["-Wno-maybe-uninitialized"]  # from the intrinsics of these levels in GCC 12
+LEVELS = {"baseline": [], "avx2": AVX2, "avx512": [*AVX512, *NOISE], "icelake": [*ICELAKE, *NOISE]}
 HOT = ["stacked_kernel", "linear_kernel"]  # compiled once per level, from csrc/cpu
 
 

@@ -26,5 +26,5 @@ PYBIND11_MODULE(_host, m) {
   m.def("build_info", &build_info, "Compiler, flags, CPU levels, torch version and CUDA architectures of this build.");
   m.def(
       "cpu_capability", [] { return htv::name(htv::level()); },
-      "The level the CPU kernels run at: baseline, avx2 or avx512. HTV_CPU_CAPABILITY can lower it.");
+      "The level the CPU kernels run at: baseline, avx2, avx512 or icelake. HTV_CPU_CAPABILITY can lower it.");
 }

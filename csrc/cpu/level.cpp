@@ -8,7 +8,7 @@
 namespace htv {
 namespace {
 
-constexpr const char* kNames[] = {"baseline", "avx2", "avx512"};
+constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "icelake"};
 
 Level best_supported() {
 #if defined(HTV_X86_LEVELS)
@@ -16,7 +16,10 @@ Level best_supported() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  return avx512 ? Level::avx512 : avx2 ? Level::avx2 : Level::baseline;
+  const bool icelake = avx512 && __builtin_cpu_supports("avx512vpopcntdq") && __builtin_cpu_supports("avx512vbmi") &&
+                       __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bitalg") &&
+                       __builtin_cpu_supports("gfni");
+  return icelake ? Level::icelake : avx512 ? Level::avx512 : avx2 ? Level::avx2 : Level::baseline;
 #else
   return Level::baseline;
 #endif
@@ -30,9 +33,10 @@ Level level() {
   static const Level best = best_supported();
   const char* wanted = std::getenv("HTV_CPU_CAPABILITY");
   if (wanted == nullptr || *wanted == '\0') return best;
-  for (const Level level : {Level::baseline, Level::avx2, Level::avx512})
+  for (const Level level : {Level::baseline, Level::avx2, Level::avx512, Level::icelake})
     if (std::string(wanted) == name(level)) return std::min(level, best);
-  throw std::runtime_error("HTV_CPU_CAPABILITY must be baseline, avx2 or avx512, got '" + std::string(wanted) + "'");
+  throw std::runtime_error("HTV_CPU_CAPABILITY must be baseline, avx2, avx512 or icelake, got '" + std::string(wanted) +
+                           "'");
 }
 
 }  // namespace htv

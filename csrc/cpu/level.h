@@ -3,13 +3,20 @@
 
 namespace htv {
 
-enum class Level { baseline, avx2, avx512 };
+// icelake: AVX-512 as Intel has it since Ice Lake and AMD since Zen 4, with VPOPCNTDQ, VBMI and GFNI.
+enum class Level { baseline, avx2, avx512, icelake };
 
 // The best level that was compiled, that this CPU has and that the environment variable HTV_CPU_CAPABILITY
-// (baseline, avx2 or avx512; read at every call) allows. Throws std::runtime_error for any other value of it.
+// (one of these names; read at every call) allows. Throws std::runtime_error for any other value of it.
 Level level();
 
 const char* name(Level level);
+
+template <class Kernel>
+Kernel* in_force(Level level, Kernel* baseline, Kernel* avx2, Kernel* avx512, Kernel* icelake) {
+  Kernel* const kernels[] = {baseline, avx2, avx512, icelake};
+  return kernels[static_cast<int>(level)];
+}
 
 }  // namespace htv
 
@@ -19,11 +26,10 @@ const char* name(Level level);
 #define HTV_DECLARE_PER_LEVEL(...)   \
   namespace baseline { __VA_ARGS__; } \
   namespace avx2 { __VA_ARGS__; }     \
-  namespace avx512 { __VA_ARGS__; }
-#define HTV_PER_LEVEL(kernel)                             \
-  (::htv::level() == ::htv::Level::avx512 ? avx512::kernel \
-   : ::htv::level() == ::htv::Level::avx2 ? avx2::kernel   \
-                                          : baseline::kernel)
+  namespace avx512 { __VA_ARGS__; }   \
+  namespace icelake { __VA_ARGS__; }
+#define HTV_PER_LEVEL(kernel) \
+  (::htv::in_force(::htv::level(), baseline::kernel, avx2::kernel, avx512::kernel, icelake::kernel))
 #else
 #define HTV_DECLARE_PER_LEVEL(...) \
   namespace baseline { __VA_ARGS__; }

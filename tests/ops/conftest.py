@@ -5,7 +5,7 @@ import importlib
 import pytest
 import torch
 
-LEVELS = ("baseline", "avx2", "avx512")
+LEVELS = ("baseline", "avx2", "avx512", "icelake")
 
 
 @pytest.fixture
