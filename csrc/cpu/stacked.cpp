@@ -1,6 +1,7 @@
 // htv::stacked on the CPU: checks, scratch, threads. The loops are in stacked_kernel.cpp.
 #include "stacked_kernel.h"
 
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -8,23 +9,6 @@
 #include "parallel.h"
 
 namespace htv::cpu {
-namespace {
-
-// How many values of a coordinate are ranked, and which ranks the statistic reads.
-struct Ranks {
-  int64_t total, first, last;
-};
-
-Ranks ranks_of(Statistic statistic, const Parameters& p) {
-  switch (statistic) {
-    case Statistic::trimmed_mean:
-    case Statistic::winsorized_mean: return {p.groups, p.count, p.groups - p.count};
-    case Statistic::median_of_means: return {p.count, (p.count - 1) / 2, p.count / 2 + 1};
-    default: return {p.groups, (p.groups - 1) / 2, p.groups / 2 + 1};
-  }
-}
-
-}  // namespace
 
 std::tuple<Tensor, Tensor> stacked(Tensor grads, int64_t code, int64_t count, double votes, double k) {
   const std::string op = "htv::stacked";
@@ -36,19 +20,12 @@ std::tuple<Tensor, Tensor> stacked(Tensor grads, int64_t code, int64_t count, do
 
   Tensor value = torch::stable::new_empty(grads, {coordinates}, compute_type(dtype));
   std::vector<double> mask_sums(chunks);
-  std::vector<CompareExchange> network;
-  StackedTask task{grads.const_data_ptr(), dtype, coordinates, statistic, parameters, value.mutable_data_ptr(),
-                   mask_sums.data(), nullptr, 0, 0};
-  int64_t scratch_bytes = 0, work = parameters.groups;
-  if (is_order(statistic)) {
-    const Ranks ranks = ranks_of(statistic, parameters);
-    network = sorting_network(ranks.total, ranks.first, ranks.last);
-    task.network = network.data();
-    task.steps = network.size();
-    task.ranked = ranks.total;
-    scratch_bytes = stacked_scratch_bytes(ranks.total);
-    work += task.steps;
-  }
+  std::optional<Ranking> ranking;
+  if (is_order(statistic)) ranking = ranking_of(statistic, parameters);
+  const StackedTask task{grads.const_data_ptr(), dtype, coordinates, statistic, parameters, value.mutable_data_ptr(),
+                         mask_sums.data(), ranking ? &*ranking : nullptr};
+  const int64_t scratch_bytes = ranking ? stacked_scratch_bytes(*ranking) : 0;
+  const int64_t work = parameters.groups * (ranking ? select_work(*ranking) : 1);
   const auto kernel = HTV_PER_LEVEL(stacked_kernel);
   parallel_chunks(chunks, work * kStackedChunk, scratch_bytes,
                   [&](int64_t first, int64_t last, void* scratch) { kernel(task, first, last, scratch); });

@@ -1,7 +1,7 @@
 // The statistic of stacked contributions over groups: hot loops, compiled once per CPU level.
 #include "stacked_kernel.h"
 
-#include "lanes.h"
+#include "select.h"
 
 namespace htv::HTV_LEVEL {
 namespace {
@@ -68,26 +68,14 @@ void streaming_chunk(const StackedTask& task, int64_t chunk) {
   task.mask_sums[chunk] = State::masks ? sum_in_double(mask, width) : 0;
 }
 
-// ---- order: all values of a block of coordinates are sorted in L1, registers side by side ----
+// ---- order: the values of a batch of coordinates are gathered row by row, then ranked block by block ----
 
 // Block of `columns` registers of coordinates: values[rank * columns + c].
 template <class V, int columns>
 struct Block {
   V* values;
   Mask<V> nan[columns];         // a contribution is NaN
-  Count<V> undefined[columns];  // minus the number of ranked values that are NaN (inf - inf in a bucket's mean)
-
-  void sort(const CompareExchange* step, int64_t steps) {
-    for (const CompareExchange* end = step + steps; step != end; ++step) {
-      V* const low = values + int64_t(step->low) * columns;
-      V* const high = values + int64_t(step->high) * columns;
-      for (int c = 0; c < columns; ++c) {
-        const V a = low[c], b = high[c];
-        low[c] = smaller(a, b);
-        high[c] = larger(a, b);
-      }
-    }
-  }
+  Count<V> undefined[columns];  // minus the number of buckets whose mean is NaN, by inf - inf too
 };
 
 // Fills the values to rank of `count` blocks of coordinates from `begin` on, row by row: contributions or bucket means.
@@ -95,7 +83,7 @@ template <class V, class T, int columns>
 void fill(const StackedTask& task, int64_t begin, int64_t width, Block<V, columns>* blocks, int64_t count) {
   constexpr int lanes = kLanes<V>;
   const T* const grads = static_cast<const T*>(task.grads) + begin;
-  const int64_t groups = task.parameters.groups, ranked = task.ranked;
+  const int64_t groups = task.parameters.groups, ranked = task.ranking->ranked;
   const bool buckets = ranked != groups;
   for (int64_t b = 0; b < count; ++b)
     for (int c = 0; c < columns; ++c) {
@@ -121,7 +109,7 @@ void fill(const StackedTask& task, int64_t begin, int64_t width, Block<V, column
       for (int c = 0; c < columns; ++c) {
         V& place = blocks[b].values[k * columns + c];
         const V mean = place / Real<V>(size);
-        place = mean != mean ? splat<V>(Real<V>(INFINITY)) : mean;
+        place = mean != mean ? splat<V>(Real<V>(INFINITY)) : mean;  // undefined means rank last
         blocks[b].undefined[c] += mean != mean;
       }
   }
@@ -130,10 +118,13 @@ void fill(const StackedTask& task, int64_t begin, int64_t width, Block<V, column
 template <class V, class T, int columns>
 void order_chunk(const StackedTask& task, int64_t chunk, void* scratch) {
   using R = Real<V>;
+  using Int = typename Lane<V>::Int;
   constexpr int lanes = kLanes<V>, block_width = lanes * columns;
   constexpr int64_t most_blocks = kStackedChunk / block_width;
-  const int64_t ranked = task.ranked, block_bytes = ranked * columns * kRegisterBytes;
-  const int64_t fit = stacked_scratch_bytes(ranked) / block_bytes, batch = least(fit < 1 ? 1 : fit, most_blocks);
+  const Ranking& ranking = *task.ranking;
+  const int64_t ranked = ranking.ranked, block_bytes = ranked * columns * kRegisterBytes;
+  const int64_t values_bytes = stacked_values_bytes(ranked);
+  const int64_t fit = values_bytes / block_bytes, batch = least(fit < 1 ? 1 : fit, most_blocks);
   const int64_t end = least((chunk + 1) * kStackedChunk, task.coordinates);
   task.mask_sums[chunk] = 0;
 
@@ -143,18 +134,14 @@ void order_chunk(const StackedTask& task, int64_t chunk, void* scratch) {
     const int64_t width = least(batch * block_width, end - begin), count = (width + block_width - 1) / block_width;
     fill<V, T, columns>(task, begin, width, blocks, count);
     for (int64_t b = 0; b < count; ++b) {
-      blocks[b].sort(task.network, task.steps);
+      const Block<V, columns>& block = blocks[b];
+      V result[columns];
+      order_statistics<V, columns>(ranking, block.values, columns, static_cast<char*>(scratch) + values_bytes, result);
       for (int c = 0; c < columns; ++c) {
         const int64_t at = (b * columns + c) * lanes;
         if (at >= width) break;
-        const Block<V, columns>& block = blocks[b];
-        const auto rank = [&](int64_t r) {
-          const V v = block.values[r * columns + c];
-          using Int = typename Lane<V>::Int;
-          return block.undefined[c] + Int(ranked - r) <= 0 ? splat<V>(R(NAN)) : v;  // NaN ranks last
-        };
-        const V v = order_statistic<V>(task.statistic, rank, task.parameters);
-        store<V>(static_cast<R*>(task.value) + begin + at, block.nan[c] ? splat<V>(R(NAN)) : v, width - at);
+        const Mask<V> nan = block.nan[c] | (Int(ranked - ranked / 2) + block.undefined[c] <= 0);
+        store<V>(static_cast<R*>(task.value) + begin + at, nan ? splat<V>(R(NAN)) : result[c], width - at);
       }
     }
   }
@@ -167,7 +154,7 @@ void chunk_of(const StackedTask& task, int64_t chunk, void* scratch) {
       task.statistic, [&](auto state) { streaming_chunk<decltype(state), V, T>(task, chunk); });
   if (streaming) return;
   constexpr int64_t l1_share = 24 << 10;
-  if (4 * kRegisterBytes * task.ranked <= l1_share) {
+  if (4 * kRegisterBytes * task.ranking->ranked <= l1_share) {
     order_chunk<V, T, 4>(task, chunk, scratch);
   } else {
     order_chunk<V, T, 1>(task, chunk, scratch);

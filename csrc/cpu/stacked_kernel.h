@@ -4,7 +4,7 @@
 #include "../dtype.h"
 #include "../statistic.h"
 #include "level.h"
-#include "network.h"
+#include "ranking.h"
 
 namespace htv {
 
@@ -17,17 +17,20 @@ struct StackedTask {
   int64_t coordinates;
   Statistic statistic;
   Parameters parameters;
-  void* value;        // (coordinates)
-  double* mask_sums;  // one per chunk
-  const CompareExchange* network;  // order statistics only, of `ranked` values
-  int64_t steps;
-  int64_t ranked;
+  void* value;             // (coordinates)
+  double* mask_sums;       // one per chunk
+  const Ranking* ranking;  // order statistics only
 };
 
-// Scratch of one thread, in bytes: the values of as many coordinates as fit L2, at least of one register.
-inline int64_t stacked_scratch_bytes(int64_t ranked) {
+// The values of as many coordinates as fit L2, at least of one register, in bytes.
+inline int64_t stacked_values_bytes(int64_t ranked) {
   constexpr int64_t l2_share = 256 << 10, widest_register = 64;
   return ranked * widest_register > l2_share ? ranked * widest_register : l2_share;
+}
+
+// Scratch of one thread, in bytes.
+inline int64_t stacked_scratch_bytes(const Ranking& ranking) {
+  return stacked_values_bytes(ranking.ranked) + select_scratch_bytes(ranking);
 }
 
 // Computes chunks first <= chunk < last; scratch is aligned to 64 bytes.
