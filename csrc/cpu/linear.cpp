@@ -1,4 +1,5 @@
 // htv::linear on the CPU: checks, scratch, threads. The loops are in linear_kernel.cpp.
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -27,6 +28,21 @@ int64_t longest_group(const std::string& op, const Tensor& offsets, int64_t rows
   return longest;
 }
 
+// The sign planes of a matrix, and the memory they lie in.
+struct Signs {
+  Scratch memory;
+  SignPlanes planes;
+
+  Signs(const Tensor& matrix, Dtype dtype)
+      : memory(planes_bytes(dtype, matrix.size(0), matrix.size(1))),
+        planes(planes_in(memory.get(), dtype, matrix.size(0), matrix.size(1))) {
+    const auto kernel = HTV_PER_LEVEL(sign_planes_kernel);
+    parallel_chunks(planes.words, 32 * matrix.size(1), 0, [&](int64_t first, int64_t last, void*) {
+      kernel(matrix.const_data_ptr(), dtype, matrix.size(0), matrix.size(1), planes, first, last);
+    });
+  }
+};
+
 }  // namespace
 
 std::tuple<Tensor, Tensor> linear(Tensor x, Tensor grad_output, Tensor offsets, int64_t code, int64_t count) {
@@ -49,6 +65,12 @@ std::tuple<Tensor, Tensor> linear(Tensor x, Tensor grad_output, Tensor offsets, 
   const int64_t tile_out = linear_tile_out(out, in, torch::stable::get_num_threads());
   const int64_t tiles = linear_tiles(out, in, tile_out);
   std::vector<int64_t> kept(tiles);
+  const bool single_rows = longest <= 1;
+  std::optional<Signs> signs_x, signs_g;
+  if (single_rows && statistic != Statistic::mean) {
+    signs_x.emplace(x, dtype);
+    signs_g.emplace(grad_output, dtype);
+  }
   const LinearTask task{x.const_data_ptr(),
                         grad_output.const_data_ptr(),
                         dtype,
@@ -58,7 +80,9 @@ std::tuple<Tensor, Tensor> linear(Tensor x, Tensor grad_output, Tensor offsets, 
                         static_cast<const int64_t*>(offsets.const_data_ptr()),
                         statistic,
                         parameters,
-                        longest <= 1,
+                        single_rows,
+                        signs_x ? signs_x->planes : SignPlanes{},
+                        signs_g ? signs_g->planes : SignPlanes{},
                         tile_out,
                         value.mutable_data_ptr(),
                         kept.data()};

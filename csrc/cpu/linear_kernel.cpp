@@ -1,11 +1,12 @@
 // Statistics of a linear layer's contributions, formed tile by tile in registers: compiled once per CPU level.
 //
 // With rows of several per group, each group's product is added to the tile's sum and its signs to the votes.
-// With one row per group the contribution is g[o] * x[i], whose sign is sign(g[o]) * sign(x[i]): sum and votes are then
-// two matrix products over all groups and no contribution is ever formed. (A product too small for its type
-// still votes there.)
+// With one row per group the contribution is g[o] * x[i], whose sign is sign(g[o]) * sign(x[i]): the sum is then one
+// matrix product over all groups, votes are counted on the sign planes of its factors, and no contribution is ever
+// formed. (A product too small for its type still votes there.)
 #include "linear_kernel.h"
 
+#include "bits.h"
 #include "lanes.h"
 
 namespace htv::HTV_LEVEL {
@@ -34,6 +35,7 @@ void product(const Real<V>* g, const V* x, int64_t rows, Cells<V>& cells) {
 template <class V, class T>
 class Tile {
   using R = Real<V>;
+  using Int = typename Lane<V>::Int;
   static constexpr int kWidth = kColumns * kLanes<V>;
   static constexpr int kPanelsIn = kTileIn / kWidth, kPanelsOut = kTileOut / kRows;
   static_assert(kPanelsIn * kWidth == kTileIn && kPanelsOut * kRows == kTileOut);
@@ -81,16 +83,13 @@ class Tile {
   }
 
   void run(int64_t tile) {
-    const bool whole = task_.statistic == Statistic::mean, separable = whole || task_.single_rows;
+    const bool separable = task_.statistic == Statistic::mean || task_.single_rows;
     int64_t group = 0;
     for (int64_t begin = 0; begin < task_.rows; begin += kBlockRows) {
       const int64_t end = least(begin + kBlockRows, task_.rows);
       pack(begin, end);
       if (separable) {
         each_panel([&](int64_t o, int64_t i) { add_product(o, i, end - begin); });
-        if (whole) continue;
-        pack_signs(end - begin);
-        each_panel([&](int64_t o, int64_t i) { add_votes(o, i, end - begin); });
       } else {
         while (task_.offsets[group + 1] <= begin) ++group;
         each_panel([&](int64_t o, int64_t i) { add_groups(o, i, group, begin, end); });
@@ -123,17 +122,6 @@ class Tile {
     }
   }
 
-  // Replaces the packed values by their signs.
-  void pack_signs(int64_t rows) {
-    const auto signs_of = [](void* values, int64_t n) {
-      V* const v = static_cast<V*>(values);
-      for (int64_t i = 0; i < n; ++i) v[i] = Lane<V>::real(Lane<V>::sign(v[i]));
-    };
-    for (int64_t i = 0; i < panels_in_; ++i) signs_of(packed_x_ + i * kBlockRows * kColumns, rows * kColumns);
-    for (int64_t o = 0; o < panels_out_; ++o)
-      signs_of(packed_g_ + o * kBlockRows * kRows, (rows * kRows + kLanes<V> - 1) / kLanes<V>);
-  }
-
   void add_product(int64_t o, int64_t i, int64_t rows) {
     Cells<V> p, &sum = cells(sum_, o, i);
     product<V>(panel_g(o, 0), panel_x(i, 0), rows, p);
@@ -141,12 +129,28 @@ class Tile {
       for (int b = 0; b < kColumns; ++b) sum[a][b] += p[a][b];
   }
 
-  void add_votes(int64_t o, int64_t i, int64_t rows) {
-    Cells<V> p;
+  // The votes of groups of one row each: agreeing less dissenting ones of those whose factors are both not 0.
+  void count_votes(int64_t o, int64_t i) {
+    const SignPlanes &of_g = task_.signs_g, &of_x = task_.signs_x;
     Cells<Count<V>>& net = votes(o, i);
-    product<V>(panel_g(o, 0), panel_x(i, 0), rows, p);
-    for (int a = 0; a < kRows; ++a)
-      for (int b = 0; b < kColumns; ++b) net[a][b] += __builtin_convertvector(p[a][b], Count<V>);
+    for (int b = 0; b < kColumns; ++b) {
+      const int64_t column = in_ + i * kWidth + b * kLanes<V>;
+      if (column >= task_.in) break;
+      Count<V> cast[kRows] = {}, dissent[kRows] = {};
+      for (int64_t word = 0; word < of_g.words; ++word) {
+        const Int* const nonzero_g = of_g.nonzero_at<Int>(word, out_ + o * kRows);
+        const Int* const negative_g = of_g.negative_at<Int>(word, out_ + o * kRows);
+        const Count<V> nonzero_x = read<Count<V>>(of_x.nonzero_at<Int>(word, column));
+        const Count<V> negative_x = read<Count<V>>(of_x.negative_at<Int>(word, column));
+#pragma GCC unroll 8
+        for (int a = 0; a < kRows; ++a) {
+          const Count<V> both = nonzero_x & nonzero_g[a];
+          cast[a] += popcount(both);
+          dissent[a] += popcount((negative_x ^ negative_g[a]) & both);
+        }
+      }
+      for (int a = 0; a < kRows; ++a) net[a][b] = cast[a] - 2 * dissent[a];
+    }
   }
 
   // Adds the groups that end in the packed rows; a group that goes on leaves its product unfinished.
@@ -173,7 +177,8 @@ class Tile {
   }
 
   // Writes E * statistic; returns how many coordinates the mask keeps.
-  int64_t finalize(int64_t o, int64_t i) const {
+  int64_t finalize(int64_t o, int64_t i) {
+    if (task_.single_rows && task_.statistic != Statistic::mean) count_votes(o, i);
     const Cells<V>& sum = cells(sum_, o, i);
     const Cells<Count<V>>& net = votes(o, i);
     int64_t kept = 0;

@@ -4,6 +4,7 @@
 #include "../dtype.h"
 #include "../statistic.h"
 #include "level.h"
+#include "sign_planes.h"
 
 namespace htv {
 
@@ -20,6 +21,7 @@ struct LinearTask {
   Statistic statistic;
   Parameters parameters;
   bool single_rows;    // no group has more than one row
+  SignPlanes signs_x, signs_g;  // then, and where votes count
   int64_t tile_out;    // height of a tile, at most kTileOut
   void* value;         // (out, in)
   int64_t* mask_sums;  // one per tile

@@ -1,0 +1,46 @@
+// Packing of sign planes, compiled once per CPU level.
+#include "sign_planes.h"
+
+#include <string.h>
+
+#include "lanes.h"
+
+namespace htv::HTV_LEVEL {
+namespace {
+
+template <class V, class T>
+void pack_word(const T* matrix, int64_t rows, int64_t columns, Count<V>* negative, Count<V>* nonzero) {
+  constexpr int lanes = kLanes<V>;
+  const int64_t registers = (columns + lanes - 1) / lanes;
+  for (int64_t r = 0; r < rows; ++r, matrix += columns)  // a row at a time: the planes' word stays in L1
+    for (int64_t j = 0; j < registers; ++j) {
+      const V v = load<V>(matrix + j * lanes, columns - j * lanes);
+      negative[j] = negative[j] + negative[j] - (v < 0);
+      nonzero[j] = nonzero[j] + nonzero[j] - (v != 0);
+    }
+}
+
+template <class T>
+void pack_words(const T* matrix, int64_t rows, int64_t columns, const SignPlanes& planes, int64_t first, int64_t last) {
+  using V = Register<Compute<T>>;
+  using Int = typename Lane<V>::Int;
+  constexpr int64_t bits = 8 * sizeof(Int);
+  for (int64_t word = first; word < last; ++word) {
+    Int* const words[] = {planes.negative_at<Int>(word, 0), planes.nonzero_at<Int>(word, 0)};
+    for (Int* const plane : words) memset(plane, 0, planes.stride * sizeof(Int));
+    const int64_t left = rows - word * bits;
+    pack_word<V>(matrix + word * bits * columns, left < bits ? left : bits, columns,
+                 reinterpret_cast<Count<V>*>(words[0]), reinterpret_cast<Count<V>*>(words[1]));
+  }
+}
+
+}  // namespace
+
+void sign_planes_kernel(const void* matrix, Dtype dtype, int64_t rows, int64_t columns, const SignPlanes& planes,
+                        int64_t first, int64_t last) {
+  with_dtype(dtype, [&](auto element) {
+    pack_words(static_cast<const decltype(element)*>(matrix), rows, columns, planes, first, last);
+  });
+}
+
+}  // namespace htv::HTV_LEVEL
