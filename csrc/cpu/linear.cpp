@@ -6,6 +6,7 @@
 #include "../contract.h"
 #include "linear_kernel.h"
 #include "parallel.h"
+#include "rank_one.h"
 
 namespace htv::cpu {
 namespace {
@@ -43,6 +44,17 @@ struct Signs {
   }
 };
 
+// Order statistics of groups of at most one row.
+void rank_one(const Tensor& x, const Tensor& grad_output, Dtype dtype, const Ranking& ranking, const SignPlanes& signs_x,
+              const SignPlanes& signs_g, Tensor& value) {
+  const RankOneTask task{x.const_data_ptr(), grad_output.const_data_ptr(), dtype,   x.size(0), x.size(1),
+                         grad_output.size(1), &ranking,                    signs_x, signs_g,   value.mutable_data_ptr()};
+  const auto kernel = HTV_PER_LEVEL(rank_one_kernel);
+  const int64_t work = kRankOneOut * rank_one_width(dtype) / 16 * ranking.ranked * select_work(ranking);
+  parallel_chunks(rank_one_tiles(task), work, rank_one_scratch_bytes(task),
+                  [&](int64_t first, int64_t last, void* scratch) { kernel(task, first, last, scratch); });
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor> linear(Tensor x, Tensor grad_output, Tensor offsets, int64_t code, int64_t count) {
@@ -51,9 +63,6 @@ std::tuple<Tensor, Tensor> linear(Tensor x, Tensor grad_output, Tensor offsets, 
   check_matrix(op, "grad_output", grad_output);
   STD_TORCH_CHECK(grad_output.is_cpu(), op, ": grad_output must be on the CPU, as x is");
   const Statistic statistic = statistic_of(op, code);
-  STD_TORCH_CHECK(statistic == Statistic::mean || statistic == Statistic::and_mask ||
-                      statistic == Statistic::xor_mask || statistic == Statistic::sign_sum,
-                  op, ": serves mean, and_mask, xor_mask and sign_sum, not statistic ", code);
   const Dtype dtype = dtype_of(op, "x", x);
   STD_TORCH_CHECK(dtype_of(op, "grad_output", grad_output) == dtype, op, ": x and grad_output must have one dtype");
   const int64_t rows = x.size(0), in = x.size(1), out = grad_output.size(1);
@@ -61,16 +70,24 @@ std::tuple<Tensor, Tensor> linear(Tensor x, Tensor grad_output, Tensor offsets, 
   const int64_t longest = longest_group(op, offsets, rows), groups = offsets.size(0) - 1;
   const Parameters parameters = parameters_for(op, statistic, groups, count, 0, 0);
 
-  Tensor value = torch::stable::new_empty(x, {out, in}, compute_type(dtype));
-  const int64_t tile_out = linear_tile_out(out, in, torch::stable::get_num_threads());
-  const int64_t tiles = linear_tiles(out, in, tile_out);
-  std::vector<int64_t> kept(tiles);
   const bool single_rows = longest <= 1;
+  STD_TORCH_CHECK(statistic == Statistic::mean || statistic == Statistic::and_mask ||
+                      statistic == Statistic::xor_mask || statistic == Statistic::sign_sum ||
+                      (single_rows && is_order(statistic) && statistic != Statistic::median_of_means),
+                  op, ": serves mean, and_mask, xor_mask and sign_sum, not statistic ", code);
+  Tensor value = torch::stable::new_empty(x, {out, in}, compute_type(dtype));
   std::optional<Signs> signs_x, signs_g;
   if (single_rows && statistic != Statistic::mean) {
     signs_x.emplace(x, dtype);
     signs_g.emplace(grad_output, dtype);
   }
+  if (is_order(statistic)) {
+    rank_one(x, grad_output, dtype, ranking_of(statistic, parameters), signs_x->planes, signs_g->planes, value);
+    return {value, sum_in_order(x, {})};
+  }
+  const int64_t tile_out = linear_tile_out(out, in, torch::stable::get_num_threads());
+  const int64_t tiles = linear_tiles(out, in, tile_out);
+  std::vector<int64_t> kept(tiles);
   const LinearTask task{x.const_data_ptr(),
                         grad_output.const_data_ptr(),
                         dtype,

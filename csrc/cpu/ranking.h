@@ -13,18 +13,19 @@ namespace htv {
 struct Ranking {
   Statistic statistic;
   Parameters parameters;
-  int64_t ranked;  // values of a coordinate: contributions, or the means of buckets of them
+  int64_t ranked;       // values of a coordinate: contributions, or the means of buckets of them
+  int64_t first, last;  // the ranks first <= r < last are what the statistic reads
   std::vector<CompareExchange> network;
 };
 
 inline Ranking ranking_of(Statistic statistic, const Parameters& p) {
-  int64_t ranked = p.groups, first = (ranked - 1) / 2, last = ranked / 2 + 1;  // ranks the statistic reads
+  int64_t ranked = p.groups, first = (ranked - 1) / 2, last = ranked / 2 + 1;
   if (statistic == Statistic::median_of_means) {
     ranked = p.count, first = (ranked - 1) / 2, last = ranked / 2 + 1;
   } else if (statistic != Statistic::median) {
     first = p.count, last = ranked - p.count;
   }
-  return {statistic, p, ranked, sorting_network(ranked, first, last)};
+  return {statistic, p, ranked, first, last, sorting_network(ranked, first, last)};
 }
 
 // Memory `order_statistics` needs beside the values, in bytes.

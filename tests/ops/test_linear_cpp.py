@@ -176,7 +176,7 @@ X, G, OFFSETS = torch.ones(4, 3), torch.ones(4, 2), torch.arange(5)
         (X.int(), G.int(), OFFSETS, "mean", "x must be float64, float32, bfloat16 or float16"),
         (X, G.double(), OFFSETS, "mean", "x and grad_output must have one dtype"),
         (X, G[:3], OFFSETS, "mean", "x has 4 rows, grad_output 3"),
-        (X, G, OFFSETS, "median", "serves mean, and_mask, xor_mask and sign_sum, not statistic 7"),
+        (X, G, torch.tensor([0, 2, 4]), "median", "serves mean, and_mask, xor_mask and sign_sum, not statistic 7"),
         (X, G, OFFSETS, 11, "unknown statistic 11"),
         (X, G, OFFSETS.int(), "mean", "offsets must be int64"),
         (X, G, OFFSETS[:1], "mean", "at least 2"),

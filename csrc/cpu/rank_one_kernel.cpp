@@ -1,0 +1,140 @@
+// Order statistics of a linear layer's contributions g[o] * x[i] where no group has more than one row: compiled once per
+// CPU level. Sign planes tell which coordinates are 0 whatever the sizes of their contributions: under ReLU most are.
+#include "rank_one.h"
+
+#include <string.h>
+
+#include "bits.h"
+#include "lanes.h"
+#include "select.h"
+
+namespace htv::HTV_LEVEL {
+namespace {
+
+template <class V, class T>
+class RankOneTile {
+  using R = Real<V>;
+  using Int = typename Lane<V>::Int;
+  static constexpr int kWide = 64 / kRegisterBytes;  // a tile has the same columns at every level
+  static constexpr int64_t kLanesOf = kLanes<V>, kPanels = kRankOneRegisters * kWide;
+
+  const RankOneTask& task_;
+  const int64_t out_, in_, height_, panels_;
+  V* const packed_x_;     // [panel][row]
+  V* const values_;       // [rank]
+  void* const selection_;
+  R* const g_;            // [row], of one output
+  bool finite_x_[kPanels];      // no NaN or infinity in the panel
+  bool finite_g_[kRankOneOut];  // nor in the output's column
+
+  static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+  static int64_t tiles_in(const RankOneTask& task) {
+    const int64_t width = rank_one_width(task.dtype);
+    return (task.in + width - 1) / width;
+  }
+
+ public:
+  RankOneTile(const RankOneTask& task, int64_t tile, void* scratch)
+      : task_(task),
+        out_(tile / tiles_in(task) * kRankOneOut),
+        in_(tile % tiles_in(task) * rank_one_width(task.dtype)),
+        height_(least(kRankOneOut, task.out - out_)),
+        panels_((least(rank_one_width(task.dtype), task.in - in_) + kLanesOf - 1) / kLanesOf),
+        packed_x_(static_cast<V*>(scratch)),
+        values_(packed_x_ + kPanels * task.rows),
+        selection_(values_ + kWide * task.ranking->ranked),
+        g_(reinterpret_cast<R*>(static_cast<char*>(selection_) + select_scratch_bytes(*task.ranking))) {}
+
+  void run() {
+    pack_x();
+    check_g();
+    for (int64_t o = out_; o < out_ + height_; ++o) {
+      bool gathered = false;
+      for (int64_t panel = 0; panel < panels_; ++panel) {
+        const int64_t column = in_ + panel * kLanesOf;
+        V v{};
+        if (!finite_g_[o - out_] || !finite_x_[panel] || !decided_zero(o, column)) {
+          if (!gathered) gather_g(o);
+          gathered = true;
+          v = statistic(panel);
+        }
+        store<V>(static_cast<R*>(task_.value) + o * task_.in + column, v, task_.in - column);
+      }
+    }
+  }
+
+ private:
+  void pack_x() {
+    for (int64_t panel = 0; panel < panels_; ++panel) {
+      const int64_t column = in_ + panel * kLanesOf;
+      const T* const x = static_cast<const T*>(task_.x) + column;
+      Mask<V> undefined = Lane<V>::none();
+      for (int64_t r = 0; r < task_.rows; ++r) {
+        const V v = load<V>(x + r * task_.in, task_.in - column);
+        undefined |= v - v != 0;
+        packed_x_[panel * task_.rows + r] = v;
+      }
+      finite_x_[panel] = !any(undefined);
+    }
+  }
+
+  void check_g() {
+    for (int64_t o = 0; o < height_; o += kLanesOf) {
+      const T* const g = static_cast<const T*>(task_.grad_output) + out_ + o;
+      Mask<V> undefined = Lane<V>::none();
+      for (int64_t r = 0; r < task_.rows; ++r) {
+        const V v = load<V>(g + r * task_.out, height_ - o);
+        undefined |= v - v != 0;
+      }
+      for (int lane = 0; lane < kLanesOf && o + lane < height_; ++lane) finite_g_[o + lane] = undefined[lane] == 0;
+    }
+  }
+
+  void gather_g(int64_t o) {
+    const T* const g = static_cast<const T*>(task_.grad_output) + o;
+    for (int64_t r = 0; r < task_.rows; ++r) g_[r] = load<V>(g + r * task_.out, 1)[0];
+  }
+
+  // Whether every rank that is read is 0 in all of a panel's coordinates, by the signs of the factors alone: where those
+  // are finite no product is NaN, and one too small for its type only is one more 0.
+  bool decided_zero(int64_t o, int64_t column) const {
+    Count<V> nonzero{}, negative{};
+    for (int64_t word = 0; word < task_.signs_x.words; ++word) {
+      const SignPlanes &of_x = task_.signs_x, &of_g = task_.signs_g;
+      const Count<V> both = read<Count<V>>(of_x.nonzero_at<Int>(word, column)) & *of_g.nonzero_at<Int>(word, o);
+      const Count<V> differ = read<Count<V>>(of_x.negative_at<Int>(word, column)) ^ *of_g.negative_at<Int>(word, o);
+      nonzero += popcount(both);
+      negative += popcount(differ & both);
+    }
+    const Ranking& ranking = *task_.ranking;
+    const Int below = Int(ranking.first), above = Int(ranking.ranked - ranking.last);
+    return !any((negative > below) | (nonzero - negative > above));
+  }
+
+  V statistic(int64_t panel) {
+    const V* const x = packed_x_ + panel * task_.rows;
+    for (int64_t r = 0; r < task_.rows; ++r) values_[r] = g_[r] * x[r];
+    for (int64_t r = task_.rows; r < task_.ranking->ranked; ++r) values_[r] = V{};
+    V result;
+    order_statistics<V, 1>(*task_.ranking, values_, 1, selection_, &result);
+    return result * R(task_.ranking->parameters.groups);
+  }
+
+  static bool any(Mask<V> mask) {
+    Int found = 0;
+    for (int lane = 0; lane < kLanesOf; ++lane) found |= mask[lane];
+    return found != 0;
+  }
+};
+
+}  // namespace
+
+void rank_one_kernel(const RankOneTask& task, int64_t first, int64_t last, void* scratch) {
+  for (int64_t tile = first; tile < last; ++tile)
+    with_dtype(task.dtype, [&](auto element) {
+      using T = decltype(element);
+      RankOneTile<Register<Compute<T>>, T>(task, tile, scratch).run();
+    });
+}
+
+}  // namespace htv::HTV_LEVEL
