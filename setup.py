@@ -35,7 +35,8 @@ AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 ICELAKE = [*AVX512, *(f"-m{f}" for f in ("avx512vpopcntdq", "avx512vbmi", "avx512vbmi2", "avx512bitalg", "gfni"))]
 NOISE = ["-Wno-maybe-uninitialized"]  # from the intrinsics of these levels in GCC 12
 LEVELS = {"baseline": [], "avx2": AVX2, "avx512": [*AVX512, *NOISE], "icelake": [*ICELAKE, *NOISE]}
-HOT = ["stacked_kernel", "linear_kernel", "rank_one_kernel", "sign_planes"]  # compiled once per level, from csrc/cpu
+# compiled once per level, from csrc/cpu
+HOT = ["select", "stacked_kernel", "linear_kernel", "rank_one_kernel", "sign_planes"]
 
 
 def choice(name: str, allowed: tuple[str, ...]) -> str:

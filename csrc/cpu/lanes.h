@@ -2,6 +2,8 @@
 #pragma once
 
 #include <string.h>
+
+#include <type_traits>
 #if defined(__F16C__)
 #include <immintrin.h>
 #endif

@@ -1,43 +1,89 @@
-// Sorting networks: a fixed list of compare-exchanges sorts any input, so whole registers of coordinates
-// are sorted at once, without a branch.
+// Sorting networks: a fixed list of compare-exchanges sorts any input, so whole registers of coordinates are sorted
+// at once, without a branch. Lists are made and unrolled by the compiler, which drops whatever no result depends on.
 #pragma once
 
-#include <cstdint>
-#include <vector>
+#include <stddef.h>
+#include <stdint.h>
 
-namespace htv {
+#include <array>
+#include <utility>
 
-// Leaves the smaller value at `low`, the larger at `high`.
+#include "lanes.h"
+
+namespace htv::HTV_LEVEL {
+
 struct CompareExchange {
-  int32_t low, high;
+  int low, high;
 };
 
-// Batcher's merge exchange for n values (Knuth, TAOCP 3, 5.2.2, algorithm M), without the steps
-// that ranks first <= r < last do not depend on.
-inline std::vector<CompareExchange> sorting_network(int64_t n, int64_t first, int64_t last) {
-  std::vector<CompareExchange> steps;
-  int64_t top = 1;
+// Calls f(low, high) for each step of Batcher's merge exchange for n values (Knuth, TAOCP 3, 5.2.2, algorithm M),
+// or only for those of its last phase, which merge the sorted values at even with the sorted values at odd places.
+template <class F>
+constexpr void each_step(int n, bool merge_only, const F& f) {
+  int top = 1;
   while (2 * top < n) top *= 2;
-  for (int64_t p = top; p > 0; p /= 2) {
-    int64_t q = top, r = 0, d = p;
+  for (int p = merge_only ? 1 : top; p > 0; p /= 2) {
+    int q = top, r = 0, d = p;
     while (true) {
-      for (int64_t i = 0; i < n - d; ++i)
-        if ((i & p) == r) steps.push_back({int32_t(i), int32_t(i + d)});
+      for (int i = 0; i < n - d; ++i)
+        if ((i & p) == r) f(i, i + d);
       if (q == p) break;
       d = q - p;
       q /= 2;
       r = p;
     }
   }
-  std::vector<bool> needed(n);
-  for (int64_t r = first; r < last; ++r) needed[r] = true;
-  std::vector<CompareExchange> kept;
-  for (auto step = steps.rbegin(); step != steps.rend(); ++step) {
-    if (!needed[step->low] && !needed[step->high]) continue;
-    needed[step->low] = needed[step->high] = true;
-    kept.push_back(*step);
-  }
-  return {kept.rbegin(), kept.rend()};
 }
 
-}  // namespace htv
+template <int n, bool merge_only>
+constexpr auto make_network() {
+  constexpr int size = [] {
+    int steps = 0;
+    if (n > 1) each_step(n, merge_only, [&](int, int) { ++steps; });
+    return steps;
+  }();
+  std::array<CompareExchange, size> steps{};
+  int at = 0;
+  if (n > 1) each_step(n, merge_only, [&](int low, int high) { steps[at++] = {low, high}; });
+  return steps;
+}
+
+template <int n, bool merge_only>
+constexpr auto kNetwork = make_network<n, merge_only>();
+
+#define HTV_INLINE inline __attribute__((always_inline))
+
+template <class W>
+HTV_INLINE void exchange(W& low, W& high) {
+  const W a = low, b = high;
+  low = smaller(a, b);
+  high = larger(a, b);
+}
+
+template <int n, bool merge_only, class W, size_t... i>
+HTV_INLINE void run_network(W (&v)[n], std::index_sequence<i...>) {
+  (exchange(v[kNetwork<n, merge_only>[i].low], v[kNetwork<n, merge_only>[i].high]), ...);
+}
+
+template <int n, class W>
+HTV_INLINE void sort(W (&v)[n]) {
+  run_network<n, false>(v, std::make_index_sequence<kNetwork<n, false>.size()>());
+}
+
+// Sorts v, whose values at even places are sorted, as are those at odd places.
+template <int n, class W>
+HTV_INLINE void merge_interleaved(W (&v)[n]) {
+  run_network<n, true>(v, std::make_index_sequence<kNetwork<n, true>.size()>());
+}
+
+// Sorts v, which falls and then rises or the other way round; n is a power of two.
+template <int n, class W>
+HTV_INLINE void sort_bitonic(W (&v)[n]) {
+#pragma GCC unroll 8
+  for (int d = n / 2; d > 0; d /= 2)
+#pragma GCC unroll 64
+    for (int i = 0; i < n; ++i)
+      if ((i & d) == 0) exchange(v[i], v[i + d]);
+}
+
+}  // namespace htv::HTV_LEVEL

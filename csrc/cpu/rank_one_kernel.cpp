@@ -107,7 +107,7 @@ class RankOneTile {
       negative += popcount(differ & both);
     }
     const Ranking& ranking = *task_.ranking;
-    const Int below = Int(ranking.first), above = Int(ranking.ranked - ranking.last);
+    const Int below = Int(ranking.low), above = Int(ranking.ranked - 1 - ranking.high);
     return !any((negative > below) | (nonzero - negative > above));
   }
 

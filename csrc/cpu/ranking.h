@@ -1,37 +1,38 @@
-// How an order statistic is found, made once per call: select.h carries it out over registers of coordinates.
+// What an order statistic ranks, made once per call: select.h carries it out over registers of coordinates.
 #pragma once
 
 #include <stdint.h>
 
-#include <vector>
-
 #include "../statistic.h"
-#include "network.h"
 
 namespace htv {
 
 struct Ranking {
   Statistic statistic;
   Parameters parameters;
-  int64_t ranked;       // values of a coordinate: contributions, or the means of buckets of them
-  int64_t first, last;  // the ranks first <= r < last are what the statistic reads
-  std::vector<CompareExchange> network;
+  int64_t ranked;     // values of a coordinate: contributions, or the means of buckets of them
+  int64_t low, high;  // the ranks it depends on, from 0: both middle ones, or the ends of what is not trimmed
 };
 
 inline Ranking ranking_of(Statistic statistic, const Parameters& p) {
-  int64_t ranked = p.groups, first = (ranked - 1) / 2, last = ranked / 2 + 1;
-  if (statistic == Statistic::median_of_means) {
-    ranked = p.count, first = (ranked - 1) / 2, last = ranked / 2 + 1;
-  } else if (statistic != Statistic::median) {
-    first = p.count, last = ranked - p.count;
-  }
-  return {statistic, p, ranked, first, last, sorting_network(ranked, first, last)};
+  const bool buckets = statistic == Statistic::median_of_means;
+  const int64_t n = buckets ? p.count : p.groups;
+  int64_t low = (n - 1) / 2, high = n / 2;
+  if (statistic == Statistic::median && p.count != 0) low = high = p.count < 0 ? low : high;
+  if (statistic == Statistic::trimmed_mean || statistic == Statistic::winsorized_mean)
+    low = p.count, high = n - 1 - p.count;
+  return {statistic, p, n, low, high};
 }
 
-// Memory `order_statistics` needs beside the values, in bytes.
-inline int64_t select_scratch_bytes(const Ranking&) { return 0; }
+// Memory order_statistics (select.h) needs beside the values, in bytes: the bit planes of two registers of coordinates
+// and the candidates for two ranks.
+inline int64_t select_scratch_bytes(const Ranking& ranking) {
+  constexpr int64_t widest_register = 64, columns = 2, ranks = 2;
+  const int64_t values = (ranking.ranked + 63) / 64 * 64, words = values / 32;
+  return widest_register * columns * (values + ranks * words);
+}
 
-// Operations per value, for dividing work among threads.
-inline int64_t select_work(const Ranking& ranking) { return 1 + int64_t(ranking.network.size()) / ranking.ranked; }
+// Operations per value, roughly, for dividing work among threads.
+inline int64_t select_work(const Ranking& ranking) { return ranking.ranked < 16 ? 4 : 16; }
 
 }  // namespace htv

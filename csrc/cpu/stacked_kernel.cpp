@@ -153,12 +153,7 @@ void chunk_of(const StackedTask& task, int64_t chunk, void* scratch) {
   const bool streaming = with_streaming<V>(
       task.statistic, [&](auto state) { streaming_chunk<decltype(state), V, T>(task, chunk); });
   if (streaming) return;
-  constexpr int64_t l1_share = 24 << 10;
-  if (4 * kRegisterBytes * task.ranking->ranked <= l1_share) {
-    order_chunk<V, T, 4>(task, chunk, scratch);
-  } else {
-    order_chunk<V, T, 1>(task, chunk, scratch);
-  }
+  order_chunk<V, T, kStackedColumns>(task, chunk, scratch);
 }
 
 }  // namespace

@@ -22,10 +22,13 @@ struct StackedTask {
   const Ranking* ranking;  // order statistics only
 };
 
-// The values of as many coordinates as fit L2, at least of one register, in bytes.
+// Registers of coordinates ranked together.
+constexpr int kStackedColumns = 2;
+
+// The values of as many coordinates as fit L2, at least of one block of registers, in bytes.
 inline int64_t stacked_values_bytes(int64_t ranked) {
-  constexpr int64_t l2_share = 256 << 10, widest_register = 64;
-  return ranked * widest_register > l2_share ? ranked * widest_register : l2_share;
+  constexpr int64_t l2_share = 256 << 10, block = kStackedColumns * 64;
+  return ranked * block > l2_share ? ranked * block : l2_share;
 }
 
 // Scratch of one thread, in bytes.

@@ -1,0 +1,122 @@
+// Order-preserving integers, NaN, and the statistics of values few enough to be sorted in registers.
+#pragma once
+
+#include "lanes.h"
+#include "network.h"
+#include "ranking.h"
+
+namespace htv::HTV_LEVEL {
+
+// ---- order-preserving integers ----
+
+template <class V>
+using Bits = Register<std::make_unsigned_t<typename Lane<V>::Int>>;
+template <class V>
+constexpr int kBits = 8 * sizeof(Real<V>);
+template <class V>
+constexpr typename Lane<V>::Int kMagnitude = ~(typename Lane<V>::Int(1) << (kBits<V> - 1));
+
+// Both zeros share the key 0.
+template <class V>
+HTV_INLINE Count<V> key_of(V v) {
+  const Count<V> bits = Lane<V>::bits(v), sign = bits >> (kBits<V> - 1);
+  return ((bits & kMagnitude<V>) ^ sign) - sign;
+}
+
+template <class V>
+HTV_INLINE V value_of(Count<V> key) {
+  const Count<V> sign = key >> (kBits<V> - 1);
+  return Lane<V>::from_bits(((key ^ sign) - sign) | (sign & ~kMagnitude<V>));
+}
+
+// Networks compare integers where the level has min and max of them: twice the rate of floats on AMD.
+#if defined(__AVX512F__)
+template <class V>
+constexpr bool kIntegerOrder = sizeof(Real<V>) == 4;
+#elif defined(__AVX2__)
+template <class V>
+constexpr bool kIntegerOrder = sizeof(Real<V>) == 4;
+#else
+template <class V>
+constexpr bool kIntegerOrder = false;
+#endif
+
+template <class V>
+struct Order {
+  using Key = std::conditional_t<kIntegerOrder<V>, Count<V>, V>;
+  static HTV_INLINE Key key(V v) {
+    if constexpr (kIntegerOrder<V>) return key_of(v);
+    else return v;
+  }
+  static HTV_INLINE V value(Key k) {
+    if constexpr (kIntegerOrder<V>) return value_of<V>(k);
+    else return k;
+  }
+  static HTV_INLINE Key highest() { return key(splat<V>(Real<V>(INFINITY))); }
+};
+
+// Whether any value was NaN.
+template <class V>
+class NanSeen {
+#if defined(__AVX512F__)
+  Bits<V> largest_{};  // magnitude
+
+ public:
+  HTV_INLINE void add(V v) {
+    const Bits<V> bits = (Bits<V>)v;
+    largest_ = larger(largest_, bits + bits);
+  }
+  HTV_INLINE V poison(V v) const {
+    const Bits<V> infinity = (Bits<V>)splat<V>(Real<V>(INFINITY));
+    return largest_ > infinity + infinity ? splat<V>(Real<V>(NAN)) : v;
+  }
+#else
+  Mask<V> seen_ = Lane<V>::none();
+
+ public:
+  HTV_INLINE void add(V v) { seen_ |= v != v; }
+  HTV_INLINE V poison(V v) const { return seen_ ? splat<V>(Real<V>(NAN)) : v; }
+#endif
+};
+
+// The values of one register of coordinates.
+template <class V>
+struct Strided {
+  const V* values;
+  int64_t stride;
+  HTV_INLINE V operator()(int64_t k) const { return values[k * stride]; }
+  HTV_INLINE Strided from(int64_t k) const { return {values + k * stride, stride}; }
+};
+
+template <class V, int n, class Values>
+__attribute__((noinline)) V median_of_few(const Values& values, int64_t interpolation) {
+  using O = Order<V>;
+  typename O::Key v[n];
+  NanSeen<V> nan;
+#pragma GCC unroll 64
+  for (int k = 0; k < n; ++k) {
+    const V value = values(k);
+    nan.add(value);
+    v[k] = O::key(value);
+  }
+  sort(v);
+  const auto rank = [&](int64_t r) { return O::value(v[r]); };
+  return nan.poison(median<V>(rank, n, interpolation));
+}
+
+template <class V, int n, class Values>
+__attribute__((noinline)) V mean_of_few(const Values& values, const Ranking& ranking) {
+  V v[n];
+  NanSeen<V> nan;
+#pragma GCC unroll 64
+  for (int k = 0; k < n; ++k) {
+    v[k] = values(k);
+    nan.add(v[k]);
+  }
+  sort(v);
+  V sorted[n];
+  memcpy(sorted, v, sizeof v);
+  return nan.poison(order_statistic<V>(ranking.statistic, [&](int64_t r) { return sorted[r]; }, ranking.parameters));
+}
+
+}  // namespace htv::HTV_LEVEL

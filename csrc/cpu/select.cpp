@@ -1,0 +1,435 @@
+// Order statistics of registers of coordinates, whose values lie in L1 or L2: compiled once per CPU level.
+//
+// Few values are sorted by a network in registers. More of them: of the c-th extremes, the c + 1 smallest and largest are
+// kept while values stream by; medians merge a few sorted runs; and from some number on any rank is found bit by bit:
+// the order-preserving integer keys of 32 (64) values are transposed, so that plane b holds bit b of all of them as one
+// integer per coordinate, and population counts of the planes tell which values remain candidates.
+#include "select.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "order.h"
+
+namespace htv::HTV_LEVEL {
+namespace {
+
+// ---- where each way of selecting ends ----
+
+constexpr int kMostSorted = 16;    // by one network in registers
+constexpr int kMostRuns = 64;      // medians by sorted runs: two, or from half as many on four
+constexpr int kMostExtremes = 16;  // trimmed and winsorized means by keeping extremes: count + 1
+
+// Calls f(std::integral_constant<int, n>) for first <= n <= last.
+template <int first, int last, class F>
+HTV_INLINE auto with_constant(int64_t n, const F& f) {
+  return [&]<int... i>(std::integer_sequence<int, i...>) {
+    using Result = decltype(f(std::integral_constant<int, first>{}));
+    Result result{};
+    (void)((n == first + i && (result = f(std::integral_constant<int, first + i>{}), true)) || ...);
+    return result;
+  }(std::make_integer_sequence<int, last - first + 1>{});
+}
+
+// ---- medians ----
+
+// The value of rank r of two sorted lists.
+template <class W>
+W rank_of_two(const W* a, int64_t size_a, const W* b, int64_t size_b, int64_t r) {
+  // max(a[i - 1], b[r - i]) where i of the r + 1 smallest are a's, with lists bounded by what changes nothing
+  const int64_t first = r + 1 > size_b ? r + 1 - size_b : 0, last = r + 1 < size_a ? r + 1 : size_a;
+  const auto at = [&](int64_t i) { return i == 0 ? b[r] : i == r + 1 ? a[r] : larger(a[i - 1], b[r - i]); };
+  W best = at(first);
+  for (int64_t i = first + 1; i <= last; ++i) best = smaller(best, at(i));
+  return best;
+}
+
+// The first `present` values and `padding` in place of those missing to n.
+template <class V, int n>
+Strided<V> padded(const Strided<V>& values, int64_t present, V padding, V* buffer) {
+  if (present >= n) return values;
+  for (int64_t k = 0; k < n; ++k) buffer[k] = k < present ? values(k) : padding;
+  return {buffer, 1};
+}
+
+template <class V, int n>
+HTV_INLINE void load_keys(const Strided<V>& values, NanSeen<V>& nan, typename Order<V>::Key (&keys)[n]) {
+#pragma GCC unroll 16
+  for (int k = 0; k < n; ++k) {
+    const V value = values(k);
+    nan.add(value);
+    keys[k] = Order<V>::key(value);
+  }
+}
+
+template <class V, int n>
+__attribute__((noinline)) void sort_run(const Strided<V>& values, int64_t present, NanSeen<V>& nan,
+                                        typename Order<V>::Key* sorted, int64_t stride) {
+  V buffer[n];
+  typename Order<V>::Key v[n];
+  NanSeen<V> seen = nan;
+  load_keys(padded<V, n>(values, present, splat<V>(Real<V>(INFINITY)), buffer), seen, v);
+  sort(v);
+  nan = seen;
+#pragma GCC unroll 16
+  for (int k = 0; k < n; ++k) sorted[k * stride] = v[k];
+}
+
+template <int n, class W>
+__attribute__((noinline)) void merge_runs(W* interleaved) {
+  W v[n];
+#pragma GCC unroll 32
+  for (int k = 0; k < n; ++k) v[k] = interleaved[k];
+  merge_interleaved(v);
+#pragma GCC unroll 32
+  for (int k = 0; k < n; ++k) interleaved[k] = v[k];
+}
+
+// Of n values in two lists of `run` (n is 2 * run or one less), or in four (n is up to 3 less), which are merged to two.
+template <class V, int run>
+V median_of_runs(const Strided<V>& values, const Ranking& ranking, bool four) {
+  using O = Order<V>;
+  using Key = typename O::Key;
+  const int parts = four ? 2 : 1, size = parts * run;
+  NanSeen<V> nan;
+  Key lists[2][2 * run];
+  for (int part = 0; part < 2 * parts; ++part)
+    sort_run<V, run>(values.from(part * run), ranking.ranked - part * run, nan, lists[part / parts] + part % parts, parts);
+  if (four)
+    for (Key* list : lists) merge_runs<2 * run>(list);
+  const auto rank = [&](int64_t r) { return O::value(rank_of_two(lists[0], size, lists[1], size, r)); };
+  const V low = rank(ranking.low);
+  return nan.poison(ranking.low == ranking.high ? low : midpoint(low, rank(ranking.high)));
+}
+
+// ---- trimmed and winsorized means ----
+
+template <class V>
+struct Ends {
+  V low, high;
+};
+
+// All values, those beyond the ends replaced by them.
+template <class V, class Values>
+V clamped_mean(const Values& values, const Ranking& ranking, Ends<V> ends) {
+  constexpr int ways = 4;
+  V sums[ways] = {};
+  const auto clamped = [&](int64_t k) { return smaller(larger(values(k), ends.low), ends.high); };
+  int64_t k = 0;
+  for (; k + ways <= ranking.ranked; k += ways)
+#pragma GCC unroll 4
+    for (int w = 0; w < ways; ++w) sums[w] += clamped(k + w);
+  for (; k < ranking.ranked; ++k) sums[0] += clamped(k);
+  return ((sums[0] + sums[1]) + (sums[2] + sums[3])) / Real<V>(ranking.ranked);
+}
+
+// What lies strictly between the ends, and the copies of them that were not trimmed.
+template <class V, class Values>
+V inner_mean(const Values& values, const Ranking& ranking, Ends<V> ends) {
+  using R = Real<V>;
+  constexpr int ways = 2;
+  V sums[ways] = {};
+  Count<V> below[ways] = {}, above[ways] = {};  // or equal
+  for (int64_t k = 0; k < ranking.ranked; ++k) {
+    const int w = k % ways;
+    const V v = values(k);
+    const Mask<V> is_below = v <= ends.low, is_above = v >= ends.high;
+    sums[w] = is_below ? sums[w] : is_above ? sums[w] : sums[w] + v;
+    below[w] = is_below ? below[w] + 1 : below[w];
+    above[w] = is_above ? above[w] + 1 : above[w];
+  }
+  using Int = typename Lane<V>::Int;
+  const Int trimmed = Int(ranking.parameters.count);
+  const Count<V> lows = below[0] + below[1] - trimmed, highs = above[0] + above[1] - trimmed;
+  const V low = lows > 0 ? Lane<V>::real(lows) * ends.low : V{}, high = highs > 0 ? Lane<V>::real(highs) * ends.high : V{};
+  const V mean = ((sums[0] + sums[1]) + (low + high)) / R(ranking.ranked - 2 * ranking.parameters.count);
+  return ends.low == ends.high ? ends.low : mean;
+}
+
+template <class V, class Values>
+V mean_between(const Values& values, const Ranking& ranking, Ends<V> ends) {
+  return ranking.statistic == Statistic::trimmed_mean ? inner_mean<V>(values, ranking, ends)
+                                                      : clamped_mean<V>(values, ranking, ends);
+}
+
+// The ends where both are among the `kept` smallest and largest of more than `kept` values.
+template <class V, int kept>
+__attribute__((noinline)) V mean_by_extremes(const Strided<V>& values, const Ranking& ranking) {
+  using O = Order<V>;
+  using Key = typename O::Key;
+  NanSeen<V> nan;
+  Key low[kept], high[kept];
+  const Key above = O::highest(), below = O::key(-splat<V>(Real<V>(INFINITY)));
+#pragma GCC unroll 16
+  for (int i = 0; i < kept; ++i) low[i] = above, high[i] = below;
+  V buffer[kept];
+  for (int64_t k = 0; k < ranking.ranked; k += kept) {
+    const int64_t present = ranking.ranked - k;
+    Key block[kept];
+    load_keys(padded<V, kept>(values.from(k), present, splat<V>(Real<V>(INFINITY)), buffer), nan, block);
+    sort(block);
+#pragma GCC unroll 16
+    for (int i = 0; i < kept; ++i) low[i] = smaller(low[i], block[kept - 1 - i]);
+    sort_bitonic(low);
+    if (present < kept) {
+      load_keys(padded<V, kept>(values.from(k), present, -splat<V>(Real<V>(INFINITY)), buffer), nan, block);
+      sort(block);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kept; ++i) high[i] = larger(high[i], block[kept - 1 - i]);
+    sort_bitonic(high);
+  }
+  Key lows[kept], highs[kept];
+  memcpy(lows, low, sizeof low);
+  memcpy(highs, high, sizeof high);
+  const int64_t count = ranking.parameters.count;
+  return nan.poison(
+      mean_between<V>(values, ranking, {O::value(lows[count]), O::value(highs[kept - 1 - count])}));
+}
+
+// ---- any rank of many values: bit by bit, from the top ----
+
+// bits a where the mask is set, else b
+template <class B>
+HTV_INLINE B choose(B a, B b, B mask) {
+  return b ^ ((a ^ b) & mask);
+}
+
+// Steps of transposing bits: registers d apart exchange the bits j apart, for d = count / 2, ..., 1 and j = top, ...
+template <int count, class B, class Word>
+HTV_INLINE void exchange_bits(B (&x)[count], Word top) {
+  Word j = top;
+#pragma GCC unroll 8
+  for (int d = count / 2; d > 0; d /= 2, j /= 2) {
+    const B lower_half = B{} + Word(~Word(0)) / Word((Word(1) << j) + 1);
+#pragma GCC unroll 64
+    for (int r = 0; r < count; ++r)
+      if ((r & d) == 0) {
+        const B a = x[r], b = x[r + d];
+        x[r] = choose(b >> j, a, lower_half);
+        x[r + d] = choose(b, a << j, lower_half);
+      }
+  }
+}
+
+// planes[w - 1 - b]: bit b of the keys of values begin <= k < begin + w, where w is the bits of a key. Which bit of the
+// plane is which value's is not defined, but the same for all planes. Values that are not there have the least key.
+template <class V, class Values>
+__attribute__((noinline)) void make_planes(const Values& values, int64_t begin, int64_t present, NanSeen<V>& nan,
+                                           Bits<V>* planes) {
+  using B = Bits<V>;
+  using Word = std::make_unsigned_t<typename Lane<V>::Int>;
+  constexpr int w = kBits<V>, high = 8, low = w / high;
+  for (int i = 0; i < low; ++i) {
+    B x[high];
+#pragma GCC unroll 8
+    for (int r = 0; r < high; ++r) {
+      x[r] = B{};
+      const int64_t k = i + r * low;
+      if (k < present) {
+        const V v = values(begin + k);
+        nan.add(v);
+        x[r] = (B)key_of(v) ^ Word(~kMagnitude<V>);
+      }
+    }
+    exchange_bits(x, Word(w / 2));
+#pragma GCC unroll 8
+    for (int r = 0; r < high; ++r) planes[i + r * low] = x[r];
+  }
+  for (int i = 0; i < w; i += low) {
+    B x[low];
+#pragma GCC unroll 8
+    for (int r = 0; r < low; ++r) x[r] = planes[i + r];
+    exchange_bits(x, Word(low / 2));
+#pragma GCC unroll 8
+    for (int r = 0; r < low; ++r) planes[i + r] = x[r];
+  }
+}
+
+// Adds up the bits set in each lane's words.
+template <class B>
+class BitCount {
+#if defined(__AVX512VPOPCNTDQ__)
+  B total_{};
+
+ public:
+  HTV_INLINE void add(B word) {
+    total_ += sizeof(word[0]) == 4 ? (B)_mm512_popcnt_epi32((__m512i)word) : (B)_mm512_popcnt_epi64((__m512i)word);
+  }
+  HTV_INLINE B total() const { return total_; }
+#else
+  B total_{}, bytes_{};
+  int added_ = 0;
+
+  static HTV_INLINE B count_bytes(B word) {
+#if defined(__AVX512BW__)
+    const __m512i table = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
+    const __m512i nibble = _mm512_set1_epi8(15), x = (__m512i)word;
+    return (B)_mm512_add_epi8(_mm512_shuffle_epi8(table, _mm512_and_si512(x, nibble)),
+                              _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(x, 4), nibble)));
+#elif defined(__AVX2__)
+    const __m256i table = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
+    const __m256i nibble = _mm256_set1_epi8(15), x = (__m256i)word;
+    return (B)_mm256_add_epi8(_mm256_shuffle_epi8(table, _mm256_and_si256(x, nibble)),
+                              _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(x, 4), nibble)));
+#else
+    using Word = std::remove_reference_t<decltype(word[0])>;
+    constexpr Word all = ~Word(0), pairs = all / 3, nibbles = all / 5, bytes = all / 17;
+    word -= (word >> 1) & pairs;
+    word = (word & nibbles) + ((word >> 2) & nibbles);
+    return (word + (word >> 4)) & bytes;
+#endif
+  }
+  HTV_INLINE void flush() {
+    using Word = std::remove_reference_t<decltype(bytes_[0])>;
+    constexpr Word all = ~Word(0);
+    B sums = (bytes_ & (all / 257)) + ((bytes_ >> 8) & (all / 257));
+    sums = (sums & (all / 65537)) + ((sums >> 16) & (all / 65537));
+    if constexpr (sizeof(Word) == 8) sums = (sums & 0xffffffffu) + (sums >> 32);
+    total_ += sums;
+    bytes_ = B{};
+    added_ = 0;
+  }
+
+ public:
+  HTV_INLINE void add(B word) {
+    bytes_ += count_bytes(word);
+    if (++added_ == 31) flush();  // before a byte overflows
+  }
+  HTV_INLINE B total() {
+    flush();
+    return total_;
+  }
+#endif
+};
+
+// The values of `ranks` ranks, counted from the largest, of `columns` registers of coordinates.
+// planes[c * words + k][w]; candidates: room for columns * ranks * words.
+template <class V, int columns, int ranks>
+__attribute__((noinline)) void descend(const Bits<V>* planes, int64_t words, Bits<V>* candidates,
+                                       const int64_t* from_top, V (*found)[columns]) {
+  using B = Bits<V>;
+  using Int = typename Lane<V>::Int;
+  constexpr int w = kBits<V>;
+  Count<V> rank[ranks][columns], key[ranks][columns], rejected[ranks][columns];
+  for (int r = 0; r < ranks; ++r)
+    for (int c = 0; c < columns; ++c) {
+      rank[r][c] = Count<V>{} + Int(from_top[r]);
+      key[r][c] = rejected[r][c] = Count<V>{};
+      for (int64_t k = 0; k < words; ++k) candidates[(k * columns + c) * ranks + r] = ~B{};
+    }
+  for (int b = 0; b < w; ++b) {
+    BitCount<B> ones[ranks][columns];
+    const B* const plane = planes + b;
+    const B* const previous = b == 0 ? plane : plane - 1;
+    B flip[ranks][columns];
+    for (int r = 0; r < ranks; ++r)
+      for (int c = 0; c < columns; ++c) flip[r][c] = (B)rejected[r][c];
+    if (b == 0) {
+      for (int64_t k = 0; k < words; ++k)
+        for (int c = 0; c < columns; ++c)
+          for (int r = 0; r < ranks; ++r) ones[r][c].add(plane[(c * words + k) * w]);
+    } else {
+      for (int64_t k = 0; k < words; ++k)
+#pragma GCC unroll 2
+        for (int c = 0; c < columns; ++c)
+#pragma GCC unroll 2
+          for (int r = 0; r < ranks; ++r) {
+            B& candidate = candidates[(k * columns + c) * ranks + r];
+            candidate &= previous[(c * words + k) * w] ^ flip[r][c];
+            ones[r][c].add(candidate & plane[(c * words + k) * w]);
+          }
+    }
+    for (int r = 0; r < ranks; ++r)
+      for (int c = 0; c < columns; ++c) {
+        const Count<V> set = (Count<V>)ones[r][c].total();
+        const Mask<V> taken = set > rank[r][c];
+        rank[r][c] = taken ? rank[r][c] : rank[r][c] - set;
+        rejected[r][c] = ~taken;
+        key[r][c] |= taken & Int(Int(1) << (w - 1 - b));
+      }
+  }
+  for (int r = 0; r < ranks; ++r)
+    for (int c = 0; c < columns; ++c) found[r][c] = value_of<V>(key[r][c] ^ ~kMagnitude<V>);
+}
+
+template <class V, int columns>
+void select_by_bits(const Ranking& ranking, const V* values, int64_t stride, void* scratch, V* result) {
+  using B = Bits<V>;
+  constexpr int w = kBits<V>;
+  const int64_t n = ranking.ranked, words = (n + w - 1) / w;
+  B* const planes = static_cast<B*>(scratch);
+  B* const candidates = planes + columns * words * w;
+  NanSeen<V> nan[columns];
+  for (int c = 0; c < columns; ++c)
+    for (int64_t k = 0; k < words; ++k)
+      make_planes<V>(Strided<V>{values + c, stride}, k * w, n - k * w, nan[c], planes + (c * words + k) * w);
+  const int64_t from_top[2] = {n - 1 - ranking.low, n - 1 - ranking.high};
+  V found[2][columns];
+  if (ranking.low == ranking.high) {
+    descend<V, columns, 1>(planes, words, candidates, from_top, found);
+    for (int c = 0; c < columns; ++c) found[1][c] = found[0][c];
+  } else {
+    descend<V, columns, 2>(planes, words, candidates, from_top, found);
+  }
+  for (int c = 0; c < columns; ++c) {
+    const Ends<V> ends = {found[0][c], found[1][c]};
+    const bool trims = ranking.statistic == Statistic::trimmed_mean || ranking.statistic == Statistic::winsorized_mean;
+    result[c] = nan[c].poison(trims ? mean_between<V>(Strided<V>{values + c, stride}, ranking, ends)
+                                    : midpoint(ends.low, ends.high));
+  }
+}
+
+}  // namespace
+
+template <class V>
+void order_statistics(const Ranking& ranking, const V* values, int64_t stride, int columns, void* scratch, V* result) {
+  const int64_t n = ranking.ranked, count = ranking.parameters.count;
+  const bool trims = ranking.statistic == Statistic::trimmed_mean || ranking.statistic == Statistic::winsorized_mean;
+  const int64_t interpolation = ranking.statistic == Statistic::median ? count : 0;
+  const auto each = [&](const auto& statistic) {
+    for (int c = 0; c < columns; ++c) result[c] = statistic(Strided<V>{values + c, stride});
+  };
+  if (!trims && n <= kMostSorted) {
+    with_constant<1, kMostSorted>(n, [&](auto constant) {
+      each([&](const Strided<V>& column) { return median_of_few<V, constant()>(column, interpolation); });
+      return 0;
+    });
+  } else if (!trims && n <= kMostRuns) {
+    const bool four = n > kMostRuns / 2;
+    with_constant<kMostSorted / 2 + 1, kMostSorted>(four ? (n + 3) / 4 : (n + 1) / 2, [&](auto run) {
+      each([&](const Strided<V>& column) { return median_of_runs<V, run()>(column, ranking, four); });
+      return 0;
+    });
+  } else if (trims && n <= kMostSorted) {
+    with_constant<1, kMostSorted>(n, [&](auto constant) {
+      each([&](const Strided<V>& column) { return mean_of_few<V, constant()>(column, ranking); });
+      return 0;
+    });
+  } else if (trims && count == 0) {
+    const Ends<V> all = {-splat<V>(Real<V>(INFINITY)), splat<V>(Real<V>(INFINITY))};
+    each([&](const Strided<V>& column) {
+      NanSeen<V> nan;
+      for (int64_t k = 0; k < n; ++k) nan.add(column(k));
+      return nan.poison(clamped_mean<V>(column, ranking, all));
+    });
+  } else if (trims && count < kMostExtremes) {
+    const auto kept = [&](auto constant) {
+      each([&](const Strided<V>& column) { return mean_by_extremes<V, constant()>(column, ranking); });
+    };
+    if (count < 2) kept(std::integral_constant<int, 2>{});
+    else if (count < 4) kept(std::integral_constant<int, 4>{});
+    else if (count < 8) kept(std::integral_constant<int, 8>{});
+    else kept(std::integral_constant<int, 16>{});
+  } else {
+    int c = 0;
+    for (; c + 2 <= columns; c += 2) select_by_bits<V, 2>(ranking, values + c, stride, scratch, result + c);
+    if (c < columns) select_by_bits<V, 1>(ranking, values + c, stride, scratch, result + c);
+  }
+}
+
+template void order_statistics(const Ranking&, const Register<float>*, int64_t, int, void*, Register<float>*);
+template void order_statistics(const Ranking&, const Register<double>*, int64_t, int, void*, Register<double>*);
+
+}  // namespace htv::HTV_LEVEL
