@@ -44,6 +44,12 @@ inline void check_matrix(const std::string& op, const char* argument, const Tens
   STD_TORCH_CHECK(tensor.is_contiguous(), op, ": ", argument, " must be contiguous");
 }
 
+// Statistics that ops on factors serve.
+inline void check_factored(const std::string& op, Statistic statistic) {
+  STD_TORCH_CHECK(statistic != Statistic::sign_agreement && statistic != Statistic::median_of_means, op,
+                  ": does not serve statistic ", static_cast<int64_t>(statistic));
+}
+
 // The statistic with its integer parameter checked against the number of groups.
 inline Parameters parameters_for(const std::string& op, Statistic statistic, int64_t groups, int64_t count,
                                  double votes, double k) {

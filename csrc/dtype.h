@@ -31,6 +31,8 @@ struct ComputeOf<double> {
 template <class T>
 using Compute = typename ComputeOf<T>::type;
 
+inline int64_t bytes_of(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
+
 // Calls f(T{}) with the element type named at run time.
 template <class F>
 void with_dtype(Dtype dtype, const F& f) {

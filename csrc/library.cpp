@@ -6,7 +6,8 @@
 
 namespace htv::cpu {
 std::tuple<Tensor, Tensor> stacked(Tensor grads, int64_t statistic, int64_t count, double votes, double k);
-std::tuple<Tensor, Tensor> linear(Tensor x, Tensor grad_output, Tensor offsets, int64_t statistic, int64_t count);
+std::tuple<Tensor, Tensor> linear(Tensor x, Tensor grad_output, Tensor offsets, int64_t statistic, int64_t count,
+                                  double votes, double k);
 }  // namespace htv::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(htv, CPU, m) {

@@ -67,7 +67,7 @@ def test_calls_leave_no_memory_behind():
     def resident_after(calls: int) -> int:
         for _ in range(calls):
             torch.ops.htv.stacked(grads, 0, 0, 0.0, 0.0)
-            torch.ops.htv.linear(x, x, offsets, 1, 2)
+            torch.ops.htv.linear(x, x, offsets, 1, 2, 0.0, 0.0)
         getattr(libc, "malloc_trim", lambda _: None)(0)
         return 1024 * int(status.read_text().split("VmRSS:")[1].split()[0])
 

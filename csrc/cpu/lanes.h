@@ -59,6 +59,39 @@ struct Lane<Register<float>> : RegisterLane<Register<float>, float> {};
 template <>
 struct Lane<Register<double>> : RegisterLane<Register<double>, double> {};
 
+// ---- arithmetic that operators do not say ----
+
+// a * b + c, rounded once where the level can.
+template <class V>
+V multiply_add(V a, V b, V c) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Real<V>) == 4) return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+  if constexpr (sizeof(Real<V>) == 8) return (V)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif defined(__FMA__)
+  if constexpr (sizeof(Real<V>) == 4) return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+  if constexpr (sizeof(Real<V>) == 8) return (V)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#else
+  return a * b + c;
+#endif
+}
+
+// The sign as a value: -1, 0 or 1; NaN for NaN.
+template <class V>
+V unit(V v) {
+#if defined(__AVX512F__)
+  // What each class of numbers becomes, from the lowest digit: NaN twice, 0, 1, -inf, inf, negative, positive.
+  constexpr unsigned nan = 1, zero = 8, minus = 9, plus = 10;
+  constexpr unsigned table = nan | nan << 4 | zero << 8 | plus << 12 | minus << 16 | plus << 20 | minus << 24 | plus << 28;
+  if constexpr (sizeof(Real<V>) == 4)
+    return (V)_mm512_fixupimm_ps((__m512)v, (__m512)v, _mm512_set1_epi32(int(table)), 0);
+  else
+    return (V)_mm512_fixupimm_pd((__m512d)v, (__m512d)v, _mm512_set1_epi64(table), 0);
+#else
+  constexpr Real<V> large = sizeof(Real<V>) == 4 ? 0x1p127 : 0x1p1023;  // twice, as even the smallest number must reach 1
+  return smaller(splat<V>(1), larger(splat<V>(-1), v * large * large));
+#endif
+}
+
 // ---- loads (with conversion to the compute type) and stores, unaligned ----
 
 template <class W, class T>

@@ -106,7 +106,7 @@ def _fused(x: Tensor, grad_output: Tensor, bounds: Tensor, statistic: Statistic,
         from htv.triton_kernels.linear import linear
 
         return linear(x, grad_output, bounds, statistic.name, statistic.count)
-    return torch.ops.htv.linear(x, grad_output, bounds, schema.code(statistic.name), statistic.count)
+    return torch.ops.htv.linear(x, grad_output, bounds, *schema.numbers(statistic))
 
 
 def _fused_conv(part: ConvFactors, statistic: Statistic, server: str) -> tuple[Tensor, Tensor]:

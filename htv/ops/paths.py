@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from htv.ops import backend, blocks, factors, schema, sparse
+from htv.ops import backend, blocks, factors, sparse
 from htv.ops.factors import (
     BilinearFactors,
     ConvFactors,
@@ -59,7 +59,7 @@ def style_of(part: type[Factors] | Factors, name: str, device: torch.device) -> 
         return "sparse"
     if issubclass(kind, GroupwiseFactors):
         return "by group" if name in STREAMING else "sliced"
-    fuses = name in schema.FUSED_LINEAR and backend.choose("linear", name, device) != "reference"
+    fuses = backend.choose("linear", name, device) != "reference"
     if issubclass(kind, LinearFactors):
         return "fused" if fuses else "sliced"
     if not issubclass(kind, ConvFactors) or name not in STREAMING:
@@ -84,8 +84,8 @@ def extra_work(part: Factors, rule: Rule) -> float:
     gradient being 2 R per coordinate:
 
         plain sum  0
-        fused      E / 2R, a comparison and a count at once; 1 where every row votes: a product of signs. Convolutions
-                   copy each window once per block of output channels: + 1 / 2O
+        fused      E / 2R, a comparison and a count at once; E log2(E) / 2R by order rules, in registers and cache.
+                   Convolutions copy each window once per block of output channels: + 1 / 2O
         sliced     E (1 + n) / 2R (bilinear: 3R): written, then n = log2(E) comparisons by order rules, n = 4 by others
         by group   E (1 + n) / 2R of a convolution; a gradient pulled back for each group otherwise: E
         sparse     P n / R with P pairs of token and group; order rules E (1 + n) T / R for the T tokens that matter
@@ -112,7 +112,7 @@ def extra_work(part: Factors, rule: Rule) -> float:
     if style != "fused":
         return groups * (1 + operations) / (flops * rows)
     copies = 1 / (2 * part.outputs) if isinstance(part, ConvFactors) else 0.0
-    return copies + (1.0 if groups >= rows else groups / (2 * rows))
+    return copies + groups * (1.0 if statistic.name in STREAMING else operations) / (2 * rows)
 
 
 def plan(parts: list[Factors], rule: Rule) -> tuple[str, float | None]:

@@ -6,13 +6,13 @@
         mask_sum  () float64, sum of the mask over coordinates, 0 for statistics without one
         Serves every statistic of `htv.ops.reference.STATISTICS`.
 
-    linear(x, grad_output, offsets, statistic, count) -> (value, mask_sum)
+    linear(x, grad_output, offsets, statistic, count, votes, k) -> (value, mask_sum)
         x            (R, I) contiguous, the layer's input rows, ordered by group
         grad_output  (R, O) contiguous, same dtype as x
         offsets      (E + 1,) int64 on the CPU; group e owns rows offsets[e]:offsets[e + 1]
         value        (O, I) in `compute_dtype(x)`; E * stat of the contributions sum_r grad_output[r, o] * x[r, i]
         mask_sum     as above
-        Serves `FUSED_LINEAR` only; the sliced path serves the rest.
+        Kernels serve what `FUSED` says of their backend; the sliced path serves the rest.
 
 `statistic` is the `code` of a `htv.rules.Statistic`'s name; `count`, `votes` and `k` are its fields.
 """
@@ -24,7 +24,10 @@ import torch
 from htv.ops import reference
 from htv.rules import Statistic
 
-FUSED_LINEAR = ("mean", "and_mask", "xor_mask", "sign_sum")
+_COUNTED = ("mean", "and_mask", "xor_mask", "sign_sum")
+_RANKED = ("median", "trimmed_mean", "winsorized_mean")
+# The statistics of factors that each backend has a fused kernel for.
+FUSED = {"cpp": (*_COUNTED, "geometric_mean", "sand_mask", *_RANKED), "cuda": _COUNTED, "triton": _COUNTED}
 
 _NAMES = tuple(reference.STATISTICS)  # csrc/statistic.h lists them in this order
 
@@ -34,9 +37,17 @@ def code(name: str) -> int:
     return _NAMES.index(name)
 
 
+def numbers(statistic: Statistic) -> tuple[int, int, float, float]:
+    """A statistic as ops take it."""
+    return code(statistic.name), statistic.count, statistic.votes, statistic.k
+
+
 library = torch.library.Library("htv", "DEF")
 library.define("stacked(Tensor grads, int statistic, int count, float votes, float k) -> (Tensor, Tensor)")
-library.define("linear(Tensor x, Tensor grad_output, Tensor offsets, int statistic, int count) -> (Tensor, Tensor)")
+library.define(
+    "linear(Tensor x, Tensor grad_output, Tensor offsets, int statistic, int count, float votes, float k)"
+    " -> (Tensor, Tensor)"
+)
 
 
 @torch.library.register_fake("htv::stacked")
@@ -46,7 +57,7 @@ def _stacked_fake(grads, statistic, count, votes, k):
 
 
 @torch.library.register_fake("htv::linear")
-def _linear_fake(x, grad_output, offsets, statistic, count):
+def _linear_fake(x, grad_output, offsets, statistic, count, votes, k):
     shape = (grad_output.shape[1], x.shape[1])
     value = x.new_empty(shape, dtype=reference.compute_dtype(x.dtype))
     return value, x.new_empty((), dtype=torch.float64)
@@ -56,8 +67,8 @@ def _stacked_reference(grads, statistic, count, votes, k):
     return reference.stacked(grads, Statistic(_NAMES[statistic], count, votes, k))
 
 
-def _linear_reference(x, grad_output, offsets, statistic, count):
-    return reference.linear(x, grad_output, offsets, Statistic(_NAMES[statistic], count))
+def _linear_reference(x, grad_output, offsets, statistic, count, votes, k):
+    return reference.linear(x, grad_output, offsets, Statistic(_NAMES[statistic], count, votes, k))
 
 
 # Any device without a kernel of its own gets the definition.

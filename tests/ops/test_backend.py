@@ -13,7 +13,8 @@ def test_the_rule_of_choice_on_the_cpu():
     fused = "reference" if backend.NOT_BUILT else "cpp"
     assert backend.choose("stacked", "median", CPU) == fused
     assert backend.choose("linear", "and_mask", CPU) == fused
-    assert backend.choose("linear", "median", CPU) == "reference"  # the sliced path
+    assert backend.choose("linear", "median", CPU) == fused
+    assert backend.choose("linear", "median_of_means", CPU) == "reference"  # the sliced path
 
 
 def test_reference_can_be_named_and_nested():

@@ -336,7 +336,7 @@ def test_convolutions_stay_within_bounds(rule, groups, size):
 
 def test_paths_tell_the_truth():
     kinds = {
-        "linear": ("fused", "sliced"), "conv2d": ("fused", "sliced"), "grouped wide": ("fused", "sliced"),
+        "linear": ("fused", "fused"), "conv2d": ("fused", "sliced"), "grouped wide": ("fused", "sliced"),
         "depthwise": ("sliced", "sliced"), "embedding": ("sparse", "sparse, sliced"), "stacked": ("stacked", "stacked"),
         "bilinear": ("sliced", "sliced"), "groupwise": ("by group", "sliced"),
     }  # fmt: skip

@@ -19,10 +19,23 @@ pytestmark = [
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+COUNTED = ("mean", "and_mask", "xor_mask", "sign_sum")  # exact where sums are
+
+
 def statistics(groups):
-    for name in schema.FUSED_LINEAR:
+    for name in COUNTED:
         counts = sorted({0, 1, groups // 3, groups, groups + 1}) if name in ("and_mask", "xor_mask") else [0]
         yield from (Statistic(name, count) for count in counts)
+
+
+def inexact_statistics(groups):
+    """Those that round, or rank what was rounded."""
+    yield Statistic("geometric_mean", groups // 3)
+    if groups > 1:
+        yield Statistic("sand_mask", 0, groups / 3, 0.7)
+    yield from (Statistic("median", count) for count in (-1, 0, 1))
+    for count in {0, (groups - 1) // 4, (groups - 1) // 2}:
+        yield from (Statistic(name, count) for name in ("trimmed_mean", "winsorized_mean"))
 
 
 def offsets_of(lengths):
@@ -30,7 +43,7 @@ def offsets_of(lengths):
 
 
 def cpp(x, g, offsets, statistic):
-    value, mask_sum = torch.ops.htv.linear(x, g, offsets, schema.code(statistic.name), statistic.count)
+    value, mask_sum = torch.ops.htv.linear(x, g, offsets, *schema.numbers(statistic))
     assert value.dtype == reference.compute_dtype(x.dtype) and value.shape == (g.shape[1], x.shape[1])
     assert mask_sum.dtype == torch.float64 and mask_sum.shape == ()
     return value, mask_sum
@@ -79,6 +92,29 @@ def test_integers_with_ties_are_exact(level, dtype, lengths, out, width):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("lengths", "out", "width"), SHAPES, ids=lambda v: str(v)[:20])
+def test_statistics_that_round(level, dtype, lengths, out, width):
+    x, g, offsets = integers(lengths, out, width, dtype, seed=1)
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-5
+    for statistic in inexact_statistics(len(lengths)):
+        value, mask_sum = cpp(x, g, offsets, statistic)
+        expected, expected_sum = reference.linear(x.double(), g.double(), offsets, statistic)
+        torch.testing.assert_close(value.double(), expected, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(mask_sum, expected_sum, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3, 31, 32, 33, 100, 400])
+@pytest.mark.parametrize("rows", [1, 3, 50])
+def test_medians_are_elements(level, groups, rows):
+    """Of products that are exact, whatever the number of groups and of the blocks their values are held in."""
+    x, g, offsets = integers([rows] * groups, 21, 70, torch.float32, seed=groups + rows)
+    for count in (-1, 0, 1):
+        value, _ = cpp(x, g, offsets, Statistic("median", count))
+        expected, _ = reference.linear(x.double(), g.double(), offsets, Statistic("median", count))
+        assert torch.equal(value.double(), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("lengths", [[1] * 40, [3, 1, 7, 2, 30, 5], [200, 150, 90, 300, 1]], ids=str)
 def test_random_factors(level, dtype, lengths):
     """No further from float64 than twice the definition's own rounding, where no sign is in doubt."""
@@ -111,7 +147,7 @@ def test_one_row_per_group_equals_stacked(level):
         assert mask_sum == stacked_sum
 
 
-@pytest.mark.parametrize("lengths", [[1] * 12, [2, 3, 1, 4, 2]], ids=str)
+@pytest.mark.parametrize("lengths", [[1] * 12, [2, 3, 1, 4, 2], [140, 3, 1]], ids=str)
 def test_nan_and_infinity(level, lengths):
     x, g, offsets = integers(lengths, 20, 60, torch.float32, seed=6)
     x[0, 3], x[1, 5], x[3, 5], x[2, 7] = math.nan, math.inf, -math.inf, math.inf
@@ -122,6 +158,11 @@ def test_nan_and_infinity(level, lengths):
         assert torch.equal(value.isnan(), expected.isnan()), statistic
         assert torch.equal(value.nan_to_num(), expected.nan_to_num()), statistic
         assert mask_sum == expected_sum, statistic
+    for statistic in inexact_statistics(len(lengths)):
+        value, mask_sum = cpp(x, g, offsets, statistic)
+        expected, expected_sum = reference.linear(x.double(), g.double(), offsets, statistic)
+        torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+        torch.testing.assert_close(mask_sum, expected_sum, rtol=1e-5, atol=1e-5)
 
 
 def test_no_rows_at_all(level):
@@ -140,7 +181,7 @@ def test_no_coordinates(level):
     lengths=st.lists(st.integers(0, 9), min_size=1, max_size=30),
     out=st.integers(1, 70),
     width=st.integers(1, 70),
-    name=st.sampled_from(schema.FUSED_LINEAR),
+    name=st.sampled_from(COUNTED),
     share=st.floats(0, 1),
     seed=st.integers(0, 2**31),
 )
@@ -156,7 +197,7 @@ def test_any_shape(lengths, out, width, name, share, seed):
 def test_the_number_of_threads_changes_no_bit(lengths):
     generator = torch.Generator().manual_seed(7)
     x, g = torch.randn(sum(lengths), 500, generator=generator), torch.randn(sum(lengths), 300, generator=generator)
-    for statistic in statistics(len(lengths)):
+    for statistic in (*statistics(len(lengths)), *inexact_statistics(len(lengths))):
         results = []
         for n in (1, 2, 3):
             torch.set_num_threads(n)
@@ -176,7 +217,8 @@ X, G, OFFSETS = torch.ones(4, 3), torch.ones(4, 2), torch.arange(5)
         (X.int(), G.int(), OFFSETS, "mean", "x must be float64, float32, bfloat16 or float16"),
         (X, G.double(), OFFSETS, "mean", "x and grad_output must have one dtype"),
         (X, G[:3], OFFSETS, "mean", "x has 4 rows, grad_output 3"),
-        (X, G, torch.tensor([0, 2, 4]), "median", "serves mean, and_mask, xor_mask and sign_sum, not statistic 7"),
+        (X, G, OFFSETS, "median_of_means", "does not serve statistic 10"),
+        (X, G, OFFSETS, "trimmed_mean", "count must satisfy 0 <= 2 . count < groups, got count = 2 of 4 groups"),
         (X, G, OFFSETS, 11, "unknown statistic 11"),
         (X, G, OFFSETS.int(), "mean", "offsets must be int64"),
         (X, G, OFFSETS[:1], "mean", "at least 2"),
@@ -186,4 +228,4 @@ X, G, OFFSETS = torch.ones(4, 3), torch.ones(4, 2), torch.arange(5)
 )
 def test_bad_arguments(x, g, offsets, name, message):
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.htv.linear(x, g, offsets, name if isinstance(name, int) else schema.code(name), 0)
+        torch.ops.htv.linear(x, g, offsets, name if isinstance(name, int) else schema.code(name), 2, 0.0, 0.0)

@@ -25,7 +25,7 @@ def statistics(groups):
 
 
 def cpp(x, g, offsets, statistic):
-    value, mask_sum = torch.ops.htv.linear(x, g, offsets, schema.code(statistic.name), statistic.count)
+    value, mask_sum = torch.ops.htv.linear(x, g, offsets, *schema.numbers(statistic))
     assert mask_sum == 0 and value.dtype == reference.compute_dtype(x.dtype)
     return value
 

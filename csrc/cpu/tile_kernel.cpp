@@ -1,0 +1,377 @@
+// Statistics of grouped products, tile by tile: compiled once per CPU level.
+//
+// Blocks of rows are packed into panels. For each register tile ("cell") of coordinates the rows of one group after the
+// other are multiplied; a streaming statistic takes in the product while it is in registers, an order statistic
+// stores it and ranks the cell's values in cache when all groups have passed.
+#include "tile_kernel.h"
+
+#include <vector>
+
+#include "lanes.h"
+#include "select.h"
+
+namespace htv::HTV_LEVEL {
+namespace {
+
+// The cell: kRows x kColumns registers; with few rows per group, half its rows at a time leave registers for the states.
+constexpr int kColumns = 2;
+constexpr int kRows = kRegisters == 32 ? 8 : 4;
+constexpr int kFewRows = 4;
+constexpr int kCell = kRows * kColumns;
+constexpr int kRanked = 4;  // registers that are ranked at a time
+static_assert(kTileOutStep % kRows == 0 && kTileInStep % (kColumns * kLanes<Register<float>>) == 0);
+
+int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// sum = sum over rows of g[row][i] * x[row][j]
+template <class V, int K>
+inline __attribute__((always_inline)) void product(const Real<V>* g, const V* x, int64_t rows, V (&sum)[K][kColumns]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < K; ++i)
+#pragma GCC unroll 2
+    for (int j = 0; j < kColumns; ++j) sum[i][j] = V{};
+  for (int64_t r = 0; r < rows; ++r, g += kRows, x += kColumns)
+#pragma GCC unroll 8
+    for (int i = 0; i < K; ++i)
+#pragma GCC unroll 2
+      for (int j = 0; j < kColumns; ++j) sum[i][j] = multiply_add(splat<V>(g[i]), x[j], sum[i][j]);
+}
+
+// State of the statistics that know sum and votes only. Votes are small integers, or NaN where a contribution is.
+template <class V>
+struct Tally {
+  V sum{}, votes{};
+
+  void update(V v, int64_t) {
+    sum += v;
+    votes += unit(v);
+  }
+  Outcome<V> finalize(Statistic statistic, const Parameters& p) const {
+    if (statistic == Statistic::mean) return {sum, V{}};
+    if (statistic == Statistic::sign_sum) return {votes, V{}};
+    const V one = splat<V>(1);
+    const Mask<V> agreed = absolute(votes) >= Real<V>(p.count), valid = votes == votes;
+    const Mask<V> kept = statistic == Statistic::and_mask ? agreed & valid : ~agreed & valid;
+    return {valid ? (kept ? sum : V{}) : votes, kept ? one : V{}};
+  }
+};
+
+template <class V>
+struct OnlySum {
+  V sum{};
+
+  void update(V v, int64_t) { sum += v; }
+  Outcome<V> finalize(Statistic, const Parameters&) const { return {sum, V{}}; }
+};
+
+// A statistic of statistic.h, times E.
+template <class V, class S>
+struct Scaled : S {
+  Outcome<V> finalize(Statistic, const Parameters& p) const {
+    const Outcome<V> outcome = S::finalize(p);
+    return {outcome.value * Real<V>(p.groups), outcome.mask};
+  }
+};
+
+template <class V>
+class Tile {
+  using R = Real<V>;
+  static constexpr int kWidth = kColumns * kLanes<V>;
+
+  const TileTask& task_;
+  const int64_t part_, out_, in_;         // first coordinate
+  const int64_t height_, width_;          // coordinates in the tile
+  const int64_t panels_out_, panels_in_;  // cells needed for them
+  const int64_t panel_rows_;
+  V* const packed_x_;                     // [panel][row][kColumns]
+  R* const packed_g_;                     // [panel][row][kRows]
+  R* const row_;                          // a row of x whose runs are no whole registers
+  V* const kept_;                         // of each cell, between blocks: states, and products of unfinished groups
+  V* const unfinished_;                   // or the values to rank: [kCell / kRanked][group][kRanked]
+  void* const select_scratch_;
+  double mask_sum_ = 0;
+  std::vector<Run> runs_;  // of the tile's columns
+  int64_t reach_ = 0;      // elements from a row's start to the end of its last register
+  bool whole_registers_ = true;
+
+ public:
+  Tile(const TileTask& task, int64_t tile, void* scratch)
+      : task_(task),
+        part_(tile / (task.tiles_out() * task.tiles_in())),
+        out_(tile / task.tiles_in() % task.tiles_out() * task.tile_out),
+        in_(tile % task.tiles_in() * task.tile_in),
+        height_(least(task.tile_out, task.out - out_)),
+        width_(least(task.tile_in, task.in - in_)),
+        panels_out_((height_ + kRows - 1) / kRows),
+        panels_in_((width_ + kWidth - 1) / kWidth),
+        panel_rows_(task.block_rows + kPanelGap),
+        packed_x_(static_cast<V*>(scratch)),
+        packed_g_(reinterpret_cast<R*>(packed_x_ + panel_rows_ * panels_in_ * kColumns)),
+        row_(packed_g_ + panel_rows_ * panels_out_ * kRows),
+        kept_(reinterpret_cast<V*>(aligned(row_ + width_ + kLanes<V>))),
+        unfinished_(kept_ + (one_block() ? 1 : panels_out_ * panels_in_) * kCell * kept_per_coordinate()),
+        select_scratch_(unfinished_) {
+    for (const Run* run = task.runs; run != task.runs_end; ++run) {
+      const int64_t begin = run->column < in_ ? in_ : run->column;
+      const int64_t end = least(run->column + run->length, in_ + width_);
+      if (begin >= end) continue;
+      const Run mine{begin - in_, run->offset + begin - run->column, end - begin};
+      runs_.push_back(mine);
+      whole_registers_ &= mine.column % kLanes<V> == 0;
+      const int64_t reach = mine.offset + (mine.length + kLanes<V> - 1) / kLanes<V> * kLanes<V>;
+      reach_ = reach > reach_ ? reach : reach_;
+    }
+  }
+
+  void run(int64_t tile) {
+    const Statistic statistic = task_.statistic;
+    if (task_.ranking) {
+      each_block([&](const RowBlock& block, auto rows) { rank_cells<rows()>(block); });
+    } else if (statistic == Statistic::mean) {
+      stream<OnlySum<V>>();
+    } else if (statistic == Statistic::geometric_mean) {
+      stream<Scaled<V, GeometricMean<V>>>();
+    } else if (statistic == Statistic::sand_mask) {
+      stream<Scaled<V, SandMask<V>>>();
+    } else {
+      stream<Tally<V>>();
+    }
+    task_.mask_sums[tile] = mask_sum_;
+  }
+
+ private:
+  static void* aligned(R* p) { return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(p) + 63) / 64 * 64); }
+  bool one_block() const { return task_.blocks_end - task_.blocks == 1; }
+  int64_t kept_per_coordinate() const {
+    if (task_.ranking) return task_.parameters.groups;
+    switch (task_.statistic) {
+      case Statistic::mean: return sizeof(OnlySum<V>) / sizeof(V);
+      case Statistic::geometric_mean: return sizeof(GeometricMean<V>) / sizeof(V);
+      case Statistic::sand_mask: return sizeof(SandMask<V>) / sizeof(V);
+      default: return sizeof(Tally<V>) / sizeof(V);
+    }
+  }
+
+  V* panel_x(int64_t panel, int64_t row) const { return packed_x_ + (panel * panel_rows_ + row) * kColumns; }
+  R* panel_g(int64_t panel, int64_t row) const { return packed_g_ + (panel * panel_rows_ + row) * kRows; }
+  // Where a cell is in memory that is kept from block to block; with one block all cells share a place.
+  int64_t cell(int64_t o, int64_t i) const { return one_block() ? 0 : i * panels_out_ + o; }
+
+  // f(block, rows of a cell at a time) with the block packed
+  template <class F>
+  void each_block(const F& f) {
+    for (const RowBlock* block = task_.blocks; block != task_.blocks_end; ++block) {
+      with_dtype(task_.dtype, [&](auto element) {
+        using T = decltype(element);
+        if constexpr (sizeof(Compute<T>) == sizeof(R)) {
+          pack_x<T>(*block);
+          pack_g<T>(*block);
+        }
+      });
+      if (task_.few_rows) {
+        f(*block, std::integral_constant<int, kFewRows>{});
+      } else {
+        f(*block, std::integral_constant<int, kRows>{});
+      }
+    }
+  }
+
+  // Brings a share of the rows that the next block packs nearer while this one is multiplied.
+  void prefetch(const RowBlock& block, int64_t share) const {
+    const RowBlock& next = *(&block + 1);
+    if (&next == task_.blocks_end) return;
+    const int64_t rows = next.end - next.begin, shares = panels_in_ * panels_out_, element = bytes_of(task_.dtype);
+    const char* const x = static_cast<const char*>(task_.x) + part_ * task_.x_part * element;
+    const char* const g = static_cast<const char*>(task_.grad_output) + (part_ * task_.grad_part + out_) * element;
+    const auto touch = [](const char* from, int64_t bytes) {
+      for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
+    };
+    for (int64_t r = next.begin + rows * share / shares; r < next.begin + rows * (share + 1) / shares; ++r) {
+      const char* const row = x + (r / task_.positions * task_.sample + task_.at[r % task_.positions]) * element;
+      for (const Run& run : runs_) touch(row + run.offset * element, run.length * element);
+      touch(g + r * task_.grad_stride * element, height_ * element);
+    }
+  }
+
+  template <class T>
+  void pack_x(const RowBlock& block) {
+    constexpr int lanes = kLanes<V>;
+    const T* const x = static_cast<const T*>(task_.x) + part_ * task_.x_part;
+    const T* const end = static_cast<const T*>(task_.x_end);
+    const int64_t filled = (width_ + lanes - 1) / lanes * lanes;
+    int64_t sample = block.begin / task_.positions, position = block.begin % task_.positions;
+    const auto place = [&](int64_t column, int64_t r) { return panel_x(column / kWidth, r) + column % kWidth / lanes; };
+    for (int64_t r = 0; r < block.end - block.begin; ++r) {
+      const T* const row = x + sample * task_.sample + task_.at[position];
+      if (++position == task_.positions) ++sample, position = 0;
+      const bool inside = end - row >= reach_;  // what registers hold beyond a run is overwritten or not stored
+      for (const Run& run : runs_)
+        for (int64_t i = 0; i < run.length; i += lanes) {
+          const T* const from = row + run.offset + i;
+          const V v = inside ? load<V>(from) : load<V>(from, run.length - i);
+          if (whole_registers_) {
+            *place(run.column + i, r) = v;
+          } else {
+            store<V>(row_ + run.column + i, v, lanes);
+          }
+        }
+      if (!whole_registers_)
+        for (int64_t i = 0; i < filled; i += lanes) *place(i, r) = load<V>(row_ + i);
+      if (filled < panels_in_ * kWidth) *place(filled, r) = V{};
+    }
+  }
+
+  template <class T>
+  void pack_g(const RowBlock& block) {
+    constexpr int lanes = kLanes<V>, together = lanes < kRows ? lanes : kRows;
+    const T* const g = static_cast<const T*>(task_.grad_output) + part_ * task_.grad_part + out_;
+    const T* const end = static_cast<const T*>(task_.grad_end);
+    const int64_t filled = panels_out_ * kRows;
+    for (int64_t r = 0; r < block.end - block.begin; ++r) {
+      const T* const row = g + (block.begin + r) * task_.grad_stride;
+      for (int64_t i = 0; i < filled; i += lanes) {
+        const V v = end - row >= i + lanes ? load<V>(row + i) : i < height_ ? load<V>(row + i, height_ - i) : V{};
+        for (int k = 0; k < lanes && i + k < filled; k += together)
+          memcpy(panel_g((i + k) / kRows, r) + (i + k) % kRows, reinterpret_cast<const R*>(&v) + k, together * sizeof(R));
+      }
+    }
+  }
+
+  template <class State>
+  void stream() {
+    each_block([&](const RowBlock& block, auto rows) {
+      for (int64_t i = 0; i < panels_in_; ++i)
+        for (int64_t o = 0; o < panels_out_; ++o) {
+          prefetch(block, i * panels_out_ + o);
+          for (int top = 0; top < kRows; top += rows()) stream_cell<State, rows()>(block, o, i, top);
+        }
+    });
+  }
+
+  template <class State, int K>
+  void stream_cell(const RowBlock& block, int64_t o, int64_t i, int top) {
+    constexpr int n = K * kColumns, state_registers = sizeof(State) / sizeof(V);
+    const bool first = &block == task_.blocks, last = &block + 1 == task_.blocks_end;
+    const int64_t at = cell(o, i) * kCell + top * kColumns;
+    State* const kept = reinterpret_cast<State*>(kept_) + at;
+    V* const unfinished = unfinished_ + at;
+    if constexpr (n * (1 + state_registers) + kColumns + 1 <= kRegisters) {
+      State states[n];
+      if (!first) memcpy(static_cast<void*>(states), kept, sizeof states);
+      take_in<State, K>(block, panel_g(o, 0) + top, panel_x(i, 0), states, unfinished);
+      if (last) {
+        finish<State, K>(states, o, i, top);
+      } else {
+        memcpy(static_cast<void*>(kept), states, sizeof states);
+      }
+    } else {
+      if (first)
+        for (int c = 0; c < n; ++c) kept[c] = State{};
+      take_in<State, K>(block, panel_g(o, 0) + top, panel_x(i, 0), kept, unfinished);
+      if (last) finish<State, K>(kept, o, i, top);
+    }
+  }
+
+  template <class State, int K>
+  inline __attribute__((always_inline)) void take_in(const RowBlock& block, const R* g, const V* x, State* states,
+                                                     V* unfinished) const {
+    for (const Piece* piece = block.pieces; piece != block.pieces_end; ++piece) {
+      V p[K][kColumns];
+      product<V, K>(g + piece->first * kRows, x + piece->first * kColumns, piece->last - piece->first, p);
+      if (!piece->begins) {
+#pragma GCC unroll 8
+        for (int a = 0; a < K; ++a)
+#pragma GCC unroll 2
+          for (int b = 0; b < kColumns; ++b) p[a][b] += unfinished[a * kColumns + b];
+      }
+      if (!piece->ends) {
+#pragma GCC unroll 8
+        for (int a = 0; a < K; ++a)
+#pragma GCC unroll 2
+          for (int b = 0; b < kColumns; ++b) unfinished[a * kColumns + b] = p[a][b];
+        break;
+      }
+#pragma GCC unroll 8
+      for (int a = 0; a < K; ++a)
+#pragma GCC unroll 2
+        for (int b = 0; b < kColumns; ++b) states[a * kColumns + b].update(p[a][b], piece->group + 1);
+    }
+  }
+
+  template <class State, int K>
+  void finish(const State* states, int64_t o, int64_t i, int top) {
+    for (int a = 0; a < K; ++a)
+      for (int b = 0; b < kColumns; ++b) {
+        const Outcome<V> outcome = states[a * kColumns + b].finalize(task_.statistic, task_.parameters);
+        write(o * kRows + top + a, i * kWidth + b * kLanes<V>, outcome.value, outcome.mask);
+      }
+  }
+
+  // Stores what is found for a register of coordinates of the tile, as far as there are such.
+  void write(int64_t row, int64_t column, V value, V mask) {
+    const int64_t n = least(width_ - column, kLanes<V>);
+    if (row >= height_ || n <= 0) return;
+    R* const to = static_cast<R*>(task_.value) + part_ * task_.value_part + (out_ + row) * task_.value_stride;
+    if (task_.place) {
+      const int64_t* const place = task_.place + in_ + column;
+      for (int64_t lane = 0; lane < n; ++lane) to[place[lane]] = value[lane];
+    } else {
+      store<V>(to + in_ + column, value, n);
+    }
+    if (task_.statistic != Statistic::mean && task_.statistic != Statistic::sign_sum && !task_.ranking)
+      for (int64_t lane = 0; lane < n; ++lane) mask_sum_ += mask[lane];
+  }
+
+  template <int K>
+  void rank_cells(const RowBlock& block) {
+    const bool last = &block + 1 == task_.blocks_end;
+    const int64_t groups = task_.parameters.groups;
+    for (int64_t i = 0; i < panels_in_; ++i)
+      for (int64_t o = 0; o < panels_out_; ++o) {
+        prefetch(block, i * panels_out_ + o);
+        V* const values = kept_ + cell(o, i) * kCell * groups;
+        for (int top = 0; top < kRows; top += K)
+          collect<K>(block, panel_g(o, 0) + top, panel_x(i, 0), values + top * kColumns * groups);
+        if (!last) continue;
+        for (int at = 0; at < kCell; at += kRanked) {
+          V result[kRanked];
+          order_statistics<V, kRanked>(*task_.ranking, values + at * groups, kRanked, select_scratch_, result);
+          for (int c = 0; c < kRanked; ++c) {
+            const int n = at + c;
+            write(o * kRows + n / kColumns, i * kWidth + n % kColumns * kLanes<V>, result[c] * R(groups), V{});
+          }
+        }
+      }
+  }
+
+  template <int K>
+  void collect(const RowBlock& block, const R* g, const V* x, V* values) const {
+    const int64_t groups = task_.parameters.groups;
+    for (const Piece* piece = block.pieces; piece != block.pieces_end; ++piece) {
+      V p[K][kColumns];
+      product<V, K>(g + piece->first * kRows, x + piece->first * kColumns, piece->last - piece->first, p);
+#pragma GCC unroll 8
+      for (int a = 0; a < K; ++a)
+#pragma GCC unroll 2
+        for (int b = 0; b < kColumns; ++b) {
+          const int n = a * kColumns + b;
+          V& value = values[n / kRanked * kRanked * groups + piece->group * kRanked + n % kRanked];
+          value = piece->begins ? p[a][b] : value + p[a][b];
+        }
+    }
+  }
+};
+
+}  // namespace
+
+void tile_kernel(const TileTask& task, int64_t first, int64_t last, void* scratch) {
+  for (int64_t tile = first; tile < last; ++tile) {
+    if (task.dtype == Dtype::float64) {
+      Tile<Register<double>>(task, tile, scratch).run(tile);
+    } else {
+      Tile<Register<float>>(task, tile, scratch).run(tile);
+    }
+  }
+}
+
+}  // namespace htv::HTV_LEVEL

@@ -1,0 +1,83 @@
+// What tile.cpp hands to the kernel of a CPU level: a statistic of grouped products, tile by tile.
+//
+// The coordinates are a matrix (out, in), and row r of grad_output and x contributes grad_output[r, :, None] * x[r, None, :]
+// to the group that owns it. A row of x need not lie in one piece: a convolution's is the window seen by one position.
+#pragma once
+
+#include "../dtype.h"
+#include "../statistic.h"
+#include "level.h"
+#include "ranking.h"
+
+namespace htv {
+
+// Columns of a row of x that are next to each other in memory.
+struct Run {
+  int64_t column, offset, length;
+};
+
+// Rows of a group within a block of rows that are packed together.
+struct Piece {
+  int64_t group, first, last;
+  bool begins, ends;  // whether they are the group's first, and its last
+};
+
+struct RowBlock {
+  int64_t begin, end;
+  const Piece *pieces, *pieces_end;
+};
+
+// The largest tile; every tile is a unit of work: one thread sees all its groups, in order.
+constexpr int64_t kMostTileOut = 64, kMostTileIn = 288;
+// Tiles are multiples of these, those of a register tile at any level.
+constexpr int64_t kTileOutStep = 8, kTileInStep = 32;
+
+// Rows left free between panels, which would else lie a power of two apart and compete for the same lines of a cache.
+constexpr int64_t kPanelGap = 3;
+
+struct TileTask {
+  const void *x, *x_end;  // row r is at x + r / positions * sample + at[r % positions], in elements
+  const int64_t* at;
+  int64_t positions, sample;
+  const Run *runs, *runs_end;  // of all columns, in order
+  const void *grad_output, *grad_end;
+  int64_t grad_stride;
+  Dtype dtype;
+  int64_t out, in;
+  // Independent problems side by side (groups of a convolution), and what lies between them.
+  int64_t parts, x_part, grad_part, value_part;
+  const RowBlock *blocks, *blocks_end;
+  int64_t block_rows;  // of the largest block
+  bool long_groups;  // a group reaches into several blocks
+  bool few_rows;     // groups are so short that their states should stay in registers
+  Statistic statistic;
+  Parameters parameters;
+  const Ranking* ranking;  // of order statistics
+  int64_t tile_out, tile_in;
+  void* value;  // (out, in): column i of row o is at value + o * value_stride + (place ? place[i] : i)
+  int64_t value_stride;
+  const int64_t* place;
+  double* mask_sums;  // one per tile
+
+  int64_t tiles_out() const { return (out + tile_out - 1) / tile_out; }
+  int64_t tiles_in() const { return (in + tile_in - 1) / tile_in; }
+  int64_t tiles() const { return parts * tiles_out() * tiles_in(); }
+};
+
+// Scratch of one thread, in bytes.
+inline int64_t tile_scratch_bytes(const TileTask& task) {
+  constexpr int64_t most_states = 5;  // registers of a streaming statistic
+  const int64_t element = task.dtype == Dtype::float64 ? 8 : 4;
+  const int64_t width = (task.tile_in + kTileInStep - 1) / kTileInStep * kTileInStep;
+  const int64_t height = (task.tile_out + kTileOutStep - 1) / kTileOutStep * kTileOutStep;
+  const bool one_block = task.blocks_end - task.blocks == 1;
+  const int64_t kept = one_block ? kTileOutStep * kTileInStep : height * width;
+  const int64_t per_coordinate = task.ranking ? task.parameters.groups : most_states + task.long_groups;
+  const int64_t elements = (task.block_rows + kPanelGap) * (width + height) + width + kTileInStep + kept * per_coordinate;
+  return element * elements + (task.ranking ? select_scratch_bytes(*task.ranking) + 64 : 0);
+}
+
+// Computes tiles first <= tile < last; scratch is aligned to 64 bytes.
+HTV_DECLARE_PER_LEVEL(void tile_kernel(const TileTask& task, int64_t first, int64_t last, void* scratch))
+
+}  // namespace htv
