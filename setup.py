@@ -179,7 +179,7 @@ else:
     extensions = {}
 
 setup(
-    packages=[*find_packages(include=["htv", "htv.*"]), "htv.triton_kernels"],
-    package_dir={"htv.triton_kernels": "triton_kernels"},
+    packages=[*find_packages(include=["htv", "htv.*"]), "htv.bench", "htv.triton_kernels"],
+    package_dir={"htv.bench": "bench", "htv.triton_kernels": "triton_kernels"},
     **extensions,
 )

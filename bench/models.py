@@ -36,18 +36,19 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block, its MLP scaled by a parameter."""
+    """Pre-norm transformer block, its MLP scaled by a parameter unless told not to."""
 
-    def __init__(self, width: int, heads: int, causal: bool, expansion: int = 2):
+    def __init__(self, width: int, heads: int, causal: bool, expansion: int = 2, scaled: bool = True):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attention = Attention(width, heads, causal)
         self.mlp = nn.Sequential(nn.Linear(width, expansion * width), nn.GELU(), nn.Linear(expansion * width, width))
-        self.scale = nn.Parameter(torch.full((width,), 0.5))
+        self.scale = nn.Parameter(torch.full((width,), 0.5)) if scaled else 1.0
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm1(x))
-        return x + self.scale * self.mlp(self.norm2(x))
+        y = self.mlp(self.norm2(x))
+        return x + (self.scale * y if isinstance(self.scale, Tensor) else y)
 
 
 class LanguageModel(nn.Module):
@@ -77,6 +78,74 @@ class LanguageModel(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x))
+
+
+def transformer(vocabulary: int, width: int, heads: int, layers: int, expansion: int = 4) -> nn.Module:
+    """Embedding, causal pre-norm blocks, untied head: no positions, no final norm. (E, T) ids -> (E, T, vocabulary)."""
+    blocks = (Block(width, heads, causal=True, expansion=expansion, scaled=False) for _ in range(layers))
+    return nn.Sequential(nn.Embedding(vocabulary, width), *blocks, nn.Linear(width, vocabulary))
+
+
+def rotated(x: Tensor) -> Tensor:
+    """Rotary positions: (..., T, d), the pair (i, i + d/2) at position t turned by t / 10000^(2i/d)."""
+    half = x.shape[-1] // 2
+    frequency = 10000.0 ** (-torch.arange(half, device=x.device) / half)
+    angle = torch.arange(x.shape[-2], device=x.device)[:, None] * frequency
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], dim=-1)
+
+
+class LlamaBlock(nn.Module):
+    """RMSNorm, rotary attention, SwiGLU, no biases: (E, T, width) -> the same."""
+
+    def __init__(self, width: int, heads: int, hidden: int):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.RMSNorm(width, eps=1e-5), nn.RMSNorm(width, eps=1e-5)
+        self.q, self.k, self.v, self.o = (nn.Linear(width, width, bias=False) for _ in range(4))
+        self.gate, self.up = nn.Linear(width, hidden, bias=False), nn.Linear(width, hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, width = x.shape
+        y = self.norm1(x)
+        q, k, v = (
+            linear(y).reshape(n, t, self.heads, width // self.heads).transpose(1, 2)
+            for linear in (self.q, self.k, self.v)
+        )
+        y = F.scaled_dot_product_attention(rotated(q), rotated(k), v, is_causal=True)
+        x = x + self.o(y.transpose(1, 2).reshape(n, t, width))
+        y = self.norm2(x)
+        return x + self.down(F.silu(self.gate(y)) * self.up(y))
+
+
+class ConvNeXtBlock(nn.Module):
+    """Depthwise 7x7, then a LayerNorm and an MLP over channels, scaled by a parameter per channel."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.depthwise = nn.Conv2d(width, width, 7, padding=3, groups=width)
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.scale = nn.Parameter(torch.full((width,), 0.1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.depthwise(x).permute(0, 2, 3, 1))
+        return x + (self.scale * self.mlp(y)).permute(0, 3, 1, 2)
+
+
+class ConvNeXtStage(nn.Module):
+    """Blocks of one width between a 2x2 stride-2 convolution and a pooled head."""
+
+    def __init__(self, before: int = 4, width: int = 8, blocks: int = 2, classes: int = 5):
+        super().__init__()
+        self.downsample = nn.Conv2d(before, width, 2, stride=2)
+        self.blocks = nn.Sequential(*(ConvNeXtBlock(width) for _ in range(blocks)))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.blocks(self.downsample(x)).mean(dim=(2, 3))))
 
 
 class VisionTransformer(nn.Module):
@@ -151,4 +220,7 @@ def whole_models() -> dict:
         "language model": make(LanguageModel, lambda: torch.randint(0, 29, (5, 9))),
         "resnet18": make(ResNet18, lambda: torch.randn(4, 3, 32, 32)),
         "vit": make(VisionTransformer, lambda: torch.randn(5, 3, 8, 8)),
+        "transformer": make(lambda: transformer(29, 16, 2, 2), lambda: torch.randint(0, 29, (5, 9))),
+        "llama block": make(lambda: LlamaBlock(16, 2, 24), lambda: torch.randn(5, 9, 16)),
+        "convnext stage": make(ConvNeXtStage, lambda: torch.randn(5, 4, 8, 8)),
     }

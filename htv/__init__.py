@@ -1,6 +1,7 @@
 """htv: keep what autograd's sum throws away. Robust statistics of per-example gradients, straight into `.grad`."""
 
 from importlib import metadata as _metadata
+from pathlib import Path as _Path
 
 from htv.attach import Handle, attach
 from htv.batchnorm import replace_batchnorm
@@ -39,6 +40,10 @@ try:
     __version__ = _metadata.version("hard-to-vary")
 except _metadata.PackageNotFoundError:
     __version__ = "0+source"  # not installed: run from the source folder
+
+_source = _Path(__file__).resolve().parent.parent
+if (_source / "setup.py").is_file():  # there bench/ and triton_kernels/ lie beside htv/, not within
+    __path__.append(str(_source))
 
 __all__ = [
     "Agreement",

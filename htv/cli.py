@@ -1,4 +1,4 @@
-"""The command `htv`: a demo to see the rules at work, and what this installation can do.
+"""The command `htv`: a demo to see the rules at work, what they cost here, and what this installation can do.
 
 Commands import what they need when they run, so that `htv --help` stays quick.
 """
@@ -26,7 +26,7 @@ def main() -> None:
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from htv.demo.machine import version
+        from htv.machine import version
 
         typer.echo(f"htv {version('hard-to-vary')}")
         raise typer.Exit
@@ -97,12 +97,83 @@ def demo(
 
 
 @app.command()
+def bench(
+    workload: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What to measure; repeat it or separate by commas. mlp-relu, mlp-gelu, transformer, resnet18, "
+            "llama-block, convnext-stage, stacked-E, scaling-groups, scaling-width, scaling-rows; the beginning of "
+            "several names stands for all of them, as in `stacked`. Default: everything, which takes a quarter hour."
+        ),
+    ] = None,
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Which to compare with plain; repeat it or separate by commas. mean, and-mask, median, winsorized; or "
+            "a baseline and a rule, as in vmap:median, opacus:and-mask. Default: all."
+        ),
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Default: what torch takes.")] = None,
+    seconds: Annotated[
+        float | None, typer.Option(min=0.0, max=3600.0, help="Time for the turns of one workload; 15, if not quick.")
+    ] = None,
+    peers: Annotated[
+        bool,
+        typer.Option(help="Also the baselines: a loop, vmap, and Opacus and BackPACK where they are installed."),
+    ] = True,
+    memory: Annotated[bool, typer.Option(help="Also peak memory, each variant in a process of its own.")] = True,
+    quick: Annotated[
+        bool,
+        typer.Option(help="A look within a minute: few calls; mlp-relu and stacked-3, no baselines, unless named."),
+    ] = False,
+    out: Annotated[Path, typer.Option(help="Folder for cpu.md, cpu.json and the plots; made if missing.")] = Path(
+        "bench-results"
+    ),
+) -> None:
+    """Measure what the rules cost on this machine: time and peak memory of whole training steps over plain ones.
+
+    The variants of a workload take turns in one process. Beside htv stand baselines that form the gradients of all
+    examples: a loop, torch.func's vmap, Opacus and BackPACK (pip install "hard-to-vary[peers]"). One that fails is
+    reported with its error.
+    """
+    from dataclasses import replace
+
+    import torch
+    from rich.console import Console
+
+    from htv.bench import run as benchmark
+    from htv.bench import workloads
+
+    try:
+        chosen = workloads.selected(_split(workload) or (list(workloads.QUICK) if quick else None))
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--workload") from error
+    try:
+        variants = workloads.checked_variants(chosen, _split(variant))
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--variant") from error
+    _check_folder(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)  # what access rights do not tell should show now, not at the end
+    except OSError as error:
+        raise typer.BadParameter(f"{out} cannot be made: {error}", param_hint="--out") from error
+    settings = benchmark.Settings(threads or torch.get_num_threads(), memory=memory)
+    if quick:
+        settings = replace(settings, **benchmark.QUICK)
+    if seconds is not None:
+        settings = replace(settings, seconds=seconds)
+    peers = peers and not (quick and variants is None)
+    if not benchmark.run(chosen, settings, variants, peers, out, Console()):
+        raise typer.Exit(1)
+
+
+@app.command()
 def info() -> None:
     """Show versions, how the package was built, and which backends serve here, or why not."""
     from rich.console import Console
     from rich.table import Table
 
-    from htv.demo import machine
+    from htv import machine
     from htv.ops import backend
 
     facts = Table.grid(padding=(0, 2))
@@ -122,6 +193,11 @@ def info() -> None:
     console = Console()
     console.print(facts, highlight=False)
     console.print(backends, highlight=False)
+
+
+def _split(given: list[str] | None) -> list[str] | None:
+    """Options that may be repeated or separated by commas."""
+    return [part.strip() for text in given for part in text.split(",") if part.strip()] if given else None
 
 
 def _in_one_line(value: object) -> str:

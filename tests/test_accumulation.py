@@ -6,7 +6,7 @@ from test_attach import Module
 from torch import nn
 
 import htv
-from models import mlp
+from htv.bench.models import mlp
 from oracles import RULES, by_name
 
 STREAMING = [rule for rule in RULES if rule.streaming]

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 import htv
+from htv import bench
 
 ROOT = Path(htv.__file__).parent
 LAYERS = [
-    ["htv.rules", "htv.errors"],
+    ["htv.rules", "htv.errors", "htv.machine", "htv.measure"],
     ["htv.groups"],
     ["htv.triton_kernels"],
     ["htv.ops"],
@@ -20,6 +21,7 @@ LAYERS = [
     ["htv.attach"],
     ["htv.batchnorm", "htv.check", "htv.explain"],
     ["htv.data", "htv.methods", "htv.distributed", "htv.integrations"],
+    ["htv.bench"],
     ["htv.demo"],
     ["htv.cli"],
     ["htv.__main__"],
@@ -54,13 +56,18 @@ def imports(path: Path) -> set[str]:
     return {name for name in found if name.startswith("htv.")}
 
 
-FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
+def module(path: Path, folder: Path, package: str) -> str:
+    return ".".join([package, *path.relative_to(folder).with_suffix("").parts]).removesuffix(".__init__")
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_run_one_way(path):
-    name = "htv." + ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-    for imported in imports(path):
+BENCH = Path(bench.__file__).parent
+MODULES = {module(path, ROOT, "htv"): path for path in sorted(ROOT.rglob("*.py")) if path != ROOT / "__init__.py"}
+MODULES |= {module(path, BENCH, "htv.bench"): path for path in sorted(BENCH.glob("*.py"))}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_run_one_way(name):
+    for imported in imports(MODULES[name]):
         if imported.split(".")[1].startswith("_"):
             continue  # compiled
         assert level(imported) <= level(name), f"{name} imports {imported}"

@@ -9,8 +9,8 @@ from layer_table import Module
 from torch import nn
 
 import htv
+from htv.bench.models import LanguageModel, mlp, whole_models
 from htv.check import aggregated, one_group_at_a_time
-from models import LanguageModel, mlp, whole_models
 from oracles import by_name
 
 FOUR = [htv.Mean(), htv.AndMask(0.4), htv.Median(), htv.WinsorizedMean(1)]

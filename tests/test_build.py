@@ -11,7 +11,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "csrc", "htv", "triton_kernels")
+SOURCES = (
+    "pyproject.toml",
+    "setup.py",
+    "MANIFEST.in",
+    "README.md",
+    "LICENSE",
+    "csrc",
+    "htv",
+    "bench",
+    "triton_kernels",
+)
 
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="not run from a source tree")
 
@@ -53,8 +63,9 @@ def test_a_wheel_without_compiled_code(tree, tmp_path):
     assert not [name for name in names if name.endswith((".so", ".cpp", ".cu", ".h"))]
     assert {name.split("/")[0] for name in names} == {"htv", "hard_to_vary-0.1.0.dist-info"}
     assert "htv/rules.py" in names and "htv/ops/schema.py" in names
-    if (ROOT / "triton_kernels" / "__init__.py").is_file():
-        assert "htv/triton_kernels/__init__.py" in names
+    assert "htv/triton_kernels/__init__.py" in names
+    benched = {name for name in names if name.startswith("htv/bench/")}
+    assert benched == {f"htv/bench/{path.name}" for path in (ROOT / "bench").glob("*.py")}  # no pytest/, no results/
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,9 @@ from layer_table import Module
 from torch import nn
 
 import htv
+from htv.bench.models import mlp, whole_models
 from htv.check import aggregated
 from htv.ops import aggregate
-from models import mlp, whole_models
 from oracles import RULES, by_name
 
 

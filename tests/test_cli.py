@@ -1,4 +1,4 @@
-"""The command line: help, info, clear refusals, and one small demo from start to end."""
+"""The command line: help, info, clear refusals, one small demo and one small benchmark from start to end."""
 
 import json
 import subprocess
@@ -8,6 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from htv.bench.workloads import WORKLOADS
 from htv.cli import app
 
 
@@ -18,9 +19,20 @@ def invoke(*arguments):
 def test_help_names_the_commands():
     result = invoke("--help")
     assert result.exit_code == 0
-    assert "demo" in result.output and "info" in result.output
+    assert all(command in result.output for command in ("demo", "bench", "info"))
     for option in ("--data", "--rule", "--epochs", "--seed", "--out", "--device"):
         assert option in invoke("demo", "--help").output
+    for option in (
+        "--workload",
+        "--variant",
+        "--threads",
+        "--seconds",
+        "--no-peers",
+        "--no-memory",
+        "--quick",
+        "--out",
+    ):
+        assert option in invoke("bench", "--help").output
 
 
 def test_python_m_htv_and_what_help_does_not_import():
@@ -28,7 +40,7 @@ def test_python_m_htv_and_what_help_does_not_import():
         "import sys; sys.argv = ['htv', '--help']\n"
         "try:\n    import htv.__main__\n"
         "except SystemExit as stop:\n    assert stop.code == 0\n"
-        "print([name for name in ('matplotlib', 'sklearn', 'htv.demo', 'htv.data') if name in sys.modules])"
+        "print([m for m in ('matplotlib', 'sklearn', 'htv.demo', 'htv.data', 'htv.bench') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -83,6 +95,33 @@ def test_mistakes_are_named_without_a_traceback(arguments, message, tmp_path):
     assert sorted(tmp_path.iterdir()) == before  # nothing was made
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--workload", "mlp-relu,alexnet"], "unknown workload 'alexnet', use mlp-relu, mlp-gelu"),
+        (["--variant", "mode"], "unknown variant 'mode', use plain, mean"),
+        (["--workload", "stacked", "--variant", "opacus:median"], "unknown variant 'opacus:median', use copy, mean"),
+        (["--threads", "0"], "--threads"),
+        (["--seconds", "-1"], "--seconds"),
+        (["--out", "{tmp}/file"], "is a file; name a folder"),
+        (["--out", "/proc/bench"], "cannot be made"),
+    ],
+)
+def test_mistakes_of_bench_are_named_before_anything_is_measured(arguments, message, tmp_path):
+    (tmp_path / "file").write_text("")
+    result = invoke("bench", "--out", tmp_path / "out", *(a.format(tmp=tmp_path) for a in arguments))
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.split()) and "Traceback" not in result.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+def test_help_of_bench_names_every_workload():
+    shown = "".join(invoke("bench", "--help").output.split())  # names are broken at hyphens
+    for name, workload in WORKLOADS.items():
+        kind = name if workload.kind == "step" and workload.axis is None else name.rpartition("-")[0]
+        assert kind in shown
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
 def test_no_cuda_names_the_remedy():
     result = invoke("demo", "--device", "cuda")
@@ -133,3 +172,41 @@ def test_demo_shows_the_recorded_numbers(small_demo):
         (row,) = (line for line in output.splitlines() if line.startswith(f"{result['spec']} ") and "x)" in line)
         assert f"{result['final']['test_accuracy']:.1%}" in row and f"{result['final']['memorised']:.1%}" in row
         assert f"{result['ms_per_step']:.1f} (" in row and f"{result['peak_bytes'] / 1e6:.1f} (" in row
+
+
+@pytest.fixture(scope="module")
+def small_bench(tmp_path_factory):
+    """A quick look at two workloads, with one baseline and peak memory in processes of their own."""
+    out = tmp_path_factory.mktemp("bench") / "new" / "folder"
+    names = ("--workload", "scaling-groups-16,stacked-3", "--workload", "mlp-relu")
+    variants = ("--variant", "and-mask,median", "--variant", "vmap:and-mask")
+    result = invoke("bench", "--quick", *names, *variants, "--threads", torch.get_num_threads(), "--out", out)
+    assert result.exit_code == 0, result.output
+    return result.output, out, json.loads((out / "cpu.json").read_text())
+
+
+def test_bench_writes_what_it_says(small_bench):
+    output, out, _ = small_bench
+    files = ["cpu-memory.png", "cpu-ratio.png", "cpu-scaling.png", "cpu.json", "cpu.md"]
+    assert sorted(path.name for path in out.iterdir()) == files
+    assert all(str(out / name) in output for name in files)
+    text = (out / "cpu.md").read_text()
+    assert all(f"]({name})" in text for name in files[:3])
+
+
+def test_bench_records_every_number(small_bench):
+    output, _, record = small_bench
+    assert record["machine"]["versions"]["torch"] == torch.__version__ and record["machine"]["cpu"]
+    assert record["settings"]["threads"] == record["machine"]["threads"] == torch.get_num_threads()
+    assert list(record["workloads"]) == ["scaling-groups-16", "stacked-3", "mlp-relu"]
+    rows = record["workloads"]["mlp-relu"]["variants"]
+    assert list(rows) == ["plain", "and-mask", "median", "vmap:and-mask"]
+    for row in rows.values():
+        lower, upper = row["ms_quartiles"]
+        assert 0 < lower <= row["ms"] <= upper and row["runs"] >= 1
+        assert row["ratio"] == pytest.approx(row["ms"] / rows["plain"]["ms"]) and row["peak_bytes"] > 0
+    assert list(record["workloads"]["stacked-3"]["variants"]) == ["copy", "and-mask", "median"]
+    assert f"{rows['median']['ratio']:.3g}"[:3] in output
+    if rows["plain"]["memory_method"] != "ru_maxrss":
+        examples_by_parameters = 256 * 1_863_690 * 4  # bytes
+        assert rows["vmap:and-mask"]["peak_bytes"] > examples_by_parameters > 4 * rows["median"]["peak_bytes"]

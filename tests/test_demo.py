@@ -9,7 +9,6 @@ from torch import nn
 import htv
 from htv.data import digits
 from htv.demo import cost, report
-from htv.demo.materialised import materialised_step
 from htv.demo.training import Setup, aggregating, make_network, make_optimizer, make_task, step, train
 from htv.demo.variants import PLAIN, parse, parse_all
 
@@ -97,7 +96,7 @@ def test_the_materialising_twin_computes_the_same_gradients(rule):
     x, labels = torch.randn(16, 12, dtype=torch.float64), torch.randint(0, 5, (16,))
     with aggregating(served, rule):
         step(served, make_optimizer(served, SMALL), x, labels)
-    materialised_step(twin, make_optimizer(twin, SMALL), x, labels, rule)
+    cost.twin(twin, make_optimizer(twin, SMALL), x, labels, rule)()
     for ours, theirs in zip(served.parameters(), twin.parameters(), strict=True):
         assert ours.grad.abs().sum() > 0
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-12)
@@ -110,28 +109,9 @@ def test_aggregating_detaches():
     assert "forward" not in vars(network)
 
 
-def test_times_take_turns_and_the_slow_ones_three(monkeypatch):
-    calls = []
-    clock = iter(range(100_000))
-    monkeypatch.setattr(cost.time, "perf_counter", lambda: next(clock))
-    steps = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
-    times = cost.time_steps(steps, {"b"}, lambda: None, patience=1)
-    assert "".join(calls) == "ab" + 3 * "ab" + 7 * "a"
-    assert times["a"] == times["b"] == cost.Timing(1000.0, 1000.0, 1000.0)
-
-
 def test_rough_times_are_told():
     calm, rough = ({"ms_per_step_quartiles": quartiles} for quartiles in ([2.0, 2.9], [2.0, 3.1]))
     assert not report.times_are_rough([calm, calm]) and report.times_are_rough([calm, rough])
-
-
-def test_peak_memory_is_that_of_the_step():
-    meter = cost.PeakMeter("cpu")
-    block = torch.ones(16 << 20)  # 64 MiB, freed before the end
-    del block
-    if meter.method == "ru_maxrss":
-        pytest.skip("this system cannot reset a process's peak")
-    assert 64e6 < meter.grown() < 80e6
 
 
 def test_report_with_made_up_numbers(tmp_path):

@@ -6,7 +6,7 @@ from layer_table import LAYERS, Lora, Module, Tied
 from torch import nn
 
 import htv
-from models import whole_models
+from htv.bench.models import whole_models
 
 
 @pytest.mark.parametrize("name", whole_models())

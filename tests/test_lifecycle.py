@@ -17,9 +17,9 @@ import htv
 from htv.autograd.derived import DerivedTensor
 from htv.autograd.expand import expand
 from htv.autograd.ledger import Hub, Ledger, Owner, Passes, Sink
+from htv.bench.models import mlp
 from htv.check import aggregated
 from htv.groups import Groups, Voters
-from models import mlp
 
 
 class Bystander(Owner):

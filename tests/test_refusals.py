@@ -7,8 +7,8 @@ from layer_table import Module
 from torch import nn
 
 import htv
+from htv.bench.models import mlp
 from htv.check import aggregated, one_group_at_a_time
-from models import mlp
 
 X = torch.randn(5, 4, 6)
 

@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import htv
+from htv.bench.models import LanguageModel, mlp
 from htv.check import aggregated, one_group_at_a_time
-from models import LanguageModel, mlp
 from oracles import by_name
 
 RULES = [htv.Mean(), htv.AndMask(0.4), htv.Median(), htv.WinsorizedMean(1)]

@@ -10,8 +10,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from htv import machine
 from htv.data import Dataset
-from htv.demo import cost, machine, report
+from htv.demo import cost, report
 from htv.demo.training import Setup, Task, make_task, train
 from htv.demo.variants import Variant
 

@@ -3,22 +3,15 @@
 Not collected by its name: `test_linear.py` runs it in processes of their own, for Triton reads TRITON_INTERPRET once.
 """
 
-import importlib.util
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import htv
 from htv.ops import reference
 from htv.rules import Statistic
-
-if importlib.util.find_spec("htv.triton_kernels") is None:  # a checkout that is not installed
-    htv.__path__.append(str(Path(__file__).parents[2]))
-
 from htv.triton_kernels import configs, linear, statistic
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NumPy, of NaN and inf

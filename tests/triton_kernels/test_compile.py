@@ -4,19 +4,12 @@ A register spilled to memory in the inner loop is slow and silent, and so is a r
 should share a multiprocessor. Not yet run on hardware: these are the compiler's own numbers.
 """
 
-import importlib.util
 import re
 import subprocess
-from pathlib import Path
 
 import pytest
 
-import htv
-
 triton = pytest.importorskip("triton")
-if importlib.util.find_spec("htv.triton_kernels") is None:  # a checkout that is not installed
-    htv.__path__.append(str(Path(__file__).parents[2]))
-
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 

@@ -1,4 +1,4 @@
-"""Fill the measured blocks of README.md from the committed result files: `python bench/readme.py`.
+"""Fill the measured blocks of README.md from the committed result files: `python docs/fill_readme.py`.
 
 A block stands between <!-- NAME --> and <!-- /NAME -->; tests/test_docs.py checks that all are up to date.
 """
@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from htv.bench import report
+
 ROOT = Path(__file__).resolve().parent.parent
-DEMO, STEPS = ROOT / "docs/results/demo.json", ROOT / "bench/results/steps-cpu.json"
+DEMO, BENCH = ROOT / "docs/results/demo.json", ROOT / "bench/results/cpu.json"
 
 
 def machine(facts: dict) -> str:
@@ -43,13 +45,18 @@ def demo_block() -> str:
 
 
 def steps_block() -> str:
-    """The table of whole steps, from bench/results."""
-    steps = json.loads(STEPS.read_text())
+    """Training steps, by rule and beside others, from the benchmark's record."""
+    record = json.loads(BENCH.read_text())
     head = (
-        "One forward and backward with each rule, as a multiple of plain in time and in peak memory (`make bench`, "
-        f"{steps['date']}, {machine(steps['machine'])}):"
+        "Time and peak memory of one forward and backward with each rule, as multiples of a plain one (`htv bench`, "
+        f"{report.machine(record)}):"
     )
-    return "\n".join([head, "", (STEPS.with_suffix(".md")).read_text().strip()])
+    beside = (
+        "The same beside others, who form the gradients of all examples and reduce them by PyTorch; median is their "
+        "`torch.median`. Failures, stacked gradients, scaling and targets: [the whole report](bench/results/cpu.md)."
+    )
+    picture = "![Time of a step over plain](bench/results/cpu-ratio.png)"
+    return "\n\n".join([head, report.steps(record), beside, report.peers(record), picture])
 
 
 def filled(text: str) -> str:

@@ -1,0 +1,105 @@
+"""Measuring what steps cost: time, where they take turns, and peak memory of a process."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds: median and quartiles of `runs` calls."""
+
+    median: float
+    lower: float
+    upper: float
+    runs: int
+
+    @classmethod
+    def of(cls, values: list[float]) -> Timing:
+        several = values if len(values) > 1 else 2 * values
+        lower, median, upper = statistics.quantiles(several, n=4, method="inclusive")
+        return cls(median, lower, upper, len(values))
+
+
+def milliseconds(step: Step, synchronise: Step) -> float:
+    synchronise()
+    start = time.perf_counter()
+    step()
+    synchronise()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def take_turns(
+    steps: Mapping[str, Step],
+    seconds: float = 10.0,
+    rounds: tuple[int, int] = (10, 100),
+    leave_after: Mapping[str, float] | None = None,
+    synchronise: Step = lambda: None,
+) -> dict[str, Timing]:
+    """Time every step once per round, so that whatever else the machine does hits all alike; warm up before.
+
+    rounds: at least and at most so many, between them as many as `seconds` allow.
+    leave_after: name -> seconds after which a slow step takes no further part. What these take is not counted.
+    """
+    leave_after = leave_after or {}
+    taken: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(rounds[1]):
+        for name, step in steps.items():
+            if sum(taken[name]) < 1e3 * leave_after.get(name, float("inf")):
+                taken[name].append(milliseconds(step, synchronise))
+        counted = sum(sum(values) for name, values in taken.items() if name not in leave_after)
+        if turn + 1 >= rounds[0] and counted > 1e3 * seconds:
+            break
+    return {name: Timing.of(values) for name, values in taken.items()}
+
+
+def in_own_process(module: str, *arguments: str) -> dict:
+    """Run `python -m module arguments`; the JSON object it prints last. RuntimeError with its words where it fails."""
+    done = subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        ended = f"it ended with status {done.returncode} and no message"  # as one killed for its memory does
+        raise RuntimeError(done.stderr.strip() or ended)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+class PeakMeter:
+    """Peak memory above that at construction: of the device's allocator, or of the process as the system sees it."""
+
+    def __init__(self, device: str):
+        self._device = device
+        if device != "cpu":
+            self.method = "torch.cuda.max_memory_allocated"
+            torch.cuda.reset_peak_memory_stats(device)
+            self._start = torch.cuda.memory_allocated(device)
+            return
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # the peak is now the present
+            self.method = "VmHWM, reset before"
+        except OSError:
+            self.method = "ru_maxrss"  # a peak while importing may hide that of the steps
+        self._start = self._peak()
+
+    def grown(self) -> int:
+        return self._peak() - self._start
+
+    def _peak(self) -> int:
+        if self._device != "cpu":
+            return torch.cuda.max_memory_allocated(self._device)
+        if self.method == "ru_maxrss":
+            import resource  # not on Windows
+
+            unit = 1 if sys.platform == "darwin" else 1024
+            return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.split("VmHWM:")[1].split()[0])
