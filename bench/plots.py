@@ -9,6 +9,7 @@ from htv.bench.workloads import RULES
 
 COLORS = dict(zip(RULES[1:], ("#777777", "C0", "C1", "C2"), strict=True))
 MARKERS = dict(zip(METHODS, "osD^", strict=True))
+KINDS = ("ratio", "memory", "scaling")
 AXES = {"groups": "batch size E", "width": "width", "rows": "rows per example T"}
 
 

@@ -1,6 +1,6 @@
-"""Fill the measured blocks of README.md from the committed result files: `python docs/fill_readme.py`.
+"""Fill README.md and bench/results/cpu.md from the committed records: `python docs/fill_readme.py`.
 
-A block stands between <!-- NAME --> and <!-- /NAME -->; tests/test_docs.py checks that all are up to date.
+A block of the README stands between <!-- NAME --> and <!-- /NAME -->; tests/test_docs.py checks them all.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from htv.bench import report
+from htv.bench import plots, report
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO, BENCH = ROOT / "docs/results/demo.json", ROOT / "bench/results/cpu.json"
@@ -44,7 +44,7 @@ def demo_block() -> str:
     )  # fmt: skip
 
 
-def steps_block() -> str:
+def bench_block() -> str:
     """Training steps, by rule and beside others, from the benchmark's record."""
     record = json.loads(BENCH.read_text())
     head = (
@@ -53,21 +53,33 @@ def steps_block() -> str:
     )
     beside = (
         "The same beside others, who form the gradients of all examples and reduce them by PyTorch; median is their "
-        "`torch.median`. Failures, stacked gradients, scaling and targets: [the whole report](bench/results/cpu.md)."
+        "`torch.median`."
     )
+    closing = "Stacked gradients, scaling, targets and failures: [the whole report](bench/results/cpu.md)."
     picture = "![Time of a step over plain](bench/results/cpu-ratio.png)"
-    return "\n\n".join([head, report.steps(record), beside, report.peers(record), picture])
+    others = report.peers(record)
+    sections = [head, report.steps(record), *([beside, others] if others else []), picture, closing]
+    return "\n\n".join(sections)
 
 
 def filled(text: str) -> str:
     """README with its blocks replaced."""
-    for name, block in (("demo", demo_block()), ("steps", steps_block())):
+    for name, record, block in (("demo", DEMO, demo_block), ("bench", BENCH, bench_block)):
+        if not record.is_file():  # nothing newer was measured
+            continue
         before, _, rest = text.partition(f"<!-- {name} -->")
         _, _, after = rest.partition(f"<!-- /{name} -->")
-        text = f"{before}<!-- {name} -->\n{block}\n<!-- /{name} -->{after}"
+        text = f"{before}<!-- {name} -->\n{block()}\n<!-- /{name} -->{after}"
     return text
 
 
+def bench_report() -> str:
+    """bench/results/cpu.md."""
+    return report.markdown(json.loads(BENCH.read_text()), {kind: f"cpu-{kind}.png" for kind in plots.KINDS})
+
+
 if __name__ == "__main__":
+    if BENCH.is_file():
+        BENCH.with_suffix(".md").write_text(bench_report())
     readme = ROOT / "README.md"
     readme.write_text(filled(readme.read_text()))

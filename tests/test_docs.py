@@ -1,10 +1,45 @@
-"""Numbers in the README are those of the committed result files."""
+"""Numbers in the README and in the benchmark's report are those of the committed records, and these are complete."""
 
+import importlib.util
+import json
 from pathlib import Path
 
-import readme
+import pytest
+
+from htv.bench import plots
+from htv.bench.workloads import WORKLOADS
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results"
 
 
-def test_measured_blocks_are_up_to_date():
-    text = (Path(readme.__file__).parent.parent / "README.md").read_text()
-    assert readme.filled(text) == text, "run: python bench/readme.py"
+committed = pytest.mark.skipif(not (RESULTS / "cpu.json").is_file(), reason="no complete run yet: make bench")
+
+
+@pytest.fixture
+def fill_readme():
+    spec = importlib.util.spec_from_file_location("fill_readme", ROOT / "docs" / "fill_readme.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_measured_blocks_are_up_to_date(fill_readme):
+    text = (ROOT / "README.md").read_text()
+    assert fill_readme.filled(text) == text, "run: python docs/fill_readme.py"
+    assert all(f"<!-- {name} -->" in text and f"<!-- /{name} -->" in text for name in ("demo", "bench"))
+
+
+@committed
+def test_the_report_is_of_the_record(fill_readme):
+    assert (RESULTS / "cpu.md").read_text() == fill_readme.bench_report(), "run: python docs/fill_readme.py"
+    assert all((RESULTS / f"cpu-{kind}.png").is_file() for kind in plots.KINDS)
+
+
+@committed
+def test_the_committed_benchmark_is_of_everything():
+    measured = json.loads((RESULTS / "cpu.json").read_text())["workloads"]
+    assert list(measured) == list(WORKLOADS), "run: make bench"
+    for name, workload in WORKLOADS.items():
+        left_out = set(workload.variants) - set(measured[name]["variants"])
+        assert left_out <= set(workload.peers), f"{name} without {left_out}: run make bench"
