@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from htv.bench import report
 from htv.bench.baselines import METHODS
 from htv.bench.workloads import RULES
 
@@ -59,7 +60,8 @@ def _bars(steps: dict[str, dict], number: str, title: str):
             if number in ours:
                 label = f"htv, {rule}" if rule not in named else None
                 axes.bar(x, ours[number] - 1, width, bottom=1, color=color, label=label)
-                axes.text(x, max(ours[number], 1), f"{ours[number]:.2g}", ha="center", va="bottom", fontsize=7)
+                above = report.times(ours[number]).removesuffix("x")
+                axes.text(x, max(ours[number], 1), above, ha="center", va="bottom", fontsize=7)
                 named.add(rule)
             for method, marker in MARKERS.items():
                 theirs = workload["variants"].get(f"{method}:{rule}", {})
@@ -71,6 +73,7 @@ def _bars(steps: dict[str, dict], number: str, title: str):
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set(yscale="log", ylabel=title, xticks=range(len(steps)), xticklabels=list(steps))
     axes.yaxis.set_major_formatter("{x:g}x")
+    axes.yaxis.set_minor_formatter("")
     axes.grid(axis="y", alpha=0.3)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
@@ -92,6 +95,7 @@ def _lines(grows: list[dict]):
         axes.set_xticks([w["value"] for w in points], [str(w["value"]) for w in points], minor=False)
         axes.set_xticks([], minor=True)
         axes.yaxis.set_major_formatter("{x:g}x")
+        axes.yaxis.set_minor_formatter("{x:g}x")
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("time of a step over plain")
     panels[0].legend(fontsize=8)

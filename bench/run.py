@@ -34,8 +34,8 @@ class Settings:
     """seconds: for a workload's turns. peer_seconds: after which a baseline takes no further part in them."""
 
     threads: int
-    seconds: float = 15.0
-    peer_seconds: float = 2.0
+    seconds: float = 10.0
+    peer_seconds: float = 1.0
     rounds: tuple[int, int] = (5, 100)
     memory: bool = True
 

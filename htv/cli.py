@@ -115,7 +115,7 @@ def bench(
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Default: what torch takes.")] = None,
     seconds: Annotated[
-        float | None, typer.Option(min=0.0, max=3600.0, help="Time for the turns of one workload; 15, if not quick.")
+        float | None, typer.Option(min=0.0, max=3600.0, help="Time for the turns of one workload; 10, if not quick.")
     ] = None,
     peers: Annotated[
         bool,
