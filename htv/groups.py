@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -35,10 +36,10 @@ class Place:
     guess: str = ""
 
     def at(self, dim: int) -> Place:
-        return replace(self, dim=dim)
+        return self if dim == self.dim else Place(dim, self.outer, self.times, self.units, self.guess)
 
     def size(self, num_units: int) -> int:
-        return self.outer * num_units * self.times if self.units is None else len(self.units)
+        return self.outer * num_units * self.times if self.units is None else self.units.shape[0]
 
     def index(self, num_units: int) -> Tensor:
         """(size of the dim,) int64: the unit of every index."""
@@ -48,6 +49,8 @@ class Place:
 
     def same(self, other: Place, num_units: int) -> bool:
         """Whether every index of two tensors that are alike but for this belongs to the same unit."""
+        if self is other:
+            return True
         if self.dim != other.dim or self.size(num_units) != other.size(num_units):
             return False
         if self.units is None and other.units is None:
@@ -156,10 +159,12 @@ class Groups:
     @property
     def count(self) -> int:
         """E, the number of groups, where rows do not vote by themselves."""
-        return len(self.offsets) - 1
+        return self.offsets.shape[0] - 1
 
     def same_voters(self, other: Groups) -> bool:
         """Whether group e of both stands for the same voter, so that contributions may be added group by group."""
+        if self is other:
+            return True
         if self.rows_vote != other.rows_vote:
             return False
         if self.rows_vote:
@@ -196,8 +201,10 @@ class Voters:
 
     def __init__(self, groups: Groups, place: Place):
         self.groups, self.place, self.dim = groups, place, place.dim
+        self._scaled: dict[int, Tensor] = {}
         if place.units is None and place.outer == 1 and groups.order is None:
-            self.order, self.offsets = None, groups.offsets * place.times
+            self.order = None
+            self.offsets = groups.offsets if place.times == 1 else groups.offsets * place.times
             return
         members = groups.members()[place.index(groups.num_units).cpu()]
         self.offsets = _offsets(members.bincount(minlength=groups.count))
@@ -222,14 +229,14 @@ class Voters:
 
     def front(self, tensor: Tensor) -> Tensor:
         """(..., S, ...) -> (S, ...), indices sorted by group."""
-        tensor = tensor.movedim(self.dim, 0)
+        tensor = tensor.movedim(self.dim, 0) if self.dim else tensor
         return tensor if self.order is None else tensor.index_select(0, self.order.to(tensor.device))
 
     def rows(self, tensor: Tensor, features: int = 1) -> Tensor:
         """(..., S, ..., *features) -> (R, *features), the rows of each group together."""
         front = self.front(tensor)
         lead = front.dim() - features
-        rows = front.reshape(math.prod(front.shape[:lead]), *front.shape[lead:])
+        rows = front if lead == 1 else front.reshape(math.prod(front.shape[:lead]), *front.shape[lead:])
         voting = self.groups.voting
         if voting is None:
             return rows
@@ -252,29 +259,36 @@ class Voters:
         """(E + 1,) int64 on the CPU: group e owns rows bounds[e]:bounds[e + 1] of what `rows` returned."""
         if self.rows_vote:
             return torch.arange(len(rows) + 1)
-        indices = int(self.offsets[-1])
-        return self.offsets * (len(rows) // indices) if indices else self.offsets
+        times = rows.shape[0] // self._indices if self._indices else 1
+        if times not in self._scaled:
+            self._scaled[times] = self.offsets if times == 1 else self.offsets * times
+        return self._scaled[times]
 
     def sums(self, tensor: Tensor, features: int = 1, dtype: torch.dtype | None = None) -> Tensor:
         """(..., S, ..., *features) -> (E, *features): sums over each group's rows; deterministic, no atomics."""
         if self.rows_vote:
             return self.rows(tensor, features).to(dtype)
-        shape = tensor.shape[tensor.dim() - features :]
-        front = tensor.movedim(self.dim, 0)
+        front = tensor.movedim(self.dim, 0) if self.dim else tensor
         if front.dim() > 1 + features:
-            per_index = math.prod(front.shape[1 : front.dim() - features])
-            front = front.reshape(len(front), per_index, *shape).sum(dim=1, dtype=dtype)
+            front = front.sum(dim=tuple(range(1, front.dim() - features)), dtype=dtype)
         return self.along(front.to(dtype), dim=0)
 
     def along(self, tensor: Tensor, dim: int | None = None) -> Tensor:
         """(..., S, ...) -> (E, ...): sums over each group's indices, weighted; all other dims stay."""
-        front = tensor.movedim(self.dim if dim is None else dim, 0)
+        dim = self.dim if dim is None else dim
+        front = tensor.movedim(dim, 0) if dim else tensor
         if self.order is not None:
             front = front.index_select(0, self.order.to(front.device))
-        summed = front if self.count == len(front) and self._singles() else segment_sum(front, self.offsets)
+        summed = front if self._singles and front.shape[0] == self.count else segment_sum(front, self.offsets)
         weights = self.groups.weights
         return summed if weights is None else summed * _as_column(weights, summed)
 
+    @cached_property
+    def _indices(self) -> int:
+        """S."""
+        return int(self.offsets[-1])
+
+    @cached_property
     def _singles(self) -> bool:
         """Whether each of the E groups has one index."""
         return bool((self.offsets.diff() == 1).all())

@@ -58,6 +58,7 @@ class Intercept(TorchFunctionMode):
         super().__init__()
         self.handle, self.groups = handle, groups
         self.marks = Marks(None if again is None else again.marks)
+        self._own: dict[int, Derived] = {}  # the marks of parameters
         self._voters: dict[tuple, Voters] = {}
         for tensor in handle.constants():
             self._mark_constant(tensor)
@@ -104,7 +105,9 @@ class Intercept(TorchFunctionMode):
             return None
         served = self.served(tensor)
         if served is not None:
-            return Derived((served,), tensor)
+            if id(tensor) not in self._own:
+                self._own[id(tensor)] = Derived((served,), tensor)
+            return self._own[id(tensor)]
         if self.marks.outdated(tensor):
             with torch._C.DisableTorchFunction():
                 self.marks.put(tensor, self._mark_again(tensor))
@@ -143,9 +146,11 @@ class Intercept(TorchFunctionMode):
             found = self._voters[key] = self.groups.voters(place)
         return found
 
-    def why_not_batch(self, x: Tensor, features: int) -> str | None:
-        """None if it is known where the batch is in x, before its last `features` dims; else the reason."""
-        mark = self.place(x)
+    def why_not_batch(self, x: Tensor, mark: Mark | None, features: int) -> str | None:
+        """None if it is known where the batch is in x, before its last `features` dims; else the reason.
+
+        mark: what `place` says of x.
+        """
         if not isinstance(mark, Place):
             return (
                 f"it is not known any more which part of its input of shape {tuple(x.shape)} belongs to which example: "

@@ -63,7 +63,7 @@ class Marks:
     """Marks of live tensors, by identity; does not hold them alive. Looks into `earlier` marks for those it lacks."""
 
     def __init__(self, earlier: Marks | None = None) -> None:
-        self._marks: dict[int, tuple[weakref.ref, Mark, int]] = {}
+        self._marks: dict[int, tuple[weakref.ref, Mark, int | None]] = {}
         self._earlier = earlier
 
     def get(self, tensor: Tensor) -> Mark | None:
@@ -78,15 +78,15 @@ class Marks:
     def outdated(self, tensor: Tensor) -> bool:
         """Whether a marked view's memory was written to since, through its base or another view."""
         entry = self._marks.get(id(tensor))
-        if entry is None or entry[0]() is not tensor or entry[2] == _version(tensor):
+        if entry is None or entry[2] is None or entry[0]() is not tensor:
             return False
-        with torch._C.DisableTorchFunction():
-            return tensor._base is not None
+        return entry[2] != _version(tensor)
 
 
-def _version(tensor: Tensor) -> int:
+def _version(tensor: Tensor) -> int | None:
+    """How often the memory of a view was written to; None for what is no view."""
     with torch._C.DisableTorchFunction():  # a mode may be on, and would take this for a call of the forward
-        return 0 if tensor.is_inference() else tensor._version
+        return tensor._version if tensor._is_view() and not tensor.is_inference() else None
 
 
 def plain_name(func) -> str:
@@ -216,6 +216,8 @@ def follow(op: Operation, units: int, couples: bool = False, rows: bool = False)
     couples:  whether what was computed from several units (statistics of the batch) may meet a unit's own part.
     rows:     whether the order of rows inside a unit matters too, as where tokens vote.
     """
+    if units > 1 and op.name in BROADCASTING and (unmoved := _unmoved(op, units)) is not None:
+        return [unmoved]
     if rows and (op.name in SHUFFLING or (op.name == "getitem" and _picks(op.args[1]))):
         return [LOST] * len(op.outputs)
     if units == 1:  # all there is is the one unit's
@@ -226,6 +228,19 @@ def follow(op: Operation, units: int, couples: bool = False, rows: bool = False)
     if op.name in WRITING:
         return [_after_writing(op, units)] * len(op.outputs)
     return [_agreed(op, operands, i, units, couples) for i in range(len(op.outputs))]
+
+
+def _unmoved(op: Operation, units: int) -> Place | None:
+    """The usual case of `_agreed`: all that is of the batch has it at one place and as many dims as the only output."""
+    if len(op.outputs) != 1:
+        return None
+    output, found = op.outputs[0], None
+    for tensor, mark in op.operands:
+        if isinstance(mark, OfBatch):
+            if not isinstance(mark, Place) or (found is not None and mark is not found) or tensor.dim() != output.dim():
+                return None
+            found = mark
+    return found if found is not None and output.shape[found.dim] == found.size(units) else None
 
 
 def all_of_one(tensor: Tensor, dim: int = 0) -> Place:
@@ -307,6 +322,8 @@ def _place(op: Operation, tensor: Tensor, mark: OfBatch, output: Tensor, units: 
         if name.startswith("conv") and op.operands[1][0].dim() != tensor.dim():
             return None  # an unbatched image
         return mark if kept else None
+    if name in ("permute", "transpose"):
+        return _permuted(op, tensor, mark)
     if name in PERMUTING:
         # Dims of distinct sizes show where each of them goes.
         probe = torch.empty(tuple(range(2, 2 + tensor.dim())), device="meta")
@@ -331,6 +348,16 @@ def _place(op: Operation, tensor: Tensor, mark: OfBatch, output: Tensor, units: 
     if name in REDUCING:
         return _reduced(op, tensor, mark, output)
     return None
+
+
+def _permuted(op: Operation, tensor: Tensor, mark: Place) -> Place:
+    ndim = tensor.dim()
+    if op.name == "permute":
+        given = op.argument(0, "dims")
+        dims = op.args[1:] if isinstance(given, int) else given
+        return mark.at([d % ndim for d in dims].index(mark.dim))
+    a, b = op.argument(0, "dim0") % ndim, op.argument(1, "dim1") % ndim
+    return mark.at(b if mark.dim == a else a if mark.dim == b else mark.dim)
 
 
 def _looked_up(op: Operation, tensor: Tensor, mark: Place) -> Place | None:
@@ -447,7 +474,7 @@ def _reshaped(tensor: Tensor, mark: Place, output: Tensor, units: int) -> Place 
         outer, cut = divmod(before, max(1, math.prod(output.shape[:at])))
         times, remainder = divmod(output.shape[at], max(1, outer * units))
         if not cut and not remainder and outer and times:
-            candidates.append(replace(mark, dim=at, outer=outer, times=times))
+            candidates.append(Place(at, outer, times, None, mark.guess))
     # Several only if there are no elements: then the dim that is there already.
     return next((p for p in candidates if p.dim == mark.dim), candidates[0] if candidates else None)
 

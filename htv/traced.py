@@ -126,8 +126,8 @@ class TracedIntercept(Intercept):
             for output in tensors_in((result,), None):
                 self.marks.put(output, LOST)
 
-    def why_not_batch(self, x: Tensor, features: int) -> str | None:
-        why = super().why_not_batch(x, features)
+    def why_not_batch(self, x: Tensor, mark: Mark | None, features: int) -> str | None:
+        why = super().why_not_batch(x, mark, features)
         return why and f"{why} (or one that picks rows by the values of a tensor, which torch.compile does not have)"
 
 

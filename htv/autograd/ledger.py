@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -173,6 +174,9 @@ def _refuse_autograd_grad(gradient_node) -> None:
         ) from None
 
 
+_AS_IT_IS = nullcontext()
+
+
 class Hub(torch.autograd.Function):
     """parameter -> token; backward applies the ledger's rule to everything recorded."""
 
@@ -183,20 +187,19 @@ class Hub(torch.autograd.Function):
         return parameter.new_empty(0)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, _):
         with full_precision(ctx.parameter.device):
             return ctx.ledger.settle(ctx.parameter, ctx.next_functions[0][0]), None
 
 
-def full_precision(device: torch.device) -> torch.autocast:
+def full_precision(device: torch.device) -> AbstractContextManager:
     """Statistics and plain sums keep the type of their operands even where backward runs under autocast."""
     if torch.is_grad_enabled():
         raise RuntimeError(
             "htv does not differentiate through a served backward: call backward() or torch.autograd.grad() without "
             "create_graph=True, or detach the handle for that step"
         )
-    return torch.autocast(device.type, enabled=False)
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else _AS_IT_IS
 
 
 class Sink:
@@ -252,8 +255,7 @@ class Slot:
         """
         wanted = [sink for sink in self.sinks if sink.wanted()]
         if wanted:
-            for sink in wanted:
-                sink.ledger.guard()
+            wanted[0].ledger.guard()
             factors = wanted[0].ledger.made(make, voters, tensors)
             for sink in wanted:
                 sink.record(factors)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from typing import TYPE_CHECKING
 
@@ -13,15 +12,15 @@ from torch import Tensor
 from htv.autograd.derived import Lookup
 from htv.autograd.embedding import embedding
 from htv.errors import UnsupportedError
-from htv.layers.call import Call, behind, serves, stands_alone
+from htv.layers.call import Call, Signature, behind, serves, stands_alone
 from htv.layout import Constant, Derived, Lost
 
 if TYPE_CHECKING:
     from htv.intercept import Intercept
 
 
-_EMBEDDING = inspect.signature(F.embedding)
-_EMBEDDING_BAG = inspect.signature(F.embedding_bag)
+_EMBEDDING = Signature.of(F.embedding)
+_EMBEDDING_BAG = Signature.of(F.embedding_bag)
 
 
 @serves(F.embedding)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,18 +10,18 @@ from torch import Tensor
 
 from htv.autograd.norm import group_norm, layer_norm
 from htv.errors import UnsupportedError
-from htv.layers.call import Call, refuse_rows, serves, signature
+from htv.layers.call import Call, Signature, refuse_rows, serves, signature
 from htv.layout import OfBatch
 
 if TYPE_CHECKING:
     from htv.intercept import Intercept
 
 
-_LAYER_NORM = inspect.signature(F.layer_norm)
-_GROUP_NORM = inspect.signature(F.group_norm)
-_RMS_NORM = inspect.signature(F.rms_norm)
-_INSTANCE_NORM = inspect.signature(F.instance_norm)
-_BATCH_NORM = inspect.signature(F.batch_norm)
+_LAYER_NORM = Signature.of(F.layer_norm)
+_GROUP_NORM = Signature.of(F.group_norm)
+_RMS_NORM = Signature.of(F.rms_norm)
+_INSTANCE_NORM = Signature.of(F.instance_norm)
+_BATCH_NORM = Signature.of(F.batch_norm)
 _TORCH_BATCH_NORM = signature("input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled")
 
 
@@ -89,7 +88,7 @@ def _batch_norm(mode: Intercept, func, args, kwargs):
 
 @serves(torch.batch_norm)
 def _torch_batch_norm(mode: Intercept, func, args, kwargs):
-    bound = _TORCH_BATCH_NORM.bind(*args, **kwargs).arguments
+    bound = _TORCH_BATCH_NORM.bind(args, kwargs)
     bound.pop("cudnn_enabled")
     return mode.call(F.batch_norm, (), dict(bound))
 

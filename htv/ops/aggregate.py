@@ -10,7 +10,7 @@ from torch import Tensor
 
 from htv.groups import Groups, Place, Voters
 from htv.ops import backend, blocks, factors, functional, paths, reference, schema, sliced, sparse
-from htv.ops.factors import ConvFactors, EmbeddingFactors, Factors, GroupwiseFactors, LinearFactors
+from htv.ops.factors import ConvFactors, EmbeddingFactors, Factors, GroupwiseFactors, LinearFactors, StackedFactors
 from htv.ops.reference import STREAMING, Summary
 from htv.rules import Mean, Rule, Statistic
 
@@ -27,9 +27,9 @@ def aggregate(parts: list[Factors], rule: Rule) -> Tensor:
     blocks.require_same_voters(parts)
     if math.prod(first.shape) == 0:
         return torch.zeros(first.shape, dtype=first.dtype, device=first.device)
-    statistic = rule.statistic(first.count)
     if isinstance(rule, Mean):
         return sum(part.total() for part in parts[1:]) + first.total() if len(parts) > 1 else first.total()
+    statistic = rule.statistic(first.count)
     value, mask_sum = by_blocks(parts, statistic)
     return functional.normalise(value, mask_sum, statistic)
 
@@ -75,6 +75,9 @@ def _one_block(parts: list[Factors], statistic: Statistic) -> tuple[Tensor, Tens
     parts = blocks.joined(parts)
     first = parts[0]
     if len(parts) == 1:
+        if isinstance(first, StackedFactors):
+            value, mask_sum = functional.stacked(first.values.to(first.dtype), statistic)
+            return value.mul_(first.count), mask_sum
         if isinstance(first, EmbeddingFactors):
             return (sparse.streaming if statistic.name in STREAMING else sparse.order)(first, statistic)
         style = paths.style_of(first, statistic.name, first.device)
