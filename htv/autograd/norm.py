@@ -81,20 +81,42 @@ class _GroupNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         _, x, weight, mean, rstd = ctx.saved_tensors
-        n, channels, space = x.shape[0], x.shape[1], math.prod(x.shape[2:])
-        per_channel = channels // ctx.num_groups
-        x, grad = x.contiguous(), grad.contiguous()  # torch 2.13 crashes on channels_last without all three gradients
         with full_precision(grad.device):
-            mean_c, rstd_c = (t.repeat_interleave(per_channel, dim=1).unsqueeze(2) for t in (mean, rstd))
-            x_flat, grad_flat = x.reshape(n, channels, space), grad.reshape(n, channels, space)
-            of_rows = (t.transpose(1, 2) for t in (x_flat, mean_c, rstd_c, grad_flat))  # (S, space, C)
-            grads = _affine_grads(ctx, (channels,), *of_rows)
-            grad_x = None
-            if ctx.needs_input_grad[0]:
-                grad_x, _, _ = torch.ops.aten.native_group_norm_backward(
-                    grad, x, mean, rstd, weight, n, channels, space, ctx.num_groups, [True, False, False]
-                )
+            grad_x, *sums = _of_every_sample(grad, x, weight, mean, rstd, ctx.num_groups, ctx.needs_input_grad[0])
+            make = lambda voters, sums: StackedFactors(voters.along(sums))
+            grads = [
+                slot.grad(needed, make, ctx.voters, of_samples)
+                for slot, needed, of_samples in zip(ctx.slots, ctx.needs_input_grad[1:3], sums, strict=True)
+            ]
         return grad_x, *grads, *ctx.unused
+
+
+def _of_every_sample(
+    grad: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, num_groups: int, needs_x: bool
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """What backward gives for x (S, C, *space), and (S, C) of every sample by itself for scale and shift.
+
+    One call of torch's backward gives it all: of one sample with the channels of all S.
+    """
+    samples, channels = x.shape[:2]
+    given, dtype = x.dtype, compute_dtype(x.dtype)
+    if x.device.type != "cpu":  # there all must be of one type
+        x, grad = x.to(dtype), grad.to(dtype)
+    weight = mean.new_ones(channels) if weight is None else weight
+    grad_x, scale, shift = torch.ops.aten.native_group_norm_backward(
+        grad.reshape(1, samples * channels, -1).contiguous(),
+        x.reshape(1, samples * channels, -1).contiguous(),
+        mean.to(dtype).reshape(1, -1),
+        rstd.to(dtype).reshape(1, -1),
+        weight.to(dtype).repeat(samples),
+        1,
+        samples * channels,
+        math.prod(x.shape[2:]),
+        samples * num_groups,
+        [needs_x, True, True],
+    )
+    grad_x = grad_x.reshape(x.shape).to(given) if needs_x else None
+    return grad_x, scale.reshape(samples, channels), shift.reshape(samples, channels)
 
 
 class _Normalised:
