@@ -21,6 +21,7 @@ from htv.autograd.ledger import Passes
 from htv.errors import UnsupportedError
 from htv.groups import Groups
 from htv.intercept import Intercept
+from htv.layout import Derived
 from htv.ops.agreement import Agreement
 from htv.ops.factors import Factors
 from htv.rules import Rule
@@ -142,6 +143,11 @@ def _matches(name: str, pattern: str) -> bool:
     return name == pattern or name.startswith(f"{pattern}.") or fnmatch.fnmatchcase(name, pattern)
 
 
+def _members(module: nn.Module) -> list[int]:
+    """Its parameters and parts by identity, in less time than to list those of the whole tree."""
+    return [*map(id, module._parameters.values()), *map(id, module._modules.values())]
+
+
 @dataclass(frozen=True, eq=False)
 class Voting:
     """Who votes in a forward, as asked for by `Handle.groups`, `packed` or `tokens`: kind "ids", "packed" or "rows"."""
@@ -162,6 +168,7 @@ class _ServedForward:
         self.inner = module.forward
         self.astray = False  # whether it ran without gradients on inputs unlike those of the model
         self.parameters = [id(p) for p in module.parameters()]
+        self._tree = [(m, _members(m)) for m in module.modules()]
         self.batch_norms = [(n, m) for n, m in module.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self._ours = {"forward": self, "__reduce_ex__": self._reduce_module}
         self.key, self.watched = register(self), Watched(module)  # for torch.compile
@@ -184,7 +191,9 @@ class _ServedForward:
 
     def check(self) -> None:
         """Refuse before anything runs: replaced parameters; a BatchNorm, which counts its batches first."""
-        if [id(p) for p in self.module.parameters()] != self.parameters:
+        if any(_members(m) != known for m, known in self._tree) and (
+            [id(p) for p in self.module.parameters()] != self.parameters
+        ):
             known = set(self.parameters)
             new = (repr(n) for n, p in self.module.named_parameters() if id(p) not in known)
             raise RuntimeError(
@@ -268,7 +277,10 @@ class Handle:
         self._served = {
             id(p): Served(self, name, p, rules[name]) for name, p in parameters.items() if rules[name] is not None
         }
+        self.own_marks = {key: Derived((served,), served.parameter) for key, served in self._served.items()}
+        self._rules = {served.rule for served in self._served.values()}
         self._plain = [p for name, p in parameters.items() if rules[name] is None]
+        self._modules = list(model.modules())
         self.settlements: list = []  # what compiled backwards of this model look up
         self._attributes = [v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor)]
         for served in self._served.values():
@@ -410,7 +422,7 @@ class Handle:
 
     def constants(self) -> Iterator[Tensor]:
         """Tensors of the model that are not served: buffers, plain tensor attributes, frozen or excluded parameters."""
-        yield from self.model.buffers()
+        yield from (b for module in self._modules for b in module._buffers.values() if b is not None)
         yield from self._attributes
         yield from self._plain
         yield from (s.parameter for s in self._served.values() if not s.parameter.requires_grad)
@@ -452,7 +464,7 @@ class Handle:
         for served in self._served.values():
             served.watch()
         if not groups.rows_vote and not self._accumulates:
-            for rule in {served.rule for served in self._served.values()}:
+            for rule in self._rules:
                 rule.statistic(groups.count)  # refuse too few groups before anything runs
         mode = self._thread.running = Intercept(self, groups, inputs, again)
         self._note_checkpoint(mode, forward, args, kwargs)

@@ -8,6 +8,7 @@ use of a parameter together with the batch is refused by name. So no parameter i
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -58,7 +59,7 @@ class Intercept(TorchFunctionMode):
         super().__init__()
         self.handle, self.groups = handle, groups
         self.marks = Marks(None if again is None else again.marks)
-        self._own: dict[int, Derived] = {}  # the marks of parameters
+        self._own = handle.own_marks
         self._voters: dict[tuple, Voters] = {}
         for tensor in handle.constants():
             self._mark_constant(tensor)
@@ -103,15 +104,10 @@ class Intercept(TorchFunctionMode):
         """
         if tensor is None:
             return None
-        served = self.served(tensor)
-        if served is not None:
-            if id(tensor) not in self._own:
-                self._own[id(tensor)] = Derived((served,), tensor)
-            return self._own[id(tensor)]
-        if self.marks.outdated(tensor):
-            with torch._C.DisableTorchFunction():
-                self.marks.put(tensor, self._mark_again(tensor))
-        mark = self.marks.get(tensor)
+        own = self._own.get(id(tensor))
+        if own is not None and tensor.requires_grad:
+            return own
+        mark = self.marks.current(tensor, self._mark_again)
         if mark is not None and not (isinstance(mark, Constant) and tensor.requires_grad):
             return mark
         if tensor.grad_fn is not None:
@@ -324,6 +320,10 @@ class Intercept(TorchFunctionMode):
         """Mark what a call made, or wrote to in place."""
         name = plain_name(func)
         written = args[0] if args and (_in_place(func) or name == "setitem") else kwargs.get("out")
+        if written is None and name in layout.BROADCASTING and name not in BORROWING and isinstance(result, Tensor):
+            place = layout.unmoved(operands, result, self.groups.num_units)
+            if place is not None and self.served(result) is None:
+                return self.marks.put(result, place)
         outputs = tensors_in((result,), None) if written is None else tensors_in((written,), None)
         if not outputs:
             return
@@ -387,6 +387,7 @@ def _served(tensor: Tensor, mark: Mark | None) -> bool:
     return isinstance(mark, Derived) and tensor.requires_grad
 
 
+@lru_cache(maxsize=4096)
 def _in_place(func) -> bool:
     name = getattr(func, "__name__", "")
     return name.startswith("__i") if name.startswith("__") else name.endswith("_")

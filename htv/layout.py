@@ -12,6 +12,7 @@ import string
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -75,12 +76,16 @@ class Marks:
     def put(self, tensor: Tensor, mark: Mark) -> None:
         self._marks[id(tensor)] = (weakref.ref(tensor), mark, _version(tensor))
 
-    def outdated(self, tensor: Tensor) -> bool:
-        """Whether a marked view's memory was written to since, through its base or another view."""
+    def current(self, tensor: Tensor, again: Callable[[Tensor], Mark]) -> Mark | None:
+        """`get`; of a view whose memory was written to since, through its base or another view, what `again` says."""
         entry = self._marks.get(id(tensor))
-        if entry is None or entry[2] is None or entry[0]() is not tensor:
-            return False
-        return entry[2] != _version(tensor)
+        if entry is None or entry[0]() is not tensor:
+            return None if self._earlier is None else self._earlier.get(tensor)
+        if entry[2] is not None and entry[2] != _version(tensor):
+            with torch._C.DisableTorchFunction():
+                self.put(tensor, again(tensor))
+            return self.get(tensor)
+        return entry[1]
 
 
 def _version(tensor: Tensor) -> int | None:
@@ -89,6 +94,7 @@ def _version(tensor: Tensor) -> int | None:
         return tensor._version if tensor._is_view() and not tensor.is_inference() else None
 
 
+@lru_cache(maxsize=4096)
 def plain_name(func) -> str:
     """`Tensor.__add__`, `add_` and `torch.add` -> "add"; a property getter -> the property's name."""
     name = getattr(func, "__name__", str(func))
@@ -216,8 +222,6 @@ def follow(op: Operation, units: int, couples: bool = False, rows: bool = False)
     couples:  whether what was computed from several units (statistics of the batch) may meet a unit's own part.
     rows:     whether the order of rows inside a unit matters too, as where tokens vote.
     """
-    if units > 1 and op.name in BROADCASTING and (unmoved := _unmoved(op, units)) is not None:
-        return [unmoved]
     if rows and (op.name in SHUFFLING or (op.name == "getitem" and _picks(op.args[1]))):
         return [LOST] * len(op.outputs)
     if units == 1:  # all there is is the one unit's
@@ -230,12 +234,12 @@ def follow(op: Operation, units: int, couples: bool = False, rows: bool = False)
     return [_agreed(op, operands, i, units, couples) for i in range(len(op.outputs))]
 
 
-def _unmoved(op: Operation, units: int) -> Place | None:
-    """The usual case of `_agreed`: all that is of the batch has it at one place and as many dims as the only output."""
-    if len(op.outputs) != 1:
+def unmoved(operands: list[tuple[Tensor, Mark | None]], output: Tensor, units: int) -> Place | None:
+    """The usual case of `follow` for broadcasting operations: all that is of the batch has it at one place already."""
+    if units == 1:
         return None
-    output, found = op.outputs[0], None
-    for tensor, mark in op.operands:
+    found = None
+    for tensor, mark in operands:
         if isinstance(mark, OfBatch):
             if not isinstance(mark, Place) or (found is not None and mark is not found) or tensor.dim() != output.dim():
                 return None

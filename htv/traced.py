@@ -22,7 +22,7 @@ from htv.autograd.ledger import Hub, Ledger, Owner, Passes, Sink, full_precision
 from htv.errors import UnsupportedError
 from htv.groups import Groups, Place, Voters
 from htv.intercept import Intercept, tensors_in
-from htv.layout import LOST, Mark
+from htv.layout import LOST, Derived, Mark
 from htv.ops.factors import Factors
 from htv.watched import keys
 
@@ -180,6 +180,7 @@ class TracedHandle:
         self.passes_plainly, self.shares_statistics = handle.passes_plainly, handle.shares_statistics
         self.unsupported = handle.unsupported
         self._served: dict[int, TracedServed] = {}
+        self.own_marks: dict[int, Derived] = {}
         self._constants: list[Tensor] = []
         for tensor, parameter in zip(tensors, forward.watched.parameters, strict=True):
             served = handle.served_parameter(parameter)
@@ -190,6 +191,7 @@ class TracedHandle:
             if traced is None or traced.parameter is not tensor:  # else from another call in the same graph
                 traced = _traced_parameters[id(tensor)] = TracedServed(served, tensor)
             self._served[id(tensor)] = traced
+            self.own_marks[id(tensor)] = Derived((traced,), tensor)
 
     def served_parameter(self, tensor: Tensor) -> TracedServed | None:
         return self._served.get(id(tensor))

@@ -108,7 +108,7 @@ def _of_every_sample(
         x.reshape(1, samples * channels, -1).contiguous(),
         mean.to(dtype).reshape(1, -1),
         rstd.to(dtype).reshape(1, -1),
-        weight.to(dtype).repeat(samples),
+        weight.to(dtype).expand(samples, -1).reshape(-1),
         1,
         samples * channels,
         math.prod(x.shape[2:]),
