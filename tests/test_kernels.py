@@ -25,7 +25,7 @@ def test_one_ops_library_serves_every_python():
 
 
 def test_kernels_are_registered_for_the_cpu():
-    for op in ("htv::stacked", "htv::linear"):
+    for op in ("htv::stacked", "htv::linear", "htv::norm_sums"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(op, "CPU"), op
 
 

@@ -7,14 +7,15 @@ its positions of grad * x_hat and of grad: one vector per group, no more than th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from htv.autograd.ledger import MARKER, Slot, full_precision
 from htv.groups import Voters
-from htv.ops.factors import SCRATCH_BYTES, StackedFactors
+from htv.ops.factors import StackedFactors
+from htv.ops.norm import norm_sums
 from htv.ops.reference import compute_dtype
 
 
@@ -43,19 +44,37 @@ class _LayerNorm(torch.autograd.Function):
     def backward(ctx, grad):
         _, x, weight, bias, mean, rstd = ctx.saved_tensors
         shape, voters = ctx.shape, ctx.voters
-
-        def rows(t: Tensor) -> Tensor:
-            """(*rest, *shape) -> (S, ..., prod(shape)), the batch's dim in front; (S, ..., 1) of mean and rstd."""
-            return t.flatten(t.dim() - len(shape)).movedim(voters.dim, 0)
-
         with full_precision(grad.device):
-            grads = _affine_grads(ctx, shape, *map(rows, (x, mean, rstd, grad)))
+            sums = _sums_along_batch(grad, x, mean, rstd, len(shape), voters)
+            grads = _affine_grads(ctx, sums, lambda voters, sums: StackedFactors(_by_group(sums, shape, voters)))
             grad_x = None
             if ctx.needs_input_grad[0]:
                 grad_x, _, _ = torch.ops.aten.native_layer_norm_backward(
                     grad, x, shape, mean, rstd, weight, bias, [True, False, False]
                 )
         return grad_x, *grads, *ctx.unused
+
+
+def _sums_along_batch(
+    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, features: int, voters: Voters
+) -> tuple[Tensor, Tensor]:
+    """(S, D) for scale and shift, along the batch's dim: sums over the rows there; (S, *rest, D) where every row votes.
+
+    grad and x: (*rest, *shape) with a shape of so many features; mean and rstd: (*rest, 1, ...).
+    """
+    dtype, lead = compute_dtype(x.dtype), x.dim() - features
+    rows = [t.flatten(lead).movedim(voters.dim, 0) for t in (grad, x, mean.to(dtype), rstd.to(dtype))]
+    samples, rest = rows[0].shape[:1], rows[0].shape[1:-1]
+    apart = (*samples, *rest) if voters.rows_vote else samples
+    per_row = [t.reshape(math.prod(apart), 1 if voters.rows_vote else math.prod(rest), t.shape[-1]) for t in rows]
+    grad, x, mean, rstd = (t.contiguous() for t in (*per_row[:2], *(t.squeeze(2) for t in per_row[2:])))
+    return tuple(t.unflatten(0, apart) for t in norm_sums(grad, x, mean, rstd))
+
+
+def _by_group(sums: Tensor, shape: tuple[int, ...], voters: Voters) -> Tensor:
+    """(E, *shape) from what `_sums_along_batch` returns."""
+    found = voters.sums(sums.movedim(0, voters.dim)) if voters.rows_vote else voters.along(sums, dim=0)
+    return found.reshape(found.shape[0], *shape)
 
 
 def _group_norm_format(x: Tensor) -> torch.memory_format:
@@ -83,11 +102,7 @@ class _GroupNorm(torch.autograd.Function):
         _, x, weight, mean, rstd = ctx.saved_tensors
         with full_precision(grad.device):
             grad_x, *sums = _of_every_sample(grad, x, weight, mean, rstd, ctx.num_groups, ctx.needs_input_grad[0])
-            make = lambda voters, sums: StackedFactors(voters.along(sums))
-            grads = [
-                slot.grad(needed, make, ctx.voters, of_samples)
-                for slot, needed, of_samples in zip(ctx.slots, ctx.needs_input_grad[1:3], sums, strict=True)
-            ]
+            grads = _affine_grads(ctx, sums, lambda voters, sums: StackedFactors(voters.along(sums)))
         return grad_x, *grads, *ctx.unused
 
 
@@ -104,8 +119,8 @@ def _of_every_sample(
         x, grad = x.to(dtype), grad.to(dtype)
     weight = mean.new_ones(channels) if weight is None else weight
     grad_x, scale, shift = torch.ops.aten.native_group_norm_backward(
-        grad.reshape(1, samples * channels, -1).contiguous(),
-        x.reshape(1, samples * channels, -1).contiguous(),
+        grad.contiguous(),
+        x.contiguous(),
         mean.to(dtype).reshape(1, -1),
         rstd.to(dtype).reshape(1, -1),
         weight.to(dtype).expand(samples, -1).reshape(-1),
@@ -115,39 +130,11 @@ def _of_every_sample(
         samples * num_groups,
         [needs_x, True, True],
     )
-    grad_x = grad_x.reshape(x.shape).to(given) if needs_x else None
+    grad_x = grad_x.to(given) if needs_x else None
     return grad_x, scale.reshape(samples, channels), shift.reshape(samples, channels)
 
 
-class _Normalised:
-    """x and its statistics, with the output gradient, taken a few indices of the batch at a time: small temporaries.
-
-    All of x and grad: (S, *rest, features), indices of the batch's dim in front; mean and rstd broadcast against them.
-    """
-
-    def __init__(self, x: Tensor, mean: Tensor, rstd: Tensor, grad: Tensor):
-        self.tensors, self.dtype = (x, mean, rstd, grad), compute_dtype(x.dtype)
-        self.chunk = max(1, SCRATCH_BYTES // max(1, math.prod(x.shape[1:]) * 4))
-
-    def stacked(self, combine: Callable[[Tensor, Tensor], Tensor], voters: Voters) -> Tensor:
-        """(E, features): the sum over each group's rows of combine(grad, x_hat); unsummed where rows vote."""
-        pieces = []
-        for x, mean, rstd, grad in zip(*(t.split(self.chunk) for t in self.tensors), strict=True):
-            x_hat = (x.to(self.dtype) - mean.to(self.dtype)) * rstd.to(self.dtype)
-            piece = combine(grad.to(self.dtype), x_hat)
-            pieces.append(piece if voters.rows_vote else piece.flatten(1, -2).sum(dim=1) if piece.dim() > 2 else piece)
-        joined = torch.cat(pieces).movedim(0, voters.dim) if voters.rows_vote else torch.cat(pieces)
-        return voters.sums(joined) if voters.rows_vote else voters.along(joined, dim=0)
-
-
-def _affine_grads(ctx, shape: tuple[int, ...], *tensors: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of scale and shift, of that shape, or None where they are recorded. tensors: of `_Normalised`."""
-
-    def grad(index: int, combine: Callable[[Tensor, Tensor], Tensor]) -> Tensor | None:
-        def factors(voters: Voters, *tensors: Tensor) -> StackedFactors:
-            stacked = _Normalised(*tensors).stacked(combine, voters)
-            return StackedFactors(stacked.reshape(len(stacked), *shape))
-
-        return ctx.slots[index].grad(ctx.needs_input_grad[1 + index], factors, ctx.voters, *tensors)
-
-    return grad(0, lambda grad, x_hat: grad * x_hat), grad(1, lambda grad, x_hat: grad)
+def _affine_grads(ctx, sums: Sequence[Tensor], make: Callable[..., StackedFactors]) -> list[Tensor | None]:
+    """The gradients of scale and shift, or None where they are recorded. sums: for both; make: their factors."""
+    needed = ctx.needs_input_grad[1:3]
+    return [slot.grad(n, make, ctx.voters, s) for slot, n, s in zip(ctx.slots, needed, sums, strict=True)]

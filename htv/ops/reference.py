@@ -190,3 +190,14 @@ def linear(x: Tensor, grad_output: Tensor, offsets: Tensor, statistic: Statistic
     )
     value, mask_sum = stacked(contributions, statistic)
     return value * len(contributions), mask_sum
+
+
+def norm_sums(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    """What every sample contributes to the scale and the shift of a normalisation.
+
+    grad and x: (S, T, D); mean and rstd: (S, T), of every row, in `compute_dtype`.
+    Returns (S, D), (S, D) in `compute_dtype`: the sums over T of grad * (x - mean) * rstd, and of grad.
+    """
+    grad = grad.to(mean.dtype)
+    x_hat = (x.to(mean.dtype) - mean.unsqueeze(2)) * rstd.unsqueeze(2)
+    return (grad * x_hat).sum(dim=1), grad.sum(dim=1)

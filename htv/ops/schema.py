@@ -14,6 +14,11 @@
         mask_sum     as above
         Kernels serve what `FUSED` says of their backend; the sliced path serves the rest.
 
+    norm_sums(grad, x, mean, rstd) -> (scale, shift)
+        grad, x       (S, T, D) contiguous, the same dtype: output gradient and input of a normalisation
+        mean, rstd    (S, T) contiguous, in `compute_dtype(x)`: those of every row
+        scale, shift  (S, D) in `compute_dtype(x)`; sums over T of grad * (x - mean) * rstd, and of grad
+
 `statistic` is the `code` of a `htv.rules.Statistic`'s name; `count`, `votes` and `k` are its fields.
 """
 
@@ -49,6 +54,8 @@ library.define(
     " -> (Tensor, Tensor)"
 )
 
+library.define("norm_sums(Tensor grad, Tensor x, Tensor mean, Tensor rstd) -> (Tensor, Tensor)")
+
 
 @torch.library.register_fake("htv::stacked")
 def _stacked_fake(grads, statistic, count, votes, k):
@@ -63,6 +70,12 @@ def _linear_fake(x, grad_output, offsets, statistic, count, votes, k):
     return value, x.new_empty((), dtype=torch.float64)
 
 
+@torch.library.register_fake("htv::norm_sums")
+def _norm_sums_fake(grad, x, mean, rstd):
+    shape = (x.shape[0], x.shape[2])
+    return mean.new_empty(shape), mean.new_empty(shape)
+
+
 def _stacked_reference(grads, statistic, count, votes, k):
     return reference.stacked(grads, Statistic(_NAMES[statistic], count, votes, k))
 
@@ -74,6 +87,7 @@ def _linear_reference(x, grad_output, offsets, statistic, count, votes, k):
 # Any device without a kernel of its own gets the definition.
 library.impl("stacked", _stacked_reference, "CompositeExplicitAutograd")
 library.impl("linear", _linear_reference, "CompositeExplicitAutograd")
+library.impl("norm_sums", reference.norm_sums, "CompositeExplicitAutograd")
 
 
 def _stacked_setup(ctx, inputs, output):
