@@ -114,9 +114,9 @@ class Intercept(TorchFunctionMode):
             return self.groups.home if self.groups.fits(tensor) else LOST
         return PLAIN if tensor.requires_grad else CONSTANT
 
-    def slot(self, value: Tensor | None) -> Slot:
-        """A layer's parameter argument: served if it is one or derived from some, plain otherwise."""
-        mark = self.mark(value)
+    def slot(self, value: Tensor | None, mark: Mark | None = None) -> Slot:
+        """A layer's parameter argument: served if it is one or derived from some, plain otherwise. mark: if known."""
+        mark = self.mark(value) if mark is None else mark
         if not isinstance(mark, Derived) or not value.requires_grad:
             return Slot(value)
         served = self.served(value)
@@ -131,8 +131,9 @@ class Intercept(TorchFunctionMode):
     def place(self, x: Tensor, dim: int = 0) -> Mark | None:
         """`mark` of x; of a batch with one unit, all of whose x it is, the place along any dim that suits."""
         mark = self.mark(x)
-        one = self.groups.num_units == 1 and isinstance(mark, Place) and x.dim() > dim
-        return layout.all_of_one(x, dim) if one else mark
+        if self.groups.num_units > 1:
+            return mark
+        return layout.all_of_one(x, dim) if isinstance(mark, Place) and x.dim() > dim else mark
 
     def voters(self, place: Place) -> Voters:
         """Who votes with the indices of a tensor that has the batch there."""
@@ -284,10 +285,10 @@ class Intercept(TorchFunctionMode):
 
     def copied_per_unit(self, x: Tensor | None) -> Tensor | None:
         """A layer's input; one that is a derived tensor expanded over the batch (learnt queries) as copies per unit."""
-        mark, units = self.mark(x), self.groups.num_units
+        mark = self.mark(x)
         if not isinstance(mark, Derived) or mark.source is x or not x.requires_grad or not torch.is_grad_enabled():
             return x
-        own = (1,) * (x.dim() - mark.source.dim()) + tuple(mark.source.shape)
+        own, units = (1,) * (x.dim() - mark.source.dim()) + tuple(mark.source.shape), self.groups.num_units
         dims = [d for d in range(x.dim()) if x.shape[d] == units and own[d] == 1]
         home = self.groups.home.dim
         if units == 1 or self.groups.rows_vote or not (home in dims or len(dims) == 1):

@@ -152,7 +152,8 @@ class Ledger:
             owner.observe(parts)
         accumulation = None if owner is None else owner.accumulation
         if accumulation is None:
-            grad = aggregate.aggregate(parts, self.rule).to(parameter.dtype)
+            grad = aggregate.aggregate(parts, self.rule)
+            grad = grad if grad.dtype == parameter.dtype else grad.to(parameter.dtype)
         else:
             _refuse_autograd_grad(gradient_node)
             grad = accumulation.add(current, parts, self.groups)
@@ -255,7 +256,6 @@ class Slot:
         """
         wanted = [sink for sink in self.sinks if sink.wanted()]
         if wanted:
-            wanted[0].ledger.guard()
             factors = wanted[0].ledger.made(make, voters, tensors)
             for sink in wanted:
                 sink.record(factors)

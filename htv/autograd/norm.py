@@ -63,12 +63,14 @@ def _sums_along_batch(
     grad and x: (*rest, *shape) with a shape of so many features; mean and rstd: (*rest, 1, ...).
     """
     dtype, lead = compute_dtype(x.dtype), x.dim() - features
-    rows = [t.flatten(lead).movedim(voters.dim, 0) for t in (grad, x, mean.to(dtype), rstd.to(dtype))]
-    samples, rest = rows[0].shape[:1], rows[0].shape[1:-1]
-    apart = (*samples, *rest) if voters.rows_vote else samples
-    per_row = [t.reshape(math.prod(apart), 1 if voters.rows_vote else math.prod(rest), t.shape[-1]) for t in rows]
-    grad, x, mean, rstd = (t.contiguous() for t in (*per_row[:2], *(t.squeeze(2) for t in per_row[2:])))
-    return tuple(t.unflatten(0, apart) for t in norm_sums(grad, x, mean, rstd))
+    if voters.dim:
+        grad, x, mean, rstd = (t.movedim(voters.dim, 0) for t in (grad, x, mean, rstd))
+    apart = x.shape[: lead if voters.rows_vote else 1]
+    rows = math.prod(apart), math.prod(x.shape[len(apart) : lead])
+    grad, x = (t.reshape(*rows, math.prod(x.shape[lead:])).contiguous() for t in (grad, x))
+    mean, rstd = (t.to(dtype).reshape(rows).contiguous() for t in (mean, rstd))
+    scale, shift = norm_sums(grad, x, mean, rstd)
+    return (scale.unflatten(0, apart), shift.unflatten(0, apart)) if voters.rows_vote else (scale, shift)
 
 
 def _by_group(sums: Tensor, shape: tuple[int, ...], voters: Voters) -> Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 from htv.autograd.ledger import Slot
 from htv.errors import UnsupportedError
 from htv.groups import Place, Voters
-from htv.layout import Derived, OfBatch
+from htv.layout import Derived, Mark, OfBatch
 
 if TYPE_CHECKING:
     from htv.intercept import Intercept
@@ -40,6 +39,7 @@ class Call:
     """A call's arguments by name, and what its parameters are.
 
     x and parameters: the names of the input and of the parameters among the arguments.
+    `place`:          where the batch is in the input, or what else that is.
     `applicable`:     some parameter is served, or derived from served ones, gradients are on, and the input was
                       computed from the batch.
     """
@@ -48,18 +48,15 @@ class Call:
         self.mode, self.kind, self.names = mode, kind, parameters
         self.arguments = signature.bind(args, kwargs)
         self.x: Tensor = mode.copied_per_unit(self.arguments[x])
+        self.place = mode.place(self.x)
         self.parameters: list[Tensor | None] = [self.arguments[name] for name in parameters]
-        self.owners = [behind(mode, p) for p in self.parameters]
-        self.served = tuple(dict.fromkeys(owner for owners in self.owners for owner in owners))
-        self.applicable = bool(self.served and torch.is_grad_enabled() and isinstance(mode.mark(self.x), OfBatch))
+        self._marks = [mode.mark(p) for p in self.parameters]
+        self._owners = [_owners(p, mark) for p, mark in zip(self.parameters, self._marks, strict=True)]
+        self.served = tuple(dict.fromkeys(owner for owners in self._owners for owner in owners))
+        self.applicable = bool(self.served and torch.is_grad_enabled() and isinstance(self.place, OfBatch))
 
     def __getitem__(self, name: str):
         return self.arguments[name]
-
-    @cached_property
-    def place(self) -> Place:
-        """Where the batch is in the input."""
-        return self.mode.place(self.x)
 
     @property
     def voters(self) -> Voters:
@@ -81,12 +78,13 @@ class Call:
                 raise UnsupportedError(message)
             self.mode.handle.unsupported(message, self.served)
             return None
-        for name, parameter, owners in zip(self.names, self.parameters, self.owners, strict=True):
-            served = owners and self.mode.served(parameter)
+        slots = []
+        for name, parameter, owners, mark in zip(self.names, self.parameters, self._owners, self._marks, strict=True):
             for owner in owners:
-                bias = name == "bias" and "norm" not in self.kind
-                owner.note(f"{self.kind} bias" if bias else self.kind if served else f"{self.kind} (computed)")
-        return [self.mode.slot(p) for p in self.parameters]
+                bias, own = name == "bias" and "norm" not in self.kind, parameter is owner.parameter
+                owner.note(f"{self.kind} bias" if bias else self.kind if own else f"{self.kind} (computed)")
+            slots.append(self.mode.slot(parameter, mark))
+        return slots
 
     def done(self, result: Tensor, place: Place | None = None) -> Tensor:
         """Mark the layer's result: the batch is where it was in the input, unless said otherwise."""
@@ -96,7 +94,10 @@ class Call:
 
 def behind(mode: Intercept, parameter: Tensor | None) -> tuple[Served, ...]:
     """The served parameters a layer's parameter argument is or comes from."""
-    mark = mode.mark(parameter)
+    return _owners(parameter, mode.mark(parameter))
+
+
+def _owners(parameter: Tensor | None, mark: Mark | None) -> tuple[Served, ...]:
     return mark.parameters if isinstance(mark, Derived) and parameter.requires_grad else ()
 
 

@@ -25,7 +25,7 @@ def aggregate(parts: list[Factors], rule: Rule) -> Tensor:
     """
     first = parts[0]
     blocks.require_same_voters(parts)
-    if math.prod(first.shape) == 0:
+    if 0 in first.shape:
         return torch.zeros(first.shape, dtype=first.dtype, device=first.device)
     if isinstance(rule, Mean):
         return sum(part.total() for part in parts[1:]) + first.total() if len(parts) > 1 else first.total()
