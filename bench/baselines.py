@@ -107,7 +107,7 @@ def step(
     try:
         contributions = METHODS[method](model, criterion or nn.CrossEntropyLoss(), x, targets)
     except ModuleNotFoundError as error:
-        raise RuntimeError(f'not installed (pip install "hard-to-vary[peers]"): {error}') from error
+        raise RuntimeError(f"not installed (pip install {DISTRIBUTIONS.get(method)}): {error}") from error
 
     def run() -> None:
         for parameter, grads in contributions():

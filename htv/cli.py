@@ -133,8 +133,8 @@ def bench(
     """Measure what the rules cost on this machine: time and peak memory of whole training steps over plain ones.
 
     The variants of a workload take turns in one process. Beside htv stand baselines that form the gradients of all
-    examples: a loop, torch.func's vmap, Opacus and BackPACK (pip install "hard-to-vary[peers]"). One that fails is
-    reported with its error.
+    examples: a loop, torch.func's vmap, Opacus and BackPACK (the extra `peers`). One that fails is reported with its
+    error.
     """
     from dataclasses import replace
 
