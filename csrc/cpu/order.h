@@ -88,12 +88,15 @@ struct Strided {
   HTV_INLINE Strided from(int64_t k) const { return {values + k * stride, stride}; }
 };
 
+constexpr int kMostSorted = 16;  // values sorted by one network
+
+// Values: values(k) is value 0 <= k < n of one register of coordinates.
 template <class V, int n, class Values>
-__attribute__((noinline)) V median_of_few(const Values& values, int64_t interpolation) {
+HTV_INLINE V median_of_few(const Values& values, int64_t interpolation) {
   using O = Order<V>;
   typename O::Key v[n];
   NanSeen<V> nan;
-#pragma GCC unroll 64
+#pragma GCC unroll 16
   for (int k = 0; k < n; ++k) {
     const V value = values(k);
     nan.add(value);
@@ -105,10 +108,10 @@ __attribute__((noinline)) V median_of_few(const Values& values, int64_t interpol
 }
 
 template <class V, int n, class Values>
-__attribute__((noinline)) V mean_of_few(const Values& values, const Ranking& ranking) {
+HTV_INLINE V mean_of_few(const Values& values, const Ranking& ranking) {
   V v[n];
   NanSeen<V> nan;
-#pragma GCC unroll 64
+#pragma GCC unroll 16
   for (int k = 0; k < n; ++k) {
     v[k] = values(k);
     nan.add(v[k]);
@@ -117,6 +120,35 @@ __attribute__((noinline)) V mean_of_few(const Values& values, const Ranking& ran
   V sorted[n];
   memcpy(sorted, v, sizeof v);
   return nan.poison(order_statistic<V>(ranking.statistic, [&](int64_t r) { return sorted[r]; }, ranking.parameters));
+}
+
+template <class V, int n, class Source, class Sink>
+__attribute__((noinline)) void statistics_of_few(const Ranking& ranking, int64_t registers, const Source& source,
+                                                 const Sink& sink) {
+  if (is_mean(ranking)) {
+    for (int64_t j = 0; j < registers; ++j) sink(j, mean_of_few<V, n>(source(j), ranking));
+  } else if (ranking.statistic == Statistic::median && ranking.parameters.count != 0) {
+    const int64_t interpolation = ranking.parameters.count;
+    for (int64_t j = 0; j < registers; ++j) sink(j, median_of_few<V, n>(source(j), interpolation));
+  } else {
+    for (int64_t j = 0; j < registers; ++j) sink(j, median_of_few<V, n>(source(j), 0));
+  }
+}
+
+// Calls f(std::integral_constant<int, n>) for first <= n <= last.
+template <int first, int last, class F>
+HTV_INLINE void with_constant(int64_t n, const F& f) {
+  [&]<int... i>(std::integer_sequence<int, i...>) {
+    (void)((n == first + i && (f(std::integral_constant<int, first + i>{}), true)) || ...);
+  }(std::make_integer_sequence<int, last - first + 1>{});
+}
+
+// The statistic of ranking.ranked <= most <= kMostSorted values in each of many registers of coordinates:
+// sink(j, statistic of the values source(j)).
+template <class V, int most, class Source, class Sink>
+void few_statistics(const Ranking& ranking, int64_t registers, const Source& source, const Sink& sink) {
+  with_constant<1, most>(ranking.ranked,
+                         [&](auto n) { statistics_of_few<V, n()>(ranking, registers, source, sink); });
 }
 
 }  // namespace htv::HTV_LEVEL

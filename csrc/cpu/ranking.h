@@ -24,6 +24,10 @@ inline Ranking ranking_of(Statistic statistic, const Parameters& p) {
   return {statistic, p, n, low, high};
 }
 
+inline bool is_mean(const Ranking& ranking) {
+  return ranking.statistic == Statistic::trimmed_mean || ranking.statistic == Statistic::winsorized_mean;
+}
+
 // Memory order_statistics (select.h) needs beside the values, in bytes: the bit planes of two registers of coordinates
 // and the candidates for two ranks.
 inline int64_t select_scratch_bytes(const Ranking& ranking) {

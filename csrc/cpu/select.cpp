@@ -17,22 +17,8 @@ namespace {
 
 // ---- where each way of selecting ends ----
 
-constexpr int kMostSorted = 16;    // by one network in registers
 constexpr int kMostRuns = 64;      // medians by sorted runs: two, or from half as many on four
 constexpr int kMostExtremes = 16;  // trimmed and winsorized means by keeping extremes: count + 1
-
-// Calls f(std::integral_constant<int, n>) for first <= n <= last.
-template <int first, int last, class F>
-HTV_INLINE auto with_constant(int64_t n, const F& f) {
-  return [&]<int... i>(std::integer_sequence<int, i...>) {
-    using Result = decltype(f(std::integral_constant<int, first>{}));
-    Result result{};
-    (void)((n == first + i && (result = f(std::integral_constant<int, first + i>{}), true)) || ...);
-    return result;
-  }(std::make_integer_sequence<int, last - first + 1>{});
-}
-
-// ---- medians ----
 
 // The value of rank r of two sorted lists.
 template <class W>
@@ -110,40 +96,48 @@ struct Ends {
   V low, high;
 };
 
+// The sum of term(k) over 0 <= k < n, by sums of short stretches: one long sum would round more.
+template <class V, class Term>
+HTV_INLINE V sum_of(int64_t n, const Term& term) {
+  constexpr int64_t ways = 4, stretch = 8 * ways;
+  V total{};
+  for (int64_t begin = 0; begin < n; begin += stretch) {
+    const int64_t end = begin + stretch < n ? begin + stretch : n;
+    V sums[ways] = {};
+    int64_t k = begin;
+    for (; k + ways <= end; k += ways)
+#pragma GCC unroll 4
+      for (int64_t w = 0; w < ways; ++w) sums[w] += term(k + w);
+    for (; k < end; ++k) sums[0] += term(k);
+    total += (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  }
+  return total;
+}
+
 // All values, those beyond the ends replaced by them.
 template <class V, class Values>
 V clamped_mean(const Values& values, const Ranking& ranking, Ends<V> ends) {
-  constexpr int ways = 4;
-  V sums[ways] = {};
-  const auto clamped = [&](int64_t k) { return smaller(larger(values(k), ends.low), ends.high); };
-  int64_t k = 0;
-  for (; k + ways <= ranking.ranked; k += ways)
-#pragma GCC unroll 4
-    for (int w = 0; w < ways; ++w) sums[w] += clamped(k + w);
-  for (; k < ranking.ranked; ++k) sums[0] += clamped(k);
-  return ((sums[0] + sums[1]) + (sums[2] + sums[3])) / Real<V>(ranking.ranked);
+  const V sum = sum_of<V>(ranking.ranked, [&](int64_t k) { return smaller(larger(values(k), ends.low), ends.high); });
+  return sum / Real<V>(ranking.ranked);
 }
 
 // What lies strictly between the ends, and the copies of them that were not trimmed.
 template <class V, class Values>
 V inner_mean(const Values& values, const Ranking& ranking, Ends<V> ends) {
-  using R = Real<V>;
-  constexpr int ways = 2;
-  V sums[ways] = {};
-  Count<V> below[ways] = {}, above[ways] = {};  // or equal
-  for (int64_t k = 0; k < ranking.ranked; ++k) {
-    const int w = k % ways;
+  using Int = typename Lane<V>::Int;
+  Count<V> below{}, above{};  // or equal
+  const V sum = sum_of<V>(ranking.ranked, [&](int64_t k) {
     const V v = values(k);
     const Mask<V> is_below = v <= ends.low, is_above = v >= ends.high;
-    sums[w] = is_below ? sums[w] : is_above ? sums[w] : sums[w] + v;
-    below[w] = is_below ? below[w] + 1 : below[w];
-    above[w] = is_above ? above[w] + 1 : above[w];
-  }
-  using Int = typename Lane<V>::Int;
+    below -= is_below;
+    above -= is_above;
+    return is_below | is_above ? V{} : v;
+  });
   const Int trimmed = Int(ranking.parameters.count);
-  const Count<V> lows = below[0] + below[1] - trimmed, highs = above[0] + above[1] - trimmed;
-  const V low = lows > 0 ? Lane<V>::real(lows) * ends.low : V{}, high = highs > 0 ? Lane<V>::real(highs) * ends.high : V{};
-  const V mean = ((sums[0] + sums[1]) + (low + high)) / R(ranking.ranked - 2 * ranking.parameters.count);
+  const Count<V> lows = below - trimmed, highs = above - trimmed;
+  const V low = lows > 0 ? Lane<V>::real(lows) * ends.low : V{};  // an end may be infinite
+  const V high = highs > 0 ? Lane<V>::real(highs) * ends.high : V{};
+  const V mean = (sum + (low + high)) / Real<V>(ranking.ranked - 2 * ranking.parameters.count);
   return ends.low == ends.high ? ends.low : mean;
 }
 
@@ -375,8 +369,7 @@ void select_by_bits(const Ranking& ranking, const V* values, int64_t stride, voi
   }
   for (int c = 0; c < columns; ++c) {
     const Ends<V> ends = {found[0][c], found[1][c]};
-    const bool trims = ranking.statistic == Statistic::trimmed_mean || ranking.statistic == Statistic::winsorized_mean;
-    result[c] = nan[c].poison(trims ? mean_between<V>(Strided<V>{values + c, stride}, ranking, ends)
+    result[c] = nan[c].poison(is_mean(ranking) ? mean_between<V>(Strided<V>{values + c, stride}, ranking, ends)
                                     : midpoint(ends.low, ends.high));
   }
 }
@@ -386,26 +379,18 @@ void select_by_bits(const Ranking& ranking, const V* values, int64_t stride, voi
 template <class V>
 void order_statistics(const Ranking& ranking, const V* values, int64_t stride, int columns, void* scratch, V* result) {
   const int64_t n = ranking.ranked, count = ranking.parameters.count;
-  const bool trims = ranking.statistic == Statistic::trimmed_mean || ranking.statistic == Statistic::winsorized_mean;
-  const int64_t interpolation = ranking.statistic == Statistic::median ? count : 0;
+  const bool trims = is_mean(ranking);
   const auto each = [&](const auto& statistic) {
     for (int c = 0; c < columns; ++c) result[c] = statistic(Strided<V>{values + c, stride});
   };
-  if (!trims && n <= kMostSorted) {
-    with_constant<1, kMostSorted>(n, [&](auto constant) {
-      each([&](const Strided<V>& column) { return median_of_few<V, constant()>(column, interpolation); });
-      return 0;
-    });
+  if (n <= kMostSorted) {
+    few_statistics<V, kMostSorted>(
+        ranking, columns, [&](int64_t c) { return Strided<V>{values + c, stride}; },
+        [&](int64_t c, V v) { result[c] = v; });
   } else if (!trims && n <= kMostRuns) {
     const bool four = n > kMostRuns / 2;
     with_constant<kMostSorted / 2 + 1, kMostSorted>(four ? (n + 3) / 4 : (n + 1) / 2, [&](auto run) {
       each([&](const Strided<V>& column) { return median_of_runs<V, run()>(column, ranking, four); });
-      return 0;
-    });
-  } else if (trims && n <= kMostSorted) {
-    with_constant<1, kMostSorted>(n, [&](auto constant) {
-      each([&](const Strided<V>& column) { return mean_of_few<V, constant()>(column, ranking); });
-      return 0;
     });
   } else if (trims && count == 0) {
     const Ends<V> all = {-splat<V>(Real<V>(INFINITY)), splat<V>(Real<V>(INFINITY))};

@@ -1,6 +1,7 @@
 // The statistic of stacked contributions over groups: hot loops, compiled once per CPU level.
 #include "stacked_kernel.h"
 
+#include "order.h"
 #include "select.h"
 
 namespace htv::HTV_LEVEL {
@@ -68,81 +69,107 @@ void streaming_chunk(const StackedTask& task, int64_t chunk) {
   task.mask_sums[chunk] = State::masks ? sum_in_double(mask, width) : 0;
 }
 
-// ---- order: the values of a batch of coordinates are gathered row by row, then ranked block by block ----
+// ---- order: the values of as many coordinates as fit L2 are gathered row by row, then ranked ----
 
-// Block of `columns` registers of coordinates: values[rank * columns + c].
-template <class V, int columns>
-struct Block {
-  V* values;
-  Mask<V> nan[columns];         // a contribution is NaN
-  Count<V> undefined[columns];  // minus the number of buckets whose mean is NaN, by inf - inf too
+// Few rows are ranked as they are read.
+constexpr int kMostDirect = 8;
+
+template <class V, class T>
+struct Rows {
+  const T* first;
+  int64_t stride;
+  V operator()(int64_t k) const { return load<V>(first + k * stride); }
 };
 
-// Fills the values to rank of `count` blocks of coordinates from `begin` on, row by row: contributions or bucket means.
-template <class V, class T, int columns>
-void fill(const StackedTask& task, int64_t begin, int64_t width, Block<V, columns>* blocks, int64_t count) {
+// Calls f(j, register j of width coordinates from `begin` on, of row k).
+template <class V, class T, class F>
+void each_register(const StackedTask& task, int64_t k, int64_t begin, int64_t width, const F& f) {
   constexpr int lanes = kLanes<V>;
-  const T* const grads = static_cast<const T*>(task.grads) + begin;
+  const T* const row = static_cast<const T*>(task.grads) + k * task.coordinates + begin;
+  const int64_t full = width / lanes;
+  for (int64_t j = 0; j < full; ++j) f(j, load<V>(row + j * lanes));
+  if (full * lanes < width) f(full, load<V>(row + full * lanes, width - full * lanes));
+}
+
+// values[k * stride + j]: contribution k of register j of coordinates. Some rows are read side by side, for what a row
+// read alone waits for, its page and its first lines, several rows wait for together.
+template <class V, class T>
+void gather(const StackedTask& task, int64_t begin, int64_t width, V* values, int64_t stride) {
+  constexpr int together = 8, lanes = kLanes<V>;
+  const int64_t groups = task.parameters.groups, full = width / lanes;
+  int64_t k = 0;
+  for (; k + together <= groups; k += together) {
+    const T* const rows = static_cast<const T*>(task.grads) + k * task.coordinates + begin;
+    for (int64_t j = 0; j < full; ++j)
+#pragma GCC unroll 8
+      for (int r = 0; r < together; ++r)
+        values[(k + r) * stride + j] = load<V>(rows + r * task.coordinates + j * lanes);
+    if (full * lanes < width)
+      for (int r = 0; r < together; ++r)
+        values[(k + r) * stride + full] = load<V>(rows + r * task.coordinates + full * lanes, width - full * lanes);
+  }
+  for (; k < groups; ++k)
+    each_register<V, T>(task, k, begin, width, [&](int64_t j, V v) { values[k * stride + j] = v; });
+}
+
+// values[k * stride + j]: the mean of bucket k. A mean may be NaN by inf - inf, too, and then ranks last.
+// undefined[j] counts such means; where a contribution is NaN it is `ranked` at least.
+template <class V, class T>
+void gather_buckets(const StackedTask& task, int64_t begin, int64_t width, V* values, int64_t stride,
+                    Count<V>* undefined) {
+  using Int = typename Lane<V>::Int;
   const int64_t groups = task.parameters.groups, ranked = task.ranking->ranked;
-  const bool buckets = ranked != groups;
-  for (int64_t b = 0; b < count; ++b)
-    for (int c = 0; c < columns; ++c) {
-      blocks[b].nan[c] = Lane<V>::none();
-      blocks[b].undefined[c] = Count<V>{};
+  const int64_t registers = (width + kLanes<V> - 1) / kLanes<V>;
+  for (int64_t j = 0; j < registers; ++j) undefined[j] = Count<V>{};
+  for (int64_t k = 0, e = 0; k < ranked; ++k, values += stride) {
+    const int64_t size = groups / ranked + (k < groups % ranked);
+    for (int64_t i = 0; i < size; ++i, ++e)
+      each_register<V, T>(task, e, begin, width, [&](int64_t j, V v) {
+        undefined[j] = v != v ? Count<V>{} + Int(ranked) : undefined[j];
+        values[j] = i == 0 ? v : values[j] + v;
+      });
+    for (int64_t j = 0; j < registers; ++j) {
+      const V mean = values[j] / Real<V>(size);
+      undefined[j] -= mean != mean;
+      values[j] = mean != mean ? splat<V>(Real<V>(INFINITY)) : mean;
     }
-  int64_t e = 0;
-  for (int64_t k = 0; k < ranked; ++k) {
-    const int64_t size = groups / ranked + (k < groups % ranked);  // 1 unless these are buckets
-    for (int64_t i = 0; i < size; ++i, ++e) {
-      const T* const row = grads + e * task.coordinates;
-      for (int64_t b = 0; b < count; ++b)
-        for (int c = 0; c < columns; ++c) {
-          const int64_t at = (b * columns + c) * lanes;
-          const V v = at + lanes <= width ? load<V>(row + at) : at < width ? load<V>(row + at, width - at) : V{};
-          V& place = blocks[b].values[k * columns + c];
-          blocks[b].nan[c] |= v != v;
-          place = i == 0 ? v : place + v;
-        }
-    }
-    if (!buckets) continue;
-    for (int64_t b = 0; b < count; ++b)
-      for (int c = 0; c < columns; ++c) {
-        V& place = blocks[b].values[k * columns + c];
-        const V mean = place / Real<V>(size);
-        place = mean != mean ? splat<V>(Real<V>(INFINITY)) : mean;  // undefined means rank last
-        blocks[b].undefined[c] += mean != mean;
-      }
   }
 }
 
-template <class V, class T, int columns>
+template <class V, class T>
 void order_chunk(const StackedTask& task, int64_t chunk, void* scratch) {
-  using R = Real<V>;
-  using Int = typename Lane<V>::Int;
-  constexpr int lanes = kLanes<V>, block_width = lanes * columns;
-  constexpr int64_t most_blocks = kStackedChunk / block_width;
+  constexpr int lanes = kLanes<V>;
+  constexpr int64_t most_registers = kStackedChunk / lanes;
   const Ranking& ranking = *task.ranking;
-  const int64_t ranked = ranking.ranked, block_bytes = ranked * columns * kRegisterBytes;
-  const int64_t values_bytes = stacked_values_bytes(ranked);
-  const int64_t fit = values_bytes / block_bytes, batch = least(fit < 1 ? 1 : fit, most_blocks);
-  const int64_t end = least((chunk + 1) * kStackedChunk, task.coordinates);
+  const int64_t begin = chunk * kStackedChunk, end = least(begin + kStackedChunk, task.coordinates);
+  const int64_t ranked = ranking.ranked, values_bytes = stacked_values_bytes(ranked);
+  const bool buckets = ranked != task.parameters.groups;
+  Real<V>* const value = static_cast<Real<V>*>(task.value);
   task.mask_sums[chunk] = 0;
 
-  Block<V, columns> blocks[most_blocks];
-  for (int64_t b = 0; b < batch; ++b) blocks[b].values = static_cast<V*>(scratch) + b * ranked * columns;
-  for (int64_t begin = chunk * kStackedChunk; begin < end; begin += batch * block_width) {
-    const int64_t width = least(batch * block_width, end - begin), count = (width + block_width - 1) / block_width;
-    fill<V, T, columns>(task, begin, width, blocks, count);
-    for (int64_t b = 0; b < count; ++b) {
-      const Block<V, columns>& block = blocks[b];
-      V result[columns];
-      order_statistics<V, columns>(ranking, block.values, columns, static_cast<char*>(scratch) + values_bytes, result);
-      for (int c = 0; c < columns; ++c) {
-        const int64_t at = (b * columns + c) * lanes;
-        if (at >= width) break;
-        const Mask<V> nan = block.nan[c] | (Int(ranked - ranked / 2) + block.undefined[c] <= 0);
-        store<V>(static_cast<R*>(task.value) + begin + at, nan ? splat<V>(R(NAN)) : result[c], width - at);
-      }
+  int64_t direct = 0;  // whole registers
+  if (!buckets && ranked <= kMostDirect) {
+    direct = (end - begin) / lanes * lanes;
+    const T* const grads = static_cast<const T*>(task.grads) + begin;
+    few_statistics<V, kMostDirect>(
+        ranking, direct / lanes, [&](int64_t j) { return Rows<V, T>{grads + j * lanes, task.coordinates}; },
+        [&](int64_t j, V v) { store<V>(value + begin + j * lanes, v, lanes); });
+  }
+  V* const values = static_cast<V*>(scratch);
+  const int64_t registers = least(values_bytes / (ranked * kRegisterBytes) - 1, most_registers);
+  V result[most_registers];
+  Count<V> undefined[most_registers];
+  for (int64_t at = begin + direct; at < end; at += registers * lanes) {
+    const int64_t width = least(registers * lanes, end - at), count = (width + lanes - 1) / lanes;
+    const int64_t stride = count + 1;
+    if (buckets) gather_buckets<V, T>(task, at, width, values, stride, undefined);
+    else gather<V, T>(task, at, width, values, stride);
+    order_statistics<V>(ranking, values, stride, count, static_cast<char*>(scratch) + values_bytes, result);
+    for (int64_t j = 0; j < count; ++j) {
+      using Int = typename Lane<V>::Int;
+      V v = result[j];
+      if (buckets) v = undefined[j] >= Int(ranked - ranked / 2) ? splat<V>(Real<V>(NAN)) : v;
+      store<V>(value + at + j * lanes, v, width - j * lanes);
     }
   }
 }
@@ -153,7 +180,7 @@ void chunk_of(const StackedTask& task, int64_t chunk, void* scratch) {
   const bool streaming = with_streaming<V>(
       task.statistic, [&](auto state) { streaming_chunk<decltype(state), V, T>(task, chunk); });
   if (streaming) return;
-  order_chunk<V, T, kStackedColumns>(task, chunk, scratch);
+  order_chunk<V, T>(task, chunk, scratch);
 }
 
 }  // namespace

@@ -22,13 +22,11 @@ struct StackedTask {
   const Ranking* ranking;  // order statistics only
 };
 
-// Registers of coordinates ranked together.
-constexpr int kStackedColumns = 2;
-
-// The values of as many coordinates as fit L2, at least of one block of registers, in bytes.
+// The values of the coordinates that are ranked together, in bytes: as many as fit L2, at least a pair of registers.
+// A register more per value keeps values of a coordinate from falling into one set of L1.
 inline int64_t stacked_values_bytes(int64_t ranked) {
-  constexpr int64_t l2_share = 256 << 10, block = kStackedColumns * 64;
-  return ranked * block > l2_share ? ranked * block : l2_share;
+  constexpr int64_t l2_share = 192 << 10, least = (2 + 1) * 64;
+  return ranked * least > l2_share ? ranked * least : l2_share;
 }
 
 // Scratch of one thread, in bytes.

@@ -17,6 +17,12 @@ pytestmark = [
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 GROUPS = (1, 2, 3, 4, 5, 8, 17, 33, 64, 100, 257, 1000)
+# Every way of ranking and both sides of where it ends (csrc/cpu/order.h, select.cpp, stacked_kernel.cpp)
+READ_IN_PLACE = (1, 2, 3, 7, 8)
+ONE_NETWORK = (9, 15, 16)
+TWO_RUNS = (17, 18, 31, 32)
+FOUR_RUNS = (33, 34, 35, 36, 63, 64)
+BIT_PLANES = (65, 95, 96, 97, 127, 128, 129, 256, 993, 1100)  # 31 words of 32 bits are counted in bytes: 992
 WIDTHS = (0, 1, 15, 16, 17, 1000, 1024, 1025, 2100)
 
 
@@ -87,20 +93,71 @@ def test_every_width(level, width):
         assert_within_budget(grads, statistic)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("groups", [*GROUPS, 2000])
-def test_medians_are_exact(level, dtype, groups):
+def delicate_values(groups, width=130):
+    """Contributions whose order is easily got wrong."""
     generator = torch.Generator().manual_seed(groups)
-    for grads in (
-        torch.randn(groups, 130, generator=generator),
-        torch.randn(groups, 130, generator=generator) * 1e-44,  # denormal in float32
-        torch.randint(-2, 3, (groups, 130), generator=generator).float(),  # ties
-        torch.randn(groups, 130, generator=generator).relu(),
-    ):
+    normal = torch.randn(groups, width, generator=generator)
+    where = torch.rand(groups, width, generator=generator)
+    zeros = torch.where(where < 0.5, 0.0, -0.0)
+    yield normal
+    yield normal * 1e-44  # denormal in float32
+    yield torch.randint(-2, 3, (groups, width), generator=generator).float()  # ties
+    yield torch.where(where < 0.4, normal, zeros)
+    yield torch.where(where < 0.1, math.inf, torch.where(where > 0.9, -math.inf, normal))
+    yield (1 + torch.arange(width) / 64).exp2() * (1 + normal.sign() * 2**-20)  # equal in all but their last bits
+    yield torch.where(where < 0.5 / groups, math.nan, normal)
+    yield torch.where(where < 0.5 / groups, -math.nan, normal)
+
+
+EVERY_WAY = (*READ_IN_PLACE, *ONE_NETWORK, *TWO_RUNS, *FOUR_RUNS, *BIT_PLANES)
+EXACT = [(dtype, groups) for dtype in (torch.float64, torch.float32) for groups in EVERY_WAY]
+EXACT += [(dtype, groups) for dtype in (torch.bfloat16, torch.float16) for groups in (8, 16, 32, 64, 65)]
+
+
+@pytest.mark.parametrize(("dtype", "groups"), EXACT, ids=str)
+def test_medians_are_exact(level, dtype, groups):
+    for grads in delicate_values(groups):
         for side in (-1, 0, 1):
             statistic = Statistic("median", side)
             expected, _ = reference.stacked(grads.to(dtype), statistic)
-            assert torch.equal(cpp(grads.to(dtype), statistic)[0], expected)
+            torch.testing.assert_close(cpp(grads.to(dtype), statistic)[0], expected, rtol=0, atol=0, equal_nan=True)
+
+
+def counts_per_side(groups):
+    """Sorted values; 2, 4, 8 or 16 kept extremes and both sides of where those end; bit planes."""
+    return [c for c in (0, 1, 2, 3, 4, 7, 8, 15, 16, 40, (groups - 1) // 2) if 2 * c < groups]
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=str)
+@pytest.mark.parametrize("groups", [*READ_IN_PLACE, *ONE_NETWORK, 17, 31, 32, 33, 64, 97, 256, 1100])
+def test_trimmed_and_winsorized_means(level, dtype, groups):
+    for grads in delicate_values(groups):
+        grads = grads.to(dtype)
+        for count in counts_per_side(groups):
+            for name in ("trimmed_mean", "winsorized_mean"):
+                statistic = Statistic(name, count)
+                assert_within_budget(grads, statistic)
+                value, mirrored = cpp(grads, statistic)[0], cpp(-grads, statistic)[0]
+                torch.testing.assert_close(mirrored, -value, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("count", (0, 1, 3, 8, 20, 40))
+@pytest.mark.parametrize("name", ("trimmed_mean", "winsorized_mean"))
+def test_ends_of_integers_are_exact(level, name, count):
+    """Sums of small integers are exact, so every copy of an end is counted or not."""
+    for groups in (81, 100, 256):
+        grads = torch.randint(-3, 4, (groups, 200), generator=torch.Generator().manual_seed(count)).double()
+        expected, _ = reference.stacked(grads, Statistic(name, count))
+        torch.testing.assert_close(cpp(grads, Statistic(name, count))[0], expected, rtol=1e-15, atol=1e-15)
+
+
+@pytest.mark.parametrize("groups", (1, 3, 8, 9, 40, 70, 300))
+def test_means_of_buckets_that_are_undefined_rank_last(level, groups):
+    grads = torch.randn(groups, 200, generator=torch.Generator().manual_seed(groups))
+    where = torch.rand(grads.shape, generator=torch.Generator().manual_seed(groups + 1))
+    grads = torch.where(where < 0.2, math.inf, torch.where(where > 0.8, -math.inf, grads))
+    for buckets in {1, (groups + 1) // 2, max(1, groups - 1)}:
+        assert_within_budget(grads, Statistic("median_of_means", buckets))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -170,8 +227,10 @@ def test_any_shape(data, groups, width, seed):
 
 
 def test_the_number_of_threads_changes_no_bit():
-    grads = torch.randn(33, 200_001, generator=torch.Generator().manual_seed(4))
-    for statistic in statistics(33):
+    generator = torch.Generator().manual_seed(4)
+    few, some, many = (torch.randn(e, p, generator=generator) for e, p in ((5, 200_001), (33, 200_001), (70, 50_003)))
+    cases = [(grads, statistic) for grads in (few, some, many) for statistic in statistics(len(grads))]
+    for grads, statistic in cases:
         results = []
         for n in (1, 2, 3):
             torch.set_num_threads(n)
