@@ -1,8 +1,8 @@
 // Order statistics of registers of coordinates, whose values lie in L1 or L2: compiled once per CPU level.
 //
-// Few values are sorted by a network in registers. More of them: of the c-th extremes, the c + 1 smallest and largest are
-// kept while values stream by; medians merge a few sorted runs; and from some number on any rank is found bit by bit:
-// the order-preserving integer keys of 32 (64) values are transposed, so that plane b holds bit b of all of them as one
+// Few values are sorted by a network in registers. Of more, medians merge a few sorted runs, and means trimmed by `count`
+// keep the count + 1 smallest and largest while values stream by. From some number on any rank is found bit by bit: the
+// order-preserving integer keys of 32 (64) values are transposed, so that plane b holds bit b of all of them as one
 // integer per coordinate, and population counts of the planes tell which values remain candidates.
 #include "select.h"
 
@@ -72,7 +72,7 @@ __attribute__((noinline)) void merge_runs(W* interleaved) {
   for (int k = 0; k < n; ++k) interleaved[k] = v[k];
 }
 
-// Of n values in two lists of `run` (n is 2 * run or one less), or in four (n is up to 3 less), which are merged to two.
+// Of n values in two lists of `run` (n is 2 * run or one less), or in four (4 * run or up to 3 less), merged to two.
 template <class V, int run>
 V median_of_runs(const Strided<V>& values, const Ranking& ranking, bool four) {
   using O = Order<V>;
@@ -81,7 +81,8 @@ V median_of_runs(const Strided<V>& values, const Ranking& ranking, bool four) {
   NanSeen<V> nan;
   Key lists[2][2 * run];
   for (int part = 0; part < 2 * parts; ++part)
-    sort_run<V, run>(values.from(part * run), ranking.ranked - part * run, nan, lists[part / parts] + part % parts, parts);
+    sort_run<V, run>(values.from(part * run), ranking.ranked - part * run, nan, lists[part / parts] + part % parts,
+                     parts);
   if (four)
     for (Key* list : lists) merge_runs<2 * run>(list);
   const auto rank = [&](int64_t r) { return O::value(rank_of_two(lists[0], size, lists[1], size, r)); };
@@ -207,6 +208,15 @@ HTV_INLINE void exchange_bits(B (&x)[count], Word top) {
   }
 }
 
+// The key as an unsigned integer of the same order; the least one for values that are not there.
+template <class V, class Values>
+HTV_INLINE Bits<V> ordered_bits(const Values& values, int64_t k, int64_t present, int64_t begin, NanSeen<V>& nan) {
+  if (k >= present) return Bits<V>{};
+  const V v = values(begin + k);
+  nan.add(v);
+  return (Bits<V>)key_of(v) ^ std::make_unsigned_t<typename Lane<V>::Int>(~kMagnitude<V>);
+}
+
 // planes[w - 1 - b]: bit b of the keys of values begin <= k < begin + w, where w is the bits of a key. Which bit of the
 // plane is which value's is not defined, but the same for all planes. Values that are not there have the least key.
 template <class V, class Values>
@@ -218,15 +228,7 @@ __attribute__((noinline)) void make_planes(const Values& values, int64_t begin, 
   for (int i = 0; i < low; ++i) {
     B x[high];
 #pragma GCC unroll 8
-    for (int r = 0; r < high; ++r) {
-      x[r] = B{};
-      const int64_t k = i + r * low;
-      if (k < present) {
-        const V v = values(begin + k);
-        nan.add(v);
-        x[r] = (B)key_of(v) ^ Word(~kMagnitude<V>);
-      }
-    }
+    for (int r = 0; r < high; ++r) x[r] = ordered_bits(values, i + r * low, present, begin, nan);
     exchange_bits(x, Word(w / 2));
 #pragma GCC unroll 8
     for (int r = 0; r < high; ++r) planes[i + r * low] = x[r];
@@ -240,6 +242,72 @@ __attribute__((noinline)) void make_planes(const Values& values, int64_t begin, 
     for (int r = 0; r < low; ++r) planes[i + r] = x[r];
   }
 }
+
+#if defined(__GFNI__) && defined(__AVX512BW__)
+// a and b become the bytes of both, taken in turn, of the lower and the upper half of every 16 bytes. Of the four bits
+// that number a byte in 16, the uppermost goes to the register's number, whose bit becomes the lowest.
+template <class B>
+HTV_INLINE void interleave_bytes(B& a, B& b) {
+  const __m512i x = (__m512i)a, y = (__m512i)b;
+  a = (B)_mm512_unpacklo_epi8(x, y);
+  b = (B)_mm512_unpackhi_epi8(x, y);
+}
+
+// Transposes the 8 x 8 bits of every 8 bytes.
+template <class B>
+HTV_INLINE B transpose_bits(B bytes) {
+  return (B)_mm512_gf2p8affine_epi64_epi8(_mm512_set1_epi64(0x8040201008040201), (__m512i)bytes, 0);
+}
+
+// The same for keys of 32 bits. Registers are numbered by value, e4 e3 e2 e1 e0; within 16 bytes of one are coordinate
+// and byte of the key, d1 d0 j1 j0, within a byte the bit of the key, i2 i1 i0. Seven interleavings, of the registers
+// whose numbers differ in one bit, and a transposition of bits in between leave the coordinates where they were, the
+// values within (e3 e4 and e0 to e2), and the key's bits in the registers' numbers: i0 i1 j1 i2 j0.
+template <class Values>
+__attribute__((noinline)) void make_planes(const Values& values, int64_t begin, int64_t present,
+                                           NanSeen<Register<float>>& nan, Bits<Register<float>>* planes) {
+  using V = Register<float>;
+  using B = Bits<V>;
+  B part[32];
+  NanSeen<V> seen = nan;
+#pragma GCC unroll 1
+  for (int base = 0; base < 32; base += 8) {
+    B x[8];
+#pragma GCC unroll 8
+    for (int r = 0; r < 8; ++r) x[r] = ordered_bits(values, base + r, present, begin, seen);
+#pragma GCC unroll 3
+    for (int d = 1; d < 8; d *= 2)
+#pragma GCC unroll 8
+      for (int r = 0; r < 8; ++r)
+        if ((r & d) == 0) interleave_bytes(x[r], x[r + d]);
+#pragma GCC unroll 8
+    for (int r = 0; r < 8; ++r) x[r] = transpose_bits(x[r]);
+#pragma GCC unroll 2
+    for (int d = 1; d < 4; d *= 2)
+#pragma GCC unroll 8
+      for (int r = 0; r < 8; ++r)
+        if ((r & d) == 0) interleave_bytes(x[r], x[r + d]);
+#pragma GCC unroll 8
+    for (int r = 0; r < 8; ++r) part[base + r] = x[r];
+  }
+  nan = seen;
+#pragma GCC unroll 8
+  for (int r = 0; r < 8; ++r) {
+    B x[4];
+#pragma GCC unroll 4
+    for (int h = 0; h < 4; ++h) x[h] = part[r + 8 * h];
+    interleave_bytes(x[0], x[1]);
+    interleave_bytes(x[2], x[3]);
+    interleave_bytes(x[0], x[2]);
+    interleave_bytes(x[1], x[3]);
+#pragma GCC unroll 4
+    for (int h = 0; h < 4; ++h) {
+      const int bit = 16 * (r >> 2 & 1) + 8 * (r & 1) + 4 * (r >> 1 & 1) + 2 * (h & 1) + (h >> 1 & 1);
+      planes[31 - bit] = x[h];
+    }
+  }
+}
+#endif
 
 // Adds up the bits set in each lane's words.
 template <class B>
@@ -358,7 +426,7 @@ void select_by_bits(const Ranking& ranking, const V* values, int64_t stride, voi
   NanSeen<V> nan[columns];
   for (int c = 0; c < columns; ++c)
     for (int64_t k = 0; k < words; ++k)
-      make_planes<V>(Strided<V>{values + c, stride}, k * w, n - k * w, nan[c], planes + (c * words + k) * w);
+      make_planes(Strided<V>{values + c, stride}, k * w, n - k * w, nan[c], planes + (c * words + k) * w);
   const int64_t from_top[2] = {n - 1 - ranking.low, n - 1 - ranking.high};
   V found[2][columns];
   if (ranking.low == ranking.high) {
@@ -370,7 +438,7 @@ void select_by_bits(const Ranking& ranking, const V* values, int64_t stride, voi
   for (int c = 0; c < columns; ++c) {
     const Ends<V> ends = {found[0][c], found[1][c]};
     result[c] = nan[c].poison(is_mean(ranking) ? mean_between<V>(Strided<V>{values + c, stride}, ranking, ends)
-                                    : midpoint(ends.low, ends.high));
+                                               : midpoint(ends.low, ends.high));
   }
 }
 
