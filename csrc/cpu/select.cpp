@@ -1,9 +1,9 @@
 // Order statistics of registers of coordinates, whose values lie in L1 or L2: compiled once per CPU level.
 //
-// Few values are sorted by a network in registers. Of more, medians merge a few sorted runs, and means trimmed by `count`
-// keep the count + 1 smallest and largest while values stream by. From some number on any rank is found bit by bit: the
-// order-preserving integer keys of 32 (64) values are transposed, so that plane b holds bit b of all of them as one
-// integer per coordinate, and population counts of the planes tell which values remain candidates.
+// Few values are sorted by a network in registers. Of more, medians merge a few sorted runs, and means trimmed by
+// `count` keep the count + 1 smallest and largest while values stream by. From some number on any rank is found bit by
+// bit: the order-preserving integer keys of 32 (64) values are transposed, so that plane b holds bit b of all of them as
+// one integer per coordinate, and population counts of the planes tell which values remain candidates.
 #include "select.h"
 
 #if defined(__AVX2__)
