@@ -36,7 +36,10 @@ ICELAKE = [*AVX512, *(f"-m{f}" for f in ("avx512vpopcntdq", "avx512vbmi", "avx51
 NOISE = ["-Wno-maybe-uninitialized"]  # from the intrinsics of these levels in GCC 12
 LEVELS = {"baseline": [], "avx2": AVX2, "avx512": [*AVX512, *NOISE], "icelake": [*ICELAKE, *NOISE]}
 # compiled once per level, from csrc/cpu
-HOT = ["norm_kernel", "select", "stacked_kernel", "linear_kernel", "rank_one_kernel", "sign_planes", "tile_kernel"]
+HOT = [
+    "norm_kernel", "select", "stacked_kernel", "linear_kernel", "rank_one_kernel", "sign_planes", "tile_kernel",
+    "channels_last",
+]  # fmt: skip
 
 
 def choice(name: str, allowed: tuple[str, ...]) -> str:
@@ -128,8 +131,8 @@ class BuildExtensions(build_ext):
         cpu = [*COMMON, *level_defines]
         level_object = compiled("cpu/level.cpp", cpu)
         objects = [level_object]
-        for source in ("library.cpp", "cpu/stacked.cpp", "cpu/linear.cpp", "cpu/norm.cpp", "cpu/tile.cpp"):
-            objects.append(compiled(source, [*cpu, *torch_flags]))
+        for source in ("library", "cpu/stacked", "cpu/linear", "cpu/conv", "cpu/norm", "cpu/tile"):
+            objects.append(compiled(f"{source}.cpp", [*cpu, *torch_flags]))
         for name in HOT:
             for level, flags in levels.items():
                 flags = [*cpu, *flags, f"-DHTV_LEVEL={level}", CONTRACT.get(name, "-ffp-contract=off")]

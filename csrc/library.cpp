@@ -1,6 +1,7 @@
 // Registers the CPU kernels for the ops that htv/ops/schema.py declares. Load after it.
 #include <torch/csrc/stable/library.h>
 #include <tuple>
+#include <vector>
 
 #include "contract.h"
 
@@ -9,10 +10,15 @@ std::tuple<Tensor, Tensor> stacked(Tensor grads, int64_t statistic, int64_t coun
 std::tuple<Tensor, Tensor> linear(Tensor x, Tensor grad_output, Tensor offsets, int64_t statistic, int64_t count,
                                   double votes, double k);
 std::tuple<Tensor, Tensor> norm_sums(Tensor grad, Tensor x, Tensor mean, Tensor rstd);
+std::tuple<Tensor, Tensor> conv(Tensor x, Tensor grad_output, Tensor offsets, std::vector<int64_t> kernel,
+                                std::vector<int64_t> stride, std::vector<int64_t> padding,
+                                std::vector<int64_t> dilation, int64_t conv_groups, int64_t statistic, int64_t count,
+                                double votes, double k);
 }  // namespace htv::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(htv, CPU, m) {
   m.impl("stacked", TORCH_BOX(&htv::cpu::stacked));
   m.impl("norm_sums", TORCH_BOX(&htv::cpu::norm_sums));
   m.impl("linear", TORCH_BOX(&htv::cpu::linear));
+  m.impl("conv", TORCH_BOX(&htv::cpu::conv));
 }

@@ -12,24 +12,6 @@
 namespace htv::cpu {
 namespace {
 
-// The longest group, after checking that the groups cover the rows in order.
-int64_t longest_group(const std::string& op, const Tensor& offsets, int64_t rows) {
-  STD_TORCH_CHECK(offsets.is_cpu(), op, ": offsets must be on the CPU");
-  STD_TORCH_CHECK(offsets.scalar_type() == torch::headeronly::ScalarType::Long, op, ": offsets must be int64");
-  STD_TORCH_CHECK(offsets.dim() == 1 && offsets.size(0) >= 2 && offsets.is_contiguous(), op,
-                  ": offsets must be a contiguous vector of groups + 1 entries, at least 2");
-  const int64_t* const at = static_cast<const int64_t*>(offsets.const_data_ptr());
-  const int64_t groups = offsets.size(0) - 1;
-  STD_TORCH_CHECK(at[0] == 0 && at[groups] == rows, op, ": offsets must run from 0 to the number of rows, ", rows,
-                  "; got ", at[0], " to ", at[groups]);
-  int64_t longest = 0;
-  for (int64_t e = 0; e < groups; ++e) {
-    STD_TORCH_CHECK(at[e] <= at[e + 1], op, ": offsets must not decrease, as they do after entry ", e);
-    longest = std::max(longest, at[e + 1] - at[e]);
-  }
-  return longest;
-}
-
 // The sign planes of a matrix, and the memory they lie in.
 struct Signs {
   Scratch memory;

@@ -82,8 +82,9 @@ def _one_block(parts: list[Factors], statistic: Statistic) -> tuple[Tensor, Tens
             return (sparse.streaming if statistic.name in STREAMING else sparse.order)(first, statistic)
         style = paths.style_of(first, statistic.name, first.device)
         if style == "fused":
-            fused = _fused_conv if isinstance(first, ConvFactors) else _fused_linear
-            return fused(first, statistic, backend.choose("linear", statistic.name, first.device))
+            if isinstance(first, ConvFactors):
+                return _fused_conv(first, statistic)
+            return _fused_linear(first, statistic, backend.choose("linear", statistic.name, first.device))
         if style == "by group":
             return _by_group(parts, statistic)
     tied = len(parts) == 2 and {type(part) for part in parts} == {LinearFactors, EmbeddingFactors}
@@ -112,8 +113,14 @@ def _fused(x: Tensor, grad_output: Tensor, bounds: Tensor, statistic: Statistic,
     return torch.ops.htv.linear(x, grad_output, bounds, *schema.numbers(statistic))
 
 
-def _fused_conv(part: ConvFactors, statistic: Statistic, server: str) -> tuple[Tensor, Tensor]:
-    """Block by block as linear layers of the windows that the output's positions see."""
+def _fused_conv(part: ConvFactors, statistic: Statistic) -> tuple[Tensor, Tensor]:
+    """By the convolution's own kernel, or block by block as linear layers of the windows that positions see."""
+    if backend.choose("conv", statistic.name, part.device) != "reference":
+        g = part.geometry
+        sizes = part.kernel, g.stride, g.padding, g.dilation, g.groups
+        factors = _dense(part.x), _dense(part.grad_output), part.bounds
+        return torch.ops.htv.conv(*factors, *sizes, *schema.numbers(statistic))
+    server = backend.choose("linear", statistic.name, part.device)
     value = torch.zeros(part.shape, dtype=part.dtype, device=part.device)
     mask_sum = torch.zeros((), dtype=torch.float64, device=part.device)
     bounds = part.row_bounds
@@ -122,6 +129,11 @@ def _fused_conv(part: ConvFactors, statistic: Statistic, server: str) -> tuple[T
         value[rows, columns] = part.from_linear(block)
         mask_sum += block_mask
     return value, mask_sum
+
+
+def _dense(images: Tensor) -> Tensor:
+    """Images (S, C, *space) with their channels in dim 1 or behind the others; copied if they are neither."""
+    return images if images.movedim(1, -1).is_contiguous() else images.contiguous()
 
 
 def _tied(linear: LinearFactors, embedding: EmbeddingFactors, statistic: Statistic) -> tuple[Tensor, Tensor]:

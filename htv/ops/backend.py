@@ -45,7 +45,7 @@ def _has_kernel(op: str, key: str) -> bool:
 
 def why_not(backend: str, op: str, statistic: str, device: torch.device) -> str | None:
     """None where `backend` serves `op` for `statistic` on `device`, else the reason it does not."""
-    if op == "linear" and backend != "reference" and statistic not in schema.FUSED[backend]:
+    if op in ("linear", "conv") and backend != "reference" and statistic not in schema.FUSED[backend]:
         return f"no fused kernel for {statistic}; the sliced path serves it"
     if backend == "cpp":
         return NOT_BUILT or (None if device.type == "cpu" else f"it serves the CPU, not {device.type}")
@@ -78,6 +78,8 @@ def choose(op: str, statistic: str, device: torch.device) -> str:
         return "cpp" if why_not("cpp", op, statistic, device) is None else "reference"
     if name != "reference" and op == "linear" and statistic not in schema.FUSED[name]:
         return "reference"  # the sliced path, whose stacked statistics then come from the named backend
+    if op == "conv" and why_not(name, op, statistic, device) is not None:
+        return "reference"  # blocks of windows through `linear`, or the sliced path
     reason = why_not(name, op, statistic, device)
     if reason is not None:
         raise RuntimeError(f"backend {name!r} was named but cannot serve {op} ({statistic}): {reason}")

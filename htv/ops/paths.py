@@ -20,9 +20,9 @@ from htv.ops.factors import (
 from htv.ops.reference import STREAMING
 from htv.rules import Mean, Rule
 
-FEW = 0.25  # contributions per activation up to which those of a convolution are sliced rather than fused
-MANY_POSITIONS = 512  # rows per group from which on groups of a convolution are gone through one by one
-CONV_OUTPUTS = 32  # output channels per group of a convolution from which on each group is worth a fused call
+FEW_OUTPUTS = (
+    16  # output channels per group of a convolution below which groups are sliced, folded into one convolution
+)
 
 
 def path(kind: type[Factors] | Factors, rule: Rule, device: torch.device) -> str:
@@ -36,7 +36,8 @@ def path(kind: type[Factors] | Factors, rule: Rule, device: torch.device) -> str
     name = rule.statistic(1 << 30).name  # which statistic does not depend on the number of groups
     style = style_of(kind, name, device)
     if style == "fused":
-        return f"fused ({backend.choose('linear', name, device)})"
+        op = "conv" if _is_conv(kind) and backend.choose("conv", name, device) != "reference" else "linear"
+        return f"fused ({backend.choose(op, name, device)})"
     if style == "by group":
         return style
     if style == "sparse" and name in STREAMING:
@@ -62,19 +63,24 @@ def style_of(part: type[Factors] | Factors, name: str, device: torch.device) -> 
     fuses = backend.choose("linear", name, device) != "reference"
     if issubclass(kind, LinearFactors):
         return "fused" if fuses else "sliced"
-    if not issubclass(kind, ConvFactors) or name not in STREAMING:
+    if not _is_conv(kind):
         return "sliced"
-    if not isinstance(part, ConvFactors):
-        return "fused" if fuses else "sliced"
-    # Measured: contributions that fit one slice are cheapest as they are, those of many positions whole.
-    size = part.count * math.prod(part.shape)
-    one_slice = size * torch.finfo(part.dtype).bits // 8 <= factors.SCRATCH_BYTES
-    few = part.folds_well and one_slice and size <= FEW * (part.x.numel() + part.grad_output.numel())
-    if few or (part.geometry.groups > 1 and part.outputs < CONV_OUTPUTS):
+    sized = isinstance(part, ConvFactors)
+    if sized and part.geometry.groups > 1 and part.outputs < (FEW_OUTPUTS if part.folds_well else 4):
         return "sliced"
-    if not part.fits_linear or int(part.row_bounds[-1]) >= MANY_POSITIONS * part.count:
+    if backend.choose("conv", name, device) != "reference":
+        return "fused"
+    if name not in STREAMING:
+        return "sliced"
+    if sized and not (fuses and part.fits_linear):
         return "by group"
-    return "fused" if fuses else "sliced"
+    return "fused" if fuses else "by group"
+
+
+def _is_conv(part: type[Factors] | Factors) -> bool:
+    if isinstance(part, ViewFactors):
+        return _is_conv(part.inner)
+    return issubclass(part if isinstance(part, type) else type(part), ConvFactors)
 
 
 def extra_work(part: Factors, rule: Rule) -> float:

@@ -201,3 +201,25 @@ def norm_sums(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tens
     grad = grad.to(mean.dtype)
     x_hat = (x.to(mean.dtype) - mean.unsqueeze(2)) * rstd.unsqueeze(2)
     return (grad * x_hat).sum(dim=1), grad.sum(dim=1)
+
+
+def conv(
+    x: Tensor, grad_output: Tensor, offsets: Tensor, geometry: tuple, statistic: Statistic
+) -> tuple[Tensor, Tensor]:
+    """The same of a convolution's weight.
+
+    x: (S, C, *space); grad_output: (S, O, *out_space); offsets: (E + 1,) int64, of samples; geometry: kernel, stride,
+    padding and dilation, one entry per spatial dim each, and the number of the convolution's groups.
+    """
+    kernel, stride, padding, dilation, groups = geometry
+    dtype = compute_dtype(x.dtype)
+    x, grad_output, bounds = x.to(dtype), grad_output.to(dtype), offsets.tolist()
+    weight = x.new_zeros(grad_output.shape[1], x.shape[1] // groups, *kernel)  # only its shape counts
+    contributions = weight.repeat(len(bounds) - 1, *(1,) * weight.dim())
+    for contribution, a, b in zip(contributions, bounds[:-1], bounds[1:], strict=True):
+        if a < b and grad_output[a:b].numel() > 0:
+            options = (stride, padding, dilation, False, [0] * len(kernel), groups, [False, True, False])
+            found = torch.ops.aten.convolution_backward(grad_output[a:b], x[a:b], weight, None, *options)
+            contribution.copy_(found[1])
+    value, mask_sum = stacked(contributions, statistic)
+    return value * len(contributions), mask_sum

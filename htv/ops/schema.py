@@ -19,6 +19,16 @@
         mean, rstd    (S, T) contiguous, in `compute_dtype(x)`: those of every row
         scale, shift  (S, D) in `compute_dtype(x)`; sums over T of grad * (x - mean) * rstd, and of grad
 
+    conv(x, grad_output, offsets, kernel, stride, padding, dilation, groups, statistic, count, votes, k)
+            -> (value, mask_sum)
+        x            (S, C, *space) of a convolution's samples, ordered by group; dense, channels first or last
+        grad_output  (S, O, *out_space), same dtype as x; dense, channels first or last
+        offsets      (E + 1,) int64 on the CPU; group e owns samples offsets[e]:offsets[e + 1]
+        kernel, stride, padding, dilation: one entry per spatial dim; groups: of the convolution
+        value        (O, C / groups, *kernel) in `compute_dtype(x)`; E * stat of the contributions to the weight
+        mask_sum     as above
+        Serves what `linear` serves.
+
 `statistic` is the `code` of a `htv.rules.Statistic`'s name; `count`, `votes` and `k` are its fields.
 """
 
@@ -57,6 +67,12 @@ library.define(
 library.define("norm_sums(Tensor grad, Tensor x, Tensor mean, Tensor rstd) -> (Tensor, Tensor)")
 
 
+library.define(
+    "conv(Tensor x, Tensor grad_output, Tensor offsets, int[] kernel, int[] stride, int[] padding, int[] dilation,"
+    " int groups, int statistic, int count, float votes, float k) -> (Tensor, Tensor)"
+)
+
+
 @torch.library.register_fake("htv::stacked")
 def _stacked_fake(grads, statistic, count, votes, k):
     value = grads.new_empty(grads.shape[1:], dtype=reference.compute_dtype(grads.dtype))
@@ -76,6 +92,13 @@ def _norm_sums_fake(grad, x, mean, rstd):
     return mean.new_empty(shape), mean.new_empty(shape)
 
 
+@torch.library.register_fake("htv::conv")
+def _conv_fake(x, grad_output, offsets, kernel, stride, padding, dilation, groups, statistic, count, votes, k):
+    shape = (grad_output.shape[1], x.shape[1] // groups, *kernel)
+    value = x.new_empty(shape, dtype=reference.compute_dtype(x.dtype))
+    return value, x.new_empty((), dtype=torch.float64)
+
+
 def _stacked_reference(grads, statistic, count, votes, k):
     return reference.stacked(grads, Statistic(_NAMES[statistic], count, votes, k))
 
@@ -84,10 +107,16 @@ def _linear_reference(x, grad_output, offsets, statistic, count, votes, k):
     return reference.linear(x, grad_output, offsets, Statistic(_NAMES[statistic], count, votes, k))
 
 
+def _conv_reference(x, grad_output, offsets, kernel, stride, padding, dilation, groups, statistic, count, votes, k):
+    geometry = (kernel, stride, padding, dilation, groups)
+    return reference.conv(x, grad_output, offsets, geometry, Statistic(_NAMES[statistic], count, votes, k))
+
+
 # Any device without a kernel of its own gets the definition.
 library.impl("stacked", _stacked_reference, "CompositeExplicitAutograd")
 library.impl("linear", _linear_reference, "CompositeExplicitAutograd")
 library.impl("norm_sums", reference.norm_sums, "CompositeExplicitAutograd")
+library.impl("conv", _conv_reference, "CompositeExplicitAutograd")
 
 
 def _stacked_setup(ctx, inputs, output):

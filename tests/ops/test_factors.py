@@ -336,7 +336,7 @@ def test_convolutions_stay_within_bounds(rule, groups, size):
 
 def test_paths_tell_the_truth():
     kinds = {
-        "linear": ("fused", "fused"), "conv2d": ("fused", "sliced"), "grouped wide": ("fused", "sliced"),
+        "linear": ("fused", "fused"), "conv2d": ("fused", "fused"), "grouped wide": ("fused", "fused"),
         "depthwise": ("sliced", "sliced"), "embedding": ("sparse", "sparse, sliced"), "stacked": ("stacked", "stacked"),
         "bilinear": ("sliced", "sliced"), "groupwise": ("by group", "sliced"),
     }  # fmt: skip
@@ -344,7 +344,8 @@ def test_paths_tell_the_truth():
     for name, (streaming, order) in kinds.items():
         part = CASES[name]().parts[0]
         for rule, style in ((htv.AndMask(0.4), streaming), (htv.Median(), order)):
-            style = "sliced" if style == "fused" and not compiled else style
+            if style == "fused" and not compiled:
+                style = "by group" if isinstance(part, ConvFactors) and rule.streaming else "sliced"
             found = paths.path(part, rule, part.device)
             assert found.split(" (")[0] == style
             if name != "depthwise":  # a matter of sizes, which a class does not know

@@ -1,0 +1,65 @@
+// Transposes blocks of channels and positions in registers: compiled once per CPU level.
+#include "channels_last.h"
+
+#include "lanes.h"
+
+namespace htv::HTV_LEVEL {
+namespace {
+
+int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// rows[i][j] becomes rows[j][i], by exchanging ever larger squares.
+template <class V>
+void transpose(V* rows) {
+  constexpr int n = kLanes<V>;
+  Count<V> low, high;  // which lanes of a pair of rows make up the new pair
+#pragma GCC unroll 4
+  for (int size = 1; size < n; size *= 2) {
+    for (int lane = 0; lane < n; ++lane) {
+      low[lane] = lane & size ? n + lane - size : lane;
+      high[lane] = lane & size ? n + lane : lane + size;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i)
+      if (!(i & size)) {
+        const V a = rows[i], b = rows[i + size];
+        rows[i] = __builtin_shuffle(a, b, low);
+        rows[i + size] = __builtin_shuffle(a, b, high);
+      }
+  }
+}
+
+template <class V, class T>
+void copy_sample(const ChannelsLastTask& task, const T* from, Real<V>* to) {
+  constexpr int lanes = kLanes<V>;
+  if (task.padded) memset(to, 0, task.copied_sample * sizeof(Real<V>));
+  if (task.channel_stride == 1) {
+    for (int64_t p = 0; p < task.positions; ++p)
+      for (int64_t c = 0; c < task.channels; c += lanes)
+        store<V>(to + task.at[p] + c, load<V>(from + p * task.step + c, task.channels - c), task.channels - c);
+    return;
+  }
+  for (int64_t p = 0; p < task.positions; p += lanes)
+    for (int64_t c = 0; c < task.channels; c += lanes) {
+      V block[lanes] = {};
+      const int64_t channels = least(lanes, task.channels - c);
+      for (int64_t i = 0; i < channels; ++i)
+        block[i] = load<V>(from + (c + i) * task.channel_stride + p, task.positions - p);
+      transpose(block);
+      for (int64_t i = 0; i < least(lanes, task.positions - p); ++i) store<V>(to + task.at[p + i] + c, block[i], channels);
+    }
+}
+
+}  // namespace
+
+void channels_last_kernel(const ChannelsLastTask& task, int64_t first, int64_t last) {
+  with_dtype(task.dtype, [&](auto element) {
+    using T = decltype(element);
+    using R = Compute<T>;
+    for (int64_t s = first; s < last; ++s)
+      copy_sample<Register<R>>(task, static_cast<const T*>(task.from) + s * task.sample_stride,
+                               static_cast<R*>(task.to) + s * task.copied_sample);
+  });
+}
+
+}  // namespace htv::HTV_LEVEL

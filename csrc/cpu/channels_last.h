@@ -1,0 +1,23 @@
+// Copies of images with their channels last, in the compute type, among the zeros of a padding.
+#pragma once
+
+#include "../dtype.h"
+#include "level.h"
+
+namespace htv {
+
+struct ChannelsLastTask {
+  const void* from;  // channel c of position p of a sample is at from + sample * sample_stride + c * channel_stride + p * step
+  Dtype dtype;
+  int64_t sample_stride, channel_stride, step;  // channel_stride or step is 1
+  int64_t channels, positions;
+  void* to;           // and goes to to + sample * copied_sample + at[p] + c
+  const int64_t* at;
+  int64_t copied_sample;
+  bool padded;  // whether there is more to a copied sample than its positions
+};
+
+// Copies samples first <= s < last.
+HTV_DECLARE_PER_LEVEL(void channels_last_kernel(const ChannelsLastTask& task, int64_t first, int64_t last))
+
+}  // namespace htv

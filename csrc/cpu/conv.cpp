@@ -1,0 +1,227 @@
+// htv::conv on the CPU: every position of the output is a row whose columns are the window of x seen from there. Windows
+// are never stored: tiles pack them from a copy of x that has its channels last and its padding around it.
+#include <algorithm>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "../contract.h"
+#include "channels_last.h"
+#include "parallel.h"
+#include "tile.h"
+
+namespace htv::cpu {
+namespace {
+
+using Sizes = std::vector<int64_t>;
+
+constexpr int64_t kCopyBytes = 8 << 20;  // what a copy of x or grad_output may take; more for few channels only
+constexpr int64_t kLeastChannels = 16;   // of a copy
+
+int64_t product(const Sizes& sizes, size_t from = 0) {
+  int64_t total = 1;
+  for (size_t d = from; d < sizes.size(); ++d) total *= sizes[d];
+  return total;
+}
+
+// Images (samples, channels, *space) that lie dense, channels first or last.
+struct Images {
+  const char* data;
+  Dtype dtype;
+  int64_t samples, channels, positions, channel_stride, step;
+  Sizes space;
+
+  Images(const std::string& op, const char* argument, const Tensor& tensor)
+      : data(static_cast<const char*>(tensor.const_data_ptr())),
+        dtype(dtype_of(op, argument, tensor)),
+        samples(tensor.size(0)),
+        channels(tensor.size(1)) {
+    for (int64_t d = 2; d < tensor.dim(); ++d) space.push_back(tensor.size(d));
+    positions = product(space);
+    const bool first = tensor.is_contiguous();
+    bool last = tensor.stride(1) == 1 && tensor.stride(0) == channels * positions;
+    int64_t stride = channels;
+    for (int64_t d = tensor.dim() - 1; d >= 2; stride *= tensor.size(d--))
+      last &= tensor.stride(d) == stride || tensor.size(d) == 1;
+    STD_TORCH_CHECK(first || last || tensor.numel() == 0, op, ": ", argument,
+                    " must be dense, with its channels in dim 1 or behind the others");
+    channel_stride = first ? positions : 1;
+    step = first ? 1 : channels;
+    if (positions == 1) channel_stride = 1, step = channels;
+  }
+};
+
+// Some channels of images with the channels last, in the compute type; a copy unless they lie like that.
+struct Rows {
+  std::optional<Scratch> memory;
+  const char *data, *end;
+  int64_t stride;  // elements from one position to the next of the padded images
+};
+
+Rows rows_of(const Images& images, const Sizes& padding, int64_t first, int64_t channels) {
+  const int64_t element = bytes_of(images.dtype), compute = images.dtype == Dtype::float64 ? 8 : 4;
+  const bool padded = std::any_of(padding.begin(), padding.end(), [](int64_t p) { return p > 0; });
+  Rows rows;
+  if (images.channel_stride == 1 && !padded && element == compute) {
+    rows.data = images.data + first * element;
+    rows.end = images.data + images.samples * images.positions * images.channels * element;
+    rows.stride = images.channels;
+    return rows;
+  }
+  int64_t area = 1;
+  Sizes at{0};
+  for (size_t d = 0; d < padding.size(); ++d) {  // places of all positions, dim by dim
+    const int64_t size = images.space[d] + 2 * padding[d];
+    Sizes inner;
+    for (const int64_t outer : at)
+      for (int64_t i = 0; i < images.space[d]; ++i) inner.push_back(outer * size + i + padding[d]);
+    at = inner;
+    area *= size;
+  }
+  for (int64_t& place : at) place *= channels;
+  const int64_t bytes = images.samples * area * channels * compute;
+  constexpr int64_t slack = 64;
+  rows.memory.emplace(bytes + slack);
+  rows.data = static_cast<const char*>(rows.memory->get());
+  rows.end = rows.data + bytes + slack;
+  rows.stride = channels;
+  const ChannelsLastTask task{images.data + first * images.channel_stride * element,
+                              images.dtype,
+                              images.channels * images.positions,
+                              images.channel_stride,
+                              images.step,
+                              channels,
+                              images.positions,
+                              rows.memory->get(),
+                              at.data(),
+                              area * channels,
+                              padded};
+  const auto kernel = HTV_PER_LEVEL(channels_last_kernel);
+  parallel_chunks(images.samples, images.positions * channels, 0,
+                  [&](int64_t begin, int64_t last, void*) { kernel(task, begin, last); });
+  return rows;
+}
+
+// The most channels whose copy is small enough, of `channels`; whole multiples of `step` if not all.
+int64_t fitting(int64_t channels, int64_t bytes_each, int64_t step) {
+  const int64_t fit = std::max(kCopyBytes / std::max<int64_t>(1, bytes_each), kLeastChannels);
+  return fit >= channels ? channels : fit >= step ? fit / step * step : kLeastChannels;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> conv(Tensor x, Tensor grad_output, Tensor offsets, Sizes kernel, Sizes stride, Sizes padding,
+                                Sizes dilation, int64_t conv_groups, int64_t code, int64_t count, double votes,
+                                double k) {
+  const std::string op = "htv::conv";
+  const size_t dims = kernel.size();
+  STD_TORCH_CHECK(dims >= 1 && stride.size() == dims && padding.size() == dims && dilation.size() == dims, op,
+                  ": kernel, stride, padding and dilation must have one entry per spatial dim");
+  STD_TORCH_CHECK(x.dim() == int64_t(dims) + 2 && grad_output.dim() == x.dim(), op,
+                  ": x and grad_output must be (samples, channels, *space) with ", dims, " spatial dims");
+  STD_TORCH_CHECK(grad_output.is_cpu(), op, ": grad_output must be on the CPU, as x is");
+  const Statistic statistic = statistic_of(op, code);
+  check_factored(op, statistic);
+  const Images images(op, "x", x), grads(op, "grad_output", grad_output);
+  STD_TORCH_CHECK(images.dtype == grads.dtype, op, ": x and grad_output must have one dtype");
+  STD_TORCH_CHECK(images.samples == grads.samples, op, ": x has ", images.samples, " samples, grad_output ",
+                  grads.samples);
+  STD_TORCH_CHECK(conv_groups >= 1 && images.channels % conv_groups == 0 && grads.channels % conv_groups == 0, op,
+                  ": channels must be divisible by the groups of the convolution, ", conv_groups);
+  for (size_t d = 0; d < dims; ++d) {
+    STD_TORCH_CHECK(kernel[d] >= 1 && stride[d] >= 1 && padding[d] >= 0 && dilation[d] >= 1, op,
+                    ": kernel, stride and dilation must be positive, padding at least 0");
+    const int64_t seen = (grads.space[d] - 1) * stride[d] + (kernel[d] - 1) * dilation[d] + 1;
+    STD_TORCH_CHECK(grads.space[d] == 0 || seen <= images.space[d] + 2 * padding[d], op, ": grad_output sees ", seen,
+                    " positions of spatial dim ", d, ", x has ", images.space[d], " and padding ", padding[d]);
+  }
+  longest_group(op, offsets, images.samples);
+  const int64_t* const bounds = static_cast<const int64_t*>(offsets.const_data_ptr());
+  const Parameters parameters = parameters_for(op, statistic, offsets.size(0) - 1, count, votes, k);
+
+  const int64_t taps = product(kernel), width = images.channels / conv_groups, height = grads.channels / conv_groups;
+  Sizes shape{grads.channels, width};
+  shape.insert(shape.end(), kernel.begin(), kernel.end());
+  Tensor value = torch::stable::new_empty(x, shape, compute_type(images.dtype));
+  const Dtype compute = images.dtype == Dtype::float64 ? Dtype::float64 : Dtype::float32;
+  const int64_t element = bytes_of(compute);
+
+  // Strides of the padded images, in positions; where each window starts and each tap lies.
+  Sizes steps(dims, 1);
+  int64_t area = 1;
+  for (size_t d = dims; d-- > 0; area *= images.space[d] + 2 * padding[d]) steps[d] = area;
+  const auto places = [&](const Sizes& sizes, const Sizes& factor) {
+    Sizes at{0};
+    for (size_t d = 0; d < dims; ++d) {
+      Sizes inner;
+      for (const int64_t outer : at)
+        for (int64_t i = 0; i < sizes[d]; ++i) inner.push_back(outer + i * factor[d] * steps[d]);
+      at = inner;
+    }
+    return at;
+  };
+  const Sizes windows = places(grads.space, stride), tap_places = places(kernel, dilation);
+
+  // All groups of the convolution at once, or each by itself and some of its channels at a time.
+  const int64_t image_bytes = images.samples * area * element, grad_bytes = grads.samples * grads.positions * element;
+  const int64_t block = std::max<int64_t>(kMostTileIn / taps / kTileInStep, 1) * kTileInStep;  // channels side by side
+  const bool at_once = images.channels <= fitting(images.channels, image_bytes, 1) &&
+                       grads.channels <= fitting(grads.channels, grad_bytes, 1);
+  const int64_t parts = at_once ? conv_groups : 1;
+  const int64_t columns = at_once ? width : fitting(width, image_bytes, block);
+  const int64_t outputs = at_once ? height : fitting(height, grad_bytes, kMostTileOut);
+
+  TilePlan plan(statistic, parameters, compute, bounds, grads.positions);
+  TileTask& task = plan.task;
+  const Sizes no_padding(dims, 0);
+  double mask_sum = 0;
+  for (int64_t group = 0; group < conv_groups; group += parts)
+    for (int64_t top = 0; top < height; top += outputs) {
+      const int64_t out = std::min(outputs, height - top);
+      const Rows g = rows_of(grads, no_padding, group * height + top, parts * out);
+      for (int64_t left = 0; left < width; left += columns) {
+        const int64_t channels = std::min(columns, width - left);
+        const Rows seen = rows_of(images, padding, group * width + left, parts * channels);
+        // Columns in the order (block of channels, tap, channel), so that a tile holds all taps of some channels.
+        std::vector<Run> runs;
+        Sizes place;
+        for (int64_t from = 0; from < channels; from += block) {
+          const int64_t length = std::min(block, channels - from);
+          for (int64_t tap = 0; tap < taps; ++tap) {
+            const Run run{int64_t(place.size()), tap_places[tap] * seen.stride + from, length};
+            if (!runs.empty() && runs.back().offset + runs.back().length == run.offset) {
+              runs.back().length += length;
+            } else {
+              runs.push_back(run);
+            }
+            for (int64_t c = from; c < from + length; ++c) place.push_back(c * taps + tap);
+          }
+        }
+        Sizes at(windows);
+        for (int64_t& window : at) window *= seen.stride;
+        task.x = seen.data;
+        task.x_end = seen.end;
+        task.at = at.data();
+        task.positions = std::max<int64_t>(1, grads.positions);
+        task.sample = area * seen.stride;
+        task.runs = runs.data();
+        task.runs_end = task.runs + runs.size();
+        task.grad_output = g.data;
+        task.grad_end = g.end;
+        task.grad_stride = g.stride;
+        task.out = out;
+        task.in = channels * taps;
+        task.parts = parts;
+        task.x_part = width;
+        task.grad_part = height;
+        task.value_part = height * width * taps;
+        task.value = static_cast<char*>(value.mutable_data_ptr()) + ((group * height + top) * width + left) * taps * element;
+        task.value_stride = width * taps;
+        task.place = taps == 1 ? nullptr : place.data();
+        mask_sum += plan.run(taps * block <= kMostTileIn ? taps * block : 256);
+      }
+    }
+  return {value, sum_in_order(x, {mask_sum})};
+}
+
+}  // namespace htv::cpu
