@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from htv.ops import backend, blocks, factors, sparse
+from htv.ops import backend, blocks, sparse
 from htv.ops.factors import (
     BilinearFactors,
     ConvFactors,
@@ -20,9 +20,7 @@ from htv.ops.factors import (
 from htv.ops.reference import STREAMING
 from htv.rules import Mean, Rule
 
-FEW_OUTPUTS = (
-    16  # output channels per group of a convolution below which groups are sliced, folded into one convolution
-)
+FEW_OUTPUTS = 16  # output channels per group of a convolution below which its groups are sliced, folded into one
 
 
 def path(kind: type[Factors] | Factors, rule: Rule, device: torch.device) -> str:

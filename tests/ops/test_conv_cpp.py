@@ -156,7 +156,7 @@ X, GRAD, OFFSETS, GEOMETRY = torch.ones(2, 4, 5, 5), torch.ones(2, 6, 5, 5), tor
             OFFSETS,
             geometry_of((3, 3), 1, 1, groups=4),
             "mean",
-            "divisible by the groups of the convolution, 4",
+            "divisible by the groups of the conv.*, 4",
         ),
         (X, GRAD, OFFSETS, geometry_of((3, 3)), "mean", "grad_output sees 7 positions of spatial dim 0, x has 5"),
         (X, GRAD, OFFSETS, geometry_of((3, 3), 0, 1), "mean", "must be positive"),
