@@ -39,14 +39,20 @@ void copy_sample(const ChannelsLastTask& task, const T* from, Real<V>* to) {
         store<V>(to + task.at[p] + c, load<V>(from + p * task.step + c, task.channels - c), task.channels - c);
     return;
   }
-  for (int64_t p = 0; p < task.positions; p += lanes)
-    for (int64_t c = 0; c < task.channels; c += lanes) {
+  // A register of channels at a time is as many streams of memory. Lanes without a channel are 0: where all channels are in one
+  // register they may be stored over what follows in the sample, padding or a position to come.
+  for (int64_t c = 0; c < task.channels; c += lanes)
+    for (int64_t p = 0; p < task.positions; p += lanes) {
       V block[lanes] = {};
       const int64_t channels = least(lanes, task.channels - c);
       for (int64_t i = 0; i < channels; ++i)
         block[i] = load<V>(from + (c + i) * task.channel_stride + p, task.positions - p);
       transpose(block);
-      for (int64_t i = 0; i < least(lanes, task.positions - p); ++i) store<V>(to + task.at[p + i] + c, block[i], channels);
+      for (int64_t i = 0; i < least(lanes, task.positions - p); ++i) {
+        const int64_t at = task.at[p + i];
+        const bool over = task.channels <= lanes && at + lanes <= task.copied_sample;
+        store<V>(to + at + c, block[i], over ? lanes : channels);
+      }
     }
 }
 

@@ -9,7 +9,7 @@ namespace {
 
 constexpr int64_t kBlockRows = 128;              // rows packed at a time, unless all fit
 constexpr int64_t kPackedBytes = 256 << 10;      // what all packed rows of a tile may take in L2
-constexpr int64_t kRankedBytes = 384 << 10;      // and the values of a tile that are to be ranked
+constexpr int64_t kRankedBytes = 768 << 10;      // and the values of a tile that are to be ranked
 constexpr int64_t kFewRows = 32;                 // rows per group up to which states are worth their registers
 
 int64_t up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
@@ -30,7 +30,7 @@ TilePlan::TilePlan(Statistic statistic, const Parameters& parameters, Dtype dtyp
     task.ranking = &ranking_.emplace(ranking_of(statistic, parameters));
     const int64_t element = dtype == Dtype::float64 ? 8 : 4;
     const int64_t area = kRankedBytes / (element * groups);
-    task.tile_out = std::clamp(area / 96 / kTileOutStep * kTileOutStep, kTileOutStep, kMostTileOut / 2);
+    task.tile_out = std::clamp(area / 96 / kTileOutStep * kTileOutStep, kTileOutStep, kMostTileOut);
     task.tile_in = std::clamp(area / task.tile_out / kTileInStep * kTileInStep, kTileInStep, kMostTileIn);
     const int64_t fit = kPackedBytes / (element * (task.tile_out + task.tile_in));
     task.block_rows = rows <= fit ? std::max<int64_t>(rows, 1) : kBlockRows;

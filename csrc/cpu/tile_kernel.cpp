@@ -85,7 +85,8 @@ class Tile {
   const int64_t panel_rows_;
   V* const packed_x_;                     // [panel][row][kColumns]
   R* const packed_g_;                     // [panel][row][kRows]
-  R* const row_;                          // a row of x whose runs are no whole registers
+  const int64_t joined_width_;
+  R* const joined_;                       // some rows of x whose runs are no whole registers
   V* const kept_;                         // of each cell, between blocks: states, and products of unfinished groups
   V* const unfinished_;                   // or the values to rank: [kCell / kRanked][group][kRanked]
   void* const select_scratch_;
@@ -107,8 +108,9 @@ class Tile {
         panel_rows_(task.block_rows + kPanelGap),
         packed_x_(static_cast<V*>(scratch)),
         packed_g_(reinterpret_cast<R*>(packed_x_ + panel_rows_ * panels_in_ * kColumns)),
-        row_(packed_g_ + panel_rows_ * panels_out_ * kRows),
-        kept_(reinterpret_cast<V*>(aligned(row_ + width_ + kLanes<V>))),
+        joined_width_(width_ + kLanes<V>),
+        joined_(packed_g_ + panel_rows_ * panels_out_ * kRows),
+        kept_(reinterpret_cast<V*>(aligned(joined_ + kJoinedRows * joined_width_))),
         unfinished_(kept_ + (one_block() ? 1 : panels_out_ * panels_in_) * kCell * kept_per_coordinate()),
         select_scratch_(unfinished_) {
     for (const Run* run = task.runs; run != task.runs_end; ++run) {
@@ -212,11 +214,13 @@ class Tile {
           if (whole_registers_) {
             *place(run.column + i, r) = v;
           } else {
-            store<V>(row_ + run.column + i, v, lanes);
+            store<V>(joined_ + r % kJoinedRows * joined_width_ + run.column + i, v, lanes);
           }
         }
-      if (!whole_registers_)
-        for (int64_t i = 0; i < filled; i += lanes) *place(i, r) = load<V>(row_ + i);
+      if (!whole_registers_ && (r % kJoinedRows == kJoinedRows - 1 || block.begin + r + 1 == block.end))
+        for (int64_t j = r / kJoinedRows * kJoinedRows; j <= r; ++j)
+          for (int64_t i = 0; i < filled; i += lanes)
+            *place(i, j) = load<V>(joined_ + j % kJoinedRows * joined_width_ + i);
       if (filled < panels_in_ * kWidth) *place(filled, r) = V{};
     }
   }

@@ -35,6 +35,10 @@ constexpr int64_t kTileOutStep = 8, kTileInStep = 32;
 // Rows left free between panels, which would else lie a power of two apart and compete for the same lines of a cache.
 constexpr int64_t kPanelGap = 3;
 
+// Rows of runs that are no whole registers are put together this many at a time: read back at once, a row would wait for
+// each of its stores.
+constexpr int64_t kJoinedRows = 16;
+
 struct TileTask {
   const void *x, *x_end;  // row r is at x + r / positions * sample + at[r % positions], in elements
   const int64_t* at;
@@ -73,7 +77,7 @@ inline int64_t tile_scratch_bytes(const TileTask& task) {
   const bool one_block = task.blocks_end - task.blocks == 1;
   const int64_t kept = one_block ? kTileOutStep * kTileInStep : height * width;
   const int64_t per_coordinate = task.ranking ? task.parameters.groups : most_states + task.long_groups;
-  const int64_t elements = (task.block_rows + kPanelGap) * (width + height) + width + kTileInStep + kept * per_coordinate;
+  const int64_t elements = (task.block_rows + kPanelGap) * (width + height) + kJoinedRows * (width + kTileInStep) + kept * per_coordinate;
   return element * elements + (task.ranking ? select_scratch_bytes(*task.ranking) + 64 : 0);
 }
 
