@@ -28,12 +28,12 @@ inline int64_t rank_one_tiles(const RankOneTask& task) {
   return (task.out + kRankOneOut - 1) / kRankOneOut * ((task.in + width - 1) / width);
 }
 
-// Scratch of one thread, in bytes: packed x, values of a register of coordinates, a column of g and where it is not 0.
+// Scratch of one thread, in bytes: packed x, values of two registers of coordinates, packed g and one column of it.
 inline int64_t rank_one_scratch_bytes(const RankOneTask& task) {
   constexpr int64_t widest_register = 64;
   const int64_t ranked = task.ranking->ranked;
-  return widest_register * (kRankOneRegisters * task.rows + ranked) + select_scratch_bytes(*task.ranking) +
-         (8 + 8) * (task.rows + widest_register);
+  return widest_register * (kRankOneRegisters * task.rows + 2 * ranked) + select_scratch_bytes(*task.ranking) +
+         8 * (kRankOneOut + 1) * task.rows;
 }
 
 // Computes tiles first <= tile < last; scratch is aligned to 64 bytes.

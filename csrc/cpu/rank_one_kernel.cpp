@@ -21,8 +21,9 @@ class RankOneTile {
   const RankOneTask& task_;
   const int64_t out_, in_, height_, panels_;
   V* const packed_x_;     // [panel][row]
-  V* const values_;       // [rank]
+  V* const values_;       // [row][column], one or two
   void* const selection_;
+  R* const packed_g_;     // [row][output]
   R* const g_;            // [row], of one output
   bool finite_x_[kPanels];      // no NaN or infinity in the panel
   bool finite_g_[kRankOneOut];  // nor in the output's column
@@ -42,24 +43,25 @@ class RankOneTile {
         panels_((least(rank_one_width(task.dtype), task.in - in_) + kLanesOf - 1) / kLanesOf),
         packed_x_(static_cast<V*>(scratch)),
         values_(packed_x_ + kPanels * task.rows),
-        selection_(values_ + kWide * task.ranking->ranked),
-        g_(reinterpret_cast<R*>(static_cast<char*>(selection_) + select_scratch_bytes(*task.ranking))) {}
+        selection_(values_ + 2 * kWide * task.ranking->ranked),
+        packed_g_(reinterpret_cast<R*>(static_cast<char*>(selection_) + select_scratch_bytes(*task.ranking))),
+        g_(packed_g_ + kRankOneOut * task.rows) {}
 
   void run() {
     pack_x();
-    check_g();
+    pack_g();
     for (int64_t o = out_; o < out_ + height_; ++o) {
-      bool gathered = false;
+      int64_t open[kPanels], count = 0;
       for (int64_t panel = 0; panel < panels_; ++panel) {
-        const int64_t column = in_ + panel * kLanesOf;
-        V v{};
-        if (!finite_g_[o - out_] || !finite_x_[panel] || !decided_zero(o, column)) {
-          if (!gathered) gather_g(o);
-          gathered = true;
-          v = statistic(panel);
+        if (finite_g_[o - out_] && finite_x_[panel] && decided_zero(o, in_ + panel * kLanesOf)) {
+          write(o, panel, V{});
+        } else {
+          open[count++] = panel;
         }
-        store<V>(static_cast<R*>(task_.value) + o * task_.in + column, v, task_.in - column);
       }
+      if (count > 0) gather_g(o);
+      for (int64_t i = 0; i + 1 < count; i += 2) rank<2>(o, open + i);
+      if (count % 2 > 0) rank<1>(o, open + count - 1);
     }
   }
 
@@ -78,21 +80,21 @@ class RankOneTile {
     }
   }
 
-  void check_g() {
+  void pack_g() {
     for (int64_t o = 0; o < height_; o += kLanesOf) {
       const T* const g = static_cast<const T*>(task_.grad_output) + out_ + o;
       Mask<V> undefined = Lane<V>::none();
       for (int64_t r = 0; r < task_.rows; ++r) {
         const V v = load<V>(g + r * task_.out, height_ - o);
         undefined |= v - v != 0;
+        store<V>(packed_g_ + r * kRankOneOut + o, v, kLanesOf);
       }
-      for (int lane = 0; lane < kLanesOf && o + lane < height_; ++lane) finite_g_[o + lane] = undefined[lane] == 0;
+      for (int lane = 0; lane < kLanesOf; ++lane) finite_g_[o + lane] = undefined[lane] == 0;
     }
   }
 
   void gather_g(int64_t o) {
-    const T* const g = static_cast<const T*>(task_.grad_output) + o;
-    for (int64_t r = 0; r < task_.rows; ++r) g_[r] = load<V>(g + r * task_.out, 1)[0];
+    for (int64_t r = 0; r < task_.rows; ++r) g_[r] = packed_g_[r * kRankOneOut + o - out_];
   }
 
   // Whether every rank that is read is 0 in all of a panel's coordinates, by the signs of the factors alone: where those
@@ -111,13 +113,19 @@ class RankOneTile {
     return !any((negative > below) | (nonzero - negative > above));
   }
 
-  V statistic(int64_t panel) {
-    const V* const x = packed_x_ + panel * task_.rows;
-    for (int64_t r = 0; r < task_.rows; ++r) values_[r] = g_[r] * x[r];
-    for (int64_t r = task_.rows; r < task_.ranking->ranked; ++r) values_[r] = V{};
-    V result;
-    order_statistics<V, 1>(*task_.ranking, values_, 1, selection_, &result);
-    return result * R(task_.ranking->parameters.groups);
+  template <int columns>
+  void rank(int64_t o, const int64_t* panels) {
+    for (int64_t r = 0; r < task_.rows; ++r)
+      for (int c = 0; c < columns; ++c) values_[r * columns + c] = g_[r] * packed_x_[panels[c] * task_.rows + r];
+    for (int64_t i = task_.rows * columns; i < task_.ranking->ranked * columns; ++i) values_[i] = V{};
+    V result[columns];
+    order_statistics<V, columns>(*task_.ranking, values_, columns, selection_, result);
+    for (int c = 0; c < columns; ++c) write(o, panels[c], result[c] * R(task_.ranking->parameters.groups));
+  }
+
+  void write(int64_t o, int64_t panel, V v) const {
+    const int64_t column = in_ + panel * kLanesOf;
+    store<V>(static_cast<R*>(task_.value) + o * task_.in + column, v, task_.in - column);
   }
 
   static bool any(Mask<V> mask) {
