@@ -1,7 +1,11 @@
-"""Every test starts from the same random state."""
+"""Every test starts from the same random state, and none is judged by how long it takes."""
 
+import hypothesis
 import pytest
 import torch
+
+hypothesis.settings.register_profile("htv", deadline=None)
+hypothesis.settings.load_profile("htv")
 
 
 @pytest.fixture(autouse=True)

@@ -138,7 +138,7 @@ def _dense(images: Tensor) -> Tensor:
 
 def _tied(linear: LinearFactors, embedding: EmbeddingFactors, statistic: Statistic) -> tuple[Tensor, Tensor]:
     """An embedding table that is also a linear layer's weight: rows no token touches are the layer's alone."""
-    touched = embedding.pairs.tokens.unique_consecutive()
+    touched = embedding.pairs.touched[0]
     value = torch.empty(linear.shape, dtype=linear.dtype, device=linear.device)
     mask_sum = torch.zeros((), dtype=torch.float64, device=linear.device)
     alone = torch.ones(linear.shape[0], dtype=torch.bool, device=linear.device)

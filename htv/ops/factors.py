@@ -430,6 +430,11 @@ class Pairs:
     voter: Tensor
     values: Tensor
 
+    @functools.cached_property
+    def touched(self) -> tuple[Tensor, Tensor]:
+        """The tokens that any group has, sorted, and how many groups have each."""
+        return self.tokens.unique_consecutive(return_counts=True)
+
 
 def _offsets(sizes: Tensor) -> Tensor:
     return torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]).cpu()

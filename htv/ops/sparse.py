@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from htv.groups import segment_sum
 from htv.ops import factors, reference, sliced
 from htv.ops.factors import EmbeddingFactors, Factors
 from htv.ops.reference import Summary
@@ -16,23 +18,21 @@ from htv.rules import Statistic
 def streaming(part: EmbeddingFactors, statistic: Statistic) -> tuple[Tensor, Tensor]:
     """Embedding tables: pairs of token and group, and everything else counted as the zeros it is."""
     value = torch.zeros(part.shape, dtype=part.dtype, device=part.device)
-    mask_sum = sliced.mask_of_zeros(part, statistic)
-    untouched = part.shape[0]
-    total_mask = torch.zeros_like(mask_sum)
-    for tokens, summary in _token_summaries(part, statistic.name):
+    tokens = part.pairs.touched[0]
+    mask_sum = sliced.mask_of_zeros(part, statistic) * ((part.shape[0] - len(tokens)) * part.shape[1])
+    for columns, summary in _touched_summaries(part, statistic.name):
         rows, rows_mask = reference.finish(summary, statistic)
-        value[tokens] = rows * part.count
-        total_mask += rows_mask
-        untouched -= len(tokens)
-    return value, total_mask + mask_sum * (untouched * part.shape[1])
+        value[tokens, columns] = rows * part.count
+        mask_sum = mask_sum + rows_mask
+    return value, mask_sum
 
 
 def summary_of_table(part: EmbeddingFactors, name: str) -> Summary:
     """Of the whole table."""
     whole = _zeros(part.count, part, name).map(lambda t: t.expand(part.shape).clone())
-    for tokens, summary in _token_summaries(part, name):
+    for columns, summary in _touched_summaries(part, name):
         for table, rows in zip(_tensors(whole), _tensors(summary), strict=True):
-            table[tokens] = rows
+            table[part.pairs.touched[0], columns] = rows
     return whole
 
 
@@ -42,18 +42,28 @@ def _tensors(summary: Summary) -> list[Tensor]:
     return tensors
 
 
-def _token_summaries(part: EmbeddingFactors, name: str) -> Iterator[tuple[Tensor, Summary]]:
-    """Tokens (t,) and the summary (t, D) of their contributions, those that equally many groups have together."""
-    pairs = part.pairs
-    tokens, sizes = pairs.tokens.unique_consecutive(return_counts=True)
-    first = sizes.cumsum(0) - sizes
-    bits = torch.finfo(part.dtype).bits
-    for size in sizes.unique().tolist():
-        step = max(1, factors.SCRATCH_BYTES * 8 // (size * max(1, part.shape[1]) * bits))
-        for which in (sizes == size).nonzero().flatten().split(step):
-            at = first[which] + torch.arange(size, device=part.device)[:, None]
-            summary = Summary.of(pairs.values[at], name)
-            yield tokens[which], summary if size == part.count else summary + _zeros(part.count - size, part, name)
+def _touched_summaries(part: EmbeddingFactors, name: str) -> Iterator[tuple[slice, Summary]]:
+    """Ranges of columns and the summary (touched tokens, columns) of all groups' contributions there."""
+    pairs, groups = part.pairs, part.count
+    sizes = pairs.touched[1]
+    if len(sizes) == 0:
+        return
+    bounds, others = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]).cpu(), (groups - sizes)[:, None].to(part.dtype)
+    row_of = torch.repeat_interleave(sizes)
+    width = max(16, factors.SCRATCH_BYTES // (4 * max(1, len(row_of))))
+    for left in range(0, part.shape[1], width):
+        columns = slice(left, min(left + width, part.shape[1]))
+        values = pairs.values[:, columns]
+        total, votes = segment_sum(values, bounds), segment_sum(values.sign(), bounds)
+        votes = votes.masked_fill_(segment_sum(values.isnan().to(values.dtype), bounds) > 0, torch.nan)
+        spread = logs = None
+        if name == "sand_mask":
+            mean = total / groups
+            spread = segment_sum((values - mean[row_of]).square(), bounds) + others * mean.square()
+        elif name == "geometric_mean":
+            logs = segment_sum((values.abs() + reference.LOG_OFFSET).log(), bounds)
+            logs += others * math.log(reference.LOG_OFFSET)
+        yield columns, Summary(groups, total, votes, spread, logs)
 
 
 def _zeros(count: int, like: Factors, name: str) -> Summary:
@@ -65,7 +75,7 @@ def order(part: EmbeddingFactors, statistic: Statistic) -> tuple[Tensor, Tensor]
     """Embedding tables: rows of tokens that enough groups have are ranked, all others are zero."""
     pairs = part.pairs
     value = torch.zeros(part.shape, dtype=part.dtype, device=part.device)
-    tokens, sizes = pairs.tokens.unique_consecutive(return_counts=True)
+    tokens, sizes = pairs.touched
     mask_sum = torch.zeros((), dtype=torch.float64, device=part.device)
     matter = tokens[sizes > outvoted(statistic, part.count)]
     if len(matter):
