@@ -97,7 +97,7 @@ using Mask = typename Lane<V>::Mask;
 
 template <class V>
 HTV_HOST_DEVICE V splat(Real<V> value) {
-  return V{} + value;
+  return value - V{};  // 0 + value would be an addition to compilers, for it changes -0
 }
 
 template <class V>
