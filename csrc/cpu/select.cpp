@@ -19,6 +19,8 @@ namespace {
 
 constexpr int kMostRuns = 64;      // medians by sorted runs: two, or from half as many on four
 constexpr int kMostExtremes = 16;  // trimmed and winsorized means by keeping extremes: count + 1
+constexpr int kMostPadded = 32;    // the same by one network for so many, which beats keeping this many extremes:
+constexpr int kManyExtremes = 8;
 
 // The value of rank r of two sorted lists.
 template <class W>
@@ -146,6 +148,15 @@ template <class V, class Values>
 V mean_between(const Values& values, const Ranking& ranking, Ends<V> ends) {
   return ranking.statistic == Statistic::trimmed_mean ? inner_mean<V>(values, ranking, ends)
                                                       : clamped_mean<V>(values, ranking, ends);
+}
+
+template <class V>
+V mean_of_sorted(const Strided<V>& values, const Ranking& ranking) {
+  using O = Order<V>;
+  NanSeen<V> nan;
+  typename O::Key sorted[kMostPadded];
+  sort_run<V, kMostPadded>(values, ranking.ranked, nan, sorted, 1);
+  return nan.poison(mean_between<V>(values, ranking, {O::value(sorted[ranking.low]), O::value(sorted[ranking.high])}));
 }
 
 // The ends where both are among the `kept` smallest and largest of more than `kept` values.
@@ -460,6 +471,8 @@ void order_statistics(const Ranking& ranking, const V* values, int64_t stride, i
     with_constant<kMostSorted / 2 + 1, kMostSorted>(four ? (n + 3) / 4 : (n + 1) / 2, [&](auto run) {
       each([&](const Strided<V>& column) { return median_of_runs<V, run()>(column, ranking, four); });
     });
+  } else if (trims && n <= kMostPadded && count >= kManyExtremes) {
+    each([&](const Strided<V>& column) { return mean_of_sorted<V>(column, ranking); });
   } else if (trims && count == 0) {
     const Ends<V> all = {-splat<V>(Real<V>(INFINITY)), splat<V>(Real<V>(INFINITY))};
     each([&](const Strided<V>& column) {
