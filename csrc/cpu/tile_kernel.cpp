@@ -77,6 +77,7 @@ template <class V>
 class Tile {
   using R = Real<V>;
   static constexpr int kWidth = kColumns * kLanes<V>;
+  using Doubles = typename RegisterOf<double, 8 * kLanes<V>>::type;
 
   const TileTask& task_;
   const int64_t part_, out_, in_;         // first coordinate
@@ -90,7 +91,7 @@ class Tile {
   V* const kept_;                         // of each cell, between blocks: states, and products of unfinished groups
   V* const unfinished_;                   // or the values to rank: [kCell / kRanked][group][kRanked]
   void* const select_scratch_;
-  double mask_sum_ = 0;
+  Doubles mask_sums_{};
   std::vector<Run> runs_;  // of the tile's columns
   int64_t reach_ = 0;      // elements from a row's start to the end of its last register
   bool whole_registers_ = true;
@@ -138,7 +139,9 @@ class Tile {
     } else {
       stream<Tally<V>>();
     }
-    task_.mask_sums[tile] = mask_sum_;
+    double sum = 0;
+    for (int lane = 0; lane < kLanes<V>; ++lane) sum += mask_sums_[lane];
+    task_.mask_sums[tile] = sum;
   }
 
  private:
@@ -323,7 +326,14 @@ class Tile {
       store<V>(to + in_ + column, value, n);
     }
     if (task_.statistic != Statistic::mean && task_.statistic != Statistic::sign_sum && !task_.ranking)
-      for (int64_t lane = 0; lane < n; ++lane) mask_sum_ += mask[lane];
+      add_mask(mask, n);
+  }
+
+  // In double, one sum per lane: a single one would wait for every addition.
+  void add_mask(V mask, int64_t n) {
+    if (n < kLanes<V>)
+      for (int64_t lane = n; lane < kLanes<V>; ++lane) mask[lane] = 0;
+    mask_sums_ += __builtin_convertvector(mask, Doubles);
   }
 
   template <int K>
