@@ -1,19 +1,56 @@
 // Threads, their scratch, and sums that do not depend on them.
 #pragma once
 
+#include <array>
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <utility>
 #include <vector>
 
 #include "../contract.h"
 
 namespace htv::cpu {
 
-// Memory aligned to 64 bytes, from malloc: glibc before 2.38 seldom reuses what aligned_alloc gave, so that a scratch per
-// call would make the heap grow with every call.
+// Blocks of memory a thread keeps for its next call: fresh ones cost a page fault every 4 KB, which took as long as what
+// was done in them. From malloc, and aligned by hand: glibc before 2.38 seldom reuses what aligned_alloc gave.
+class KeptBlocks {
+ public:
+  struct Block {
+    std::unique_ptr<void, decltype(&std::free)> memory{nullptr, &std::free};
+    size_t bytes = 0;
+  };
+
+  static Block take(size_t bytes) {
+    Block* best = nullptr;
+    for (Block& block : kept())
+      if (block.bytes >= bytes && (best == nullptr || block.bytes < best->bytes)) best = &block;
+    if (best != nullptr) return std::exchange(*best, Block{});
+    Block fresh;
+    fresh.memory.reset(std::malloc(bytes));
+    if (fresh.memory == nullptr) throw std::bad_alloc();
+    fresh.bytes = bytes;
+    return fresh;
+  }
+
+  // Keeps the largest blocks that are not too large to be kept.
+  static void give_back(Block block) {
+    if (block.bytes > kMostBytes) return;
+    for (Block& other : kept())
+      if (other.bytes < block.bytes) std::swap(other, block);
+  }
+
+ private:
+  static constexpr size_t kMostBytes = (8 << 20) + 4096;  // the copies convolutions make of their operands
+  static std::array<Block, 3>& kept() {
+    thread_local std::array<Block, 3> blocks;
+    return blocks;
+  }
+};
+
+// Memory aligned to 64 bytes.
 class Scratch {
-  std::unique_ptr<void, decltype(&std::free)> memory_{nullptr, &std::free};
+  KeptBlocks::Block block_;
   void* aligned_ = nullptr;
 
  public:
@@ -21,10 +58,13 @@ class Scratch {
     constexpr size_t alignment = 64;
     if (bytes == 0) return;
     size_t space = size_t(bytes) + alignment;
-    memory_.reset(std::malloc(space));
-    if (memory_ == nullptr) throw std::bad_alloc();
-    aligned_ = memory_.get();
+    block_ = KeptBlocks::take(space);
+    aligned_ = block_.memory.get();
     std::align(alignment, size_t(bytes), aligned_, space);
+  }
+  Scratch(Scratch&&) = default;
+  ~Scratch() {
+    if (block_.memory != nullptr) KeptBlocks::give_back(std::move(block_));
   }
   void* get() const { return aligned_; }
 };
