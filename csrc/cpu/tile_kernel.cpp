@@ -88,6 +88,7 @@ class Tile {
   R* const packed_g_;                     // [panel][row][kRows]
   const int64_t joined_width_;
   R* const joined_;                       // some rows of x whose runs are no whole registers
+  R* const staged_;                       // [row][column], values whose places are not side by side
   V* const kept_;                         // of each cell, between blocks: states, and products of unfinished groups
   V* const unfinished_;                   // or the values to rank: [kCell / kRanked][group][kRanked]
   void* const select_scratch_;
@@ -111,7 +112,8 @@ class Tile {
         packed_g_(reinterpret_cast<R*>(packed_x_ + panel_rows_ * panels_in_ * kColumns)),
         joined_width_(width_ + kLanes<V>),
         joined_(packed_g_ + panel_rows_ * panels_out_ * kRows),
-        kept_(reinterpret_cast<V*>(aligned(joined_ + kJoinedRows * joined_width_))),
+        staged_(joined_ + kJoinedRows * joined_width_),
+        kept_(reinterpret_cast<V*>(aligned(staged_ + (task.place ? task.tile_out * task.tile_in : 0)))),
         unfinished_(kept_ + (one_block() ? 1 : panels_out_ * panels_in_) * kCell * kept_per_coordinate()),
         select_scratch_(unfinished_) {
     for (const Run* run = task.runs; run != task.runs_end; ++run) {
@@ -139,6 +141,7 @@ class Tile {
     } else {
       stream<Tally<V>>();
     }
+    if (task_.place) scatter();
     double sum = 0;
     for (int lane = 0; lane < kLanes<V>; ++lane) sum += mask_sums_[lane];
     task_.mask_sums[tile] = sum;
@@ -318,15 +321,24 @@ class Tile {
   void write(int64_t row, int64_t column, V value, V mask) {
     const int64_t n = least(width_ - column, kLanes<V>);
     if (row >= height_ || n <= 0) return;
-    R* const to = static_cast<R*>(task_.value) + part_ * task_.value_part + (out_ + row) * task_.value_stride;
-    if (task_.place) {
-      const int64_t* const place = task_.place + in_ + column;
-      for (int64_t lane = 0; lane < n; ++lane) to[place[lane]] = value[lane];
-    } else {
-      store<V>(to + in_ + column, value, n);
-    }
+    R* const to = task_.place ? staged_ + row * task_.tile_in : value_row(row) + in_;
+    store<V>(to + column, value, n);
     if (task_.statistic != Statistic::mean && task_.statistic != Statistic::sign_sum && !task_.ranking)
       add_mask(mask, n);
+  }
+
+  R* value_row(int64_t row) const {
+    return static_cast<R*>(task_.value) + part_ * task_.value_part + (out_ + row) * task_.value_stride;
+  }
+
+  // Puts the tile's values in their places, a row at a time, so that every line of memory is touched once.
+  void scatter() const {
+    const int64_t* const place = task_.place + in_;
+    for (int64_t row = 0; row < height_; ++row) {
+      R* const to = value_row(row);
+      const R* const from = staged_ + row * task_.tile_in;
+      for (int64_t i = 0; i < width_; ++i) to[place[i]] = from[i];
+    }
   }
 
   // In double, one sum per lane: a single one would wait for every addition.

@@ -77,7 +77,8 @@ inline int64_t tile_scratch_bytes(const TileTask& task) {
   const bool one_block = task.blocks_end - task.blocks == 1;
   const int64_t kept = one_block ? kTileOutStep * kTileInStep : height * width;
   const int64_t per_coordinate = task.ranking ? task.parameters.groups : most_states + task.long_groups;
-  const int64_t elements = (task.block_rows + kPanelGap) * (width + height) + kJoinedRows * (width + kTileInStep) + kept * per_coordinate;
+  const int64_t packed = (task.block_rows + kPanelGap) * (width + height) + kJoinedRows * (width + kTileInStep);
+  const int64_t elements = packed + (task.place ? height * width : 0) + kept * per_coordinate;
   return element * elements + (task.ranking ? select_scratch_bytes(*task.ranking) + 64 : 0);
 }
 
