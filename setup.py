@@ -28,8 +28,7 @@ CSRC = Path("csrc")
 TORCH_TARGET = "0x020b000000000000"  # the ABI of torch 2.11, the oldest served
 
 COMMON = ["-std=c++20", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-fno-math-errno", "-fno-trapping-math"]
-# a * b + c is rounded once only where that is the point, in matrix products: medians stay exact
-CONTRACT = {"linear_kernel": "-ffp-contract=fast"}
+EXACT = "-ffp-contract=off"  # a * b + c is rounded once only where a kernel says so: medians stay exact
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 ICELAKE = [*AVX512, *(f"-m{f}" for f in ("avx512vpopcntdq", "avx512vbmi", "avx512vbmi2", "avx512bitalg", "gfni"))]
@@ -37,7 +36,7 @@ NOISE = ["-Wno-maybe-uninitialized"]  # from the intrinsics of these levels in G
 LEVELS = {"baseline": [], "avx2": AVX2, "avx512": [*AVX512, *NOISE], "icelake": [*ICELAKE, *NOISE]}
 # compiled once per level, from csrc/cpu
 HOT = [
-    "norm_kernel", "select", "stacked_kernel", "linear_kernel", "rank_one_kernel", "sign_planes", "tile_kernel",
+    "norm_kernel", "select", "stacked_kernel", "rank_one_kernel", "sign_planes", "tile_kernel", "votes_kernel",
     "channels_last",
 ]  # fmt: skip
 
@@ -135,7 +134,7 @@ class BuildExtensions(build_ext):
             objects.append(compiled(f"{source}.cpp", [*cpu, *torch_flags]))
         for name in HOT:
             for level, flags in levels.items():
-                flags = [*cpu, *flags, f"-DHTV_LEVEL={level}", CONTRACT.get(name, "-ffp-contract=off")]
+                flags = [*cpu, *flags, f"-DHTV_LEVEL={level}", EXACT]
                 objects.append(compiled(f"cpu/{name}.cpp", flags, f"cpu/{name}.{level}"))
 
         archs = cuda_archs() if nvcc else []

@@ -1,13 +1,13 @@
-// htv::linear on the CPU: checks, scratch, threads. The loops are in linear_kernel.cpp.
-#include <optional>
+// htv::linear on the CPU: checks, and which kernel serves.
+#include <numeric>
 #include <tuple>
 #include <vector>
 
 #include "../contract.h"
-#include "linear_kernel.h"
 #include "parallel.h"
 #include "rank_one.h"
 #include "tile.h"
+#include "votes.h"
 
 namespace htv::cpu {
 namespace {
@@ -27,20 +27,10 @@ struct Signs {
   }
 };
 
-// Order statistics of groups of at most one row.
-void rank_one(const Tensor& x, const Tensor& grad_output, Dtype dtype, const Ranking& ranking, const SignPlanes& signs_x,
-              const SignPlanes& signs_g, Tensor& value) {
-  const RankOneTask task{x.const_data_ptr(), grad_output.const_data_ptr(), dtype,   x.size(0), x.size(1),
-                         grad_output.size(1), &ranking,                    signs_x, signs_g,   value.mutable_data_ptr()};
-  const auto kernel = HTV_PER_LEVEL(rank_one_kernel);
-  const int64_t work = kRankOneOut * rank_one_width(dtype) / 16 * ranking.ranked * select_work(ranking);
-  parallel_chunks(rank_one_tiles(task), work, rank_one_scratch_bytes(task),
-                  [&](int64_t first, int64_t last, void* scratch) { kernel(task, first, last, scratch); });
-}
-
 // Groups of any number of rows: their products tile by tile.
-std::tuple<Tensor, Tensor> by_tiles(const Tensor& x, const Tensor& grad_output, const int64_t* offsets, Dtype dtype,
-                                    Statistic statistic, const Parameters& parameters, Tensor value) {
+// Returns the sum of the mask.
+double by_tiles(const Tensor& x, const Tensor& grad_output, const int64_t* offsets, Dtype dtype, Statistic statistic,
+                const Parameters& parameters, Tensor& value) {
   const int64_t rows = x.size(0), in = x.size(1), out = grad_output.size(1), start = 0;
   const int64_t element = bytes_of(dtype);
   const Run whole{0, 0, in};
@@ -60,8 +50,39 @@ std::tuple<Tensor, Tensor> by_tiles(const Tensor& x, const Tensor& grad_output, 
   task.in = in;
   task.value = value.mutable_data_ptr();
   task.value_stride = in;
-  const double mask_sum = plan.run();
-  return {value, sum_in_order(x, {mask_sum})};
+  return plan.run();
+}
+
+// The plain sum: all rows are one group then.
+void add_up(const Tensor& x, const Tensor& grad_output, Dtype dtype, Tensor& value) {
+  const int64_t all[] = {0, x.size(0)};
+  by_tiles(x, grad_output, all, dtype, Statistic::mean, {1, 0, 0, 0}, value);
+}
+
+// Order statistics of groups of at most one row.
+void rank_rows(const Tensor& x, const Tensor& grad_output, Dtype dtype, const Ranking& ranking, Tensor& value) {
+  const Signs signs_x(x, dtype), signs_g(grad_output, dtype);
+  const RankOneTask task{x.const_data_ptr(), grad_output.const_data_ptr(), dtype, x.size(0), x.size(1),
+                         grad_output.size(1), &ranking, signs_x.planes, signs_g.planes, value.mutable_data_ptr()};
+  const auto kernel = HTV_PER_LEVEL(rank_one_kernel);
+  const int64_t work = kRankOneOut * rank_one_width(dtype) / 16 * ranking.ranked * select_work(ranking);
+  parallel_chunks(rank_one_tiles(task), work, rank_one_scratch_bytes(task),
+                  [&](int64_t first, int64_t last, void* scratch) { kernel(task, first, last, scratch); });
+}
+
+// Masks and sign sums of groups of at most one row. Returns how many coordinates the mask keeps.
+double count_votes(const Tensor& x, const Tensor& grad_output, Dtype dtype, Statistic statistic,
+                   const Parameters& parameters, Tensor& value) {
+  add_up(x, grad_output, dtype, value);
+  const Signs signs_x(x, dtype), signs_g(grad_output, dtype);
+  VotesTask task{x.const_data_ptr(), grad_output.const_data_ptr(), dtype, x.size(0), x.size(1), grad_output.size(1),
+                 statistic, parameters, signs_x.planes, signs_g.planes, value.mutable_data_ptr(), nullptr};
+  std::vector<int64_t> kept(task.tiles());
+  task.kept = kept.data();
+  const auto kernel = HTV_PER_LEVEL(votes_kernel);
+  parallel_chunks(task.tiles(), (signs_x.planes.words + 1) * kVotesOut * kVotesIn / 4, 0,
+                  [&](int64_t first, int64_t last, void*) { kernel(task, first, last); });
+  return double(std::accumulate(kept.begin(), kept.end(), int64_t(0)));
 }
 
 }  // namespace
@@ -82,43 +103,20 @@ std::tuple<Tensor, Tensor> linear(Tensor x, Tensor grad_output, Tensor offsets, 
   const Parameters parameters = parameters_for(op, statistic, groups, count, votes, k);
 
   Tensor value = torch::stable::new_empty(x, {out, in}, compute_type(dtype));
-  const bool counted = statistic == Statistic::mean || statistic == Statistic::and_mask ||
-                       statistic == Statistic::xor_mask || statistic == Statistic::sign_sum;
-  const bool single_rows = longest <= 1;
-  if (!single_rows || !(counted || is_order(statistic)))
-    return by_tiles(x, grad_output, static_cast<const int64_t*>(offsets.const_data_ptr()), dtype, statistic, parameters,
-                    value);
-  std::optional<Signs> signs_x, signs_g;
-  if (statistic != Statistic::mean) {
-    signs_x.emplace(x, dtype);
-    signs_g.emplace(grad_output, dtype);
+  const bool counted = statistic == Statistic::and_mask || statistic == Statistic::xor_mask ||
+                       statistic == Statistic::sign_sum;
+  double mask_sum = 0;
+  if (statistic == Statistic::mean) {
+    add_up(x, grad_output, dtype, value);
+  } else if (longest <= 1 && counted) {
+    mask_sum = count_votes(x, grad_output, dtype, statistic, parameters, value);
+  } else if (longest <= 1 && is_order(statistic)) {
+    rank_rows(x, grad_output, dtype, ranking_of(statistic, parameters), value);
+  } else {
+    const int64_t* const bounds = static_cast<const int64_t*>(offsets.const_data_ptr());
+    mask_sum = by_tiles(x, grad_output, bounds, dtype, statistic, parameters, value);
   }
-  if (is_order(statistic)) {
-    rank_one(x, grad_output, dtype, ranking_of(statistic, parameters), signs_x->planes, signs_g->planes, value);
-    return {value, sum_in_order(x, {})};
-  }
-  const int64_t tile_out = linear_tile_out(out, in, torch::stable::get_num_threads());
-  const int64_t tiles = linear_tiles(out, in, tile_out);
-  std::vector<int64_t> kept(tiles);
-  const LinearTask task{x.const_data_ptr(),
-                        grad_output.const_data_ptr(),
-                        dtype,
-                        rows,
-                        in,
-                        out,
-                        static_cast<const int64_t*>(offsets.const_data_ptr()),
-                        statistic,
-                        parameters,
-                        single_rows,
-                        signs_x ? signs_x->planes : SignPlanes{},
-                        signs_g ? signs_g->planes : SignPlanes{},
-                        tile_out,
-                        value.mutable_data_ptr(),
-                        kept.data()};
-  const auto kernel = HTV_PER_LEVEL(linear_kernel);
-  parallel_chunks(tiles, (rows + 1) * tile_out * kTileIn / 16, linear_scratch_bytes(dtype),
-                  [&](int64_t first, int64_t last, void* scratch) { kernel(task, first, last, scratch); });
-  return {value, sum_in_order(x, {kept.begin(), kept.end()})};
+  return {value, sum_in_order(x, {mask_sum})};
 }
 
 }  // namespace htv::cpu

@@ -70,6 +70,7 @@ TilePlan::TilePlan(Statistic statistic, const Parameters& parameters, Dtype dtyp
 }
 
 double TilePlan::run(int64_t tile_in) {
+  if (task.out == 0 || task.in == 0) return 0;
   const TileTask chosen = task;
   task.tile_in = std::min({tile_in, task.tile_in, up(task.in, kTileInStep)});
   task.tile_out = std::min(task.tile_out, up(task.out, kTileOutStep));

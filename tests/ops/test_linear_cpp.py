@@ -171,9 +171,12 @@ def test_no_rows_at_all(level):
     assert torch.equal(value, torch.zeros(3, 5)) and mask_sum == 15
 
 
-def test_no_coordinates(level):
-    value, mask_sum = cpp(torch.ones(4, 0), torch.ones(4, 3), torch.arange(5), Statistic("and_mask", 0))
-    assert value.shape == (3, 0) and mask_sum == 0
+@pytest.mark.parametrize("offsets", [torch.arange(5), torch.tensor([0, 3, 4])], ids=["one row", "several rows"])
+@pytest.mark.parametrize("name", ["mean", "and_mask", "sand_mask", "median"])
+def test_no_coordinates(level, offsets, name):
+    for x, g in ((torch.ones(4, 0), torch.ones(4, 3)), (torch.ones(4, 2), torch.ones(4, 0))):
+        value, mask_sum = cpp(x, g, offsets, Statistic(name, 0))
+        assert value.shape == (g.shape[1], x.shape[1]) and mask_sum == 0
 
 
 @settings(max_examples=40, deadline=None)
