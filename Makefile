@@ -54,6 +54,7 @@ $(VENV)/.peers: $(VENV)/.installed
 # Everything, in a quarter hour on a quiet machine; the README's numbers come from bench/results.
 bench: $(VENV)/.peers
 	$(BIN)/htv bench --out bench/results $(ARGS)
+	$(BIN)/python -m htv.bench.floors --out bench/results
 	$(BIN)/python docs/fill_readme.py
 
 lint: $(VENV)/.installed

@@ -1,6 +1,6 @@
-"""Fill README.md and bench/results/cpu.md from the committed records: `python docs/fill_readme.py`.
+"""Fill README.md, docs/performance.md and bench/results/cpu.md from the committed records: `python docs/fill_readme.py`.
 
-A block of the README stands between <!-- NAME --> and <!-- /NAME -->; tests/test_docs.py checks them all.
+A block stands between <!-- NAME --> and <!-- /NAME -->; tests/test_docs.py checks them all.
 """
 
 from __future__ import annotations
@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from htv.bench import plots, report
+from htv.bench import floors, plots, report
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO, BENCH = ROOT / "docs/results/demo.json", ROOT / "bench/results/cpu.json"
+FLOORS = ROOT / "bench/results/floors-cpu.json"
 
 
 def machine(facts: dict) -> str:
@@ -62,9 +63,21 @@ def bench_block() -> str:
     return "\n\n".join(sections)
 
 
-def filled(text: str) -> str:
-    """README with its blocks replaced."""
-    for name, record, block in (("demo", DEMO, demo_block), ("bench", BENCH, bench_block)):
+def floors_block() -> str:
+    """What every path needs, its floor and its time."""
+    return floors.table(json.loads(FLOORS.read_text()))
+
+
+BLOCKS = {
+    "README.md": (("demo", DEMO, demo_block), ("bench", BENCH, bench_block)),
+    "docs/performance.md": (("floors", FLOORS, floors_block),),
+}
+
+
+def filled(document: str) -> str:
+    """The text of a document with its blocks replaced."""
+    text = (ROOT / document).read_text()
+    for name, record, block in BLOCKS[document]:
         if not record.is_file():  # nothing newer was measured
             continue
         before, _, rest = text.partition(f"<!-- {name} -->")
@@ -81,5 +94,5 @@ def bench_report() -> str:
 if __name__ == "__main__":
     if BENCH.is_file():
         BENCH.with_suffix(".md").write_text(bench_report())
-    readme = ROOT / "README.md"
-    readme.write_text(filled(readme.read_text()))
+    for document in BLOCKS:
+        (ROOT / document).write_text(filled(document))

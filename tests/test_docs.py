@@ -24,10 +24,12 @@ def fill_readme():
     return module
 
 
-def test_measured_blocks_are_up_to_date(fill_readme):
-    text = (ROOT / "README.md").read_text()
-    assert fill_readme.filled(text) == text, "run: python docs/fill_readme.py"
-    assert all(f"<!-- {name} -->" in text and f"<!-- /{name} -->" in text for name in ("demo", "bench"))
+@pytest.mark.parametrize("document", ["README.md", "docs/performance.md"])
+def test_measured_blocks_are_up_to_date(fill_readme, document):
+    text = (ROOT / document).read_text()
+    assert fill_readme.filled(document) == text, "run: python docs/fill_readme.py"
+    names = [name for name, _, _ in fill_readme.BLOCKS[document]]
+    assert names and all(f"<!-- {name} -->" in text and f"<!-- /{name} -->" in text for name in names)
 
 
 @committed
