@@ -1,4 +1,4 @@
-"""Fill README.md, docs/performance.md and bench/results/cpu.md from the committed records: `python docs/fill_readme.py`.
+"""Fill README.md, docs/performance.md and bench/results/cpu.md from the committed records.
 
 A block stands between <!-- NAME --> and <!-- /NAME -->; tests/test_docs.py checks them all.
 """
