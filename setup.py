@@ -37,7 +37,7 @@ LEVELS = {"baseline": [], "avx2": AVX2, "avx512": [*AVX512, *NOISE], "icelake": 
 # compiled once per level, from csrc/cpu
 HOT = [
     "norm_kernel", "select", "stacked_kernel", "rank_one_kernel", "sign_planes", "tile_kernel", "votes_kernel",
-    "channels_last",
+    "channels_last", "depthwise_kernel",
 ]  # fmt: skip
 
 

@@ -74,6 +74,12 @@ inline Parameters parameters_for(const std::string& op, Statistic statistic, int
   return {groups, count, votes, k};
 }
 
+// Floats, which count some votes, must hold them.
+inline void check_countable(Dtype dtype, int64_t groups) {
+  STD_TORCH_CHECK(dtype == Dtype::float64 || groups <= int64_t(1) << 24,
+                  "votes of more than 2^24 groups are counted in float64 only, got ", groups, " groups");
+}
+
 // The longest group, after checking that the groups cover the rows in order.
 inline int64_t longest_group(const std::string& op, const Tensor& offsets, int64_t rows) {
   STD_TORCH_CHECK(offsets.is_cpu(), op, ": offsets must be on the CPU");

@@ -1,5 +1,6 @@
 // htv::conv on the CPU: every position of the output is a row whose columns are the window of x seen from there. Windows
-// are never stored: tiles pack them from a copy of x that has its channels last and its padding around it.
+// are never stored: tiles pack them from a copy of x that has its channels last and its padding around it. Where groups of
+// the convolution have few channels, those of all groups lie side by side in registers instead.
 #include <algorithm>
 #include <optional>
 #include <tuple>
@@ -7,6 +8,7 @@
 
 #include "../contract.h"
 #include "channels_last.h"
+#include "depthwise.h"
 #include "parallel.h"
 #include "tile.h"
 
@@ -17,6 +19,11 @@ using Sizes = std::vector<int64_t>;
 
 constexpr int64_t kCopyBytes = 8 << 20;  // what a copy of x or grad_output may take; more for few channels only
 constexpr int64_t kLeastChannels = 16;   // of a copy
+
+// Channels side by side:
+constexpr int64_t kFewWeights = 64;         // inputs x outputs per group up to which that is faster than tiles (measured)
+constexpr int64_t kStripBytes = 128 << 10;  // what x and grad_output of a strip may take in L2
+constexpr int64_t kMostRuns = 14;           // of a unit of work
 
 int64_t product(const Sizes& sizes, size_t from = 0) {
   int64_t total = 1;
@@ -51,6 +58,18 @@ struct Images {
   }
 };
 
+// Where the positions of images lie in padded ones.
+Sizes padded_places(const Sizes& space, const Sizes& padding) {
+  Sizes at{0};
+  for (size_t d = 0; d < padding.size(); ++d) {
+    Sizes inner;
+    for (const int64_t outer : at)
+      for (int64_t i = 0; i < space[d]; ++i) inner.push_back(outer * (space[d] + 2 * padding[d]) + i + padding[d]);
+    at = inner;
+  }
+  return at;
+}
+
 // Some channels of images with the channels last, in the compute type; a copy unless they lie like that.
 struct Rows {
   std::optional<Scratch> memory;
@@ -69,15 +88,8 @@ Rows rows_of(const Images& images, const Sizes& padding, int64_t first, int64_t 
     return rows;
   }
   int64_t area = 1;
-  Sizes at{0};
-  for (size_t d = 0; d < padding.size(); ++d) {  // places of all positions, dim by dim
-    const int64_t size = images.space[d] + 2 * padding[d];
-    Sizes inner;
-    for (const int64_t outer : at)
-      for (int64_t i = 0; i < images.space[d]; ++i) inner.push_back(outer * size + i + padding[d]);
-    at = inner;
-    area *= size;
-  }
+  for (size_t d = 0; d < padding.size(); ++d) area *= images.space[d] + 2 * padding[d];
+  Sizes at = padded_places(images.space, padding);
   for (int64_t& place : at) place *= channels;
   const int64_t bytes = images.samples * area * channels * compute;
   constexpr int64_t slack = 64;
@@ -106,6 +118,87 @@ Rows rows_of(const Images& images, const Sizes& padding, int64_t first, int64_t 
 int64_t fitting(int64_t channels, int64_t bytes_each, int64_t step) {
   const int64_t fit = std::max(kCopyBytes / std::max<int64_t>(1, bytes_each), kLeastChannels);
   return fit >= channels ? channels : fit >= step ? fit / step * step : kLeastChannels;
+}
+
+// Everything but the images, in positions of padded images of `area` positions.
+struct Geometry {
+  Sizes kernel, stride, padding, dilation;
+  Sizes windows, taps;  // where windows start, and taps lie in them
+  int64_t area;
+};
+
+ImageView view_of(const Images& images) {
+  const int64_t sample = images.channels * images.positions;
+  return {images.data, images.data + images.samples * sample * bytes_of(images.dtype), images.channels, sample,
+          images.channel_stride, images.step};
+}
+
+// Cuts the output along its first dim, so that what a strip sees stays in L2.
+std::vector<Strip> strips_of(const Images& images, const Images& grads, const Geometry& geometry, const Sizes& at) {
+  constexpr int64_t budget = kStripBytes / 64;  // positions, a register each
+  std::vector<Strip> strips;
+  if (grads.positions == 0) return strips;
+  const int64_t height = grads.space[0], below = grads.positions / height;
+  const int64_t size = images.space[0] + 2 * geometry.padding[0], plane = geometry.area / size;
+  const int64_t step = geometry.stride[0], reach = (geometry.kernel[0] - 1) * geometry.dilation[0] + 1;
+  const int64_t fit = (budget - (reach - step) * plane) / (step * plane + below);
+  const int64_t count = (height + std::max<int64_t>(fit, 1) - 1) / std::max<int64_t>(fit, 1);
+  const int64_t x_plane = images.positions / std::max<int64_t>(1, images.space[0]);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t first = height * i / count, last = height * (i + 1) / count;
+    const int64_t top = first * step, bottom = (last - 1) * step + reach;
+    const auto in_image = [&](int64_t row) { return std::clamp<int64_t>(row - geometry.padding[0], 0, images.space[0]); };
+    Strip strip{first * below, last * below, top * plane, (bottom - top) * plane, in_image(top) * x_plane,
+                in_image(bottom) * x_plane, 0, 0};
+    if (strip.seen_first < strip.seen_last) {
+      strip.inner_first = at[strip.seen_first] - strip.origin;
+      strip.inner_last = at[strip.seen_last - 1] + 1 - strip.origin;
+    }
+    strips.push_back(strip);
+  }
+  return strips;
+}
+
+// Output channels of all groups side by side. Returns the sum of the mask.
+double depthwise(const Images& images, const Images& grads, const Geometry& geometry, int64_t conv_groups,
+                 const int64_t* offsets, Statistic statistic, const Parameters& parameters, Tensor& value) {
+  check_countable(images.dtype, parameters.groups);
+  const Sizes at = padded_places(images.space, geometry.padding);
+  const std::vector<Strip> strips = strips_of(images, grads, geometry, at);
+  std::optional<Ranking> ranking;
+  if (is_order(statistic)) ranking = ranking_of(statistic, parameters);
+  DepthwiseTask task{};
+  task.x = view_of(images);
+  task.grad_output = view_of(grads);
+  task.dtype = images.dtype;
+  task.width = images.channels / conv_groups;
+  task.height = grads.channels / conv_groups;
+  task.strips = strips.data();
+  task.strips_end = task.strips + strips.size();
+  task.at = at.data();
+  task.windows = geometry.windows.data();
+  task.taps = geometry.taps.data();
+  task.tap_count = geometry.taps.size();
+  task.offsets = offsets;
+  task.statistic = statistic;
+  task.parameters = parameters;
+  task.ranking = ranking ? &*ranking : nullptr;
+  task.value = value.mutable_data_ptr();
+  const int64_t most = ranking ? kRankedBytes / (64 * parameters.groups * kMostTaps) : kMostRuns;
+  task.chunk = std::min(task.runs(), std::clamp<int64_t>(most, 1, kMostRuns));
+  // Smaller ones where threads would else have none; a sum of masks that are no integers must not depend on that.
+  const int64_t threads = statistic == Statistic::sand_mask ? 8 : torch::stable::get_num_threads();
+  while (task.units() < threads && task.chunk > 1) task.chunk = (task.chunk + 1) / 2;
+  std::vector<double> mask_sums(task.units());
+  task.mask_sums = mask_sums.data();
+  const auto kernel = HTV_PER_LEVEL(depthwise_kernel);
+  const int64_t columns = task.chunk * kMostTaps;
+  const int64_t work = images.samples * (images.positions + grads.positions * columns) + parameters.groups * columns;
+  parallel_chunks(task.units(), work, DepthwiseScratch(task).bytes(task),
+                  [&](int64_t first, int64_t last, void* scratch) { kernel(task, first, last, scratch); });
+  double mask_sum = 0;
+  for (const double sum : mask_sums) mask_sum += sum;
+  return mask_sum;
 }
 
 }  // namespace
@@ -160,7 +253,12 @@ std::tuple<Tensor, Tensor> conv(Tensor x, Tensor grad_output, Tensor offsets, Si
     }
     return at;
   };
-  const Sizes windows = places(grads.space, stride), tap_places = places(kernel, dilation);
+  const Geometry geometry{kernel, stride, padding, dilation, places(grads.space, stride), places(kernel, dilation), area};
+  if (value.numel() == 0) return {value, sum_in_order(x, {})};
+  if (conv_groups > 1 && width * height <= kFewWeights) {
+    const double sum = depthwise(images, grads, geometry, conv_groups, bounds, statistic, parameters, value);
+    return {value, sum_in_order(x, {sum})};
+  }
 
   // All groups of the convolution at once, or each by itself and some of its channels at a time.
   const int64_t image_bytes = images.samples * area * element, grad_bytes = grads.samples * grads.positions * element;
@@ -188,7 +286,7 @@ std::tuple<Tensor, Tensor> conv(Tensor x, Tensor grad_output, Tensor offsets, Si
         for (int64_t from = 0; from < channels; from += block) {
           const int64_t length = std::min(block, channels - from);
           for (int64_t tap = 0; tap < taps; ++tap) {
-            const Run run{int64_t(place.size()), tap_places[tap] * seen.stride + from, length};
+            const Run run{int64_t(place.size()), geometry.taps[tap] * seen.stride + from, length};
             if (!runs.empty() && runs.back().offset + runs.back().length == run.offset) {
               runs.back().length += length;
             } else {
@@ -197,7 +295,7 @@ std::tuple<Tensor, Tensor> conv(Tensor x, Tensor grad_output, Tensor offsets, Si
             for (int64_t c = from; c < from + length; ++c) place.push_back(c * taps + tap);
           }
         }
-        Sizes at(windows);
+        Sizes at(geometry.windows);
         for (int64_t& window : at) window *= seen.stride;
         task.x = seen.data;
         task.x_end = seen.end;

@@ -9,7 +9,6 @@ namespace {
 
 constexpr int64_t kBlockRows = 128;              // rows packed at a time, unless all fit
 constexpr int64_t kPackedBytes = 256 << 10;      // what all packed rows of a tile may take in L2
-constexpr int64_t kRankedBytes = 768 << 10;      // and the values of a tile that are to be ranked
 constexpr int64_t kFewRows = 32;                 // rows per group up to which states are worth their registers
 
 int64_t up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
@@ -19,8 +18,7 @@ int64_t up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 TilePlan::TilePlan(Statistic statistic, const Parameters& parameters, Dtype dtype, const int64_t* offsets,
                    int64_t per_offset) {
   const int64_t groups = parameters.groups, rows = offsets[groups] * per_offset;
-  STD_TORCH_CHECK(dtype == Dtype::float64 || groups <= int64_t(1) << 24,
-                  "votes of more than 2^24 groups are counted in float64 only, got ", groups, " groups");
+  check_countable(dtype, groups);
   task.dtype = dtype;
   task.statistic = statistic;
   task.parameters = parameters;

@@ -8,6 +8,8 @@
 
 namespace htv::cpu {
 
+constexpr int64_t kRankedBytes = 768 << 10;  // what the values that are to be ranked may take in L2
+
 // A task with the sizes that follow from the groups and the statistic. Whoever runs it sets where x, grad_output and value are.
 class TilePlan {
   std::vector<Piece> pieces_;

@@ -9,6 +9,7 @@
 
 #include "lanes.h"
 #include "select.h"
+#include "tally.h"
 
 namespace htv::HTV_LEVEL {
 namespace {
@@ -37,47 +38,10 @@ inline __attribute__((always_inline)) void product(const Real<V>* g, const V* x,
       for (int j = 0; j < kColumns; ++j) sum[i][j] = multiply_add(splat<V>(g[i]), x[j], sum[i][j]);
 }
 
-// State of the statistics that know sum and votes only. Votes are small integers, or NaN where a contribution is.
-template <class V>
-struct Tally {
-  V sum{}, votes{};
-
-  void update(V v, int64_t) {
-    sum += v;
-    votes += unit(v);
-  }
-  Outcome<V> finalize(Statistic statistic, const Parameters& p) const {
-    if (statistic == Statistic::mean) return {sum, V{}};
-    if (statistic == Statistic::sign_sum) return {votes, V{}};
-    const V one = splat<V>(1);
-    const Mask<V> agreed = absolute(votes) >= Real<V>(p.count), valid = votes == votes;
-    const Mask<V> kept = statistic == Statistic::and_mask ? agreed & valid : ~agreed & valid;
-    return {valid ? (kept ? sum : V{}) : votes, kept ? one : V{}};
-  }
-};
-
-template <class V>
-struct OnlySum {
-  V sum{};
-
-  void update(V v, int64_t) { sum += v; }
-  Outcome<V> finalize(Statistic, const Parameters&) const { return {sum, V{}}; }
-};
-
-// A statistic of statistic.h, times E.
-template <class V, class S>
-struct Scaled : S {
-  Outcome<V> finalize(Statistic, const Parameters& p) const {
-    const Outcome<V> outcome = S::finalize(p);
-    return {outcome.value * Real<V>(p.groups), outcome.mask};
-  }
-};
-
 template <class V>
 class Tile {
   using R = Real<V>;
   static constexpr int kWidth = kColumns * kLanes<V>;
-  using Doubles = typename RegisterOf<double, 8 * kLanes<V>>::type;
 
   const TileTask& task_;
   const int64_t part_, out_, in_;         // first coordinate
@@ -92,7 +56,7 @@ class Tile {
   V* const kept_;                         // of each cell, between blocks: states, and products of unfinished groups
   V* const unfinished_;                   // or the values to rank: [kCell / kRanked][group][kRanked]
   void* const select_scratch_;
-  Doubles mask_sums_{};
+  MaskSum<V> mask_sum_;
   std::vector<Run> runs_;  // of the tile's columns
   int64_t reach_ = 0;      // elements from a row's start to the end of its last register
   bool whole_registers_ = true;
@@ -129,22 +93,13 @@ class Tile {
   }
 
   void run(int64_t tile) {
-    const Statistic statistic = task_.statistic;
     if (task_.ranking) {
       each_block([&](const RowBlock& block, auto rows) { rank_cells<rows()>(block); });
-    } else if (statistic == Statistic::mean) {
-      stream<OnlySum<V>>();
-    } else if (statistic == Statistic::geometric_mean) {
-      stream<Scaled<V, GeometricMean<V>>>();
-    } else if (statistic == Statistic::sand_mask) {
-      stream<Scaled<V, SandMask<V>>>();
     } else {
-      stream<Tally<V>>();
+      with_tally<V>(task_.statistic, [&](auto state) { stream<decltype(state)>(); });
     }
     if (task_.place) scatter();
-    double sum = 0;
-    for (int lane = 0; lane < kLanes<V>; ++lane) sum += mask_sums_[lane];
-    task_.mask_sums[tile] = sum;
+    task_.mask_sums[tile] = mask_sum_.total();
   }
 
  private:
@@ -152,12 +107,9 @@ class Tile {
   bool one_block() const { return task_.blocks_end - task_.blocks == 1; }
   int64_t kept_per_coordinate() const {
     if (task_.ranking) return task_.parameters.groups;
-    switch (task_.statistic) {
-      case Statistic::mean: return sizeof(OnlySum<V>) / sizeof(V);
-      case Statistic::geometric_mean: return sizeof(GeometricMean<V>) / sizeof(V);
-      case Statistic::sand_mask: return sizeof(SandMask<V>) / sizeof(V);
-      default: return sizeof(Tally<V>) / sizeof(V);
-    }
+    int64_t registers = 0;
+    with_tally<V>(task_.statistic, [&](auto state) { registers = sizeof state / sizeof(V); });
+    return registers;
   }
 
   V* panel_x(int64_t panel, int64_t row) const { return packed_x_ + (panel * panel_rows_ + row) * kColumns; }
@@ -323,8 +275,7 @@ class Tile {
     if (row >= height_ || n <= 0) return;
     R* const to = task_.place ? staged_ + row * task_.tile_in : value_row(row) + in_;
     store<V>(to + column, value, n);
-    if (task_.statistic != Statistic::mean && task_.statistic != Statistic::sign_sum && !task_.ranking)
-      add_mask(mask, n);
+    if (has_mask(task_.statistic)) mask_sum_.add(mask, n);
   }
 
   R* value_row(int64_t row) const {
@@ -339,13 +290,6 @@ class Tile {
       const R* const from = staged_ + row * task_.tile_in;
       for (int64_t i = 0; i < width_; ++i) to[place[i]] = from[i];
     }
-  }
-
-  // In double, one sum per lane: a single one would wait for every addition.
-  void add_mask(V mask, int64_t n) {
-    if (n < kLanes<V>)
-      for (int64_t lane = n; lane < kLanes<V>; ++lane) mask[lane] = 0;
-    mask_sums_ += __builtin_convertvector(mask, Doubles);
   }
 
   template <int K>

@@ -20,13 +20,13 @@ from htv.ops.factors import (
 from htv.ops.reference import STREAMING
 from htv.rules import Mean, Rule
 
-FEW_OUTPUTS = 16  # output channels per group of a convolution below which its groups are sliced, folded into one
+FEW_OUTPUTS = 16  # per group of a convolution: below, without a kernel of its own, groups are sliced, folded into one
 
 
 def path(kind: type[Factors] | Factors, rule: Rule, device: torch.device) -> str:
     """How a parameter with one use of this kind is served, and by which backend where one is chosen.
 
-    kind: factors, or their class, which stands for sizes that are not extreme (of a convolution: not depthwise).
+    kind: factors, or their class, which stands for sizes that are not extreme (a convolution that is not depthwise).
     Returns "plain sum", "stacked (...)", "fused (...)", "sliced (...)", "sparse", "sparse, sliced (...)" or "by group".
     """
     if isinstance(rule, Mean):
@@ -64,10 +64,10 @@ def style_of(part: type[Factors] | Factors, name: str, device: torch.device) -> 
     if not _is_conv(kind):
         return "sliced"
     sized = isinstance(part, ConvFactors)
-    if sized and part.geometry.groups > 1 and part.outputs < (FEW_OUTPUTS if part.folds_well else 4):
-        return "sliced"
     if backend.choose("conv", name, device) != "reference":
         return "fused"
+    if sized and part.geometry.groups > 1 and part.outputs < (FEW_OUTPUTS if part.folds_well else 4):
+        return "sliced"
     if name not in STREAMING:
         return "sliced"
     if sized and not (fuses and part.fits_linear):

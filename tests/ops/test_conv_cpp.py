@@ -70,7 +70,17 @@ CASES = {
     "long groups": ([2, 1, 3], 4, 6, (17, 16), geometry_of((3, 3), 1, 1)),
     "groups": ([1, 2, 1], 12, 8, (5, 5), geometry_of((3, 3), 1, 1, groups=4)),
     "wide groups": ([1, 2, 1], 36, 40, (5, 5), geometry_of((3, 3), 1, 1, groups=2)),
-    "depthwise": ([1, 2, 1], 10, 20, (6, 5), geometry_of((3, 3), 1, 1, groups=10)),
+    "depthwise": ([1, 2, 0, 1], 35, 35, (6, 5), geometry_of((3, 3), 1, 1, groups=35)),
+    "depthwise 1d": ([1, 0, 2], 17, 17, (11,), geometry_of((4,), 1, 3, groups=17)),
+    "depthwise 3d": ([2, 1], 5, 5, (4, 5, 3), geometry_of((3, 2, 2), (1, 2, 1), (1, 0, 1), (1, 2, 1), groups=5)),
+    "depthwise strided": ([1, 2, 1], 16, 16, (9, 8), geometry_of((3, 3), (3, 2), (2, 1), (1, 2), groups=16)),
+    "depthwise multiplied": ([1, 2, 1], 10, 20, (6, 5), geometry_of((3, 3), 1, 1, groups=10)),
+    "depthwise, many groups": ([1] * 80, 3, 3, (4, 4), geometry_of((3, 3), 1, 1, groups=3)),
+    "depthwise in strips": ([1, 2], 3, 3, (70, 40), geometry_of((3, 2), 1, (3, 1), groups=3)),
+    "depthwise in strips, 1d": ([2, 1], 3, 6, (5000,), geometry_of((5,), 2, 4, 2, groups=3)),
+    "depthwise, many taps": ([1, 1, 2], 4, 4, (5, 4), geometry_of((13, 11), 1, (6, 5), groups=4)),
+    "depthwise, only padding": ([1, 2], 4, 4, (1, 2), geometry_of((2, 2), 5, 6, groups=4)),
+    "narrow groups": ([1, 2, 1], 21, 35, (6, 5), geometry_of((3, 3), 2, 1, groups=7)),
     "many groups": ([1] * 40, 3, 5, (4, 4), geometry_of((3, 3), 1, 1)),
 }
 
@@ -86,7 +96,7 @@ def test_geometries(level, name, last):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["2d", "many channels", "wide groups", "1x1"])
+@pytest.mark.parametrize("name", ["2d", "many channels", "wide groups", "1x1", "depthwise", "narrow groups"])
 def test_types(level, dtype, name):
     lengths, c, o, space, geometry = CASES[name]
     agrees(*factors(lengths, c, o, space, geometry, dtype), geometry)
@@ -103,20 +113,22 @@ def test_copies_are_of_some_channels_at_a_time(c, o, groups):
         assert torch.equal(value.double(), expected) and mask_sum == expected_sum
 
 
-def test_nan_and_infinity(level):
-    geometry = geometry_of((3, 3), 1, 1)
-    x, grad, offsets = factors([1, 2, 1, 3], 20, 9, (4, 5), geometry, torch.float32, seed=3)
+@pytest.mark.parametrize(("c", "o", "groups"), [(20, 9, 1), (20, 20, 20), (20, 10, 5)])
+def test_nan_and_infinity(level, c, o, groups):
+    geometry = geometry_of((3, 3), 1, 1, groups=groups)
+    x, grad, offsets = factors([1, 2, 1, 3], c, o, (4, 5), geometry, torch.float32, seed=3)
     x[0, 3, 1, 1], x[1, 5, 2, 2], x[4, 5, 0, 0], grad[2, 7, 3, 3] = math.nan, math.inf, -math.inf, math.inf
     agrees(x, grad, offsets, geometry)
 
 
-def test_the_number_of_threads_changes_no_bit():
-    geometry = geometry_of((3, 3), 1, 1)
-    x, grad, offsets = factors([2] * 6, 40, 50, (9, 9), geometry, torch.float32)
+@pytest.mark.parametrize("depthwise", [False, True], ids=["dense", "depthwise"])
+def test_the_number_of_threads_changes_no_bit(depthwise):
+    geometry = geometry_of((5, 5), 1, 2, groups=20 if depthwise else 1)
+    x, grad, offsets = factors([2] * 6, 40, 20 if depthwise else 50, (9, 9), geometry, torch.float32)
     x, grad = x + torch.rand_like(x), grad + torch.rand_like(grad)
     for statistic in sum(statistics(6), []):
         results = []
-        for n in (1, 2, 3):
+        for n in (1, 2, 3, 9):
             torch.set_num_threads(n)
             results.append(cpp(x, grad, offsets, geometry, statistic))
         for value, mask_sum in results[1:]:
