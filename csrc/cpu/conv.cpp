@@ -46,7 +46,7 @@ struct Images {
     for (int64_t d = 2; d < tensor.dim(); ++d) space.push_back(tensor.size(d));
     positions = product(space);
     const bool first = tensor.is_contiguous();
-    bool last = tensor.stride(1) == 1 && tensor.stride(0) == channels * positions;
+    bool last = tensor.stride(1) == 1 && (tensor.stride(0) == channels * positions || samples == 1);
     int64_t stride = channels;
     for (int64_t d = tensor.dim() - 1; d >= 2; stride *= tensor.size(d--))
       last &= tensor.stride(d) == stride || tensor.size(d) == 1;

@@ -179,3 +179,12 @@ X, GRAD, OFFSETS, GEOMETRY = torch.ones(2, 4, 5, 5), torch.ones(2, 6, 5, 5), tor
 def test_bad_arguments(x, grad, offsets, geometry, name, message):
     with pytest.raises(RuntimeError, match=message):
         torch.ops.htv.conv(x, grad, offsets, *geometry, schema.code(name), 1, 0.0, 0.0)
+
+
+def test_one_sample_picked_from_a_batch_with_its_channels_last():
+    """Its stride along the batch says nothing."""
+    geometry = geometry_of((3, 3), padding=1)
+    x, grad, offsets = factors([1] * 4, 8, 5, (6, 5), geometry, torch.float32)
+    x, grad = (t.contiguous(memory_format=torch.channels_last)[::4] for t in (x, grad))
+    assert x.stride(0) != x[0].numel()
+    agrees(x, grad, offsets[:2], geometry)
