@@ -243,7 +243,7 @@ struct GeometricMean {
     product.normalise();
   }
   HTV_HOST_DEVICE Outcome<V> finalize(const Parameters& p) const {
-    const V sign = Lane<V>::real(Lane<V>::sign(kept.total.mean(p)));
+    const V sign = Lane<V>::real(Lane<V>::sign(kept.total.sum));
     const Mask<V> agreed = kept.votes.reach(p.count);
     return kept.votes.poison(agreed ? sign * product.root(p.groups) : V{}, agreed ? splat<V>(1) : V{});
   }

@@ -200,6 +200,13 @@ def test_one_nan_poisons_its_coordinate_only(level, name):
     torch.testing.assert_close(mask_sum, cpp(rest, statistic)[1])
 
 
+def test_the_sign_of_a_sum_whose_mean_is_too_small_for_its_type(level):
+    grads = torch.zeros(5, 20)
+    grads[0], grads[1, :10] = 1e-45, -3e-45
+    value, _ = cpp(grads, Statistic("geometric_mean"))
+    assert (value[10:] > 0).all() and (value[:10] < 0).all()
+
+
 def test_a_mask_hides_infinities(level):
     grads = torch.tensor([[math.inf], [-math.inf], [1.0], [-1.0]])
     value, mask_sum = cpp(grads, Statistic("and_mask", 1))
