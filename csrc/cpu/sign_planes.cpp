@@ -8,15 +8,18 @@
 namespace htv::HTV_LEVEL {
 namespace {
 
+template <class V>
+using Plane = Register<std::make_unsigned_t<typename Lane<V>::Int>>;  // signed integers must not overflow
+
 template <class V, class T>
-void pack_word(const T* matrix, int64_t rows, int64_t columns, Count<V>* negative, Count<V>* nonzero) {
+void pack_word(const T* matrix, int64_t rows, int64_t columns, Plane<V>* negative, Plane<V>* nonzero) {
   constexpr int lanes = kLanes<V>;
   const int64_t registers = (columns + lanes - 1) / lanes;
   for (int64_t r = 0; r < rows; ++r, matrix += columns)  // a row at a time: the planes' word stays in L1
     for (int64_t j = 0; j < registers; ++j) {
       const V v = load<V>(matrix + j * lanes, columns - j * lanes);
-      negative[j] = negative[j] + negative[j] - (v < 0);
-      nonzero[j] = nonzero[j] + nonzero[j] - (v != 0);
+      negative[j] = negative[j] + negative[j] - (Plane<V>)(v < 0);
+      nonzero[j] = nonzero[j] + nonzero[j] - (Plane<V>)(v != 0);
     }
 }
 
@@ -30,7 +33,7 @@ void pack_words(const T* matrix, int64_t rows, int64_t columns, const SignPlanes
     for (Int* const plane : words) memset(plane, 0, planes.stride * sizeof(Int));
     const int64_t left = rows - word * bits;
     pack_word<V>(matrix + word * bits * columns, left < bits ? left : bits, columns,
-                 reinterpret_cast<Count<V>*>(words[0]), reinterpret_cast<Count<V>*>(words[1]));
+                 reinterpret_cast<Plane<V>*>(words[0]), reinterpret_cast<Plane<V>*>(words[1]));
   }
 }
 
