@@ -560,3 +560,27 @@ def test_complex_parameters():
     model = Module(lambda m, x: x * m.p, p=torch.randn(6, dtype=torch.cfloat))
     with pytest.raises(TypeError, match="'p' is torch.complex64.*exclude='p'"):
         htv.attach(model, htv.Median())
+
+
+@pytest.mark.parametrize(
+    "forward, ids",
+    [
+        (lambda m, i: m.p[i], [0, 7]),
+        (lambda m, i: m.p[i], [-8, 0]),
+        (lambda m, i: m.p.index_select(0, i), [0, -1]),
+        (lambda m, i: F.embedding(i, m.p, padding_idx=7), [0, 1]),
+        (lambda m, i: F.embedding(i, m.p, padding_idx=-8), [0, 1]),
+        (lambda m, i: F.embedding_bag(i[:, None], m.p, mode="max", per_sample_weights=torch.ones(2, 1)), [0, 1]),
+        (lambda m, i: F.conv1d(i.float()[:, None, None], m.p[:, None, None, 0], stride=2, padding="same"), [0, 1]),
+    ],
+)
+def test_what_torch_refuses_stays_refused(forward, ids):
+    """Rows out of range, above all, are not taken for others."""
+    model = Module(forward, p=torch.randn(7, 3))
+    ids = torch.tensor(ids)
+    for attached in (False, True):
+        if attached:
+            htv.attach(model, htv.Median())
+        with pytest.raises((IndexError, RuntimeError, ValueError, AssertionError, NotImplementedError)) as caught:
+            model(ids)
+        assert not isinstance(caught.value, htv.UnsupportedError)

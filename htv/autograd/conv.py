@@ -20,6 +20,8 @@ def conv(x: Tensor, weight: Slot, bias: Slot, stride, padding, dilation, conv_gr
     if padding == "valid":
         padding = 0
     elif padding == "same":
+        if any(step != 1 for step in ([stride] if isinstance(stride, int) else stride)):
+            raise ValueError(f"padding='same' needs stride 1, got {stride}")
         x, padding = _pad_same(x, kernel, dilation), 0
     geometry = ConvGeometry(stride, padding, dilation, conv_groups, len(kernel))
     return _Conv.apply(x, weight.value, bias.value, weight, bias, geometry, voters, *weight.tokens, *bias.tokens)

@@ -33,8 +33,11 @@ def _embedding(mode: Intercept, func, args, kwargs):
     slots = call.enter() if call.applicable else None
     if slots is None:
         return NotImplemented
-    if padding_idx is not None and padding_idx < 0:
-        padding_idx += len(call["weight"])
+    if padding_idx is not None:
+        rows = len(call["weight"])
+        if not -rows <= padding_idx < rows:
+            raise ValueError(f"padding_idx must be within the {rows} rows of the table, got {padding_idx}")
+        padding_idx %= rows
     return call.done(embedding(ids, *slots, padding_idx, call.voters))
 
 
@@ -74,6 +77,8 @@ def _embedding_bag(mode: Intercept, func, args, kwargs):
             f"embedding_bag with parameter {call.served[0].name!r}: bags given by offsets cannot be told apart by "
             "example; pass ids of shape (N, L), padded with padding_idx"
         )
+    if call["per_sample_weights"] is not None and call["mode"] != "sum":
+        raise ValueError(f"per_sample_weights are for mode='sum' alone, got mode={call['mode']!r}")
     with mode:
         return _bagged(call.x, *(call[n] for n in ("weight", "mode", "per_sample_weights", "padding_idx")))
 
@@ -110,7 +115,11 @@ def _picked(mode: Intercept, func, args, kwargs):
         return _rows_of_table(mode, func, args, table, ids)
     with mode:
         flat = table if table.dim() == 2 else table.reshape(len(table), math.prod(table.shape[1:]))
-        return F.embedding(ids % len(table), flat).reshape(*ids.shape, *table.shape[1:])
+        if (
+            func is Tensor.__getitem__
+        ):  # counts from the end, too; what is out of range is left for F.embedding to refuse
+            ids = torch.where(ids < 0, ids + len(table), ids)
+        return F.embedding(ids, flat).reshape(*ids.shape, *table.shape[1:])
 
 
 def _rows_of_table(mode: Intercept, func, args, table: Tensor, ids: Tensor) -> Tensor:
