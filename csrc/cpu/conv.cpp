@@ -316,6 +316,8 @@ std::tuple<Tensor, Tensor> conv(Tensor x, Tensor grad_output, Tensor offsets, Si
         task.value = static_cast<char*>(value.mutable_data_ptr()) + ((group * height + top) * width + left) * taps * element;
         task.value_stride = width * taps;
         task.place = taps == 1 ? nullptr : place.data();
+        task.taps = taps;
+        task.tap_channels = block;
         mask_sum += plan.run(taps * block <= kMostTileIn ? taps * block : 256);
       }
     }

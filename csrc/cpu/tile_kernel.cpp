@@ -10,6 +10,7 @@
 #include "lanes.h"
 #include "select.h"
 #include "tally.h"
+#include "transpose.h"
 
 namespace htv::HTV_LEVEL {
 namespace {
@@ -218,20 +219,23 @@ class Tile {
     State* const kept = reinterpret_cast<State*>(kept_) + at;
     V* const unfinished = unfinished_ + at;
     if constexpr (n * (1 + state_registers) + kColumns + 1 <= kRegisters) {
-      State states[n];
-      if (!first) memcpy(static_cast<void*>(states), kept, sizeof states);
-      take_in<State, K>(block, panel_g(o, 0) + top, panel_x(i, 0), states, unfinished);
-      if (last) {
-        finish<State, K>(states, o, i, top);
+      State states[n];  // in registers: never at an index unknown to the compiler
+      if (first) {
+#pragma GCC unroll 16
+        for (int c = 0; c < n; ++c) states[c] = State{};
       } else {
-        memcpy(static_cast<void*>(kept), states, sizeof states);
+#pragma GCC unroll 16
+        for (int c = 0; c < n; ++c) states[c] = kept[c];
       }
+      take_in<State, K>(block, panel_g(o, 0) + top, panel_x(i, 0), states, unfinished);
+#pragma GCC unroll 16
+      for (int c = 0; c < n; ++c) kept[c] = states[c];
     } else {
       if (first)
         for (int c = 0; c < n; ++c) kept[c] = State{};
       take_in<State, K>(block, panel_g(o, 0) + top, panel_x(i, 0), kept, unfinished);
-      if (last) finish<State, K>(kept, o, i, top);
     }
+    if (last) finish<State, K>(kept, o, i, top);
   }
 
   template <class State, int K>
@@ -285,11 +289,36 @@ class Tile {
   // Puts the tile's values in their places, a row at a time, so that every line of memory is touched once.
   void scatter() const {
     const int64_t* const place = task_.place + in_;
+    const bool tap_by_tap = task_.taps > 0 && task_.tile_in == task_.taps * task_.tap_channels;
     for (int64_t row = 0; row < height_; ++row) {
       R* const to = value_row(row);
       const R* const from = staged_ + row * task_.tile_in;
-      for (int64_t i = 0; i < width_; ++i) to[place[i]] = from[i];
+      if (tap_by_tap) {
+        channel_by_channel(from, to + place[0]);
+      } else {
+        for (int64_t i = 0; i < width_; ++i) to[place[i]] = from[i];
+      }
     }
+  }
+
+  // to (channels, taps) = from (taps, channels), four by four.
+  void channel_by_channel(const R* from, R* to) const {
+    using Four = typename RegisterOf<R, 4 * sizeof(R)>::type;
+    const int64_t taps = task_.taps, channels = width_ / taps;
+    int64_t c = 0;
+    for (; c + 4 <= channels; c += 4, to += 4 * taps) {
+      int64_t t = 0;
+      for (; t + 4 <= taps; t += 4) {
+        Four square[4];
+        for (int i = 0; i < 4; ++i) memcpy(&square[i], from + (t + i) * channels + c, sizeof(Four));
+        transpose(square);
+        for (int i = 0; i < 4; ++i) memcpy(to + i * taps + t, &square[i], sizeof(Four));
+      }
+      for (; t < taps; ++t)
+        for (int i = 0; i < 4; ++i) to[i * taps + t] = from[t * channels + c + i];
+    }
+    for (; c < channels; ++c, to += taps)
+      for (int64_t t = 0; t < taps; ++t) to[t] = from[t * channels + c];
   }
 
   template <int K>

@@ -61,6 +61,7 @@ struct TileTask {
   void* value;  // (out, in): column i of row o is at value + o * value_stride + (place ? place[i] : i)
   int64_t value_stride;
   const int64_t* place;
+  int64_t taps, tap_channels;  // columns come tap by tap for so many channels, then for the next; 0: in another order
   double* mask_sums;  // one per tile
 
   int64_t tiles_out() const { return (out + tile_out - 1) / tile_out; }

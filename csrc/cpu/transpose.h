@@ -1,15 +1,15 @@
-// Squares of values, as many registers as lanes.
+// Squares of values in registers.
 #pragma once
 
 #include "lanes.h"
 
 namespace htv::HTV_LEVEL {
 
-// rows[i][j] becomes rows[j][i], by exchanging ever larger squares.
+// rows[i][j] becomes rows[j][i], by exchanging ever larger squares. rows: as many as V has lanes.
 template <class V>
 inline __attribute__((always_inline)) void transpose(V* rows) {
-  constexpr int n = kLanes<V>;
-  Count<V> low, high;  // which lanes of a pair of rows make up the new pair
+  constexpr int n = sizeof(V) / sizeof(V{}[0]);
+  decltype(V{} < V{}) low, high;  // which lanes of a pair of rows make up the new pair
 #pragma GCC unroll 4
   for (int size = 1; size < n; size *= 2) {
     for (int lane = 0; lane < n; ++lane) {
