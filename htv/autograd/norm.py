@@ -115,25 +115,28 @@ def _of_every_sample(
 
     One call of torch's backward gives it all: of one sample with the channels of all S.
     """
-    samples, channels = x.shape[:2]
+    samples, channels, *space = x.shape
     given, dtype = x.dtype, compute_dtype(x.dtype)
     if x.device.type != "cpu":  # there all must be of one type
         x, grad = x.to(dtype), grad.to(dtype)
     weight = mean.new_ones(channels) if weight is None else weight
-    grad_x, scale, shift = torch.ops.aten.native_group_norm_backward(
+    if weight.dtype != dtype or mean.dtype != dtype:
+        weight, mean, rstd = weight.to(dtype), mean.to(dtype), rstd.to(dtype)
+    grad_x, scale, shift = torch.ops.aten.native_group_norm_backward.default(
         grad.contiguous(),
         x.contiguous(),
-        mean.to(dtype).reshape(1, -1),
-        rstd.to(dtype).reshape(1, -1),
-        weight.to(dtype).expand(samples, -1).reshape(-1),
+        mean.view(1, -1),
+        rstd.view(1, -1),
+        weight.repeat(samples),
         1,
         samples * channels,
-        math.prod(x.shape[2:]),
+        math.prod(space),
         samples * num_groups,
         [needs_x, True, True],
     )
-    grad_x = grad_x.to(given) if needs_x else None
-    return grad_x, scale.reshape(samples, channels), shift.reshape(samples, channels)
+    if needs_x and grad_x.dtype != given:
+        grad_x = grad_x.to(given)
+    return grad_x, scale.view(samples, channels), shift.view(samples, channels)
 
 
 def _affine_grads(ctx, sums: Sequence[Tensor], make: Callable[..., StackedFactors]) -> list[Tensor | None]:

@@ -29,9 +29,14 @@ def aggregate(parts: list[Factors], rule: Rule) -> Tensor:
         return torch.zeros(first.shape, dtype=first.dtype, device=first.device)
     if isinstance(rule, Mean):
         return sum(part.total() for part in parts[1:]) + first.total() if len(parts) > 1 else first.total()
-    statistic = rule.statistic(first.count)
+    statistic = _resolved(rule, first.count)
     value, mask_sum = by_blocks(parts, statistic)
     return functional.normalise(value, mask_sum, statistic)
+
+
+@functools.lru_cache(maxsize=256)
+def _resolved(rule: Rule, count: int) -> Statistic:
+    return rule.statistic(count)
 
 
 def summarise(parts: list[Factors], statistic: Statistic) -> Summary:

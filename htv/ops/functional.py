@@ -43,11 +43,13 @@ def stacked(grads: Tensor, statistic: Statistic) -> tuple[Tensor, Tensor]:
     if grads.numel() == 0:
         return reference.stacked(grads, Statistic("mean"))
     flat = grads.reshape(len(grads), -1).contiguous()
-    arguments = (schema.code(statistic.name), statistic.count, statistic.votes, statistic.k)
     if backend.choose("stacked", statistic.name, grads.device) == "reference":
         value, mask_sum = reference.stacked(flat, statistic)
+    elif grads.requires_grad and torch.is_grad_enabled():
+        value, mask_sum = torch.ops.htv.stacked.default(flat, *schema.numbers(statistic))
     else:
-        value, mask_sum = torch.ops.htv.stacked(flat, *arguments)
+        with torch._C._AutoDispatchBelowAutograd():  # which is written in Python and takes as long as a small op
+            value, mask_sum = torch.ops.htv.stacked.default(flat, *schema.numbers(statistic))
     return value.reshape(grads.shape[1:]), mask_sum
 
 
