@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Served(Owner):
-    """One served parameter: its rule, its hub for the forwards not yet differentiated, and a guard on its gradient."""
+    """One served parameter: its rule, a hub per thread for forwards not yet differentiated, a guard on its gradient."""
 
     def __init__(self, handle: Handle, name: str, parameter: nn.Parameter, rule: Rule):
         self.handle, self.name, self.parameter, self.rule = handle, name, parameter, rule
@@ -29,8 +30,8 @@ class Served(Owner):
         self.uses: set[str] = set()
         self.agreement: Agreement | None = None
         self.refusal: str | None = None  # why some use was let through plainly
-        self._hub: tuple[Tensor, Ledger] | None = None
-        self._delivered: tuple[int, int, int] | None = None
+        self._hubs = threading.local()  # .mine: a token and its ledger, or None
+        self._delivered: dict[int, tuple[int, int]] = {}  # by backward pass
         self._twice = -1  # the last backward pass in which two hubs delivered
         self._hook = None
 
@@ -40,10 +41,11 @@ class Served(Owner):
 
     def sink(self, groups: Groups) -> Sink:
         """For one more use: uses share a hub until a backward has consumed it."""
-        if self._hub is None or not self._hub[1].groups.same_voters(groups):
+        hub = getattr(self._hubs, "mine", None)
+        if hub is None or hub[1].consumed or not hub[1].groups.same_voters(groups):
             ledger = Ledger(self.rule, groups, self, self.handle.collects_stats)
-            self._hub = Hub.apply(self.parameter, ledger), ledger
-        return Sink(*self._hub)
+            hub = self._hubs.mine = Hub.apply(self.parameter, ledger), ledger
+        return Sink(*hub)
 
     def watch(self) -> None:
         """Make gradients that come by another way than the hub an error."""
@@ -73,16 +75,18 @@ class Served(Owner):
     def deliver(self, grad: Tensor | None) -> None:
         # No reference is kept: autograd may then take the tensor for .grad without a copy.
         current = torch._C._current_graph_task_id()
-        if self._delivered is not None and self._delivered[0] == current:
+        if current in self._delivered:
             self._twice = current
         self.expect(grad)
-        self._hub = None
+        self._hubs.mine = None
         self.handle.settled()
 
     def expect(self, grad: Tensor | None) -> None:
         """This very gradient is what reaches the parameter."""
         current = torch._C._current_graph_task_id()
-        self._delivered = None if grad is None else (current, grad.data_ptr(), grad._version)
+        self._delivered.pop(current, None)
+        if grad is not None:
+            self._delivered[current] = grad.data_ptr(), grad._version
 
     def accumulate(self, batches: MicroBatches | None) -> None:
         """From now on gather contributions over several backward passes; None: drop what was gathered."""
@@ -97,9 +101,8 @@ class Served(Owner):
     def _check_gradient(self, grad: Tensor | None) -> None:
         if grad is None or self.refusal is not None:
             return
-        expected, self._delivered = self._delivered, None
         current = torch._C._current_graph_task_id()
-        if expected != (current, grad.data_ptr(), grad._version):
+        if self._delivered.pop(current, None) != (grad.data_ptr(), grad._version):
             self.refuse_gradient(self._twice == current)
 
     def refuse_gradient(self, twice: bool) -> None:

@@ -211,8 +211,8 @@ class TracedLedger(Ledger):
         return Later(make, voters, tensors)
 
     def settle(self, parameter: Tensor, gradient_node) -> Tensor | None:
-        parts, self._parts = self._parts, []
-        if not parts or self._pass != torch._C._current_graph_task_id():
+        _, parts = self._recorded()
+        if not parts:
             return None
         if not all(isinstance(part, Later) for part in parts):
             raise later_refusal(self.owner_name)

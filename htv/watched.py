@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from htv.attach import _ServedForward
 
 # Keys are strings in compiled graphs, which may be cached on disk: no other process can have the same.
-keys = (f"{uuid.uuid4().hex}-{number}" for number in itertools.count())
+keys = map(lambda number: f"{uuid.uuid4().hex}-{number}", itertools.count())  # unlike a generator, for any thread
 forwards: weakref.WeakValueDictionary[str, _ServedForward] = weakref.WeakValueDictionary()
 
 

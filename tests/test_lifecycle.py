@@ -4,6 +4,7 @@ import copy
 import gc
 import io
 import threading
+import uuid
 import weakref
 
 import pytest
@@ -364,7 +365,7 @@ def test_gradients_of_some_parameters_leave_no_factors_of_the_others():
     with htv.attach(model, htv.Median()) as handle:
         model(x)
         loss = square(model(x))
-        ledgers = {s.name: s._hub[1] for s in handle.served()}
+        ledgers = {s.name: s._hubs.mine[1] for s in handle.served()}
         torch.autograd.grad(loss, [x], retain_graph=True)
         assert not any(ledger._parts for ledger in ledgers.values())
         some = torch.autograd.grad(loss, [model[3].weight], retain_graph=True)[0]
@@ -405,6 +406,59 @@ def test_threads_are_served_apart():
             leave.set()
             thread.join()
     assert torch.equal(found, expected)
+
+
+def test_backward_passes_of_two_threads_side_by_side():
+    """Each has its own contributions, though another pass runs between two uses of a parameter."""
+    between = threading.Event(), threading.Event()
+
+    def pause(grad):
+        if threading.current_thread() is not threading.main_thread():
+            between[0].set()
+            assert between[1].wait(30)
+
+    def forward(m, x):
+        y = m.l(x)
+        y.register_hook(pause)
+        return m.l(y)
+
+    model, x = Module(forward, l=nn.Linear(4, 4)).double(), torch.randn(5, 4).double()
+    with htv.attach(model, htv.Median()):
+        gradients = lambda loss: torch.autograd.grad(loss, list(model.parameters()))
+        expected, found = gradients(square(model(x))), []
+        for before in (False, True):  # whether both forwards ran in one thread
+            loss = square(model(x)) if before else None
+            thread = threading.Thread(
+                target=lambda loss: found.append(gradients(square(model(x)) if loss is None else loss)), args=(loss,)
+            )
+            thread.start()
+            assert between[0].wait(30)
+            try:
+                found.append(gradients(square(model(x))))
+            finally:
+                between[1].set()
+                thread.join()
+            for event in between:
+                event.clear()
+    assert len(found) == 4
+    for gradient in found:
+        torch.testing.assert_close(gradient, expected, rtol=0, atol=0)
+
+
+def test_attaching_while_another_thread_attaches(monkeypatch):
+    done, attach = [], lambda: done.append(htv.attach(mlp(), htv.Median()))
+    make = uuid.uuid4
+
+    def interrupted():
+        monkeypatch.setattr(uuid, "uuid4", make)
+        thread = threading.Thread(target=attach)
+        thread.start()
+        thread.join()
+        return make()
+
+    monkeypatch.setattr(uuid, "uuid4", interrupted)
+    attach()
+    assert len(done) == 2
 
 
 def test_a_model_dropped_after_a_forward_is_freed():

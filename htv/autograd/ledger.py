@@ -81,18 +81,19 @@ class Owner:
 
 
 class Ledger:
-    """Factors recorded for one parameter in the backward pass under way.
+    """Factors recorded for one parameter in the backward passes under way: several threads may run one each.
 
     rule and groups:  what to aggregate with, and who votes.
     owner:            told of what happens; not kept alive, since autograd's graph keeps ledgers.
     observes:         whether to show the owner what is recorded.
+    consumed:         whether a backward has applied the rule: later forwards take another ledger.
     """
 
     def __init__(self, rule: Rule, groups: Groups, owner: Owner, observes: bool = False):
         self.rule, self.groups, self.observes = rule, groups, observes
         self.owner_name, self._owner = owner.name, weakref.ref(owner)
-        self._parts: list[Factors] = []
-        self._pass = -1
+        self._parts: dict[int, list[Factors]] = {}  # by pass
+        self.consumed = False
 
     def guard(self) -> None:
         owner = self._owner()
@@ -104,7 +105,7 @@ class Ledger:
         return make(voters, *tensors)
 
     def record(self, factors: Factors, born: int = -1) -> None:
-        """Add the contributions of one use. What an interrupted backward left behind is dropped.
+        """Add the contributions of one use. What an interrupted pass left behind stays apart.
 
         born:  the backward pass in which the use's forward ran, -1 for none: then this pass runs inside that one.
         """
@@ -116,9 +117,7 @@ class Ledger:
             )
         current = torch._C._current_graph_task_id()
         self._refuse_reentry(current, born)
-        if current != self._pass:
-            self._parts, self._pass = [], current
-        self._parts.append(factors)
+        self._parts.setdefault(current, []).append(factors)
 
     def _refuse_reentry(self, current: int, born: int) -> None:
         """One outermost backward may apply the rule to a parameter once."""
@@ -129,7 +128,7 @@ class Ledger:
             owner.passes.nest(current, born)
         if not owner.passes:
             return
-        others = owner.settled | ({self._pass} if self._parts else set())
+        others = owner.settled | set(self._parts)
         if any(other != current and owner.passes.related(other, current) for other in others):
             raise RuntimeError(
                 f"parameter {owner.name!r} is used in a reentrant activation checkpoint and also elsewhere in the same "
@@ -137,16 +136,21 @@ class Ledger:
                 "Call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
             )
 
+    def _recorded(self) -> tuple[int, list[Factors]]:
+        """The pass under way and what it recorded, which is then forgotten here."""
+        current = torch._C._current_graph_task_id()
+        return current, self._parts.pop(current, [])
+
     def settle(self, parameter: Tensor, gradient_node) -> Tensor | None:
         """The aggregated gradient of what this pass recorded, or None if nothing was, or the owner accumulates it.
 
         gradient_node: where autograd takes the gradient next.
         """
         self.guard()
-        parts, self._parts = self._parts, []
-        current = torch._C._current_graph_task_id()
-        if not parts or self._pass != current:
+        current, parts = self._recorded()
+        if not parts:
             return None
+        self.consumed = True
         owner = self._owner()
         if self.observes and owner is not None:
             owner.observe(parts)
