@@ -40,6 +40,9 @@ HOT = [
     "channels_last", "depthwise_kernel",
 ]  # fmt: skip
 
+NVCC = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-fmad=false", "-DUSE_CUDA"]  # -fmad as EXACT
+ELEMENTS = ("double", "float", "BFloat16", "Float16")  # cuda/*_kernel.cu are compiled once for each
+
 
 def choice(name: str, allowed: tuple[str, ...]) -> str:
     value = os.environ.get(name, allowed[0])
@@ -144,10 +147,15 @@ class BuildExtensions(build_ext):
         if nvcc:
             codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
             codes += [f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
-            flags = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-DUSE_CUDA"]
-            flags += ["--expt-relaxed-constexpr", "-ccbin", cxx, *codes, *torch_flags]
+            flags = [*NVCC, "-Xcompiler=-fPIC,-fvisibility=hidden", "-ccbin", cxx, *codes, *torch_flags]
             for source in sorted(CSRC.glob("cuda/*.cu")):
-                objects.append(compiled(f"cuda/{source.name}", flags, rule="nvcc"))
+                name = f"cuda/{source.name}"
+                if not source.stem.endswith("_kernel"):
+                    objects.append(compiled(name, flags, rule="nvcc"))
+                    continue
+                for element in ELEMENTS:
+                    defined = [*flags, f"-DHTV_ELEMENT={element}"]
+                    objects.append(compiled(name, defined, f"{name}.{element}", rule="nvcc"))
 
         strings = {
             "HTV_COMPILER": first_line([*shlex.split(cxx), "--version"]),

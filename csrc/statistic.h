@@ -15,8 +15,10 @@
 
 #if defined(__CUDACC__)
 #define HTV_HOST_DEVICE __host__ __device__ __forceinline__
+#define HTV_INLINE HTV_HOST_DEVICE
 #else
 #define HTV_HOST_DEVICE inline
+#define HTV_INLINE inline __attribute__((always_inline))
 #endif
 
 // Code compiled once per instruction set lives in a namespace of that name, so that the linker never merges levels.
@@ -290,6 +292,11 @@ template <class V>
 HTV_HOST_DEVICE V midpoint(V a, V b) {
   const Real<V> half = 0.5;
   return a == b ? a : half * a + half * b;
+}
+
+// Of the median of contributions or of buckets' means: 0 the midpoint, less than 0 the lower middle, else the higher.
+HTV_HOST_DEVICE int64_t interpolation_of(Statistic statistic, const Parameters& p) {
+  return statistic == Statistic::median ? p.count : 0;
 }
 
 template <class V, class Ranked>

@@ -1,33 +1,15 @@
 // Order-preserving integers, NaN, and the statistics of values few enough to be sorted in registers.
 #pragma once
 
+#include "../keys.h"
+#include "../network.h"
 #include "lanes.h"
-#include "network.h"
 #include "ranking.h"
 
 namespace htv::HTV_LEVEL {
 
-// ---- order-preserving integers ----
-
 template <class V>
 using Bits = Register<std::make_unsigned_t<typename Lane<V>::Int>>;
-template <class V>
-constexpr int kBits = 8 * sizeof(Real<V>);
-template <class V>
-constexpr typename Lane<V>::Int kMagnitude = ~(typename Lane<V>::Int(1) << (kBits<V> - 1));
-
-// Both zeros share the key 0.
-template <class V>
-HTV_INLINE Count<V> key_of(V v) {
-  const Count<V> bits = Lane<V>::bits(v), sign = bits >> (kBits<V> - 1);
-  return ((bits & kMagnitude<V>) ^ sign) - sign;
-}
-
-template <class V>
-HTV_INLINE V value_of(Count<V> key) {
-  const Count<V> sign = key >> (kBits<V> - 1);
-  return Lane<V>::from_bits(((key ^ sign) - sign) | (sign & ~kMagnitude<V>));
-}
 
 // Networks compare integers where the level has min and max of them: twice the rate of floats on AMD.
 #if defined(__AVX512F__)

@@ -1,32 +1,11 @@
-// What an order statistic ranks, made once per call: select.h carries it out over registers of coordinates.
+// What ranking costs on the CPU; select.h carries it out over registers of coordinates.
 #pragma once
 
 #include <stdint.h>
 
-#include "../statistic.h"
+#include "../ranking.h"
 
 namespace htv {
-
-struct Ranking {
-  Statistic statistic;
-  Parameters parameters;
-  int64_t ranked;     // values of a coordinate: contributions, or the means of buckets of them
-  int64_t low, high;  // the ranks it depends on, from 0: both middle ones, or the ends of what is not trimmed
-};
-
-inline Ranking ranking_of(Statistic statistic, const Parameters& p) {
-  const bool buckets = statistic == Statistic::median_of_means;
-  const int64_t n = buckets ? p.count : p.groups;
-  int64_t low = (n - 1) / 2, high = n / 2;
-  if (statistic == Statistic::median && p.count != 0) low = high = p.count < 0 ? low : high;
-  if (statistic == Statistic::trimmed_mean || statistic == Statistic::winsorized_mean)
-    low = p.count, high = n - 1 - p.count;
-  return {statistic, p, n, low, high};
-}
-
-inline bool is_mean(const Ranking& ranking) {
-  return ranking.statistic == Statistic::trimmed_mean || ranking.statistic == Statistic::winsorized_mean;
-}
 
 // Memory order_statistics (select.h) needs beside the values, in bytes: the bit planes of two registers of coordinates
 // and the candidates for two ranks.

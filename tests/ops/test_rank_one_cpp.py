@@ -1,60 +1,26 @@
 """Order statistics of htv::linear in C++ where no group has more than one row, at every CPU level this machine has."""
 
+import functools
 import math
 
 import pytest
+import rank_one_cases
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rank_one_cases import DTYPES, factors, offsets_of, run, statistics
 
-from htv.ops import backend, reference, schema
-from htv.rules import Statistic
+from htv.ops import backend
 
 pytestmark = [
     pytest.mark.skipif(backend.NOT_BUILT is not None, reason="htv was built without compiled kernels"),
     pytest.mark.usefixtures("one_thread"),
 ]
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
-
-def statistics(groups):
-    yield from (Statistic("median", interpolation) for interpolation in (-1, 0, 1))
-    for name in ("trimmed_mean", "winsorized_mean"):
-        yield from (Statistic(name, count) for count in sorted({0, min(1, (groups - 1) // 2), (groups - 1) // 2}))
-
-
-def cpp(x, g, offsets, statistic):
-    value, mask_sum = torch.ops.htv.linear(x, g, offsets, *schema.numbers(statistic))
-    assert mask_sum == 0 and value.dtype == reference.compute_dtype(x.dtype)
-    return value
-
-
-def offsets_of(lengths):
-    return torch.tensor([0, *lengths]).cumsum(0)
-
-
-def assert_equals_definition(x, g, offsets):
-    for statistic in statistics(len(offsets) - 1):
-        value, (expected, _) = cpp(x, g, offsets, statistic), reference.linear(x, g, offsets, statistic)
-        assert torch.equal(value.isnan(), expected.isnan()), statistic
-        if statistic.name == "median":
-            assert torch.equal(value.nan_to_num(), expected.nan_to_num()), statistic
-        else:
-            terms = (g.abs().to(value.dtype).t() @ x.abs().to(value.dtype)).nan_to_num(0, 0).amax()
-            atol = 4 * torch.finfo(value.dtype).eps * float(terms)  # what the sum's terms may lose
-            torch.testing.assert_close(value, expected, equal_nan=True, rtol=1e-5, atol=atol)
-
-
-def factors(kind, rows, out, width, dtype, seed=0):
-    """Dense, with the zeros of ReLU on either side, or small integers full of ties."""
-    generator = torch.Generator().manual_seed(seed)
-    x, g = (torch.randn(rows, n, generator=generator, dtype=torch.float64) for n in (width, out))
-    if kind == "relu":
-        x, g = x.relu(), g * (torch.rand(rows, out, generator=generator) < 0.5)
-    elif kind == "ties":
-        x, g = x.round(), g.round()
-    return x.to(dtype), g.to(dtype)
+LINEAR = torch.ops.htv.linear
+cpp = functools.partial(run, LINEAR)
+assert_equals_definition = functools.partial(rank_one_cases.assert_equals_definition, LINEAR)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,11 +1,14 @@
 """htv::stacked in C++ against its definition, at every CPU level this machine has."""
 
+import functools
 import math
 
 import pytest
+import stacked_cases
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from stacked_cases import DTYPES, counts_per_side, delicate_values, run, statistics
 
 from htv.ops import backend, reference, schema
 from htv.rules import Statistic
@@ -15,7 +18,6 @@ pytestmark = [
     pytest.mark.usefixtures("one_thread"),
 ]
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 GROUPS = (1, 2, 3, 4, 5, 8, 17, 33, 64, 100, 257, 1000)
 # Every way of ranking and both sides of where it ends (csrc/cpu/order.h, select.cpp, stacked_kernel.cpp)
 READ_IN_PLACE = (1, 2, 3, 7, 8)
@@ -26,55 +28,9 @@ BIT_PLANES = (65, 95, 96, 97, 127, 128, 129, 256, 993, 1100)  # 31 words of 32 b
 WIDTHS = (0, 1, 15, 16, 17, 1000, 1024, 1025, 2100)
 
 
-def statistics(groups):
-    """Every statistic that is defined for so many groups, with parameters in the middle and at the ends."""
-    for count in sorted({0, 1, groups // 3, groups, groups + 1}):
-        yield from (Statistic(name, count) for name in ("and_mask", "xor_mask", "geometric_mean"))
-    yield from (Statistic(name) for name in ("mean", "sign_sum", "sign_agreement"))
-    yield from (Statistic("median", side) for side in (-1, 0, 1))
-    for count in sorted({0, min(1, (groups - 1) // 2), groups // 4, (groups - 1) // 2}):
-        yield from (Statistic(name, count) for name in ("trimmed_mean", "winsorized_mean"))
-    buckets = {k for k in (1, 2, 3, groups // 2, groups) if 1 <= k <= groups}
-    yield from (Statistic("median_of_means", k) for k in sorted(buckets))
-    if groups > 1:
-        yield from (Statistic("sand_mask", votes=tau * groups, k=k) for tau in (0.0, 0.3) for k in (0.1, 10.0))
-
-
-def cpp(grads, statistic):
-    value, mask_sum = torch.ops.htv.stacked(
-        grads, schema.code(statistic.name), statistic.count, statistic.votes, statistic.k
-    )
-    assert value.dtype == reference.compute_dtype(grads.dtype) and value.shape == grads.shape[1:]
-    assert mask_sum.dtype == torch.float64 and mask_sum.shape == ()
-    return value, mask_sum
-
-
-def rounding(grads, statistic):
-    """What a few roundings of the typical contribution amount to, for when the definition is exact by luck."""
-    dtype = reference.compute_dtype(grads.dtype)
-    typical = grads.double().abs().nan_to_num(posinf=0).mean(dim=0).amax()
-    # float64 has no better oracle than itself; a soft mask amplifies what its argument lost
-    factor = 32 if dtype == torch.float64 or statistic.name == "sand_mask" else 4
-    return factor * torch.finfo(dtype).eps * typical
-
-
-def assert_within_budget(grads, statistic):
-    """No further from float64 than twice the definition's own rounding in the compute type."""
-    value, mask_sum = cpp(grads, statistic)
-    expected, expected_sum = reference.stacked(grads, statistic)
-    exact, exact_sum = reference.stacked(grads.double(), statistic)
-    assert torch.equal(value.isnan(), expected.isnan()), statistic
-    finite = expected.isfinite() & exact.isfinite()
-    assert torch.equal(value[~finite & ~expected.isnan()], expected[~finite & ~expected.isnan()]), statistic
-    if finite.any():
-        own = (expected[finite].double() - exact[finite]).abs().amax()
-        tiny = rounding(grads, statistic) + torch.finfo(value.dtype).tiny
-        assert (value[finite].double() - exact[finite]).abs().amax() <= 2 * own + tiny, statistic
-    if statistic.name == "sand_mask":
-        tolerance = 2 * (expected_sum - exact_sum).abs() + 1e-6 * grads.shape[1]
-        assert (mask_sum - exact_sum).abs() <= tolerance, statistic
-    else:
-        assert mask_sum == expected_sum, statistic
+STACKED = torch.ops.htv.stacked
+cpp = functools.partial(run, STACKED)
+assert_within_budget = functools.partial(stacked_cases.assert_within_budget, STACKED)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -93,22 +49,6 @@ def test_every_width(level, width):
         assert_within_budget(grads, statistic)
 
 
-def delicate_values(groups, width=130):
-    """Contributions whose order is easily got wrong."""
-    generator = torch.Generator().manual_seed(groups)
-    normal = torch.randn(groups, width, generator=generator)
-    where = torch.rand(groups, width, generator=generator)
-    zeros = torch.where(where < 0.5, 0.0, -0.0)
-    yield normal
-    yield normal * 1e-44  # denormal in float32
-    yield torch.randint(-2, 3, (groups, width), generator=generator).float()  # ties
-    yield torch.where(where < 0.4, normal, zeros)
-    yield torch.where(where < 0.1, math.inf, torch.where(where > 0.9, -math.inf, normal))
-    yield (1 + torch.arange(width) / 64).exp2() * (1 + normal.sign() * 2**-20)  # equal in all but their last bits
-    yield torch.where(where < 0.5 / groups, math.nan, normal)
-    yield torch.where(where < 0.5 / groups, -math.nan, normal)
-
-
 EVERY_WAY = (*READ_IN_PLACE, *ONE_NETWORK, *TWO_RUNS, *FOUR_RUNS, *BIT_PLANES)
 EXACT = [(dtype, groups) for dtype in (torch.float64, torch.float32) for groups in EVERY_WAY]
 EXACT += [(dtype, groups) for dtype in (torch.bfloat16, torch.float16) for groups in (8, 16, 32, 64, 65)]
@@ -121,11 +61,6 @@ def test_medians_are_exact(level, dtype, groups):
             statistic = Statistic("median", side)
             expected, _ = reference.stacked(grads.to(dtype), statistic)
             torch.testing.assert_close(cpp(grads.to(dtype), statistic)[0], expected, rtol=0, atol=0, equal_nan=True)
-
-
-def counts_per_side(groups):
-    """Sorted values; 2, 4, 8 or 16 kept extremes and both sides of where those end; bit planes."""
-    return [c for c in (0, 1, 2, 3, 4, 7, 8, 15, 16, 40, (groups - 1) // 2) if 2 * c < groups]
 
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=str)

@@ -1,5 +1,6 @@
-// Sorting networks: a fixed list of compare-exchanges sorts any input, so whole registers of coordinates are sorted
-// at once, without a branch. Lists are made and unrolled by the compiler, which drops whatever no result depends on.
+// Sorting networks: a fixed list of compare-exchanges sorts any input, so whole registers of coordinates
+// (on a GPU, those of a warp) are sorted at once, without a branch. Lists are made and unrolled by the compiler, which
+// drops whatever no result depends on.
 #pragma once
 
 #include <stddef.h>
@@ -8,7 +9,7 @@
 #include <array>
 #include <utility>
 
-#include "lanes.h"
+#include "statistic.h"
 
 namespace htv::HTV_LEVEL {
 
@@ -50,8 +51,8 @@ constexpr auto make_network() {
 
 template <int n, bool merge_only>
 constexpr auto kNetwork = make_network<n, merge_only>();
-
-#define HTV_INLINE inline __attribute__((always_inline))
+template <int n, bool merge_only, size_t i>
+constexpr CompareExchange kStep = kNetwork<n, merge_only>[i];
 
 template <class W>
 HTV_INLINE void exchange(W& low, W& high) {
@@ -62,7 +63,7 @@ HTV_INLINE void exchange(W& low, W& high) {
 
 template <int n, bool merge_only, class W, size_t... i>
 HTV_INLINE void run_network(W (&v)[n], std::index_sequence<i...>) {
-  (exchange(v[kNetwork<n, merge_only>[i].low], v[kNetwork<n, merge_only>[i].high]), ...);
+  (exchange(v[kStep<n, merge_only, i>.low], v[kStep<n, merge_only, i>.high]), ...);
 }
 
 template <int n, class W>
@@ -76,6 +77,7 @@ HTV_INLINE void merge_interleaved(W (&v)[n]) {
   run_network<n, true>(v, std::make_index_sequence<kNetwork<n, true>.size()>());
 }
 
+#if !defined(__CUDACC__)
 // Sorts v, which falls and then rises or the other way round; n is a power of two.
 template <int n, class W>
 HTV_INLINE void sort_bitonic(W (&v)[n]) {
@@ -85,5 +87,6 @@ HTV_INLINE void sort_bitonic(W (&v)[n]) {
     for (int i = 0; i < n; ++i)
       if ((i & d) == 0) exchange(v[i], v[i + d]);
 }
+#endif
 
 }  // namespace htv::HTV_LEVEL
