@@ -103,6 +103,11 @@ class LinearFactors(Factors):
             grad_output.index_copy_(0, to, part.grad_output)
         return LinearFactors(x, grad_output, bounds)
 
+    @property
+    def at_most_one_row(self) -> bool:
+        """Whether no group has more than one row: contributions are outer products."""
+        return bool((self.bounds.diff() <= 1).all())
+
     def transposed(self) -> LinearFactors:
         """Factors of the transposed parameter."""
         return LinearFactors(self.grad_output, self.x, self.bounds)

@@ -58,7 +58,7 @@ def style_of(part: type[Factors] | Factors, name: str, device: torch.device) -> 
         return "sparse"
     if issubclass(kind, GroupwiseFactors):
         return "by group" if name in STREAMING else "sliced"
-    fuses = backend.choose("linear", name, device) != "reference"
+    fuses = _fuses(part, name, device)
     if issubclass(kind, LinearFactors):
         return "fused" if fuses else "sliced"
     if not _is_conv(kind):
@@ -73,6 +73,14 @@ def style_of(part: type[Factors] | Factors, name: str, device: torch.device) -> 
     if sized and not (fuses and part.fits_linear):
         return "by group"
     return "fused" if fuses else "by group"
+
+
+def _fuses(part: type[Factors] | Factors, name: str, device: torch.device) -> bool:
+    """Whether a kernel of `linear` takes rows such as these factors'."""
+    server = backend.choose("linear", name, device)
+    if server == "cuda":
+        return isinstance(part, LinearFactors) and part.at_most_one_row
+    return server != "reference"
 
 
 def _is_conv(part: type[Factors] | Factors) -> bool:

@@ -12,7 +12,8 @@
         offsets      (E + 1,) int64 on the CPU; group e owns rows offsets[e]:offsets[e + 1]
         value        (O, I) in `compute_dtype(x)`; E * stat of the contributions sum_r grad_output[r, o] * x[r, i]
         mask_sum     as above
-        Kernels serve what `FUSED` says of their backend; the sliced path serves the rest.
+        Kernels serve what `FUSED` says of their backend, CUDA's only groups of at most one row; the sliced path serves
+        the rest.
 
     norm_sums(grad, x, mean, rstd) -> (scale, shift)
         grad, x       (S, T, D) contiguous, the same dtype: output gradient and input of a normalisation
@@ -42,7 +43,7 @@ from htv.rules import Statistic
 _COUNTED = ("mean", "and_mask", "xor_mask", "sign_sum")
 _RANKED = ("median", "trimmed_mean", "winsorized_mean")
 # The statistics of factors that each backend has a fused kernel for.
-FUSED = {"cpp": (*_COUNTED, "geometric_mean", "sand_mask", *_RANKED), "cuda": _COUNTED, "triton": _COUNTED}
+FUSED = {"cpp": (*_COUNTED, "geometric_mean", "sand_mask", *_RANKED), "cuda": (*_COUNTED, *_RANKED), "triton": _COUNTED}
 
 _NAMES = tuple(reference.STATISTICS)  # csrc/statistic.h lists them in this order
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import htv
-from htv.ops import backend
+from htv.ops import backend, paths
+from htv.ops.factors import LinearFactors
 
 CPU = torch.device("cpu")
 
@@ -15,6 +16,21 @@ def test_the_rule_of_choice_on_the_cpu():
     assert backend.choose("linear", "and_mask", CPU) == fused
     assert backend.choose("linear", "median", CPU) == fused
     assert backend.choose("linear", "median_of_means", CPU) == "reference"  # the sliced path
+
+
+def test_cuda_takes_linear_layers_with_one_row_per_group(monkeypatch):
+    monkeypatch.setattr(backend, "NOT_BUILT", None)
+    monkeypatch.setattr(backend, "_has_kernel", lambda op, key: op in ("stacked", "linear"))
+    device = torch.device("cuda")
+    each = LinearFactors(torch.ones(3, 2), torch.ones(3, 4), torch.tensor([0, 1, 1, 2, 3]))
+    pairs = LinearFactors(torch.ones(4, 2), torch.ones(4, 4), torch.tensor([0, 2, 4]))
+    with htv.use_backend("cuda"):
+        for name in ("and_mask", "sign_sum", "median", "winsorized_mean"):
+            assert backend.choose("linear", name, device) == backend.choose("stacked", name, device) == "cuda"
+            assert paths.style_of(each, name, device) == "fused" and paths.style_of(pairs, name, device) == "sliced"
+        for name in ("geometric_mean", "median_of_means"):
+            assert paths.style_of(each, name, device) == "sliced"
+    assert backend.choose("linear", "median", device) == "reference"  # only where named: not yet run on hardware
 
 
 def test_reference_can_be_named_and_nested():
