@@ -51,7 +51,7 @@ $(VENV)/.peers: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test,peers]" "$(TORCH)" "$(NUMPY)"
 	touch $@
 
-# Everything, in some twenty minutes on a quiet machine; the README's numbers come from bench/results.
+# Everything, in some fifteen minutes on a quiet machine; the README's numbers come from bench/results.
 bench: $(VENV)/.peers
 	$(BIN)/htv bench --out bench/results $(ARGS)
 	$(BIN)/python -m htv.bench.floors --out bench/results

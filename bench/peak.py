@@ -14,7 +14,7 @@ from htv.measure import PeakMeter
 
 
 def peak(workload: TrainingStep, variant: str) -> dict:
-    """Bytes that model, batch and steps add at their peak in this process: three steps, one of a baseline."""
+    """Bytes that model, batch and steps add at their peak in this process: two steps, one of a baseline."""
     small = replace(
         workload,
         model=lambda: nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)),
@@ -23,7 +23,7 @@ def peak(workload: TrainingStep, variant: str) -> dict:
     small.prepare(variant)()  # libraries load their code on first use: not what is measured
     meter = PeakMeter("cpu")
     step = workload.prepare(variant)
-    for _ in range(1 if variant in workload.peers else 3):
+    for _ in range(1 if variant in workload.peers else 2):
         step()
     return {"bytes": meter.grown(), "method": meter.method}
 

@@ -217,7 +217,7 @@ WORKLOADS: dict[str, Workload] = {
         TrainingStep(
             "llama-block",  # its output stands for the logits of 1024 classes
             lambda: models.LlamaBlock(1024, heads=16, hidden=2816),
-            lambda: (torch.randn(8, 512, 1024), torch.randint(0, 1024, (8, 512))),
+            lambda: (torch.randn(4, 512, 1024), torch.randint(0, 1024, (4, 512))),
             winsorize=1,
         ),
         TrainingStep(

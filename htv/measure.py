@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -65,8 +66,13 @@ def take_turns(
 
 
 def in_own_process(module: str, *arguments: str) -> dict:
-    """Run `python -m module arguments`; the JSON object it prints last. RuntimeError with its words where it fails."""
-    done = subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True, check=False)
+    """Run `python -m module arguments`; the JSON object it prints last. RuntimeError with its words where it fails.
+
+    Its allocator (glibc's) gives every freed tensor's memory back at once: else a peak would show, besides what is
+    alive, what it happens to keep.
+    """
+    command, environment = [sys.executable, "-m", module, *arguments], {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode != 0:
         ended = f"it ended with status {done.returncode} and no message"  # as one killed for its memory does
         raise RuntimeError(done.stderr.strip() or ended)

@@ -35,7 +35,7 @@ TilePlan::TilePlan(Statistic statistic, const Parameters& parameters, Dtype dtyp
   } else {
     task.tile_out = kMostTileOut;
     task.tile_in = kMostTileIn;
-    task.block_rows = kBlockRows;
+    task.block_rows = statistic == Statistic::mean ? kBlockRows / 2 : kBlockRows;  // sums need no whole groups
   }
 
   // Groups are cut only where they are longer than a block.
