@@ -14,6 +14,8 @@ std::tuple<Tensor, Tensor> conv(Tensor x, Tensor grad_output, Tensor offsets, st
                                 std::vector<int64_t> stride, std::vector<int64_t> padding,
                                 std::vector<int64_t> dilation, int64_t conv_groups, int64_t statistic, int64_t count,
                                 double votes, double k);
+std::tuple<Tensor, Tensor> embedding(Tensor grad_output, Tensor ids, Tensor voter, int64_t num_embeddings,
+                                     int64_t groups, int64_t statistic, int64_t count, double votes, double k);
 }  // namespace htv::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(htv, CPU, m) {
@@ -21,4 +23,5 @@ STABLE_TORCH_LIBRARY_IMPL(htv, CPU, m) {
   m.impl("norm_sums", TORCH_BOX(&htv::cpu::norm_sums));
   m.impl("linear", TORCH_BOX(&htv::cpu::linear));
   m.impl("conv", TORCH_BOX(&htv::cpu::conv));
+  m.impl("embedding", TORCH_BOX(&htv::cpu::embedding));
 }

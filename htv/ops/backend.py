@@ -47,6 +47,8 @@ def why_not(backend: str, op: str, statistic: str, device: torch.device) -> str 
     """None where `backend` serves `op` for `statistic` on `device`, else the reason it does not."""
     if op in ("linear", "conv") and backend != "reference" and statistic not in schema.FUSED[backend]:
         return f"no fused kernel for {statistic}; the sliced path serves it"
+    if op == "embedding" and backend != "reference" and statistic not in schema.COUNTED:
+        return f"no kernel for {statistic}; PyTorch's sums by token serve it"
     if backend == "cpp":
         return NOT_BUILT or (None if device.type == "cpu" else f"it serves the CPU, not {device.type}")
     if backend == "cuda":
@@ -78,8 +80,8 @@ def choose(op: str, statistic: str, device: torch.device) -> str:
         return "cpp" if why_not("cpp", op, statistic, device) is None else "reference"
     if name != "reference" and op == "linear" and statistic not in schema.FUSED[name]:
         return "reference"  # the sliced path, whose stacked statistics then come from the named backend
-    if op == "conv" and why_not(name, op, statistic, device) is not None:
-        return "reference"  # blocks of windows through `linear`, or the sliced path
+    if op in ("conv", "embedding") and why_not(name, op, statistic, device) is not None:
+        return "reference"  # blocks of windows through `linear`, or the sliced path; sums by token
     reason = why_not(name, op, statistic, device)
     if reason is not None:
         raise RuntimeError(f"backend {name!r} was named but cannot serve {op} ({statistic}): {reason}")

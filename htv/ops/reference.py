@@ -192,6 +192,20 @@ def linear(x: Tensor, grad_output: Tensor, offsets: Tensor, statistic: Statistic
     return value * len(contributions), mask_sum
 
 
+def embedding(
+    grad_output: Tensor, ids: Tensor, voter: Tensor, num_embeddings: int, groups: int, statistic: Statistic
+) -> tuple[Tensor, Tensor]:
+    """The statistic of an embedding table's contributions by forming all of them: E x V x D memory, for tests.
+
+    grad_output: (R, D); ids, voter: (R,) int64, the row of the table that was looked up, and the group that did.
+    Returns what `stacked` returns for the (E, V, D) contributions, times E.
+    """
+    grad = grad_output.to(compute_dtype(grad_output.dtype))
+    contributions = grad.new_zeros(groups, num_embeddings, grad.shape[1])
+    value, mask_sum = stacked(contributions.index_put_((voter, ids), grad, accumulate=True), statistic)
+    return value * groups, mask_sum
+
+
 def norm_sums(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     """What every sample contributes to the scale and the shift of a normalisation.
 

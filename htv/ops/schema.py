@@ -30,6 +30,13 @@
         mask_sum     as above
         Serves what `linear` serves.
 
+    embedding(grad_output, ids, voter, num_embeddings, groups, statistic, count, votes, k) -> (value, mask_sum)
+        grad_output  (R, D) contiguous
+        ids, voter   (R,) int64 contiguous: the row of the table that was looked up, and the group that did
+        value        (num_embeddings, D) in `compute_dtype(grad_output)`; E * stat of the groups' contributions
+        mask_sum     as above
+        Kernels serve the statistics of `COUNTED`.
+
 `statistic` is the `code` of a `htv.rules.Statistic`'s name; `count`, `votes` and `k` are its fields.
 """
 
@@ -40,10 +47,11 @@ import torch
 from htv.ops import reference
 from htv.rules import Statistic
 
-_COUNTED = ("mean", "and_mask", "xor_mask", "sign_sum")
+# Those that sum and votes decide.
+COUNTED = ("mean", "and_mask", "xor_mask", "sign_sum")
 _RANKED = ("median", "trimmed_mean", "winsorized_mean")
 # The statistics of factors that each backend has a fused kernel for.
-FUSED = {"cpp": (*_COUNTED, "geometric_mean", "sand_mask", *_RANKED), "cuda": (*_COUNTED, *_RANKED), "triton": _COUNTED}
+FUSED = {"cpp": (*COUNTED, "geometric_mean", "sand_mask", *_RANKED), "cuda": (*COUNTED, *_RANKED), "triton": COUNTED}
 
 _NAMES = tuple(reference.STATISTICS)  # csrc/statistic.h lists them in this order
 
@@ -74,6 +82,12 @@ library.define(
 )
 
 
+library.define(
+    "embedding(Tensor grad_output, Tensor ids, Tensor voter, int num_embeddings, int groups,"
+    " int statistic, int count, float votes, float k) -> (Tensor, Tensor)"
+)
+
+
 @torch.library.register_fake("htv::stacked")
 def _stacked_fake(grads, statistic, count, votes, k):
     value = grads.new_empty(grads.shape[1:], dtype=reference.compute_dtype(grads.dtype))
@@ -100,6 +114,13 @@ def _conv_fake(x, grad_output, offsets, kernel, stride, padding, dilation, group
     return value, x.new_empty((), dtype=torch.float64)
 
 
+@torch.library.register_fake("htv::embedding")
+def _embedding_fake(grad_output, ids, voter, num_embeddings, groups, statistic, count, votes, k):
+    shape = (num_embeddings, grad_output.shape[1])
+    value = grad_output.new_empty(shape, dtype=reference.compute_dtype(grad_output.dtype))
+    return value, grad_output.new_empty((), dtype=torch.float64)
+
+
 def _stacked_reference(grads, statistic, count, votes, k):
     return reference.stacked(grads, Statistic(_NAMES[statistic], count, votes, k))
 
@@ -113,11 +134,17 @@ def _conv_reference(x, grad_output, offsets, kernel, stride, padding, dilation, 
     return reference.conv(x, grad_output, offsets, geometry, Statistic(_NAMES[statistic], count, votes, k))
 
 
+def _embedding_reference(grad_output, ids, voter, num_embeddings, groups, statistic, count, votes, k):
+    resolved = Statistic(_NAMES[statistic], count, votes, k)
+    return reference.embedding(grad_output, ids, voter, num_embeddings, groups, resolved)
+
+
 # Any device without a kernel of its own gets the definition.
 library.impl("stacked", _stacked_reference, "CompositeExplicitAutograd")
 library.impl("linear", _linear_reference, "CompositeExplicitAutograd")
 library.impl("norm_sums", reference.norm_sums, "CompositeExplicitAutograd")
 library.impl("conv", _conv_reference, "CompositeExplicitAutograd")
+library.impl("embedding", _embedding_reference, "CompositeExplicitAutograd")
 
 
 def _stacked_setup(ctx, inputs, output):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from htv.groups import segment_sum
-from htv.ops import factors, reference, sliced
+from htv.ops import backend, factors, reference, schema, sliced
 from htv.ops.factors import EmbeddingFactors, Factors
 from htv.ops.reference import Summary
 from htv.rules import Statistic
@@ -17,6 +17,9 @@ from htv.rules import Statistic
 
 def streaming(part: EmbeddingFactors, statistic: Statistic) -> tuple[Tensor, Tensor]:
     """Embedding tables: pairs of token and group, and everything else counted as the zeros it is."""
+    if backend.choose("embedding", statistic.name, part.device) != "reference":
+        grad, ids, voter = (t.contiguous() for t in (part.grad_output, part.ids.long(), part.voter))
+        return torch.ops.htv.embedding(grad, ids, voter, part.shape[0], part.count, *schema.numbers(statistic))
     value = torch.zeros(part.shape, dtype=part.dtype, device=part.device)
     tokens = part.pairs.touched[0]
     mask_sum = sliced.mask_of_zeros(part, statistic) * ((part.shape[0] - len(tokens)) * part.shape[1])
