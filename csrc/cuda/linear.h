@@ -42,6 +42,8 @@ struct SignMatrix {
   HTV_HOST_DEVICE int64_t tiles() const { return width / kSignTile; }
 };
 
+constexpr int kOpen = 1;  // in `value`, where an order statistic is not known to be 0 and not known yet
+
 struct LinearTask {
   const void* x;            // (rows, in)
   const void* grad_output;  // (rows, out)

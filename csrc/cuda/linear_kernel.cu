@@ -288,8 +288,6 @@ __global__ void __launch_bounds__(kVoteThreads, sizeof(Compute<T>) == 8 ? 1 : 2)
 
 // ---- order statistics ----
 
-constexpr int kOpen = 1;  // in `value`, before it is known
-
 // Writes 0 where signs decide that every rank the statistic reads is 0: no product of finite factors is NaN, and one
 // that vanishes is only one more 0. Elsewhere kOpen.
 template <class V>
@@ -347,7 +345,7 @@ struct RankOne {
 constexpr int kRankThreads = 128;
 
 template <class V, int n, int least, bool means>
-__global__ void __launch_bounds__(kRankThreads, 1) rank_by_network(LinearTask task) {
+__global__ void __launch_bounds__(kRankThreads, sizeof(V) == 8 ? 1 : 3) rank_by_network(LinearTask task) {
   const int64_t blocks = blocks_for(task.in, kRankThreads), o = blockIdx.x / blocks;
   const int64_t column = blockIdx.x % blocks * kRankThreads + threadIdx.x;
   if (column >= task.in) return;

@@ -48,9 +48,15 @@ struct Streaming {
   }
 };
 
+// Blocks of a multiprocessor that registers must allow. A product of mantissas and exponents takes more of them.
+template <class State>
+constexpr int kStreamBlocks = 2;
+template <class V>
+constexpr int kStreamBlocks<GeometricMean<V>> = 1;
+
 // slices: 1, or kStreamSlices warps that share the groups of a warp's coordinates.
 template <class State, class T, int bytes, int slices>
-__global__ void __launch_bounds__(kStreamThreads, 1) streaming(StackedTask task) {
+__global__ void __launch_bounds__(kStreamThreads, kStreamBlocks<State>) streaming(StackedTask task) {
   using S = Share<T, bytes>;
   using V = Compute<T>;
   constexpr int shares = kStreamThreads / slices;

@@ -24,13 +24,13 @@ BUDGET = {
     "buckets_by_network": (128, 5, 3),
     "by_counting": (256, 4, 2),
     "by_counting_alone": (256, 3, 2),
-    "pack": (256, 4, 3),
+    "pack": (256, 3, 3),
     "vote": (256, 2, 1),
     "decide": (256, 1, 1),
-    "rank_by_network": (128, 5, 2),
+    "rank_by_network": (128, 3, 2),
     "sum_parts": (1024, 1, 1),
 }
-HEAVY = {"13GeometricMean": 1}  # statistics with more state, or a logarithm: least blocks
+HEAVY = {"13GeometricMean": 1}  # statistics with more state: least blocks
 
 
 def setting(name: str):
