@@ -1,8 +1,9 @@
 // Runs CUDA kernels on the CPU, as they stand: what csrc/cuda/device.h offers, for a plain C++ compiler.
 //
 // The threads of a block are fibers of one OS thread. One runs until it waits at a barrier or for the other lanes of its
-// warp; those of a warp or block go on when all have arrived. The order of threads is ascending, or descending in every
-// other launch: a missing barrier shows as results that depend on it. Shared memory is full of NaN when a block starts.
+// warp; those of a warp or block go on when all have arrived. A warp goes as far as it can before the next one starts, in
+// ascending order, or in descending order in every other launch: a missing barrier shows as wrong results. Shared memory is
+// full of NaN when a block starts.
 #pragma once
 
 #include <math.h>
@@ -121,30 +122,30 @@ inline void run_block() {
     b.fibers[t].exchanges = 0;
   }
   const bool descending = b.launches % 2 == 1;
-  while (true) {
-    bool ran = false;
-    for (unsigned i = 0; i < b.threads; ++i) {
-      const unsigned t = descending ? b.threads - 1 - i : i;
-      if (b.fibers[t].waits != Waits::no) continue;
-      run_until_it_waits(t);
-      ran = true;
+  const auto release = [&](unsigned first, unsigned last, Waits waits) {
+    if (!all_wait(first, last, waits)) return false;
+    for (unsigned t = first; t < last; ++t)
+      if (b.fibers[t].waits == waits) b.fibers[t].waits = Waits::no;
+    return true;
+  };
+  const unsigned warps = (b.threads + kWarp - 1) / kWarp;
+  do {
+    for (unsigned i = 0; i < warps; ++i) {  // as far as each can go
+      const unsigned first = (descending ? warps - 1 - i : i) * kWarp;
+      const unsigned last = first + kWarp < b.threads ? first + kWarp : b.threads;
+      do {
+        for (unsigned k = 0; k < last - first; ++k) {
+          const unsigned t = descending ? last - 1 - k : first + k;
+          if (b.fibers[t].waits == Waits::no) run_until_it_waits(t);
+        }
+      } while (release(first, last, Waits::for_warp));
     }
-    const auto release = [&](unsigned first, unsigned last, Waits waits) {
-      if (!all_wait(first, last, waits)) return;
-      for (unsigned t = first; t < last; ++t)
-        if (b.fibers[t].waits == waits) b.fibers[t].waits = Waits::no;
-      ran = true;
-    };
-    for (unsigned w = 0; w < b.threads; w += kWarp)
-      release(w, w + kWarp < b.threads ? w + kWarp : b.threads, Waits::for_warp);
-    release(0, b.threads, Waits::for_block);
-    if (ran) continue;
-    if (!all_wait(0, b.threads, Waits::ended)) {
+  } while (release(0, b.threads, Waits::for_block));
+  for (unsigned t = 0; t < b.threads; ++t)
+    if (b.fibers[t].waits != Waits::ended) {
       fprintf(stderr, "emulator: the threads of block %u wait for each other\n", b.block_index);
       abort();
     }
-    return;
-  }
 }
 
 // Lets every lane of the warp see what each of them gives; returns a function of the lane.
