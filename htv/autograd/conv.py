@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from htv.autograd.ledger import MARKER, Slot, full_precision
+from htv.autograd.ledger import MARKER, Function, Slot, full_precision
 from htv.groups import Voters
 from htv.ops.factors import ConvFactors, ConvGeometry, StackedFactors
 from htv.ops.reference import compute_dtype
@@ -43,7 +43,7 @@ def _pad_same(x: Tensor, kernel: tuple[int, ...], dilation) -> Tensor:
     return F.pad(x, [amount for e in reversed(extra) for amount in (e // 2, e - e // 2)])
 
 
-class _Conv(torch.autograd.Function):
+class _Conv(Function):
     @staticmethod
     def forward(ctx, x, weight, bias, weight_slot, bias_slot, geometry, voters, *tokens):
         ctx.slots, ctx.geometry, ctx.voters = (weight_slot, bias_slot), geometry, voters
@@ -86,7 +86,7 @@ def _grad_input(grad: Tensor, x: Tensor, weight: Tensor, geometry: ConvGeometry)
     return grad_x
 
 
-class _ConvTranspose(torch.autograd.Function):
+class _ConvTranspose(Function):
     """The weight's gradient is that of the convolution from the output's gradient to the input."""
 
     @staticmethod

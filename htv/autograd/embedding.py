@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from htv.autograd.ledger import MARKER, Slot, full_precision
+from htv.autograd.ledger import MARKER, Function, Slot, full_precision
 from htv.groups import Voters
 from htv.ops.factors import EmbeddingFactors
 
@@ -16,7 +15,7 @@ def embedding(ids: Tensor, weight: Slot, padding_idx: int | None, voters: Voters
     return _Embedding.apply(ids, weight.value, weight, padding_idx, voters, *weight.tokens)
 
 
-class _Embedding(torch.autograd.Function):
+class _Embedding(Function):
     @staticmethod
     def forward(ctx, ids, weight, weight_slot, padding_idx, voters, *tokens):
         ctx.slot, ctx.voters, ctx.num_embeddings, ctx.padding_idx = weight_slot, voters, len(weight), padding_idx

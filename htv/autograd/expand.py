@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from htv.autograd.derived import DerivedTensor
-from htv.autograd.ledger import MARKER, Slot, full_precision
+from htv.autograd.ledger import MARKER, Function, Slot, full_precision
 from htv.groups import Voters
 from htv.ops.factors import StackedFactors
 from htv.ops.reference import compute_dtype
@@ -32,7 +32,7 @@ def expand_rows(slot: Slot, shape: tuple[int, ...], voters: Voters, dtype: torch
     return _Expand.apply(slot.value, slot, shape, voters, dtype, *slot.tokens)
 
 
-class _Expand(torch.autograd.Function):
+class _Expand(Function):
     @staticmethod
     def forward(ctx, source, slot, shape, voters, dtype, *tokens):
         ctx.slot, ctx.voters, ctx.unused = slot, voters, (None,) * (5 + len(tokens))
@@ -63,7 +63,7 @@ def per_unit(derived: DerivedTensor, voters: Voters) -> Tensor:
     return _PerUnit.apply(derived.source.detach(), derived, voters, *(sink.token for sink in derived.sinks))
 
 
-class _PerUnit(torch.autograd.Function):
+class _PerUnit(Function):
     @staticmethod
     def forward(ctx, source, derived, voters, *tokens):
         ctx.derived, ctx.voters, ctx.unused = derived, voters, (None,) * (3 + len(tokens))

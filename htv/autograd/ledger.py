@@ -179,10 +179,20 @@ def _refuse_autograd_grad(gradient_node) -> None:
         ) from None
 
 
+class Function(torch.autograd.Function):
+    """As torch's, but for the arguments it looks at one by one in Python, in case a functorch transform left them."""
+
+    @classmethod
+    def apply(cls, *args):
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return super().apply(*args)
+        return super(torch.autograd.Function, cls).apply(*args)
+
+
 _AS_IT_IS = nullcontext()
 
 
-class Hub(torch.autograd.Function):
+class Hub(Function):
     """parameter -> token; backward applies the ledger's rule to everything recorded."""
 
     @staticmethod

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from htv.autograd.ledger import MARKER, Slot, full_precision
+from htv.autograd.ledger import MARKER, Function, Slot, full_precision
 from htv.groups import Voters
 from htv.ops.factors import BilinearFactors, LinearFactors, StackedFactors
 from htv.ops.reference import compute_dtype
@@ -17,7 +17,7 @@ def linear(x: Tensor, weight: Slot, bias: Slot, voters: Voters) -> Tensor:
     return _Linear.apply(x, weight.value, bias.value, weight, bias, voters, *weight.tokens, *bias.tokens)
 
 
-class _Linear(torch.autograd.Function):
+class _Linear(Function):
     @staticmethod
     def forward(ctx, x, weight, bias, weight_slot, bias_slot, voters, *tokens):
         ctx.slots, ctx.voters, ctx.unused = (weight_slot, bias_slot), voters, (None,) * (3 + len(tokens))
@@ -55,7 +55,7 @@ def bilinear(left: Tensor, right: Tensor, weight: Slot, bias: Slot, voters: Vote
     return _Bilinear.apply(left, right, weight.value, bias.value, weight, bias, voters, *weight.tokens, *bias.tokens)
 
 
-class _Bilinear(torch.autograd.Function):
+class _Bilinear(Function):
     @staticmethod
     def forward(ctx, left, right, weight, bias, weight_slot, bias_slot, voters, *tokens):
         ctx.slots, ctx.voters, ctx.unused = (weight_slot, bias_slot), voters, (None,) * (3 + len(tokens))

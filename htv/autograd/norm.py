@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from htv.autograd.ledger import MARKER, Slot, full_precision
+from htv.autograd.ledger import MARKER, Function, Slot, full_precision
 from htv.groups import Voters
 from htv.ops.factors import StackedFactors
 from htv.ops.norm import norm_sums
@@ -31,7 +31,7 @@ def group_norm(x: Tensor, num_groups: int, weight: Slot, bias: Slot, eps: float,
     return _GroupNorm.apply(x, weight.value, bias.value, weight, bias, num_groups, eps, voters, *tokens)
 
 
-class _LayerNorm(torch.autograd.Function):
+class _LayerNorm(Function):
     @staticmethod
     def forward(ctx, x, weight, bias, weight_slot, bias_slot, shape, eps, voters, *tokens):
         ctx.slots, ctx.shape, ctx.voters = (weight_slot, bias_slot), shape, voters
@@ -81,14 +81,16 @@ def _by_group(sums: Tensor, shape: tuple[int, ...], voters: Voters) -> Tensor:
 
 def _group_norm_format(x: Tensor) -> torch.memory_format:
     """What F.group_norm computes and returns: the input's memory format on the CPU, contiguous elsewhere."""
+    if x.is_contiguous():
+        return torch.contiguous_format
     if x.device.type == "cpu":
         for dims, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
-            if x.dim() == dims and not x.is_contiguous() and x.is_contiguous(memory_format=memory_format):
+            if x.dim() == dims and x.is_contiguous(memory_format=memory_format):
                 return memory_format
     return torch.contiguous_format
 
 
-class _GroupNorm(torch.autograd.Function):
+class _GroupNorm(Function):
     @staticmethod
     def forward(ctx, x, weight, bias, weight_slot, bias_slot, num_groups, eps, voters, *tokens):
         ctx.slots, ctx.num_groups, ctx.voters = (weight_slot, bias_slot), num_groups, voters
@@ -127,7 +129,7 @@ def _of_every_sample(
         x.contiguous(),
         mean.view(1, -1),
         rstd.view(1, -1),
-        weight.repeat(samples),
+        weight.expand(samples, -1).reshape(-1),
         1,
         samples * channels,
         math.prod(space),
