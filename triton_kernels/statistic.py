@@ -1,12 +1,16 @@
 """Streaming statistics over a tile of coordinates, as @triton.jit functions a kernel takes as constexpr.
 
-    init(BLOCK_O, BLOCK_I) -> state             a tuple of (BLOCK_O, BLOCK_I) tensors
-    update(state, c) -> state                   c: one group's contributions, fp32
-    finalize(state, count) -> (value, mask)     value: E * stat, fp32; mask: int1, False for statistics without one
+    init(zeros, COUNT) -> state                             a tuple of tensors shaped like `zeros`, all fp32
+    update(state, c, nth, COUNT) -> state                   c: the contributions of the nth group, counted from 1
+    merge(state, n, other, m) -> state                      of n groups and of m others; None where there is no merge
+    finalize(state, groups, count, votes, k, COUNT) -> (value, mask)    value: E * stat; mask: in [0, 1]
 
-Votes, the sum of the contributions' signs, are int32 and compared in integers. A NaN contribution parks the votes of
-its coordinate at `NAN_VOTES`, so far below zero that the votes of fewer than 2**29 other groups cannot bring them
-back: NaN is remembered without a register of its own, and is told apart from a sum that is NaN because inf met -inf.
+COUNT is the number of values kept per side by trimmed and winsorized mean, known at compile time; 0 for the others.
+
+Votes, the sum of the contributions' signs, are fp32: exact for 2**24 groups. A NaN contribution votes NaN, which no later
+vote takes back, so NaN costs neither a register nor an instruction, and is told apart from a sum that is NaN because inf
+met -inf. (Narrower counters share registers only by shifts and masks, three instructions more per value and group; the
+tiles of `configs.py` have the registers.)
 """
 
 from typing import NamedTuple
@@ -14,95 +18,222 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-NAN_VOTES = tl.constexpr(-(2**30))
+LOG_OFFSET = tl.constexpr(1e-10)  # keeps the logarithm of the geometric mean finite
+SAND_UNDEFINED = tl.constexpr(1e-17)  # the soft mask where variance and excess agreement are both 0
+ONE = tl.constexpr(0x3F800000)  # 1.0
+SIGN_BIT = tl.constexpr(-(2**31))
 
 
-class Statistic(NamedTuple):
+class Streaming(NamedTuple):
     init: triton.JITFunction
     update: triton.JITFunction
     finalize: triton.JITFunction
+    merge: triton.JITFunction | None
+    words: int  # registers per coordinate
 
 
 @triton.jit
-def _vote(votes, c):
-    votes += (c > 0).to(tl.int32) - (c < 0).to(tl.int32)
-    return tl.where(c != c, NAN_VOTES, votes)
+def sign(c):
+    """1 or -1 with the sign of c; c itself where it is 0 or NaN."""
+    unit = (c.to(tl.int32, bitcast=True) & SIGN_BIT | ONE).to(tl.float32, bitcast=True)
+    return tl.where(tl.abs(c) > 0, unit, c)
 
 
 @triton.jit
-def _saw_nan(votes):
-    return votes < NAN_VOTES // 2
+def poison(votes, value, mask):
+    """No mask may hide a NaN."""
+    nan = votes != votes
+    return tl.where(nan, votes, value), tl.where(nan, 0.0, mask)
+
+
+# -- the sum alone, votes alone, a sum that remembers NaN ---------------------------------------------------------------
 
 
 @triton.jit
-def _keep(votes, count):
-    return tl.abs(votes) >= count
+def init_one(zeros, COUNT: tl.constexpr):
+    return (zeros,)
 
 
 @triton.jit
-def _sum_init(BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr):
-    return (tl.zeros((BLOCK_O, BLOCK_I), tl.float32),)
+def merge_sums(state, n, other, m):
+    merged = ()
+    for j in tl.static_range(len(state)):
+        merged = merged + (state[j] + other[j],)
+    return merged
 
 
 @triton.jit
-def _sum_update(state, c):
+def update_sum(state, c, nth, COUNT: tl.constexpr):
     return (state[0] + c,)
 
 
 @triton.jit
-def _votes_init(BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr):
-    return (tl.zeros((BLOCK_O, BLOCK_I), tl.int32),)
+def finalize_mean(state, groups, count, votes, k, COUNT: tl.constexpr):
+    return state[0], tl.zeros_like(state[0])
 
 
 @triton.jit
-def _votes_update(state, c):
-    return (_vote(state[0], c),)
+def update_votes(state, c, nth, COUNT: tl.constexpr):
+    return (state[0] + sign(c),)
 
 
 @triton.jit
-def _sum_votes_init(BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr):
-    return tl.zeros((BLOCK_O, BLOCK_I), tl.float32), tl.zeros((BLOCK_O, BLOCK_I), tl.int32)
+def finalize_sign_agreement(state, groups, count, votes, k, COUNT: tl.constexpr):
+    return tl.abs(state[0]), tl.zeros_like(state[0])
 
 
 @triton.jit
-def _sum_votes_update(state, c):
-    return state[0] + c, _vote(state[1], c)
+def init_two(zeros, COUNT: tl.constexpr):
+    return zeros, zeros
 
 
 @triton.jit
-def _mean_finalize(state, count):
-    total = state[0]
-    return total, tl.zeros(total.shape, tl.int1)
+def update_bucket(state, c, nth, COUNT: tl.constexpr):
+    return state[0] + c, tl.where(c != c, c, state[1])
+
+
+# -- masks of a sum -----------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _masked(total, votes, mask):
-    """Masked-out coordinates are 0 whatever their sum; those that saw NaN are NaN and outside the mask."""
-    nan = _saw_nan(votes)
-    return tl.where(mask | nan, total, 0.0), mask & (nan == 0)
+def update_sum_votes(state, c, nth, COUNT: tl.constexpr):
+    return state[0] + c, state[1] + sign(c)
 
 
 @triton.jit
-def _and_mask_finalize(state, count):
-    total, votes = state
-    return _masked(total, votes, _keep(votes, count))
+def finalize_and_mask(state, groups, count, votes, k, COUNT: tl.constexpr):
+    keep = tl.abs(state[1]) >= count
+    return poison(state[1], tl.where(keep, state[0], 0.0), keep.to(tl.float32))
 
 
 @triton.jit
-def _xor_mask_finalize(state, count):
-    total, votes = state
-    return _masked(total, votes, _keep(votes, count) == 0)
+def finalize_xor_mask(state, groups, count, votes, k, COUNT: tl.constexpr):
+    keep = tl.abs(state[1]) < count
+    return poison(state[1], tl.where(keep, state[0], 0.0), keep.to(tl.float32))
 
 
 @triton.jit
-def _sign_sum_finalize(state, count):
-    votes = state[0]
-    return tl.where(_saw_nan(votes), float("nan"), votes.to(tl.float32)), tl.zeros(votes.shape, tl.int1)
+def init_three(zeros, COUNT: tl.constexpr):
+    return zeros, zeros, zeros
 
 
-STATISTICS = {
-    "mean": Statistic(_sum_init, _sum_update, _mean_finalize),
-    "and_mask": Statistic(_sum_votes_init, _sum_votes_update, _and_mask_finalize),
-    "xor_mask": Statistic(_sum_votes_init, _sum_votes_update, _xor_mask_finalize),
-    "sign_sum": Statistic(_votes_init, _votes_update, _sign_sum_finalize),
+@triton.jit
+def update_geometric_mean(state, c, nth, COUNT: tl.constexpr):
+    return state[0] + c, state[1] + sign(c), state[2] + tl.log2(tl.abs(c) + LOG_OFFSET)
+
+
+@triton.jit
+def finalize_geometric_mean(state, groups, count, votes, k, COUNT: tl.constexpr):
+    keep = tl.abs(state[1]) >= count
+    mean = sign(state[0]) * tl.exp2(state[2] / groups)
+    return poison(state[1], tl.where(keep, groups * mean, 0.0), keep.to(tl.float32))
+
+
+@triton.jit
+def update_sand_mask(state, c, nth, COUNT: tl.constexpr):
+    """The third is the sum of squared deviations from the running mean (Welford), which the sum gives."""
+    total = state[0] + c
+    before, after = state[0] / tl.maximum(nth - 1, 1), total / nth
+    return total, state[1] + sign(c), state[2] + (c - before) * (c - after)
+
+
+@triton.jit
+def merge_sand_mask(state, n, other, m):
+    """Chan, Golub, LeVeque."""
+    apart = state[0] / tl.maximum(n, 1) - other[0] / m
+    squares = state[2] + other[2] + tl.where(n > 0, apart * (apart * (n * m / (n + m))), 0.0)
+    return state[0] + other[0], state[1] + other[1], squares
+
+
+@triton.jit
+def tanh(x):
+    """Of x >= 0, to a few units in the last place; NaN stays."""
+    y = x * x
+    series = x * (1 + y * (-1 / 3 + y * (2 / 15 + y * (-17 / 315 + y * (62 / 2835)))))
+    return tl.where(x < 0.25, series, 1 - 2 / (tl.exp(2 * x) + 1))
+
+
+@triton.jit
+def finalize_sand_mask(state, groups, count, votes, k, COUNT: tl.constexpr):
+    excess = (tl.abs(state[1]) - votes) / groups
+    steep = k / (state[2] / (groups - 1)) * excess
+    mask = tl.where(steep < 0, 0.0, tanh(tl.where(steep < 0, 0.0, steep)))
+    mask = tl.where(steep != steep, SAND_UNDEFINED, mask)
+    return poison(state[1], tl.where(mask == 0, 0.0, mask * state[0]), mask)
+
+
+# -- the COUNT smallest and largest, and the sum of what lies between ---------------------------------------------------
+
+
+@triton.jit
+def init_extremes(zeros, COUNT: tl.constexpr):
+    """COUNT smallest, ascending; COUNT largest, descending; sum, least and greatest of the values between."""
+    state = ()
+    for _ in tl.static_range(COUNT):
+        state = state + (zeros + float("inf"),)
+    for _ in tl.static_range(COUNT):
+        state = state + (zeros - float("inf"),)
+    return state + (zeros, zeros + float("inf"), zeros - float("inf"))
+
+
+@triton.jit
+def update_extremes(state, c, nth, COUNT: tl.constexpr):
+    """What a value displaces from the smallest may be among the largest; what it displaces there lies between.
+
+    Never a difference from the sum of all: an extreme value would take the last bits of the others with it.
+    """
+    kept, v = (), c
+    for j in tl.static_range(COUNT):
+        kept = kept + (tl.minimum(state[j], v),)
+        v = tl.maximum(state[j], v)
+    v = tl.where(nth > COUNT, v, -float("inf"))  # until then it is the infinity that stood for no value
+    for j in tl.static_range(COUNT, 2 * COUNT):
+        kept = kept + (tl.maximum(state[j], v),)
+        v = tl.minimum(state[j], v)
+    between = nth > 2 * COUNT
+    total = state[2 * COUNT] + tl.where(c != c, c, tl.where(between, v, 0.0))
+    least = tl.minimum(state[2 * COUNT + 1], tl.where(between, v, float("inf")))
+    greatest = tl.maximum(state[2 * COUNT + 2], tl.where(between, v, -float("inf")))
+    return kept + (total, least, greatest)
+
+
+@triton.jit
+def finalize_trimmed_mean(state, groups, count, votes, k, COUNT: tl.constexpr):
+    total = state[2 * COUNT]
+    return total * (groups / (groups - 2.0 * COUNT)), tl.zeros_like(total)
+
+
+@triton.jit
+def finalize_winsorized_mean(state, groups, count, votes, k, COUNT: tl.constexpr):
+    total = state[2 * COUNT]
+    clipped = total + COUNT * (state[2 * COUNT + 1] + state[2 * COUNT + 2])
+    return tl.where(total != total, total, clipped), tl.zeros_like(total)
+
+
+STREAMING = {
+    "mean": Streaming(init_one, update_sum, finalize_mean, merge_sums, 1),
+    "and_mask": Streaming(init_two, update_sum_votes, finalize_and_mask, merge_sums, 2),
+    "xor_mask": Streaming(init_two, update_sum_votes, finalize_xor_mask, merge_sums, 2),
+    "geometric_mean": Streaming(init_three, update_geometric_mean, finalize_geometric_mean, merge_sums, 3),
+    "sand_mask": Streaming(init_three, update_sand_mask, finalize_sand_mask, merge_sand_mask, 3),
+    "sign_sum": Streaming(init_one, update_votes, finalize_mean, merge_sums, 1),
+    "sign_agreement": Streaming(init_one, update_votes, finalize_sign_agreement, merge_sums, 1),
 }
+BUCKET = Streaming(init_two, update_bucket, finalize_mean, None, 2)  # a sum, and NaN if a contribution was
+MOST_EXTREMES = 2  # values per side that are kept in registers
+
+
+def extremes(name: str, count: int) -> Streaming | None:
+    """Trimmed and winsorized mean as streaming statistics, where so few values per side are kept."""
+    if name not in ("trimmed_mean", "winsorized_mean") or count > MOST_EXTREMES:
+        return None
+    if count == 0:
+        return STREAMING["mean"]
+    # The trimmed mean asks for neither the least nor the greatest between: the compiler drops them.
+    finalize, words = (finalize_trimmed_mean, 1) if name == "trimmed_mean" else (finalize_winsorized_mean, 3)
+    return Streaming(init_extremes, update_extremes, finalize, None, 2 * count + words)
+
+
+def numbers(statistic) -> tuple[int, float, float]:
+    """count, votes and k of an `htv.rules.Statistic` as kernels take them; |sum of signs| lies within int32."""
+    return max(0, min(statistic.count, 2**30)), float(statistic.votes), float(statistic.k)

@@ -111,20 +111,17 @@ def _fused_linear(part: LinearFactors, statistic: Statistic, server: str) -> tup
 
 def _fused(x: Tensor, grad_output: Tensor, bounds: Tensor, statistic: Statistic, server: str) -> tuple[Tensor, Tensor]:
     x, grad_output = x.contiguous(), grad_output.contiguous()
-    if server == "triton":
-        from htv.triton_kernels.linear import linear
-
-        return linear(x, grad_output, bounds, statistic.name, statistic.count)
-    return torch.ops.htv.linear(x, grad_output, bounds, *schema.numbers(statistic))
+    return backend.operator("linear", server)(x, grad_output, bounds, *schema.numbers(statistic))
 
 
 def _fused_conv(part: ConvFactors, statistic: Statistic) -> tuple[Tensor, Tensor]:
     """By the convolution's own kernel, or block by block as linear layers of the windows that positions see."""
-    if backend.choose("conv", statistic.name, part.device) != "reference":
+    server = backend.choose("conv", statistic.name, part.device)
+    if server != "reference":
         g = part.geometry
         sizes = part.kernel, g.stride, g.padding, g.dilation, g.groups
         factors = _dense(part.x), _dense(part.grad_output), part.bounds
-        return torch.ops.htv.conv(*factors, *sizes, *schema.numbers(statistic))
+        return backend.operator("conv", server)(*factors, *sizes, *schema.numbers(statistic))
     server = backend.choose("linear", statistic.name, part.device)
     value = torch.zeros(part.shape, dtype=part.dtype, device=part.device)
     mask_sum = torch.zeros((), dtype=torch.float64, device=part.device)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -56,7 +56,7 @@ def why_not(backend: str, op: str, statistic: str, device: torch.device) -> str 
             return NOT_BUILT or f"there is no CUDA kernel for {op} in this build (HTV_CUDA=1 builds those there are)"
         return None if device.type == "cuda" else f"it serves CUDA devices, not {device.type}"
     if backend == "triton":
-        if op != "linear":
+        if op not in schema.TRITON:
             return f"there is no Triton kernel for {op}"
         if importlib.util.find_spec("triton") is None:
             return "Triton is not installed"
@@ -86,6 +86,11 @@ def choose(op: str, statistic: str, device: torch.device) -> str:
     if reason is not None:
         raise RuntimeError(f"backend {name!r} was named but cannot serve {op} ({statistic}): {reason}")
     return name
+
+
+def operator(op: str, server: str) -> Callable:
+    """The operator by which a backend serves an op."""
+    return getattr(torch.ops.htv, f"{op}_triton" if server == "triton" else op)
 
 
 @contextmanager

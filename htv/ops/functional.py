@@ -43,13 +43,15 @@ def stacked(grads: Tensor, statistic: Statistic) -> tuple[Tensor, Tensor]:
     if grads.numel() == 0:
         return reference.stacked(grads, Statistic("mean"))
     flat = grads.reshape(len(grads), -1).contiguous()
-    if backend.choose("stacked", statistic.name, grads.device) == "reference":
+    server = backend.choose("stacked", statistic.name, grads.device)
+    operator = backend.operator("stacked", server).default
+    if server == "reference":
         value, mask_sum = reference.stacked(flat, statistic)
     elif grads.requires_grad and torch.is_grad_enabled():
-        value, mask_sum = torch.ops.htv.stacked.default(flat, *schema.numbers(statistic))
+        value, mask_sum = operator(flat, *schema.numbers(statistic))
     else:
         with torch._C._AutoDispatchBelowAutograd():  # which is written in Python and takes as long as a small op
-            value, mask_sum = torch.ops.htv.stacked.default(flat, *schema.numbers(statistic))
+            value, mask_sum = operator(flat, *schema.numbers(statistic))
     return value.reshape(grads.shape[1:]), mask_sum
 
 

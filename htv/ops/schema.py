@@ -37,10 +37,15 @@
         mask_sum     as above
         Kernels serve the statistics of `COUNTED`.
 
+The Triton kernels' are the ops `stacked_triton`, `linear_triton` and `conv_triton` of the same contracts, for float32,
+bfloat16 and float16: they share devices with the kernels above, and `htv.ops.backend` decides between them.
+
 `statistic` is the `code` of a `htv.rules.Statistic`'s name; `count`, `votes` and `k` are its fields.
 """
 
 from __future__ import annotations
+
+import importlib
 
 import torch
 
@@ -51,7 +56,8 @@ from htv.rules import Statistic
 COUNTED = ("mean", "and_mask", "xor_mask", "sign_sum")
 _RANKED = ("median", "trimmed_mean", "winsorized_mean")
 # The statistics of factors that each backend has a fused kernel for.
-FUSED = {"cpp": (*COUNTED, "geometric_mean", "sand_mask", *_RANKED), "cuda": (*COUNTED, *_RANKED), "triton": COUNTED}
+FUSED = {"cpp": (*COUNTED, "geometric_mean", "sand_mask", *_RANKED), "cuda": (*COUNTED, *_RANKED)}
+FUSED["triton"] = (*FUSED["cpp"], "median_of_means")
 
 _NAMES = tuple(reference.STATISTICS)  # csrc/statistic.h lists them in this order
 
@@ -66,35 +72,34 @@ def numbers(statistic: Statistic) -> tuple[int, int, float, float]:
     return code(statistic.name), statistic.count, statistic.votes, statistic.k
 
 
+_NUMBERS = "int statistic, int count, float votes, float k"
+_SIGNATURES = {
+    "stacked": f"(Tensor grads, {_NUMBERS}) -> (Tensor, Tensor)",
+    "linear": f"(Tensor x, Tensor grad_output, Tensor offsets, {_NUMBERS}) -> (Tensor, Tensor)",
+    "norm_sums": "(Tensor grad, Tensor x, Tensor mean, Tensor rstd) -> (Tensor, Tensor)",
+    "conv": "(Tensor x, Tensor grad_output, Tensor offsets, int[] kernel, int[] stride, int[] padding, int[] dilation,"
+    f" int groups, {_NUMBERS}) -> (Tensor, Tensor)",
+    "embedding": "(Tensor grad_output, Tensor ids, Tensor voter, int num_embeddings, int groups,"
+    f" {_NUMBERS}) -> (Tensor, Tensor)",
+}
+TRITON = ("stacked", "linear", "conv")  # ops that Triton has kernels for
+
 library = torch.library.Library("htv", "DEF")
-library.define("stacked(Tensor grads, int statistic, int count, float votes, float k) -> (Tensor, Tensor)")
-library.define(
-    "linear(Tensor x, Tensor grad_output, Tensor offsets, int statistic, int count, float votes, float k)"
-    " -> (Tensor, Tensor)"
-)
-
-library.define("norm_sums(Tensor grad, Tensor x, Tensor mean, Tensor rstd) -> (Tensor, Tensor)")
-
-
-library.define(
-    "conv(Tensor x, Tensor grad_output, Tensor offsets, int[] kernel, int[] stride, int[] padding, int[] dilation,"
-    " int groups, int statistic, int count, float votes, float k) -> (Tensor, Tensor)"
-)
-
-
-library.define(
-    "embedding(Tensor grad_output, Tensor ids, Tensor voter, int num_embeddings, int groups,"
-    " int statistic, int count, float votes, float k) -> (Tensor, Tensor)"
-)
+for _op, _signature in _SIGNATURES.items():
+    library.define(_op + _signature)
+for _op in TRITON:
+    library.define(f"{_op}_triton{_SIGNATURES[_op]}")
 
 
 @torch.library.register_fake("htv::stacked")
+@torch.library.register_fake("htv::stacked_triton")
 def _stacked_fake(grads, statistic, count, votes, k):
     value = grads.new_empty(grads.shape[1:], dtype=reference.compute_dtype(grads.dtype))
     return value, grads.new_empty((), dtype=torch.float64)
 
 
 @torch.library.register_fake("htv::linear")
+@torch.library.register_fake("htv::linear_triton")
 def _linear_fake(x, grad_output, offsets, statistic, count, votes, k):
     shape = (grad_output.shape[1], x.shape[1])
     value = x.new_empty(shape, dtype=reference.compute_dtype(x.dtype))
@@ -108,6 +113,7 @@ def _norm_sums_fake(grad, x, mean, rstd):
 
 
 @torch.library.register_fake("htv::conv")
+@torch.library.register_fake("htv::conv_triton")
 def _conv_fake(x, grad_output, offsets, kernel, stride, padding, dilation, groups, statistic, count, votes, k):
     shape = (grad_output.shape[1], x.shape[1] // groups, *kernel)
     value = x.new_empty(shape, dtype=reference.compute_dtype(x.dtype))
@@ -147,6 +153,19 @@ library.impl("conv", _conv_reference, "CompositeExplicitAutograd")
 library.impl("embedding", _embedding_reference, "CompositeExplicitAutograd")
 
 
+def _triton_kernel(op: str):
+    def kernel(*arguments):
+        *factors, statistic, count, votes, k = arguments
+        module = importlib.import_module(f"htv.triton_kernels.{op}")  # at the first call: Triton may not be installed
+        return getattr(module, op)(*factors, Statistic(_NAMES[statistic], count, votes, k))
+
+    return kernel
+
+
+for _op in TRITON:
+    library.impl(f"{_op}_triton", _triton_kernel(_op), "CompositeExplicitAutograd")
+
+
 def _stacked_setup(ctx, inputs, output):
     grads, statistic, *numbers = inputs
     ctx.statistic = Statistic(_NAMES[statistic], *numbers)
@@ -166,4 +185,5 @@ def _stacked_backward(ctx, grad_value, grad_mask_sum):
     return grad, None, None, None, None
 
 
-torch.library.register_autograd("htv::stacked", _stacked_backward, setup_context=_stacked_setup, lib=library)
+for _op in ("stacked", "stacked_triton"):
+    torch.library.register_autograd(f"htv::{_op}", _stacked_backward, setup_context=_stacked_setup, lib=library)
