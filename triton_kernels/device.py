@@ -65,6 +65,6 @@ def offsets_on(device: torch.device, offsets: torch.Tensor) -> torch.Tensor:
     first, step = bounds[0], bounds[1] - bounds[0]
     if step > 0 and bounds == list(range(first, first + step * len(bounds), step)):
         return torch.arange(first, first + step * len(bounds), step, device=device)
-    if torch.cuda.is_current_stream_capturing():
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return torch.stack([torch.full((), bound, device=device, dtype=torch.int64) for bound in bounds])
     return offsets.to(device, non_blocking=True)

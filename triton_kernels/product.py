@@ -60,7 +60,9 @@ def load_windows(x_ptr, row, r, r_valid, i, i_valid, part, stride, GEOMETRY: tl.
     dz = tap // (taps_H * taps_W) * GEOMETRY[16]
     dy = tap // taps_W % taps_H * GEOMETRY[17]
     dw = tap % taps_W * GEOMETRY[18]
-    offset = (((s * D + z) * H + y) * W + w)[:, None] * stride + (((dz * H + dy) * W + dw) * stride + i % width)[None, :]
+    offset = (((s * D + z) * H + y) * W + w)[:, None] * stride + (((dz * H + dy) * W + dw) * stride + i % width)[
+        None, :
+    ]
     valid = r_valid[:, None] & i_valid[None, :]
     if GEOMETRY[13] > 0:
         valid &= (z[:, None] + dz[None, :] >= 0) & (z[:, None] + dz[None, :] < D)
@@ -225,6 +227,7 @@ def merge_kernel(
 # -- the host's side -----------------------------------------------------------------------------------------------------
 
 SCRATCH_BYTES = 64 << 20  # contributions of a box of coordinates, or states of splits: about what L2 holds
+MERGE_BLOCK = 256  # coordinates of a program
 LONG_GROUPS = 256  # rows from which writing and reading a contribution costs less than smaller tiles do
 
 
@@ -357,8 +360,7 @@ def _streaming(factors, statistic, found, value, choice):
         return mask.sum(dtype=torch.float64)
     states = value.new_empty((found.words, splits, *value.shape))
     launch(factors, box, states, states, "state", found, statistic, config, splits)
-    block = 256
-    mask = value.new_empty(triton.cdiv(value.numel(), block))
+    mask = value.new_empty(triton.cdiv(value.numel(), MERGE_BLOCK))
     with device.guard(value):
         merge_kernel[(len(mask),)](
             states,
@@ -372,7 +374,7 @@ def _streaming(factors, statistic, found, value, choice):
             found.merge,
             found.finalize,
             found.words,
-            block,
+            MERGE_BLOCK,
         )
     return mask.sum(dtype=torch.float64)
 

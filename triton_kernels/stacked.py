@@ -15,9 +15,11 @@ from htv.rules import Statistic
 from htv.triton_kernels import statistic as streaming
 from htv.triton_kernels.device import UPCAST, guard, require
 
-MOST_SORTED = 128  # values in registers, one coordinate per thread
-DIGIT = tl.constexpr(4)
+MOST_SORTED = 64  # values in registers; networks of more take the compiler half a minute
+DIGIT = tl.constexpr(4)  # bits
+DIGITS = tl.constexpr(16)
 LARGEST = tl.constexpr(2**31 - 1)
+STREAMING_BLOCK, SEARCH_BLOCK = 512, 256  # coordinates of a program, of 128 threads
 ORDER = ("median", "trimmed_mean", "winsorized_mean", "median_of_means")
 
 
@@ -110,13 +112,6 @@ def between(lower, higher, COUNT: tl.constexpr):
     return lower if COUNT < 0 else higher
 
 
-@triton.jit
-def exchange(keys, i: tl.constexpr, j: tl.constexpr):
-    """keys with the smaller of i and j at i, the larger at j; i < j."""
-    low, high = tl.minimum(keys[i], keys[j]), tl.maximum(keys[i], keys[j])
-    return keys[:i] + (low,) + keys[i + 1 : j] + (high,) + keys[j + 1 :]
-
-
 @triton.jit(do_not_specialize=["groups"])
 def sort_kernel(
     grads_ptr,
@@ -141,7 +136,10 @@ def sort_kernel(
         nan = tl.where(poison != poison, poison, nan)
         keys = keys + (to_key(v),)
     for step in tl.static_range(len(NETWORK)):
-        keys = exchange(keys, NETWORK[step][0], NETWORK[step][1])
+        low = tl.minimum(keys[NETWORK[step][0]], keys[NETWORK[step][1]])
+        high = tl.maximum(keys[NETWORK[step][0]], keys[NETWORK[step][1]])
+        between_them = keys[NETWORK[step][0] + 1 : NETWORK[step][1]]
+        keys = keys[: NETWORK[step][0]] + (low,) + between_them + (high,) + keys[NETWORK[step][1] + 1 :]
     if KIND == "median":
         value = between(to_value(keys[(SIZE - 1) // 2]), to_value(keys[SIZE // 2]), COUNT)
     else:
@@ -164,19 +162,19 @@ def sort_kernel(
 def search(grads_ptr, rank, groups, size, coordinates, at, valid, load_value: tl.constexpr, BLOCK: tl.constexpr):
     """The key of a rank: the largest that at most `rank` keys are smaller than, found from its highest digit on."""
     found = tl.full((BLOCK,), -(2**31), tl.int32)
-    for step in range(32 // DIGIT):
-        shift = 32 - DIGIT - step * DIGIT
+    for step in range(8):
+        shift = 28 - step * DIGIT
         smaller = ()  # than found + (digit << shift), digits from 1 on
-        for _ in tl.static_range(1, 1 << DIGIT):
+        for _ in tl.static_range(1, DIGITS):
             smaller = smaller + (tl.zeros((BLOCK,), tl.int32),)
         for nth in range(size):
-            v, _ = load_value(grads_ptr, nth, groups, size, coordinates, at, valid)
+            v, poison = load_value(grads_ptr, nth, groups, size, coordinates, at, valid)
             key, counted = to_key(v), ()
-            for digit in tl.static_range(1, 1 << DIGIT):
+            for digit in tl.static_range(1, DIGITS):
                 counted = counted + (smaller[digit - 1] + (key < found + (digit << shift)).to(tl.int32),)
             smaller = counted
         fits = tl.zeros((BLOCK,), tl.int32)
-        for digit in tl.static_range(1, 1 << DIGIT):
+        for digit in tl.static_range(1, DIGITS):
             fits += (smaller[digit - 1] <= rank).to(tl.int32)
         found += fits << shift
     return found
@@ -221,7 +219,7 @@ def search_kernel(
         inside = tl.zeros((BLOCK,), tl.float32)
         not_smaller = tl.zeros((BLOCK,), tl.int32)
         for nth in range(size):
-            v, _ = load_value(grads_ptr, nth, groups, size, coordinates, at, valid)
+            v, poison = load_value(grads_ptr, nth, groups, size, coordinates, at, valid)
             key = to_key(v)
             not_smaller += (key >= high_key).to(tl.int32)
             inside += tl.where((key > low_key) & (key < high_key), v, 0.0)
@@ -232,6 +230,11 @@ def search_kernel(
         else:
             value = tl.where(count > 0, inner + count.to(tl.float32) * (low + high), inner) / size
     tl.store(value_ptr + at, tl.where(nan != nan, nan, value * scale), mask=valid)
+
+
+def sort_block(size: int) -> int:
+    """Coordinates of a program, of 128 threads: four in a row for each, 16 bytes a load, as long as registers last."""
+    return 512 if size <= 16 else 256 if size <= 32 else 128
 
 
 def network(size: int) -> tuple[tuple[int, int], ...]:
@@ -249,7 +252,15 @@ def network(size: int) -> tuple[tuple[int, int], ...]:
     return tuple(pairs)
 
 
-def ranked(values: torch.Tensor, groups: int, coordinates: int, statistic: Statistic, value: torch.Tensor, scale: float, load=None):
+def ranked(
+    values: torch.Tensor,
+    groups: int,
+    coordinates: int,
+    statistic: Statistic,
+    value: torch.Tensor,
+    scale: float,
+    load: triton.JITFunction | None = None,
+) -> None:
     """An order statistic times `scale`, into `value` (coordinates,) fp32, of values (E, coordinates).
 
     load: how a value is had from them, if not as the statistic says.
@@ -260,14 +271,13 @@ def ranked(values: torch.Tensor, groups: int, coordinates: int, statistic: Stati
     kind, count = ("median", 0) if buckets else (statistic.name, statistic.count)
     with guard(value):
         if size <= MOST_SORTED:
-            block, warps = 128, 4
+            block = sort_block(size)
             sort_kernel[(triton.cdiv(coordinates, block),)](
-                values, value, coordinates, groups, scale, load, kind, size, count, network(size), block, num_warps=warps
+                values, value, coordinates, groups, scale, load, kind, size, count, network(size), block, num_warps=4
             )
         else:
-            block, warps = 128, 4
-            search_kernel[(triton.cdiv(coordinates, block),)](
-                values, value, coordinates, groups, size, count, scale, load, kind, block, num_warps=warps
+            search_kernel[(triton.cdiv(coordinates, SEARCH_BLOCK),)](
+                values, value, coordinates, groups, size, count, scale, load, kind, SEARCH_BLOCK, num_warps=4
             )
 
 
@@ -283,11 +293,18 @@ def stacked(grads: torch.Tensor, statistic: Statistic) -> tuple[torch.Tensor, to
             ranked(grads, groups, coordinates, statistic, value, 1.0)
         return value, grads.new_zeros((), dtype=torch.float64)
     found = streaming.STREAMING[statistic.name]
-    block = 512
-    mask = grads.new_empty(triton.cdiv(coordinates, block), dtype=torch.float32)
+    mask = grads.new_empty(triton.cdiv(coordinates, STREAMING_BLOCK), dtype=torch.float32)
     if coordinates:
         with guard(grads):
             streaming_kernel[(len(mask),)](
-                grads, value, mask, coordinates, groups, *streaming.numbers(statistic), *found[:3], block, num_warps=4
+                grads,
+                value,
+                mask,
+                coordinates,
+                groups,
+                *streaming.numbers(statistic),
+                *found[:3],
+                STREAMING_BLOCK,
+                num_warps=4,
             )
     return value, mask.sum(dtype=torch.float64)

@@ -1,9 +1,10 @@
-"""Compiles every tile of the table for GPUs that need not be present, and holds it to its budget of registers.
+"""Compiles every tile of the table for GPUs that need not be present, and holds it to its budget.
 
 A register spilled to memory in the inner loop is slow and silent, and so is a register too many for the programs that
 should share a multiprocessor. Not yet run on hardware: these are the compiler's own numbers.
 """
 
+import json
 import re
 import subprocess
 
@@ -13,88 +14,254 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from htv.triton_kernels import configs, linear, statistic  # noqa: E402
+from htv.triton_kernels import configs, conv, device, product, stacked, statistic  # noqa: E402
 
-if linear.INTERPRETED:
+if device.UPCAST:
     pytest.skip("nothing is compiled under TRITON_INTERPRET=1", allow_module_level=True)
 
-# Per config of the table: most bytes of shared memory, least programs that fit a multiprocessor when rows are aligned.
-BUDGET = {
-    ("sm_90", 2): ((98304, 1), (49152, 2), (24576, 3), (16384, 4)),
-    ("sm_80", 2): ((32768, 1), (16384, 2), (16384, 3)),
-    ("sm_90", 4): ((8192, 3), (4096, 7)),
-    ("sm_80", 4): ((8192, 3), (4096, 7)),
-}
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 REGISTERS = 65536  # of a multiprocessor
-SHARED_MEMORY = {"sm_90": 232448, "sm_80": 101376}  # 227 KiB; 99 KiB, the least of the other architectures
+SHARED_MEMORY = {"sm_80": 101376, "sm_90": 232448, "sm_100": 232448}  # sm_80: the least of the older architectures
+# By (architecture, arithmetic), then words: per config of the table, most bytes of shared memory and the least programs
+# that fit a multiprocessor when rows are aligned.
+BUDGET = {
+    ("sm_90", "half"): {
+        0: ((147456, 1), (98304, 1), (49152, 2)),
+        2: ((98304, 1), (73728, 1), (49152, 2)),
+        3: ((73728, 1), (49152, 1)),
+        7: ((49152, 1),),
+    },
+    ("sm_100", "half"): {
+        0: ((147472, 1), (98320, 1), (49168, 2)),
+        2: ((98320, 1), (73744, 1), (49168, 2)),
+        3: ((49168, 1),),
+        7: ((49168, 1),),
+    },
+    ("sm_80", "half"): {0: ((32768, 1), (16384, 2)), 2: ((32768, 1), (16384, 2)), 3: ((16384, 1),), 7: ((16384, 1),)},
+    **{(arch, "tf32"): {0: ((98320, 1), (49168, 1)), 3: ((49168, 1),), 7: ((24592, 1),)} for arch in ARCHITECTURES},
+    **{
+        (arch, "fp32"): {
+            0: ((32768, 1), (8192, 2), (4096, 4)),
+            2: ((8192, 2), (4096, 4)),
+            7: ((16384, 1), (4096, 2)),
+        }
+        for arch in ARCHITECTURES
+    },
+}
+# (width, D, H, W, out D, H, W, kernel, stride, padding, dilation)
+WINDOWS = (64, 1, 56, 56, 1, 56, 56, 1, 3, 3, 1, 1, 1, 0, 1, 1, 1, 1, 1)
+EXTREMES = statistic.extremes("winsorized_mean", statistic.MOST_EXTREMES)
+SERVED = {  # words of the table's row: (result, statistic, COUNT)
+    0: [("contribution", statistic.STREAMING["mean"], 0)],
+    2: [("statistic", statistic.STREAMING["and_mask"], 0), ("state", statistic.BUCKET, 0)],
+    3: [("statistic", statistic.STREAMING[name], 0) for name in ("sand_mask", "geometric_mean")],
+    7: [("statistic", EXTREMES, statistic.MOST_EXTREMES)],
+}
 
 
-def compile_linear(arch, dtype, name, config, aligned):
-    kernel = linear.linear_kernel
+def compiled(kernel, arch, types, constants, multiples_of_16, **options):
+    """types: of the arguments that are neither constants nor i32."""
+    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
+    attributes = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in multiples_of_16}
+    source = ASTSource(kernel, signature, constants, attributes)
+    target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    return triton.compile(source, target=target, options=options | {"enable_fp_fusion": True})
+
+
+def compile_product(arch, arithmetic, dtype, config, result, found, count, windows, aligned):
     pointers = {
         "x_ptr": f"*{dtype}",
         "grad_output_ptr": f"*{dtype}",
         "offsets_ptr": "*i64",
-        "value_ptr": "*fp32",
-        "mask_ptr": "*i32",
+        "out_ptr": "*fp32",
+        "mask_ptr": "*fp32",
     }
-    launch = config._asdict()
-    options = {n: launch.pop(n) for n in ("num_warps", "num_stages")} | {"enable_fp_fusion": True}
-    constants = statistic.STATISTICS[name]._asdict() | launch | {"UPCAST": False}
-    signature = {n: pointers.get(n, "constexpr" if n in constants else "i32") for n in kernel.arg_names}
-    multiples_of_16 = [*pointers, "O", "I"] if aligned else ["offsets_ptr", "value_ptr", "mask_ptr"]
-    attributes = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in multiples_of_16}
-    source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", int(arch.removeprefix("sm_")), 32), options=options)
+    tile = config._asdict()
+    options = {n: tile.pop(n) for n in ("num_warps", "num_stages")}
+    constants = {
+        **dict(zip(("init", "update", "finalize"), found[:3], strict=True)),
+        "load_x": product.load_windows if windows else product.load_rows,
+        "GEOMETRY": WINDOWS if windows else None,
+        "COUNT": count,
+        "RESULT": result,
+        "UPCAST": False,
+        "PRECISION": "tf32" if arithmetic == "tf32" else "ieee",
+        **tile,
+        **({} if windows else {"rows": 1}),
+    }
+    sizes = ("O", "I", "top", "left", "height", "width", "x_stride", "grad_output_stride")
+    multiples = [*pointers, *sizes] if aligned else ["offsets_ptr", "out_ptr", "mask_ptr", "top", "left"]
+    types = pointers | {"votes": "fp32", "k": "fp32"}
+    return compiled(product.product_kernel, arch, types, constants, multiples, **options)
 
 
-def resources(compiled, path):
+def resources(kernel, path):
     """Registers per thread, bytes of stack (that is, of spilled registers) and bytes of shared memory."""
-    path.write_bytes(compiled.asm["cubin"])
+    path.write_bytes(kernel.asm["cubin"])
     command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)]
     usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
-    return int(registers), int(stack), compiled.metadata.shared
+    return int(registers), int(stack), kernel.metadata.shared
 
 
 def cases():
-    for (arch, size), row in configs.LINEAR.items():
-        for config, budget in zip(row, BUDGET[arch, size], strict=True):
-            for dtype in ("bf16", "fp16") if size == 2 else ("fp32",):
-                for name in statistic.STATISTICS:
-                    for aligned in (True, False):
-                        if not aligned and config.BLOCK_O * config.BLOCK_I > configs.LARGEST_UNALIGNED:
-                            continue
-                        marks = () if name == "and_mask" and dtype != "fp16" else (pytest.mark.slow,)
-                        tile = "x".join(map(str, config[:3]))
-                        label = "-".join((arch, dtype, name, tile, "aligned" if aligned else "unaligned"))
-                        yield pytest.param(arch, dtype, name, config, aligned, budget, marks=marks, id=label)
+    for (arch, arithmetic), rows in configs.TABLE.items():
+        least = 0
+        for words, row in rows.items():
+            served = [case for limit, found in SERVED.items() if least <= limit <= words for case in found]
+            least = words + 1
+            for config, budget in zip(row, BUDGET[arch, arithmetic][words], strict=True):
+                for dtype in ("bf16", "fp16") if arithmetic == "half" else ("fp32",):
+                    for result, found, count in served:
+                        for windows in (False, True):
+                            for aligned in (True, False):
+                                small = config.BLOCK_O * config.BLOCK_I <= configs.MOST_UNALIGNED
+                                if not aligned and (windows or not small):
+                                    continue
+                                used = config if aligned else config._replace(BLOCK_R=min(32, config.BLOCK_R))
+                                usual = words == 2 and config == row[0] and dtype == "bf16" and result == "statistic"
+                                marks = () if usual else (pytest.mark.slow,)
+                                label = (arch, arithmetic, dtype, "x".join(map(str, used[:3])), result, str(words))
+                                label += "windows" if windows else "rows", "aligned" if aligned else "unaligned"
+                                yield pytest.param(
+                                    arch, arithmetic, dtype, used, result, found, count, windows, aligned, budget,
+                                    marks=marks, id="-".join(label),
+                                )  # fmt: skip
 
 
-@pytest.mark.parametrize("arch, dtype, name, config, aligned, budget", list(cases()))
-def test_within_budget(arch, dtype, name, config, aligned, budget, tmp_path):
-    compiled = compile_linear(arch, dtype, name, config, aligned)
-    registers, stack, shared = resources(compiled, tmp_path / "kernel.cubin")
+@pytest.mark.parametrize(
+    "arch, arithmetic, dtype, config, result, found, count, windows, aligned, budget", list(cases())
+)
+def test_products_are_within_budget(
+    arch, arithmetic, dtype, config, result, found, count, windows, aligned, budget, tmp_path
+):
+    kernel = compile_product(arch, arithmetic, dtype, config, result, found, count, windows, aligned)
+    registers, stack, shared = resources(kernel, tmp_path / "kernel.cubin")
     most_shared, programs = budget
     if not aligned:
         programs = 1
     assert stack == 0
     assert shared <= most_shared and programs * shared <= SHARED_MEMORY[arch]
     assert programs * registers * config.num_warps * 32 <= REGISTERS, f"{registers} registers"
-    assert ("wgmma.mma_async" in compiled.asm["ptx"]) == (arch == "sm_90" and dtype != "fp32")
+    ptx = kernel.asm["ptx"]
+    if arithmetic == "half":
+        unit = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}[arch]
+        assert unit in ptx
+        if aligned:  # loads of the next blocks are under way, across the ends of groups
+            waits = [int(n, 0) for n in re.findall(r"cp\.async\.wait_group\s+(\w+)", ptx)]
+            assert max(waits) >= 1
+        if arch == "sm_90" and aligned:
+            assert "1" in re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", ptx)
+
+
+def stacked_cases():
+    one, common = {"coordinates"}, {"scale": "fp32", "votes": "fp32", "k": "fp32"}
+    for size, kind, count, load in (
+        (3, "median", 0, stacked.one_value),
+        (16, "winsorized_mean", 3, stacked.one_value),
+        (31, "trimmed_mean", 4, stacked.one_value),
+        (64, "median", 0, stacked.one_value),
+        (8, "median", 0, stacked.one_sum),
+        (8, "median", 0, stacked.one_bucket),
+    ):
+        constants = {"load_value": load, "KIND": kind, "SIZE": size, "COUNT": count}
+        constants |= {"NETWORK": stacked.network(size), "BLOCK": stacked.sort_block(size)}
+        types = common | {"grads_ptr": "*fp32", "value_ptr": "*fp32"}
+        yield f"sort-{size}-{kind}-{load.__name__}", stacked.sort_kernel, types, constants, one
+    for kind in ("median", "winsorized_mean"):
+        constants = {"load_value": stacked.one_value, "KIND": kind, "BLOCK": stacked.SEARCH_BLOCK}
+        types = common | {"grads_ptr": "*fp32", "value_ptr": "*fp32"}
+        yield f"search-{kind}", stacked.search_kernel, types, constants, one
+    for name in ("and_mask", "sand_mask", "geometric_mean"):
+        found = statistic.STREAMING[name]
+        constants = {"init": found.init, "finalize": found.finalize}
+        types = common | {"grads_ptr": "*bf16", "states_ptr": "*fp32", "value_ptr": "*fp32", "mask_ptr": "*fp32"}
+        more = {"update": found.update, "BLOCK": stacked.STREAMING_BLOCK}
+        yield f"streaming-{name}", stacked.streaming_kernel, types, constants | more, one
+        more = {"merge": found.merge, "WORDS": found.words, "BLOCK": product.MERGE_BLOCK}
+        yield f"merge-{name}", product.merge_kernel, types, constants | more, one
+    for taps, width in ((3, 1), (7, 1), (3, 8)):
+        geometry = (width, 1, 56, 56, 1, 56, 56, 1, taps, taps, 1, 1, 1, 0, 1, 1, 1, 1, 1)
+        constants = {"O": 256, "STRIDE": 256, "OUTPUTS": width, "GEOMETRY": geometry, "TAPS": taps}
+        constants |= {"BLOCK_R": conv.DEPTHWISE["BLOCK_R"], "BLOCK_C": conv.DEPTHWISE["BLOCK_C"]}
+        types = {"x_ptr": "*bf16", "grad_output_ptr": "*bf16", "offsets_ptr": "*i64", "out_ptr": "*fp32"}
+        yield f"depthwise-{taps}-{width}", conv.depthwise_kernel, types, constants, set()
+
+
+@pytest.mark.parametrize(
+    "arch", [pytest.param(arch, marks=() if arch == "sm_90" else pytest.mark.slow) for arch in ARCHITECTURES]
+)
+def test_other_kernels_do_not_spill(arch, tmp_path):
+    for label, kernel, types, constants, multiples in stacked_cases():
+        pointers = {n for n in types if n in kernel.arg_names and types[n].startswith("*")}
+        found = compiled(kernel, arch, types, constants, pointers | multiples, num_warps=4, num_stages=2)
+        _, stack, _ = resources(found, tmp_path / "kernel.cubin")
+        assert stack == 0, label
+
+
+def problem(**changes):
+    usual = configs.Problem("sm_90", "half", 132, 2, True, outputs=4096, inputs=4096, parts=1, groups=16, rows=1024)
+    return usual._replace(**changes)
 
 
 def test_choice_of_tile():
-    hopper, ampere = configs.LINEAR["sm_90", 2], configs.LINEAR["sm_80", 2]
+    hopper = configs.TABLE["sm_90", "half"]
+    assert configs.choose(problem()) == (hopper[2][0], 1)
+    assert configs.choose(problem(words=0), 1) == (hopper[0][0], 1)
+    assert configs.choose(problem(words=5))[0] == hopper[7][0]
+    assert configs.choose(problem(rows=20))[0].BLOCK_R == 32
+    assert configs.choose(problem(rows=0.1))[0].BLOCK_R == 16
+    assert configs.choose(problem(aligned=False)) == (hopper[2][2]._replace(BLOCK_R=32), 1)
+    small, splits = configs.choose(problem(outputs=768, inputs=768))
+    assert splits > 1 and small.tiles(768, 768) * splits >= 100  # of 132 multiprocessors
+    assert configs.choose(problem(outputs=768, inputs=768), most_splits=1)[1] == 1
+    assert configs.choose(problem(outputs=64, inputs=64, groups=1))[1] == 1
+    for capability, arch in (((8, 9), "sm_80"), ((9, 0), "sm_90"), ((10, 3), "sm_100"), ((12, 0), "sm_80")):
+        assert configs.architecture(capability) == arch
 
-    def choose(capability=(9, 0), O=4096, I=4096, rows_per_group=512, aligned=True):
-        return configs.choose(capability, 132, 2, O, I, rows_per_group, aligned)
 
-    assert choose() == hopper[0]
-    assert choose(rows_per_group=20) == hopper[1]
-    assert choose(rows_per_group=1) == choose(rows_per_group=0.1) == hopper[-1]
-    assert choose(O=1024, I=2048) == hopper[1]
-    assert choose(O=64, I=64) == hopper[2]
-    assert choose(aligned=False) == hopper[2]
-    assert choose(capability=(8, 9)) == choose(capability=(12, 0)) == ampere[0]
-    assert configs.choose((9, 0), 132, 4, 4096, 4096, 512, True) == configs.LINEAR["sm_90", 4][0]
+ENTRY = {
+    "arch": "sm_90", "arithmetic": "half", "words": 2, "aligned": True,
+    "outputs": 4096, "inputs": 4096, "parts": 1, "groups": 16, "rows": 1024,
+    "config": configs.Config(64, 64, 32, 8, 4, 2)._asdict(), "splits": 2,
+}  # fmt: skip
+
+
+def test_a_tuned_table_is_followed(tmp_path, monkeypatch):
+    near = ENTRY | {"outputs": 512, "config": configs.Config(32, 64, 32, 8, 4, 2)._asdict(), "splits": 4}
+    path = tmp_path / "tuned.json"
+    path.write_text(json.dumps({"version": 1, "entries": [ENTRY, near]}))
+    monkeypatch.setenv("HTV_TUNED", str(path))
+    assert configs.choose(problem()) == (configs.Config(64, 64, 32, 8, 4, 2), 2)
+    assert configs.choose(problem(outputs=300)) == (configs.Config(32, 64, 32, 8, 4, 2), 4)
+    assert configs.choose(problem(outputs=300), most_splits=2)[1] == 2
+    assert configs.choose(problem(words=3))[0] in configs.TABLE["sm_90", "half"][3]
+    monkeypatch.setenv("HTV_TUNED", "")
+    assert configs.choose(problem()) == (configs.TABLE["sm_90", "half"][2][0], 1)
+    monkeypatch.delenv("HTV_TUNED")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert configs.choose(problem())[1] == 1
+    (tmp_path / "htv").mkdir()
+    path.rename(tmp_path / "htv" / "tuned.json")
+    assert configs.choose(problem())[1] == 2
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("{", "cannot be read"),
+        ("[]", '"version": 1'),
+        (json.dumps({"version": 2, "entries": []}), '"version": 1'),
+        (json.dumps({"version": 1, "entries": [{}]}), "entry 0: wants the keys"),
+        (json.dumps({"version": 1, "entries": [ENTRY | {"arch": "sm_70"}]}), "sm_70"),
+        (json.dumps({"version": 1, "entries": [ENTRY | {"rows": "many"}]}), "must be numbers"),
+        (json.dumps({"version": 1, "entries": [ENTRY | {"splits": 0}]}), "splits at least 1"),
+        (json.dumps({"version": 1, "entries": [ENTRY, ENTRY | {"config": ENTRY["config"] | {"BLOCK_O": 48}}]}), "entry 1: BLOCK_O must be a power"),
+    ],
+)  # fmt: skip
+def test_a_tuned_table_is_checked(text, message, tmp_path, monkeypatch):
+    path = tmp_path / "tuned.json"
+    path.write_text(text)
+    monkeypatch.setenv("HTV_TUNED", str(path))
+    with pytest.raises(ValueError, match=f"tuned.json.*{re.escape(message)}"):
+        configs.choose(problem())

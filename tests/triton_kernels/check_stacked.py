@@ -1,0 +1,81 @@
+"""What the Triton kernels of `stacked` must do. Not collected by its name: see `test_interpreted.py`."""
+
+import math
+
+import pytest
+import torch
+from triton_cases import DEVICE, DTYPES, assert_same, statistics
+
+from htv.ops import reference
+from htv.rules import Statistic
+from htv.triton_kernels import stacked
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy, of NaN and inf
+
+
+def make(groups, coordinates, dtype=torch.float32, seed=0):
+    """Integers: ties and zeros are frequent."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(groups, coordinates, generator=generator) * 2).round().to(dtype).to(DEVICE)
+
+
+def check(grads, statistic):
+    assert_same(stacked.stacked(grads, statistic), reference.stacked(grads.double(), statistic), statistic)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("groups", [1, 2, 5, 16, 33])
+def test_every_statistic(groups, dtype):
+    grads = make(groups, 131, dtype)
+    for statistic in [*statistics(groups), Statistic("sign_agreement")]:
+        check(grads, statistic)
+
+
+@pytest.mark.parametrize("groups", [4, 7])
+def test_more_values_than_are_sorted(groups, monkeypatch):
+    monkeypatch.setattr(stacked, "MOST_SORTED", 2)
+    grads = make(groups, 70)
+    grads[3, 1], grads[1, 2], grads[2, 2], grads[:, 3], grads[:, 4] = math.nan, math.inf, -math.inf, -0.0, 1e-42
+    for statistic in statistics(groups):
+        if statistic.name in stacked.ORDER:
+            check(grads, statistic)
+
+
+@pytest.mark.parametrize("groups", [4, 5, 20])
+def test_extreme_values(groups):
+    grads = make(groups, 64)
+    grads[0, 0] = math.nan
+    grads[0, 1] = math.inf
+    grads[0, 2], grads[1, 2] = math.inf, -math.inf
+    grads[:3, 3], grads[3, 3] = math.inf, -math.inf
+    grads[:, 4], grads[:, 5], grads[0, 6] = math.inf, -0.0, 3e38
+    grads[1, 7], grads[:, 8] = 1e-42, torch.linspace(-1e-40, 1e-40, groups)
+    for statistic in statistics(groups):
+        if statistic.name == "geometric_mean":
+            continue  # the reference's logarithm of inf less inf
+        check(grads, statistic)
+
+
+def test_a_network_sorts():
+    """By the 0-1 principle, exhaustively where that is possible."""
+    for size in range(1, 13):
+        values = torch.tensor([[n >> bit & 1 for bit in range(size)] for n in range(2**size)])
+        for i, j in stacked.network(size):
+            values[:, [i, j]] = torch.stack([values[:, [i, j]].amin(1), values[:, [i, j]].amax(1)], dim=1)
+        assert (values.diff(dim=1) >= 0).all()
+    for size in (17, 31, 48, 64):
+        values = torch.rand(500, size)
+        for i, j in stacked.network(size):
+            values[:, [i, j]] = torch.stack([values[:, [i, j]].amin(1), values[:, [i, j]].amax(1)], dim=1)
+        assert (values.diff(dim=1) >= 0).all()
+
+
+def test_errors_name_what_is_wrong():
+    with pytest.raises(TypeError, match="float64"):
+        stacked.stacked(make(3, 4).double(), Statistic("mean"))
+    with pytest.raises(ValueError, match=r"\(E, P\), contiguous"):
+        stacked.stacked(make(3, 4).T, Statistic("mean"))
+    with pytest.raises(ValueError, match="meta"):
+        stacked.stacked(make(3, 4).to("meta"), Statistic("mean"))
+    value, mask_sum = stacked.stacked(make(3, 0), Statistic("median"))
+    assert value.shape == (0,) and mask_sum == 0

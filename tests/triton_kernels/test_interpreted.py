@@ -1,0 +1,48 @@
+"""Runs the `check_*.py` beside this file under Triton's interpreter, and on a GPU where there is one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import htv
+
+pytest.importorskip("triton")
+CHECKS = sorted(path.name for path in Path(__file__).parent.glob("check_*.py"))
+
+
+def check(name: str, interpret: bool, *arguments: str):
+    folder = Path(__file__).parent
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": str(int(interpret)),
+        "HTV_TUNED": "",
+        "PYTHONPATH": os.pathsep.join(
+            [str(Path(htv.__file__).parents[1]), str(folder), os.environ.get("PYTHONPATH", "")]
+        ),
+    }
+    pytest_ = [sys.executable, "-m", "pytest", "-q", "--import-mode=importlib", "-p", "no:cacheprovider"]
+    ran = subprocess.run(
+        [*pytest_, str(folder / name), *arguments], env=environment, capture_output=True, text=True, timeout=900
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_under_the_interpreter(name):
+    check(name, True, "-m", "not slow")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CHECKS)
+def test_the_slow_under_the_interpreter(name):
+    check(name, True, "-m", "slow")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("name", CHECKS)
+def test_on_the_gpu(name):
+    check(name, False)
