@@ -4,11 +4,11 @@ a model of what a tile costs. The same shapes always run the same code.
 Every entry compiles without a register spill (tests/triton_kernels/test_compile.py). Which is fastest where has not yet
 been measured on hardware.
 
-A tuned table is a JSON file: {"version": 1, "entries": [{"arch": "sm_90", "arithmetic": "half", "words": 2, "aligned":
-true, "outputs": 4096, "inputs": 4096, "parts": 1, "groups": 16, "rows": 1024, "config": {"BLOCK_O": 128, ...}, "splits":
-1}, ...]}, sizes as in `Problem`. The entry of the nearest shape (in the logarithms of its sizes) among those of the same
-architecture, arithmetic, words and alignment serves. The file that HTV_TUNED names is taken, else `htv/tuned.json` in the
-user's cache, else `tuned.json` beside this file; "HTV_TUNED=" takes none.
+A tuned table is a JSON file: {"version": 1, "entries": [{"arch": "sm_90", "arithmetic": "half", "words": 2,
+"aligned": true, "outputs": 4096, "inputs": 4096, "parts": 1, "groups": 16, "rows": 1024, "config": {"BLOCK_O": 128,
+...}, "splits": 1}, ...]}, sizes as in `Problem`. The entry of the nearest shape (in the logarithms of its sizes)
+among those of the same architecture, arithmetic, words and alignment serves. The file that HTV_TUNED names is taken,
+else `htv/tuned.json` in the user's cache, else `tuned.json` beside this file; "HTV_TUNED=" takes none.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class Problem(NamedTuple):
 
 _SMALL_FP32 = Config(32, 32, 16, 8, num_warps=4, num_stages=2)
 
-# By (architecture, arithmetic), then the most words that a tile has registers for. The product itself takes a word more:
-# 128 x 128 coordinates, 8 warps and 2 words are 3 * 64 of a thread's 255 registers. 0 words: contributions alone.
+# By (architecture, arithmetic), then the most words that a tile has registers for. The product itself takes a word
+# more: 128 x 128 coordinates, 8 warps and 2 words are 3 * 64 of a thread's 255 registers. 0 words: contributions alone.
 TABLE: dict[tuple[str, str], dict[int, tuple[Config, ...]]] = {
     ("sm_90", "half"): {
         0: (Config(128, 256, 64, 8, 8, 3), Config(128, 128, 64, 8, 8, 3), Config(64, 64, 64, 8, 4, 3)),
@@ -147,7 +147,7 @@ def choose(problem: Problem, most_splits: int = MOST_SPLITS) -> tuple[Config, in
     return min(choices, key=lambda choice: cost(problem, *choice))
 
 
-# -- tuned tables --------------------------------------------------------------------------------------------------------
+# -- tuned tables ----------------------------------------------------------------------------------
 
 KEY = ("arch", "arithmetic", "words", "aligned")
 SIZES = ("outputs", "inputs", "parts", "groups", "rows")

@@ -1,9 +1,9 @@
 """Statistics of a convolution's per-group contributions without forming them all: the op `conv`.
 
-A weight with 16 output channels or more per convolution group is that of a linear layer whose input rows are windows of
-x, which the product's loads gather as they go (an implicit GEMM). One with fewer, depthwise above all, has too little
-work per window for tensor cores: its contributions, small beside the activations, are summed by a kernel of their own and
-then aggregated as stacked ones are.
+A weight with 16 output channels or more per convolution group is that of a linear layer whose input rows are windows
+of x, which the product's loads gather as they go (an implicit GEMM). One with fewer, depthwise above all, has too
+little work per window for tensor cores: its contributions, small beside the activations, are summed by a kernel of
+their own and then aggregated as stacked ones are.
 
 Images are read with their channels last, where neighbours in a row of the product are neighbours in memory; others are
 first copied so: 2 reads or writes per value, where the product reads each about as often as the kernel has taps.
@@ -113,8 +113,8 @@ def conv(
     statistic: Statistic,
     choice=None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x (S, C, *space), grad_output (S, O, *out_space), offsets (E + 1,) of samples -> value (O, C / groups, *kernel) fp32,
-    mask_sum () fp64.
+    """x (S, C, *space), grad_output (S, O, *out_space), offsets (E + 1,) of samples
+    -> value (O, C / groups, *kernel) fp32, mask_sum () fp64.
 
     The contract is that of the op `conv` in `htv.ops.schema`, except that `offsets` may lie on the device, where they
     are trusted. choice: (Config, splits) instead of the table's; of a depthwise weight, (None, splits).

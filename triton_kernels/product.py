@@ -224,11 +224,11 @@ def merge_kernel(
     tl.store(mask_ptr + tl.program_id(0), tl.sum(tl.where(valid, mask, 0.0)))
 
 
-# -- the host's side -----------------------------------------------------------------------------------------------------
+# -- the host's side -------------------------------------------------------------------------------
 
 SCRATCH_BYTES = 64 << 20  # contributions of a box of coordinates, or states of splits: about what L2 holds
 MERGE_BLOCK = 256  # coordinates of a program
-LONG_GROUPS = 256  # rows from which writing and reading a contribution costs less than smaller tiles do
+LONG_GROUPS = 512  # rows from which writing and reading a contribution costs less than smaller tiles do
 
 
 class Factors(NamedTuple):
@@ -294,10 +294,10 @@ def aggregate(factors: Factors, statistic: Statistic, choice=None) -> tuple[torc
 
     Streaming statistics are absorbed on chip. So are the few extremes of a trimmed or winsorized mean where groups are
     short or too many to sort: their 5 to 7 registers per coordinate leave room for tiles of 64 x 64 alone, which read
-    four times the bytes per product that tiles of 128 x 256 do. All other order statistics rank contributions that are
-    written, a box of coordinates at a time, and read once: 8 bytes per contribution beside 2 * rows operations, which at
-    4 TB/s and 500 TFLOP/s is the smaller part from 250 rows on; keeping E values per coordinate on chip would shrink
-    tiles to 32 x 32, and recomputing the products for every digit of a search would cost eight times the product.
+    2.7 times the bytes per product that tiles of 128 x 256 do. All other order statistics rank contributions that are
+    written, a box of coordinates at a time, and read once: 8 bytes per contribution beside 2 * rows operations, which
+    at 4 TB/s and 500 TFLOP/s is the smaller part from 500 rows on. Keeping E values per coordinate on chip would shrink
+    tiles to 32 x 32; recomputing the products for every digit of a search would cost eight times the product.
     """
     name, count = statistic.name, statistic.count
     found = streaming.STREAMING.get(name) or streaming.extremes(name, count)

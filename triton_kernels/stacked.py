@@ -13,7 +13,7 @@ import triton.language as tl
 
 from htv.rules import Statistic
 from htv.triton_kernels import statistic as streaming
-from htv.triton_kernels.device import UPCAST, guard, require
+from htv.triton_kernels.device import guard, require
 
 MOST_SORTED = 64  # values in registers; networks of more take the compiler half a minute
 DIGIT = tl.constexpr(4)  # bits
@@ -50,7 +50,7 @@ def streaming_kernel(
     tl.store(mask_ptr + tl.program_id(0), tl.sum(tl.where(valid, mask, 0.0)))
 
 
-# -- what is ranked ------------------------------------------------------------------------------------------------------
+# -- what is ranked --------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -96,7 +96,7 @@ def one_sum(grads_ptr, nth, groups, size, coordinates, at, valid):
     return total / members, tl.load(grads_ptr + (size + nth) * plane + at, mask=valid, other=0.0)
 
 
-# -- from ranks to statistics --------------------------------------------------------------------------------------------
+# -- from ranks to statistics ----------------------------------------------------------------------
 
 
 @triton.jit
@@ -112,6 +112,22 @@ def between(lower, higher, COUNT: tl.constexpr):
     return lower if COUNT < 0 else higher
 
 
+@triton.constexpr_function
+def network(size: int) -> tuple[tuple[int, int], ...]:
+    """Batcher's odd-even merge sort of any number of values, as pairs (i, j), i < j, to be put in order."""
+    pairs, p = [], 1
+    while p < size:
+        k = p
+        while k >= 1:
+            for start in range(k % p, size - k, 2 * k):
+                for i in range(start, start + min(k, size - start - k)):
+                    if i // (2 * p) == (i + k) // (2 * p):
+                        pairs.append((i, i + k))
+            k //= 2
+        p *= 2
+    return tuple(pairs)
+
+
 @triton.jit(do_not_specialize=["groups"])
 def sort_kernel(
     grads_ptr,
@@ -123,23 +139,23 @@ def sort_kernel(
     KIND: tl.constexpr,
     SIZE: tl.constexpr,
     COUNT: tl.constexpr,
-    NETWORK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """An order statistic of SIZE values per coordinate, times `scale`."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     valid = at < coordinates
     nan = tl.zeros((BLOCK,), tl.float32)
+    pairs: tl.constexpr = network(SIZE)
     keys = ()
     for nth in tl.static_range(SIZE):
         v, poison = load_value(grads_ptr, nth, groups, SIZE, coordinates, at, valid)
         nan = tl.where(poison != poison, poison, nan)
         keys = keys + (to_key(v),)
-    for step in tl.static_range(len(NETWORK)):
-        low = tl.minimum(keys[NETWORK[step][0]], keys[NETWORK[step][1]])
-        high = tl.maximum(keys[NETWORK[step][0]], keys[NETWORK[step][1]])
-        between_them = keys[NETWORK[step][0] + 1 : NETWORK[step][1]]
-        keys = keys[: NETWORK[step][0]] + (low,) + between_them + (high,) + keys[NETWORK[step][1] + 1 :]
+    for step in tl.static_range(len(pairs)):
+        low = tl.minimum(keys[pairs[step][0]], keys[pairs[step][1]])
+        high = tl.maximum(keys[pairs[step][0]], keys[pairs[step][1]])
+        between_them = keys[pairs[step][0] + 1 : pairs[step][1]]
+        keys = keys[: pairs[step][0]] + (low,) + between_them + (high,) + keys[pairs[step][1] + 1 :]
     if KIND == "median":
         value = between(to_value(keys[(SIZE - 1) // 2]), to_value(keys[SIZE // 2]), COUNT)
     else:
@@ -237,21 +253,6 @@ def sort_block(size: int) -> int:
     return 512 if size <= 16 else 256 if size <= 32 else 128
 
 
-def network(size: int) -> tuple[tuple[int, int], ...]:
-    """Batcher's odd-even merge sort of any number of values, as pairs (i, j), i < j, to be put in order."""
-    pairs, p = [], 1
-    while p < size:
-        k = p
-        while k >= 1:
-            for start in range(k % p, size - k, 2 * k):
-                for i in range(start, start + min(k, size - start - k)):
-                    if i // (2 * p) == (i + k) // (2 * p):
-                        pairs.append((i, i + k))
-            k //= 2
-        p *= 2
-    return tuple(pairs)
-
-
 def ranked(
     values: torch.Tensor,
     groups: int,
@@ -273,7 +274,7 @@ def ranked(
         if size <= MOST_SORTED:
             block = sort_block(size)
             sort_kernel[(triton.cdiv(coordinates, block),)](
-                values, value, coordinates, groups, scale, load, kind, size, count, network(size), block, num_warps=4
+                values, value, coordinates, groups, scale, load, kind, size, count, block, num_warps=4
             )
         else:
             search_kernel[(triton.cdiv(coordinates, SEARCH_BLOCK),)](

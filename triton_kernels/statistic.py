@@ -7,10 +7,10 @@
 
 COUNT is the number of values kept per side by trimmed and winsorized mean, known at compile time; 0 for the others.
 
-Votes, the sum of the contributions' signs, are fp32: exact for 2**24 groups. A NaN contribution votes NaN, which no later
-vote takes back, so NaN costs neither a register nor an instruction, and is told apart from a sum that is NaN because inf
-met -inf. (Narrower counters share registers only by shifts and masks, three instructions more per value and group; the
-tiles of `configs.py` have the registers.)
+Votes, the sum of the contributions' signs, are fp32: exact for 2**24 groups. A NaN contribution votes NaN, which no
+later vote takes back, so NaN costs neither a register nor an instruction, and is told apart from a sum that is NaN
+because inf met -inf. (Narrower counters share registers only by shifts and masks, three instructions more per value and
+group; the tiles of `configs.py` have the registers.)
 """
 
 from typing import NamedTuple
@@ -46,7 +46,7 @@ def poison(votes, value, mask):
     return tl.where(nan, votes, value), tl.where(nan, 0.0, mask)
 
 
-# -- the sum alone, votes alone, a sum that remembers NaN ---------------------------------------------------------------
+# -- the sum alone, votes alone, a sum that remembers NaN ------------------------------------------
 
 
 @triton.jit
@@ -92,7 +92,7 @@ def update_bucket(state, c, nth, COUNT: tl.constexpr):
     return state[0] + c, tl.where(c != c, c, state[1])
 
 
-# -- masks of a sum -----------------------------------------------------------------------------------------------------
+# -- masks of a sum --------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -162,7 +162,7 @@ def finalize_sand_mask(state, groups, count, votes, k, COUNT: tl.constexpr):
     return poison(state[1], tl.where(mask == 0, 0.0, mask * state[0]), mask)
 
 
-# -- the COUNT smallest and largest, and the sum of what lies between ---------------------------------------------------
+# -- the COUNT smallest and largest, and the sum of what lies between ------------------------------
 
 
 @triton.jit

@@ -1,6 +1,6 @@
 """What the Triton kernels of `linear` must do, wherever they can run: on a GPU, or on the CPU under TRITON_INTERPRET=1.
 
-Not collected by its name: `test_interpreted.py` runs it in processes of their own, for Triton reads TRITON_INTERPRET once.
+Not collected by its name: `test_interpreted.py` runs it in a process of its own: Triton reads TRITON_INTERPRET once.
 """
 
 import math
