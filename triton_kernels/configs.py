@@ -69,7 +69,7 @@ TABLE: dict[tuple[str, str], dict[int, tuple[Config, ...]]] = {
     },
     ("sm_80", "half"): {
         0: (Config(128, 128, 32, 8, 8, 3), Config(64, 64, 32, 8, 4, 3)),
-        2: (Config(128, 64, 32, 8, 8, 3), Config(64, 64, 32, 8, 4, 3)),
+        2: (Config(128, 64, 32, 8, 8, 3), Config(64, 64, 32, 8, 8, 3)),
         3: (Config(64, 64, 32, 8, 8, 3),),
         7: (Config(64, 64, 32, 8, 8, 3),),
     },
@@ -85,7 +85,7 @@ TABLE: dict[tuple[str, str], dict[int, tuple[Config, ...]]] = {
         (arch, "fp32"): {
             0: (Config(128, 128, 16, 8, 8, 3), Config(64, 64, 16, 8, 4, 2), _SMALL_FP32),
             2: (Config(64, 64, 16, 8, 4, 2), _SMALL_FP32),
-            7: (Config(64, 64, 16, 8, 8, 2), _SMALL_FP32),
+            7: (Config(64, 64, 16, 8, 8, 2), _SMALL_FP32._replace(num_warps=8)),
         }
         for arch in ("sm_80", "sm_90", "sm_100")
     },
