@@ -33,7 +33,10 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 ICELAKE = [*AVX512, *(f"-m{f}" for f in ("avx512vpopcntdq", "avx512vbmi", "avx512vbmi2", "avx512bitalg", "gfni"))]
 NOISE = ["-Wno-maybe-uninitialized"]  # from the intrinsics of these levels in GCC 12
-LEVELS = {"baseline": [], "avx2": AVX2, "avx512": [*AVX512, *NOISE], "icelake": [*ICELAKE, *NOISE]}
+ZEN4 = [*ICELAKE, "-mavx512bf16"]
+LEVELS = {"baseline": [], "avx2": AVX2} | {
+    name: [*flags, *NOISE] for name, flags in {"avx512": AVX512, "icelake": ICELAKE, "zen4": ZEN4}.items()
+}
 # compiled once per level, from csrc/cpu
 HOT = [
     "norm_kernel", "select", "stacked_kernel", "rank_one_kernel", "sign_planes", "tile_kernel", "votes_kernel",

@@ -9,7 +9,7 @@ import torch
 import htv
 from htv.ops import backend
 
-LEVELS = ("baseline", "avx2", "avx512", "icelake")
+LEVELS = ("baseline", "avx2", "avx512", "icelake", "zen4")
 
 pytestmark = pytest.mark.skipif(backend.NOT_BUILT is not None, reason="htv was built without compiled kernels")
 
@@ -49,7 +49,7 @@ def test_the_environment_lowers_the_level(host, monkeypatch):
 
 def test_an_unknown_level_is_an_error(host, monkeypatch):
     monkeypatch.setenv("HTV_CPU_CAPABILITY", "avx1024")
-    with pytest.raises(RuntimeError, match="must be baseline, avx2, avx512 or icelake, got 'avx1024'"):
+    with pytest.raises(RuntimeError, match="must be baseline, avx2, avx512, icelake or zen4, got 'avx1024'"):
         host.cpu_capability()
     with pytest.raises(RuntimeError, match="got 'avx1024'"):
         torch.ops.htv.stacked(torch.ones(2, 3), 0, 0, 0.0, 0.0)

@@ -128,6 +128,34 @@ V load(const T* from) {
   }
 }
 
+#if defined(__AVX512BF16__)
+// Of two rows of bfloat16 at once: the first in the lower halves of lanes.
+template <class V>
+V load_pair(const BFloat16* first, const BFloat16* second) {
+  using Bits = typename RegisterOf<uint16_t, 2 * kLanes<V>>::type;
+  using Words = Register<uint32_t>;
+  const Words low = __builtin_convertvector(read<Bits>(first), Words);
+  return (V)(low | __builtin_convertvector(read<Bits>(second), Words) << 16);
+}
+
+template <class V>
+V load_pair(const BFloat16* first, const BFloat16* second, int64_t n) {
+  if (n >= kLanes<V>) return load_pair<V>(first, second);
+  BFloat16 padded[2][kLanes<V>] = {};
+  memcpy(padded[0], first, n * sizeof(BFloat16));
+  memcpy(padded[1], second, n * sizeof(BFloat16));
+  return load_pair<V>(padded[0], padded[1]);
+}
+
+// sum + g's first * x's first + g's second * x's second, with x and g as `load_pair` gives them. Denormals count as 0.
+template <class V>
+V multiply_add_pair(const float* g, V x, V sum) {
+  int both;
+  memcpy(&both, g, sizeof both);
+  return (V)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(both), (__m512bh)x);
+}
+#endif
+
 // The first n values; the other lanes are 0.
 template <class V, class T>
 V load(const T* from, int64_t n) {

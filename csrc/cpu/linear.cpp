@@ -1,4 +1,5 @@
 // htv::linear on the CPU: checks, and which kernel serves.
+#include <algorithm>
 #include <numeric>
 #include <tuple>
 #include <vector>
@@ -27,6 +28,28 @@ struct Signs {
   }
 };
 
+// The least exponent, as stored, of values of bfloat16 that are not 0; 0 where there is no arithmetic for them.
+int64_t least_exponent(const Tensor& matrix) {
+  constexpr int64_t chunk = 1 << 16;
+  const int64_t n = matrix.numel(), chunks = (n + chunk - 1) / chunk;
+  const uint16_t* const values = static_cast<const uint16_t*>(matrix.const_data_ptr());
+  std::vector<uint16_t> least(chunks + 1, 0x7fff);
+  const auto kernel = HTV_PER_LEVEL(least_magnitude);
+  parallel_chunks(chunks, chunk / 16, 0, [&](int64_t first, int64_t last, void*) {
+    for (int64_t c = first; c < last; ++c) least[c] = kernel(values + c * chunk, std::min(chunk, n - c * chunk));
+  });
+  return *std::min_element(least.begin(), least.end()) >> 7;
+}
+
+// Whether products of bfloat16 may be added up by the instruction that takes them in pairs: it takes denormals for 0, so
+// neither factors nor sums may be any. Products are multiples of 2^(sum of exponents - 14), and so are their sums.
+bool may_pair(const Tensor& x, const Tensor& grad_output, const int64_t* offsets, int64_t groups) {
+  constexpr int64_t bias = 127, least_normal = -126;
+  if (!std::all_of(offsets, offsets + groups + 1, [](int64_t row) { return row % 2 == 0; })) return false;
+  const int64_t a = least_exponent(x), b = a > 0 ? least_exponent(grad_output) : 0;
+  return a > 0 && b > 0 && a + b - 2 * bias - 14 >= least_normal;
+}
+
 // Groups of any number of rows: their products tile by tile.
 // Returns the sum of the mask.
 double by_tiles(const Tensor& x, const Tensor& grad_output, const int64_t* offsets, Dtype dtype, Statistic statistic,
@@ -50,6 +73,7 @@ double by_tiles(const Tensor& x, const Tensor& grad_output, const int64_t* offse
   task.in = in;
   task.value = value.mutable_data_ptr();
   task.value_stride = in;
+  task.paired = dtype == Dtype::bfloat16 && may_pair(x, grad_output, offsets, parameters.groups);
   return plan.run();
 }
 

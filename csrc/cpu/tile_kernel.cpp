@@ -25,8 +25,8 @@ static_assert(kTileOutStep % kRows == 0 && kTileInStep % (kColumns * kLanes<Regi
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// sum = sum over rows of g[row][i] * x[row][j]
-template <class V, int K>
+// sum = sum over rows of g[row][i] * x[row][j]; or over pairs of rows, packed into one.
+template <class V, int K, bool paired>
 inline __attribute__((always_inline)) void product(const Real<V>* g, const V* x, int64_t rows, V (&sum)[K][kColumns]) {
 #pragma GCC unroll 8
   for (int i = 0; i < K; ++i)
@@ -36,12 +36,21 @@ inline __attribute__((always_inline)) void product(const Real<V>* g, const V* x,
 #pragma GCC unroll 8
     for (int i = 0; i < K; ++i)
 #pragma GCC unroll 2
-      for (int j = 0; j < kColumns; ++j) sum[i][j] = multiply_add(splat<V>(g[i]), x[j], sum[i][j]);
+      for (int j = 0; j < kColumns; ++j) {
+#if defined(__AVX512BF16__)
+        if constexpr (paired)
+          sum[i][j] = multiply_add_pair(g + i, x[j], sum[i][j]);
+        else
+#endif
+          sum[i][j] = multiply_add(splat<V>(g[i]), x[j], sum[i][j]);
+      }
 }
 
-template <class V>
+// paired: rows are bfloat16, and two of them are packed and multiplied as one.
+template <class V, bool paired>
 class Tile {
   using R = Real<V>;
+  static constexpr int64_t kTogether = paired ? 2 : 1;  // rows
   static constexpr int kWidth = kColumns * kLanes<V>;
 
   const TileTask& task_;
@@ -122,13 +131,18 @@ class Tile {
   template <class F>
   void each_block(const F& f) {
     for (const RowBlock* block = task_.blocks; block != task_.blocks_end; ++block) {
-      with_dtype(task_.dtype, [&](auto element) {
-        using T = decltype(element);
-        if constexpr (sizeof(Compute<T>) == sizeof(R)) {
-          pack_x<T>(*block);
-          pack_g<T>(*block);
-        }
-      });
+      if constexpr (paired) {
+        pack_x<BFloat16>(*block);
+        pack_g<BFloat16>(*block);
+      } else {
+        with_dtype(task_.dtype, [&](auto element) {
+          using T = decltype(element);
+          if constexpr (sizeof(Compute<T>) == sizeof(R)) {
+            pack_x<T>(*block);
+            pack_g<T>(*block);
+          }
+        });
+      }
       if (task_.few_rows) {
         f(*block, std::integral_constant<int, kFewRows>{});
       } else {
@@ -154,6 +168,15 @@ class Tile {
     }
   }
 
+  // The first n values of a row, or of it and the next one.
+  template <class T>
+  static V values_at(const T* row, const T* next, int64_t n) {
+#if defined(__AVX512BF16__)
+    if constexpr (paired) return load_pair<V>(row, next, n);
+#endif
+    return load<V>(row, n);
+  }
+
   template <class T>
   void pack_x(const RowBlock& block) {
     constexpr int lanes = kLanes<V>;
@@ -161,22 +184,28 @@ class Tile {
     const T* const end = static_cast<const T*>(task_.x_end);
     const int64_t filled = (width_ + lanes - 1) / lanes * lanes;
     int64_t sample = block.begin / task_.positions, position = block.begin % task_.positions;
-    const auto place = [&](int64_t column, int64_t r) { return panel_x(column / kWidth, r) + column % kWidth / lanes; };
-    for (int64_t r = 0; r < block.end - block.begin; ++r) {
+    const auto next_row = [&] {
       const T* const row = x + sample * task_.sample + task_.at[position];
       if (++position == task_.positions) ++sample, position = 0;
-      const bool inside = end - row >= reach_;  // what registers hold beyond a run is overwritten or not stored
+      return row;
+    };
+    const int64_t rows = (block.end - block.begin) / kTogether;
+    const auto place = [&](int64_t column, int64_t r) { return panel_x(column / kWidth, r) + column % kWidth / lanes; };
+    for (int64_t r = 0; r < rows; ++r) {
+      const T *const row = next_row(), *const other = paired ? next_row() : row;
+      // what registers hold beyond a run is overwritten or not stored
+      const bool inside = end - row >= reach_ && end - other >= reach_;
       for (const Run& run : runs_)
         for (int64_t i = 0; i < run.length; i += lanes) {
-          const T* const from = row + run.offset + i;
-          const V v = inside ? load<V>(from) : load<V>(from, run.length - i);
+          const int64_t at = run.offset + i;
+          const V v = values_at(row + at, other + at, inside ? lanes : run.length - i);
           if (whole_registers_) {
             *place(run.column + i, r) = v;
           } else {
             store<V>(joined_ + r % kJoinedRows * joined_width_ + run.column + i, v, lanes);
           }
         }
-      if (!whole_registers_ && (r % kJoinedRows == kJoinedRows - 1 || block.begin + r + 1 == block.end))
+      if (!whole_registers_ && (r % kJoinedRows == kJoinedRows - 1 || r + 1 == rows))
         for (int64_t j = r / kJoinedRows * kJoinedRows; j <= r; ++j)
           for (int64_t i = 0; i < filled; i += lanes)
             *place(i, j) = load<V>(joined_ + j % kJoinedRows * joined_width_ + i);
@@ -190,10 +219,12 @@ class Tile {
     const T* const g = static_cast<const T*>(task_.grad_output) + part_ * task_.grad_part + out_;
     const T* const end = static_cast<const T*>(task_.grad_end);
     const int64_t filled = panels_out_ * kRows;
-    for (int64_t r = 0; r < block.end - block.begin; ++r) {
-      const T* const row = g + (block.begin + r) * task_.grad_stride;
+    for (int64_t r = 0; r < (block.end - block.begin) / kTogether; ++r) {
+      const T* const row = g + (block.begin + r * kTogether) * task_.grad_stride;
+      const T* const other = row + (kTogether - 1) * task_.grad_stride;
       for (int64_t i = 0; i < filled; i += lanes) {
-        const V v = end - row >= i + lanes ? load<V>(row + i) : i < height_ ? load<V>(row + i, height_ - i) : V{};
+        const bool inside = end - other >= i + lanes;
+        const V v = inside || i < height_ ? values_at(row + i, other + i, inside ? lanes : height_ - i) : V{};
         for (int k = 0; k < lanes && i + k < filled; k += together)
           memcpy(panel_g((i + k) / kRows, r) + (i + k) % kRows, reinterpret_cast<const R*>(&v) + k, together * sizeof(R));
       }
@@ -243,7 +274,8 @@ class Tile {
                                                      V* unfinished) const {
     for (const Piece* piece = block.pieces; piece != block.pieces_end; ++piece) {
       V p[K][kColumns];
-      product<V, K>(g + piece->first * kRows, x + piece->first * kColumns, piece->last - piece->first, p);
+      const int64_t first = piece->first / kTogether, rows = piece->last / kTogether - first;
+      product<V, K, paired>(g + first * kRows, x + first * kColumns, rows, p);
       if (!piece->begins) {
 #pragma GCC unroll 8
         for (int a = 0; a < K; ++a)
@@ -348,7 +380,8 @@ class Tile {
     const int64_t groups = task_.parameters.groups;
     for (const Piece* piece = block.pieces; piece != block.pieces_end; ++piece) {
       V p[K][kColumns];
-      product<V, K>(g + piece->first * kRows, x + piece->first * kColumns, piece->last - piece->first, p);
+      const int64_t first = piece->first / kTogether, rows = piece->last / kTogether - first;
+      product<V, K, paired>(g + first * kRows, x + first * kColumns, rows, p);
 #pragma GCC unroll 8
       for (int a = 0; a < K; ++a)
 #pragma GCC unroll 2
@@ -365,12 +398,32 @@ class Tile {
 
 void tile_kernel(const TileTask& task, int64_t first, int64_t last, void* scratch) {
   for (int64_t tile = first; tile < last; ++tile) {
+#if defined(__AVX512BF16__)
+    if (task.paired) {
+      Tile<Register<float>, true>(task, tile, scratch).run(tile);
+      continue;
+    }
+#endif
     if (task.dtype == Dtype::float64) {
-      Tile<Register<double>>(task, tile, scratch).run(tile);
+      Tile<Register<double>, false>(task, tile, scratch).run(tile);
     } else {
-      Tile<Register<float>>(task, tile, scratch).run(tile);
+      Tile<Register<float>, false>(task, tile, scratch).run(tile);
     }
   }
+}
+
+uint16_t least_magnitude(const void* values, int64_t n) {
+#if defined(__AVX512BF16__)
+  const uint16_t* const bits = static_cast<const uint16_t*>(values);
+  uint16_t least = 0xffff;  // less 1, so that zeros come last
+  for (int64_t i = 0; i < n; ++i) {
+    const uint16_t magnitude = uint16_t((bits[i] & 0x7fff) - 1);
+    least = magnitude < least ? magnitude : least;
+  }
+  return least == 0xffff ? 0x7fff : uint16_t(least + 1);
+#else
+  return 0;
+#endif
 }
 
 }  // namespace htv::HTV_LEVEL

@@ -54,6 +54,7 @@ struct TileTask {
   int64_t block_rows;  // of the largest block
   bool long_groups;  // a group reaches into several blocks
   bool few_rows;     // groups are so short that their states should stay in registers
+  bool paired;       // rows of bfloat16 are multiplied two at a time; all groups have an even number of them
   Statistic statistic;
   Parameters parameters;
   const Ranking* ranking;  // of order statistics
@@ -82,6 +83,9 @@ inline int64_t tile_scratch_bytes(const TileTask& task) {
   const int64_t elements = packed + (task.place ? height * width : 0) + kept * per_coordinate;
   return element * elements + (task.ranking ? select_scratch_bytes(*task.ranking) + 64 : 0);
 }
+
+// The least magnitude among values of bfloat16 that are not 0, as bits; 0 where rows cannot be multiplied in pairs.
+HTV_DECLARE_PER_LEVEL(uint16_t least_magnitude(const void* values, int64_t n))
 
 // Computes tiles first <= tile < last; scratch is aligned to 64 bytes.
 HTV_DECLARE_PER_LEVEL(void tile_kernel(const TileTask& task, int64_t first, int64_t last, void* scratch))

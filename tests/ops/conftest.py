@@ -5,7 +5,7 @@ import importlib
 import pytest
 import torch
 
-LEVELS = ("baseline", "avx2", "avx512", "icelake")
+LEVELS = ("baseline", "avx2", "avx512", "icelake", "zen4")
 
 
 @pytest.fixture

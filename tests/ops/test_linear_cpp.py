@@ -196,6 +196,35 @@ def test_any_shape(lengths, out, width, name, share, seed):
     assert torch.equal(value, expected) and mask_sum == expected_sum
 
 
+PAIRED = [([2, 4, 0, 6, 130, 128], 70, 90), ([2] * 40, 9, 33), ([512], 17, 16), ([64] * 3, 130, 300), ([300, 2], 8, 1)]
+
+
+@pytest.mark.parametrize(("lengths", "out", "width"), PAIRED, ids=lambda v: str(v)[:20])
+def test_pairs_of_bfloat16_rows(level, lengths, out, width):
+    """Where every group has an even number of rows, some CPUs multiply two at a time."""
+    x, g, offsets = integers(lengths, out, width, torch.bfloat16)
+    for statistic in itertools.chain(statistics(len(lengths)), inexact_statistics(len(lengths))):
+        found, wanted = cpp(x, g, offsets, statistic), exact(x, g, offsets, statistic)
+        if statistic.name in (*COUNTED, "median"):
+            expected = reference.linear(x, g, offsets, statistic) if statistic.name == "median" else wanted
+            assert torch.equal(found[0], expected[0]) and found[1] == wanted[1]
+        else:
+            by_float32 = cpp(x.float(), g.float(), offsets, statistic)
+            torch.testing.assert_close(found, by_float32)
+
+
+@pytest.mark.parametrize("scale", [2.0**-60, 2.0**-63, 2.0**-66, 2.0**-100])
+def test_bfloat16_products_that_are_denormal_still_vote(level, scale):
+    torch.manual_seed(0)
+    x, g = (torch.randn(60, n).mul(scale).to(torch.bfloat16) for n in (20, 17))
+    x[3, 4], g[5, 6] = 1e-39, 0.0  # a denormal factor beside
+    offsets = offsets_of([4, 20, 0, 36])
+    for statistic in (Statistic("sign_sum"), Statistic("and_mask", 3), Statistic("and_mask", 2)):
+        found, by_float32 = (cpp(*t, offsets, statistic) for t in ((x, g), (x.float(), g.float())))
+        torch.testing.assert_close(found[0], by_float32[0], rtol=1e-4, atol=1e-45)
+        assert found[1] == by_float32[1] and torch.equal(found[0] == 0, by_float32[0] == 0)
+
+
 @pytest.mark.parametrize("lengths", [[1] * 64, [10] * 12], ids=["one row", "ten rows"])
 def test_the_number_of_threads_changes_no_bit(lengths):
     generator = torch.Generator().manual_seed(7)

@@ -23,7 +23,7 @@ def exact(tensors):
 
 
 @cpp
-@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512", "icelake"])
+@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512", "icelake", "zen4"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_kernel(shape, dtype, level, monkeypatch):
