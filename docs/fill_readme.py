@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from htv.bench import floors, plots, report
+from htv.bench import breakdown, floors, plots, report
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO, BENCH = ROOT / "docs/results/demo.json", ROOT / "bench/results/cpu.json"
 FLOORS = ROOT / "bench/results/floors-cpu.json"
+BREAKDOWN = ROOT / "bench/results/breakdown-resnet18.json"
 
 
 def machine(facts: dict) -> str:
@@ -68,9 +69,14 @@ def floors_block() -> str:
     return floors.table(json.loads(FLOORS.read_text()))
 
 
+def breakdown_block() -> str:
+    """Where the time of a step goes that misses its target."""
+    return breakdown.table(json.loads(BREAKDOWN.read_text()))
+
+
 BLOCKS = {
     "README.md": (("demo", DEMO, demo_block), ("bench", BENCH, bench_block)),
-    "docs/performance.md": (("floors", FLOORS, floors_block),),
+    "docs/performance.md": (("floors", FLOORS, floors_block), ("breakdown", BREAKDOWN, breakdown_block)),
 }
 
 

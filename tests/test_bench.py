@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import htv
-from htv.bench import baselines, models, plots, report, run, targets, workloads
+from htv.bench import baselines, breakdown, models, plots, report, run, targets, workloads
 from htv.bench.workloads import PEERS, RULES, WORKLOADS, Stacked, TrainingStep
 
 SETTINGS = run.Settings(threads=torch.get_num_threads(), seconds=0.0, peer_seconds=0.1, rounds=(1, 1), memory=False)
@@ -226,3 +226,17 @@ def test_a_record_is_json():
     assert record["machine"]["threads"] == SETTINGS.threads and record["peers"].keys() == baselines.DISTRIBUTIONS.keys()
     lower, upper = record["workloads"]["small"]["variants"]["mean"]["ms_quartiles"]
     assert 0 < lower <= upper
+
+
+def test_a_breakdown_accounts_for_all_of_a_step():
+    threads = torch.get_num_threads()
+    try:
+        record = breakdown.measure("mlp-relu", threads=1, rounds=2)
+    finally:
+        torch.set_num_threads(threads)
+    assert set(record["wall_ms"]) == {"plain", "mean", "and-mask", "median", "winsorized"}
+    assert "htv::linear" in record["operations_ms"] and "plain" not in record["operations_ms"]["htv::linear"]
+    for variant, wall in record["wall_ms"].items():
+        parts = sum(times.get(variant, 0.0) for times in record["operations_ms"].values())
+        assert parts + record["other_operations_ms"][variant] + record["left_ms"][variant] == pytest.approx(wall)
+    assert all(name in breakdown.table(record) for name in record["operations_ms"])

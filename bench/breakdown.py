@@ -1,0 +1,114 @@
+"""Where a step's time goes: `python -m htv.bench.breakdown WORKLOAD --out FOLDER` writes breakdown-WORKLOAD.json.
+
+Each operation's own time as torch's profiler sees it, medians over steps that took turns; what is left of a step without
+profiler is Python's, the autograd engine's and the dispatcher's.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import statistics
+import sys
+from collections import defaultdict
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from torch.profiler import ProfilerActivity, profile
+
+from htv import machine
+from htv.bench.workloads import WORKLOADS
+from htv.measure import Step, milliseconds
+
+OPERATIONS = ("aten::", "htv::")
+LEFT = "Python, engine, dispatch"
+
+
+def own_times(steps: dict[str, Step], rounds: int) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """variant -> milliseconds of a step, and operation -> variant -> those of them that are the operation's own.
+
+    Of every variant a plain step and a profiled one in turn: what disturbs this machine then hits both alike.
+    """
+    walls: dict[str, list[float]] = defaultdict(list)
+    seen: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for _ in range(rounds):
+        for variant, step in steps.items():
+            walls[variant].append(milliseconds(step, lambda: None))
+            with profile(activities=[ProfilerActivity.CPU]) as profiled:
+                step()
+            for event in profiled.key_averages():
+                if event.key.startswith(OPERATIONS):
+                    seen[event.key][variant].append(event.self_cpu_time_total / 1e3)
+    operations = {name: {v: statistics.median(times) for v, times in by.items()} for name, by in seen.items()}
+    return {variant: statistics.median(times) for variant, times in walls.items()}, operations
+
+
+def measure(name: str, threads: int, rounds: int) -> dict:
+    """The record: wall time of every variant, and the operations of at least 1% of some step."""
+    torch.set_num_threads(threads)
+    workload = WORKLOADS[name]
+    steps = {variant: workload.prepare(variant) for variant in workload.variants if variant not in workload.peers}
+    for step in steps.values():
+        step()
+    walls, operations = own_times(steps, rounds)
+    large = {
+        operation: times
+        for operation, times in operations.items()
+        if any(time > 0.01 * walls[variant] for variant, time in times.items())
+    }
+    spent = {variant: sum(times.get(variant, 0.0) for times in operations.values()) for variant in steps}
+    listed = {variant: sum(times.get(variant, 0.0) for times in large.values()) for variant in steps}
+    return {
+        "command": shlex.join(["python", "-m", "htv.bench.breakdown", *sys.argv[1:]]),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": machine.describe("cpu"),
+        "workload": name,
+        "wall_ms": walls,
+        "operations_ms": dict(sorted(large.items(), key=lambda item: -max(item[1].values()))),
+        "other_operations_ms": {variant: spent[variant] - listed[variant] for variant in steps},
+        "left_ms": {variant: walls[variant] - spent[variant] for variant in steps},
+    }
+
+
+def table(record: dict) -> str:
+    """As Markdown."""
+    variants = list(record["wall_ms"])
+    rows = {
+        "the whole step": record["wall_ms"],
+        **{f"`{operation}`": times for operation, times in record["operations_ms"].items()},
+        "other operations": record["other_operations_ms"],
+        LEFT: record["left_ms"],
+    }
+    lines = [
+        f"Milliseconds of a {record['workload']} step (`{record['command']}`, {record['date'][:10]}, "
+        f"{record['machine']['cpu']}, {record['machine']['threads']} threads, {record['machine']['cpu_capability']}, "
+        f"torch {record['machine']['versions']['torch']}):",
+        "",
+        f"| | {' | '.join(variants)} |",
+        f"|---|{'---|' * len(variants)}",
+    ]
+    for name, times in rows.items():
+        lines.append(f"| {name} | {' | '.join(f'{times[v]:.1f}' if v in times else '-' for v in variants)} |")
+    return "\n".join(lines)
+
+
+def main(
+    workload: Annotated[str, typer.Argument(help="A training step, by the benchmark's name.")],
+    out: Annotated[Path, typer.Option(help="Folder for the record.")] = Path("bench-results"),
+    threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = 2,
+    rounds: Annotated[int, typer.Option(min=2, help="Steps of every variant.")] = 20,
+) -> None:
+    steps = [name for name, one in WORKLOADS.items() if one.kind == WORKLOADS["resnet18"].kind]
+    if workload not in steps:
+        raise typer.BadParameter(f"{workload} is no training step; choose one of {', '.join(steps)}")
+    record = measure(workload, threads, rounds)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"breakdown-{workload}.json").write_text(json.dumps(record, indent=1) + "\n")
+    print(table(record))
+
+
+if __name__ == "__main__":
+    typer.run(main)
