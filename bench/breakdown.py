@@ -1,7 +1,7 @@
 """Where a step's time goes: `python -m htv.bench.breakdown WORKLOAD --out FOLDER` writes breakdown-WORKLOAD.json.
 
-Each operation's own time as torch's profiler sees it, medians over steps that took turns; what is left of a step without
-profiler is Python's, the autograd engine's and the dispatcher's.
+Each operation's own time as torch's profiler sees it, medians over steps that took turns; what is left of a step is
+Python's, the autograd engine's and the dispatcher's.
 """
 
 from __future__ import annotations
