@@ -7,11 +7,9 @@ Python's, the autograd engine's and the dispatcher's.
 from __future__ import annotations
 
 import json
-import shlex
 import statistics
 import sys
 from collections import defaultdict
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated
 
@@ -62,9 +60,7 @@ def measure(name: str, threads: int, rounds: int) -> dict:
     spent = {variant: sum(times.get(variant, 0.0) for times in operations.values()) for variant in steps}
     listed = {variant: sum(times.get(variant, 0.0) for times in large.values()) for variant in steps}
     return {
-        "command": shlex.join(["python", "-m", "htv.bench.breakdown", *sys.argv[1:]]),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": machine.describe("cpu"),
+        **machine.stamp("python", "-m", "htv.bench.breakdown", *sys.argv[1:]),
         "workload": name,
         "wall_ms": walls,
         "operations_ms": dict(sorted(large.items(), key=lambda item: -max(item[1].values()))),

@@ -9,11 +9,9 @@ time over that floor.
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated
 
@@ -171,9 +169,7 @@ def measure(seconds: float = 60.0, only: str = "") -> dict:
             "gap": times[route.name].median / floor,
         }
     return {
-        "command": shlex.join(["python", "-m", "htv.bench.floors", *sys.argv[1:]]),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": machine.describe("cpu"),
+        **machine.stamp("python", "-m", "htv.bench.floors", *sys.argv[1:]),
         "rates": rates,
         "paths": rows,
     }

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import gc
 import json
-import shlex
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
@@ -109,11 +107,9 @@ def measure_all(
         }
     versions = {name: machine.version(distribution) for name, distribution in baselines.DISTRIBUTIONS.items()}
     return {
-        "command": shlex.join(["htv", *sys.argv[1:]]),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **machine.stamp("htv", *sys.argv[1:]),
         "took_seconds": round(time.perf_counter() - begin, 1),
         "settings": asdict(settings),
-        "machine": machine.describe("cpu"),
         "peers": versions,
         "workloads": measured,
     }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+import shlex
+from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 
@@ -69,4 +71,13 @@ def describe(device: str) -> dict[str, object]:
         "cpu_capability": cpu_capability(),
         "threads": torch.get_num_threads(),
         "device": device if device == "cpu" else torch.cuda.get_device_name(device),
+    }
+
+
+def stamp(*command: str) -> dict[str, object]:
+    """How, when and on what a record was measured."""
+    return {
+        "command": shlex.join(command),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": describe("cpu"),
     }
