@@ -33,7 +33,7 @@ def _any(workloads, number: str) -> bool:
     return any(number in row for w in workloads for variant, row in w["variants"].items() if variant != "plain")
 
 
-def _figure(width: float, height: float):
+def canvas(width: float, height: float):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -49,7 +49,7 @@ def _save(figure, path: Path) -> str:
 
 def _bars(steps: dict[str, dict], number: str, title: str):
     """A bar per workload and rule for htv, a mark above it for each baseline; a log scale."""
-    figure = _figure(2.5 + 1.7 * len(steps), 4.4)
+    figure = canvas(2.5 + 1.7 * len(steps), 4.4)
     axes = figure.subplots()
     width = 0.8 / len(COLORS)
     named = set()
@@ -82,7 +82,7 @@ def _bars(steps: dict[str, dict], number: str, title: str):
 def _lines(grows: list[dict]):
     """One panel per axis: ratio to plain of every rule."""
     names = list(dict.fromkeys(workload["axis"] for workload in grows))
-    figure = _figure(1 + 3.6 * len(names), 3.6)
+    figure = canvas(1 + 3.6 * len(names), 3.6)
     panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
     for axes, name in zip(panels, names, strict=True):
         points = [workload for workload in grows if workload["axis"] == name]

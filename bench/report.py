@@ -47,7 +47,7 @@ def markdown(record: dict, pictures: dict[str, str]) -> str:
 def machine(record: dict) -> str:
     """Where, when and with what it was measured."""
     facts = record["machine"]
-    versions = {"torch": facts["versions"]["torch"], **record["peers"]}
+    versions = {"torch": facts["versions"]["torch"], **record.get("peers", {})}
     libraries = ", ".join(f"{name} {version}" for name, version in versions.items() if version != "not installed")
     return f"{record['date'][:10]}, {facts['cpu']}, {facts['threads']} threads, {facts['cpu_capability']}, {libraries}"
 
@@ -60,7 +60,7 @@ def _of_kind(record: dict, kind: str, with_axis: bool = False) -> dict[str, dict
     }
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str | None:
+def table(head: list[str], rows: list[list[str]]) -> str | None:
     """None without rows."""
     if not rows:
         return None
@@ -90,7 +90,7 @@ def steps(record: dict) -> str | None:
         plain = variants["plain"]
         memory = f", {plain['peak_bytes'] / 1e6:.0f} MB" if "peak_bytes" in plain else ""
         rows.append([name, f"{plain['ms']:.0f} ms{memory}", *(_cell(variants.get(rule)) for rule in RULES[1:])])
-    return _table(["forward and backward", *RULES], rows)
+    return table(["forward and backward", *RULES], rows)
 
 
 def peers(record: dict) -> str | None:
@@ -101,7 +101,7 @@ def peers(record: dict) -> str | None:
             others = [workload["variants"].get(f"{method}:{rule}") for method in METHODS]
             if any(others):
                 rows.append([name, rule, _cell(workload["variants"].get(rule)), *map(_cell, others)])
-    return _table(["time and peak memory over plain", "rule", "htv", *METHODS], rows)
+    return table(["time and peak memory over plain", "rule", "htv", *METHODS], rows)
 
 
 def failures(record: dict) -> str | None:
@@ -129,7 +129,7 @@ def stacked(record: dict) -> str | None:
                 rate = f"{row['gb_per_s']:.2g}" if row["gb_per_s"] < 10 else f"{row['gb_per_s']:.0f}"
                 rows.append([shape, variant, f"{row['ms']:.1f} ms", rate, f"{row['of_copy']:.1%}",
                              f"{copy['gb_per_s']:.0f}"])  # fmt: skip
-    return _table(["float32", "statistic", "time", "GB/s", "of the copy's", "copy GB/s"], rows)
+    return table(["float32", "statistic", "time", "GB/s", "of the copy's", "copy GB/s"], rows)
 
 
 def scaling(record: dict) -> str | None:
@@ -139,7 +139,7 @@ def scaling(record: dict) -> str | None:
         + [_cell(workload["variants"].get(rule)) for rule in RULES[1:]]
         for workload in _of_kind(record, "step", with_axis=True).values()
     ]
-    return _table(["three linear layers", *RULES], rows)
+    return table(["three linear layers", *RULES], rows)
 
 
 def targets(record: dict) -> str | None:
@@ -152,7 +152,7 @@ def targets(record: dict) -> str | None:
             number = NUMBERS.get(target.number, target.number)
             rows.append([target.workload, target.variant, number, f"{sign} {wanted:g}", f"{value:.2f}",
                          "met" if target.met(record) else "**not met**"])  # fmt: skip
-    return _table(["workload", "rule", "number", "target", "measured", ""], rows)
+    return table(["workload", "rule", "number", "target", "measured", ""], rows)
 
 
 def on_screen(text: str) -> str:

@@ -168,6 +168,54 @@ def bench(
 
 
 @app.command()
+def experiment(
+    name: Annotated[str | None, typer.Argument(help="Which; without a name, all are listed.")] = None,
+    quick: Annotated[bool, typer.Option(help="A smaller version, within two minutes, to see that it works.")] = False,
+    seeds: Annotated[int | None, typer.Option(min=1, help="How many; each experiment has a default.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for what it writes. Default: experiments, or experiments/quick.")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder of idx files (MNIST's format) for experiments on images. Default: the digits."),
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs side by side, in processes that share the threads.")] = 1,
+) -> None:
+    """Reproduce a result of the papers: the claim beside what is found here.
+
+    Every finished run is kept in NAME.jsonl, and the same command goes on where it was interrupted. Ends with tables, a
+    picture (NAME.png), a report (NAME.md) and every number (NAME.json).
+    """
+    from rich.console import Console
+
+    from htv.data import DataError
+    from htv.experiments import NAMES
+    from htv.experiments.experiment import load
+    from htv.experiments.records import RecordsError
+    from htv.experiments.run import run
+
+    if name is None:
+        width = max(map(len, NAMES))
+        for known, title in NAMES.items():
+            typer.echo(f"{known:{width}}  {title}")
+        return
+    try:
+        chosen = load(name)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="NAME") from error
+    if data is not None and not chosen.images:
+        raise typer.BadParameter(f"{name} makes its own data and takes no images", param_hint="--data")
+    out = out or Path("experiments", "quick" if quick else "")
+    _check_folder(out)
+    try:
+        run(chosen, quick, seeds, data, out, jobs, Console())
+    except DataError as error:
+        raise typer.BadParameter(str(error), param_hint="--data") from error
+    except RecordsError as error:
+        raise typer.BadParameter(str(error), param_hint="--out") from error
+
+
+@app.command()
 def info() -> None:
     """Show versions, how the package was built, and which backends serve here, or why not."""
     from rich.console import Console

@@ -22,7 +22,7 @@ LAYERS = [
     ["htv.batchnorm", "htv.check", "htv.explain"],
     ["htv.data", "htv.methods", "htv.distributed", "htv.integrations"],
     ["htv.bench"],
-    ["htv.demo"],
+    ["htv.demo", "htv.experiments"],
     ["htv.cli"],
     ["htv.__main__"],
 ]

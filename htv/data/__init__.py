@@ -1,8 +1,9 @@
-"""Real images for the demo and the tests: nothing is downloaded."""
+"""Images, label noise, and problems with environments: nothing is downloaded."""
 
 from htv.data.dataset import DataError, Dataset
 from htv.data.digits import digits
+from htv.data.environments import linear_environments
 from htv.data.idx import idx_folder
 from htv.data.noise import label_noise
 
-__all__ = ["DataError", "Dataset", "digits", "idx_folder", "label_noise"]
+__all__ = ["DataError", "Dataset", "digits", "idx_folder", "label_noise", "linear_environments"]
