@@ -87,14 +87,14 @@ def _one_block(parts: list[Factors], statistic: Statistic) -> tuple[Tensor, Tens
             return (sparse.streaming if statistic.name in STREAMING else sparse.order)(first, statistic)
         style = paths.style_of(first, statistic.name, first.device)
         if style == "fused":
-            if isinstance(first, ConvFactors):
-                return _fused_conv(first, statistic)
-            return _fused_linear(first, statistic, backend.choose("linear", statistic.name, first.device))
+            return (_fused_conv if isinstance(first, ConvFactors) else _fused_linear)(first, statistic)
         if style == "by group":
             return _by_group(parts, statistic)
     tied = len(parts) == 2 and {type(part) for part in parts} == {LinearFactors, EmbeddingFactors}
-    if tied and paths.style_of(LinearFactors, statistic.name, first.device) == "fused":
-        return _tied(*sorted(parts, key=lambda part: isinstance(part, EmbeddingFactors)), statistic)
+    if tied:
+        linear, embedding = sorted(parts, key=lambda part: isinstance(part, EmbeddingFactors))
+        if paths.style_of(linear, statistic.name, linear.device) == "fused":
+            return _tied(linear, embedding, statistic)
     if statistic.name in STREAMING and any(isinstance(part, GroupwiseFactors) for part in parts):
         return _by_group(parts, statistic)
     return sliced.sliced(parts, statistic)
@@ -105,7 +105,8 @@ def _by_group(parts: list[Factors], statistic: Statistic) -> tuple[Tensor, Tenso
     return value * parts[0].count, mask_sum
 
 
-def _fused_linear(part: LinearFactors, statistic: Statistic, server: str) -> tuple[Tensor, Tensor]:
+def _fused_linear(part: LinearFactors, statistic: Statistic) -> tuple[Tensor, Tensor]:
+    server = paths.server("linear", part, statistic.name, part.device)
     return _fused(part.x, part.grad_output, part.bounds, statistic, server)
 
 
@@ -116,13 +117,13 @@ def _fused(x: Tensor, grad_output: Tensor, bounds: Tensor, statistic: Statistic,
 
 def _fused_conv(part: ConvFactors, statistic: Statistic) -> tuple[Tensor, Tensor]:
     """By the convolution's own kernel, or block by block as linear layers of the windows that positions see."""
-    server = backend.choose("conv", statistic.name, part.device)
+    server = paths.server("conv", part, statistic.name, part.device)
     if server != "reference":
         g = part.geometry
         sizes = part.kernel, g.stride, g.padding, g.dilation, g.groups
         factors = _dense(part.x), _dense(part.grad_output), part.bounds
         return backend.operator("conv", server)(*factors, *sizes, *schema.numbers(statistic))
-    server = backend.choose("linear", statistic.name, part.device)
+    server = paths.server("linear", part, statistic.name, part.device)
     value = torch.zeros(part.shape, dtype=part.dtype, device=part.device)
     mask_sum = torch.zeros((), dtype=torch.float64, device=part.device)
     bounds = part.row_bounds

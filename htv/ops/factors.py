@@ -103,10 +103,10 @@ class LinearFactors(Factors):
             grad_output.index_copy_(0, to, part.grad_output)
         return LinearFactors(x, grad_output, bounds)
 
-    @property
-    def at_most_one_row(self) -> bool:
-        """Whether no group has more than one row: contributions are outer products."""
-        return bool((self.bounds.diff() <= 1).all())
+    @functools.cached_property
+    def longest(self) -> int:
+        """The most rows that a group has; where it is one, contributions are outer products."""
+        return int(self.bounds.diff().max())
 
     def transposed(self) -> LinearFactors:
         """Factors of the transposed parameter."""

@@ -43,11 +43,13 @@ def stacked(grads: Tensor, statistic: Statistic) -> tuple[Tensor, Tensor]:
     if grads.numel() == 0:
         return reference.stacked(grads, Statistic("mean"))
     flat = grads.reshape(len(grads), -1).contiguous()
-    server = backend.choose("stacked", statistic.name, grads.device)
+    server = backend.choose(
+        backend.Problem("stacked", statistic.name, grads.device, reference.compute_dtype(grads.dtype))
+    )
     operator = backend.operator("stacked", server).default
     if server == "reference":
         value, mask_sum = reference.stacked(flat, statistic)
-    elif grads.requires_grad and torch.is_grad_enabled():
+    elif (grads.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling():
         value, mask_sum = operator(flat, *schema.numbers(statistic))
     else:
         with torch._C._AutoDispatchBelowAutograd():  # which is written in Python and takes as long as a small op

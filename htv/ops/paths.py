@@ -27,20 +27,45 @@ def path(kind: type[Factors] | Factors, rule: Rule, device: torch.device) -> str
     """How a parameter with one use of this kind is served, and by which backend where one is chosen.
 
     kind: factors, or their class, which stands for sizes that are not extreme (a convolution that is not depthwise).
-    Returns "plain sum", "stacked (...)", "fused (...)", "sliced (...)", "sparse", "sparse, sliced (...)" or "by group".
+    Returns "plain sum", "stacked (...)", "fused (...)", "sliced (...)", "sparse", "sparse (...)", "sparse, sliced
+    (...)" or "by group"; of a class of linear layers both ways, where one row per group is served otherwise than many.
     """
     if isinstance(rule, Mean):
         return "plain sum"
     name = rule.statistic(1 << 30).name  # which statistic does not depend on the number of groups
+    found = _path(kind, name, device)
+    if isinstance(kind, type) and issubclass(kind, LinearFactors):
+        one_row = _path(_OneRow, name, device)
+        return found if one_row == found else f"{found}; one row per group: {one_row}"
+    return found
+
+
+class _OneRow(LinearFactors):
+    """Stands for linear layers whose groups have one row each."""
+
+
+def _path(kind: type[Factors] | Factors, name: str, device: torch.device) -> str:
     style = style_of(kind, name, device)
     if style == "fused":
-        op = "conv" if _is_conv(kind) and backend.choose("conv", name, device) != "reference" else "linear"
-        return f"fused ({backend.choose(op, name, device)})"
+        convolves = _is_conv(kind) and server("conv", kind, name, device) != "reference"
+        return f"fused ({server('conv' if convolves else 'linear', kind, name, device)})"
     if style == "by group":
         return style
-    if style == "sparse" and name in STREAMING:
-        return style
-    return f"{'sparse, sliced' if style == 'sparse' else style} ({backend.choose('stacked', name, device)})"
+    if style == "sparse":
+        by = server("embedding", kind, name, device)
+        if by != "reference" or name in STREAMING:
+            return "sparse" if by == "reference" else f"sparse ({by})"
+    return f"{'sparse, sliced' if style == 'sparse' else style} ({server('stacked', kind, name, device)})"
+
+
+def server(op: str, part: type[Factors] | Factors, name: str, device: torch.device) -> str:
+    """The backend that serves an op for factors such as these; a class stands for float32 and many rows per group."""
+    if isinstance(part, ViewFactors):
+        part = part.inner
+    if isinstance(part, type):
+        return backend.choose(backend.Problem(op, name, device, longest=1 if part is _OneRow else None))
+    longest = part.longest if isinstance(part, LinearFactors) else None
+    return backend.choose(backend.Problem(op, name, device, part.dtype, longest))
 
 
 def style_of(part: type[Factors] | Factors, name: str, device: torch.device) -> str:
@@ -58,13 +83,13 @@ def style_of(part: type[Factors] | Factors, name: str, device: torch.device) -> 
         return "sparse"
     if issubclass(kind, GroupwiseFactors):
         return "by group" if name in STREAMING else "sliced"
-    fuses = _fuses(part, name, device)
+    fuses = server("linear", part, name, device) != "reference"
     if issubclass(kind, LinearFactors):
         return "fused" if fuses else "sliced"
     if not _is_conv(kind):
         return "sliced"
     sized = isinstance(part, ConvFactors)
-    if backend.choose("conv", name, device) != "reference":
+    if server("conv", part, name, device) != "reference":
         return "fused"
     if sized and part.geometry.groups > 1 and part.outputs < (FEW_OUTPUTS if part.folds_well else 4):
         return "sliced"
@@ -73,14 +98,6 @@ def style_of(part: type[Factors] | Factors, name: str, device: torch.device) -> 
     if sized and not (fuses and part.fits_linear):
         return "by group"
     return "fused" if fuses else "by group"
-
-
-def _fuses(part: type[Factors] | Factors, name: str, device: torch.device) -> bool:
-    """Whether a kernel of `linear` takes rows such as these factors'."""
-    server = backend.choose("linear", name, device)
-    if server == "cuda":
-        return isinstance(part, LinearFactors) and part.at_most_one_row
-    return server != "reference"
 
 
 def _is_conv(part: type[Factors] | Factors) -> bool:

@@ -82,6 +82,7 @@ _SIGNATURES = {
     "embedding": "(Tensor grad_output, Tensor ids, Tensor voter, int num_embeddings, int groups,"
     f" {_NUMBERS}) -> (Tensor, Tensor)",
 }
+OPS = tuple(_SIGNATURES)
 TRITON = ("stacked", "linear", "conv")  # ops that Triton has kernels for
 
 library = torch.library.Library("htv", "DEF")

@@ -17,7 +17,7 @@ from htv.rules import Statistic
 
 def streaming(part: EmbeddingFactors, statistic: Statistic) -> tuple[Tensor, Tensor]:
     """Embedding tables: pairs of token and group, and everything else counted as the zeros it is."""
-    if backend.choose("embedding", statistic.name, part.device) != "reference":
+    if backend.choose(backend.Problem("embedding", statistic.name, part.device, part.dtype)) != "reference":
         grad, ids, voter = (t.contiguous() for t in (part.grad_output, part.ids.long(), part.voter))
         return torch.ops.htv.embedding(grad, ids, voter, part.shape[0], part.count, *schema.numbers(statistic))
     value = torch.zeros(part.shape, dtype=part.dtype, device=part.device)

@@ -340,7 +340,7 @@ def test_paths_tell_the_truth():
         "depthwise": ("fused", "fused"), "embedding": ("sparse", "sparse, sliced"), "stacked": ("stacked", "stacked"),
         "bilinear": ("sliced", "sliced"), "groupwise": ("by group", "sliced"),
     }  # fmt: skip
-    compiled = backend.choose("linear", "and_mask", torch.device("cpu")) != "reference"
+    compiled = backend.choose(backend.Problem("linear", "and_mask", torch.device("cpu"))) != "reference"
     for name, (streaming, order) in kinds.items():
         part = CASES[name]().parts[0]
         for rule, style in ((htv.AndMask(0.4), streaming), (htv.Median(), order)):
