@@ -398,6 +398,20 @@ class Handle:
             for served in self._served.values():
                 served.accumulate(None)
 
+    @contextmanager
+    def examined(self, see: Callable[[str, list[Factors]], None]) -> Iterator[None]:
+        """Show what backwards record to a function, before it is aggregated, where forward and backward are inside.
+
+        see: called as see(name, parts) once per served parameter and backward; the parameter's contributions are the
+             sums of the parts' (`htv.ops.factors`, `htv.ops.agreement`). `stats` is not updated inside.
+        """
+        before = self.collects_stats, self.examine
+        self.collects_stats, self.examine = True, see
+        try:
+            yield
+        finally:
+            self.collects_stats, self.examine = before
+
     def stats(self) -> dict[str, Agreement]:
         """Per parameter, `kept_fraction`, `mean_agreement` and `m_coherence` of its last backward.
 

@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
+NoiseKind = Literal["other", "uniform", "permuted"]
 
-def label_noise(labels: Tensor, rate: float, num_classes: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Change a share of the labels to another class each, drawn uniformly from the other classes.
 
-    labels: (N,) int64 in [0, num_classes), on the CPU.
-    Returns the noisy labels (N,) int64 and which were changed (N,) bool, exactly ``round(rate * N)`` of them.
+def label_noise(
+    labels: Tensor, rate: float, num_classes: int, seed: int, kind: NoiseKind = "other"
+) -> tuple[Tensor, Tensor]:
+    """Give ``round(rate * N)`` labels, drawn without replacement, new values.
+
+    labels:  (N,) int64 in [0, num_classes), on the CPU.
+    rate:    in [0, 1].
+    kind:    "other": each drawn from the other classes, so that every one of them is wrong; "uniform": drawn from all
+             classes, right by chance in one of num_classes cases (what papers mean by random labels); "permuted":
+             exchanged among the examples drawn, so that classes stay as frequent as they are.
+
+    Returns the noisy labels (N,) int64 and which differ from the true ones (N,) bool.
     """
     if not 0 <= rate <= 1:
         raise ValueError(f"rate must lie in [0, 1], got {rate!r}")
     if num_classes < 2:
         raise ValueError(f"num_classes must be at least 2 for a label to be wrong, got {num_classes}")
     generator = torch.Generator().manual_seed(seed)
-    changed = torch.randperm(len(labels), generator=generator)[: round(rate * len(labels))]
-    offsets = torch.randint(1, num_classes, (len(changed),), generator=generator)
-    noisy, mask = labels.clone(), torch.zeros(len(labels), dtype=torch.bool)
-    noisy[changed] = (labels[changed] + offsets) % num_classes
-    mask[changed] = True
-    return noisy, mask
+    chosen = torch.randperm(len(labels), generator=generator)[: round(rate * len(labels))]
+    if kind == "other":
+        offsets = torch.randint(1, num_classes, (len(chosen),), generator=generator)
+        new = (labels[chosen] + offsets) % num_classes
+    elif kind == "uniform":
+        new = torch.randint(0, num_classes, (len(chosen),), generator=generator)
+    elif kind == "permuted":
+        new = labels[chosen[torch.randperm(len(chosen), generator=generator)]]
+    else:
+        raise ValueError(f"kind must be 'other', 'uniform' or 'permuted', got {kind!r}")
+    noisy = labels.clone()
+    noisy[chosen] = new
+    return noisy, noisy != labels

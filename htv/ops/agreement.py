@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from htv.ops import aggregate, blocks, functional, sliced
 from htv.ops.factors import Factors
@@ -46,6 +47,22 @@ def agreement(parts: list[Factors], rule: Rule) -> Agreement:
     coordinates = math.prod(first.shape)
     coherence = total_energy / energy if energy > 0 else math.nan
     return Agreement(kept / coordinates, agreeing / (first.count * coordinates), coherence)
+
+
+def squared_norms(parts: list[Factors]) -> Tensor:
+    """(E,) float64, the squared norms of contributions that are the sums of the parts'."""
+    blocks.require_same_voters(parts)
+    apart = [blocks.joined(block) for block in blocks.blocks(parts)]
+    if all(len(block) == 1 for block in apart):
+        return sum(block[0].squared_norms() for block in apart)
+    joined = blocks.joined(parts)
+    return sum(box.flatten(1).double().square().sum(dim=1) for _, _, box in sliced.slices(joined))
+
+
+def projections(parts: list[Factors], direction: Tensor) -> Tensor:
+    """(E,) float64, the inner products of such contributions with a direction of the parameter's shape."""
+    blocks.require_same_voters(parts)
+    return sum(part.projections(direction.to(part.dtype)) for part in parts)
 
 
 _MASKED = ("and_mask", "xor_mask", "geometric_mean", "sand_mask")

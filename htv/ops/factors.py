@@ -56,6 +56,11 @@ class Factors:
         found = [self.one(e).double().square().sum() for e in range(self.count)]
         return torch.stack(found)
 
+    def projections(self, direction: Tensor) -> Tensor:
+        """(E,) float64, the inner products <c_e, direction>. direction: (*shape) in `dtype`."""
+        found = [(self.one(e) * direction).sum(dtype=torch.float64) for e in range(self.count)]
+        return torch.stack(found)
+
 
 class StackedFactors(Factors):
     """Contributions that are stored: small beside the activations they come from (biases, norms, positions)."""
@@ -77,6 +82,9 @@ class StackedFactors(Factors):
 
     def squared_norms(self) -> Tensor:
         return self.values.reshape(self.count, -1).double().square().sum(dim=1)
+
+    def projections(self, direction: Tensor) -> Tensor:
+        return self.values.reshape(self.count, -1).double() @ direction.double().flatten()
 
 
 class LinearFactors(Factors):
@@ -151,6 +159,11 @@ class LinearFactors(Factors):
             grams = [torch.bmm(t, t.transpose(1, 2)) for t in grams]
             found[start:stop] = (grams[0] * grams[1]).sum(dim=(1, 2)).clamp(min=0)
         return found
+
+    def projections(self, direction: Tensor) -> Tensor:
+        """A row's is g_r . (direction x_r): one forward of the layer, with the direction for its weight."""
+        forward = self.x.to(self.dtype) @ direction.t()
+        return segment_sum((forward * self.grad_output).sum(dim=1, dtype=torch.float64), self.bounds)
 
 
 class ConvFactors(Factors):
@@ -321,6 +334,18 @@ class ConvFactors(Factors):
             found.append(rows.squared_norms())
         return torch.cat(found)
 
+    def projections(self, direction: Tensor) -> Tensor:
+        """As those of a linear layer: one forward of the convolution, with the direction for its weight."""
+        geometry, none = self.geometry, [0] * len(self.kernel)
+        each = torch.zeros(len(self.x), dtype=torch.float64, device=self.device)
+        if len(self.x):
+            forward = torch.ops.aten.convolution(
+                self.x.to(self.dtype), direction, None, geometry.stride, geometry.padding, geometry.dilation,
+                False, none, geometry.groups,
+            )  # fmt: skip
+            each = (forward * self.grad_output).flatten(1).sum(dim=1, dtype=torch.float64)
+        return segment_sum(each, self.bounds)
+
     def one(self, group: int) -> Tensor:
         samples = slice(*self.bounds[group : group + 2].tolist())
         x, grad_output = self.x[samples].to(self.dtype), self.grad_output[samples].to(self.dtype)
@@ -423,6 +448,11 @@ class EmbeddingFactors(Factors):
         norms = self.pairs.values.double().square().sum(dim=1)[order]
         return segment_sum(norms, _offsets(voter.bincount(minlength=self.count)))
 
+    def projections(self, direction: Tensor) -> Tensor:
+        each = (self.grad_output * direction[self.ids]).sum(dim=1, dtype=torch.float64)
+        voter, order = self.voter.sort(stable=True)
+        return segment_sum(each[order], _offsets(voter.bincount(minlength=self.count)))
+
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
@@ -516,6 +546,10 @@ class ViewFactors(GroupwiseFactors):
 
     def squared_norms(self) -> Tensor:
         return self.inner.squared_norms()
+
+    def projections(self, direction: Tensor) -> Tensor:
+        whole = torch.empty_like(self._like, device=direction.device, dtype=direction.dtype)  # laid out as it is
+        return self.inner.projections(self.shown(whole.copy_(direction)))
 
     def placed(self, value: Tensor) -> Tensor:
         """A tensor of the view's size at its place among zeros, in the parameter's shape."""

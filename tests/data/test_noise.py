@@ -1,4 +1,4 @@
-"""Label noise: exactly as many as asked, each truly wrong, each other class equally likely."""
+"""Label noise: as many as asked, wrong or by chance right as the kind says."""
 
 import pytest
 import torch
@@ -42,3 +42,33 @@ def test_a_rate_that_is_no_share_is_refused(rate):
 def test_one_class_cannot_be_wrong():
     with pytest.raises(ValueError, match="num_classes"):
         label_noise(torch.zeros(4, dtype=torch.int64), 0.5, 1, seed=0)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    n=st.integers(0, 200), rate=st.floats(0, 1), seed=st.integers(0, 2**31),
+    kind=st.sampled_from(["uniform", "permuted"])
+)  # fmt: skip
+def test_every_kind_touches_no_more_than_the_share_and_tells_what_changed(n, rate, seed, kind):
+    labels = torch.randint(0, 5, (n,), generator=torch.Generator().manual_seed(7))
+    noisy, wrong = label_noise(labels, rate, 5, seed, kind)
+    assert torch.equal(noisy != labels, wrong) and wrong.sum() <= round(rate * n)
+    assert ((noisy >= 0) & (noisy < 5)).all()
+    assert torch.equal(noisy, label_noise(labels, rate, 5, seed, kind)[0])
+    if kind == "permuted":
+        assert torch.equal(noisy.bincount(minlength=5), labels.bincount(minlength=5))
+
+
+def test_uniform_noise_is_right_by_chance_and_permuted_noise_keeps_rare_classes_rare():
+    labels = (torch.arange(100_000) % 10 == 0).long()  # one in ten is of class 1
+    uniform, wrong = label_noise(labels, 0.5, 10, seed=0, kind="uniform")
+    assert wrong.double().mean() == pytest.approx(0.5 * 0.9, abs=0.01)
+    assert uniform.bincount(minlength=10)[2:].double().mean() == pytest.approx(5000, rel=0.02)
+    permuted, wrong = label_noise(labels, 0.5, 10, seed=0, kind="permuted")
+    assert wrong.double().mean() == pytest.approx(0.5 * 2 * 0.1 * 0.9, abs=0.005)
+    assert permuted.sum() == 10_000
+
+
+def test_an_unknown_kind_is_refused():
+    with pytest.raises(ValueError, match="kind must be 'other', 'uniform' or 'permuted', got 'random'"):
+        label_noise(torch.zeros(4, dtype=torch.int64), 0.5, 10, seed=0, kind="random")

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import htv
 from htv.groups import Groups, Place, Voters
 from htv.ops import aggregate, backend, factors, paths
-from htv.ops.agreement import agreement
+from htv.ops.agreement import agreement, projections, squared_norms
 from htv.ops.factors import (
     BilinearFactors,
     ConvFactors,
@@ -218,6 +218,16 @@ def test_one_total_and_norms(name):
     for part in case.parts:
         norms = [part.one(e).square().sum() for e in range(E)]
         torch.testing.assert_close(part.squared_norms(), torch.stack(norms), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_norms_and_projections_of_all_uses_together(name):
+    case = CASES[name]()
+    flat = case.contributions.reshape(E, -1)
+    direction = torch.randn(case.contributions.shape[1:], dtype=torch.float64)
+    found = projections(case.parts, direction)
+    torch.testing.assert_close(found, flat @ direction.flatten(), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(squared_norms(case.parts), flat.square().sum(1), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("rule", [r for r in RULES if r.streaming], **by_name)

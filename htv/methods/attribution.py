@@ -1,0 +1,193 @@
+"""Which examples a training step serves: shares of the gradient by tag, and when each example was learnt.
+
+Chatterjee 2020, "Coherent gradients", arXiv 2002.10657.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from htv.attach import Handle
+from htv.ops.agreement import projections
+from htv.ops.factors import Factors
+
+__all__ = ["Attribution", "Influence", "LearntTracker", "StepShares", "adjusted_overfit", "proper_accuracy"]
+
+
+@dataclass(frozen=True)
+class StepShares:
+    """Of one minibatch gradient g, with g_p and g_c the parts its pristine and corrupt examples make up.
+
+    pristine, corrupt:  f_p = <g, g_p> / <g, g> and f_c, which add up to 1; NaN where g is zero.
+    null:               (low, high), the central 95 % of f_p where tags are permuted over the data set.
+    """
+
+    pristine: float
+    corrupt: float
+    null: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Influence:
+    """Sums over the steps so far, per example: i_p = sum_t <g_t, g_t^p> / number of pristine examples; i_c likewise.
+
+    A step of learning rate eta lowers the loss by about eta <g_t, g_t>: i tells who it was for.
+    null:  (low, high), the central 95 % of i_p where tags are permuted.
+    """
+
+    pristine: float
+    corrupt: float
+    null: tuple[float, float]
+
+
+class Attribution:
+    """Shares of pristine and corrupt examples in every gradient of a training run, beside what chance would give.
+
+        with htv.attach(model, rule) as handle:
+            attribution = Attribution(handle, corrupt)
+            for ids, x, y in loader:
+                with attribution.step(ids):
+                    criterion(model(x), y).backward()
+                optimizer.step()
+
+    g_t is the plain gradient of the batch whatever the rule, and its inner products with each example's part come from
+    what backward records anyway (about one more forward): memory is one number per example of the data set and a null
+    tag per permutation. Use `htv.Mean()` for plain training.
+
+    handle:        of an attached model, whose examples vote one by one.
+    corrupt:       (N,) bool, by example of the data set.
+    permutations:  how many null worlds; each is one permutation of the tags for the whole run.
+
+    steps:         `StepShares` of every step.
+    scores:        (N,) float64, sum_t <g_t, g_t^e> of each example e, in units of the loss as it was backpropagated.
+    """
+
+    def __init__(self, handle: Handle, corrupt: Tensor, permutations: int = 100, seed: int = 0):
+        if corrupt.dim() != 1 or corrupt.dtype != torch.bool or len(corrupt) == 0:
+            raise ValueError(
+                "corrupt must be a boolean tensor of shape (N,), one tag per example of the data set; got shape "
+                f"{tuple(corrupt.shape)} and dtype {corrupt.dtype}"
+            )
+        if permutations < 1:
+            raise ValueError(f"permutations must be at least 1, got {permutations}")
+        self.handle, self.corrupt = handle, corrupt.cpu()
+        generator = torch.Generator().manual_seed(seed)
+        worlds = [self.corrupt[torch.randperm(len(corrupt), generator=generator)] for _ in range(permutations)]
+        self._null = torch.stack(worlds)  # (permutations, N)
+        self.scores = torch.zeros(len(corrupt), dtype=torch.float64)
+        self.steps: list[StepShares] = []
+
+    @contextmanager
+    def step(self, ids: Tensor) -> Iterator[None]:
+        """Forward and backward of one batch go inside. ids: (B,) integers in [0, N), the batch's examples in order."""
+        ids = ids.cpu()
+        if ids.dim() != 1 or ids.dtype.is_floating_point or ids.dtype == torch.bool:
+            raise ValueError(f"ids must be a 1-D tensor of integers, got shape {tuple(ids.shape)}, dtype {ids.dtype}")
+        if len(ids) and not (0 <= int(ids.min()) and int(ids.max()) < len(self.corrupt)):
+            raise ValueError(f"ids must lie in [0, {len(self.corrupt)}), got {int(ids.min())} to {int(ids.max())}")
+        products = torch.zeros(len(ids), dtype=torch.float64)
+        seen: set[str] = set()
+
+        def see(name: str, parts: list[Factors]) -> None:
+            if name in seen:
+                raise RuntimeError(f"step() takes one backward, but parameter {name!r} had two: one block per backward")
+            found = projections(parts, sum(part.total().to(part.dtype) for part in parts)).cpu()
+            if len(found) != len(ids):
+                raise ValueError(
+                    f"parameter {name!r} saw {len(found)} groups, but ids names {len(ids)} examples: pass the id of "
+                    "every example of the batch, and let examples vote one by one"
+                )
+            seen.add(name)
+            products.add_(found)
+
+        with self.handle.examined(see):
+            yield
+        if not seen:
+            raise RuntimeError("step() saw no gradient: run the model's forward and backward inside the block")
+        self._note(ids, products)
+
+    def _note(self, ids: Tensor, products: Tensor) -> None:
+        """products: (B,), <g, g_e>."""
+        whole, corrupt = products.sum(), self.corrupt[ids]
+        shares = [(products[tag].sum() / whole).item() if whole else math.nan for tag in (~corrupt, corrupt)]
+        worlds = (~self._null[:, ids]).double() @ products
+        self.steps.append(StepShares(*shares, _central(worlds / whole)))
+        self.scores.index_add_(0, ids, products)
+
+    def influence(self) -> Influence:
+        """i_p and i_c of the steps so far; NaN for a tag no example has."""
+        pristine = ~self.corrupt
+        means = [self.scores[tag].mean().item() for tag in (pristine, self.corrupt)]
+        return Influence(*means, _central((~self._null).double() @ self.scores / pristine.sum()))
+
+
+def _central(values: Tensor) -> tuple[float, float]:
+    low, high = torch.quantile(values, torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
+    return low, high
+
+
+class LearntTracker:
+    """When each example of a data set was learnt, from repeated looks at who is classified correctly.
+
+    first:  (N,) int64, the step of the first look at which the example was correct; -1 if none was.
+    last:   (N,) int64, the step of the look since which it has been correct at every one; -1 if it is not correct now.
+    """
+
+    def __init__(self, examples: int):
+        if examples < 1:
+            raise ValueError(f"examples must be at least 1, got {examples}")
+        self.first, self.last = (torch.full((examples,), -1, dtype=torch.int64) for _ in range(2))
+        self._step = -1
+
+    def update(self, step: int, ids: Tensor, correct: Tensor) -> None:
+        """A look after `step` steps (never fewer than before). ids: (B,) integers; correct: (B,) bool, in their order.
+
+        Examples that are not looked at stay as they are.
+        """
+        if step < max(self._step, 0):
+            raise ValueError(f"step must not be negative nor go back, got {step} after {self._step}")
+        ids, correct = ids.cpu(), correct.cpu()
+        if ids.shape != correct.shape or ids.dim() != 1 or correct.dtype != torch.bool:
+            raise ValueError(
+                f"ids and correct must both be (B,), correct boolean; got {tuple(ids.shape)}, {tuple(correct.shape)}, "
+                f"{correct.dtype}"
+            )
+        self._step = step
+        now, wrong = ids[correct], ids[~correct]
+        self.first[now] = torch.where(self.first[now] < 0, step, self.first[now])
+        self.last[now] = torch.where(self.last[now] < 0, step, self.last[now])
+        self.last[wrong] = -1
+
+
+def proper_accuracy(accuracy: float, rate: float, num_classes: int = 10, kind: str = "uniform") -> float:
+    """The training accuracy, under label noise, of a classifier that predicts the truth as often as on clean data.
+
+    accuracy:  on clean (validation) data.
+    rate:      of label noise.
+    kind:      as for `htv.data.label_noise`: "uniform" labels are right by chance in one of num_classes cases; "other"
+               ones only where the classifier errs. "permuted" ones are like uniform ones where classes are balanced.
+    """
+    for name, value in {"accuracy": accuracy, "rate": rate}.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} must lie in [0, 1], got {value!r}")
+    if num_classes < 2:
+        raise ValueError(f"num_classes must be at least 2, got {num_classes}")
+    if kind not in ("uniform", "permuted", "other"):
+        raise ValueError(f"kind must be 'uniform', 'permuted' or 'other', got {kind!r}")
+    by_chance = (1 - accuracy) / (num_classes - 1) if kind == "other" else 1 / num_classes
+    return rate * by_chance + (1 - rate) * accuracy
+
+
+def adjusted_overfit(
+    train_accuracy: float, accuracy: float, rate: float, num_classes: int = 10, kind: str = "uniform"
+) -> float:
+    """Training accuracy beyond `proper_accuracy`: what was learnt of the noise by heart."""
+    if not 0 <= train_accuracy <= 1:
+        raise ValueError(f"train_accuracy must lie in [0, 1], got {train_accuracy!r}")
+    return train_accuracy - proper_accuracy(accuracy, rate, num_classes, kind)

@@ -1,0 +1,230 @@
+"""Coherent gradients: how far the examples of a data set agree, and the rules that suppress what few of them ask for.
+
+Chatterjee 2020, "Coherent gradients", arXiv 2002.10657; Zielinski, Krishnan, Chatterjee 2020, "Weak and strong gradient
+directions", arXiv 2003.07422; Chatterjee & Zielinski 2020, on m-coherence.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from htv.attach import attach
+from htv.ops.agreement import squared_norms
+from htv.ops.factors import Factors
+from htv.rules import Mean, Median, MedianOfMeans, Rule, WinsorizedMean
+
+__all__ = ["M3", "Coherence", "ModelCoherence", "generalisation_bound", "measure_coherence", "winsorized"]
+
+Batch = TypeVar("Batch")
+
+M3 = MedianOfMeans(3)  # of a shuffled minibatch: its thirds vote, coordinate by coordinate
+
+
+def winsorized(percentile: float) -> Rule:
+    """The rule of winsorized gradient descent: clip every coordinate to its c-th and (100 - c)-th percentile.
+
+    percentile:  c in [0, 50]. 0 is `Mean()`, 50 is `Median()`; in between, percentiles are values of the batch (nearest
+                 rank, no interpolation): ``round(c / 100 * (E - 1))`` values per side, resolved when E is known. For
+                 100 examples c clips to the (c + 1)-th smallest and largest; for 32, c = 1 changes nothing.
+
+    Ranks exactly between two values go to the even one on both sides, so that the rule stays odd. (NumPy's percentiles
+    would, for an even number of examples, take one value more on one side.)
+    """
+    if isinstance(percentile, bool) or not isinstance(percentile, Real):
+        raise TypeError(f"percentile must be a number in [0, 50], got {percentile!r}")
+    if not 0 <= percentile <= 50:  # also catches NaN
+        raise ValueError(f"percentile must lie in [0, 50], got {percentile!r}: 0 is the mean, 50 the median")
+    if percentile == 0:
+        return Mean()
+    return Median() if percentile == 50 else WinsorizedMean(percentile / 100)
+
+
+@dataclass(frozen=True)
+class Coherence:
+    """How far m gradients g_1..g_m agree, told by two sums that add up over examples and over coordinates.
+
+    count:         m.
+    total_energy:  ||sum_i g_i||^2.
+    energy:        sum_i ||g_i||^2.
+    """
+
+    count: int
+    total_energy: float
+    energy: float
+
+    @staticmethod
+    def of(grads: Tensor) -> Coherence:
+        """From stacked gradients (m, *shape)."""
+        if grads.dim() < 1 or len(grads) == 0:
+            raise ValueError(f"grads must have shape (m, *shape) with m >= 1, got {tuple(grads.shape)}")
+        wide = grads.reshape(len(grads), -1).double()
+        return Coherence(len(wide), wide.sum(dim=0).square().sum().item(), wide.square().sum().item())
+
+    @property
+    def m_coherence(self) -> float:
+        """``m * alpha``: 1 for orthogonal gradients of equal norm, m for identical ones, NaN if all are zero."""
+        return self.total_energy / self.energy if self.energy else math.nan
+
+    @property
+    def alpha(self) -> float:
+        """``||E g||^2 / E ||g||^2`` in [0, 1], as two examples drawn with replacement agree."""
+        return self.m_coherence / self.count
+
+    def of_minibatches(self, size: int) -> float:
+        """The alpha that means of `size` gradients, drawn independently, have among themselves.
+
+        It is higher, and says more about `size` than about the data: coherence is of examples.
+        """
+        if size < 1:
+            raise ValueError(f"size must be at least 1, got {size}")
+        return size * self.alpha / (1 + (size - 1) * self.alpha)
+
+    def __add__(self, other: Coherence) -> Coherence:
+        """Of the same examples over the coordinates of both: alphas averaged by energy."""
+        if not isinstance(other, Coherence):
+            return NotImplemented
+        if self.count != other.count:
+            raise ValueError(f"both must be of the same examples, got {self.count} and {other.count}")
+        return Coherence(self.count, self.total_energy + other.total_energy, self.energy + other.energy)
+
+
+@dataclass(frozen=True)
+class ModelCoherence:
+    """`Coherence` of a model's per-example gradients over a data set.
+
+    parameters:  by parameter name; tied ones under their first.
+    """
+
+    parameters: dict[str, Coherence]
+
+    @property
+    def layers(self) -> dict[str, Coherence]:
+        """By the module that owns the parameters: weight and bias together."""
+        found: dict[str, Coherence] = {}
+        for name, coherence in self.parameters.items():
+            owner = name.rpartition(".")[0]
+            found[owner] = found[owner] + coherence if owner in found else coherence
+        return found
+
+    @property
+    def total(self) -> Coherence:
+        """Over all coordinates of the model."""
+        first, *others = self.parameters.values()
+        return sum(others, first)
+
+
+class _Sums:
+    """What one pass over a data set adds up: per parameter one vector and one number."""
+
+    def __init__(self, named: dict[str, nn.Parameter]):
+        wide = {name: torch.promote_types(p.dtype, torch.float32) for name, p in named.items()}
+        self.vectors = {name: torch.zeros_like(p, dtype=wide[name], requires_grad=False) for name, p in named.items()}
+        self.energies = dict.fromkeys(named, 0.0)
+        self.examples = 0
+
+    def see(self, name: str, parts: list[Factors]) -> None:
+        norms = squared_norms(parts)
+        if len(norms) != self.voters:
+            raise ValueError(
+                f"losses returned {self.voters} losses, but parameter {name!r} saw {len(norms)} examples: it must "
+                "return one loss per example of the batch"
+            )
+        self.energies[name] += norms.sum().item()
+
+    def add(self, losses: Tensor, named: dict[str, nn.Parameter]) -> None:
+        self.voters = len(losses)
+        grads = torch.autograd.grad(losses.sum(), list(named.values()), allow_unused=True)
+        for vector, grad in zip(self.vectors.values(), grads, strict=True):
+            if grad is not None:
+                vector += grad
+        self.examples += len(losses)
+
+
+def measure_coherence(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    losses: Callable[[Batch], Tensor],
+    exclude: tuple[str, ...] | list[str] | str = (),
+) -> ModelCoherence:
+    """m-coherence of the per-example gradients of a whole data set, per parameter, per layer and global, in one pass.
+
+    Takes one forward and backward per batch, norms from the factors, and one vector of the model's size; no example's
+    gradient is formed. `.grad` stays as it is. How the data set is cut into batches does not matter.
+
+    model:    not attached; for one that is, pass ``copy.deepcopy(model)``. Put it into the mode to measure in:
+              BatchNorm in train mode is refused, for it couples the examples.
+    batches:  anything to iterate over, for example a DataLoader.
+    losses:   called with each batch; runs the model and returns its losses, one per example, (N,): not their mean. For
+              example ``lambda batch: F.cross_entropy(model(batch[0]), batch[1], reduction="none")``.
+    exclude:  parameters to leave out, as for `htv.attach`.
+
+    Raises ValueError if there is no batch, or if what `losses` returns is not one loss per example; what `htv.attach`
+    refuses is refused.
+    """
+    with attach(model, Mean(), exclude=exclude) as handle:
+        named = {served.name: served.parameter for served in handle.served() if served.parameter.requires_grad}
+        if not named:
+            raise ValueError("model has no parameter to measure: all are frozen or excluded")
+        sums = _Sums(named)
+        with torch.enable_grad(), handle.examined(sums.see):
+            for batch in batches:
+                sums.add(_checked(losses(batch)), named)
+    if not sums.examples:
+        raise ValueError("batches is empty: there is no example to measure")
+    return ModelCoherence(
+        {
+            name: Coherence(sums.examples, vector.double().square().sum().item(), sums.energies[name])
+            for name, vector in sums.vectors.items()
+        }
+    )
+
+
+def _checked(losses: Tensor) -> Tensor:
+    if not isinstance(losses, Tensor) or losses.dim() != 1:
+        got = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+        raise ValueError(
+            f'losses must return one loss per example, shape (N,), got {got}: pass reduction="none" to the criterion'
+        )
+    return losses
+
+
+def generalisation_bound(
+    alphas: Sequence[float], learning_rates: Sequence[float], lipschitz: float, smoothness: float, examples: int
+) -> float:
+    """Bound on the expected gap between test and training loss after T steps of gradient descent.
+
+    ``L^2 / m * sum_t [prod_{k > t} (1 + eta_k beta)] eta_t sqrt(2 (1 - alpha(w_{t-1})))``
+
+    alphas:          (T,) alpha in [0, 1] of the weights before each step (not m-coherence: `Coherence.alpha`).
+    learning_rates:  (T,) eta_t.
+    lipschitz:       L, of the loss in the weights.
+    smoothness:      beta, the Lipschitz constant of its gradient.
+    examples:        m.
+
+    Infinite where the product overflows. Raises ValueError for anything out of range.
+    """
+    alpha, eta = (torch.as_tensor(values, dtype=torch.float64) for values in (alphas, learning_rates))
+    if alpha.dim() != 1 or alpha.shape != eta.shape:
+        raise ValueError(
+            f"alphas and learning_rates must be two sequences of one length, got {tuple(alpha.shape)} and "
+            f"{tuple(eta.shape)}"
+        )
+    if not bool(((alpha >= 0) & (alpha <= 1)).all()):
+        raise ValueError("alphas must lie in [0, 1]: alpha is m-coherence divided by the number of examples")
+    for name, value in {"lipschitz": lipschitz, "smoothness": smoothness}.items():
+        if not value >= 0:
+            raise ValueError(f"{name} must not be negative, got {value!r}")
+    if not bool((eta >= 0).all()):
+        raise ValueError("learning_rates must not be negative")
+    if examples < 1:
+        raise ValueError(f"examples must be at least 1, got {examples!r}")
+    growth = torch.log1p(eta * smoothness)
+    later = growth.sum() - growth.cumsum(0)
+    return (lipschitz**2 / examples * (later.exp() * eta * (2 * (1 - alpha)).sqrt()).sum()).item()

@@ -1,0 +1,241 @@
+"""RM3 and RA3: the coordinate-wise median, or mean, of the last three minibatch gradients, under any optimizer.
+
+Zielinski, Krishnan, Chatterjee 2020, "Weak and strong gradient directions", arXiv 2003.07422.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+__all__ = ["RA3", "RM3", "median_of_three"]
+
+_ADDS_DECAY_TO_GRADIENT = (
+    torch.optim.SGD, torch.optim.Adam, torch.optim.Adagrad, torch.optim.RMSprop, torch.optim.Adadelta,
+    torch.optim.Adamax, torch.optim.NAdam, torch.optim.RAdam, torch.optim.ASGD,
+)  # fmt: skip
+_DECAYS_WEIGHTS = (torch.optim.AdamW, torch.optim.Adafactor, *filter(None, [getattr(torch.optim, "Muon", None)]))
+_FORMAT = "htv.rolling"
+
+
+def median_of_three(a: list[Tensor], b: list[Tensor], c: list[Tensor]) -> list[Tensor]:
+    """Element by element; each result is one of the three values, and NaN where one is."""
+    high = torch._foreach_maximum(a, b)
+    torch._foreach_minimum_(high, c)
+    return torch._foreach_maximum(torch._foreach_minimum(a, b), high)
+
+
+def mean_of_three(a: list[Tensor], b: list[Tensor], c: list[Tensor]) -> list[Tensor]:
+    total = torch._foreach_add(a, b)
+    torch._foreach_add_(total, c)
+    torch._foreach_div_(total, 3)
+    return total
+
+
+def _adds_decay(optimizer: Optimizer, group: dict) -> bool | None:
+    """Whether an optimizer adds weight decay to the gradient; None for those that are not torch's."""
+    if group.get("decoupled_weight_decay", False) or type(optimizer) in _DECAYS_WEIGHTS:
+        return False
+    return True if type(optimizer) in _ADDS_DECAY_TO_GRADIENT else None
+
+
+class _Rolling(Optimizer):
+    """Hands the wrapped optimizer a statistic of each parameter's last three gradients in place of the last one."""
+
+    _combine: Callable[[list[Tensor], list[Tensor], list[Tensor]], list[Tensor]]
+
+    def __init__(self, optimizer: Optimizer, allow_momentum: bool = False, decay_first: bool | None = None):
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(
+                f"optimizer must be a torch.optim.Optimizer to wrap, such as torch.optim.SGD(parameters, lr=.1); "
+                f"got {type(optimizer).__name__}"
+            )
+        if isinstance(optimizer, _Rolling | torch.optim.LBFGS):
+            raise TypeError(
+                f"{type(self).__name__} cannot wrap {type(optimizer).__name__}: a step must be one update by a gradient"
+            )
+        self.optimizer, self.allow_momentum, self.decay_first = optimizer, allow_momentum, decay_first
+        super().__init__(optimizer.param_groups, optimizer.defaults)
+        self.param_groups = optimizer.param_groups  # one list: schedulers may be given either
+        self._check_groups()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.optimizer!r})"
+
+    def __getstate__(self) -> dict:
+        own = {name: getattr(self, name) for name in ("optimizer", "allow_momentum", "decay_first")}
+        return {**super().__getstate__(), **own}
+
+    def add_param_group(self, param_group: dict) -> None:
+        """Parameters of the new group are updated from their third gradient on."""
+        if self.param_groups is not self.optimizer.param_groups:  # this is being made
+            self.param_groups.append(param_group)
+            return
+        self.optimizer.add_param_group(param_group)
+        try:
+            self._check_groups()
+        except ValueError:
+            self.optimizer.param_groups.pop()
+            raise
+
+    def _check_groups(self) -> None:
+        name = type(self).__name__
+        for group in self.param_groups:
+            momentum = group.get("momentum", 0) or (group["betas"][0] if "betas" in group else 0)
+            if momentum and not self.allow_momentum:
+                raise ValueError(
+                    f"{name} is defined without momentum, which averages over the steps it takes the median of: got "
+                    f"{'momentum' if group.get('momentum', 0) else 'betas[0]'}={momentum}. Set it to 0, or pass "
+                    "allow_momentum=True if that is what you mean"
+                )
+            if any(p.is_complex() for p in group["params"]):
+                raise TypeError(f"{name} ranks real numbers: a parameter is complex. Give it to another optimizer")
+            self._decay(group)
+
+    def _decay(self, group: dict) -> float:
+        """What to add to the group's gradients before they are kept, in units of the weights."""
+        decay = group.get("weight_decay", 0)
+        if not decay:
+            return 0.0
+        first = _adds_decay(self.optimizer, group) if self.decay_first is None else self.decay_first
+        if first is None:
+            raise ValueError(
+                f"{type(self).__name__} cannot tell whether {type(self.optimizer).__name__} adds weight_decay={decay} "
+                "to the gradient (as SGD does) or decays the weights by themselves (as AdamW does): pass "
+                "decay_first=True for the former, False for the latter"
+            )
+        return float(decay) if first else 0.0
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None):
+        """Keep the gradients, and update parameters that have had three of them.
+
+        A parameter whose gradient is None sits the step out: it is not updated, and what is kept of it stays. `.grad`
+        is left as it was found.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._check_groups()
+        present = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if any(p.grad.is_sparse for p, _ in present):
+            raise RuntimeError(f"{type(self).__name__} needs dense gradients: make embeddings with sparse=False")
+        raw = [p.grad for p, _ in present]
+        fresh = dict(zip((p for p, _ in present), self._with_decay(present), strict=True))
+        ready = [p for p in fresh if "older" in self.state[p]]
+        try:
+            for p in fresh:
+                p.grad = None
+            if ready:
+                older, newer = ([self.state[p][key] for p in ready] for key in ("older", "newer"))
+                combined = type(self)._combine(older, newer, [fresh[p] for p in ready])
+                for p, value in zip(ready, combined, strict=True):
+                    p.grad = value
+                self._inner_step()
+        finally:
+            for (p, _), grad in zip(present, raw, strict=True):
+                p.grad = grad
+        for p, grad in fresh.items():
+            self._keep(self.state[p], grad)
+        return loss
+
+    def _with_decay(self, present: list[tuple[Tensor, dict]]) -> list[Tensor]:
+        found = []
+        for p, group in present:
+            decay = self._decay(group)
+            sign = -1.0 if group.get("maximize", False) else 1.0  # the wrapped optimizer turns the whole around
+            found.append(p.grad.add(p, alpha=sign * decay) if decay else p.grad)
+        return found
+
+    def _inner_step(self) -> None:
+        """A step of the wrapped optimizer, without the decay that the gradients contain."""
+        decays = [(group, group["weight_decay"]) for group in self.param_groups if self._decay(group)]
+        try:
+            for group, _ in decays:
+                group["weight_decay"] = 0
+            self.optimizer.step()
+        finally:
+            for group, decay in decays:
+                group["weight_decay"] = decay
+
+    @staticmethod
+    def _keep(state: dict, grad: Tensor) -> None:
+        if "older" in state:
+            state["older"].copy_(grad)
+            state["older"], state["newer"] = state["newer"], state["older"]
+            return
+        if "newer" in state:
+            state["older"] = state.pop("newer")
+        state["newer"] = grad.detach().clone(memory_format=torch.preserve_format)
+
+    def state_dict(self) -> dict:
+        """That of an optimizer, with the kept gradients, and the wrapped optimizer's under "wrapped"."""
+        kind = {"format": _FORMAT, "rule": type(self).__name__, "wraps": type(self.optimizer).__name__}
+        return {**super().state_dict(), "kind": kind, "wrapped": self.optimizer.state_dict()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Go on as the optimizer whose state it is would. Before any change, ValueError if that is another one."""
+        self._check_state(state_dict)
+        super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
+        self.optimizer.load_state_dict(state_dict["wrapped"])
+        self.param_groups = self.optimizer.param_groups
+
+    def _check_state(self, state_dict: dict) -> None:
+        kind = state_dict.get("kind")
+        mine = f"{type(self).__name__} around {type(self.optimizer).__name__}"
+        if not isinstance(kind, dict) or kind.get("format") != _FORMAT:
+            raise ValueError(f"state_dict is not of {mine}, but of another optimizer: resume with what wrote it")
+        if (kind["rule"], kind["wraps"]) != (type(self).__name__, type(self.optimizer).__name__):
+            raise ValueError(
+                f"state_dict is of {kind['rule']} around {kind['wraps']}, this is {mine}: resume with what wrote it"
+            )
+        theirs, ours = ([len(group["params"]) for group in groups]
+                        for groups in (state_dict["param_groups"], self.param_groups))  # fmt: skip
+        if theirs != ours:
+            raise ValueError(
+                f"state_dict has groups of {theirs} parameters, this optimizer has groups of {ours}: it is of another "
+                "model, or was given its parameters in other groups"
+            )
+        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for position, (index, p) in enumerate(zip(indices, parameters, strict=True)):
+            for kept in state_dict["state"].get(index, {}).values():
+                if kept.shape != p.shape:
+                    raise ValueError(
+                        f"state_dict keeps gradients of shape {tuple(kept.shape)} for parameter {position}, whose "
+                        f"shape is {tuple(p.shape)}: it is of another model"
+                    )
+
+
+class RM3(_Rolling):
+    """The rolling median of three: each step takes the coordinate-wise median of the last three minibatch gradients.
+
+        optimizer = RM3(torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=1e-4))
+
+    What only one minibatch in three asks for gets nothing. The first two steps update nothing. Weight decay that the
+    wrapped optimizer would add to the gradient is added before the gradient is kept, so it passes through the median
+    too; decoupled decay stays the wrapped optimizer's. The median is a true one: no sum minus extremes, which loses
+    bits and turns infinities into NaN. Memory: two gradients per parameter beside `.grad`.
+
+    optimizer:       any torch optimizer but LBFGS. Call step(), state_dict() and the rest on the wrapper, and give it
+                     to schedulers: the parameter groups are shared.
+    allow_momentum:  momentum (betas[0] of Adam's kind) is refused unless this is True: the authors found that it does
+                     not go with the rolling median.
+    decay_first:     whether weight_decay is to be added to the gradient before it is kept. Known for torch's own
+                     optimizers; must be told for others that have any.
+
+    Raises TypeError or ValueError for what it cannot wrap.
+    """
+
+    _combine = staticmethod(median_of_three)
+
+
+class RA3(_Rolling):
+    """The rolling average of three: the control that lags and averages as `RM3` does, without its median."""
+
+    _combine = staticmethod(mean_of_three)
