@@ -79,3 +79,101 @@ def delicate_values(groups, width=130):
 def counts_per_side(groups):
     """Sorted values; 2, 4, 8 or 16 kept extremes and both sides of where those end; bit planes."""
     return [c for c in (0, 1, 2, 3, 4, 7, 8, 15, 16, 40, (groups - 1) // 2) if 2 * c < groups]
+
+
+# Where kernels change their ways, on a GPU: every network and both sides of where it ends (csrc/cuda/order.h), then
+# counting.
+NETWORKS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 16, 17, 24, 25, 32, 33, 48, 49, 63, 64)
+COUNTING = (65, 96, 257)
+
+
+# ---- what holds for an implementation `op`, whatever it runs on ----
+
+
+def holds_on_random_values(op, dtype, groups):
+    grads = torch.randn(groups, 40 if groups < 65 else 8, generator=torch.Generator().manual_seed(0))
+    for statistic in statistics(groups):
+        assert_within_budget(op, grads.to(dtype), statistic)
+
+
+def holds_at_every_alignment(op, dtype, width):
+    """Rows of any length, and of any first address."""
+    for groups in (3, 20, 40, 70)[: 3 if width > 100 else 4]:
+        storage = torch.randn(groups * width + 8, generator=torch.Generator().manual_seed(width)).to(dtype)
+        for shift in (0, 1, 2):
+            grads = storage[shift : shift + groups * width].view(groups, width)
+            for statistic in (Statistic("and_mask", groups // 2), Statistic("median"), Statistic("winsorized_mean", 1)):
+                assert_within_budget(op, grads, statistic)
+
+
+def medians_are_exact(op, dtype, groups):
+    for grads in delicate_values(groups, 130 if groups < 65 else 20):
+        for side in (-1, 0, 1):
+            statistic = Statistic("median", side)
+            expected, _ = reference.stacked(grads.to(dtype), statistic)
+            value, _ = run(op, grads.to(dtype), statistic)
+            torch.testing.assert_close(value, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def inner_means_hold(op, dtype, groups):
+    """Trimmed and winsorized means of delicate values, which are odd."""
+    for grads in delicate_values(groups, 50 if groups < 65 else 9):
+        grads = grads.to(dtype)
+        for count in counts_per_side(groups):
+            for name in ("trimmed_mean", "winsorized_mean"):
+                statistic = Statistic(name, count)
+                assert_within_budget(op, grads, statistic)
+                value, mirrored = run(op, grads, statistic)[0], run(op, -grads, statistic)[0]
+                torch.testing.assert_close(mirrored, -value, rtol=0, atol=0, equal_nan=True)
+
+
+def holds_with_ties_and_zeros(op, dtype, groups):
+    """Zeros of either sign among them."""
+    generator = torch.Generator().manual_seed(groups)
+    grads = torch.randint(-1, 2, (groups, 100 if groups < 65 else 24), generator=generator).to(dtype)
+    grads = torch.where(torch.rand(grads.shape, generator=generator) < 0.5, grads, -grads)
+    for statistic in statistics(groups):
+        if statistic.name in ("geometric_mean", "sand_mask", "trimmed_mean", "median_of_means"):
+            assert_within_budget(op, grads, statistic)
+            continue
+        value, mask_sum = run(op, grads, statistic)
+        expected, expected_sum = reference.stacked(grads, statistic)
+        assert torch.equal(value, expected) and mask_sum == expected_sum, statistic
+
+
+def holds_with_nan_and_infinity(op, dtype, groups):
+    generator = torch.Generator().manual_seed(2)
+    grads = torch.randn(groups, 120, generator=generator)
+    where = torch.rand(grads.shape, generator=generator)
+    grads[where < 0.10] = math.inf
+    grads[(where >= 0.10) & (where < 0.2)] = -math.inf
+    grads[:, 60:][where[:, 60:] > 0.9] = math.nan
+    for statistic in statistics(groups):
+        assert_within_budget(op, grads.to(dtype), statistic)
+
+
+def undefined_bucket_means_rank_last(op, groups):
+    grads = torch.randn(groups, 60, generator=torch.Generator().manual_seed(groups))
+    where = torch.rand(grads.shape, generator=torch.Generator().manual_seed(groups + 1))
+    grads = torch.where(where < 0.2, math.inf, torch.where(where > 0.8, -math.inf, grads))
+    for buckets in {1, (groups + 1) // 2, max(1, groups - 1)}:
+        assert_within_budget(op, grads, Statistic("median_of_means", buckets))
+
+
+def hard_searches_end(op, groups):
+    """Values that linear interpolation misjudges: over many magnitudes, in two heaps, one far away."""
+    generator = torch.Generator().manual_seed(groups)
+    normal = torch.randn(groups, 10, generator=generator)
+    far = normal.clone()
+    far[0], far[-1] = 3e38, -3e38
+    heaps = torch.where(normal > 0, 1.0, 1e-30) + normal.abs() * 1e-35
+    for grads in (normal.exp() ** 20, normal.sign() * normal.exp() ** 20, far, heaps, normal.bfloat16().float()):
+        for statistic in (Statistic("median"), Statistic("trimmed_mean", groups // 3), Statistic("median", -1)):
+            assert_within_budget(op, grads, statistic)
+
+
+def twice_gives_the_same_bits(op, groups):
+    grads = torch.randn(groups, 301, generator=torch.Generator().manual_seed(4))
+    for statistic in statistics(groups):
+        (a, mask_a), (b, mask_b) = run(op, grads, statistic), run(op, grads, statistic)
+        assert torch.equal(a, b) and mask_a == mask_b, statistic

@@ -4,31 +4,19 @@ import math
 
 import pytest
 import torch
-from triton_cases import DEVICE, DTYPES, assert_same, statistics
+from stacked_table import check, every_statistic_holds, extreme_values_hold, make
+from triton_cases import DTYPES, statistics
 
-from htv.ops import reference
 from htv.rules import Statistic
 from htv.triton_kernels import stacked
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy, of NaN and inf
 
 
-def make(groups, coordinates, dtype=torch.float32, seed=0):
-    """Integers: ties and zeros are frequent."""
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(groups, coordinates, generator=generator) * 2).round().to(dtype).to(DEVICE)
-
-
-def check(grads, statistic):
-    assert_same(stacked.stacked(grads, statistic), reference.stacked(grads.double(), statistic), statistic)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("groups", [1, 2, 5, 16, 33])
 def test_every_statistic(groups, dtype):
-    grads = make(groups, 131, dtype)
-    for statistic in [*statistics(groups), Statistic("sign_agreement")]:
-        check(grads, statistic)
+    every_statistic_holds(groups, dtype)
 
 
 @pytest.mark.parametrize("groups", [4, 7])
@@ -43,17 +31,7 @@ def test_more_values_than_are_sorted(groups, monkeypatch):
 
 @pytest.mark.parametrize("groups", [4, 5, 20])
 def test_extreme_values(groups):
-    grads = make(groups, 64)
-    grads[0, 0] = math.nan
-    grads[0, 1] = math.inf
-    grads[0, 2], grads[1, 2] = math.inf, -math.inf
-    grads[:3, 3], grads[3, 3] = math.inf, -math.inf
-    grads[:, 4], grads[:, 5], grads[0, 6] = math.inf, -0.0, 3e38
-    grads[1, 7], grads[:, 8] = 1e-42, torch.linspace(-1e-40, 1e-40, groups)
-    for statistic in statistics(groups):
-        if statistic.name == "geometric_mean":
-            continue  # the reference's logarithm of inf less inf
-        check(grads, statistic)
+    extreme_values_hold(groups)
 
 
 def test_a_network_sorts():
