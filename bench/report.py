@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from htv.bench.baselines import METHODS
-from htv.bench.targets import TARGETS
+from htv.bench.targets import TARGETS, Target
 from htv.bench.workloads import RULES
 
+TARGET_HEAD = ["workload", "rule", "number", "target", "measured", ""]
 NUMBERS = {"ratio": "time over plain", "peak_ratio": "peak memory over plain", "of_copy": "share of copy bandwidth"}
 
 
@@ -72,7 +73,7 @@ def times(value: float) -> str:
     return f"{value:.2f}x" if value < 10 else f"{value:.1f}x" if value < 100 else f"{value:.0f}x"
 
 
-def _cell(row: dict | None) -> str:
+def cell(row: dict | None) -> str:
     """Time and memory over plain."""
     if row is None:
         return "-"
@@ -89,7 +90,7 @@ def steps(record: dict) -> str | None:
         variants = workload["variants"]
         plain = variants["plain"]
         memory = f", {plain['peak_bytes'] / 1e6:.0f} MB" if "peak_bytes" in plain else ""
-        rows.append([name, f"{plain['ms']:.0f} ms{memory}", *(_cell(variants.get(rule)) for rule in RULES[1:])])
+        rows.append([name, f"{plain['ms']:.0f} ms{memory}", *(cell(variants.get(rule)) for rule in RULES[1:])])
     return table(["forward and backward", *RULES], rows)
 
 
@@ -100,7 +101,7 @@ def peers(record: dict) -> str | None:
         for rule in RULES[1:]:
             others = [workload["variants"].get(f"{method}:{rule}") for method in METHODS]
             if any(others):
-                rows.append([name, rule, _cell(workload["variants"].get(rule)), *map(_cell, others)])
+                rows.append([name, rule, cell(workload["variants"].get(rule)), *map(cell, others)])
     return table(["time and peak memory over plain", "rule", "htv", *METHODS], rows)
 
 
@@ -136,7 +137,7 @@ def scaling(record: dict) -> str | None:
     """The MLP whose batch, width or rows per example grow."""
     rows = [
         [f"{workload['axis']} {workload['value']}", f"{workload['variants']['plain']['ms']:.1f} ms"]
-        + [_cell(workload["variants"].get(rule)) for rule in RULES[1:]]
+        + [cell(workload["variants"].get(rule)) for rule in RULES[1:]]
         for workload in _of_kind(record, "step", with_axis=True).values()
     ]
     return table(["three linear layers", *RULES], rows)
@@ -148,11 +149,14 @@ def targets(record: dict) -> str | None:
     for target in TARGETS:
         value = target.measured(record)
         if value is not None:
-            sign, wanted = ("<=", target.most) if target.most is not None else (">=", target.least)
-            number = NUMBERS.get(target.number, target.number)
-            rows.append([target.workload, target.variant, number, f"{sign} {wanted:g}", f"{value:.2f}",
-                         "met" if target.met(record) else "**not met**"])  # fmt: skip
-    return table(["workload", "rule", "number", "target", "measured", ""], rows)
+            rows.append([*target_cells(target), f"{value:.2f}", "met" if target.met(record) else "**not met**"])
+    return table(TARGET_HEAD, rows)
+
+
+def target_cells(target: Target) -> list[str]:
+    """Workload, rule, number and bound."""
+    sign, bound = ("<=", target.most) if target.most is not None else (">=", target.least)
+    return [target.workload, target.variant, NUMBERS.get(target.number, target.number), f"{sign} {bound:g}"]
 
 
 def on_screen(text: str) -> str:

@@ -21,8 +21,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from htv import machine
 from htv.bench import baselines, plots, report
+from htv.bench.rows import bandwidth, times_over
 from htv.bench.workloads import Workload
-from htv.measure import Step, Timing, in_own_process, milliseconds, take_turns
+from htv.measure import Step, Timing, in_own_process, milliseconds, one_line, take_turns
 
 STEM = "cpu"  # of the files written
 
@@ -144,9 +145,9 @@ def measure(workload: Workload, variants: list[str], settings: Settings, now: Ca
     gc.collect()
     unit = times[workload.unit]
     for variant in (v for v in variants if v in times):
-        rows[variant] = _times(times[variant], unit)
+        rows[variant] = times_over(unit, times[variant])
         if workload.kind == "stacked":
-            rows[variant] |= _bandwidth(workload, variant, times)
+            rows[variant] |= bandwidth(workload, variant, times)
         elif settings.memory and workload.axis is None:
             now(f"memory of {variant}")
             rows[variant] |= _peak(workload, variant, settings)
@@ -155,37 +156,12 @@ def measure(workload: Workload, variants: list[str], settings: Settings, now: Ca
     return {variant: rows[variant] for variant in variants}
 
 
-def _times(timing: Timing, unit: Timing) -> dict:
-    return {
-        "ms": timing.median,
-        "ms_quartiles": [timing.lower, timing.upper],
-        "runs": timing.runs,
-        "ratio": timing.median / unit.median,
-    }
-
-
-def _bandwidth(workload: Workload, variant: str, times: dict[str, Timing]) -> dict:
-    """Of the bytes that have to be moved: GB/s, and that as a share of the copy's."""
-
-    def rate(variant: str) -> float:
-        return workload.moved_bytes(variant) / (1e6 * times[variant].median)
-
-    return {"gb_per_s": rate(variant), "of_copy": rate(variant) / rate(workload.unit)}
-
-
 def _peak(workload: Workload, variant: str, settings: Settings) -> dict:
     try:
         peak = in_own_process("htv.bench.peak", workload.name, variant, str(settings.threads))
     except RuntimeError as error:
         return {"memory_error": one_line(error, last=True)}
     return {"peak_bytes": peak["bytes"], "memory_method": peak["method"]}
-
-
-def one_line(error: Exception, last: bool = False) -> str:
-    """The type and the first line of an error's words; the last line of the words alone, where they are a traceback."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
-    words = lines[-1] if last else f"{type(error).__name__}: {lines[0]}"
-    return words if len(words) <= 200 else f"{words[:197]}..."
 
 
 def _check_memory(workload: Workload) -> None:

@@ -47,22 +47,31 @@ def take_turns(
     rounds: tuple[int, int] = (10, 100),
     leave_after: Mapping[str, float] | None = None,
     synchronise: Step = lambda: None,
+    clock: Callable[[Step], float] | None = None,
 ) -> dict[str, Timing]:
     """Time every step once per round, so that whatever else the machine does hits all alike; warm up before.
 
     rounds: at least and at most so many, between them as many as `seconds` allow.
     leave_after: name -> seconds after which a slow step takes no further part. What these take is not counted.
+    clock: the milliseconds of one call; default: by the wall, between two calls of `synchronise`.
     """
-    leave_after = leave_after or {}
+    leave_after, clock = leave_after or {}, clock or (lambda step: milliseconds(step, synchronise))
     taken: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(rounds[1]):
         for name, step in steps.items():
             if sum(taken[name]) < 1e3 * leave_after.get(name, float("inf")):
-                taken[name].append(milliseconds(step, synchronise))
+                taken[name].append(clock(step))
         counted = sum(sum(values) for name, values in taken.items() if name not in leave_after)
         if turn + 1 >= rounds[0] and counted > 1e3 * seconds:
             break
     return {name: Timing.of(values) for name, values in taken.items()}
+
+
+def one_line(error: Exception, last: bool = False) -> str:
+    """The type and the first line of an error's words; the last line of the words alone, where they are a traceback."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    words = lines[-1] if last else f"{type(error).__name__}: {lines[0]}"
+    return words if len(words) <= 200 else f"{words[:197]}..."
 
 
 def in_own_process(module: str, *arguments: str) -> dict:
