@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import sys
+import warnings
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import ClassVar, Literal
@@ -156,7 +157,7 @@ class SandMask(Rule):
     """A smooth AND-mask: ``m = max(0, tanh(k / Var_e(c) * (agreement - tau)))``, result ``m * mean / mean(m)``.
 
     The variance is unbiased, so at least two groups are needed; k is in units of that variance, which makes this the
-    one rule whose mask depends on the scale of the loss. At tau = 1 the mask is identically 0.
+    one rule whose mask depends on the scale of the loss. At tau = 1 the mask is identically 0, and a warning says so.
     Shahtalebi et al. 2021, "SAND-mask", arXiv 2106.02266.
     """
 
@@ -165,6 +166,8 @@ class SandMask(Rule):
 
     def __post_init__(self) -> None:
         _check_real("SandMask", "tau", self.tau, 0.0, 1.0, "in [0, 1]")
+        if self.tau == 1:
+            warnings.warn("SandMask: at tau = 1 the mask is 0 everywhere, and nothing is ever trained", stacklevel=3)
         _check_real("SandMask", "k", self.k, math.ulp(0.0), sys.float_info.max, "above 0 and finite")
 
     def statistic(self, num_groups: int) -> Statistic:

@@ -26,7 +26,7 @@ from htv.experiments.records import Store
 def run(
     experiment: Experiment, quick: bool, seeds: int | None, data: Path | None, out: Path, jobs: int, console: Console
 ) -> dict:
-    """Does the runs that ``out/NAME.jsonl`` does not hold yet, and returns the record also written to ``out/NAME.json``.
+    """Does the runs ``out/NAME.jsonl`` lacks; returns the record it also writes to ``out/NAME.json``.
 
     Raises DataError for a bad folder of data, and RecordsError if the file holds runs made with other settings.
     """

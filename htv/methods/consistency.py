@@ -1,0 +1,298 @@
+"""How consistent a minimum is: do environments agree where it is flat?
+
+``N_e`` is the path-connected region around trained parameters theta* where environment e's loss stays within eps of its
+value there. The inconsistency is how far the loss of some environment e' departs within the region of some e::
+
+    I(theta*) = max_{e, e'} max_{theta in N_e} |L_e'(theta) - L_e(theta*)|
+
+The ILC score is minus its mean over initialisations. Parascandolo et al. 2020, "Learning explanations that are hard to
+vary", arXiv 2009.00329, sections 2.1 to 2.3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+__all__ = [
+    "Inconsistency",
+    "arithmetic_mean_hessian",
+    "environment_losses",
+    "geometric_mean_hessian",
+    "inconsistency",
+    "inconsistency_bound",
+    "quadratic_inconsistency",
+]
+
+Loss = Callable[[Tensor], Tensor]  # (P,) parameters -> a scalar
+
+
+@dataclass(frozen=True, eq=False)
+class Inconsistency:
+    """The largest departure that was found.
+
+    value:        |L_e'(theta) - L_e(theta*)|.
+    within, of:   the environments e, in whose region theta lies, and e', whose loss it is.
+    theta:        (P,), where.
+    """
+
+    value: float
+    within: int
+    of: int
+    theta: Tensor
+
+
+def environment_losses(
+    model: nn.Module, criterion: Callable[[Tensor, Tensor], Tensor], environments: Sequence[tuple[Tensor, Tensor]]
+) -> tuple[list[Loss], Tensor]:
+    """A model's loss in every environment as a function of one vector of parameters.
+
+    environments:  (inputs, targets) of each.
+
+    Returns the losses, and the parameters as they are, (P,) float64. The model is left alone; put it in eval mode
+    before if it has dropout or BatchNorm.
+    """
+    named = {name: p.detach() for name, p in model.named_parameters()}
+    buffers = dict(model.named_buffers())
+    theta = torch.cat([p.double().flatten() for p in named.values()])
+
+    def parameters(vector: Tensor) -> dict[str, Tensor]:
+        parts = vector.split([p.numel() for p in named.values()])
+        return {name: part.view(p.shape).to(p.dtype) for (name, p), part in zip(named.items(), parts, strict=True)}
+
+    def loss_of(inputs: Tensor, targets: Tensor) -> Loss:
+        return lambda vector: criterion(
+            torch.func.functional_call(model, (parameters(vector), buffers), (inputs,)), targets
+        )
+
+    return [loss_of(inputs, targets) for inputs, targets in environments], theta
+
+
+def inconsistency(
+    losses: Sequence[Loss],
+    theta: Tensor,
+    eps: float,
+    *,
+    steps: int = 60,
+    walkers: int = 32,
+    points: int = 16,
+    radius: float = 1e3,
+    seed: int = 0,
+) -> Inconsistency:
+    """Search the regions of all environments by walkers that never leave them; a lower bound of I, for small models.
+
+    Every walker starts at theta* and goes along straight lines, each checked at `points` places and cut off, by
+    bisection, where it leaves the region. So whatever is reached is connected with theta*, up to that resolution. Half
+    of the steps take random directions to a random place on the line; the others climb (or descend) the loss of e'
+    along the border of the region. The more parameters, the more steps it takes.
+
+    losses:   of each environment, (P,) -> a scalar; differentiable, and fit for `torch.func.vmap`.
+    theta:    (P,), the trained parameters; float64 is best.
+    eps:      > 0, what the loss may change within a region.
+    radius:   no walker goes farther from theta* than this; where a region is unbounded, I is that of the part within.
+    seed:     decides the walks; torch's global generator is not touched.
+    """
+    losses = list(losses)
+    if not losses:
+        raise ValueError("losses is empty: give one for each environment")
+    if theta.dim() != 1 or not theta.dtype.is_floating_point:
+        raise ValueError(f"theta must be (P,) floating point, got shape {tuple(theta.shape)} and dtype {theta.dtype}")
+    if not 0 < eps < float("inf"):
+        raise ValueError(f"eps must be above 0 and finite, got {eps!r}")
+    for name, value in (("steps", steps), ("walkers", walkers), ("points", points)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    theta = theta.detach()
+    if not all(torch.isfinite(loss(theta)) for loss in losses):
+        raise ValueError("the loss of some environment is not finite at theta")
+    generator = torch.Generator(theta.device).manual_seed(seed)
+    best = Inconsistency(0.0, 0, 0, theta)
+    for within, of in ((e, f) for e in range(len(losses)) for f in range(len(losses))):
+        walk = _Walk(losses[within], losses[of], theta, eps, walkers, points, radius, generator)
+        for step in range(steps):
+            walk.step(climb=step % 2 == 1)
+        if walk.value > best.value:
+            best = Inconsistency(walk.value, within, of, walk.best)
+    return best
+
+
+class _Walk:
+    """Walkers inside the region of `within` that look for where `of` departs most."""
+
+    def __init__(self, within: Loss, of: Loss, theta: Tensor, eps, walkers: int, points: int, radius: float, generator):
+        self._within, self._of = torch.func.vmap(within), torch.func.vmap(of)
+        self._slopes = torch.func.vmap(torch.func.grad(within)), torch.func.vmap(torch.func.grad(of))
+        self._home, self._level, self._eps, self._radius = theta, within(theta), eps, radius
+        self._points, self._generator = points, generator
+        self._at = theta.repeat(walkers, 1)
+        self._reach = self._at.new_ones(walkers, 1)
+        self.value, self.best = 0.0, theta
+        self._note(self._at[:1])
+
+    def step(self, climb: bool) -> None:
+        directions = self._uphill() if climb else self._random(self._at)
+        longest = self._longest(directions)
+        self._reach = torch.where(longest >= self._reach, 2 * self._reach, longest.clamp(min=1e-9) * 1.5)
+        share = 1.0 if climb else torch.rand(longest.shape, generator=self._generator, dtype=longest.dtype)
+        ends = self._at + longest * directions
+        self._note(ends)
+        self._at = torch.where(self._inside(ends), self._at + share * longest * directions, self._at)
+
+    def _random(self, like: Tensor) -> Tensor:
+        return _unit(torch.randn(like.shape, generator=self._generator, dtype=like.dtype, device=like.device))
+
+    def _uphill(self) -> Tensor:
+        """Where the loss of e' departs faster: half of the walkers straight on, half along the border of the region."""
+        border, slope = (slopes(self._at) for slopes in self._slopes)
+        slope = slope * torch.where(self._of(self._at) >= self._level, 1.0, -1.0)[:, None]
+        border = _unit(border)
+        along = slope - (slope * border).sum(dim=1, keepdim=True) * border
+        half = len(slope) // 2
+        directions = torch.cat(
+            [slope[:half], along[half:] - 0.1 * along[half:].norm(dim=1, keepdim=True) * border[half:]]
+        )
+        return torch.where(directions.norm(dim=1, keepdim=True) > 1e-12, _unit(directions), self._random(slope))
+
+    def _longest(self, directions: Tensor) -> Tensor:
+        """(W, 1): how far each walker can go without leaving the region, up to its reach."""
+        shares = torch.linspace(0, 1, self._points + 1, dtype=self._at.dtype, device=self._at.device)[1:]
+        places = self._at[:, None] + (self._reach * shares)[:, :, None] * directions[:, None]
+        inside = self._inside(places.flatten(0, 1)).view(len(places), -1)
+        good = inside.cumprod(dim=1).sum(dim=1, keepdim=True)
+        low, high = self._reach * good / self._points, self._reach * (good + 1) / self._points
+        for _ in range(20):
+            middle = (low + high) / 2
+            fits = self._inside(self._at + middle * directions)
+            low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)
+        return torch.where(good == self._points, self._reach, low)
+
+    def _inside(self, places: Tensor) -> Tensor:
+        """(W, P) -> (W, 1) bool; a loss that is not finite is outside."""
+        near = (places - self._home).norm(dim=1) <= self._radius
+        return (near & ((self._within(places) - self._level).abs() <= self._eps))[:, None]
+
+    def _note(self, places: Tensor) -> None:
+        places = places[self._inside(places)[:, 0]]
+        if len(places):
+            departures = (self._of(places) - self._level).abs().nan_to_num(-1.0)
+            index = int(departures.argmax())
+            if departures[index] > self.value:
+                self.value, self.best = float(departures[index]), places[index].clone()
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    return vectors / vectors.norm(dim=1, keepdim=True).clamp(min=torch.finfo(vectors.dtype).tiny)
+
+
+# -- quadratic losses: L_e = (theta - theta*)^T H_e (theta - theta*) / 2 ----------------------------------------------
+
+
+def quadratic_inconsistency(hessian_a: Tensor, hessian_b: Tensor, eps: float) -> float:
+    """I of two quadratic losses with the same minimum and value: eps times the largest ratio of their curvatures.
+
+    hessian_a, hessian_b:  (P,) the diagonals, >= 0, or (P, P) symmetric positive definite.
+
+    A direction that is flat in one environment only makes it infinite; equal Hessians give eps.
+    """
+    a, b = _hessian("hessian_a", hessian_a), _hessian("hessian_b", hessian_b)
+    if a.shape != b.shape:
+        raise ValueError(f"hessian_a and hessian_b differ in shape, {tuple(a.shape)} and {tuple(b.shape)}")
+    if a.dim() == 1:
+        curved = (a > 0) | (b > 0)
+        ratios = (a / b)[curved]
+    else:
+        ratios = torch.linalg.eigvalsh(_whitened(b, a))
+    return eps * max([1.0, *ratios.tolist(), *(1 / ratios).tolist()])
+
+
+def arithmetic_mean_hessian(hessians: Tensor) -> Tensor:
+    """The mean of Hessians, that of the pooled loss. hessians: (E, P) diagonals or (E, P, P); float64 is returned."""
+    return _hessians(hessians).mean(dim=0)
+
+
+def geometric_mean_hessian(hessians: Tensor, tolerance: float = 1e-12, max_steps: int = 500) -> Tensor:
+    """The Karcher mean of Hessians: the symmetric positive definite matrix closest to all, in their own geometry.
+
+    It solves ``sum_e log(X^-1/2 H_e X^-1/2) = 0``; diagonal Hessians have the geometric mean of every coordinate.
+
+    hessians:  (E, P) diagonals >= 0, or (E, P, P) symmetric positive definite. Returns float64.
+
+    Raises RuntimeError where the iteration does not converge to `tolerance` within `max_steps`.
+    """
+    hessians = _hessians(hessians)
+    if hessians.dim() == 2:
+        return hessians.log().mean(dim=0).exp()
+    mean = _spectral(torch.stack([_spectral(h, torch.log) for h in hessians]).mean(dim=0), torch.exp)
+    rate, before = 1.0, float("inf")
+    for _ in range(max_steps):
+        root, inverse_root = _spectral(mean, torch.sqrt), _spectral(mean, lambda values: values.rsqrt())
+        logs = torch.stack([_spectral(inverse_root @ h @ inverse_root, torch.log) for h in hessians]).mean(dim=0)
+        size = logs.norm().item()
+        if size <= tolerance * len(mean):
+            return mean
+        if size >= before:
+            rate /= 2
+        before = size
+        mean = _symmetric(root @ _spectral(rate * logs, torch.exp) @ root)
+    raise RuntimeError(
+        f"the geometric mean did not converge to {tolerance} in {max_steps} steps (it is at {size:.1e}): the Hessians "
+        "are too ill-conditioned; add a little to their diagonals, or allow a larger tolerance"
+    )
+
+
+def inconsistency_bound(hessian_a: Tensor, hessian_b: Tensor, eps: float) -> float:
+    """An upper bound of `quadratic_inconsistency` by means: ``4 * eps * (det arithmetic / det geometric)**2``.
+
+    The ratio is 1 for equal Hessians only. The factor is 4, as the square is ``(1 + r)**2 / (4 r)`` for a direction
+    with curvatures of ratio r: half of it would not do where r exceeds 1 + sqrt(2).
+    """
+    a, b = _hessian("hessian_a", hessian_a), _hessian("hessian_b", hessian_b)
+    both = torch.stack([a, b])
+    if a.dim() == 1:
+        curved = (a > 0) | (b > 0)
+        return 4 * eps * float((arithmetic_mean_hessian(both) / geometric_mean_hessian(both))[curved].prod() ** 2)
+    arithmetic = torch.linalg.slogdet(arithmetic_mean_hessian(both))[1]
+    geometric = (torch.linalg.slogdet(a)[1] + torch.linalg.slogdet(b)[1]) / 2  # that of the geometric mean
+    return 4 * eps * float((2 * (arithmetic - geometric)).exp())
+
+
+def _hessian(name: str, hessian: Tensor) -> Tensor:
+    hessian = torch.as_tensor(hessian).double()
+    if hessian.dim() == 1:
+        if not bool((hessian >= 0).all()):
+            raise ValueError(f"{name} must have no negative entry: the point would not be a minimum")
+        return hessian
+    if hessian.dim() != 2 or hessian.shape[0] != hessian.shape[1]:
+        raise ValueError(f"{name} must be (P,) or (P, P), got shape {tuple(hessian.shape)}")
+    scale = hessian.abs().max()
+    if not bool(((hessian - hessian.mT).abs() <= 1e-8 * scale).all()):
+        raise ValueError(f"{name} must be symmetric")
+    if not bool((torch.linalg.eigvalsh(hessian) > 0).all()):
+        raise ValueError(f"{name} must be positive definite; add a little to its diagonal")
+    return _symmetric(hessian)
+
+
+def _hessians(hessians: Tensor) -> Tensor:
+    hessians = torch.as_tensor(hessians)
+    if hessians.dim() not in (2, 3) or len(hessians) == 0:
+        raise ValueError(f"hessians must be (E, P) or (E, P, P) with E >= 1, got shape {tuple(hessians.shape)}")
+    return torch.stack([_hessian(f"hessians[{index}]", h) for index, h in enumerate(hessians)])
+
+
+def _symmetric(matrix: Tensor) -> Tensor:
+    return (matrix + matrix.mT) / 2
+
+
+def _spectral(matrix: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """A function of a symmetric matrix: of its eigenvalues."""
+    values, vectors = torch.linalg.eigh(_symmetric(matrix))
+    return (vectors * function(values)) @ vectors.mT
+
+
+def _whitened(b: Tensor, a: Tensor) -> Tensor:
+    """B^-1/2 A B^-1/2, which has the eigenvalues of B^-1 A."""
+    inverse_root = _spectral(b, lambda values: values.rsqrt())
+    return _symmetric(inverse_root @ a @ inverse_root)

@@ -1,0 +1,113 @@
+"""Training with environments: who votes is where an example comes from.
+
+handle = htv.attach(model, htv.AndMask(1.0))
+for (x, y), ids in environment_batches(loaders):
+    optimizer.zero_grad()
+    with environment_groups(handle, ids, len(loaders)):
+        loss = criterion(model(x), y)
+    loss.backward()
+    optimizer.step()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from htv.attach import Handle
+
+__all__ = ["environment_batches", "environment_groups", "join_environments", "require_environments"]
+
+
+def join_environments(batches: Sequence[Sequence[Tensor]]) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Put one batch of every environment one behind the other.
+
+    batches:  for each of E environments its tensors, (N_e, ...) each, such as ``(x, y)``.
+
+    Returns the joined tensors, (N, ...) each, and ids (N,) int64 on the first tensor's device: the environment of every
+    example. Raises ValueError for no environments, one without examples, or tensors of a batch that do not pair up.
+    """
+    batches = [tuple(batch) for batch in batches]
+    if not batches:
+        raise ValueError("batches is empty: give one batch for each environment")
+    for index, batch in enumerate(batches):
+        if not batch or not all(isinstance(part, Tensor) and part.dim() > 0 for part in batch):
+            raise ValueError(f"batches[{index}] must hold tensors with the examples in dim 0, such as (x, y)")
+        sizes = {len(part) for part in batch}
+        if len(sizes) > 1:
+            raise ValueError(f"the tensors of batches[{index}] hold {sorted(sizes)} examples: they must pair up")
+        if sizes == {0}:
+            raise ValueError(
+                f"environment {index} has no examples in this batch: its vote would be lost. Skip the batch"
+            )
+        if len(batch) != len(batches[0]):
+            raise ValueError(f"batches[{index}] holds {len(batch)} tensors, batches[0] {len(batches[0])}")
+    sizes = torch.tensor([len(batch[0]) for batch in batches])
+    ids = torch.repeat_interleave(torch.arange(len(batches)), sizes).to(batches[0][0].device)
+    return tuple(torch.cat(parts) for parts in zip(*batches, strict=True)), ids
+
+
+def environment_batches(loaders: Sequence[Iterable]) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
+    """Draw a batch from every environment at a time; ends with the shortest loader.
+
+    loaders:  one per environment, each giving batches ``(x, y, ...)``.
+
+    Yields what `join_environments` returns. Raises ValueError where a loader gives nothing at all.
+    """
+    loaders = list(loaders)
+    if not loaders:
+        raise ValueError("loaders is empty: give one for each environment")
+    iterators = [iter(loader) for loader in loaders]
+    first = True
+    while True:
+        batches = []
+        for index, iterator in enumerate(iterators):
+            batch = next(iterator, None)
+            if batch is None:
+                if first:
+                    raise ValueError(f"loaders[{index}] gives no batch: environment {index} is empty")
+                return
+            batches.append(batch)
+        first = False
+        yield join_environments(batches)
+
+
+def require_environments(ids: Tensor, num_environments: int) -> None:
+    """Raise ValueError unless every environment 0, ..., E - 1 is in the batch, and nothing else.
+
+    ids:  (N,) integers, the environment of every example.
+    """
+    if ids.dim() != 1 or ids.dtype.is_floating_point or ids.dtype == torch.bool:
+        raise ValueError(f"ids must be (N,) integers, got shape {tuple(ids.shape)} and dtype {ids.dtype}")
+    if num_environments < 1:
+        raise ValueError(f"num_environments must be at least 1, got {num_environments}")
+    if len(ids) < num_environments:
+        raise ValueError(
+            f"{len(ids)} examples cannot hold {num_environments} environments: take a larger batch, with at least one "
+            "example of each"
+        )
+    if int(ids.min()) < 0 or int(ids.max()) >= num_environments:
+        raise ValueError(
+            f"ids must lie in [0, {num_environments}), got values from {int(ids.min())} to {int(ids.max())}"
+        )
+    missing = (ids.bincount(minlength=num_environments) == 0).nonzero().flatten().tolist()
+    if missing:
+        raise ValueError(
+            f"environments {missing} are missing from the batch: the others would agree without them. Draw from every "
+            "environment, as environment_batches does"
+        )
+
+
+@contextmanager
+def environment_groups(handle: Handle, ids: Tensor, num_environments: int) -> Iterator[None]:
+    """``handle.groups(ids, weight="equal")``, refused unless every environment is in the batch.
+
+    Each environment is a group, and the mean over its examples counts once, however many they are. Without the check a
+    missing environment would go unnoticed: agreement is asked of those that are there.
+    """
+    require_environments(ids, num_environments)
+    with handle.groups(ids, weight="equal"):
+        yield

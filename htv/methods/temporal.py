@@ -1,0 +1,169 @@
+"""Agreement over time instead of over a batch: a mask from what the signs of past gradients were."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+__all__ = ["TemporalAndMaskAdam"]
+
+STATE = ("exp_avg", "exp_avg_sq", "exp_sign")
+
+
+class TemporalAndMaskAdam(Optimizer):
+    """Adam whose step is masked where recent gradients disagreed on their sign.
+
+    One batch from one environment, drawn at random, is enough for a step: environments vote one after the other. With
+    the gradient g, per coordinate::
+
+        m = beta1 * m + (1 - beta1) * g
+        v = beta2 * v + (1 - beta2) * g**2
+        a = beta3 * a + (1 - beta3) * sign(g)
+        theta = theta - lr * m * [|a| >= tau] / (sqrt(v) + eps)
+        theta = theta - lr * weight_decay * theta
+
+    Parascandolo et al. 2020, "Learning explanations that are hard to vary", arXiv 2009.00329, algorithm 1. As there,
+    the moments are not corrected for starting at 0: the first steps are up to ``(1 - beta1) / sqrt(1 - beta2)`` times
+    as long as lr, and after t steps |a| is at most ``1 - beta3**t``, so that nothing moves before that reaches tau.
+    Weight decay is decoupled and comes after the mask, so that masked weights shrink; lr scales it, as in
+    `torch.optim.AdamW`.
+
+    params:        tensors or groups of them, real floating point; each group may have its own hyperparameters.
+    lr:            a float, or a tensor of one element on the parameters' device.
+    betas:         (beta1, beta2, beta3), each in [0, 1): the memories of gradients, squares and signs.
+    eps:           >= 0.
+    tau:           in [0, 1]; 0 masks nothing, 1 nearly everything for ever (a warning says so).
+    weight_decay:  >= 0.
+    maximize:      follow the gradient upwards.
+
+    A parameter whose grad is None in a step is left as it is, decay included. The state has the parameter's dtype and
+    takes three times its memory. No count of steps enters the update, so it may be captured in a CUDA graph as it is;
+    give lr as a tensor to change it between replays. Raises TypeError or ValueError naming a wrong hyperparameter or a
+    complex or integer parameter, RuntimeError for a sparse gradient, and ValueError for the state of another optimizer.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float, float] = (0.9, 0.999, 0.8),
+        eps: float = 1e-8,
+        tau: float = 0.4,
+        weight_decay: float = 1e-2,
+        *,
+        maximize: bool = False,
+    ):
+        defaults = dict(lr=lr, betas=betas, eps=eps, tau=tau, weight_decay=weight_decay, maximize=maximize)
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        merged = {**self.defaults, **param_group}
+        _check_hyperparameters(merged)
+        params = merged["params"]
+        params = [params] if isinstance(params, Tensor) else list(params)
+        for entry in params:
+            parameter = entry[1] if isinstance(entry, tuple) else entry
+            if isinstance(parameter, Tensor) and not parameter.dtype.is_floating_point:
+                raise TypeError(f"params must be real floating point, for signs to vote; got one of {parameter.dtype}")
+        super().add_param_group({**param_group, "params": params})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update. closure: runs the forward and backward anew; its loss is returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                self._update(params, **{key: value for key, value in group.items() if key in self.defaults})
+        return loss
+
+    def _update(self, params: list[Tensor], lr, betas, eps: float, tau: float, weight_decay: float, maximize: bool):
+        grads = [p.grad for p in params]
+        if any(g.is_sparse for g in grads):
+            raise RuntimeError(
+                "TemporalAndMaskAdam keeps signs of every coordinate and takes no sparse gradients: make the embedding "
+                "with sparse=False"
+            )
+        averages, squares, signs = ([self._state(p)[name] for p in params] for name in STATE)
+        if maximize:
+            grads = torch._foreach_neg(grads)
+        beta1, beta2, beta3 = betas
+        torch._foreach_lerp_(averages, grads, 1 - beta1)
+        torch._foreach_mul_(squares, beta2)
+        torch._foreach_addcmul_(squares, grads, grads, value=1 - beta2)
+        torch._foreach_lerp_(signs, torch._foreach_sign(grads), 1 - beta3)
+        steps = torch._foreach_abs(signs)
+        torch._foreach_sub_(steps, tau)
+        torch._foreach_sign_(steps)
+        torch._foreach_add_(steps, 1)
+        torch._foreach_clamp_max_(steps, 1)  # now [|a| >= tau]
+        torch._foreach_mul_(steps, averages)  # a NaN stays one: the mask does not hide it
+        scales = torch._foreach_sqrt(squares)
+        torch._foreach_add_(scales, eps)
+        torch._foreach_div_(steps, scales)
+        torch._foreach_mul_(steps, lr)
+        torch._foreach_sub_(params, steps)
+        if weight_decay != 0:
+            torch._foreach_mul_(params, 1 - lr * weight_decay)
+
+    def _state(self, parameter: Tensor) -> dict[str, Tensor]:
+        state = self.state[parameter]
+        if not state:
+            for name in STATE:
+                state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        return state
+
+    @torch.no_grad()
+    def kept_fraction(self) -> float:
+        """The share of coordinates whose step is not masked, by the signs up to the last step; NaN before the first."""
+        kept = total = 0
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter in self.state:
+                    signs = self.state[parameter]["exp_sign"]
+                    kept += int((signs.abs() >= group["tau"]).sum())
+                    total += signs.numel()
+        return kept / total if total else float("nan")
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        missing = {name for group in state_dict["param_groups"] for name in self.defaults if name not in group}
+        missing |= {name for state in state_dict["state"].values() for name in STATE if name not in state}
+        if missing:
+            raise ValueError(
+                f"state_dict is of another optimizer than TemporalAndMaskAdam: it has no {', '.join(sorted(missing))}. "
+                "Resume with the optimizer that saved it, or start this one anew"
+            )
+        super().load_state_dict(state_dict)
+
+
+def _check_hyperparameters(group: dict[str, Any]) -> None:
+    def number(name: str, value: object, wanted: str, fits: Callable[[float], bool]) -> None:
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"{name} must be a number {wanted}, got {value!r}")
+        if not fits(value):
+            raise ValueError(f"{name} must be {wanted}, got {value!r}")
+
+    lr, betas = group["lr"], group["betas"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"lr must be a number or a tensor of one element, got shape {tuple(lr.shape)}")
+    number("lr", lr.item() if isinstance(lr, Tensor) else lr, ">= 0", lambda x: 0 <= x < float("inf"))
+    if not isinstance(betas, tuple | list) or len(betas) != 3:
+        raise ValueError(f"betas must be (beta1, beta2, beta3), got {betas!r}")
+    for index, beta in enumerate(betas):
+        number(f"betas[{index}]", beta, "in [0, 1)", lambda x: 0 <= x < 1)
+    number("eps", group["eps"], ">= 0", lambda x: 0 <= x < float("inf"))
+    number("tau", group["tau"], "in [0, 1]", lambda x: 0 <= x <= 1)
+    number("weight_decay", group["weight_decay"], ">= 0", lambda x: 0 <= x < float("inf"))
+    if not isinstance(group["maximize"], bool):
+        raise TypeError(f"maximize must be True or False, got {group['maximize']!r}")
+    if group["tau"] == 1 and betas[2] > 0:
+        warnings.warn("tau = 1: the memory of signs stays below 1, so nothing but the decay is trained", stacklevel=5)
