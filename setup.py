@@ -192,7 +192,7 @@ else:
     extensions = {}
 
 setup(
-    packages=[*find_packages(include=["htv", "htv.*"]), "htv.bench", "htv.triton_kernels"],
+    packages=[*find_packages(include=["htv", "htv.*"]), "htv.bench", "htv.bench.gpu", "htv.triton_kernels"],
     package_dir={"htv.bench": "bench", "htv.triton_kernels": "triton_kernels"},
     **extensions,
 )

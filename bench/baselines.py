@@ -19,7 +19,7 @@ from htv.rules import Rule
 Contributions = Callable[[], Iterator[tuple[nn.Parameter, Tensor]]]
 
 
-def loss(model: nn.Module, criterion: nn.Module, x: Tensor, targets: Tensor) -> Tensor:
+def loss(model: Callable[[Tensor], Tensor], criterion: nn.Module, x: Tensor, targets: Tensor) -> Tensor:
     """The mean over examples, and over tokens where each has several."""
     return criterion(model(x).flatten(0, -2), targets.flatten())
 

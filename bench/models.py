@@ -63,11 +63,12 @@ class LanguageModel(nn.Module):
         context: int = 12,
         expansion: int = 2,
         tied: bool = True,
+        scaled: bool = True,
     ):
         super().__init__()
         self.tokens = nn.Embedding(vocabulary, width)
         self.positions = nn.Embedding(context, width)
-        self.blocks = nn.ModuleList(Block(width, heads, causal=True, expansion=expansion) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(width, heads, True, expansion, scaled) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, vocabulary, bias=False)
         if tied:
@@ -92,7 +93,7 @@ def rotated(x: Tensor) -> Tensor:
     frequency = 10000.0 ** (-torch.arange(half, device=x.device) / half)
     angle = torch.arange(x.shape[-2], device=x.device)[:, None] * frequency
     a, b = x[..., :half], x[..., half:]
-    return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], dim=-1)
+    return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], dim=-1).to(x.dtype)
 
 
 class LlamaBlock(nn.Module):
@@ -185,24 +186,55 @@ class Residual(nn.Module):
         return F.relu(self.norm2(self.conv2(y)) + self.shortcut(x), inplace=True)
 
 
+class Bottleneck(nn.Module):
+    """1x1, 3x3, 1x1 convolutions, four times as wide at the end as in the middle."""
+
+    def __init__(self, before: int, middle: int, stride: int, norm_groups: int):
+        super().__init__()
+        after = 4 * middle
+        self.conv1 = nn.Conv2d(before, middle, 1, bias=False)
+        self.conv2 = nn.Conv2d(middle, middle, 3, stride, padding=1, bias=False)
+        self.conv3 = nn.Conv2d(middle, after, 1, bias=False)
+        self.norm1, self.norm2 = nn.GroupNorm(norm_groups, middle), nn.GroupNorm(norm_groups, middle)
+        self.norm3, self.shortcut = nn.GroupNorm(norm_groups, after), nn.Identity()
+        if stride != 1 or before != after:
+            conv = nn.Conv2d(before, after, 1, stride, bias=False)
+            self.shortcut = nn.Sequential(conv, nn.GroupNorm(norm_groups, after))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.norm1(self.conv1(x)), inplace=True)
+        y = F.relu(self.norm2(self.conv2(y)), inplace=True)
+        return F.relu(self.norm3(self.conv3(y)) + self.shortcut(x), inplace=True)
+
+
 class ResNet18(nn.Module):
     """Stem, basic blocks (2, 2, 2, 2), every norm a GroupNorm; `width` 64 is the original."""
+
+    depths = (2, 2, 2, 2)
+    block, expansion = Residual, 1
 
     def __init__(self, width: int = 8, classes: int = 5, norm_groups: int = 4):
         super().__init__()
         self.stem = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
         self.norm = nn.GroupNorm(norm_groups, width)
         stages, channels = [], width
-        for stage, after in enumerate((width, 2 * width, 4 * width, 8 * width)):
-            for block in range(2):
-                stages.append(Residual(channels, after, 2 if stage and not block else 1, norm_groups))
-                channels = after
+        for stage, depth in enumerate(self.depths):
+            for nth in range(depth):
+                stages.append(self.block(channels, width << stage, 2 if stage and not nth else 1, norm_groups))
+                channels = self.expansion * width << stage
         self.stages = nn.Sequential(*stages)
         self.head = nn.Linear(channels, classes)
 
     def forward(self, images: Tensor) -> Tensor:
         x = F.max_pool2d(F.relu(self.norm(self.stem(images)), inplace=True), 3, 2, padding=1)
         return self.head(self.stages(x).mean(dim=(2, 3)))
+
+
+class ResNet50(ResNet18):
+    """Bottleneck blocks (3, 4, 6, 3) instead."""
+
+    depths = (3, 4, 6, 3)
+    block, expansion = Bottleneck, 4
 
 
 def whole_models() -> dict:

@@ -77,13 +77,18 @@ class TrainingStep:
         model, x, targets = self._seeded()
         criterion = nn.CrossEntropyLoss()
         handle = None if rule is None else htv.attach(model, rule)
+        forward = self.called(model)
 
         def run() -> None:
             model.zero_grad(set_to_none=True)
-            baselines.loss(model, criterion, x, targets).backward()
+            baselines.loss(forward, criterion, x, targets).backward()
 
         run.handle = handle  # attached as long as the step lives
         return run
+
+    def called(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
+        """What is called for the model's forward: itself."""
+        return model
 
     def materialised_bytes(self) -> int:
         """Of all examples' gradients."""
@@ -111,6 +116,7 @@ class Stacked:
 
     groups: int
     coordinates: int
+    device: str = "cpu"
 
     kind = "stacked"
     unit = "copy"
@@ -144,7 +150,7 @@ class Stacked:
         }
 
     def prepare(self, variant: str) -> Step:
-        grads = _normal(self.groups, self.coordinates)
+        grads = _normal(self.groups, self.coordinates, self.device)
         if variant == "copy":
             out = torch.empty_like(grads)
             return lambda: out.copy_(grads)
@@ -171,9 +177,9 @@ Workload = TrainingStep | Stacked
 
 
 @lru_cache(maxsize=1)  # all variants look at the same values
-def _normal(*shape: int) -> Tensor:
+def _normal(groups: int, coordinates: int, device: str) -> Tensor:
     torch.manual_seed(0)
-    return torch.randn(shape)
+    return torch.randn(groups, coordinates, device=device)
 
 
 def _mlp(activation: type[nn.Module]) -> Callable[[], nn.Module]:

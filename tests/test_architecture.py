@@ -62,7 +62,9 @@ def module(path: Path, folder: Path, package: str) -> str:
 
 BENCH = Path(bench.__file__).parent
 MODULES = {module(path, ROOT, "htv"): path for path in sorted(ROOT.rglob("*.py")) if path != ROOT / "__init__.py"}
-MODULES |= {module(path, BENCH, "htv.bench"): path for path in sorted(BENCH.glob("*.py"))}
+MODULES |= {
+    module(path, BENCH, "htv.bench"): path for path in sorted(BENCH.rglob("*.py")) if "pytest" not in path.parts
+}
 
 
 @pytest.mark.parametrize("name", MODULES)

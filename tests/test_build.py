@@ -64,7 +64,8 @@ def test_a_wheel_without_compiled_code(tree, tmp_path):
     assert "htv/rules.py" in names and "htv/ops/schema.py" in names
     assert "htv/triton_kernels/__init__.py" in names
     benched = {name for name in names if name.startswith("htv/bench/")}
-    assert benched == {f"htv/bench/{path.name}" for path in (ROOT / "bench").glob("*.py")}  # no pytest/, no results/
+    sources = (*(ROOT / "bench").glob("*.py"), *(ROOT / "bench" / "gpu").glob("*.py"))
+    assert benched == {f"htv/{path.relative_to(ROOT)}" for path in sources}  # no pytest/, no results/
 
 
 @pytest.mark.parametrize(

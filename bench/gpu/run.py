@@ -1,0 +1,200 @@
+"""The steps of bench/gpu.sh, one after another within a deadline; by Python's library alone, for torch may be broken.
+
+Every step is a process of its own with a time limit, and writes what it has found so far to a file: a crash, a hang or
+a kill costs what comes later in that step, never another step. The record is written anew after each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+GRACE = 5.0  # seconds that a step may take beyond what it was told
+REPORTING = 15.0  # seconds kept for the report
+
+
+@dataclass(frozen=True)
+class Step:
+    """A file beside this one. least: seconds that earlier steps leave to it; most: those it may take."""
+
+    name: str
+    least: float
+    most: float
+    dry: float = 60.0  # most in a dry run
+    decides: bool = False  # whether its failure is the command's
+
+
+STEPS = (
+    Step("build", 20, 220, decides=True),
+    Step("correctness", 60, 150, decides=True),
+    Step("sanitizer", 25, 50, decides=True),
+    Step("kernels", 50, 90),
+    Step("training", 110, 230),
+)
+
+
+def main() -> int:
+    options = parsed()
+    out = Path(os.environ.get("OUT") or options.out or ROOT / ("bench-results" if options.dry else "bench/results"))
+    out.mkdir(parents=True, exist_ok=True)
+    record = {"command": " ".join(["bench/gpu.sh", *sys.argv[1:]]), "dry": options.dry, "date": now(), "steps": {}}
+    deadline = time.monotonic() + 60 * options.minutes
+    with tempfile.TemporaryDirectory() as scratch:
+        for index, step in enumerate(STEPS):
+            if options.only and step.name not in options.only:
+                record["steps"][step.name] = {"status": "left out"}
+                continue
+            later = sum(s.least for s in STEPS[index + 1 :] if not options.only or s.name in options.only)
+            seconds = min(step.dry if options.dry else step.most, deadline - time.monotonic() - later - REPORTING)
+            if seconds < min(step.least, 10):
+                outcome, found = {"status": "dropped", "error": "no time was left"}, {}
+            else:
+                outcome, found = run(step, seconds, options.dry, Path(scratch), scratch_log(out))
+            record["steps"][step.name] = outcome
+            record |= found | {"workloads": record.get("workloads", {}) | found.get("workloads", {})}
+            say(step.name, outcome, found)
+            write(record, out)
+        logged(out, record)
+    report = [sys.executable, "-m", "htv.bench.gpu.report", str(out / f"{stem(record)}.json")]
+    subprocess.run(report, cwd=ROOT, env=environment(), check=False, timeout=60)
+    return 0 if succeeded(record) else 1
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="bench/gpu.sh", description="Build, check and measure on a GPU; write a record."
+    )
+    parser.add_argument(
+        "--dry", action="store_true", help="no GPU: tiny sizes, emulator and interpreter; no number counts"
+    )
+    parser.add_argument("--minutes", type=float, default=8.5, help="after which it has ended (default: 8.5)")
+    parser.add_argument("--only", nargs="+", choices=[s.name for s in STEPS], help="these steps alone")
+    parser.add_argument("--out", help="folder for the record, unless OUT names one")
+    return parser.parse_args()
+
+
+def run(step: Step, seconds: float, dry: bool, scratch: Path, log: Path) -> tuple[dict, dict]:
+    """How it ended, and what it found, a part of the record."""
+    result = scratch / f"{step.name}.json"
+    arguments = [str(result), f"{seconds:.0f}", *["--dry"] * dry]
+    begin = time.monotonic()
+    with log.open("a") as words:
+        words.write(f"\n==== {step.name} ====\n")
+        words.flush()
+        start = words.tell()
+        # a session of its own, so that whatever it started ends with it
+        child = subprocess.Popen(
+            [sys.executable, *program(step), *arguments], stdin=subprocess.DEVNULL, stdout=words, stderr=words,
+            cwd=ROOT, env=environment(dry), start_new_session=True,
+        )  # fmt: skip
+        try:
+            status, error = child.wait(timeout=seconds + GRACE), None
+        except subprocess.TimeoutExpired:
+            status, error = None, f"ended after {seconds + GRACE:.0f} s"
+        finally:
+            end(child)
+    outcome = {"status": "done", "seconds": round(time.monotonic() - begin, 1)}
+    if status != 0:
+        outcome |= {"status": "failed", "error": error or f"status {status}: {last_line(log, start)}"}
+    found = json.loads(result.read_text()) if result.is_file() else {}
+    if found.get("skipped"):
+        outcome |= {"status": "skipped", "error": found.pop("skipped")}
+    return outcome, found
+
+
+def program(step: Step) -> list[str]:
+    """The first as a script: a module of htv would load the library that it is to replace."""
+    return ["bench/gpu/build.py"] if step.name == "build" else ["-m", f"htv.bench.gpu.{step.name}"]
+
+
+def end(child: subprocess.Popen) -> None:
+    """With everything it started."""
+    try:
+        os.killpg(child.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    child.wait()
+
+
+def environment(dry: bool = False) -> dict[str, str]:
+    paths = [ROOT, ROOT / "tests", ROOT / "tests" / "triton_kernels", os.environ.get("PYTHONPATH", "")]
+    found = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, filter(None, paths))), "PYTHONUNBUFFERED": "1"}
+    found.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    found.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "4")  # several processes compile at once
+    if dry:
+        found |= {"TRITON_INTERPRET": "1", "HTV_TUNED": "", "CUDA_VISIBLE_DEVICES": ""}
+    return found
+
+
+def last_line(log: Path, start: int) -> str:
+    with log.open() as words:
+        words.seek(start)
+        lines = [line.strip() for line in words.read()[-4000:].splitlines() if line.strip()]
+    return lines[-1][:300] if lines else "it said nothing"
+
+
+# ---- the record ----
+
+
+def stem(record: dict) -> str:
+    """gpu-h200 for an "NVIDIA H200"."""
+    name = "dry" if record["dry"] else record.get("gpu", {}).get("name", "unknown")
+    return "gpu-" + re.sub(r"[^a-z0-9]+", "-", name.lower().removeprefix("nvidia ")).strip("-")
+
+
+def write(record: dict, out: Path) -> None:
+    """At once, or not at all."""
+    path = out / f"{stem(record)}.json"
+    path.with_suffix(".part").write_text(json.dumps(record, indent=1) + "\n")
+    path.with_suffix(".part").replace(path)
+    if stem(record) != "gpu-unknown":
+        (out / "gpu-unknown.json").unlink(missing_ok=True)
+
+
+def scratch_log(out: Path) -> Path:
+    return out / f"gpu-{os.getpid()}.log"
+
+
+def logged(out: Path, record: dict) -> None:
+    if scratch_log(out).is_file():
+        scratch_log(out).replace(out / f"{stem(record)}.log")
+
+
+def succeeded(record: dict) -> bool:
+    """Whether every step that decides was done and found nothing wrong; targets decide nothing."""
+    asked = [step for step in STEPS if step.decides and record["steps"].get(step.name, {}).get("status") != "left out"]
+    ended = all(record["steps"].get(step.name, {}).get("status") in ("done", "skipped") for step in asked)
+    wrong = record.get("correctness", {}).get("wrong") or record.get("sanitizer", {}).get("wrong")
+    return ended and not wrong
+
+
+def say(name: str, outcome: dict, found: dict) -> None:
+    """A line or a few: a machine may keep no more than the end of what was printed."""
+    seconds = f"{outcome['seconds']:6.1f} s" if "seconds" in outcome else " " * 8
+    print(
+        f"{name:12} {seconds}  {outcome['status']}" + (f": {outcome['error']}" if "error" in outcome else ""),
+        flush=True,
+    )
+    part = found.get(name, {})
+    if "counts" in part:
+        print(" " * 23 + ", ".join(f"{number} {what}" for what, number in part["counts"].items()), flush=True)
+    for case, error in list(part.get("wrong", {}).items())[:10]:
+        print(f"{'':23}{case}: {error[:200]}", flush=True)
+
+
+def now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
