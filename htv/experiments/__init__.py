@@ -4,9 +4,16 @@ experiment.py   what an experiment is: variants, one run, a summary, a plot
 records.py      every finished run is kept at once, so that an interrupted experiment goes on where it was
 run.py          all runs in order or side by side, with a progress bar
 report.py       tables, the paper's claims beside what was found here, a picture, every number as JSON
+images.py       what experiments on images share
 NAME.py         one module per experiment, which defines EXPERIMENT
 """
 
 NAMES = {
     "linear": "four environments, one mechanism: what the geometric mean of gradients finds and the mean does not",
+    "memorisation": "real and random labels, and 25% noise, under AND-masks over single examples",
+    "winsorized": "winsorized gradient descent: overfit over percentiles and label noise",
+    "rolling": "SGD, M3, RM3 and RA3 on a convnet, half the labels random",
+    "attribution": "label noise: whom the gradients serve through training, and who is learnt first",
+    "coherence": "m-coherence through training, for real and for random labels",
+    "difficulty": "do easy examples generalise among themselves, and hard ones?",
 }

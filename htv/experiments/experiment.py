@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -113,6 +114,7 @@ def load(name: str) -> Experiment:
 
 
 def spread(values: list[float], form: str = ".1%") -> str:
-    """The mean, and the standard deviation over seeds where there are several: "98.2% ± 0.4%"."""
+    """The mean, and the standard deviation over seeds where there are several: "98.2% ± 0.4%"; "nan" if one is."""
     mean = format(statistics.fmean(values), form)
-    return f"{mean} ± {format(statistics.stdev(values), form)}" if len(values) > 1 else mean
+    spreads = len(values) > 1 and all(map(math.isfinite, values))
+    return f"{mean} ± {format(statistics.stdev(values), form)}" if spreads else mean

@@ -99,6 +99,7 @@ def test_numbers_over_seeds():
     found = Records(None, [{"variant": "a", "seed": s, "seconds": 1, "result": {"x": x}} for s, x in enumerate((1, 3))])
     assert found.variants == ["a"] and found.values("a", "x") == [1, 3] and found.mean("a", "x") == 2
     assert spread([0.5]) == "50.0%" and spread([1.0, 3.0], ".1f") == "2.0 ± 1.4"
+    assert spread([0.5, float("nan")], ".1f") == "nan"
     lost = Records(None, [{"variant": "a", "seed": 0, "seconds": 1, "result": {"x": None}}])
     assert str(lost.mean("a", "x")) == "nan"
 
