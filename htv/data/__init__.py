@@ -2,8 +2,18 @@
 
 from htv.data.dataset import DataError, Dataset
 from htv.data.digits import digits
-from htv.data.environments import linear_environments
+from htv.data.environments import Environments, linear_environments, patchwork, spirals
 from htv.data.idx import idx_folder
 from htv.data.noise import label_noise
 
-__all__ = ["DataError", "Dataset", "digits", "idx_folder", "label_noise", "linear_environments"]
+__all__ = [
+    "DataError",
+    "Dataset",
+    "Environments",
+    "digits",
+    "idx_folder",
+    "label_noise",
+    "linear_environments",
+    "patchwork",
+    "spirals",
+]

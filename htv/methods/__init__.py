@@ -26,6 +26,17 @@ from htv.methods.environments import (
     require_environments,
 )
 from htv.methods.masks import masked_noise, masked_noise_bound, mean_noise, survival_probability
+from htv.methods.penalties import (
+    DomainAdversary,
+    GroupDRO,
+    environment_means,
+    fishr_penalty,
+    iga_penalty,
+    irm_penalty,
+    l1_penalty,
+    l2_penalty,
+    reverse_gradient,
+)
 from htv.methods.rolling import RA3, RM3
 from htv.methods.temporal import TemporalAndMaskAdam
 
@@ -35,6 +46,8 @@ __all__ = [
     "RM3",
     "Attribution",
     "Coherence",
+    "DomainAdversary",
+    "GroupDRO",
     "Inconsistency",
     "Influence",
     "LearntTracker",
@@ -48,11 +61,17 @@ __all__ = [
     "environment_batches",
     "environment_groups",
     "environment_losses",
+    "environment_means",
+    "fishr_penalty",
     "generalisation_bound",
     "geometric_mean_hessian",
+    "iga_penalty",
     "inconsistency",
     "inconsistency_bound",
+    "irm_penalty",
     "join_environments",
+    "l1_penalty",
+    "l2_penalty",
     "masked_noise",
     "masked_noise_bound",
     "mean_noise",
@@ -60,6 +79,7 @@ __all__ = [
     "proper_accuracy",
     "quadratic_inconsistency",
     "require_environments",
+    "reverse_gradient",
     "survival_probability",
     "winsorized",
 ]

@@ -1,0 +1,169 @@
+"""What invariant learning is compared with: penalties, weights and an adversary around the plain mean of gradients.
+
+They train without `htv.attach`: their losses already tell environments apart. `ids` (N,) int64 holds the environment of
+every example, 0 to E - 1, each present (`htv.methods.require_environments`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from htv.methods.environments import require_environments
+
+__all__ = [
+    "DomainAdversary",
+    "GroupDRO",
+    "environment_means",
+    "fishr_penalty",
+    "iga_penalty",
+    "irm_penalty",
+    "l1_penalty",
+    "l2_penalty",
+    "reverse_gradient",
+]
+
+
+def environment_means(values: Tensor, ids: Tensor, num_environments: int) -> Tensor:
+    """The mean of each environment's examples. values: (N, *rest) -> (E, *rest), differentiable."""
+    require_environments(ids, num_environments)
+    if len(values) != len(ids):
+        raise ValueError(f"values hold {len(values)} examples, ids {len(ids)}: they must pair up")
+    members = F.one_hot(ids, num_environments).to(values)
+    return torch.tensordot(members / members.sum(dim=0), values, dims=([0], [0]))
+
+
+def l1_penalty(parameters: Iterable[Tensor]) -> Tensor:
+    """The sum of absolute values."""
+    return torch.stack([p.abs().sum() for p in parameters]).sum()
+
+
+def l2_penalty(parameters: Iterable[Tensor]) -> Tensor:
+    """The sum of squares."""
+    return torch.stack([p.square().sum() for p in parameters]).sum()
+
+
+def irm_penalty(
+    outputs: Tensor, targets: Tensor, ids: Tensor, num_environments: int, loss: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """The squared slope of every environment's loss along the scale of the outputs, averaged: IRMv1.
+
+    outputs:  (N, *), with a graph.     targets: (N, *).
+    loss:     (outputs, targets) -> (N,), one value per example, as with ``reduction="none"``.
+
+    Arjovsky et al. 2019, "Invariant risk minimization", arXiv 1907.02893.
+    """
+    scales = outputs.new_ones(num_environments, requires_grad=True)
+    require_environments(ids, num_environments)
+    scaled = outputs * scales[ids].reshape(-1, *(1,) * (outputs.dim() - 1))
+    risks = environment_means(_each(loss(scaled, targets), ids), ids, num_environments)
+    (slopes,) = torch.autograd.grad(risks.sum(), scales, create_graph=True)  # a risk has one scale only
+    return slopes.square().mean()
+
+
+def iga_penalty(risks: Tensor | Sequence[Tensor], parameters: Iterable[Tensor]) -> Tensor:
+    """The variance of the environments' gradients, summed over coordinates: inter-environmental gradient alignment.
+
+    risks:  (E,) the environments' losses, E >= 2, with a graph back to the parameters.
+
+    Costs E backwards that keep their graph. Koyama and Yamaguchi 2020, arXiv 2008.01883.
+    """
+    parameters = [p for p in parameters if p.requires_grad]
+    risks = list(risks)
+    if len(risks) < 2:
+        raise ValueError(f"risks must be of at least 2 environments for gradients to differ, got {len(risks)}")
+    grads = [torch.autograd.grad(risk, parameters, create_graph=True, materialize_grads=True) for risk in risks]
+    stacks = [torch.stack(stack) for stack in zip(*grads, strict=True)]
+    return torch.stack([(s - s.mean(dim=0)).square().mean(dim=0).sum() for s in stacks]).sum()
+
+
+def fishr_penalty(features: Tensor, outputs: Tensor, losses: Tensor, ids: Tensor, num_environments: int) -> Tensor:
+    """How far the variances of the head's per-example gradients differ between environments, squared: Fishr.
+
+    features:  (N, F) that enter the linear head.    outputs: (N, O) of the head, with a graph.
+    losses:    (N,) of the examples, each a function of its own row of outputs.
+
+    The gradients (N, O, F + 1), bias included, are not formed: the squares of rank-one matrices have rank one.
+    Rame et al. 2021, "Fishr", arXiv 2109.02934.
+    """
+    (errors,) = torch.autograd.grad(_each(losses, ids).sum(), outputs, create_graph=True)
+    inputs = torch.cat([features, features.new_ones(len(features), 1)], dim=1)
+    variances = []
+    require_environments(ids, num_environments)
+    for e in range(num_environments):
+        error, x = errors[ids == e], inputs[ids == e]
+        variances.append(error.square().mT @ x.square() / len(x) - (error.mT @ x / len(x)).square())
+    variances = torch.stack(variances)
+    return (variances - variances.mean(dim=0)).square().sum(dim=(1, 2)).mean()
+
+
+class _Reversed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, strength):
+        ctx.strength = strength
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return -ctx.strength * grad, None
+
+
+def reverse_gradient(x: Tensor, strength: float = 1.0) -> Tensor:
+    """x itself, whose gradient comes back multiplied by ``-strength``."""
+    return _Reversed.apply(x, strength)
+
+
+class DomainAdversary(nn.Module):
+    """Guesses the environment from features that are trained to give nothing away: DANN.
+
+    Its loss is added to the task's: ``loss + adversary(features, ids)``. The adversary descends it, the features climb.
+    Ganin et al. 2016, "Domain-adversarial training of neural networks", arXiv 1505.07818.
+    """
+
+    def __init__(self, num_features: int, num_environments: int, hidden: int = 64, strength: float = 1.0):
+        super().__init__()
+        self.strength = strength
+        self.guess = nn.Sequential(nn.Linear(num_features, hidden), nn.ReLU(), nn.Linear(hidden, num_environments))
+
+    def forward(self, features: Tensor, ids: Tensor) -> Tensor:
+        """features: (N, num_features), ids: (N,). The cross-entropy of the guesses."""
+        return F.cross_entropy(self.guess(reverse_gradient(features, self.strength)), ids)
+
+
+class GroupDRO(nn.Module):
+    """Weights environments by how hard they are: a weight grows as ``exp(step_size * risk)``.
+
+    ``dro(risks)`` updates the weights, a buffer, and returns the weighted sum of risks.
+    Sagawa et al. 2019, "Distributionally robust neural networks", arXiv 1911.08731.
+    """
+
+    def __init__(self, num_environments: int, step_size: float = 0.01):
+        super().__init__()
+        if num_environments < 1:
+            raise ValueError(f"num_environments must be at least 1, got {num_environments}")
+        if not step_size > 0:
+            raise ValueError(f"step_size must be above 0, got {step_size!r}")
+        self.step_size = step_size
+        self.register_buffer("weights", torch.full((num_environments,), 1 / num_environments))
+
+    def forward(self, risks: Tensor) -> Tensor:
+        """risks: (E,) the environments' losses."""
+        if risks.shape != self.weights.shape:
+            raise ValueError(
+                f"risks must be {tuple(self.weights.shape)}, one per environment, got {tuple(risks.shape)}"
+            )
+        with torch.no_grad():
+            self.weights.copy_((self.weights.log() + self.step_size * risks).softmax(dim=0))
+        return self.weights.clone() @ risks
+
+
+def _each(losses: Tensor, ids: Tensor) -> Tensor:
+    if losses.shape != ids.shape:
+        raise ValueError(
+            f"the loss must be one value per example, {tuple(ids.shape)}, got {tuple(losses.shape)}: "
+            "use reduction='none' and mean over all other dims"
+        )
+    return losses
