@@ -9,7 +9,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -360,6 +360,8 @@ class Handle:
             raise ValueError(f"weight must be 'size' or 'equal', got {spec.weight!r}")
         if self._spec is not None:
             raise RuntimeError("groups(), packed() and tokens() blocks cannot be nested")
+        if isinstance(spec.value, Tensor):  # the one time that a device is waited for
+            spec = replace(spec, value=spec.value.cpu())
         self._spec = spec
         try:
             yield
@@ -570,4 +572,4 @@ def _same_spec(a: Voting | None, b: Voting | None) -> bool:
         return a is b
     if (a.kind, a.weight) != (b.kind, b.weight) or a.value is None or b.value is None:
         return (a.kind, a.weight) == (b.kind, b.weight) and a.value is b.value
-    return a.value is b.value or torch.equal(torch.as_tensor(a.value).cpu(), torch.as_tensor(b.value).cpu())
+    return a.value is b.value or torch.equal(torch.as_tensor(a.value), torch.as_tensor(b.value))

@@ -216,6 +216,91 @@ def experiment(
 
 
 @app.command()
+def tune(
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="OxIxExT: outputs and inputs of a linear layer, groups and rows of each, such as 4096x4096x16x1024; "
+            "repeat it or separate by commas. Default: layers of transformers, 768 to 4096 wide."
+        ),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    statistic: Annotated[
+        list[str] | None,
+        typer.Option(help="median, and-mask, sand-mask, winsorized: one for every kind of tile. Default: all."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The table to write or add to. Default: htv/tuned.json in the user's cache, which is found."),
+    ] = None,
+    dry: Annotated[
+        bool,
+        typer.Option(help="Every step on the CPU, by Triton's interpreter: shows that it works, not what is fast."),
+    ] = False,
+) -> None:
+    """Measure which tiles the Triton products are fastest with on this GPU, and write the table they are looked up in.
+
+    Works on buffers of its own and is never run by training. HTV_TUNED names another table than the default one.
+    """
+    import os
+    import subprocess
+    import sys
+
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.table import Table
+
+    from htv import tune as tuning
+
+    try:
+        shapes = tuple(map(tuning.Shape.parse, _split(shape) or ())) or (tuning.DRY_SHAPES if dry else tuning.SHAPES)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--shape") from error
+    names = tuple(_split(statistic) or tuning.STATISTICS)
+    for given, known, hint in (
+        *((name, tuning.STATISTICS, "--statistic") for name in names),
+        (dtype, tuning.DTYPES, "--dtype"),
+    ):
+        if given not in known:
+            raise typer.BadParameter(f"unknown {given!r}; use {', '.join(known)}", param_hint=hint)
+    missing = tuning.why_not(dry)
+    if missing:
+        raise typer.BadParameter(missing, param_hint="htv tune")
+    if dry and os.environ.get("TRITON_INTERPRET") != "1":  # Triton reads it when it is imported
+        options = [f"--shape={s}" for s in shapes] + [f"--statistic={name}" for name in names] + [f"--dtype={dtype}"]
+        command = [sys.executable, "-m", "htv", "tune", "--dry", *options, *([f"--out={out}"] if out else [])]
+        raise typer.Exit(subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=False).returncode)
+
+    from htv.triton_kernels import configs
+
+    path = out or (None if dry else configs.user_table())
+    if path is not None:
+        _check_folder(path.parent)
+        if path.is_file():
+            try:
+                configs.load(path)
+            except ValueError as error:
+                raise typer.BadParameter(str(error), param_hint="--out") from error
+    console = Console()
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=len(shapes) * len(names), completed=-1)
+        note = lambda text: progress.update(task, description=text, advance=1)
+        results = tuning.tune(shapes, tuning.DTYPES[dtype], names, dry, note)
+    table = Table("shape", "statistic", "tile", "splits", "ms", "without", "tried")
+    for result in results:
+        config = result.entry["config"]
+        tile = "x".join(str(config[name]) for name in ("BLOCK_O", "BLOCK_I", "BLOCK_R"))
+        numbers = result.entry["splits"], f"{result.best:.3f}", f"{result.usual:.3f}", result.tried
+        table.add_row(str(result.shape), result.statistic, tile, *map(str, numbers))
+    console.print(table)
+    if path is None:
+        console.print("A dry run: nothing is written without --out.")
+    else:
+        console.print(f"{tuning.write(results, path)} entries in {path}", soft_wrap=True)
+
+
+@app.command()
 def info() -> None:
     """Show versions, how the package was built, and which backends serve here, or why not."""
     from rich.console import Console

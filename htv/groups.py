@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-__all__ = ["Groups", "Place", "Voters"]
+__all__ = ["Groups", "Place", "Voters", "moved"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,14 +66,14 @@ class Groups:
 
     num_units:  N.
     offsets:    (E + 1,) int64 on the CPU; once units are put in `order`, group e owns units offsets[e]:offsets[e + 1].
-    order:      (N,) int64, the units sorted by group, or None where they already are.
+    order:      (N,) int64 on the CPU, the units sorted by group, or None where they already are.
     keys:       (E,) the caller's ids, or None where groups are numbered as they come; of packed sequences, the numbers
                 of those with rows, or None where all have some.
     named:      whether the keys are ids the caller gave.
     home:       where the units are in the model's inputs.
     weights:    (E,) float64, what each group's contributions are multiplied by, or None for 1.
     rows_vote:  every row a layer sees is a group of its own, whatever its unit.
-    voting:     with rows_vote: (N, T) bool, the rows of each unit that vote, or None for all.
+    voting:     with rows_vote: (N, T) bool on the CPU, the rows of each unit that vote, or None for all.
     """
 
     num_units: int
@@ -101,7 +101,7 @@ class Groups:
         weight:  "size": contributions count as they come, so a group counts by its size; "equal": every group counts as
                  if it had N / E units, so that its mean counts once.
         """
-        ids = torch.as_tensor(ids)
+        ids = torch.as_tensor(ids).cpu()  # at once: how many groups there are decides shapes
         if ids.dim() != 1 or ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
             raise ValueError(
                 f"groups must be a 1-D tensor of integer ids, got shape {tuple(ids.shape)} and dtype {ids.dtype}"
@@ -114,8 +114,8 @@ class Groups:
             raise ValueError("groups is empty: no group can vote (skip the step)")
         keys, inverse, sizes = ids.unique(return_inverse=True, return_counts=True)
         order = None if bool((inverse[1:] >= inverse[:-1]).all()) else inverse.argsort(stable=True)
-        weights = None if weight == "size" else num_units / (len(sizes) * sizes.cpu().double())
-        return Groups(num_units, _offsets(sizes), order, keys.cpu(), True, Place(dim), weights)
+        weights = None if weight == "size" else num_units / (len(sizes) * sizes.double())
+        return Groups(num_units, _offsets(sizes), order, keys, True, Place(dim), weights)
 
     @staticmethod
     def packed(cu_seqlens: Tensor | list[int], num_units: int, dim: int = 0, weight: str = "size") -> Groups:
@@ -152,6 +152,7 @@ class Groups:
                 f"mask must be a boolean tensor of shape ({num_units}, T), True where a token votes; got shape "
                 f"{tuple(voting.shape)} and dtype {voting.dtype}"
             )
+        voting = None if voting is None else voting.cpu()
         if voting is not None and not bool(voting.any()):
             raise ValueError("mask lets no token vote (skip the step)")
         return replace(Groups.each(num_units, dim), rows_vote=True, voting=voting)
@@ -188,20 +189,21 @@ class Groups:
     def members(self) -> Tensor:
         """(N,) int64: the group of every unit."""
         groups = torch.repeat_interleave(torch.arange(self.count), self.offsets.diff())
-        return groups if self.order is None else torch.empty_like(groups).index_copy_(0, self.order.cpu(), groups)
+        return groups if self.order is None else torch.empty_like(groups).index_copy_(0, self.order, groups)
 
 
 class Voters:
     """Who votes with which indices of one tensor's batch dim: `groups` at a `place`.
 
     dim:      the batch's dim, that of the `place`.
-    order:    (S,) int64, the dim's indices sorted by group, or None where they are.
+    order:    (S,) int64 on the CPU, the dim's indices sorted by group, or None where they are.
     offsets:  (E + 1,) int64 on the CPU; in that order group e owns indices offsets[e]:offsets[e + 1], perhaps none.
     """
 
     def __init__(self, groups: Groups, place: Place):
         self.groups, self.place, self.dim = groups, place, place.dim
         self._scaled: dict[int, Tensor] = {}
+        self._orders: dict[torch.device, Tensor] = {}
         if place.units is None and place.outer == 1 and groups.order is None:
             self.order = None
             self.offsets = groups.offsets if place.times == 1 else groups.offsets * place.times
@@ -230,7 +232,7 @@ class Voters:
     def front(self, tensor: Tensor) -> Tensor:
         """(..., S, ...) -> (S, ...), indices sorted by group."""
         tensor = tensor.movedim(self.dim, 0) if self.dim else tensor
-        return tensor if self.order is None else tensor.index_select(0, self.order.to(tensor.device))
+        return tensor if self.order is None else tensor.index_select(0, self._order_on(tensor.device))
 
     def rows(self, tensor: Tensor, features: int = 1) -> Tensor:
         """(..., S, ..., *features) -> (R, *features), the rows of each group together."""
@@ -245,7 +247,7 @@ class Voters:
                 f"tokens(mask) has {voting.shape[1]} tokens for each of {len(voting)} examples, but a layer saw an "
                 f"input of shape {tuple(tensor.shape)}, whose rows are not these tokens. Remedy: exclude its parameters"
             )
-        return rows.index_select(0, voting.to(rows.device).flatten().nonzero().flatten())
+        return rows.index_select(0, moved(voting.flatten().nonzero().flatten(), rows.device))
 
     def grad_rows(self, grad: Tensor, features: int = 1) -> tuple[Tensor, Tensor]:
         """`rows` of an output's gradient, multiplied by the weights of their groups; and their `bounds`."""
@@ -278,10 +280,15 @@ class Voters:
         dim = self.dim if dim is None else dim
         front = tensor.movedim(dim, 0) if dim else tensor
         if self.order is not None:
-            front = front.index_select(0, self.order.to(front.device))
+            front = front.index_select(0, self._order_on(front.device))
         summed = front if self._singles and front.shape[0] == self.count else segment_sum(front, self.offsets)
         weights = self.groups.weights
         return summed if weights is None else summed * _as_column(weights, summed)
+
+    def _order_on(self, device: torch.device) -> Tensor:
+        if device not in self._orders:
+            self._orders[device] = moved(self.order, device)
+        return self._orders[device]
 
     @cached_property
     def _indices(self) -> int:
@@ -294,8 +301,30 @@ class Voters:
         return bool((self.offsets.diff() == 1).all())
 
 
+MOST_CAPTURED = 4096  # values that a CUDA graph writes one by one
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device, without waiting for it.
+
+    While a CUDA graph is captured, values are written there one by one: a copy would be replayed from memory that is no
+    longer theirs. RuntimeError for more than `MOST_CAPTURED` of them.
+    """
+    if device.type != "cuda" or tensor.device == device:
+        return tensor.to(device)
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        if tensor.numel() > MOST_CAPTURED:
+            raise RuntimeError(
+                f"a CUDA graph cannot capture who votes with {tensor.numel()} values in no regular order: let every "
+                "example vote by itself, or sort the batch by group"
+            )
+        values = [torch.full((), value, device=device, dtype=tensor.dtype) for value in tensor.flatten().tolist()]
+        return torch.stack(values).reshape(tensor.shape) if values else tensor.new_empty(tensor.shape, device=device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def _as_column(values: Tensor, beside: Tensor) -> Tensor:
-    return values.to(beside).reshape(-1, *(1,) * (beside.dim() - 1))
+    return moved(values.to(beside.dtype), beside.device).reshape(-1, *(1,) * (beside.dim() - 1))
 
 
 def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
@@ -308,7 +337,7 @@ def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
         ids = torch.repeat_interleave(sizes)  # what embeddings do to sum rows by id beats segment_reduce
         summed = torch.ops.aten.embedding_dense_backward(flat, ids, len(sizes), -1, False)
     else:
-        summed = torch.segment_reduce(flat, "sum", offsets=offsets.to(values.device), axis=0, initial=0)
+        summed = torch.segment_reduce(flat, "sum", offsets=moved(offsets, values.device), axis=0, initial=0)
     return summed.reshape(len(sizes), *values.shape[1:])
 
 

@@ -19,7 +19,7 @@ LAYERS = [
     ["htv.traced"],
     ["htv.compiled"],
     ["htv.attach"],
-    ["htv.batchnorm", "htv.check", "htv.explain"],
+    ["htv.batchnorm", "htv.check", "htv.explain", "htv.tune"],
     ["htv.data", "htv.methods", "htv.distributed", "htv.integrations"],
     ["htv.bench"],
     ["htv.demo", "htv.experiments"],

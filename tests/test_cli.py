@@ -1,6 +1,7 @@
 """The command line: help, info, clear refusals, one small demo and one small benchmark from start to end."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -19,7 +20,7 @@ def invoke(*arguments):
 def test_help_names_the_commands():
     result = invoke("--help")
     assert result.exit_code == 0
-    assert all(command in result.output for command in ("demo", "bench", "info"))
+    assert all(command in result.output for command in ("demo", "bench", "tune", "info"))
     for option in ("--data", "--rule", "--epochs", "--seed", "--out", "--device"):
         assert option in invoke("demo", "--help").output
     for option in (
@@ -210,3 +211,57 @@ def test_bench_records_every_number(small_bench):
     if rows["plain"]["memory_method"] != "ru_maxrss":
         examples_by_parameters = 256 * 1_863_690 * 4  # bytes
         assert rows["vmap:and-mask"]["peak_bytes"] > examples_by_parameters > 4 * rows["median"]["peak_bytes"]
+
+
+def test_tune_without_a_gpu_says_what_is_missing(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    pytest.importorskip("triton")
+    result = invoke("tune")
+    assert result.exit_code == 2 and "needs an NVIDIA GPU" in result.output and "--dry" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shape", "16x16"], "must be OxIxExT"),
+        (["--shape", "16x0x4x4"], "must be OxIxExT"),
+        (["--statistic", "mode"], "unknown 'mode'; use median, and-mask, sand-mask, winsorized"),
+        (["--dtype", "fp8"], "unknown 'fp8'; use bf16, fp16, fp32"),
+    ],
+)
+def test_tune_refuses_clearly(arguments, message):
+    result = invoke("tune", "--dry", *arguments)
+    assert result.exit_code == 2 and message in " ".join(result.output.split())
+
+
+def test_tune_without_triton(monkeypatch):
+    monkeypatch.setattr("htv.ops.backend.TRITON_INSTALLED", False)
+    result = invoke("tune", "--dry")
+    assert result.exit_code == 2 and "Triton is not installed" in result.output
+
+
+def test_tune_writes_a_table_that_is_followed(tmp_path):
+    """From start to end under the interpreter; another run adds to the table."""
+    pytest.importorskip("triton")
+    path = tmp_path / "new" / "tuned.json"
+
+    def run(*arguments):
+        command = [sys.executable, "-m", "htv", "tune", "--dry", f"--out={path}", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return json.loads(path.read_text())["entries"], done.stdout
+
+    entries, output = run("--statistic=and-mask,median")
+    assert {entry["words"] for entry in entries} == {0, 2} and "2 entries in" in output
+    assert all((entry["outputs"], entry["groups"], entry["rows"]) == (16, 5, 4) for entry in entries)
+    entries, _ = run("--statistic=and-mask", "--shape=32x16x5x4")
+    assert sorted(entry["outputs"] for entry in entries) == [16, 16, 32]
+    program = (
+        "from htv.triton_kernels import configs\n"
+        f"entry = configs.load(configs.Path({str(path)!r}))[-1]\n"
+        "sizes = {name: entry[name] for name in (*configs.KEY, *configs.SIZES)}\n"
+        "problem = configs.Problem(multiprocessors=1, **sizes)\n"
+        "assert configs.choose(problem) == (configs.Config(**entry['config']), entry['splits'])\n"
+    )
+    environment = {**os.environ, "HTV_TUNED": str(path)}
+    assert subprocess.run([sys.executable, "-c", program], env=environment, check=False).returncode == 0

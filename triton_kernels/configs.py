@@ -7,8 +7,9 @@ been measured on hardware.
 A tuned table is a JSON file: {"version": 1, "entries": [{"arch": "sm_90", "arithmetic": "half", "words": 2,
 "aligned": true, "outputs": 4096, "inputs": 4096, "parts": 1, "groups": 16, "rows": 1024, "config": {"BLOCK_O": 128,
 ...}, "splits": 1}, ...]}, sizes as in `Problem`. The entry of the nearest shape (in the logarithms of its sizes)
-among those of the same architecture, arithmetic, words and alignment serves. The file that HTV_TUNED names is taken,
-else `htv/tuned.json` in the user's cache, else `tuned.json` beside this file; "HTV_TUNED=" takes none.
+among those of the same architecture, arithmetic, words and alignment serves, if it is near. `htv tune` writes such a
+file. The one that HTV_TUNED names is taken, else `htv/tuned.json` in the user's cache, else `tuned.json` beside this
+file; "HTV_TUNED=" takes none.
 """
 
 from __future__ import annotations
@@ -137,10 +138,13 @@ def cost(problem: Problem, config: Config, splits: int) -> float:
     return waves * math.ceil(problem.groups / splits) * per_group + merged / (MEMORY_BYTES * problem.multiprocessors)
 
 
-def choose(problem: Problem, most_splits: int = MOST_SPLITS) -> tuple[Config, int]:
-    """A configuration and the number of splits of the groups, at most `most_splits`."""
+def choose(problem: Problem, most_splits: int = MOST_SPLITS, entries: tuple | None = None) -> tuple[Config, int]:
+    """A configuration and the number of splits of the groups, at most `most_splits`.
+
+    entries: of a tuned table, instead of those of the one in force.
+    """
     most_splits = max(1, min(most_splits, problem.groups, MOST_SPLITS))
-    found = nearest(tuned(), problem)
+    found = nearest(tuned() if entries is None else entries, problem)
     if found is not None:
         return found[0], min(found[1], most_splits)
     choices = ((config, splits) for splits in range(1, most_splits + 1) for config in candidates(problem))
@@ -151,6 +155,7 @@ def choose(problem: Problem, most_splits: int = MOST_SPLITS) -> tuple[Config, in
 
 KEY = ("arch", "arithmetic", "words", "aligned")
 SIZES = ("outputs", "inputs", "parts", "groups", "rows")
+NEAR = math.log(8) ** 2  # one size by a factor of eight, or two by four each
 
 
 def tuned() -> tuple[dict, ...]:
@@ -158,15 +163,19 @@ def tuned() -> tuple[dict, ...]:
     named = os.environ.get("HTV_TUNED")
     if named is not None:
         return load(Path(named)) if named else ()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    for path in (cache / "htv" / "tuned.json", Path(__file__).with_name("tuned.json")):
+    for path in (user_table(), Path(__file__).with_name("tuned.json")):
         if path.is_file():
             return load(path)
     return ()
 
 
+def user_table() -> Path:
+    """Where a user's own tuned table is looked for."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "htv" / "tuned.json"
+
+
 def nearest(entries: tuple[dict, ...], problem: Problem) -> tuple[Config, int] | None:
-    """Configuration and splits of the entry nearest to a problem, None where none has its `KEY`."""
+    """Configuration and splits of the entry nearest to a problem; None where none has its `KEY` and is near."""
     alike = [entry for entry in entries if all(entry[name] == getattr(problem, name) for name in KEY)]
     if not alike:
         return None
@@ -175,6 +184,8 @@ def nearest(entries: tuple[dict, ...], problem: Problem) -> tuple[Config, int] |
         return sum(math.log(max(1, entry[name]) / max(1, getattr(problem, name))) ** 2 for name in SIZES)
 
     entry = min(alike, key=distance)
+    if distance(entry) > NEAR:
+        return None
     return Config(**entry["config"]), entry["splits"]
 
 

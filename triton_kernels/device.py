@@ -8,6 +8,8 @@ import itertools
 import torch
 import triton
 
+from htv.groups import moved
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 UPCAST = triton.knobs.runtime.interpret  # read when kernels are decorated: its half-precision arithmetic is wrong
 DEVICE = "cpu" if UPCAST else "cuda"
@@ -54,17 +56,11 @@ def check_offsets(op: str, offsets: torch.Tensor, rows: int) -> None:
 
 
 def offsets_on(device: torch.device, offsets: torch.Tensor) -> torch.Tensor:
-    """Offsets where kernels read them, without waiting for the device, in a CUDA graph's capture too.
-
-    Groups of one size are counted out on the device. While a graph is captured, others are written there one by one: a
-    copy would be replayed from memory that is no longer theirs.
-    """
+    """Offsets where kernels read them, without waiting for the device. Groups of one size are counted out there."""
     if offsets.device == device:
         return offsets
     bounds = offsets.tolist()
     first, step = bounds[0], bounds[1] - bounds[0]
     if step > 0 and bounds == list(range(first, first + step * len(bounds), step)):
         return torch.arange(first, first + step * len(bounds), step, device=device)
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return torch.stack([torch.full((), bound, device=device, dtype=torch.int64) for bound in bounds])
-    return offsets.to(device, non_blocking=True)
+    return moved(offsets, device)

@@ -7,7 +7,7 @@ Not yet run on hardware: tested under the interpreter, and compiled offline for 
 import torch
 
 from htv.rules import Statistic
-from htv.triton_kernels import device, product
+from htv.triton_kernels import configs, device, product
 
 MOST_FEATURES = 2**24  # times the rows of a block, within int32; blocks themselves start at int64 addresses
 
@@ -34,17 +34,30 @@ def linear(
     device.check_offsets("linear", offsets, rows)
     if inputs == 0 or outputs == 0:
         return x.new_zeros((outputs, inputs), dtype=torch.float32), x.new_zeros((), dtype=torch.float64)
+    return product.aggregate(_factors(x, grad_output, offsets), statistic, choice)
+
+
+def problem(
+    x: torch.Tensor, grad_output: torch.Tensor, offsets: torch.Tensor, statistic: Statistic
+) -> tuple[configs.Problem, bool]:
+    """What the choice of a tile for `linear` of the same depends on, and whether groups may be split."""
+    factors = _factors(x, grad_output, offsets)
+    found = product.absorbed(factors, statistic)
+    words = found.words if found else 2 if statistic.name == "median_of_means" else 0
+    return factors.problem(words), found is not None and found.merge is not None
+
+
+def _factors(x: torch.Tensor, grad_output: torch.Tensor, offsets: torch.Tensor) -> product.Factors:
     x, grad_output = (t if t.stride(1) == 1 and t.stride(0) >= t.shape[1] else t.contiguous() for t in (x, grad_output))
-    factors = product.Factors(
+    return product.Factors(
         x,
         grad_output,
         device.offsets_on(x.device, offsets),
         rows=1,
         parts=1,
-        outputs=outputs,
-        inputs=inputs,
-        channels=inputs,
+        outputs=grad_output.shape[1],
+        inputs=x.shape[1],
+        channels=x.shape[1],
         load_x=product.load_rows,
         geometry=None,
     )
-    return product.aggregate(factors, statistic, choice)

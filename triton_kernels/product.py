@@ -299,11 +299,7 @@ def aggregate(factors: Factors, statistic: Statistic, choice=None) -> tuple[torc
     at 4 TB/s and 500 TFLOP/s is the smaller part from 500 rows on. Keeping E values per coordinate on chip would shrink
     tiles to 32 x 32; recomputing the products for every digit of a search would cost eight times the product.
     """
-    name, count = statistic.name, statistic.count
-    found = streaming.STREAMING.get(name) or streaming.extremes(name, count)
-    if name not in streaming.STREAMING and count > 0 and found is not None:
-        if factors.groups <= stacked.MOST_SORTED and len(factors.grad_output) >= LONG_GROUPS * factors.groups:
-            found = None
+    found = absorbed(factors, statistic)
     value = factors.x.new_empty((factors.parts, factors.outputs, factors.inputs), dtype=torch.float32)
     if found is not None:
         mask_sum = _streaming(factors, statistic, found, value, choice)
@@ -311,6 +307,16 @@ def aggregate(factors: Factors, statistic: Statistic, choice=None) -> tuple[torc
         mask_sum = value.new_zeros((), dtype=torch.float64)
         _ranked(factors, statistic, value, choice)
     return value.flatten(0, 1), mask_sum
+
+
+def absorbed(factors: Factors, statistic: Statistic) -> streaming.Streaming | None:
+    """How a statistic is absorbed on chip; None where contributions are written and ranked."""
+    name, count = statistic.name, statistic.count
+    found = streaming.STREAMING.get(name) or streaming.extremes(name, count)
+    if name not in streaming.STREAMING and count > 0 and found is not None:
+        if factors.groups <= stacked.MOST_SORTED and len(factors.grad_output) >= LONG_GROUPS * factors.groups:
+            return None
+    return found
 
 
 def launch(factors, box, out, mask, result, found, statistic, config, splits):

@@ -16,7 +16,7 @@ from torch.autograd.graph import get_gradient_edge
 from htv.autograd.later import Later
 from htv.autograd.ledger import Sink, Slot
 from htv.errors import UnsupportedError
-from htv.groups import Voters
+from htv.groups import Voters, moved
 from htv.ops.factors import EmbeddingFactors, Factors, GroupwiseFactors, LinearFactors, StackedFactors, ViewFactors
 from htv.ops.reference import compute_dtype
 
@@ -79,7 +79,7 @@ class PartFactors(Factors):
         mine = torch.arange(start, end) if order is None else order[start:end]
         part = torch.zeros_like(self.grad, dtype=self.dtype)
         rows = part.movedim(self.voters.dim, 0)
-        mine = mine.to(self.device)
+        mine = moved(mine, self.device)
         rows[mine] = self.grad.movedim(self.voters.dim, 0)[mine].to(self.dtype)
         return part if weights is None else part * weights[group].item()
 

@@ -84,7 +84,7 @@ def _one_block(parts: list[Factors], statistic: Statistic) -> tuple[Tensor, Tens
             value, mask_sum = functional.stacked(first.values.to(first.dtype), statistic)
             return value.mul_(first.count), mask_sum
         if isinstance(first, EmbeddingFactors):
-            return (sparse.streaming if statistic.name in STREAMING else sparse.order)(first, statistic)
+            return sparse.table(first, statistic)
         style = paths.style_of(first, statistic.name, first.device)
         if style == "fused":
             return (_fused_conv if isinstance(first, ConvFactors) else _fused_linear)(first, statistic)

@@ -181,7 +181,7 @@ def use_backend(name: str) -> Iterator[None]:
 _SERVES = {
     "cpp": "serves the CPU",
     "cuda": "not yet run on hardware: serves stacked statistics, and linear layers with one row per group",
-    "triton": "not yet run on hardware: serves linear layers, convolutions, stacked statistics without cuda",
+    "triton": "not yet run on hardware: serves linear layers, convolutions and embeddings; stacked ones without cuda",
     "reference": "serves any device, and what no other backend serves",
 }
 

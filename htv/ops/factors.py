@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from htv.groups import Voters, segment_sum
+from htv.groups import Voters, moved, segment_sum
 from htv.ops.reference import compute_dtype
 
 SCRATCH_BYTES = 4 << 20  # what a slice of contributions, and a slice's operands, may take
@@ -106,7 +106,7 @@ class LinearFactors(Factors):
         x, grad_output = (t.new_empty(rows, t.shape[1]) for t in (parts[0].x, parts[0].grad_output))
         for part, begin, size in zip(parts, begins, sizes, strict=True):
             to = torch.repeat_interleave(begin - part.bounds[:-1], size) + torch.arange(len(part.x))
-            to = to.to(x.device)
+            to = moved(to, x.device)
             x.index_copy_(0, to, part.x)
             grad_output.index_copy_(0, to, part.grad_output)
         return LinearFactors(x, grad_output, bounds)
@@ -181,7 +181,7 @@ class ConvFactors(Factors):
         self.count, self.device, self.dtype = voters.count, x.device, compute_dtype(x.dtype)
         weights = voters.groups.weights
         if weights is not None:  # the one place where they enter
-            each = torch.repeat_interleave(weights, self.bounds.diff()).to(x.device, self.dtype)
+            each = moved(torch.repeat_interleave(weights, self.bounds.diff()).to(self.dtype), x.device)
             self.x = self.x.to(self.dtype)
             self.grad_output = self.grad_output * each.reshape(-1, *(1,) * (grad_output.dim() - 1))
 
@@ -390,15 +390,22 @@ class EmbeddingFactors(Factors):
     def __init__(
         self, ids: Tensor, grad_output: Tensor, bounds: Tensor, num_embeddings: int, padding_idx: int | None = None
     ):
-        """ids: (R,) integers; grad_output: (R, D); group e owns rows bounds[e]:bounds[e + 1]."""
-        voter = torch.repeat_interleave(bounds.diff()).to(ids.device)
+        """ids: (R,) integers; grad_output: (R, D); group e owns rows bounds[e]:bounds[e + 1].
+
+        Rows of `padding_idx` get the id -1 and take no part; `padded` says whether there may be any.
+        """
+        if ids.device.type == "cpu":
+            voter = torch.repeat_interleave(bounds.diff())
+        else:
+            rows = torch.arange(len(ids), device=ids.device)
+            voter = torch.bucketize(rows, moved(bounds[1:-1], ids.device), right=True)
         if padding_idx is not None:
-            kept = ids != padding_idx
-            ids, voter, grad_output = ids[kept], voter[kept], grad_output[kept]
+            ids = ids.masked_fill(ids == padding_idx, -1)
         self._init(ids, voter, grad_output, num_embeddings, len(bounds) - 1)
+        self.padded = padding_idx is not None
 
     def _init(self, ids: Tensor, voter: Tensor, grad_output: Tensor, num_embeddings: int, count: int) -> None:
-        self.ids, self.voter, self.grad_output = ids, voter, grad_output
+        self.ids, self.voter, self.grad_output, self.padded = ids, voter, grad_output, False
         self.count, self.device, self.dtype = count, grad_output.device, compute_dtype(grad_output.dtype)
         self.shape = (num_embeddings, grad_output.shape[1])
 
@@ -408,14 +415,24 @@ class EmbeddingFactors(Factors):
         whole = object.__new__(EmbeddingFactors)
         ids, voter, grads = (torch.cat(t) for t in zip(*((p.ids, p.voter, p.grad_output) for p in parts), strict=True))
         whole._init(ids, voter, grads, parts[0].shape[0], parts[0].count)
+        whole.padded = any(part.padded for part in parts)
         return whole
+
+    @functools.cached_property
+    def lookups(self) -> tuple[Tensor, Tensor, Tensor]:
+        """ids, voter and grad_output without those of `padding_idx`. How many there are is read from the device."""
+        if not self.padded:
+            return self.ids, self.voter, self.grad_output
+        kept = (self.ids >= 0).nonzero().flatten()
+        return tuple(t.index_select(0, kept) for t in (self.ids, self.voter, self.grad_output))
 
     @functools.cached_property
     def pairs(self) -> Pairs:
         """What is not zero: the contributions of a group to the row of a token it has."""
-        key, order = (self.ids.long() * self.count + self.voter).sort(stable=True)
+        ids, voter, grad_output = self.lookups
+        key, order = (ids.long() * self.count + voter).sort(stable=True)
         key, sizes = key.unique_consecutive(return_counts=True)
-        values = self.grad_output[order].to(self.dtype)
+        values = grad_output[order].to(self.dtype)
         values = segment_sum(values, _offsets(sizes)) if len(key) < len(order) else values
         return Pairs(key // self.count, key % self.count, values)
 
@@ -533,6 +550,7 @@ class ViewFactors(GroupwiseFactors):
     def __init__(self, inner: Factors, view: View, parameter: Tensor):
         super().__init__(inner, self.placed, parameter)
         self.view, self._like = view, torch.empty_like(parameter, device="meta")
+        self.strides = self._like.stride()  # of the parameter
 
     @staticmethod
     def of(inner: Factors, view: View, parameter: Tensor) -> Factors:

@@ -130,7 +130,7 @@ def extra_work(part: Factors, rule: Rule) -> float:
     if style == "stacked":
         return operations
     if isinstance(part, EmbeddingFactors):
-        rows, sizes = max(1, len(part.ids)), part.pairs.touched[1]
+        rows, sizes = max(1, len(part.lookups[0])), part.pairs.touched[1]
         if statistic.name in STREAMING:
             return operations * len(part.pairs.tokens) / rows
         return groups * (1 + operations) * int((sizes > sparse.outvoted(statistic, groups)).sum()) / rows

@@ -35,10 +35,12 @@
         ids, voter   (R,) int64 contiguous: the row of the table that was looked up, and the group that did
         value        (num_embeddings, D) in `compute_dtype(grad_output)`; E * stat of the groups' contributions
         mask_sum     as above
-        Kernels serve the statistics of `COUNTED`.
+        Kernels serve the statistics of `COUNTED`, Triton's all that `linear` has. An id outside of the table raises
+        on the CPU; in Triton its row takes no part, for looking at ids would wait for the device.
 
-The Triton kernels' are the ops `stacked_triton`, `linear_triton` and `conv_triton` of the same contracts, for float32,
-bfloat16 and float16: they share devices with the kernels above, and `htv.ops.backend` decides between them.
+The Triton kernels' are the ops `stacked_triton`, `linear_triton`, `conv_triton` and `embedding_triton` of the same
+contracts, for float32, bfloat16 and float16: they share devices with the kernels above, and `htv.ops.backend` decides
+between them.
 
 `statistic` is the `code` of a `htv.rules.Statistic`'s name; `count`, `votes` and `k` are its fields.
 """
@@ -83,7 +85,7 @@ _SIGNATURES = {
     f" {_NUMBERS}) -> (Tensor, Tensor)",
 }
 OPS = tuple(_SIGNATURES)
-TRITON = ("stacked", "linear", "conv")  # ops that Triton has kernels for
+TRITON = ("stacked", "linear", "conv", "embedding")  # ops that Triton has kernels for
 
 library = torch.library.Library("htv", "DEF")
 for _op, _signature in _SIGNATURES.items():
@@ -122,6 +124,7 @@ def _conv_fake(x, grad_output, offsets, kernel, stride, padding, dilation, group
 
 
 @torch.library.register_fake("htv::embedding")
+@torch.library.register_fake("htv::embedding_triton")
 def _embedding_fake(grad_output, ids, voter, num_embeddings, groups, statistic, count, votes, k):
     shape = (num_embeddings, grad_output.shape[1])
     value = grad_output.new_empty(shape, dtype=reference.compute_dtype(grad_output.dtype))

@@ -11,15 +11,23 @@ from torch import Tensor
 from htv.groups import segment_sum
 from htv.ops import backend, factors, reference, schema, sliced
 from htv.ops.factors import EmbeddingFactors, Factors
-from htv.ops.reference import Summary
+from htv.ops.reference import STREAMING, Summary
 from htv.rules import Statistic
 
 
+def table(part: EmbeddingFactors, statistic: Statistic) -> tuple[Tensor, Tensor]:
+    """E * stat of the contributions to an embedding table, and the sum of the mask."""
+    server = backend.choose(backend.Problem("embedding", statistic.name, part.device, part.dtype))
+    if server == "reference":
+        return (streaming if statistic.name in STREAMING else order)(part, statistic)
+    # Triton passes over the rows of a padding_idx: to leave them out would wait for the device.
+    ids, voter, grad = part.lookups if server == "cpp" else (part.ids, part.voter, part.grad_output)
+    rows = grad.contiguous(), ids.long().contiguous(), voter.contiguous()
+    return backend.operator("embedding", server)(*rows, part.shape[0], part.count, *schema.numbers(statistic))
+
+
 def streaming(part: EmbeddingFactors, statistic: Statistic) -> tuple[Tensor, Tensor]:
-    """Embedding tables: pairs of token and group, and everything else counted as the zeros it is."""
-    if backend.choose(backend.Problem("embedding", statistic.name, part.device, part.dtype)) != "reference":
-        grad, ids, voter = (t.contiguous() for t in (part.grad_output, part.ids.long(), part.voter))
-        return torch.ops.htv.embedding(grad, ids, voter, part.shape[0], part.count, *schema.numbers(statistic))
+    """Streaming statistics from pairs of token and group, and everything else counted as the zeros it is."""
     value = torch.zeros(part.shape, dtype=part.dtype, device=part.device)
     tokens = part.pairs.touched[0]
     mask_sum = sliced.mask_of_zeros(part, statistic) * ((part.shape[0] - len(tokens)) * part.shape[1])
@@ -75,7 +83,7 @@ def _zeros(count: int, like: Factors, name: str) -> Summary:
 
 
 def order(part: EmbeddingFactors, statistic: Statistic) -> tuple[Tensor, Tensor]:
-    """Embedding tables: rows of tokens that enough groups have are ranked, all others are zero."""
+    """Order statistics: rows of tokens that enough groups have are ranked, all others are zero."""
     pairs = part.pairs
     value = torch.zeros(part.shape, dtype=part.dtype, device=part.device)
     tokens, sizes = pairs.touched

@@ -51,6 +51,9 @@ TABLE = [
     ("conv", "and_mask", FP32, None, "triton", "reference", "triton"),
     ("conv", "median", FP32, None, "triton", "reference", "triton"),
     ("conv", "median", FP64, None, "reference", "reference", "reference"),
+    ("embedding", "and_mask", FP32, None, "triton", "reference", "triton"),
+    ("embedding", "median", FP32, None, "triton", "reference", "triton"),
+    ("embedding", "median", FP64, None, "reference", "reference", "reference"),
     ("norm_sums", "mean", FP32, None, "reference", "reference", "reference"),
 ]
 

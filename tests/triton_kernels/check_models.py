@@ -59,6 +59,7 @@ def test_ops_keep_their_contract(op):
     factors = {
         "stacked": (x,),
         "linear": (x, torch.randn(6, 3, device=DEVICE), offsets),
+        "embedding": (x, torch.tensor([1, 0, 1, 4, 1, -1]).to(DEVICE), torch.arange(6, device=DEVICE) // 2, 5, 3),
         "conv": (x[:, :, None], torch.randn(6, 3, 1, device=DEVICE), offsets, [1], [1], [0], [1], 1),
     }[op]
     tests = ("test_schema", "test_faketensor")

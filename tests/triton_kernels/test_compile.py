@@ -14,7 +14,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from htv.triton_kernels import configs, conv, device, product, stacked, statistic  # noqa: E402
+from htv.triton_kernels import configs, conv, device, embedding, product, stacked, statistic  # noqa: E402
 
 if device.UPCAST:
     pytest.skip("nothing is compiled under TRITON_INTERPRET=1", allow_module_level=True)
@@ -154,6 +154,12 @@ def test_products_are_within_budget(
             assert "1" in re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", ptx)
 
 
+MOST_REGISTERS = {  # of a thread, where more would leave too few programs for a multiprocessor to hide its loads
+    **{f"embedding-{name}": 40 for name in ("and_mask", "sand_mask", "geometric_mean")},
+    **{f"embedding-{name}": 128 for name in ("median", "winsorized_mean", "median_of_means")},
+}
+
+
 def stacked_cases():
     one, common = {"coordinates"}, {"scale": "fp32", "votes": "fp32", "k": "fp32"}
     for size, kind, count, load in (
@@ -180,6 +186,19 @@ def stacked_cases():
         yield f"streaming-{name}", stacked.streaming_kernel, types, constants | more, one
         more = {"merge": found.merge, "WORDS": found.words, "BLOCK": product.MERGE_BLOCK}
         yield f"merge-{name}", product.merge_kernel, types, constants | more, one
+    rows = {"grad_output_ptr": "*bf16", "order_ptr": "*i64", "voter_ptr": "*i64", "starts_ptr": "*i64"}
+    for name in ("and_mask", "sand_mask", "geometric_mean"):
+        found = statistic.STREAMING[name]._asdict()
+        del found["words"]
+        constants = found | {"visit": embedding.ABSORB[found["update"]], "BLOCK": embedding.STREAMING["BLOCK"]}
+        types = common | rows | {"value_ptr": "*fp32", "mask_ptr": "*fp32"}
+        yield f"embedding-{name}", embedding.streaming_kernel, types, constants, {"D"}
+    for kind in ("median", "winsorized_mean", "median_of_means"):
+        buckets = kind == "median_of_means"
+        constants = {"bucket_of": embedding.bucket if buckets else embedding.no_bucket}
+        constants |= {"KIND": "median" if buckets else kind, "BLOCK": embedding.ORDER["BLOCK"]}
+        types = common | rows | {"value_ptr": "*fp32"}
+        yield f"embedding-{kind}", embedding.order_kernel, types, constants, {"D"}
     for taps, width in ((3, 1), (7, 1), (3, 8)):
         geometry = (width, 1, 56, 56, 1, 56, 56, 1, taps, taps, 1, 1, 1, 0, 1, 1, 1, 1, 1)
         constants = {"O": 256, "STRIDE": 256, "OUTPUTS": width, "GEOMETRY": geometry, "TAPS": taps}
@@ -194,9 +213,11 @@ def stacked_cases():
 def test_other_kernels_do_not_spill(arch, tmp_path):
     for label, kernel, types, constants, multiples in stacked_cases():
         pointers = {n for n in types if n in kernel.arg_names and types[n].startswith("*")}
-        found = compiled(kernel, arch, types, constants, pointers | multiples, num_warps=4, num_stages=2)
-        _, stack, _ = resources(found, tmp_path / "kernel.cubin")
+        warps = embedding.ORDER["num_warps"] if label.startswith("embedding") else 4
+        found = compiled(kernel, arch, types, constants, pointers | multiples, num_warps=warps, num_stages=2)
+        registers, stack, _ = resources(found, tmp_path / "kernel.cubin")
         assert stack == 0, label
+        assert registers <= MOST_REGISTERS.get(label, 255), (label, registers)
 
 
 def problem(**changes):

@@ -1,0 +1,100 @@
+"""What the Triton kernels of `embedding` must do. Not collected by its name: see `test_interpreted.py`."""
+
+import math
+
+import pytest
+import torch
+from triton_cases import DEVICE, DTYPES, assert_same, statistics
+
+from htv.ops import reference
+from htv.rules import Statistic
+from htv.triton_kernels import embedding
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy, of NaN and inf
+
+AND_MASK, MEDIAN, BUCKETS = Statistic("and_mask", 2), Statistic("median"), Statistic("median_of_means", 3)
+SOME = (AND_MASK, MEDIAN, BUCKETS, Statistic("winsorized_mean", 1), Statistic("sand_mask", votes=1.0, k=0.5))
+# rows, features, tokens, groups
+SIZES = {
+    "no row": (0, 3, 4, 2),
+    "ones": (1, 1, 1, 1),
+    "few": (9, 7, 12, 5),
+    "many": (24, 5, 2, 5),
+    "two blocks of features": (4, 300, 2, 3),
+}
+
+
+def make(rows, features, tokens, groups, dtype=torch.float32):
+    """Integers of any voters in any order: ties, cancellations and repeated tokens are frequent."""
+    generator = torch.Generator().manual_seed(rows + features)
+    grad = (torch.randn(rows, features, generator=generator) * 2).round().to(dtype)
+    ids = torch.randint(0, tokens, (rows,), generator=generator)
+    voter = torch.randint(0, groups, (rows,), generator=generator)
+    return *(t.to(DEVICE) for t in (grad, ids, voter)), tokens, groups
+
+
+def check(lookups, statistic):
+    grad, ids, voter, tokens, groups = lookups
+    found = embedding.embedding(*lookups, statistic)
+    inside = (ids >= 0) & (ids < tokens)
+    wanted = reference.embedding(grad[inside].double(), ids[inside], voter[inside], tokens, groups, statistic)
+    assert_same(found, wanted, statistic, groups)
+    return found[0]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_statistic(size):
+    lookups = make(*SIZES[size])
+    for statistic in statistics(lookups[-1]):
+        check(lookups, statistic)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_half_precision(dtype):
+    for statistic in (AND_MASK, MEDIAN, BUCKETS):
+        check(make(40, 6, 5, 6, dtype), statistic)
+
+
+def test_what_lies_outside_of_the_table_takes_no_part():
+    """A padding_idx comes as -1."""
+    grad, ids, voter, tokens, groups = make(*SIZES["many"])
+    ids[::5], ids[3], grad[0], grad[3] = -1, tokens, math.nan, math.inf
+    for statistic in SOME:
+        assert not check((grad, ids, voter, tokens, groups), statistic).isnan().any()
+
+
+def test_extreme_values():
+    grad, ids, voter, tokens, groups = make(24, 8, 2, 6)
+    grad[0, 0], grad[1, 1] = math.nan, math.inf
+    grad[:, 2], grad[:, 3], grad[:, 4] = -0.0, 2.0**-140, (torch.arange(24) - 12) * 2.0**-140
+    ids[4:6], voter[4:6], grad[4, 5], grad[5, 5] = 1, 2, math.inf, -math.inf  # one contribution of both
+    ids[6:8], grad[6, 6], grad[7, 6], voter[6], voter[7] = 1, math.inf, -math.inf, 0, 1  # one bucket of both
+    for statistic in SOME:
+        if statistic.name not in ("geometric_mean", "sand_mask"):  # the reference's logarithm of inf less inf
+            assert check((grad, ids, voter, tokens, groups), statistic).isnan().any()
+
+
+def test_sums_are_taken_in_one_order():
+    """Bits do not depend on how lookups of different tokens and groups are mixed."""
+    grad, ids, voter, tokens, groups = make(*SIZES["many"])
+    grad = torch.randn_like(grad)
+    by_voter = voter.argsort(stable=True)
+    for statistic in (AND_MASK, MEDIAN, BUCKETS):
+        one = embedding.embedding(grad, ids, voter, tokens, groups, statistic)[0]
+        other = embedding.embedding(grad[by_voter], ids[by_voter], voter[by_voter], tokens, groups, statistic)[0]
+        assert torch.equal(one, other)
+
+
+def test_errors_name_what_is_wrong():
+    grad, ids, voter, tokens, groups = make(*SIZES["few"])
+    with pytest.raises(TypeError, match="float64"):
+        embedding.embedding(grad.double(), ids, voter, tokens, groups, AND_MASK)
+    with pytest.raises(ValueError, match=r"wants grad_output \(R, D\)"):
+        embedding.embedding(grad, ids[1:], voter, tokens, groups, AND_MASK)
+    with pytest.raises(TypeError, match="ids and voter must be int64"):
+        embedding.embedding(grad, ids.int(), voter, tokens, groups, AND_MASK)
+    with pytest.raises(ValueError, match="cannot tell 12 tokens of 0 groups apart"):
+        embedding.embedding(grad, ids, voter, tokens, 0, AND_MASK)
+    with pytest.raises(ValueError, match="1 to 5 buckets"):
+        embedding.embedding(grad, ids, voter, tokens, groups, Statistic("median_of_means", 6))
+    assert embedding.embedding(grad[:, :0], ids, voter, tokens, groups, MEDIAN)[0].shape == (12, 0)
