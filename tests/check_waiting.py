@@ -10,6 +10,7 @@ from pretended_gpu import OnDevice, Waits, moved, pretended, values
 from torch import nn
 
 import htv
+from htv import groups
 from htv.ops import backend
 
 TRITON = os.environ.get("TRITON_INTERPRET") == "1"
@@ -133,3 +134,16 @@ def test_what_waits_is_noticed(monkeypatch):
             with pytest.raises((Waits, NotImplementedError)):  # torch.tensor(device=...) gets past the pretence
                 wait()
         assert (x + host.pin_memory().to("cuda", non_blocking=True)).device.type == "cuda"
+
+
+def test_a_capture_holds_who_votes(monkeypatch):
+    """What a CUDA graph would replay must not be read from the host's memory again."""
+    order = torch.tensor([2, 0, 1])
+    with pretended(monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pytest.fail("copies"))
+        assert torch.equal(values(groups.moved(order, pretended_gpu.CUDA)), order)
+        assert groups.moved(order[:0], pretended_gpu.CUDA).shape == (0,)
+        with pytest.raises(RuntimeError, match="cannot capture who votes with 5000 values"):
+            groups.moved(torch.arange(5000), pretended_gpu.CUDA)
