@@ -94,6 +94,11 @@ def waits(func, args, kwargs) -> str | None:
 
 
 def run(func, args, kwargs):
+    if func.namespace == "aten":  # within an operator of htv, torch does not take composite ones apart
+        with Device():
+            out = func.decompose(*args, **kwargs)
+        if out is not NotImplemented:
+            return out
     reason = waits(func, args, kwargs)
     if reason:
         raise Waits(f"{func} {reason}")
