@@ -83,6 +83,17 @@ def first_line(command: list[str]) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
 
 
+def pybind11_includes() -> list[str]:
+    """pybind11's own headers, or the copy that torch carries."""
+    try:
+        import pybind11
+    except ModuleNotFoundError:
+        from torch.utils.cpp_extension import include_paths
+
+        return include_paths()
+    return [pybind11.get_include()]
+
+
 class Ninja:
     """A build file: rules, then one edge per object or library."""
 
@@ -112,7 +123,6 @@ class BuildExtensions(build_ext):
     """Both extensions by one ninja run."""
 
     def build_extensions(self) -> None:
-        import pybind11
         import torch
         from torch.utils.cpp_extension import include_paths
 
@@ -169,7 +179,8 @@ class BuildExtensions(build_ext):
             "HTV_CUDA_ARCHS": " ".join(archs),
         }
         defines = [f'-D{name}="{value}"' for name, value in strings.items()] + [f"-DHTV_WITH_CUDA={int(bool(nvcc))}"]
-        includes = ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")]
+        includes = [flag for path in pybind11_includes() for flag in ("-isystem", path)]
+        includes += ["-isystem", sysconfig.get_path("include")]
         host_objects = [compiled("host.cpp", [*cpu, *defines, *includes]), level_object]
 
         ops, host = (Path(self.get_ext_fullpath(ext.name)).resolve() for ext in self.extensions)

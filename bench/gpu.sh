@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything about a GPU in one command, in under nine minutes: builds, checks, measures, writes a record.
 #
-#   bench/gpu.sh            on a machine with an NVIDIA GPU, torch >= 2.11, triton >= 3.6 and nvcc
+#   bench/gpu.sh            on a machine with an NVIDIA GPU, torch >= 2.11, triton >= 3.6, and nvcc with g++ and ninja
 #   bench/gpu.sh --dry      anywhere: the same code with tiny sizes, by emulator and interpreter
 #   bench/gpu.sh --help     all options
 #

@@ -257,8 +257,10 @@ def test_what_is_missing_is_named_with_a_remedy(monkeypatch):
     versions = {"torch": "2.10.1", "triton": "3.6.0"}
     monkeypatch.setattr(build.metadata, "version", lambda name: versions[name])
     monkeypatch.setattr(build, "nvcc", lambda: None)
+    monkeypatch.setattr(build, "ninja", lambda: None)
     monkeypatch.delenv("HTV_GPU_LIBRARY", raising=False)
     assert "torch 2.10.1 is too old: install torch >= 2.11" in build.missing() and "no nvcc" in build.missing()
+    assert "no ninja" in build.missing()
     versions["torch"] = "2.11.0+cu130"
     monkeypatch.setenv("HTV_GPU_LIBRARY", "somewhere.so")
     monkeypatch.setattr(build, "capability", lambda: None)

@@ -40,6 +40,8 @@ def missing() -> str:
             found.append(f"{name} {version} is too old: install {name} >= {wanted}")
     if not os.environ.get("HTV_GPU_LIBRARY") and nvcc() is None:
         found.append("no nvcc: put it on PATH, set CUDA_HOME, or name a library built elsewhere in HTV_GPU_LIBRARY")
+    if not os.environ.get("HTV_GPU_LIBRARY") and ninja() is None:
+        found.append("no ninja: install ninja, or name a library built elsewhere in HTV_GPU_LIBRARY")
     if not found and capability() is None:
         found.append("torch sees no GPU: look at nvidia-smi, or use --dry")
     return "; ".join(found)
@@ -48,6 +50,11 @@ def missing() -> str:
 def nvcc() -> str | None:
     home = os.environ.get("CUDA_HOME")
     return shutil.which(f"{home}/bin/nvcc" if home else "nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
+def ninja() -> str | None:
+    """Where setup.py looks for it."""
+    return shutil.which("ninja") or shutil.which(str(Path(sys.executable).with_name("ninja")))
 
 
 def capability() -> str | None:

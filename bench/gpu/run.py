@@ -36,7 +36,7 @@ class Step:
 
 STEPS = (
     Step("build", 20, 220, decides=True),
-    Step("correctness", 60, 150, decides=True),
+    Step("correctness", 60, 170, decides=True),
     Step("sanitizer", 25, 50, decides=True),
     Step("kernels", 50, 90),
     Step("training", 110, 230),

@@ -123,13 +123,18 @@ def cuda_linear(dry: bool) -> Found:
 TRITON_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def step_of(dtype: torch.dtype, dry: bool) -> int:
+    """Every so many statistics: each is compiled, for some seconds."""
+    return 6 if dry else 1 if dtype == torch.float32 else 3
+
+
 def triton_stacked(dry: bool) -> Found:
     import stacked_table as table
     from triton_table import statistics
 
     for dtype in TRITON_TYPES if not dry else TRITON_TYPES[:1]:
         for groups in (1, 2, 5, 16, 33, 64, 70) if not dry else (5,):
-            for statistic in [*statistics(groups), Statistic("sign_agreement")][:: 6 if dry else 1]:
+            for statistic in [*statistics(groups), Statistic("sign_agreement")][:: step_of(dtype, dry)]:
                 what = f"{short(dtype)}, {groups} groups, {described(statistic)}"
                 yield what, poisoned(lambda g, t, s: table.check(table.make(g, 131, t), s), groups, dtype, statistic)
     for groups in (4, 5, 20) if not dry else (4,):
@@ -144,7 +149,7 @@ def triton_linear(dry: bool) -> Found:
         for name, shape in table.SHAPES.items():
             if dry and name not in ("one row per group", "empty groups"):
                 continue
-            for statistic in statistics(len(shape[0]))[:: 5 if dry else 1]:
+            for statistic in statistics(len(shape[0]))[:: step_of(dtype, dry)]:
                 what = f"{name}: {short(dtype)}, {described(statistic)}"
                 yield what, poisoned(lambda a, t, s: table.check(*table.make(*a, t), s), shape, dtype, statistic)
     for statistic in table.ALL if not dry else table.ALL[1:7:5]:

@@ -17,7 +17,8 @@ RULES = (htv.AndMask(0.4), htv.Median(), htv.WinsorizedMean(1), htv.SandMask(0.3
 def models(dry: bool) -> Iterator[tuple[str, Callable[[], None]]]:
     for name in whole_models() if not dry else ("mlp",):
         for rule in RULES if not dry else RULES[:2]:
-            for server in ("auto", "triton", "cuda") if not dry else ("auto", "triton"):
+            named = ("triton", "cuda")[: 2 - dry] if rule in RULES[:2] else ()
+            for server in ("auto", *named):
                 yield f"{name}: {rule}, by {server}", lambda n=name, r=rule, s=server: serves(n, r, s, dry)
 
 
