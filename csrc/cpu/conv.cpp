@@ -1,5 +1,5 @@
 // htv::conv on the CPU: every position of the output is a row whose columns are the window of x seen from there. Windows
-// are never stored: tiles pack them from a copy of x that has its channels last and its padding around it. Where groups of
+// are never stored: tiles read them in a copy of x that has its channels last and its padding around it. Where groups of
 // the convolution have few channels, those of all groups lie side by side in registers instead.
 #include <algorithm>
 #include <optional>
@@ -19,6 +19,8 @@ using Sizes = std::vector<int64_t>;
 
 constexpr int64_t kCopyBytes = 8 << 20;  // what a copy of x or grad_output may take; more for few channels only
 constexpr int64_t kLeastChannels = 16;   // of a copy
+
+constexpr int64_t kMostHoles = 2;        // columns multiplied per column there is, where windows are read in place
 
 // Channels side by side:
 constexpr int64_t kFewWeights = 64;         // inputs x outputs per group up to which that is faster than tiles (measured)
@@ -77,11 +79,22 @@ struct Rows {
   int64_t stride;  // elements from one position to the next of the padded images
 };
 
-Rows rows_of(const Images& images, const Sizes& padding, int64_t first, int64_t channels) {
-  const int64_t element = bytes_of(images.dtype), compute = images.dtype == Dtype::float64 ? 8 : 4;
+// Whether `rows_of` copies.
+bool copied(const Images& images, const Sizes& padding) {
   const bool padded = std::any_of(padding.begin(), padding.end(), [](int64_t p) { return p > 0; });
+  return images.channel_stride != 1 || padded || bytes_of(images.dtype) < 4;
+}
+
+// Elements from position to position of a copy. spread: where positions take lines of a cache each, they lie an odd number
+// of them apart, so that the same channels of many positions do not compete for places in it.
+int64_t stride_of(int64_t channels, int64_t line, bool spread) {
+  return spread && channels >= line ? ((channels + line - 1) / line | 1) * line : channels;
+}
+
+Rows rows_of(const Images& images, const Sizes& padding, int64_t first, int64_t channels, bool spread) {
+  const int64_t element = bytes_of(images.dtype), compute = images.dtype == Dtype::float64 ? 8 : 4;
   Rows rows;
-  if (images.channel_stride == 1 && !padded && element == compute) {
+  if (!copied(images, padding)) {
     rows.data = images.data + first * element;
     rows.end = images.data + images.samples * images.positions * images.channels * element;
     rows.stride = images.channels;
@@ -89,14 +102,15 @@ Rows rows_of(const Images& images, const Sizes& padding, int64_t first, int64_t 
   }
   int64_t area = 1;
   for (size_t d = 0; d < padding.size(); ++d) area *= images.space[d] + 2 * padding[d];
+  const int64_t stride = stride_of(channels, kRunStep / compute, spread);
   Sizes at = padded_places(images.space, padding);
-  for (int64_t& place : at) place *= channels;
-  const int64_t bytes = images.samples * area * channels * compute;
-  constexpr int64_t slack = 64;
+  for (int64_t& place : at) place *= stride;
+  const int64_t bytes = images.samples * area * stride * compute;
+  constexpr int64_t slack = kRunStep;
   rows.memory.emplace(bytes + slack);
   rows.data = static_cast<const char*>(rows.memory->get());
   rows.end = rows.data + bytes + slack;
-  rows.stride = channels;
+  rows.stride = stride;
   const ChannelsLastTask task{images.data + first * images.channel_stride * element,
                               images.dtype,
                               images.channels * images.positions,
@@ -106,18 +120,83 @@ Rows rows_of(const Images& images, const Sizes& padding, int64_t first, int64_t 
                               images.positions,
                               rows.memory->get(),
                               at.data(),
-                              area * channels,
-                              padded};
+                              area * stride,
+                              area != images.positions};
   const auto kernel = HTV_PER_LEVEL(channels_last_kernel);
   parallel_chunks(images.samples, images.positions * channels, 0,
                   [&](int64_t begin, int64_t last, void*) { kernel(task, begin, last); });
   return rows;
 }
 
+// Some channels in panels, for each of `parts` groups of the convolution: as tiles read them in place.
+struct Panels {
+  Scratch memory;
+  int64_t stride, part;  // elements from one panel, and from one group, to the next
+
+  Panels(const Images& images, int64_t first, int64_t channels, int64_t parts)
+      : memory(parts * panels(channels) * panel(images) * compute(images)),
+        stride(panel(images)),
+        part(panels(channels) * stride) {
+    const int64_t element = bytes_of(images.dtype);
+    const auto kernel = HTV_PER_LEVEL(panels_kernel);
+    parallel_chunks(parts * images.samples, images.positions * channels, 0, [&](int64_t begin, int64_t end, void*) {
+      for (int64_t unit = begin; unit < end; ++unit) {
+        const int64_t group = unit / images.samples, sample = unit % images.samples;
+        const ChannelsLastTask task{images.data + (first + group * channels) * images.channel_stride * element,
+                                    images.dtype,
+                                    images.channels * images.positions,
+                                    images.channel_stride,
+                                    images.step,
+                                    channels,
+                                    images.positions,
+                                    static_cast<char*>(memory.get()) + group * part * compute(images),
+                                    nullptr,
+                                    0,
+                                    false};
+        kernel(task, kTileOutStep, stride, sample, sample + 1);
+      }
+    });
+  }
+
+ private:
+  static int64_t compute(const Images& images) { return images.dtype == Dtype::float64 ? 8 : 4; }
+  static int64_t panels(int64_t channels) { return (channels + kTileOutStep - 1) / kTileOutStep; }
+  static int64_t panel(const Images& images) {
+    return (images.samples * images.positions + kPanelGap) * kTileOutStep;
+  }
+};
+
 // The most channels whose copy is small enough, of `channels`; whole multiples of `step` if not all.
 int64_t fitting(int64_t channels, int64_t bytes_each, int64_t step) {
   const int64_t fit = std::max(kCopyBytes / std::max<int64_t>(1, bytes_each), kLeastChannels);
   return fit >= channels ? channels : fit >= step ? fit / step * step : kLeastChannels;
+}
+
+// Which columns rows have, in the order (block of channels, tap, channel), so that a tile holds all taps of some channels.
+struct Columns {
+  std::vector<Run> runs;
+  Sizes place;  // where a column goes in the value of an output channel; -1 for those between runs
+
+  int64_t count() const { return place.size(); }
+};
+
+// taps: in positions, `stride` elements apart; every run begins at a multiple of `step` columns.
+Columns columns_of(int64_t channels, int64_t block, const Sizes& taps, int64_t stride, int64_t step) {
+  Columns columns;
+  for (int64_t from = 0; from < channels; from += block) {
+    const int64_t length = std::min(block, channels - from);
+    for (size_t tap = 0; tap < taps.size(); ++tap) {
+      const int64_t offset = taps[tap] * stride + from;
+      if (!columns.runs.empty() && columns.runs.back().offset + columns.runs.back().length == offset) {
+        columns.runs.back().length += length;
+      } else {
+        columns.place.resize((columns.count() + step - 1) / step * step, -1);
+        columns.runs.push_back({columns.count(), offset, length});
+      }
+      for (int64_t c = from; c < from + length; ++c) columns.place.push_back(c * taps.size() + tap);
+    }
+  }
+  return columns;
 }
 
 // Everything but the images, in positions of padded images of `area` positions.
@@ -269,32 +348,35 @@ std::tuple<Tensor, Tensor> conv(Tensor x, Tensor grad_output, Tensor offsets, Si
   const int64_t columns = at_once ? width : fitting(width, image_bytes, block);
   const int64_t outputs = at_once ? height : fitting(height, grad_bytes, kMostTileOut);
 
-  TilePlan plan(statistic, parameters, compute, bounds, grads.positions);
+  // Windows are read where they lie, if their pieces fill registers well enough.
+  const int64_t line = kRunStep / element;
+  const Columns spaced = columns_of(columns, block, geometry.taps, stride_of(parts * columns, line, true), line);
+  const bool in_place = copied(images, padding) && spaced.count() <= kMostHoles * columns * taps;
+  const int64_t step = in_place ? line : 1;
+  TilePlan plan(statistic, parameters, compute, bounds, grads.positions, in_place);
   TileTask& task = plan.task;
   const Sizes no_padding(dims, 0);
   double mask_sum = 0;
   for (int64_t group = 0; group < conv_groups; group += parts)
     for (int64_t top = 0; top < height; top += outputs) {
       const int64_t out = std::min(outputs, height - top);
-      const Rows g = rows_of(grads, no_padding, group * height + top, parts * out);
+      std::optional<Panels> panels;
+      if (in_place) panels.emplace(grads, group * height + top, out, parts);
+      const Rows g = in_place ? Rows{} : rows_of(grads, no_padding, group * height + top, parts * out, false);
+      if (in_place) {
+        task.grad_output = panels->memory.get();
+        task.grad_stride = panels->stride;
+        task.grad_part = panels->part;
+      } else {
+        task.grad_output = g.data;
+        task.grad_end = g.end;
+        task.grad_stride = g.stride;
+        task.grad_part = height;
+      }
       for (int64_t left = 0; left < width; left += columns) {
         const int64_t channels = std::min(columns, width - left);
-        const Rows seen = rows_of(images, padding, group * width + left, parts * channels);
-        // Columns in the order (block of channels, tap, channel), so that a tile holds all taps of some channels.
-        std::vector<Run> runs;
-        Sizes place;
-        for (int64_t from = 0; from < channels; from += block) {
-          const int64_t length = std::min(block, channels - from);
-          for (int64_t tap = 0; tap < taps; ++tap) {
-            const Run run{int64_t(place.size()), geometry.taps[tap] * seen.stride + from, length};
-            if (!runs.empty() && runs.back().offset + runs.back().length == run.offset) {
-              runs.back().length += length;
-            } else {
-              runs.push_back(run);
-            }
-            for (int64_t c = from; c < from + length; ++c) place.push_back(c * taps + tap);
-          }
-        }
+        const Rows seen = rows_of(images, padding, group * width + left, parts * channels, in_place);
+        const Columns seen_columns = columns_of(channels, block, geometry.taps, seen.stride, step);
         Sizes at(geometry.windows);
         for (int64_t& window : at) window *= seen.stride;
         task.x = seen.data;
@@ -302,21 +384,17 @@ std::tuple<Tensor, Tensor> conv(Tensor x, Tensor grad_output, Tensor offsets, Si
         task.at = at.data();
         task.positions = std::max<int64_t>(1, grads.positions);
         task.sample = area * seen.stride;
-        task.runs = runs.data();
-        task.runs_end = task.runs + runs.size();
-        task.grad_output = g.data;
-        task.grad_end = g.end;
-        task.grad_stride = g.stride;
+        task.runs = seen_columns.runs.data();
+        task.runs_end = task.runs + seen_columns.runs.size();
         task.out = out;
-        task.in = channels * taps;
+        task.in = seen_columns.count();
         task.parts = parts;
         task.x_part = width;
-        task.grad_part = height;
         task.value_part = height * width * taps;
         task.value = static_cast<char*>(value.mutable_data_ptr()) + ((group * height + top) * width + left) * taps * element;
         task.value_stride = width * taps;
-        task.place = taps == 1 ? nullptr : place.data();
-        task.taps = taps;
+        task.place = taps == 1 ? nullptr : seen_columns.place.data();
+        task.taps = task.in == channels * taps ? taps : 0;
         task.tap_channels = block;
         mask_sum += plan.run(taps * block <= kMostTileIn ? taps * block : 256);
       }

@@ -1,8 +1,8 @@
 // Order statistics of registers of coordinates, whose values lie in L1 or L2: compiled once per CPU level.
 //
-// Few values are sorted by a network in registers. Of more, medians merge a few sorted runs, and means trimmed by
-// `count` keep the count + 1 smallest and largest while values stream by. From some number on any rank is found bit by
-// bit: the order-preserving integer keys of 32 (64) values are transposed, so that plane b holds bit b of all of them as
+// Few values are sorted by a network in registers. Of more, ranks are found in a few sorted runs, and means trimmed by a
+// small `count` keep the count + 1 smallest and largest while values stream by. From some number on any rank is found bit
+// by bit: the order-preserving integer keys of 32 (64) values are transposed, so that plane b holds bit b of all of them as
 // one integer per coordinate, and population counts of the planes tell which values remain candidates.
 #include "select.h"
 
@@ -17,10 +17,10 @@ namespace {
 
 // ---- where each way of selecting ends ----
 
-constexpr int kMostRuns = 64;      // medians by sorted runs: two, or from half as many on four
+constexpr int kMostRuns = 64;      // values in sorted runs: two, or from half as many on four
 constexpr int kMostExtremes = 16;  // trimmed and winsorized means by keeping extremes: count + 1
-constexpr int kMostPadded = 32;    // the same by one network for so many, which beats keeping this many extremes:
-constexpr int kManyExtremes = 8;
+constexpr int kFewExtremes = 2;    // up to which that beats two runs,
+constexpr int kManyExtremes = 8;   // and four
 
 // The value of rank r of two sorted lists.
 template <class W>
@@ -72,24 +72,6 @@ __attribute__((noinline)) void merge_runs(W* interleaved) {
   merge_interleaved(v);
 #pragma GCC unroll 32
   for (int k = 0; k < n; ++k) interleaved[k] = v[k];
-}
-
-// Of n values in two lists of `run` (n is 2 * run or one less), or in four (4 * run or up to 3 less), merged to two.
-template <class V, int run>
-V median_of_runs(const Strided<V>& values, const Ranking& ranking, bool four) {
-  using O = Order<V>;
-  using Key = typename O::Key;
-  const int parts = four ? 2 : 1, size = parts * run;
-  NanSeen<V> nan;
-  Key lists[2][2 * run];
-  for (int part = 0; part < 2 * parts; ++part)
-    sort_run<V, run>(values.from(part * run), ranking.ranked - part * run, nan, lists[part / parts] + part % parts,
-                     parts);
-  if (four)
-    for (Key* list : lists) merge_runs<2 * run>(list);
-  const auto rank = [&](int64_t r) { return O::value(rank_of_two(lists[0], size, lists[1], size, r)); };
-  const V low = rank(ranking.low);
-  return nan.poison(ranking.low == ranking.high ? low : midpoint(low, rank(ranking.high)));
 }
 
 // ---- trimmed and winsorized means ----
@@ -150,13 +132,23 @@ V mean_between(const Values& values, const Ranking& ranking, Ends<V> ends) {
                                                       : clamped_mean<V>(values, ranking, ends);
 }
 
-template <class V>
-V mean_of_sorted(const Strided<V>& values, const Ranking& ranking) {
+// Of n values in two lists of `run` (n is 2 * run or one less), or in four (4 * run or up to 3 less), merged to two.
+template <class V, int run>
+V statistic_of_runs(const Strided<V>& values, const Ranking& ranking, bool four) {
   using O = Order<V>;
+  using Key = typename O::Key;
+  const int parts = four ? 2 : 1, size = parts * run;
   NanSeen<V> nan;
-  typename O::Key sorted[kMostPadded];
-  sort_run<V, kMostPadded>(values, ranking.ranked, nan, sorted, 1);
-  return nan.poison(mean_between<V>(values, ranking, {O::value(sorted[ranking.low]), O::value(sorted[ranking.high])}));
+  Key lists[2][2 * run];
+  for (int part = 0; part < 2 * parts; ++part)
+    sort_run<V, run>(values.from(part * run), ranking.ranked - part * run, nan, lists[part / parts] + part % parts,
+                     parts);
+  if (four)
+    for (Key* list : lists) merge_runs<2 * run>(list);
+  const auto rank = [&](int64_t r) { return O::value(rank_of_two(lists[0], size, lists[1], size, r)); };
+  const V low = rank(ranking.low), high = ranking.low == ranking.high ? low : rank(ranking.high);
+  if (is_mean(ranking)) return nan.poison(mean_between<V>(values, ranking, {low, high}));
+  return nan.poison(ranking.low == ranking.high ? low : midpoint(low, high));
 }
 
 // The ends where both are among the `kept` smallest and largest of more than `kept` values.
@@ -458,7 +450,7 @@ void select_by_bits(const Ranking& ranking, const V* values, int64_t stride, voi
 template <class V>
 void order_statistics(const Ranking& ranking, const V* values, int64_t stride, int columns, void* scratch, V* result) {
   const int64_t n = ranking.ranked, count = ranking.parameters.count;
-  const bool trims = is_mean(ranking);
+  const bool trims = is_mean(ranking), four = n > kMostRuns / 2;
   const auto each = [&](const auto& statistic) {
     for (int c = 0; c < columns; ++c) result[c] = statistic(Strided<V>{values + c, stride});
   };
@@ -466,13 +458,10 @@ void order_statistics(const Ranking& ranking, const V* values, int64_t stride, i
     few_statistics<V, kMostSorted>(
         ranking, columns, [&](int64_t c) { return Strided<V>{values + c, stride}; },
         [&](int64_t c, V v) { result[c] = v; });
-  } else if (!trims && n <= kMostRuns) {
-    const bool four = n > kMostRuns / 2;
+  } else if (n <= kMostRuns && (!trims || count >= (four ? kManyExtremes : kFewExtremes))) {
     with_constant<kMostSorted / 2 + 1, kMostSorted>(four ? (n + 3) / 4 : (n + 1) / 2, [&](auto run) {
-      each([&](const Strided<V>& column) { return median_of_runs<V, run()>(column, ranking, four); });
+      each([&](const Strided<V>& column) { return statistic_of_runs<V, run()>(column, ranking, four); });
     });
-  } else if (trims && n <= kMostPadded && count >= kManyExtremes) {
-    each([&](const Strided<V>& column) { return mean_of_sorted<V>(column, ranking); });
   } else if (trims && count == 0) {
     const Ends<V> all = {-splat<V>(Real<V>(INFINITY)), splat<V>(Real<V>(INFINITY))};
     each([&](const Strided<V>& column) {

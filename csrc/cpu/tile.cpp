@@ -8,30 +8,37 @@ namespace htv::cpu {
 namespace {
 
 constexpr int64_t kBlockRows = 128;              // rows packed at a time, unless all fit
+constexpr int64_t kInPlaceRows = 256;            // at a time where nothing of x is packed
 constexpr int64_t kPackedBytes = 256 << 10;      // what all packed rows of a tile may take in L2
 constexpr int64_t kFewRows = 32;                 // rows per group up to which states are worth their registers
+constexpr int64_t kFewRowsInPlace = 8;
 
 int64_t up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 }  // namespace
 
 TilePlan::TilePlan(Statistic statistic, const Parameters& parameters, Dtype dtype, const int64_t* offsets,
-                   int64_t per_offset) {
+                   int64_t per_offset, bool in_place) {
   const int64_t groups = parameters.groups, rows = offsets[groups] * per_offset;
   check_countable(dtype, groups);
   task.dtype = dtype;
   task.statistic = statistic;
   task.parameters = parameters;
   task.parts = 1;
-  task.few_rows = rows <= kFewRows * groups;
+  task.in_place = in_place;
+  task.few_rows = rows <= (in_place ? kFewRowsInPlace : kFewRows) * groups;
   if (is_order(statistic)) {
     task.ranking = &ranking_.emplace(ranking_of(statistic, parameters));
     const int64_t element = dtype == Dtype::float64 ? 8 : 4;
     const int64_t area = kRankedBytes / (element * groups);
     task.tile_out = std::clamp(area / 96 / kTileOutStep * kTileOutStep, kTileOutStep, kMostTileOut);
     task.tile_in = std::clamp(area / task.tile_out / kTileInStep * kTileInStep, kTileInStep, kMostTileIn);
-    const int64_t fit = kPackedBytes / (element * (task.tile_out + task.tile_in));
-    task.block_rows = rows <= fit ? std::max<int64_t>(rows, 1) : kBlockRows;
+    const int64_t fit = kPackedBytes / (element * (task.tile_out + (in_place ? 0 : task.tile_in)));
+    task.block_rows = rows <= fit ? std::max<int64_t>(rows, 1) : in_place ? kInPlaceRows : kBlockRows;
+  } else if (in_place) {
+    task.tile_out = kMostTileOut;
+    task.tile_in = kMostTileIn;
+    task.block_rows = kInPlaceRows;
   } else {
     task.tile_out = kMostTileOut;
     task.tile_in = kMostTileIn;

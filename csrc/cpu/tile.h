@@ -19,8 +19,9 @@ class TilePlan {
  public:
   TileTask task{};
 
-  // Group e owns rows offsets[e] * per_offset <= r < offsets[e + 1] * per_offset.
-  TilePlan(Statistic statistic, const Parameters& parameters, Dtype dtype, const int64_t* offsets, int64_t per_offset);
+  // Group e owns rows offsets[e] * per_offset <= r < offsets[e + 1] * per_offset. in_place: as in the task.
+  TilePlan(Statistic statistic, const Parameters& parameters, Dtype dtype, const int64_t* offsets, int64_t per_offset,
+           bool in_place = false);
   TilePlan(const TilePlan&) = delete;
 
   // Chooses the tiles, which are at most tile_in wide, and runs them; returns the sum of the mask.

@@ -1,7 +1,7 @@
 // Statistics of grouped products, tile by tile: compiled once per CPU level.
 //
-// Blocks of rows are packed into panels. For each register tile ("cell") of coordinates the rows of one group after the
-// other are multiplied; a streaming statistic takes in the product while it is in registers, an order statistic
+// Blocks of rows are packed into panels, those of x unless they can be read where they lie. For each register tile
+// ("cell") of coordinates the rows of one group after the other are multiplied; a streaming statistic takes in the product while it is in registers, an order statistic
 // stores it and ranks the cell's values in cache when all groups have passed.
 #include "tile_kernel.h"
 
@@ -15,35 +15,63 @@
 namespace htv::HTV_LEVEL {
 namespace {
 
-// The cell: kRows x kColumns registers; with few rows per group, half its rows at a time leave registers for the states.
+// The cell: kRows x kColumns registers, as many rows at a time as leave registers for factors, and, where groups have few
+// rows, for the states.
 constexpr int kColumns = 2;
-constexpr int kRows = kRegisters == 32 ? 8 : 4;
+constexpr int kRows = kTileOutStep;
+constexpr int kManyRows = kRegisters == 32 ? 8 : 4;
 constexpr int kFewRows = 4;
 constexpr int kCell = kRows * kColumns;
 constexpr int kRanked = 4;  // registers that are ranked at a time
-static_assert(kTileOutStep % kRows == 0 && kTileInStep % (kColumns * kLanes<Register<float>>) == 0);
+static_assert(kRows % kManyRows == 0 && kTileInStep % (kColumns * kLanes<Register<float>>) == 0);
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// The columns of a cell, row by row: packed, or where they lie.
+template <class V>
+struct Packed {
+  const V* x;
+
+  Packed from(int64_t row) const { return {x + row * kColumns}; }
+  V operator()(int64_t row, int j) const { return x[row * kColumns + j]; }
+};
+
+template <class V>
+struct InPlace {
+  const Real<V>* x[kColumns];
+  const int64_t* at;
+
+  InPlace from(int64_t row) const {
+    InPlace rest = *this;
+    rest.at += row;
+    return rest;
+  }
+  V operator()(int64_t row, int j) const { return load<V>(x[j] + at[row]); }
+};
+
 // sum = sum over rows of g[row][i] * x[row][j]; or over pairs of rows, packed into one.
-template <class V, int K, bool paired>
-inline __attribute__((always_inline)) void product(const Real<V>* g, const V* x, int64_t rows, V (&sum)[K][kColumns]) {
+template <class V, int K, bool paired, class X>
+inline __attribute__((always_inline)) void product(const Real<V>* g, const X& x, int64_t rows, V (&sum)[K][kColumns]) {
 #pragma GCC unroll 8
   for (int i = 0; i < K; ++i)
 #pragma GCC unroll 2
     for (int j = 0; j < kColumns; ++j) sum[i][j] = V{};
-  for (int64_t r = 0; r < rows; ++r, g += kRows, x += kColumns)
+  for (int64_t r = 0; r < rows; ++r, g += kRows) {
+    V columns[kColumns];
+#pragma GCC unroll 2
+    for (int j = 0; j < kColumns; ++j) columns[j] = x(r, j);
 #pragma GCC unroll 8
     for (int i = 0; i < K; ++i)
 #pragma GCC unroll 2
       for (int j = 0; j < kColumns; ++j) {
 #if defined(__AVX512BF16__)
         if constexpr (paired)
-          sum[i][j] = multiply_add_pair(g + i, x[j], sum[i][j]);
+          sum[i][j] = multiply_add_pair(g + i, columns[j], sum[i][j]);
         else
 #endif
-          sum[i][j] = multiply_add(splat<V>(g[i]), x[j], sum[i][j]);
+          sum[i][j] = multiply_add(splat<V>(g[i]), columns[j], sum[i][j]);
       }
+  }
 }
 
 // paired: rows are bfloat16, and two of them are packed and multiplied as one.
@@ -58,6 +86,7 @@ class Tile {
   const int64_t height_, width_;          // coordinates in the tile
   const int64_t panels_out_, panels_in_;  // cells needed for them
   const int64_t panel_rows_;
+  int64_t* const at_;                     // where the rows of the block lie, if they are read there, in the place of:
   V* const packed_x_;                     // [panel][row][kColumns]
   R* const packed_g_;                     // [panel][row][kRows]
   const int64_t joined_width_;
@@ -68,6 +97,8 @@ class Tile {
   void* const select_scratch_;
   MaskSum<V> mask_sum_;
   std::vector<Run> runs_;  // of the tile's columns
+  // Of its registers of columns: where they lie in a row that is read in place, and how many coordinates they hold.
+  std::vector<int64_t> offsets_, valid_;
   int64_t reach_ = 0;      // elements from a row's start to the end of its last register
   bool whole_registers_ = true;
 
@@ -82,14 +113,19 @@ class Tile {
         panels_out_((height_ + kRows - 1) / kRows),
         panels_in_((width_ + kWidth - 1) / kWidth),
         panel_rows_(task.block_rows + kPanelGap),
+        at_(static_cast<int64_t*>(scratch)),
         packed_x_(static_cast<V*>(scratch)),
-        packed_g_(reinterpret_cast<R*>(packed_x_ + panel_rows_ * panels_in_ * kColumns)),
-        joined_width_(width_ + kLanes<V>),
-        joined_(packed_g_ + panel_rows_ * panels_out_ * kRows),
+        packed_g_(task.in_place ? reinterpret_cast<R*>(static_cast<char*>(scratch) + row_table_bytes(task))
+                                : reinterpret_cast<R*>(packed_x_ + panel_rows_ * panels_in_ * kColumns)),
+        joined_width_(task.in_place ? 0 : width_ + kLanes<V>),
+        joined_(packed_g_ + (task.in_place ? 0 : panel_rows_ * panels_out_ * kRows)),
         staged_(joined_ + kJoinedRows * joined_width_),
         kept_(reinterpret_cast<V*>(aligned(staged_ + (task.place ? task.tile_out * task.tile_in : 0)))),
         unfinished_(kept_ + (one_block() ? 1 : panels_out_ * panels_in_) * kCell * kept_per_coordinate()),
-        select_scratch_(unfinished_) {
+        select_scratch_(unfinished_),
+        offsets_(panels_in_ * kColumns),
+        valid_(panels_in_ * kColumns) {
+    for (int64_t i = 0; i < width_ && !task.in_place; i += kLanes<V>) valid_[i / kLanes<V>] = least(kLanes<V>, width_ - i);
     for (const Run* run = task.runs; run != task.runs_end; ++run) {
       const int64_t begin = run->column < in_ ? in_ : run->column;
       const int64_t end = least(run->column + run->length, in_ + width_);
@@ -99,12 +135,17 @@ class Tile {
       whole_registers_ &= mine.column % kLanes<V> == 0;
       const int64_t reach = mine.offset + (mine.length + kLanes<V> - 1) / kLanes<V> * kLanes<V>;
       reach_ = reach > reach_ ? reach : reach_;
+      if (!task.in_place) continue;
+      for (int64_t i = 0; i < mine.length; i += kLanes<V>) {
+        offsets_[(mine.column + i) / kLanes<V>] = mine.offset + i;
+        valid_[(mine.column + i) / kLanes<V>] = least(kLanes<V>, mine.length - i);
+      }
     }
   }
 
   void run(int64_t tile) {
     if (task_.ranking) {
-      each_block([&](const RowBlock& block, auto rows) { rank_cells<rows()>(block); });
+      each_block([&](const RowBlock& block, auto rows, auto x) { rank_cells<rows()>(block, x); });
     } else {
       with_tally<V>(task_.statistic, [&](auto state) { stream<decltype(state)>(); });
     }
@@ -124,16 +165,37 @@ class Tile {
 
   V* panel_x(int64_t panel, int64_t row) const { return packed_x_ + (panel * panel_rows_ + row) * kColumns; }
   R* panel_g(int64_t panel, int64_t row) const { return packed_g_ + (panel * panel_rows_ + row) * kRows; }
+  const R* panel_g(const RowBlock& block, int64_t panel) const {
+    if (!task_.in_place) return panel_g(panel, 0);
+    const R* const g = static_cast<const R*>(task_.grad_output) + part_ * task_.grad_part;
+    return g + (out_ / kRows + panel) * task_.grad_stride + block.begin * kRows;
+  }
   // Where a cell is in memory that is kept from block to block; with one block all cells share a place.
   int64_t cell(int64_t o, int64_t i) const { return one_block() ? 0 : i * panels_out_ + o; }
 
-  // f(block, rows of a cell at a time) with the block packed
+  // f(block, rows of a cell at a time, panel -> its columns) with the block packed
   template <class F>
   void each_block(const F& f) {
+    const auto serve = [&](const RowBlock& block, const auto& x) {
+      if (task_.few_rows) {
+        f(block, std::integral_constant<int, kFewRows>{}, x);
+      } else {
+        f(block, std::integral_constant<int, kManyRows>{}, x);
+      }
+    };
     for (const RowBlock* block = task_.blocks; block != task_.blocks_end; ++block) {
       if constexpr (paired) {
         pack_x<BFloat16>(*block);
         pack_g<BFloat16>(*block);
+      } else if (task_.in_place) {
+        find_rows(*block);
+        const R* const x = static_cast<const R*>(task_.x) + part_ * task_.x_part;
+        serve(*block, [&](int64_t panel) {
+          InPlace<V> columns{{}, at_};
+          for (int j = 0; j < kColumns; ++j) columns.x[j] = x + offsets_[panel * kColumns + j];
+          return columns;
+        });
+        continue;
       } else {
         with_dtype(task_.dtype, [&](auto element) {
           using T = decltype(element);
@@ -143,16 +205,22 @@ class Tile {
           }
         });
       }
-      if (task_.few_rows) {
-        f(*block, std::integral_constant<int, kFewRows>{});
-      } else {
-        f(*block, std::integral_constant<int, kRows>{});
-      }
+      serve(*block, [&](int64_t panel) { return Packed<V>{panel_x(panel, 0)}; });
     }
   }
 
-  // Brings a share of the rows that the next block packs nearer while this one is multiplied.
-  void prefetch(const RowBlock& block, int64_t share) const {
+  void find_rows(const RowBlock& block) {
+    int64_t sample = block.begin / task_.positions, position = block.begin % task_.positions;
+    for (int64_t r = 0; r < block.end - block.begin; ++r) {
+      at_[r] = sample * task_.sample + task_.at[position];
+      if (++position == task_.positions) ++sample, position = 0;
+    }
+  }
+
+  // While the cells of a panel of columns are multiplied, each brings a share of what comes next nearer: of the rows that the
+  // next block packs,
+  void prefetch(const RowBlock& block, int64_t o, int64_t i, const Packed<V>&) const {
+    const int64_t share = i * panels_out_ + o;
     const RowBlock& next = *(&block + 1);
     if (&next == task_.blocks_end) return;
     const int64_t rows = next.end - next.begin, shares = panels_in_ * panels_out_, element = bytes_of(task_.dtype);
@@ -165,6 +233,17 @@ class Tile {
       const char* const row = x + (r / task_.positions * task_.sample + task_.at[r % task_.positions]) * element;
       for (const Run& run : runs_) touch(row + run.offset * element, run.length * element);
       touch(g + r * task_.grad_stride * element, height_ * element);
+    }
+  }
+
+  // or of the next panel of columns.
+  void prefetch(const RowBlock& block, int64_t o, int64_t i, const InPlace<V>& columns) const {
+    if (i + 1 == panels_in_) return;
+    const int64_t rows = block.end - block.begin;
+    for (int j = 0; j < kColumns; ++j) {
+      const R* const next = columns.x[j] + offsets_[(i + 1) * kColumns + j] - offsets_[i * kColumns + j];
+      for (int64_t r = rows * o / panels_out_; r < rows * (o + 1) / panels_out_; ++r)
+        __builtin_prefetch(next + at_[r], 0, 3);
     }
   }
 
@@ -233,17 +312,17 @@ class Tile {
 
   template <class State>
   void stream() {
-    each_block([&](const RowBlock& block, auto rows) {
+    each_block([&](const RowBlock& block, auto rows, auto x) {
       for (int64_t i = 0; i < panels_in_; ++i)
         for (int64_t o = 0; o < panels_out_; ++o) {
-          prefetch(block, i * panels_out_ + o);
-          for (int top = 0; top < kRows; top += rows()) stream_cell<State, rows()>(block, o, i, top);
+          prefetch(block, o, i, x(i));
+          for (int top = 0; top < kRows; top += rows()) stream_cell<State, rows()>(block, o, i, top, x(i));
         }
     });
   }
 
-  template <class State, int K>
-  void stream_cell(const RowBlock& block, int64_t o, int64_t i, int top) {
+  template <class State, int K, class X>
+  void stream_cell(const RowBlock& block, int64_t o, int64_t i, int top, const X& x) {
     constexpr int n = K * kColumns, state_registers = sizeof(State) / sizeof(V);
     const bool first = &block == task_.blocks, last = &block + 1 == task_.blocks_end;
     const int64_t at = cell(o, i) * kCell + top * kColumns;
@@ -258,24 +337,24 @@ class Tile {
 #pragma GCC unroll 16
         for (int c = 0; c < n; ++c) states[c] = kept[c];
       }
-      take_in<State, K>(block, panel_g(o, 0) + top, panel_x(i, 0), states, unfinished);
+      take_in<State, K>(block, panel_g(block, o) + top, x, states, unfinished);
 #pragma GCC unroll 16
       for (int c = 0; c < n; ++c) kept[c] = states[c];
     } else {
       if (first)
         for (int c = 0; c < n; ++c) kept[c] = State{};
-      take_in<State, K>(block, panel_g(o, 0) + top, panel_x(i, 0), kept, unfinished);
+      take_in<State, K>(block, panel_g(block, o) + top, x, kept, unfinished);
     }
     if (last) finish<State, K>(kept, o, i, top);
   }
 
-  template <class State, int K>
-  inline __attribute__((always_inline)) void take_in(const RowBlock& block, const R* g, const V* x, State* states,
+  template <class State, int K, class X>
+  inline __attribute__((always_inline)) void take_in(const RowBlock& block, const R* g, const X& x, State* states,
                                                      V* unfinished) const {
     for (const Piece* piece = block.pieces; piece != block.pieces_end; ++piece) {
       V p[K][kColumns];
       const int64_t first = piece->first / kTogether, rows = piece->last / kTogether - first;
-      product<V, K, paired>(g + first * kRows, x + first * kColumns, rows, p);
+      product<V, K, paired>(g + first * kRows, x.from(first), rows, p);
       if (!piece->begins) {
 #pragma GCC unroll 8
         for (int a = 0; a < K; ++a)
@@ -307,8 +386,8 @@ class Tile {
 
   // Stores what is found for a register of coordinates of the tile, as far as there are such.
   void write(int64_t row, int64_t column, V value, V mask) {
-    const int64_t n = least(width_ - column, kLanes<V>);
-    if (row >= height_ || n <= 0) return;
+    const int64_t n = valid_[column / kLanes<V>];
+    if (row >= height_ || n == 0) return;
     R* const to = task_.place ? staged_ + row * task_.tile_in : value_row(row) + in_;
     store<V>(to + column, value, n);
     if (has_mask(task_.statistic)) mask_sum_.add(mask, n);
@@ -328,7 +407,8 @@ class Tile {
       if (tap_by_tap) {
         channel_by_channel(from, to + place[0]);
       } else {
-        for (int64_t i = 0; i < width_; ++i) to[place[i]] = from[i];
+        for (int64_t i = 0; i < width_; ++i)
+          if (place[i] >= 0) to[place[i]] = from[i];
       }
     }
   }
@@ -353,16 +433,16 @@ class Tile {
       for (int64_t t = 0; t < taps; ++t) to[t] = from[t * channels + c];
   }
 
-  template <int K>
-  void rank_cells(const RowBlock& block) {
+  template <int K, class Columns>
+  void rank_cells(const RowBlock& block, const Columns& x) {
     const bool last = &block + 1 == task_.blocks_end;
     const int64_t groups = task_.parameters.groups;
     for (int64_t i = 0; i < panels_in_; ++i)
       for (int64_t o = 0; o < panels_out_; ++o) {
-        prefetch(block, i * panels_out_ + o);
+        prefetch(block, o, i, x(i));
         V* const values = kept_ + cell(o, i) * kCell * groups;
         for (int top = 0; top < kRows; top += K)
-          collect<K>(block, panel_g(o, 0) + top, panel_x(i, 0), values + top * kColumns * groups);
+          collect<K>(block, panel_g(block, o) + top, x(i), values + top * kColumns * groups);
         if (!last) continue;
         for (int at = 0; at < kCell; at += kRanked) {
           V result[kRanked];
@@ -375,13 +455,13 @@ class Tile {
       }
   }
 
-  template <int K>
-  void collect(const RowBlock& block, const R* g, const V* x, V* values) const {
+  template <int K, class X>
+  void collect(const RowBlock& block, const R* g, const X& x, V* values) const {
     const int64_t groups = task_.parameters.groups;
     for (const Piece* piece = block.pieces; piece != block.pieces_end; ++piece) {
       V p[K][kColumns];
       const int64_t first = piece->first / kTogether, rows = piece->last / kTogether - first;
-      product<V, K, paired>(g + first * kRows, x + first * kColumns, rows, p);
+      product<V, K, paired>(g + first * kRows, x.from(first), rows, p);
 #pragma GCC unroll 8
       for (int a = 0; a < K; ++a)
 #pragma GCC unroll 2

@@ -32,6 +32,9 @@ constexpr int64_t kMostTileOut = 64, kMostTileIn = 288;
 // Tiles are multiples of these, those of a register tile at any level.
 constexpr int64_t kTileOutStep = 8, kTileInStep = 32;
 
+// The widest register, in bytes.
+constexpr int64_t kRunStep = 64;
+
 // Rows left free between panels, which would else lie a power of two apart and compete for the same lines of a cache.
 constexpr int64_t kPanelGap = 3;
 
@@ -43,6 +46,11 @@ struct TileTask {
   const void *x, *x_end;  // row r is at x + r / positions * sample + at[r % positions], in elements
   const int64_t* at;
   int64_t positions, sample;
+  // Rows are multiplied where they lie instead of packed. Those of x are then in the compute type, whole registers may be
+  // read from where a run begins, and every run begins at a multiple of kRunStep bytes of columns; columns between runs are
+  // no coordinates. Those of grad_output lie in panels of kTileOutStep outputs, the last one filled up with zeros: output o
+  // of row r is at grad_output + o / kTileOutStep * grad_stride + r * kTileOutStep + o % kTileOutStep.
+  bool in_place;
   const Run *runs, *runs_end;  // of all columns, in order
   const void *grad_output, *grad_end;
   int64_t grad_stride;
@@ -61,7 +69,7 @@ struct TileTask {
   int64_t tile_out, tile_in;
   void* value;  // (out, in): column i of row o is at value + o * value_stride + (place ? place[i] : i)
   int64_t value_stride;
-  const int64_t* place;
+  const int64_t* place;  // -1 for columns that are no coordinates
   int64_t taps, tap_channels;  // columns come tap by tap for so many channels, then for the next; 0: in another order
   double* mask_sums;  // one per tile
 
@@ -69,6 +77,11 @@ struct TileTask {
   int64_t tiles_in() const { return (in + tile_in - 1) / tile_in; }
   int64_t tiles() const { return parts * tiles_out() * tiles_in(); }
 };
+
+// Where the rows of a block lie.
+inline int64_t row_table_bytes(const TileTask& task) {
+  return (int64_t(sizeof(int64_t)) * task.block_rows + kRunStep - 1) / kRunStep * kRunStep;
+}
 
 // Scratch of one thread, in bytes.
 inline int64_t tile_scratch_bytes(const TileTask& task) {
@@ -79,9 +92,11 @@ inline int64_t tile_scratch_bytes(const TileTask& task) {
   const bool one_block = task.blocks_end - task.blocks == 1;
   const int64_t kept = one_block ? kTileOutStep * kTileInStep : height * width;
   const int64_t per_coordinate = task.ranking ? task.parameters.groups : most_states + task.long_groups;
-  const int64_t packed = (task.block_rows + kPanelGap) * (width + height) + kJoinedRows * (width + kTileInStep);
-  const int64_t elements = packed + (task.place ? height * width : 0) + kept * per_coordinate;
-  return element * elements + (task.ranking ? select_scratch_bytes(*task.ranking) + 64 : 0);
+  const int64_t packed_x = (task.block_rows + kPanelGap) * width + kJoinedRows * (width + kTileInStep);
+  const int64_t packed_g = (task.block_rows + kPanelGap) * height;
+  const int64_t elements = (task.place ? height * width : 0) + kept * per_coordinate;
+  return element * elements + (task.in_place ? row_table_bytes(task) : element * (packed_x + packed_g)) +
+         (task.ranking ? select_scratch_bytes(*task.ranking) + 64 : 0);
 }
 
 // The least magnitude among values of bfloat16 that are not 0, as bits; 0 where rows cannot be multiplied in pairs.
