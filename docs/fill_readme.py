@@ -1,4 +1,4 @@
-"""Fill README.md, docs/performance.md and bench/results/cpu.md from the committed records.
+"""Fill README.md, docs/performance.md, docs/methods and bench/results/cpu.md from the committed records.
 
 A block stands between <!-- NAME --> and <!-- /NAME -->; tests/test_docs.py checks them all.
 """
@@ -6,9 +6,11 @@ A block stands between <!-- NAME --> and <!-- /NAME -->; tests/test_docs.py chec
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 from htv.bench import breakdown, floors, plots, report
+from htv.experiments import report as experiments
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO, BENCH = ROOT / "docs/results/demo.json", ROOT / "bench/results/cpu.json"
@@ -74,9 +76,19 @@ def breakdown_block() -> str:
     return breakdown.table(json.loads(BREAKDOWN.read_text()))
 
 
+def experiment_block(name: str) -> str:
+    """What `htv experiment NAME --out docs/results` found."""
+    return experiments.block(json.loads((ROOT / f"docs/results/{name}.json").read_text()), f"../results/{name}.png")
+
+
+def experiment_blocks(*names: str) -> tuple:
+    return tuple((name, ROOT / f"docs/results/{name}.json", partial(experiment_block, name)) for name in names)
+
+
 BLOCKS = {
     "README.md": (("demo", DEMO, demo_block), ("bench", BENCH, bench_block)),
     "docs/performance.md": (("floors", FLOORS, floors_block), ("breakdown", BREAKDOWN, breakdown_block)),
+    "docs/methods/ilc.md": experiment_blocks("linear", "spirals", "correlation"),
 }
 
 

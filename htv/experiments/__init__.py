@@ -10,6 +10,8 @@ NAME.py         one module per experiment, which defines EXPERIMENT
 
 NAMES = {
     "linear": "four environments, one mechanism: what the geometric mean of gradients finds and the mean does not",
+    "spirals": "spirals beside an easier shortcut in every environment: the AND-mask and its competitors",
+    "correlation": "how the masked gradient correlates with that of mechanism and shortcut alone, against tau",
     "memorisation": "real and random labels, and 25% noise, under AND-masks over single examples",
     "winsorized": "winsorized gradient descent: overfit over percentiles and label noise",
     "rolling": "SGD, M3, RM3 and RA3 on a convnet, half the labels random",
