@@ -139,7 +139,7 @@ def test_attribution_is_judged_by_its_numbers():
     def results(first, last, pristine, corrupt):
         common = {"last_epoch_f_c": last, "crossing": None, "pristine_learnt": pristine, "corrupt_learnt": corrupt,
                   "train_accuracy": 0.9}  # fmt: skip
-        return {v: {**common, "share_of_pristine": p, "first_epoch_f_p": p + first} for v, p in rates.items()}
+        return {v: {**common, "share_of_pristine": p, "early_f_p": p + first} for v, p in rates.items()}
 
     assert agreement("attribution", results(0.2, 0.6, 3.0, 30.0)) == [True, True, True]
     assert agreement("attribution", results(0.2, 0.6, 3.0, None)) == [True, True, True]  # half never were
