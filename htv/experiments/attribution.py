@@ -59,8 +59,8 @@ def run_one(settings: Settings, variant: str, seed: int, data: Dataset, progress
         "early_f_p": statistics.fmean(curves["f_p"][: settings.early]),
         "last_epoch_f_c": curves["f_c"][-1],
         "crossing": crossing,
-        "pristine_learnt": _median(tracker.last[~task.wrong]) / len(batches),
-        "corrupt_learnt": _median(tracker.last[task.wrong]) / len(batches),
+        "pristine_learnt": _median(tracker.first[~task.wrong]) / len(batches),
+        "corrupt_learnt": _median(tracker.first[task.wrong]) / len(batches),
         "share_of_pristine": (~task.wrong).double().mean().item(),
         "train_accuracy": (tracker.last >= 0).double().mean().item(),
         "curves": curves,
@@ -80,7 +80,7 @@ def _median(steps: torch.Tensor) -> float:
 def summarise(records: Records) -> Summary:
     columns = {"share of pristine": ("share_of_pristine", ".1%"), "f_p, early": ("early_f_p", ".1%"),
                "f_c, last epoch": ("last_epoch_f_c", ".1%"), "f_c above f_p from epoch": ("crossing", ".1f"),
-               "half the pristine learnt for good by epoch": ("pristine_learnt", ".1f"),
+               "half the pristine once right by epoch": ("pristine_learnt", ".1f"),
                "half the corrupt": ("corrupt_learnt", ".1f"),
                "training accuracy": ("train_accuracy", ".1%")}  # fmt: skip
     rows = [[v, *(spread(records.values(v, key), form) for key, form in columns.values())] for v in records.variants]
