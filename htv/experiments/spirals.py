@@ -91,20 +91,23 @@ class Method:
             features = self.network.features(x) if not self.handle else None
             outputs = self.network(x) if self.handle else self.network.head(features)
         losses = each_loss(outputs, y)
-        if self.name in ("iga", "group dro"):
-            risks = methods.environment_means(losses, ids, self.count)
-            if self.name == "group dro":
-                return self.extra(risks)
-            return risks.mean() + self.strength * methods.iga_penalty(risks, self.network.parameters())
+        if self.name == "group dro":
+            return self.extra(methods.environment_means(losses, ids, self.count))
         terms = {
             "l1": lambda: methods.l1_penalty(self.network.parameters()),
             "l2": lambda: methods.l2_penalty(self.network.parameters()),
+            "iga": lambda: methods.iga_penalty(self.risks(x, y, ids), self.network.parameters()),
             "irm": lambda: methods.irm_penalty(outputs, y, ids, self.count, each_loss),
             "fishr": lambda: methods.fishr_penalty(features, outputs, losses, ids, self.count),
             "dann": lambda: self.extra(features, ids) / self.strength,
         }
         term = terms.get(self.name)
         return losses.mean() + (self.strength * term() if term else 0.0)
+
+    def risks(self, x: Tensor, y: Tensor, ids: Tensor) -> list[Tensor]:
+        """Of every environment, each with a graph of its own: E gradients of one would take E times as long."""
+        parts = [ids == e for e in range(self.count)]
+        return [each_loss(self.network(x[part]), y[part]).mean() for part in parts]
 
 
 def train(settings: Settings, variant: str, seed: int, observe: Callable[[int, nn.Module, Environments], bool]) -> None:

@@ -69,7 +69,8 @@ def iga_penalty(risks: Tensor | Sequence[Tensor], parameters: Iterable[Tensor]) 
 
     risks:  (E,) the environments' losses, E >= 2, with a graph back to the parameters.
 
-    Costs E backwards that keep their graph. Koyama and Yamaguchi 2020, arXiv 2008.01883.
+    Costs E backwards that keep their graph: give a list of risks, each from a forward of its own, and together they
+    take about one backward of all. Koyama and Yamaguchi 2020, arXiv 2008.01883.
     """
     parameters = [p for p in parameters if p.requires_grad]
     risks = list(risks)
