@@ -25,7 +25,7 @@ from htv.layout import Derived
 from htv.ops.agreement import Agreement
 from htv.ops.factors import Factors
 from htv.rules import Rule
-from htv.served import Served
+from htv.served import Served, share_hubs
 from htv.watched import Watched, register
 
 __all__ = ["Handle", "attach"]
@@ -278,6 +278,7 @@ class Handle:
             id(p): Served(self, name, p, rules[name]) for name, p in parameters.items() if rules[name] is not None
         }
         self.own_marks = {key: Derived((served,), served.parameter) for key, served in self._served.items()}
+        self._hubs: dict[int, dict[Served, tuple[Served, ...]]] = {}  # by the number of groups, who shares one
         self._rules = {served.rule for served in self._served.values()}
         self._plain = [p for name, p in parameters.items() if rules[name] is None]
         self._modules = list(model.modules())
@@ -431,6 +432,17 @@ class Handle:
     def served_parameter(self, tensor) -> Served | None:
         served = self._served.get(id(tensor))
         return served if served is not None and tensor.requires_grad else None
+
+    def hub_of(self, served: Served, groups: Groups) -> tuple[Served, ...]:
+        """The parameters that share a hub with this one, itself among them."""
+        if groups.rows_vote or self._accumulates:
+            return (served,)
+        hubs = self._hubs.get(groups.count)
+        if hubs is None:
+            if len(self._hubs) >= 16:
+                self._hubs.clear()
+            hubs = self._hubs[groups.count] = share_hubs(self._served.values(), groups)
+        return hubs.get(served, (served,))
 
     def served(self) -> list[Served]:
         """All served parameters."""

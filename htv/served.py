@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +19,30 @@ from htv.rules import Rule
 
 if TYPE_CHECKING:
     from htv.attach import Handle
+
+MOST_DELIVERED = 256  # gradients a parameter expects at a time, in as many threads
+HUB_BYTES = 1 << 20  # that the contributions to parameters of one hub may take
+
+
+def share_hubs(parameters: Iterable[Served], groups: Groups) -> dict[Served, tuple[Served, ...]]:
+    """Which parameters share a hub: vectors in a row, of one rule, whose contributions together are small.
+
+    A hub costs as much as a small layer. It runs when the last use of any of its parameters has run: contributions to
+    the others wait for that.
+    """
+    hubs: list[list[Served]] = []
+    taken, kind = 0, None
+    for served in parameters:
+        p = served.parameter
+        size = groups.count * p.numel() * p.element_size()
+        if p.dim() > 1 or size > HUB_BYTES:
+            continue
+        if kind != (served.rule, p.dtype, p.device) or taken + size > HUB_BYTES:
+            kind, taken = (served.rule, p.dtype, p.device), 0
+            hubs.append([])
+        hubs[-1].append(served)
+        taken += size
+    return {served: tuple(hub) for hub in hubs for served in hub}
 
 
 class Served(Owner):
@@ -41,11 +65,27 @@ class Served(Owner):
 
     def sink(self, groups: Groups) -> Sink:
         """For one more use: uses share a hub until a backward has consumed it."""
-        hub = getattr(self._hubs, "mine", None)
-        if hub is None or hub[1].consumed or not hub[1].groups.same_voters(groups):
-            ledger = Ledger(self.rule, groups, self, self.handle.collects_stats)
-            hub = self._hubs.mine = Hub.apply(self.parameter, ledger), ledger
+        hub = self._hub(groups)
+        if hub is None:
+            self._open(groups)
+            hub = self._hubs.mine
         return Sink(*hub)
+
+    def _hub(self, groups: Groups) -> tuple[Tensor, Ledger] | None:
+        """This thread's token and ledger, if they can take one more use."""
+        hub = getattr(self._hubs, "mine", None)
+        return None if hub is None or hub[1].consumed or not hub[1].groups.same_voters(groups) else hub
+
+    def _may_join(self, groups: Groups) -> bool:
+        return self.parameter.requires_grad and self._hub(groups) is None
+
+    def _open(self, groups: Groups) -> None:
+        """A new hub, for all that shares it and has none."""
+        members = [s for s in self.handle.hub_of(self, groups) if s is self or s._may_join(groups)]
+        ledgers = tuple(Ledger(s.rule, groups, s, self.handle.collects_stats) for s in members)
+        token = Hub.apply(ledgers, *(s.parameter for s in members))
+        for served, ledger in zip(members, ledgers, strict=True):
+            served._hubs.mine = token, ledger
 
     def watch(self) -> None:
         """Make gradients that come by another way than the hub an error."""
@@ -85,6 +125,8 @@ class Served(Owner):
         """This very gradient is what reaches the parameter."""
         current = torch._C._current_graph_task_id()
         self._delivered.pop(current, None)
+        if len(self._delivered) > MOST_DELIVERED:  # of passes that went elsewhere in the end
+            self._delivered.pop(next(iter(self._delivered)))
         if grad is not None:
             self._delivered[current] = grad.data_ptr(), grad._version
 

@@ -158,7 +158,7 @@ class TracedServed(Owner):
         token, ledger = (reference() for reference in self._hub)
         if token is None or ledger is None or not ledger.groups.same_voters(groups):
             ledger = TracedLedger(self, groups)
-            token = Hub.apply(self.parameter, ledger)
+            token = Hub.apply((ledger,), self.parameter)
             self._hub = weakref.ref(token), weakref.ref(ledger)
         return Sink(token, ledger)
 

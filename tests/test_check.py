@@ -27,6 +27,7 @@ def test_names_the_first_wrong_parameter(broken, monkeypatch):
 
     slightly_wrong.done = False
     monkeypatch.setattr(aggregate, "aggregate", slightly_wrong)
+    monkeypatch.setattr(aggregate, "aggregate_together", lambda parts, rule: [slightly_wrong(p, rule) for p in parts])
     with pytest.raises(htv.CheckError, match="differs from one group at a time under Median"):
         htv.check(model, torch.randn(6, 12), htv.Median())
     assert slightly_wrong.done

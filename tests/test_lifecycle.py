@@ -110,7 +110,7 @@ def test_a_derived_tensor_that_depends_on_more_than_its_parameters():
     p, other = torch.randn(3, requires_grad=True), torch.randn(3, requires_grad=True)
     owner, groups = Bystander(), Groups.each(4)
     ledger = Ledger(htv.Median(), groups, owner)
-    sink = Sink(Hub.apply(p, ledger), ledger)
+    sink = Sink(Hub.apply((ledger,), p), ledger)
     for source in (p.exp() * other, torch.cat([p, F.relu(other)])):
         with pytest.raises(htv.UnsupportedError, match="'p'.*gradient would be lost"):
             DerivedTensor(source, [p], [sink])

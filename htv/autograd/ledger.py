@@ -4,10 +4,11 @@ Every use of a served parameter takes a *token* of its hub, an empty tensor that
 
     parameter -> Hub -> token -> use 1, use 2, ...
 
-In backward each use records its factors in the hub's ledger and returns no gradient for the token. The autograd engine
-runs the hub once all its uses that this backward reaches have run; the hub then applies the rule to the recorded
-factors, summed per group, and returns the parameter's gradient. So counting the uses (tied weights, a module called
-twice, an output the loss ignores) is left to the engine, and factors live no longer than they must.
+Parameters whose contributions are small share a hub and its token, each with a ledger of its own. In backward every use
+records its factors in its parameter's ledger and returns no gradient for the token. The autograd engine runs the hub
+once all uses of the token that this backward reaches have run; the hub then applies the rule to the recorded factors,
+summed per group, and returns the parameters' gradients. So counting the uses (tied weights, a module called twice, an
+output the loss ignores) is left to the engine, and factors live no longer than they must.
 """
 
 from __future__ import annotations
@@ -146,27 +147,71 @@ class Ledger:
 
         gradient_node: where autograd takes the gradient next.
         """
-        self.guard()
-        current, parts = self._recorded()
+        current, parts = self.taken()
         if not parts:
             return None
-        self.consumed = True
         owner = self._owner()
-        if self.observes and owner is not None:
-            owner.observe(parts)
         accumulation = None if owner is None else owner.accumulation
         if accumulation is None:
-            grad = aggregate.aggregate(parts, self.rule)
-            grad = grad if grad.dtype == parameter.dtype else grad.to(parameter.dtype)
-        else:
-            _refuse_autograd_grad(gradient_node)
-            grad = accumulation.add(current, parts, self.groups)
+            return self.delivered(current, aggregate.aggregate(parts, self.rule), parameter)
+        _refuse_autograd_grad(gradient_node)
+        return self.delivered(current, accumulation.add(current, parts, self.groups), parameter)
+
+    @property
+    def accumulates(self) -> bool:
+        owner = self._owner()
+        return owner is not None and owner.accumulation is not None
+
+    def taken(self) -> tuple[int, list[Factors]]:
+        """The pass under way and what it recorded, which is consumed by that."""
+        self.guard()
+        current, parts = self._recorded()
+        if parts:
+            self.consumed = True
+            owner = self._owner()
+            if self.observes and owner is not None:
+                owner.observe(parts)
+        return current, parts
+
+    def delivered(self, current: int, grad: Tensor | None, parameter: Tensor) -> Tensor | None:
+        """The gradient as the hub returns it, once the owner knows of it."""
+        if grad is not None and grad.dtype != parameter.dtype:
+            grad = grad.to(parameter.dtype)
+        owner = self._owner()
         if owner is not None:
             if not owner.passes:
                 owner.settled.clear()
             owner.settled.add(current)
             owner.deliver(grad)
         return grad
+
+
+def settle_together(ledgers: list[Ledger], parameters: list[Tensor], gradient_nodes: list) -> list[Tensor | None]:
+    """`Ledger.settle` of several of one rule, in few operations; of those whose gradient goes anywhere."""
+    grads: list[Tensor | None] = [None] * len(ledgers)
+    ready = []
+    for i, (ledger, node) in enumerate(zip(ledgers, gradient_nodes, strict=True)):
+        if not _will_run(node):
+            ledger.taken()
+        elif ledger.accumulates:
+            grads[i] = ledger.settle(parameters[i], node)
+        else:
+            current, parts = ledger.taken()
+            if parts:
+                ready.append((i, current, parts))
+    if ready:
+        found = aggregate.aggregate_together([parts for _, _, parts in ready], ledgers[0].rule)
+        for (i, current, _), grad in zip(ready, found, strict=True):
+            grads[i] = ledgers[i].delivered(current, grad, parameters[i])
+    return grads
+
+
+def _will_run(node) -> bool:
+    """Whether the pass under way goes on to a node: torch.autograd.grad may ask for other gradients only."""
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # torch does not tell here
+        return True
 
 
 def _refuse_autograd_grad(gradient_node) -> None:
@@ -193,18 +238,22 @@ _AS_IT_IS = nullcontext()
 
 
 class Hub(Function):
-    """parameter -> token; backward applies the ledger's rule to everything recorded."""
+    """parameters -> token; backward applies the rule to everything their ledgers recorded."""
 
     @staticmethod
-    def forward(ctx, parameter: Tensor, ledger: Ledger) -> Tensor:
+    def forward(ctx, ledgers: tuple[Ledger, ...], *parameters: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.ledger, ctx.parameter = ledger, parameter.detach()
-        return parameter.new_empty(0)
+        ctx.ledgers, ctx.parameters = ledgers, [p.detach() for p in parameters]
+        return parameters[0].new_empty(0)
 
     @staticmethod
     def backward(ctx, _):
-        with full_precision(ctx.parameter.device):
-            return ctx.ledger.settle(ctx.parameter, ctx.next_functions[0][0]), None
+        ledgers, parameters = ctx.ledgers, ctx.parameters
+        nodes = [node for node, _ in ctx.next_functions]
+        with full_precision(parameters[0].device):
+            if len(ledgers) == 1:
+                return None, ledgers[0].settle(parameters[0], nodes[0])
+            return None, *settle_together(ledgers, parameters, nodes)
 
 
 def full_precision(device: torch.device) -> AbstractContextManager:
@@ -232,12 +281,8 @@ class Sink:
 
     def wanted(self) -> bool:
         """Whether the pass under way goes on to the hub: torch.autograd.grad may ask for other gradients only."""
-        if self.token.grad_fn is None:
-            return True
-        try:
-            return torch._C._will_engine_execute_node(self.token.grad_fn)
-        except RuntimeError:  # torch does not tell here: record, and the hub decides
-            return True
+        node = self.token.grad_fn
+        return node is None or _will_run(node)  # where torch does not tell, the hub decides
 
     def record(self, factors: Factors) -> None:
         """In backward: record factors of what the layer computes with."""

@@ -34,6 +34,23 @@ def aggregate(parts: list[Factors], rule: Rule) -> Tensor:
     return functional.normalise(value, mask_sum, statistic)
 
 
+def aggregate_together(contributions: list[list[Factors]], rule: Rule) -> list[Tensor]:
+    """`aggregate` of the parts of several parameters; those with one stack of contributions each in one call."""
+    firsts = [parts[0] for parts in contributions]
+    statistic = None if isinstance(rule, Mean) else _resolved(rule, firsts[0].count)
+    kinds = {(type(first), first.count, first.dtype, first.device) for first in firsts}
+    alone = all(
+        len(parts) == 1 and parts[0].values.numel() for parts in contributions if type(parts[0]) is StackedFactors
+    )
+    if statistic is None or statistic.normalise or len(kinds) > 1 or type(firsts[0]) is not StackedFactors or not alone:
+        return [aggregate(parts, rule) for parts in contributions]
+    count, dtype = firsts[0].count, firsts[0].dtype
+    stacks = torch.cat([first.values.reshape(count, -1) for first in firsts], dim=1).to(dtype)
+    value, _ = functional.stacked(stacks, statistic)
+    grads = torch._foreach_mul(value.split([math.prod(first.shape) for first in firsts]), count)  # tensors of their own
+    return [grad.view(first.shape) for grad, first in zip(grads, firsts, strict=True)]
+
+
 @functools.lru_cache(maxsize=256)
 def _resolved(rule: Rule, count: int) -> Statistic:
     return rule.statistic(count)
