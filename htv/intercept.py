@@ -128,9 +128,17 @@ class Intercept(TorchFunctionMode):
         parameters, sinks = zip(*((s.parameter, s.sink(self.groups)) for s in mark.parameters), strict=True)
         return DerivedTensor(value, list(parameters), list(sinks), mark.origin if value is mark.source else None)
 
-    def place(self, x: Tensor, dim: int = 0) -> Mark | None:
-        """`mark` of x; of a batch with one unit, all of whose x it is, the place along any dim that suits."""
+    def input(self, x: Tensor) -> tuple[Tensor, Mark | None]:
+        """A layer's input as `copied_per_unit` gives it, and its `place`."""
         mark = self.mark(x)
+        if isinstance(mark, Derived):
+            x = self.copied_per_unit(x)
+            mark = self.mark(x)
+        return x, self.place(x, mark=mark)
+
+    def place(self, x: Tensor, dim: int = 0, mark: Mark | None = None) -> Mark | None:
+        """`mark` of x; of a batch with one unit, all of whose x it is, the place along any dim that suits."""
+        mark = self.mark(x) if mark is None else mark
         if self.groups.num_units > 1:
             return mark
         return layout.all_of_one(x, dim) if isinstance(mark, Place) and x.dim() > dim else mark

@@ -33,6 +33,18 @@ W rank_of_two(const W* a, int64_t size_a, const W* b, int64_t size_b, int64_t r)
   return best;
 }
 
+// The values of ranks n - 1 and n of two sorted lists of n.
+template <class W>
+void middle_of_two(const W* a, const W* b, int64_t n, W& low, W& high) {
+  low = smaller(a[0], b[n - 1]);
+  high = larger(a[0], b[n - 1]);
+  for (int64_t i = 1; i < n; ++i) {
+    const W x = a[i], y = b[n - 1 - i];
+    low = larger(low, smaller(x, y));
+    high = smaller(high, larger(x, y));
+  }
+}
+
 // The first `present` values and `padding` in place of those missing to n.
 template <class V, int n>
 Strided<V> padded(const Strided<V>& values, int64_t present, V padding, V* buffer) {
@@ -145,10 +157,16 @@ V statistic_of_runs(const Strided<V>& values, const Ranking& ranking, bool four)
                      parts);
   if (four)
     for (Key* list : lists) merge_runs<2 * run>(list);
-  const auto rank = [&](int64_t r) { return O::value(rank_of_two(lists[0], size, lists[1], size, r)); };
-  const V low = rank(ranking.low), high = ranking.low == ranking.high ? low : rank(ranking.high);
-  if (is_mean(ranking)) return nan.poison(mean_between<V>(values, ranking, {low, high}));
-  return nan.poison(ranking.low == ranking.high ? low : midpoint(low, high));
+  Key low, high;
+  if (ranking.high == size && ranking.low == size - 1) {
+    middle_of_two(lists[0], lists[1], size, low, high);
+  } else {
+    low = high = rank_of_two(lists[0], size, lists[1], size, ranking.low);
+    if (ranking.high != ranking.low) high = rank_of_two(lists[0], size, lists[1], size, ranking.high);
+  }
+  const Ends<V> ends = {O::value(low), O::value(high)};
+  if (is_mean(ranking)) return nan.poison(mean_between<V>(values, ranking, ends));
+  return nan.poison(ranking.low == ranking.high ? ends.low : midpoint(ends.low, ends.high));
 }
 
 // The ends where both are among the `kept` smallest and largest of more than `kept` values.

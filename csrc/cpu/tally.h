@@ -52,21 +52,33 @@ void with_tally(Statistic statistic, const F& f) {
   }
 }
 
-// Sums of masks in double, one per lane: a single one would wait for every addition.
+// Sums of masks, one per lane: in double, but for stretches of additions that are exact enough without.
 template <class V>
 class MaskSum {
+  static constexpr int kStretch = 256;
   using Doubles = typename RegisterOf<double, 8 * kLanes<V>>::type;
   Doubles sums_{};
+  V stretch_{};
+  int added_ = 0;
 
  public:
   void add(V mask, int64_t n) {  // its first n lanes
     for (int64_t lane = n; lane < kLanes<V>; ++lane) mask[lane] = 0;
-    sums_ += __builtin_convertvector(mask, Doubles);
+    stretch_ += mask;
+    if (++added_ == kStretch) close();
   }
-  double total() const {
+  double total() {
+    close();
     double sum = 0;
     for (int lane = 0; lane < kLanes<V>; ++lane) sum += sums_[lane];
     return sum;
+  }
+
+ private:
+  void close() {
+    sums_ += __builtin_convertvector(stretch_, Doubles);
+    stretch_ = V{};
+    added_ = 0;
   }
 };
 

@@ -56,7 +56,7 @@ inline __attribute__((always_inline)) void product(const Real<V>* g, const X& x,
   for (int i = 0; i < K; ++i)
 #pragma GCC unroll 2
     for (int j = 0; j < kColumns; ++j) sum[i][j] = V{};
-  for (int64_t r = 0; r < rows; ++r, g += kRows) {
+  const auto add_row = [&](const Real<V>* g, int64_t r) __attribute__((always_inline)) {
     V columns[kColumns];
 #pragma GCC unroll 2
     for (int j = 0; j < kColumns; ++j) columns[j] = x(r, j);
@@ -71,6 +71,12 @@ inline __attribute__((always_inline)) void product(const Real<V>* g, const X& x,
 #endif
           sum[i][j] = multiply_add(splat<V>(g[i]), columns[j], sum[i][j]);
       }
+  };
+  if (K == kFewRows && rows == kFewRows) {
+#pragma GCC unroll 4
+    for (int r = 0; r < kFewRows; ++r) add_row(g + r * kRows, r);
+  } else {
+    for (int64_t r = 0; r < rows; ++r, g += kRows) add_row(g, r);
   }
 }
 

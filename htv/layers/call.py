@@ -47,8 +47,7 @@ class Call:
     def __init__(self, mode: Intercept, kind: str, signature: Signature, args, kwargs, x: str, *parameters: str):
         self.mode, self.kind, self.names = mode, kind, parameters
         self.arguments = signature.bind(args, kwargs)
-        self.x: Tensor = mode.copied_per_unit(self.arguments[x])
-        self.place = mode.place(self.x)
+        self.x, self.place = mode.input(self.arguments[x])
         self.parameters: list[Tensor | None] = [self.arguments[name] for name in parameters]
         self._marks = [mode.mark(p) for p in self.parameters]
         self._owners = [_owners(p, mark) for p, mark in zip(self.parameters, self._marks, strict=True)]

@@ -83,14 +83,13 @@ def style_of(part: type[Factors] | Factors, name: str, device: torch.device) -> 
         return "sparse"
     if issubclass(kind, GroupwiseFactors):
         return "by group" if name in STREAMING else "sliced"
-    fuses = server("linear", part, name, device) != "reference"
     if issubclass(kind, LinearFactors):
-        return "fused" if fuses else "sliced"
+        return "sliced" if server("linear", part, name, device) == "reference" else "fused"
     if not _is_conv(kind):
         return "sliced"
-    sized = isinstance(part, ConvFactors)
     if server("conv", part, name, device) != "reference":
         return "fused"
+    sized, fuses = isinstance(part, ConvFactors), server("linear", part, name, device) != "reference"
     if sized and part.geometry.groups > 1 and part.outputs < (FEW_OUTPUTS if part.folds_well else 4):
         return "sliced"
     if name not in STREAMING:
