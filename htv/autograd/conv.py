@@ -23,7 +23,7 @@ def conv(x: Tensor, weight: Slot, bias: Slot, stride, padding, dilation, conv_gr
         if any(step != 1 for step in ([stride] if isinstance(stride, int) else stride)):
             raise ValueError(f"padding='same' needs stride 1, got {stride}")
         x, padding = _pad_same(x, kernel, dilation), 0
-    geometry = ConvGeometry(stride, padding, dilation, conv_groups, len(kernel))
+    geometry = ConvGeometry.of(stride, padding, dilation, conv_groups, len(kernel))
     return _Conv.apply(x, weight.value, bias.value, weight, bias, geometry, voters, *weight.tokens, *bias.tokens)
 
 
@@ -31,7 +31,7 @@ def conv_transpose(
     x: Tensor, weight: Slot, bias: Slot, stride, padding, output_padding, conv_groups: int, dilation, voters: Voters
 ) -> Tensor:
     """F.conv_transpose{1,2,3}d. x: (S, C, *space), weight: (C, O / conv_groups, *kernel) -> (S, O, *out_space)."""
-    geometry = ConvGeometry(stride, padding, dilation, conv_groups, weight.value.dim() - 2)
+    geometry = ConvGeometry.of(stride, padding, dilation, conv_groups, weight.value.dim() - 2)
     tokens = *weight.tokens, *bias.tokens
     return _ConvTranspose.apply(x, weight.value, bias.value, weight, bias, output_padding, geometry, voters, *tokens)
 
@@ -79,7 +79,7 @@ def _bias_factors(voters: Voters, grad: Tensor) -> StackedFactors:
 
 
 def _grad_input(grad: Tensor, x: Tensor, weight: Tensor, geometry: ConvGeometry) -> Tensor:
-    grad_x, _, _ = torch.ops.aten.convolution_backward(
+    grad_x, _, _ = torch.ops.aten.convolution_backward.default(
         grad, x, weight, None, geometry.stride, geometry.padding, geometry.dilation,
         False, [0] * len(geometry.stride), geometry.groups, [True, False, False],
     )  # fmt: skip

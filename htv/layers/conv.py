@@ -24,8 +24,8 @@ def _conv(mode: Intercept, func, args, kwargs):
     slots = _enter_images(call) if call.applicable else None
     if slots is None:
         return NotImplemented
-    options = (call[name] for name in ("stride", "padding", "dilation", "groups"))
-    return call.done(conv(call.x, *slots, *options, call.voters))
+    a = call.arguments
+    return call.done(conv(call.x, *slots, a["stride"], a["padding"], a["dilation"], a["groups"], call.voters))
 
 
 @serves(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)

@@ -378,6 +378,15 @@ class ConvGeometry:
         self.stride, self.padding, self.dilation = (_per_dim(v, dims) for v in (stride, padding, dilation))
         self.groups = groups
 
+    @staticmethod
+    def of(stride, padding, dilation, groups: int, dims: int) -> ConvGeometry:
+        """One for all uses that are alike."""
+        steps = (v if isinstance(v, int) else tuple(v) for v in (stride, padding, dilation))
+        return _geometry(*steps, groups, dims)
+
+
+_geometry = functools.lru_cache(maxsize=256)(ConvGeometry)
+
 
 def _per_dim(value, dims: int) -> tuple[int, ...]:
     values = (value,) if isinstance(value, int) else tuple(value)
