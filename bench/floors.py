@@ -118,8 +118,9 @@ def routes() -> list[Route]:
 
 
 def ceilings(seconds: float) -> dict[str, float]:
-    """multiply_adds: per second, of the better of torch's and our own matrix product; bytes: per second, of a copy."""
+    """multiply_adds: per second, of the best of torch's and our own products; bytes: per second, of a copy."""
     x, grad, bounds = torch.randn(2048, 1024), torch.randn(2048, 1024), torch.tensor([0, 2048])
+    images, weight = torch.randn(16, 128, 28, 28), torch.randn(128, 128, 3, 3)
     source = torch.randn(32 << 20)
     target = torch.empty_like(source)
     mean = schema.code("mean"), 0, 0.0, 0.0
@@ -127,14 +128,15 @@ def ceilings(seconds: float) -> dict[str, float]:
         {
             "torch": lambda: grad.t() @ x,
             "htv": lambda: torch.ops.htv.linear(x, grad, bounds, *mean),
+            "convolution": lambda: torch.nn.functional.conv2d(images, weight, padding=1),
             "copy": lambda: target.copy_(source),
         },
         seconds,
     )
-    products = {name: 1e3 * 2048 * 1024**2 / times[name].lower for name in ("torch", "htv")}
+    work = {"torch": 2048 * 1024**2, "htv": 2048 * 1024**2, "convolution": images.numel() * weight[0].numel()}
+    products = {f"{name}_multiply_adds": 1e3 * each / times[name].lower for name, each in work.items()}
     return {
-        "torch_multiply_adds": products["torch"],
-        "htv_multiply_adds": products["htv"],
+        **products,
         "multiply_adds": max(products.values()),
         "bytes": 1e3 * 8 * source.numel() / times["copy"].lower,
     }
@@ -180,7 +182,8 @@ def table(record: dict) -> str:
     rates = record["rates"]
     lines = [
         f"Matrix products run at {2e-9 * rates['torch_multiply_adds']:.0f} GFLOP/s by torch and "
-        f"{2e-9 * rates['htv_multiply_adds']:.0f} by htv's own tiles (2048 rows, 1024 x 1024), a copy moves "
+        f"{2e-9 * rates['htv_multiply_adds']:.0f} by htv's own tiles (2048 rows, 1024 x 1024), torch's convolution "
+        f"(3 x 3, 128 channels) at {2e-9 * rates['convolution_multiply_adds']:.0f}, a copy moves "
         f"{1e-9 * rates['bytes']:.0f} GB/s (`{record['command']}`, {record['date'][:10]}, {record['machine']['cpu']}, "
         f"{record['machine']['threads']} threads, {record['machine']['cpu_capability']}, "
         f"torch {record['machine']['versions']['torch']}).",
