@@ -72,19 +72,32 @@ struct Strided {
 
 constexpr int kMostSorted = 16;  // values sorted by one network
 
+// Sorted keys of n values. As integers, NaN lie beyond the infinities: the ends tell whether there are any, which is less
+// work than to look at each of many values.
+template <class V, int n, class Values>
+HTV_INLINE void sorted_keys(const Values& values, NanSeen<V>& nan, typename Order<V>::Key (&keys)[n]) {
+  using O = Order<V>;
+  constexpr bool by_ends = kIntegerOrder<V> && n >= 8;
+#pragma GCC unroll 16
+  for (int k = 0; k < n; ++k) {
+    const V value = values(k);
+    if constexpr (!by_ends) nan.add(value);
+    keys[k] = O::key(value);
+  }
+  sort(keys);
+  if constexpr (by_ends) {
+    nan.add(O::value(keys[0]));
+    nan.add(O::value(keys[n - 1]));
+  }
+}
+
 // Values: values(k) is value 0 <= k < n of one register of coordinates.
 template <class V, int n, class Values>
 HTV_INLINE V median_of_few(const Values& values, int64_t interpolation) {
   using O = Order<V>;
   typename O::Key v[n];
   NanSeen<V> nan;
-#pragma GCC unroll 16
-  for (int k = 0; k < n; ++k) {
-    const V value = values(k);
-    nan.add(value);
-    v[k] = O::key(value);
-  }
-  sort(v);
+  sorted_keys<V, n>(values, nan, v);
   const auto rank = [&](int64_t r) { return O::value(v[r]); };
   return nan.poison(median<V>(rank, n, interpolation));
 }

@@ -54,23 +54,12 @@ Strided<V> padded(const Strided<V>& values, int64_t present, V padding, V* buffe
 }
 
 template <class V, int n>
-HTV_INLINE void load_keys(const Strided<V>& values, NanSeen<V>& nan, typename Order<V>::Key (&keys)[n]) {
-#pragma GCC unroll 16
-  for (int k = 0; k < n; ++k) {
-    const V value = values(k);
-    nan.add(value);
-    keys[k] = Order<V>::key(value);
-  }
-}
-
-template <class V, int n>
 __attribute__((noinline)) void sort_run(const Strided<V>& values, int64_t present, NanSeen<V>& nan,
                                         typename Order<V>::Key* sorted, int64_t stride) {
   V buffer[n];
   typename Order<V>::Key v[n];
   NanSeen<V> seen = nan;
-  load_keys(padded<V, n>(values, present, splat<V>(Real<V>(INFINITY)), buffer), seen, v);
-  sort(v);
+  sorted_keys<V, n>(padded<V, n>(values, present, splat<V>(Real<V>(INFINITY)), buffer), seen, v);
   nan = seen;
 #pragma GCC unroll 16
   for (int k = 0; k < n; ++k) sorted[k * stride] = v[k];
@@ -183,14 +172,12 @@ __attribute__((noinline)) V mean_by_extremes(const Strided<V>& values, const Ran
   for (int64_t k = 0; k < ranking.ranked; k += kept) {
     const int64_t present = ranking.ranked - k;
     Key block[kept];
-    load_keys(padded<V, kept>(values.from(k), present, splat<V>(Real<V>(INFINITY)), buffer), nan, block);
-    sort(block);
+    sorted_keys<V, kept>(padded<V, kept>(values.from(k), present, splat<V>(Real<V>(INFINITY)), buffer), nan, block);
 #pragma GCC unroll 16
     for (int i = 0; i < kept; ++i) low[i] = smaller(low[i], block[kept - 1 - i]);
     sort_bitonic(low);
     if (present < kept) {
-      load_keys(padded<V, kept>(values.from(k), present, -splat<V>(Real<V>(INFINITY)), buffer), nan, block);
-      sort(block);
+      sorted_keys<V, kept>(padded<V, kept>(values.from(k), present, -splat<V>(Real<V>(INFINITY)), buffer), nan, block);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < kept; ++i) high[i] = larger(high[i], block[kept - 1 - i]);

@@ -8,6 +8,7 @@ namespace htv::cpu {
 namespace {
 
 constexpr int64_t kBlockRows = 128;              // rows packed at a time, unless all fit
+constexpr int64_t kSumTileIn = 160;              // columns of a tile of plain sums
 constexpr int64_t kInPlaceRows = 256;            // at a time where nothing of x is packed
 constexpr int64_t kPackedBytes = 256 << 10;      // what all packed rows of a tile may take in L2
 constexpr int64_t kFewRows = 32;                 // rows per group up to which states are worth their registers
@@ -41,8 +42,9 @@ TilePlan::TilePlan(Statistic statistic, const Parameters& parameters, Dtype dtyp
     task.block_rows = kInPlaceRows;
   } else {
     task.tile_out = kMostTileOut;
-    task.tile_in = kMostTileIn;
-    task.block_rows = statistic == Statistic::mean ? kBlockRows / 2 : kBlockRows;  // sums need no whole groups
+    // Sums need no whole groups, and are kept for a whole tile: as little as serves of an MLP's memory.
+    task.tile_in = statistic == Statistic::mean ? kSumTileIn : kMostTileIn;
+    task.block_rows = statistic == Statistic::mean ? kBlockRows / 2 : kBlockRows;
   }
 
   // Groups are cut only where they are longer than a block.

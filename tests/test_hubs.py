@@ -1,0 +1,214 @@
+"""Small parameters share a node of the graph: each must get what it would get by itself."""
+
+import pytest
+import torch
+from torch import nn
+
+import htv
+from htv import served
+from htv.ops import aggregate
+from htv.ops.factors import LinearFactors, StackedFactors
+from oracles import RULES, by_name
+
+
+class Branches(nn.Module):
+    """Two branches of a norm and a linear layer each, behind a common norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.common = nn.LayerNorm(6)
+        self.a = nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 3))
+        self.b = nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 5))
+
+    def forward(self, x):
+        x = self.common(x)
+        return self.a(x), self.b(x)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    branches = Branches()
+    for p in branches.parameters():
+        nn.init.normal_(p)
+    return branches
+
+
+X = torch.randn(7, 6, generator=torch.Generator().manual_seed(1))
+VECTORS = ["common.weight", "common.bias", "a.0.weight", "a.0.bias", "a.1.bias", "b.0.weight", "b.0.bias", "b.1.bias"]
+
+
+def both(outputs):
+    return sum(y.square().sum() for y in outputs)
+
+
+def only_a(outputs):
+    return outputs[0].square().sum()
+
+
+def alone(model, rule, loss=both, x=X):
+    """Gradients with a hub for every parameter."""
+    with pytest.MonkeyPatch.context() as patch, htv.attach(model, rule):
+        patch.setattr(served, "HUB_BYTES", 0)
+        loss(model(x)).backward()
+        found = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    return found
+
+
+def hubs(loss) -> list[int]:
+    """How many parameters each hub of a graph serves."""
+    seen, ahead, found = set(), [loss.grad_fn], []
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "HubBackward":
+            found.append(len(node.next_functions))
+        ahead += [n for n, _ in node.next_functions]
+    return sorted(found)
+
+
+def require_same(model, expected):
+    for name, p in model.named_parameters():
+        grad = expected.get(name)
+        assert (p.grad is None) == (grad is None), name
+        assert grad is None or torch.equal(p.grad, grad), name
+
+
+@pytest.mark.parametrize("rule", RULES, **by_name)
+def test_gradients_are_those_of_separate_hubs(model, rule):
+    expected = alone(model, rule)
+    with htv.attach(model, rule):
+        loss = both(model(X))
+        assert hubs(loss) == [1, 1, len(VECTORS)]
+        loss.backward()
+    require_same(model, expected)
+    storages = [p.grad.untyped_storage().data_ptr() for p in model.parameters()]
+    assert len(set(storages)) == len(storages)
+
+
+def test_a_hub_is_no_larger_than_its_bytes(model, monkeypatch):
+    each = 4 * len(X)
+    monkeypatch.setattr(served, "HUB_BYTES", 12 * each)  # common.weight + common.bias; a.1.bias + ...
+    with htv.attach(model, htv.Median()):
+        assert hubs(both(model(X))) == [1, 1, 2, 2, 2, 2]
+
+
+def test_rules_and_types_do_not_mix(model):
+    model.b.double()
+    rule = lambda name, _: htv.Mean() if name.endswith("bias") else htv.Median()
+    with htv.attach(model, rule):
+        outputs = model.a(X), model.b(X.double())
+        # in the model's order a kind ends where another begins
+        assert hubs(outputs[0].sum()) == [1, 1, 2] and hubs(outputs[1].sum()) == [1, 1, 2]
+
+
+def test_what_a_loss_does_not_reach_gets_no_gradient(model):
+    expected = alone(model, htv.Median(), only_a)
+    with htv.attach(model, htv.Median()):
+        only_a(model(X)).backward()
+    require_same(model, expected)
+    assert model.b[0].weight.grad is None
+
+
+def test_two_losses_of_one_forward(model):
+    first, second = alone(model, htv.Median(), only_a), alone(model, htv.Median(), lambda y: y[1].square().sum())
+    with htv.attach(model, htv.Median()):
+        a, b = model(X)
+        a.square().sum().backward(retain_graph=True)
+        b.square().sum().backward()
+    total = {name: sum(g for g in (first[name], second[name]) if g is not None) for name in first}
+    require_same(model, total)
+
+
+def test_a_forward_between_two_losses_of_another(model):
+    with htv.attach(model, htv.Median()):
+        a, b = model(X)
+        a.square().sum().backward(retain_graph=True)
+        model.zero_grad()
+        loss = model(2 * X)[1].square().sum()
+        expected = alone_in(model, b)
+        (b.square().sum()).backward()
+        require_same(model, expected)
+        model.zero_grad()
+        loss.backward()
+        assert model.b[0].weight.grad is not None
+
+
+def alone_in(model, y):
+    """What torch.autograd.grad finds for a loss that is kept."""
+    used = {name: p for name, p in model.named_parameters() if not name.startswith("a.")}
+    grads = torch.autograd.grad(y.square().sum(), list(used.values()), retain_graph=True)
+    return {name: None for name, _ in model.named_parameters()} | dict(zip(used, grads, strict=True))
+
+
+def test_autograd_grad_of_one_member(model):
+    expected = alone(model, htv.Median())
+    with htv.attach(model, htv.Median()):
+        loss = both(model(X))
+        (grad,) = torch.autograd.grad(loss, [model.a[0].bias], retain_graph=True)
+        assert torch.equal(grad, expected["a.0.bias"])
+        assert all(p.grad is None for p in model.parameters())
+        loss.backward(inputs=[model.a[0].weight, model.b[1].weight], retain_graph=True)
+        given = {"a.0.weight", "b.1.weight"}
+        require_same(model, {name: g if name in given else None for name, g in expected.items()})
+        model.zero_grad()
+        loss.backward()
+    require_same(model, expected)
+
+
+def test_accumulation_takes_only_what_backward_asks_for(model):
+    expected = alone(model, htv.AndMask(0.4))
+    with htv.attach(model, htv.AndMask(0.4)) as handle:
+        before = model(X)  # its hub is shared
+        with handle.accumulate():
+            both(before).backward(inputs=[model.a[0].weight])
+    require_same(model, {name: g if name == "a.0.weight" else None for name, g in expected.items()})
+
+
+def test_members_may_be_frozen_and_thawed(model):
+    expected = alone(model, htv.Median())
+    with htv.attach(model, htv.Median()):
+        both(model(X)).backward()
+        for frozen in ("a.0.bias", "common.weight"):
+            model.zero_grad()
+            model.get_parameter(frozen).requires_grad_(False)
+            both(model(X)).backward()
+            require_same(model, expected | {frozen: None})
+            model.get_parameter(frozen).requires_grad_(True)
+        model.zero_grad()
+        both(model(X)).backward()
+    require_same(model, expected)
+
+
+def test_other_numbers_of_groups(model):
+    with htv.attach(model, htv.Median()) as handle:
+        for ids in ([0, 0, 0, 1, 1, 2, 2], [0, 1, 2, 3, 3, 3, 3], list(range(7))):
+            with handle.groups(torch.tensor(ids)):
+                both(model(X)).backward()
+            found = {name: p.grad for name, p in model.named_parameters()}
+            model.zero_grad()
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(type(handle), "hub_of", lambda self, served, groups: (served,))
+                with handle.groups(torch.tensor(ids)):
+                    both(model(X)).backward()
+            require_same(model, found)
+            model.zero_grad()
+
+
+@pytest.mark.parametrize("rule", RULES, **by_name)
+def test_aggregate_together(rule):
+    torch.manual_seed(2)
+    stacks = [StackedFactors(torch.randn(8, *shape)) for shape in ((3,), (), (2, 2), (40,))]
+    mixed = [*stacks, StackedFactors(torch.randn(8, 5).bfloat16())]
+    linear = [stacks[0], LinearFactors(torch.randn(8, 2), torch.randn(8, 3), torch.arange(9))]
+    twice = [[stacks[0], StackedFactors(torch.randn(8, 3))], [stacks[1]]]
+    empty = [stacks[0], StackedFactors(torch.randn(8, 0))]
+    for batches in ([[s] for s in stacks], [[s] for s in mixed], [[s] for s in linear], twice, [[s] for s in empty]):
+        found = aggregate.aggregate_together(batches, rule)
+        for parts, grad in zip(batches, found, strict=True):
+            expected = aggregate.aggregate(parts, rule)
+            assert grad.shape == expected.shape and torch.equal(grad, expected)
+
