@@ -211,4 +211,3 @@ def test_aggregate_together(rule):
         for parts, grad in zip(batches, found, strict=True):
             expected = aggregate.aggregate(parts, rule)
             assert grad.shape == expected.shape and torch.equal(grad, expected)
-
