@@ -77,11 +77,17 @@ class Served(Owner):
         return None if hub is None or hub[1].consumed or not hub[1].groups.same_voters(groups) else hub
 
     def _may_join(self, groups: Groups) -> bool:
-        return self.parameter.requires_grad and self._hub(groups) is None
+        return self.parameter.requires_grad and not self._is_hooked() and self._hub(groups) is None
+
+    def _is_hooked(self) -> bool:
+        """Whether others look at the gradient: hooks would see None where only other parameters of the hub get one."""
+        p = self.parameter
+        return len(p._backward_hooks or ()) > (self._hook is not None) or bool(p._post_accumulate_grad_hooks)
 
     def _open(self, groups: Groups) -> None:
         """A new hub, for all that shares it and has none."""
-        members = [s for s in self.handle.hub_of(self, groups) if s is self or s._may_join(groups)]
+        sharing = (self,) if self._is_hooked() else self.handle.hub_of(self, groups)
+        members = [s for s in sharing if s is self or s._may_join(groups)]
         ledgers = tuple(Ledger(s.rule, groups, s, self.handle.collects_stats) for s in members)
         token = Hub.apply(ledgers, *(s.parameter for s in members))
         for served, ledger in zip(members, ledgers, strict=True):

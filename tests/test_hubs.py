@@ -168,6 +168,24 @@ def test_accumulation_takes_only_what_backward_asks_for(model):
     require_same(model, {name: g if name == "a.0.weight" else None for name, g in expected.items()})
 
 
+def test_hooks_see_gradients_only(model):
+    seen = []
+    model.b[0].weight.register_hook(lambda grad: seen.append(grad.shape) or 2 * grad)
+    model.b[0].bias.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.sum()))
+    expected = alone(model, htv.Median())
+    seen.clear()
+    with htv.attach(model, htv.Median()):
+        loss = both(model(X))
+        assert hubs(loss) == [1, 1, 1, 1, len(VECTORS) - 2]
+        loss.backward()
+        assert len(seen) == 2
+        require_same(model, expected)
+        model.zero_grad()
+        seen.clear()
+        only_a(model(X)).backward()
+        assert not seen and model.b[0].weight.grad is None
+
+
 def test_members_may_be_frozen_and_thawed(model):
     expected = alone(model, htv.Median())
     with htv.attach(model, htv.Median()):
