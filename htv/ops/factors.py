@@ -475,8 +475,9 @@ class EmbeddingFactors(Factors):
         return segment_sum(norms, _offsets(voter.bincount(minlength=self.count)))
 
     def projections(self, direction: Tensor) -> Tensor:
-        each = (self.grad_output * direction[self.ids]).sum(dim=1, dtype=torch.float64)
-        voter, order = self.voter.sort(stable=True)
+        ids, voter, grad_output = self.lookups
+        each = (grad_output * direction[ids]).sum(dim=1, dtype=torch.float64)
+        voter, order = voter.sort(stable=True)
         return segment_sum(each[order], _offsets(voter.bincount(minlength=self.count)))
 
 
