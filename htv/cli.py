@@ -177,7 +177,10 @@ def experiment(
     ] = None,
     data: Annotated[
         Path | None,
-        typer.Option(help="Folder of idx files (MNIST's format) for experiments on images. Default: the digits."),
+        typer.Option(
+            help="Folder of idx files (MNIST's format) or of CIFAR's Python batches, for experiments on images. "
+            "Default: the digits."
+        ),
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Runs side by side, in processes that share the threads.")] = 1,
 ) -> None:

@@ -14,9 +14,9 @@ class DataError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Grey images with class labels, split into a training and a test part.
+    """Images with class labels, split into a training and a test part.
 
-    train_images, test_images:  (N, height, width) float32 in [0, 1]
+    train_images, test_images:  (N, height, width), or (N, 3, height, width) of RGB; float32 in [0, 1]
     train_labels, test_labels:  (N,) int64 in [0, num_classes)
     """
 

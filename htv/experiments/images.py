@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -45,17 +46,18 @@ def make_network(kind: str, data: Dataset, seed: int) -> nn.Sequential:
 
     kind:  "mlp", three hidden layers of 256; "convnet", two convolutions with pooling and a hidden layer of 128.
     """
-    height, width = data.train_images.shape[1:]
+    *channels, height, width = data.train_images.shape[1:]
+    channels = math.prod(channels)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if kind == "mlp":
-            sizes = [height * width, 256, 256, 256]
+            sizes = [channels * height * width, 256, 256, 256]
             layers = [layer for i, o in zip(sizes, sizes[1:], strict=False) for layer in (nn.Linear(i, o), nn.ReLU())]
             return nn.Sequential(*layers, nn.Linear(256, data.num_classes))
         if kind == "convnet":
             return nn.Sequential(
-                nn.Unflatten(1, (1, height, width)),
-                nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+                nn.Unflatten(1, (channels, height, width)),
+                nn.Conv2d(channels, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
                 nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
                 nn.Flatten(), nn.Linear(32 * (height // 4) * (width // 4), 128), nn.ReLU(),
                 nn.Linear(128, data.num_classes),

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from htv import machine
 from htv.bench.report import on_screen
-from htv.data import Dataset, digits, idx_folder
+from htv.data import Dataset, digits, read_folder
 from htv.experiments import report
 from htv.experiments.experiment import Experiment, Records, load
 from htv.experiments.records import Store
@@ -38,7 +38,7 @@ def run(
     missing = [run for run in runs if run not in store]
     if experiment.images:
         console.print(f"Data: {images.name}, {len(images.train_labels)} training and {len(images.test_labels)} test "
-                      f"images{'' if data else ' (--data takes a folder of idx files)'}.")  # fmt: skip
+                      f"images{'' if data else ' (--data takes a folder of others)'}.")  # fmt: skip
     if len(missing) < len(runs):
         console.print(f"{len(runs) - len(missing)} of {len(runs)} runs are in {store.path} already.", soft_wrap=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
@@ -97,7 +97,7 @@ def _in_worker(name: str, quick: bool, variant: str, seed: int, data: Path | Non
 
 @lru_cache(maxsize=1)
 def _images(folder: Path | None) -> Dataset:
-    return digits() if folder is None else idx_folder(folder)
+    return digits() if folder is None else read_folder(folder)
 
 
 def _described(data: Dataset | None) -> dict | None:
