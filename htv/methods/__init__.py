@@ -8,6 +8,7 @@ from htv.methods.attribution import (
     adjusted_overfit,
     proper_accuracy,
 )
+from htv.methods.batches import Batches, ExampleTable
 from htv.methods.coherence import M3, Coherence, ModelCoherence, generalisation_bound, measure_coherence, winsorized
 from htv.methods.consistency import (
     Inconsistency,
@@ -25,6 +26,7 @@ from htv.methods.environments import (
     join_environments,
     require_environments,
 )
+from htv.methods.heldout import Draw, KFold, Twins, best_draw, class_balanced_loss, cross_mistakes
 from htv.methods.masks import masked_noise, masked_noise_bound, mean_noise, survival_probability
 from htv.methods.penalties import (
     DomainAdversary,
@@ -45,17 +47,25 @@ __all__ = [
     "RA3",
     "RM3",
     "Attribution",
+    "Batches",
     "Coherence",
     "DomainAdversary",
+    "Draw",
+    "ExampleTable",
     "GroupDRO",
     "Inconsistency",
     "Influence",
+    "KFold",
     "LearntTracker",
     "ModelCoherence",
     "StepShares",
     "TemporalAndMaskAdam",
+    "Twins",
     "adjusted_overfit",
     "arithmetic_mean_hessian",
+    "best_draw",
+    "class_balanced_loss",
+    "cross_mistakes",
     "disjoint_subsets",
     "easy_examples",
     "environment_batches",

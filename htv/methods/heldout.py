@@ -1,0 +1,416 @@
+"""Held-out predictions: what networks say of examples they were not trained on.
+
+Twins (cross-risk minimisation) train two networks, each on a random half, and let confident mistakes of the other one
+overwrite labels, so that both come to rely on what most examples have in common. `KFold` is the plain way. Pezeshki et
+al. 2023, "Discovering environments with XRM", arXiv 2309.16748; Bayat et al. 2024, "The pitfalls of memorization",
+arXiv 2412.07684.
+
+    batches = Batches(dataset, epochs=20, batch_size=128)
+    draws = []
+    for seed in range(5):
+        twins = Twins(factory, targets, lambda parameters: torch.optim.SGD(parameters, lr=0.1), seed=seed)
+        twins.fit(batches)
+        draws.append(twins.draw(batches))
+    held_out = best_draw(draws).held_out                # (N, K), for MemorizationAwareLoss
+    groups = best_draw(draws).groups()                  # (N,), for GroupDRO and others
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, stack_module_state, vmap
+from torch.utils import _pytree as pytree
+
+from htv.methods.batches import Batches, ExampleTable, last_of_each, require_ids
+
+__all__ = ["Draw", "KFold", "Twins", "best_draw", "class_balanced_loss", "cross_mistakes"]
+
+Factory = Callable[[], nn.Module]
+MakeOptimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
+
+
+def class_balanced_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """The sum, over the classes present, of the mean cross-entropy of their examples.
+
+    logits: (B, K) with a graph.   targets: (B,) int64 in [0, K).
+    """
+    counts = torch.bincount(targets, minlength=logits.shape[1])
+    return (F.cross_entropy(logits, targets, reduction="none") / counts[targets]).sum()
+
+
+def cross_mistakes(wrong: Tensor, combine: str = "or") -> Tensor:
+    """One group bit of every example from the mistakes of two networks.
+
+    wrong: (N, 2) bool.   combine: "or", "and" or "xor".   Returns (N,) bool.
+    """
+    if wrong.dim() != 2 or wrong.shape[1] != 2 or wrong.dtype != torch.bool:
+        raise ValueError(f"wrong must be (N, 2) boolean, got {tuple(wrong.shape)}, {wrong.dtype}")
+    ways = {"or": torch.logical_or, "and": torch.logical_and, "xor": torch.logical_xor}
+    if combine not in ways:
+        raise ValueError(f"combine must be 'or', 'and' or 'xor', got {combine!r}")
+    return ways[combine](wrong[:, 0], wrong[:, 1])
+
+
+@dataclass(frozen=True, eq=False)
+class Draw:
+    """What finished twins leave, by example id.
+
+    targets:    (N,) int64, the labels as given.
+    held_out:   (N, K), in eval mode, of the network that was not trained on the example.
+    wrong:      (N, 2) bool, whether each network errs on the label as given, in eval mode.
+    flip_rate:  the share of labels that had been overwritten at the end.
+    """
+
+    targets: Tensor
+    held_out: Tensor
+    wrong: Tensor
+    flip_rate: float
+
+    def groups(self, combine: str = "or") -> Tensor:
+        """(N,) int64: ``2 * target + mistake``, 2 K groups of which some may be empty."""
+        return 2 * self.targets + cross_mistakes(self.wrong, combine)
+
+    def degenerate(self, combine: str = "or") -> list[int]:
+        """The classes all of whose examples are in one group: they tell nothing of a minority."""
+        sizes = torch.bincount(self.groups(combine), minlength=2 * self.held_out.shape[1]).reshape(-1, 2)
+        return (sizes == 0).any(dim=1).nonzero().flatten().tolist()
+
+
+def best_draw(draws: Iterable[Draw], combine: str = "or") -> Draw:
+    """The draw that overwrote most labels, of those whose classes all have both groups.
+
+    Raises ValueError if every draw is degenerate, naming the classes.
+    """
+    draws = list(draws)
+    if not draws:
+        raise ValueError("draws is empty: train at least one pair of twins")
+    sound = [draw for draw in draws if not draw.degenerate(combine)]
+    if not sound:
+        found = "; ".join(f"draw {i}: classes {draw.degenerate(combine)}" for i, draw in enumerate(draws))
+        raise ValueError(
+            f"every draw is degenerate: some class has one group only ({found}). Train longer or for a shorter time, "
+            "with another learning rate, or take more draws"
+        )
+    return max(sound, key=lambda draw: draw.flip_rate)
+
+
+class _Nets:
+    """Networks of one architecture, run side by side.
+
+    stacked: whether their parameters are stacked, (M, *shape) each, and one forward serves all (`torch.func.vmap`).
+    """
+
+    def __init__(self, nets: list[nn.Module], stacked: bool):
+        self.nets, self.stacked = nets, stacked
+        if stacked:
+            _refuse_to_stack(nets[0])
+            self._leaves, _ = stack_module_state(nets)
+            self._base = copy.deepcopy(nets[0]).to("meta")
+
+    def parameters(self) -> list[Tensor]:
+        if self.stacked:
+            return list(self._leaves.values())
+        return [parameter for net in self.nets for parameter in net.parameters()]
+
+    def __call__(self, x, training: bool) -> Tensor:
+        """(M, B, K)."""
+        if not self.stacked:
+            return torch.stack([net.train(training)(x) for net in self.nets])
+        self._base.train(training)
+        return vmap(lambda leaves: functional_call(self._base, leaves, x))(self._leaves)
+
+    def each(self) -> list[nn.Module]:
+        """The networks by themselves, as they are now."""
+        if self.stacked:
+            with torch.no_grad():
+                for index, net in enumerate(self.nets):
+                    for name, parameter in net.named_parameters():
+                        parameter.copy_(self._leaves[name][index])
+        return self.nets
+
+    def state(self) -> list[dict]:
+        return [copy.deepcopy(net.state_dict()) for net in self.each()]
+
+    def load(self, state: list[dict]) -> None:
+        for net, part in zip(self.nets, state, strict=True):
+            net.load_state_dict(part)
+        with torch.no_grad():
+            for name, leaf in self._leaves.items() if self.stacked else ():
+                leaf.copy_(torch.stack([dict(net.named_parameters())[name] for net in self.nets]))
+
+
+def _refuse_to_stack(net: nn.Module) -> None:
+    for name, _ in net.named_buffers():
+        raise ValueError(f"stacked=True cannot serve the buffer {name!r}, which a forward may change: stacked=False")
+    for name, module in net.named_modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+            raise ValueError(f"stacked=True cannot serve the dropout {name!r}, which draws at random: stacked=False")
+    names = [name for name, _ in net.named_parameters(remove_duplicate=False)]
+    if len(names) > len(list(net.parameters())):
+        raise ValueError("stacked=True cannot serve parameters that are shared between modules: stacked=False")
+
+
+class _HeldOut:
+    """Networks that share their batches, each trained on some of the examples only; see `Twins` and `KFold`."""
+
+    def __init__(self, count, factory, targets, optimizer, num_classes, seed, stacked, device):
+        self.targets, self.num_classes = _checked_targets(targets, num_classes)
+        self.device, self.steps = torch.device(device), 0
+        self._generator = torch.Generator().manual_seed(seed)
+        with self._own_randomness():
+            nets = [factory().to(self.device) for _ in range(count)]
+        if nets[0] is nets[1]:
+            raise ValueError("factory must make a new network at every call; it returned the same one twice")
+        self._nets = _Nets(nets, stacked)
+        self._optimizer = optimizer(self._nets.parameters())
+
+    @property
+    def nets(self) -> list[nn.Module]:
+        """The networks, as they are now; where stacked, copies."""
+        return self._nets.each()
+
+    @property
+    def _examples(self) -> int:
+        return len(self.targets)
+
+    @contextmanager
+    def _own_randomness(self) -> Iterator[None]:
+        """Initial weights and dropout draw from this run's seed; torch's own generators stay as they are."""
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(int(torch.randint(2**62, (), generator=self._generator)))
+            yield
+
+    def step(self, x, ids: Tensor, y: Tensor | None = None) -> Tensor:
+        """Train on one batch; returns the loss, detached.
+
+        x:    what the networks take, on the device.
+        ids:  (B,) integers, the examples' ids; they may be drawn in any way, with repetitions too.
+        y:    (B,) the labels that came with x, if at hand: refused unless they are those of the ids.
+        """
+        ids = require_ids(ids, self._examples, _length(x))
+        if y is not None and not torch.equal(y.cpu().long(), self.targets[ids]):
+            wrong = int(ids[(y.cpu() != self.targets[ids]).nonzero()[0]])
+            raise ValueError(f"the label of id {wrong} in the batch is not targets[{wrong}]: ids and labels disagree")
+        with self._own_randomness():
+            loss = self._loss(x, ids)
+        self._optimizer.zero_grad()
+        loss.backward()
+        self._optimizer.step()
+        self.steps += 1
+        return loss.detach()
+
+    def fit(self, batches: Batches, max_steps: int | None = None) -> bool:
+        """Train on from the current step, for at most `max_steps` more; returns whether the batches are used up."""
+        if len(batches.dataset) != self._examples:
+            raise ValueError(f"targets name {self._examples} examples, the data set holds {len(batches.dataset)}")
+        for done, (x, y, ids) in enumerate(batches.from_step(self.steps)):
+            if done == max_steps:
+                return False
+            self.step(x, ids, y)
+        return True
+
+    @torch.no_grad()
+    def predict(self, x) -> Tensor:
+        """(M, B, K), the logits of every network in eval mode."""
+        return self._run(x, training=False)
+
+    def held_out(self, x, ids: Tensor) -> Tensor:
+        """(B, K), in eval mode, the logits of networks that were not trained on the example (`held_out_by`)."""
+        return self._picked(self.predict(x), require_ids(ids, self._examples, _length(x)))
+
+    def held_out_table(self, batches: Batches) -> Tensor:
+        """(N, K), `held_out` of every example of the data set, by id, on the CPU."""
+        table = ExampleTable(self._examples)
+        for x, _, ids in batches.in_order():
+            table.write(ids, self.held_out(x, ids))
+        return table.complete()
+
+    def state_dict(self) -> dict:
+        """Everything: with a run made by the same arguments, `load_state_dict` and `fit` go on bit for bit."""
+        return {
+            "nets": self._nets.state(),
+            "optimizer": copy.deepcopy(self._optimizer.state_dict()),
+            "stacked": self._nets.stacked,
+            "generator": self._generator.get_state(),
+            "steps": self.steps,
+            "held_out_by": self._held_out_by.clone(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        if state["stacked"] != self._nets.stacked:
+            raise ValueError(f"the state is of stacked={state['stacked']}, this run of stacked={self._nets.stacked}")
+        if len(state["held_out_by"]) != self._examples:
+            raise ValueError(f"the state is of {len(state['held_out_by'])} examples, targets name {self._examples}")
+        self._nets.load(state["nets"])
+        self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+        self._generator.set_state(state["generator"])
+        self.steps, self._held_out_by = state["steps"], state["held_out_by"].clone()
+
+    def _picked(self, logits: Tensor, ids: Tensor) -> Tensor:
+        return logits[self._held_out_by[ids].to(self.device), torch.arange(len(ids), device=self.device)]
+
+    def _run(self, x, training: bool) -> Tensor:
+        logits = self._nets(x, training)
+        self._check_logits(logits, _length(x))
+        return logits
+
+    def _check_logits(self, logits: Tensor, rows: int) -> None:
+        if logits.shape[-2:] != (rows, self.num_classes) or logits.dim() > 3:
+            shape = tuple(logits.shape[1:] if logits.dim() > 2 else logits.shape)
+            raise ValueError(
+                f"the network returned {shape} for {rows} examples of {self.num_classes} classes: logits must be "
+                f"({rows}, {self.num_classes}); num_classes says how many"
+            )
+
+    def _loss(self, x, ids: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class Twins(_HeldOut):
+    """Cross-risk minimisation: two networks, each trained on a random half, whose confident mistakes become labels.
+
+    Every step both see the batch. Each is trained on the examples of its half, class by class balanced, towards labels
+    that start as given; then the label of an example becomes what the network that does not hold it says, with
+    probability ``(p - 1 / K) K / (K - 1)`` where p is its confidence. In the end examples of the majority have kept
+    their labels, those of the minority have not. An example that is in a batch more than once is overwritten once.
+
+    factory:      () -> network, called twice; takes x, returns logits (B, K).
+    targets:      (N,) int64 in [0, K), the label of every example by id. Each class must be there.
+    optimizer:    parameters -> optimizer, of both networks.
+    num_classes:  K, by default as the targets have it.
+    seed:         of halves, initial weights, dropout and overwriting. torch's own generators are left alone.
+    stacked:      one forward for both (`torch.func.vmap`): for networks without buffers and dropout, and optimizers
+                  that treat each number by itself. Equal but for rounding. On a CPU it pays for ten small networks and
+                  more (`KFold`), not for two.
+
+    Raises ValueError for classes without examples, or what `stacked` cannot serve.
+    """
+
+    def __init__(
+        self,
+        factory: Factory,
+        targets: Tensor,
+        optimizer: MakeOptimizer,
+        *,
+        num_classes: int | None = None,
+        seed: int = 0,
+        stacked: bool = False,
+        device: str | torch.device = "cpu",
+    ):
+        super().__init__(2, factory, targets, optimizer, num_classes, seed, stacked, device)
+        self._held_out_by = torch.randint(0, 2, (self._examples,), generator=self._generator)
+        self.labels = self.targets.clone()
+
+    @property
+    def flip_rate(self) -> float:
+        """The share of labels that are overwritten now."""
+        return (self.labels != self.targets).double().mean().item()
+
+    def _loss(self, x, ids: Tensor) -> Tensor:
+        logits = self._run(x, training=True)
+        by, rows = self._held_out_by[ids].to(self.device), torch.arange(len(ids), device=self.device)
+        loss = class_balanced_loss(logits[1 - by, rows], self.labels[ids].to(self.device))
+        self._overwrite(ids, logits[by, rows].detach())
+        return loss
+
+    def _overwrite(self, ids: Tensor, held_out: Tensor) -> None:
+        last = last_of_each(ids)
+        confidence, said = held_out.softmax(dim=1).max(dim=1)
+        chance = 1 / self.num_classes
+        flips = (confidence.cpu()[last] - chance) / (1 - chance)
+        chosen = last[torch.rand(len(last), generator=self._generator) < flips]
+        self.labels[ids[chosen]] = said.cpu()[chosen]
+
+    def wrong(self, x, targets: Tensor) -> Tensor:
+        """(B, 2) bool, whether each network errs, in eval mode: for validation examples too. targets: (B,) int64."""
+        return _errs(self.predict(x), targets)
+
+    def draw(self, batches: Batches) -> Draw:
+        """Held-out logits and mistakes of every example."""
+        held_out, wrong = ExampleTable(self._examples), ExampleTable(self._examples)
+        for x, _, ids in batches.in_order():
+            logits = self.predict(x)
+            held_out.write(ids, self._picked(logits, ids))
+            wrong.write(ids, _errs(logits, self.targets[ids]))
+        return Draw(self.targets, held_out.complete(), wrong.complete(), self.flip_rate)
+
+    def state_dict(self) -> dict:
+        return {**super().state_dict(), "labels": self.labels.clone()}
+
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
+        self.labels = state["labels"].clone()
+
+
+class KFold(_HeldOut):
+    """Held-out logits of `folds` networks, each trained by cross-entropy on all examples but those of its fold.
+
+    They are trained side by side, so that one pass over the data serves all; the folds are of equal size, give or take
+    one example. The other arguments are those of `Twins`.
+    """
+
+    def __init__(
+        self,
+        factory: Factory,
+        targets: Tensor,
+        optimizer: MakeOptimizer,
+        folds: int = 5,
+        *,
+        num_classes: int | None = None,
+        seed: int = 0,
+        stacked: bool = False,
+        device: str | torch.device = "cpu",
+    ):
+        if not 2 <= folds <= len(targets):
+            raise ValueError(f"folds must be from 2 to the number of examples, {len(targets)}; got {folds}")
+        super().__init__(folds, factory, targets, optimizer, num_classes, seed, stacked, device)
+        self._held_out_by = torch.randperm(self._examples, generator=self._generator) % folds
+
+    def _loss(self, x, ids: Tensor) -> Tensor:
+        targets, by = self.targets[ids].to(self.device), self._held_out_by[ids].to(self.device)
+        if self._nets.stacked:
+            logits = self._run(x, training=True)
+            losses = torch.stack([F.cross_entropy(rows, targets, reduction="none") for rows in logits])
+            holds = by != torch.arange(len(logits), device=self.device)[:, None]  # (folds, B)
+            return ((losses * holds).sum(dim=1) / holds.sum(dim=1).clamp(min=1)).sum()
+        parts = []
+        for fold, net in enumerate(self._nets.nets):
+            rows = (by != fold).nonzero().flatten()
+            if len(rows):  # its own examples do not even enter the statistics of a normalisation
+                logits = net.train()(pytree.tree_map_only(Tensor, lambda tensor: tensor[rows], x))
+                self._check_logits(logits, len(rows))
+                parts.append(F.cross_entropy(logits, targets[rows]))
+        return sum(parts)
+
+
+def _errs(logits: Tensor, targets: Tensor) -> Tensor:
+    return (logits.argmax(dim=2).cpu() != targets.cpu()).T
+
+
+def _checked_targets(targets: Tensor, num_classes: int | None) -> tuple[Tensor, int]:
+    if not isinstance(targets, Tensor) or targets.dim() != 1 or targets.dtype != torch.int64 or len(targets) == 0:
+        got = f"{tuple(targets.shape)}, {targets.dtype}" if isinstance(targets, Tensor) else type(targets).__name__
+        raise ValueError(f"targets must be (N,) int64, the label of every example by id; got {got}")
+    targets = targets.detach().cpu()
+    num_classes = int(targets.max()) + 1 if num_classes is None else num_classes
+    if int(targets.min()) < 0 or int(targets.max()) >= num_classes or num_classes < 2:
+        raise ValueError(
+            f"targets must lie in [0, num_classes), with at least 2 classes; got values from {int(targets.min())} to "
+            f"{int(targets.max())}, num_classes {num_classes}"
+        )
+    absent = (torch.bincount(targets, minlength=num_classes) == 0).nonzero().flatten().tolist()
+    if absent:
+        raise ValueError(f"classes {absent} have no example to train on: number the classes that are there from 0")
+    return targets, num_classes
+
+
+def _length(x) -> int:
+    return len(pytree.tree_leaves(x)[0])
