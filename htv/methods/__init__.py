@@ -28,6 +28,12 @@ from htv.methods.environments import (
 )
 from htv.methods.heldout import Draw, KFold, Twins, best_draw, class_balanced_loss, cross_mistakes
 from htv.methods.masks import masked_noise, masked_noise_bound, mean_noise, survival_probability
+from htv.methods.memorization import (
+    MemorizationAwareLoss,
+    calibration_matrix,
+    class_prior_shift,
+    shifted_cross_entropy,
+)
 from htv.methods.penalties import (
     DomainAdversary,
     GroupDRO,
@@ -57,6 +63,7 @@ __all__ = [
     "Influence",
     "KFold",
     "LearntTracker",
+    "MemorizationAwareLoss",
     "ModelCoherence",
     "StepShares",
     "TemporalAndMaskAdam",
@@ -64,7 +71,9 @@ __all__ = [
     "adjusted_overfit",
     "arithmetic_mean_hessian",
     "best_draw",
+    "calibration_matrix",
     "class_balanced_loss",
+    "class_prior_shift",
     "cross_mistakes",
     "disjoint_subsets",
     "easy_examples",
@@ -90,6 +99,7 @@ __all__ = [
     "quadratic_inconsistency",
     "require_environments",
     "reverse_gradient",
+    "shifted_cross_entropy",
     "survival_probability",
     "winsorized",
 ]

@@ -237,3 +237,70 @@ def conv(
             contribution.copy_(found[1])
     value, mask_sum = stacked(contributions, statistic)
     return value * len(contributions), mask_sum
+
+
+def shifted_cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    shift: Tensor,
+    temperature: float,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Every row's cross-entropy of ``z = logits + shift / temperature``, as F.cross_entropy's with reduction "none".
+
+    logits, shift: (N, K), each of its own floating-point type; targets: (N,) int64; weight: (K,) in `compute_dtype`.
+    Returns (N,), (N,), (N,) in `compute_dtype(logits)`: the loss; the largest z; and the logarithm of the sum of
+    exp(z - largest). Of a row whose target is `ignore_index` all are 0.
+    """
+    z = _shifted(logits, shift, temperature)
+    kept, classes = _classes(targets, ignore_index)
+    peak = z.amax(dim=1)
+    log_sum = (z - torch.where(peak == -math.inf, 0, peak).unsqueeze(1)).exp().sum(dim=1).log()
+    surprise = (peak.unsqueeze(1) - z) + log_sum.unsqueeze(1)  # -log softmax(z)
+    loss = surprise.gather(1, classes).squeeze(1)
+    if weight is not None:
+        loss = loss * weight[classes.squeeze(1)]
+    if label_smoothing:
+        everywhere = surprise if weight is None else surprise * weight
+        loss = (1 - label_smoothing) * loss + label_smoothing / z.shape[1] * everywhere.sum(dim=1)
+    return tuple(torch.where(kept, of_row, 0) for of_row in (loss, peak, log_sum))
+
+
+def shifted_cross_entropy_grad(
+    grad: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    shift: Tensor,
+    temperature: float,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    peak: Tensor,
+    log_sum: Tensor,
+) -> Tensor:
+    """The gradient by the logits, (N, K) in their type, from the losses' (N,) and what the forward returned.
+
+    A row's is grad * (sum(target) * softmax(z) - target), where the target is ``1 - label_smoothing`` times the class's
+    weight there, plus ``label_smoothing / K`` times the weights everywhere; exactly 0 where the row is ignored.
+    """
+    z = _shifted(logits, shift, temperature)
+    kept, classes = _classes(targets, ignore_index)
+    weight = z.new_ones(z.shape[1]) if weight is None else weight
+    target = (label_smoothing / z.shape[1] * weight).expand_as(z)
+    target = target.scatter_add(1, classes, (1 - label_smoothing) * weight[classes])
+    softmax = ((z - peak.unsqueeze(1)) - log_sum.unsqueeze(1)).exp()
+    by_row = grad.unsqueeze(1) * (target.sum(dim=1, keepdim=True) * softmax - target)
+    return torch.where(kept.unsqueeze(1), by_row, 0).to(logits.dtype)
+
+
+def _shifted(logits: Tensor, shift: Tensor, temperature: float) -> Tensor:
+    dtype = compute_dtype(logits.dtype)
+    return logits.to(dtype) + shift.to(dtype) * (1 / temperature)
+
+
+def _classes(targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """(N,) which rows count, and (N, 1) their classes: 0 for the others."""
+    kept = targets != ignore_index
+    return kept, torch.where(kept, targets, 0).unsqueeze(1)

@@ -38,9 +38,20 @@
         Kernels serve the statistics of `COUNTED`, Triton's all that `linear` has. An id outside of the table raises
         on the CPU; in Triton its row takes no part, for looking at ids would wait for the device.
 
-The Triton kernels' are the ops `stacked_triton`, `linear_triton`, `conv_triton` and `embedding_triton` of the same
-contracts, for float32, bfloat16 and float16: they share devices with the kernels above, and `htv.ops.backend` decides
-between them.
+    shifted_cross_entropy(logits, targets, shift, temperature, weight, ignore_index, label_smoothing)
+            -> (loss, peak, log_sum)
+        logits       (N, K), K >= 1, stride 1 along K
+        targets      (N,) int64 contiguous: classes, or `ignore_index`. Any other value raises on the CPU; in Triton its
+                     row's loss and gradient are NaN, for raising would wait for the device
+        shift        (N, K) of any floating-point type, stride 1 along K; rows may be one and the same (stride 0)
+        weight       (K,) contiguous in `compute_dtype(logits)`, or None
+        loss         (N,) in `compute_dtype(logits)`, as peak and log_sum; see `htv.ops.reference`
+    shifted_cross_entropy_grad(grad, logits, ..., label_smoothing, peak, log_sum) -> grad_logits
+        grad         (N,) of the losses, in `compute_dtype(logits)`; any stride, 0 too
+        grad_logits  (N, K) contiguous, in the type of logits
+
+The Triton kernels' are the ops `stacked_triton`, `linear_triton` and so on, of the same contracts, for float32,
+bfloat16 and float16: they share devices with the kernels above, and `htv.ops.backend` decides between them.
 
 `statistic` is the `code` of a `htv.rules.Statistic`'s name; `count`, `votes` and `k` are its fields.
 """
@@ -75,6 +86,8 @@ def numbers(statistic: Statistic) -> tuple[int, int, float, float]:
 
 
 _NUMBERS = "int statistic, int count, float votes, float k"
+_CROSS_ENTROPY = "Tensor logits, Tensor targets, Tensor shift, float temperature, Tensor? weight, int ignore_index"
+_CROSS_ENTROPY += ", float label_smoothing"
 _SIGNATURES = {
     "stacked": f"(Tensor grads, {_NUMBERS}) -> (Tensor, Tensor)",
     "linear": f"(Tensor x, Tensor grad_output, Tensor offsets, {_NUMBERS}) -> (Tensor, Tensor)",
@@ -83,6 +96,8 @@ _SIGNATURES = {
     f" int groups, {_NUMBERS}) -> (Tensor, Tensor)",
     "embedding": "(Tensor grad_output, Tensor ids, Tensor voter, int num_embeddings, int groups,"
     f" {_NUMBERS}) -> (Tensor, Tensor)",
+    "shifted_cross_entropy": f"({_CROSS_ENTROPY}) -> (Tensor, Tensor, Tensor)",
+    "shifted_cross_entropy_grad": f"(Tensor grad, {_CROSS_ENTROPY}, Tensor peak, Tensor log_sum) -> Tensor",
 }
 OPS = tuple(_SIGNATURES)
 TRITON = ("stacked", "linear", "conv", "embedding")  # ops that Triton has kernels for
@@ -131,6 +146,17 @@ def _embedding_fake(grad_output, ids, voter, num_embeddings, groups, statistic, 
     return value, grad_output.new_empty((), dtype=torch.float64)
 
 
+@torch.library.register_fake("htv::shifted_cross_entropy")
+def _shifted_cross_entropy_fake(logits, *numbers):
+    rows = logits.shape[0]
+    return tuple(logits.new_empty(rows, dtype=reference.compute_dtype(logits.dtype)) for _ in range(3))
+
+
+@torch.library.register_fake("htv::shifted_cross_entropy_grad")
+def _shifted_cross_entropy_grad_fake(grad, logits, *numbers):
+    return logits.new_empty(logits.shape)
+
+
 def _stacked_reference(grads, statistic, count, votes, k):
     return reference.stacked(grads, Statistic(_NAMES[statistic], count, votes, k))
 
@@ -155,6 +181,8 @@ library.impl("linear", _linear_reference, "CompositeExplicitAutograd")
 library.impl("norm_sums", reference.norm_sums, "CompositeExplicitAutograd")
 library.impl("conv", _conv_reference, "CompositeExplicitAutograd")
 library.impl("embedding", _embedding_reference, "CompositeExplicitAutograd")
+library.impl("shifted_cross_entropy", reference.shifted_cross_entropy, "CompositeExplicitAutograd")
+library.impl("shifted_cross_entropy_grad", reference.shifted_cross_entropy_grad, "CompositeExplicitAutograd")
 
 
 def _triton_kernel(op: str):

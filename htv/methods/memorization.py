@@ -1,0 +1,232 @@
+"""Memorization-aware training: the loss is shifted by what predictions for examples a model has not seen already say.
+
+A network that reaches zero loss can do so by a spurious cue for most examples and by memorising the rest. Held-out
+predictions, of a model that did not learn the example, show what the cue says. Added to the logits while training, and
+left out at test, they take the reward for the cue away. Bayat et al. 2024, "The pitfalls of memorization: when
+memorization hurts generalization", arXiv 2412.07684.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+from htv.ops.cross_entropy import shifted_cross_entropy
+
+__all__ = ["MemorizationAwareLoss", "calibration_matrix", "class_prior_shift", "shifted_cross_entropy"]
+
+CALIBRATIONS = ("global", "batch", "none")
+
+
+def class_prior_shift(counts: Tensor, *, tau: float = 1.0, pseudo_count: float = 0.0) -> Tensor:
+    """The shift of logit adjustment, ``tau * log(share of the class)``, for `shifted_cross_entropy`.
+
+    counts:        (K,) how many training examples each class has.
+    pseudo_count:  is added to every count. Classes without an example need one: their shift would be -inf.
+
+    Returns (K,) float32, or float64 for float64 counts. Menon et al. 2020, "Long-tail learning via logit adjustment",
+    arXiv 2007.07314.
+
+    Raises ValueError naming the classes whose count, pseudo_count included, is not above 0.
+    """
+    if counts.dim() != 1 or len(counts) == 0:
+        raise ValueError(f"counts must be (K,), one for each class, got {tuple(counts.shape)}")
+    total = counts.double() + pseudo_count
+    empty = torch.nonzero(~(total > 0)).flatten().tolist()
+    if empty:
+        raise ValueError(f"counts of classes {_listed(empty)} are not above 0: give a pseudo_count, such as 1")
+    return (tau * (total / total.sum()).log()).to(torch.promote_types(counts.dtype, torch.float32))
+
+
+def calibration_matrix(probabilities: Tensor, targets: Tensor) -> Tensor:
+    """How often the class is c where the held-out prediction is h: an estimate of p(y = c | prediction h).
+
+    probabilities:  (N, K) of the held-out predictions.    targets: (N,) int64 in 0 to K - 1.
+
+    Returns C (K, K) in the type of probabilities, each row a distribution: C[h, c] = J[h, c] / sum_c J[h, c] with
+    J[h, c] the sum of probabilities[i, h] over examples i of class c. A class h that no prediction gives any
+    probability has the shares of the classes for its row; with N = 0 all of C is 0.
+    """
+    joint = probabilities.new_zeros(probabilities.shape[1], probabilities.shape[1])
+    joint.index_add_(0, targets, probabilities)  # (c, h)
+    joint, tiny = joint.T, torch.finfo(joint.dtype).tiny
+    mass, shares = joint.sum(dim=1, keepdim=True), joint.sum(dim=0)
+    return torch.where(mass > tiny, joint / mass.clamp_min(tiny), shares / shares.sum().clamp_min(tiny))
+
+
+class MemorizationAwareLoss(nn.Module):
+    """The mean of CE(logits + shift), with shifts from held-out predictions: the loss of memorization-aware training.
+
+        q = softmax(heldout[ids] / temperature)        shift = log(q @ C + eps), a constant
+
+    heldout:      (N, K) logits by example id, each of a model that was not trained on the example.
+    targets:      (N,) int64, the classes of the same examples, from which C is estimated.
+    temperature:  > 0; small ones (.001 to .1) make held-out predictions decide.
+    calibration:  what C is. "global": `calibration_matrix` of all N examples, estimated here. "batch": that of each
+                  batch. "none": the identity; with ``eps=0`` the loss is CE(logits + heldout / temperature), and takes
+                  no memory beyond the logits' gradient however many classes there are.
+    eps:          >= 0, bounds shifts by log(eps) from below.
+    num_classes:  K, where you want it checked.
+    missing:      "error", or "allow": some ids have no held-out predictions, marked by NaN in their rows. They take no
+                  part in C. To meet such an id in forward is an error.
+    weight, reduction, label_smoothing, ignore_index: as for `shifted_cross_entropy`. Examples whose target is
+                  `ignore_index` take no part in C.
+
+    `state_dict` holds ``heldout`` and, for "global", ``calibration_matrix``. Held-out logits are kept as they come:
+    half precision halves their memory. Shifts are computed in float32, float64 for float64 predictions.
+
+    A class that no example of the training set (of the batch, for "batch") has: q @ C is 0 there, so its shift is
+    log(eps). The loss then does not push its logits down, as no example could have it; in a batch of one class that
+    leaves next to no gradient. For "global" a warning names such classes.
+
+    Raises ValueError and TypeError for shapes and types other than these, and for ids without predictions.
+    """
+
+    heldout: Tensor
+    calibration_matrix: Tensor | None
+
+    def __init__(
+        self,
+        heldout: Tensor,
+        targets: Tensor,
+        *,
+        temperature: float = 0.1,
+        calibration: str = "global",
+        eps: float = 1e-6,
+        num_classes: int | None = None,
+        missing: str = "error",
+        weight: Tensor | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+    ):
+        super().__init__()
+        _check_heldout(heldout, targets, num_classes, ignore_index)
+        if not 0 < temperature < float("inf"):
+            raise ValueError(f"temperature must be above 0 and finite, got {temperature!r}")
+        if calibration not in CALIBRATIONS:
+            raise ValueError(f"calibration must be one of {', '.join(CALIBRATIONS)}, got {calibration!r}")
+        if not 0 <= eps < float("inf"):
+            raise ValueError(f"eps must be at least 0 and finite, got {eps!r}")
+        if missing not in ("error", "allow"):
+            raise ValueError(f"missing must be 'error' or 'allow', got {missing!r}")
+        self.temperature, self.calibration, self.eps = float(temperature), calibration, float(eps)
+        self.reduction, self.label_smoothing, self.ignore_index = reduction, label_smoothing, ignore_index
+        self.register_buffer("heldout", heldout.detach())
+        self.register_buffer("weight", weight, persistent=False)
+        without = _without_predictions(heldout)
+        if missing == "error" and len(without):
+            raise ValueError(
+                f"heldout has no predictions for ids {_listed(without.tolist())}: their rows hold NaN, infinity or "
+                "nothing but -inf. Predict them, or say missing='allow' if no batch will contain them"
+            )
+        found = None
+        if calibration == "global":
+            known = targets != ignore_index
+            known[without] = False
+            found = self._calibrated(self._probabilities(heldout[known].double()), targets[known])
+        self.register_buffer("calibration_matrix", found)
+
+    def forward(self, logits: Tensor, targets: Tensor, ids: Tensor) -> Tensor:
+        """The loss of a batch. logits: (B, K) with a graph; targets: (B,) int64; ids: (B,) int64, which examples.
+
+        At test, use the logits as they are. ids may be on the CPU, wherever the rest is. Those without held-out
+        predictions raise if they are on the CPU; on a GPU, where looking would wait for the device, the loss is NaN.
+        """
+        if logits.dim() != 2 or logits.shape[1] != self.heldout.shape[1]:
+            raise ValueError(
+                f"logits must be (B, K) with K = {self.heldout.shape[1]} classes, as heldout has, got "
+                f"{tuple(logits.shape)}"
+            )
+        common = {
+            "weight": self.weight,
+            "reduction": self.reduction,
+            "label_smoothing": self.label_smoothing,
+            "ignore_index": self.ignore_index,
+        }
+        if self.calibration == "none" and self.eps == 0:
+            rows = self._rows(ids, targets)
+            return shifted_cross_entropy(logits, targets, rows, temperature=self.temperature, **common)
+        return shifted_cross_entropy(logits, targets, self.shift(ids, targets), **common)
+
+    @torch.no_grad()
+    def shift(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """What is added to the logits of a batch, (B, K). ids, targets: (B,) int64."""
+        probabilities = self._probabilities(self._rows(ids, targets))
+        matrix = self.calibration_matrix
+        if self.calibration == "batch":
+            known = targets != self.ignore_index
+            counted = torch.where(known.unsqueeze(1), probabilities, 0)
+            matrix = calibration_matrix(counted, torch.where(known, targets, 0))
+        if matrix is not None:
+            probabilities = probabilities @ matrix.to(probabilities.dtype)
+        return (probabilities + self.eps).log()
+
+    def extra_repr(self) -> str:
+        examples, classes = self.heldout.shape
+        settings = f"temperature={self.temperature:g}, calibration={self.calibration!r}, eps={self.eps:g}"
+        return f"{examples} examples, {classes} classes, {settings}"
+
+    def _probabilities(self, logits: Tensor) -> Tensor:
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return (wide / self.temperature).softmax(dim=1)
+
+    def _calibrated(self, probabilities: Tensor, targets: Tensor) -> Tensor:
+        counts = torch.bincount(targets, minlength=probabilities.shape[1])
+        absent = torch.nonzero(counts == 0).flatten().tolist()
+        if absent:
+            warnings.warn(
+                f"classes {_listed(absent)} have no example with a held-out prediction: their shift is log(eps) "
+                "everywhere, and nothing is learnt about their logits",
+                stacklevel=3,
+            )
+        dtype = torch.promote_types(self.heldout.dtype, torch.float32)
+        return calibration_matrix(probabilities, targets).to(dtype)
+
+    def _rows(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """The held-out logits of a batch, (B, K)."""
+        if ids.dtype != torch.int64 or ids.dim() != 1 or ids.shape != targets.shape:
+            raise ValueError(
+                f"ids must be (B,) int64, one for each target, got {ids.dtype} {tuple(ids.shape)} for targets "
+                f"{tuple(targets.shape)}"
+            )
+        on_host = ids.device.type == "cpu" and not torch.compiler.is_compiling()
+        if on_host and len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < len(self.heldout):
+            bad = ids[(ids < 0) | (ids >= len(self.heldout))][0]
+            raise ValueError(f"heldout has {len(self.heldout)} rows, there is none for id {int(bad)}")
+        rows = self.heldout.index_select(0, ids.to(self.heldout.device))
+        if on_host and self.heldout.device.type == "cpu":
+            without = _without_predictions(rows)
+            if len(without):
+                raise ValueError(f"heldout has no predictions for ids {_listed(ids[without].tolist())}")
+        return rows
+
+
+def _check_heldout(heldout: Tensor, targets: Tensor, num_classes: int | None, ignore_index: int) -> None:
+    if heldout.dim() != 2 or not heldout.is_floating_point() or heldout.shape[1] == 0:
+        raise ValueError(
+            f"heldout must be (N, K) logits, floating point, got {heldout.dtype} of shape {tuple(heldout.shape)}"
+        )
+    if num_classes is not None and num_classes != heldout.shape[1]:
+        raise ValueError(f"heldout has {heldout.shape[1]} columns, but num_classes is {num_classes}")
+    if targets.dtype != torch.int64 or targets.shape != heldout.shape[:1]:
+        raise ValueError(
+            f"targets must be ({len(heldout)},) int64, one for each row of heldout, got {targets.dtype} of shape "
+            f"{tuple(targets.shape)}"
+        )
+    if targets.device != heldout.device:
+        raise ValueError(f"targets are on {targets.device}, heldout on {heldout.device}: move one of them")
+    wrong = targets[(targets != ignore_index) & ((targets < 0) | (targets >= heldout.shape[1]))]
+    if len(wrong):
+        raise ValueError(f"targets must be in 0 to {heldout.shape[1] - 1} or ignore_index, got {int(wrong[0])}")
+
+
+def _without_predictions(heldout: Tensor) -> Tensor:
+    """The rows whose softmax is not a distribution: with NaN or infinity, or -inf alone."""
+    return torch.nonzero(~heldout.amax(dim=1).isfinite()).flatten()
+
+
+def _listed(numbers: list[int], most: int = 5) -> str:
+    return ", ".join(map(str, numbers[:most])) + (f" and {len(numbers) - most} more" if len(numbers) > most else "")

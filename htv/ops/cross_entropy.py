@@ -1,0 +1,158 @@
+"""The cross-entropy of shifted logits, fused: no tensor of the logits' size but their gradient."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from htv.ops import backend, reference
+
+__all__ = ["shifted_cross_entropy"]
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def shifted_cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    shift: Tensor,
+    *,
+    temperature: float = 1.0,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """``F.cross_entropy(logits + shift.detach() / temperature, targets, ...)`` without the sum ever being stored.
+
+    logits:       (N, K), (K,) or (N, K, d1, ...): classes where F.cross_entropy has them. They are read in place if
+                  they are (N, K) with classes side by side, else copied once.
+    targets:      int64, the shape of the logits without K: classes, or `ignore_index`.
+    shift:        the shape of the logits, or (K,) for one shift for all; any floating-point type. No gradient flows
+                  into it. Logits of another model make the shift of a product of experts: whatever is constant over the
+                  classes, as the normaliser of their softmax, cancels.
+    temperature:  > 0, divides the shift.
+    reduction, ignore_index, label_smoothing, weight: as for F.cross_entropy; weight is (K,).
+
+    Returns the loss, (), or the shape of targets for ``reduction="none"``, in float64 for float64 logits and float32
+    for all others; arithmetic is in that type too. Differentiable by the logits, twice as well.
+
+    An ignored row contributes exactly 0, whatever it holds. A target of another value outside of 0 to K - 1 raises on
+    the CPU and is NaN on a GPU, where looking would wait for the device.
+
+    Raises TypeError and ValueError for types and shapes other than these.
+    """
+    _check(logits, targets, shift, temperature, reduction, label_smoothing, weight)
+    classes = logits.shape[0 if logits.dim() == 1 else 1]
+    flat = _rows(logits, classes)
+    shift = shift.detach()
+    shift = _rows(shift, classes) if shift.shape == logits.shape else _rows(shift, classes).expand(flat.shape)
+    weight = None if weight is None else weight.detach().to(reference.compute_dtype(logits.dtype)).contiguous()
+    numbers = float(temperature), weight, ignore_index, float(label_smoothing)
+    loss = _ShiftedCrossEntropy.apply(flat, targets.reshape(-1).contiguous(), shift, *numbers, reduction)
+    return loss.reshape(targets.shape) if reduction == "none" else loss
+
+
+def _rows(logits: Tensor, classes: int) -> Tensor:
+    """(N, K) with stride 1 along K, a view where possible."""
+    if logits.dim() > 2:
+        logits = logits.movedim(1, -1)
+    flat = logits.reshape(-1, classes)
+    return flat if flat.stride(1) == 1 or classes == 1 else flat.contiguous()
+
+
+def _check(logits, targets, shift, temperature, reduction, label_smoothing, weight) -> None:
+    tensors = {"logits": logits, "shift": shift} | ({} if weight is None else {"weight": weight})
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be of a floating-point type, got {tensor.dtype}")
+    for name, tensor in (tensors | {"targets": targets}).items():
+        if tensor.device != logits.device:
+            raise ValueError(f"{name} is on {tensor.device}, logits are on {logits.device}: move one of them")
+    if targets.dtype != torch.int64:
+        raise TypeError(
+            f"targets must be classes in int64, got {targets.dtype}; for probabilities add the shift to the logits and "
+            "use F.cross_entropy"
+        )
+    if logits.dim() == 0 or logits.shape[class_dim := min(1, logits.dim() - 1)] == 0:
+        raise ValueError(f"logits must be (N, K), (K,) or (N, K, d1, ...) with K >= 1, got {tuple(logits.shape)}")
+    classes, expected = logits.shape[class_dim], (*logits.shape[:class_dim], *logits.shape[class_dim + 1 :])
+    if targets.shape != expected:
+        raise ValueError(
+            f"targets must be {tuple(expected)}, the shape of logits without its classes, got {tuple(targets.shape)}"
+        )
+    if shift.shape not in (logits.shape, (classes,)):
+        raise ValueError(f"shift must be {tuple(logits.shape)} as logits, or ({classes},), got {tuple(shift.shape)}")
+    if weight is not None and weight.shape != (classes,):
+        raise ValueError(f"weight must be ({classes},), one for each class, got {tuple(weight.shape)}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be above 0 and finite, got {temperature!r}")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing!r}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+
+
+def _operator(op: str, logits: Tensor):
+    dtype = reference.compute_dtype(logits.dtype)
+    return backend.operator(op, backend.choose(backend.Problem(op, "mean", logits.device, dtype)))
+
+
+class _ShiftedCrossEntropy(torch.autograd.Function):
+    """Reduces as well: what a mean divides by is the same for all rows, and needs no graph."""
+
+    @staticmethod
+    def forward(ctx, logits, targets, shift, temperature, weight, ignore_index, label_smoothing, reduction):
+        ctx.numbers = temperature, ignore_index, label_smoothing
+        numbers = temperature, weight, ignore_index, label_smoothing
+        loss, peak, log_sum = _operator("shifted_cross_entropy", logits)(logits, targets, shift, *numbers)
+        total = None
+        if reduction == "mean":
+            counted = targets != ignore_index
+            if weight is None:
+                total = counted.sum()
+            else:
+                total = torch.where(counted, weight[torch.where(counted, targets, 0)], 0).sum()
+        ctx.reduction = reduction
+        ctx.save_for_backward(logits, targets, shift, weight, peak, log_sum, total)
+        if reduction == "none":
+            return loss
+        return loss.sum() if total is None else loss.sum() / total
+
+    @staticmethod
+    def backward(ctx, grad):
+        logits, targets, shift, weight, peak, log_sum, total = ctx.saved_tensors
+        if total is not None:
+            grad = grad / total
+        grad = grad if ctx.reduction == "none" else grad.expand(len(targets))
+        temperature, ignore_index, label_smoothing = ctx.numbers
+        numbers = temperature, weight, ignore_index, label_smoothing
+        return _Gradient.apply(grad, logits, targets, shift, *numbers, peak, log_sum), *(None,) * 7
+
+
+class _Gradient(torch.autograd.Function):
+    """Of the loss by the logits; differentiable in turn, by plain PyTorch."""
+
+    @staticmethod
+    def forward(ctx, grad, logits, targets, shift, *numbers):
+        *numbers, peak, log_sum = numbers
+        temperature, weight, *ctx.ignore_smoothing = numbers
+        ctx.temperature = temperature
+        ctx.save_for_backward(grad, logits, targets, shift, weight, peak, log_sum)
+        operator = _operator("shifted_cross_entropy_grad", logits)
+        return operator(grad, logits, targets, shift, *numbers, peak, log_sum)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_grad):
+        grad, logits, targets, shift, weight, peak, log_sum = ctx.saved_tensors
+        ignore_index, label_smoothing = ctx.ignore_smoothing
+        with torch.enable_grad():
+            grad, logits = grad.detach().requires_grad_(), logits.detach().requires_grad_()
+            numbers = ctx.temperature, weight, ignore_index, label_smoothing
+            _, peak, log_sum = reference.shifted_cross_entropy(logits, targets, shift, *numbers)
+            value = reference.shifted_cross_entropy_grad(grad, logits, targets, shift, *numbers, peak, log_sum)
+            found = torch.autograd.grad(value, (grad, logits), grad_grad)
+        return *found, *(None,) * 8

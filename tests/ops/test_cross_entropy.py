@@ -1,0 +1,241 @@
+"""The cross-entropy of shifted logits, whatever serves it, against torch's of the sum."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from htv.ops import backend
+from htv.ops.cross_entropy import shifted_cross_entropy
+from htv.ops.reference import compute_dtype
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+SIZES = [(1, 1), (5, 2), (7, 10), (3, 33), (4, 257), (2, 1100), (3, 5000)]
+OPTIONS = {
+    "plain": {},
+    "sum": {"reduction": "sum"},
+    "none": {"reduction": "none"},
+    "ignored": {"ignore_index": 1},
+    "smoothed": {"label_smoothing": 0.1},
+    "weighted": {"weight": True},
+    "all": {"weight": True, "label_smoothing": 0.3, "ignore_index": 1},
+    "all, none": {"weight": True, "label_smoothing": 1.0, "reduction": "none", "ignore_index": 1},
+}
+
+
+@pytest.fixture(params=["auto", "reference"], autouse=True)
+def server(request):
+    if request.param == "auto" and backend.NOT_BUILT is not None:
+        pytest.skip("htv was built without compiled kernels")
+    with backend.use_backend(request.param):
+        yield request.param
+
+
+def operands(rows, classes, dtype=torch.float64, scale=3.0):
+    torch.manual_seed(rows + classes)
+    logits, shift = (torch.randn(rows, classes, dtype=torch.float64).mul(scale).to(dtype) for _ in range(2))
+    return logits, torch.randint(0, classes, (rows,)), shift
+
+
+def by_torch(logits, targets, shift, temperature=1.0, **options):
+    """In float64."""
+    return F.cross_entropy(logits.double() + shift.double() / temperature, targets, **options)
+
+
+def loss_and_grad(function, logits, *arguments, **options):
+    leaf = logits.detach().clone().requires_grad_()
+    loss = function(leaf, *arguments, **options)
+    (grad,) = torch.autograd.grad(loss, leaf, torch.linspace(0.5, 2, loss.numel()).to(loss).view(loss.shape))
+    return loss.detach(), grad
+
+
+def options_for(name, classes, dtype):
+    options = dict(OPTIONS[name])
+    if "weight" in options:
+        options["weight"] = torch.rand(classes, dtype=torch.float64).add(0.1)
+    ours = options | ({"weight": options["weight"].to(compute_dtype(dtype))} if "weight" in options else {})
+    if "weight" in options:
+        options["weight"] = ours["weight"].double()
+    return options, ours
+
+
+def assert_as_exact(found, exact, logits):
+    """Within rounding: of float32 (or float64) arithmetic, and of the gradient to the type of the logits once."""
+    (loss, grad), (exact_loss, exact_grad) = found, exact
+    assert loss.dtype == compute_dtype(logits.dtype) and grad.dtype == logits.dtype and grad.shape == logits.shape
+    eps = torch.finfo(loss.dtype).eps
+    largest = logits.double().abs().nan_to_num(0, 0, 0).max().item() if logits.numel() else 0
+    tolerance = eps * (40 + 8 * largest)
+    torch.testing.assert_close(loss.double(), exact_loss, rtol=tolerance, atol=tolerance, equal_nan=True)
+    scale = exact_grad.abs().nan_to_num(0).max().item() if grad.numel() else 0
+    rounding = torch.finfo(grad.dtype).eps if grad.dtype != loss.dtype else 0
+    smallest = torch.finfo(grad.dtype).smallest_normal if rounding else 0
+    torch.testing.assert_close(
+        grad.double(), exact_grad, rtol=tolerance + rounding, atol=tolerance * scale + smallest, equal_nan=True
+    )
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_it_is_torch_s_of_the_sum(dtype, name):
+    for size in SIZES:
+        logits, targets, shift = operands(*size, dtype)
+        options, ours = options_for(name, size[1], dtype)
+        found = loss_and_grad(shifted_cross_entropy, logits, targets, shift, temperature=0.7, **ours)
+        exact = loss_and_grad(by_torch, logits.double(), targets, shift, temperature=0.7, **options)
+        if found[0].isfinite().all():  # of (1, 1) all may be ignored: NaN, below
+            assert_as_exact(found, exact, logits)
+
+
+@pytest.mark.parametrize("shift_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_shift_has_a_type_of_its_own(dtype, shift_dtype):
+    logits, targets, shift = operands(6, 37, dtype)
+    for own in (shift.to(shift_dtype), shift[0].to(shift_dtype), shift[:1].to(shift_dtype).expand(6, -1)):
+        found = loss_and_grad(shifted_cross_entropy, logits, targets, own)
+        assert_as_exact(found, loss_and_grad(by_torch, logits.double(), targets, own), logits)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_huge_logits(dtype):
+    for size in ((4, 10), (3, 1500)):
+        logits, targets, shift = operands(*size, dtype, scale=1e4 / 4)
+        found = loss_and_grad(shifted_cross_entropy, logits, targets, shift)
+        assert found[0].isfinite() and found[1].isfinite().all()
+        assert_as_exact(found, loss_and_grad(by_torch, logits.double(), targets, shift), logits)
+
+
+def test_a_small_loss_of_huge_logits_is_not_lost():
+    logits = torch.tensor([[10000.0, 9990.0]])
+    loss = shifted_cross_entropy(logits, torch.tensor([0]), torch.zeros(2))
+    assert loss.item() == pytest.approx(math.log1p(math.exp(-10)), rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("classes", [5, 600, 1300])
+def test_infinite_and_undefined_values(classes, dtype):
+    logits, targets, shift = operands(9, classes, dtype, scale=1.0)
+    targets[:] = 1
+    logits[0, 2] = -math.inf  # one class excluded
+    shift[1, 3] = -math.inf
+    logits[2, :-1] = -math.inf  # all but the last, the target among them
+    logits[3] = -math.inf
+    logits[4, 4] = math.inf
+    shift[5, 4] = math.nan
+    logits[6, 0], shift[6, 0] = -math.inf, math.inf
+    logits[7, 1] = math.inf
+    found = loss_and_grad(shifted_cross_entropy, logits, targets, shift, reduction="none")
+    exact = loss_and_grad(by_torch, logits.double(), targets, shift, reduction="none")
+    assert_as_exact(found, exact, logits)
+    assert found[0].isnan().tolist() == [False, False, False, True, True, True, True, True, False]
+    assert found[0][2] == math.inf
+
+
+def test_ignored_rows_contribute_nothing():
+    logits, targets, shift = operands(4, 9)
+    targets[1], logits[1], shift[1] = -100, math.nan, math.inf
+    loss, grad = loss_and_grad(shifted_cross_entropy, logits, targets, shift, label_smoothing=0.1)
+    assert loss.isfinite() and grad.isfinite().all() and (grad[1] == 0).all()
+    kept = torch.tensor([0, 2, 3])
+    assert torch.equal(loss, shifted_cross_entropy(logits[kept], targets[kept], shift[kept], label_smoothing=0.1))
+
+
+def test_a_mean_of_nothing_is_not_a_number():
+    logits, targets, shift = operands(4, 9)
+    for t, rows in ((torch.full((4,), -100), 4), (targets[:0], 0)):
+        mean, grad = loss_and_grad(shifted_cross_entropy, logits[:rows], t, shift[:rows])
+        assert mean.isnan() and F.cross_entropy(logits[:rows], t).isnan()
+        assert (grad == 0).all() and grad.shape == (rows, 9)
+        assert shifted_cross_entropy(logits[:rows], t, shift[:rows], reduction="sum") == 0
+        assert shifted_cross_entropy(logits[:rows], t, shift[:rows], reduction="none").shape == (rows,)
+
+
+def test_shapes_and_strides():
+    wide, targets, shift = operands(6, 40)
+    cases = [
+        (wide[0], targets[0], shift[0]),
+        (wide.t().contiguous().t(), targets, shift[:, ::1].t().contiguous().t()),
+        (wide[:, 3:20], targets % 17, shift[:, 5:22]),
+        (wide[::2, ::2], targets[::2] % 20, shift[1::2, 1::2]),
+        (wide.view(2, 3, 40), targets.view(2, 3)[:, :1].expand(2, 40) % 3, shift.view(2, 3, 40)),
+        (wide.view(2, 3, 4, 10), (targets.view(2, 3)[:, :1, None] % 3).expand(2, 4, 10), shift[0, :3]),
+    ]
+    for logits, t, s in cases:
+        summed = s.view(-1, *(1,) * (logits.dim() - 2)) if s.shape != logits.shape else s
+        for reduction in ("mean", "none"):
+            found = loss_and_grad(shifted_cross_entropy, logits, t, s, reduction=reduction)
+            assert_as_exact(found, loss_and_grad(by_torch, logits, t, summed, reduction=reduction), logits)
+
+
+def test_no_gradient_flows_into_the_shift():
+    logits, targets, shift = operands(3, 4)
+    shift.requires_grad_()
+    assert not shifted_cross_entropy(logits, targets, shift).requires_grad
+    shifted_cross_entropy(logits.requires_grad_(), targets, shift).backward()
+    assert shift.grad is None and logits.grad is not None
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_first_and_second_derivatives(name):
+    logits, targets, shift = operands(4, 5, scale=1.0)
+    options, _ = options_for(name, 5, torch.float64)
+    function = lambda z: shifted_cross_entropy(z, targets, shift, temperature=0.5, **options)
+    logits.requires_grad_()
+    assert torch.autograd.gradcheck(function, logits)
+    assert torch.autograd.gradgradcheck(function, logits)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled(dynamic):
+    logits, targets, shift = operands(6, 11, torch.float32)
+    weight = torch.rand(11)
+    function = lambda *a: shifted_cross_entropy(*a, weight=weight, label_smoothing=0.1, temperature=0.5)
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for own in (shift, shift[0]):
+        found, eager = (loss_and_grad(f, logits, targets, own) for f in (compiled, function))
+        torch.testing.assert_close(found, eager)
+
+
+def test_autocast():
+    linear, (logits, targets, shift) = torch.nn.Linear(11, 11), operands(6, 11, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = linear(logits)
+        loss = shifted_cross_entropy(output, targets, shift)
+    assert output.dtype == torch.bfloat16 and loss.dtype == torch.float32
+    torch.testing.assert_close(loss, by_torch(output, targets, shift).float())
+    loss.backward()
+    assert linear.weight.grad.dtype == torch.float32
+
+
+def test_targets_outside_of_the_classes():
+    logits, targets, shift = operands(3, 4)
+    for bad in (4, -1, -101):
+        with pytest.raises((RuntimeError, IndexError), match=r"out of bounds|targets\[1\]"):
+            shifted_cross_entropy(logits, torch.tensor([0, bad, 1]), shift)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"logits": torch.zeros(3, 4, dtype=torch.int64)}, TypeError, "logits must be of a floating-point type"),
+        ({"shift": torch.zeros(3, 4, dtype=torch.int64)}, TypeError, "shift must be of a floating-point type"),
+        ({"targets": torch.zeros(3)}, TypeError, "targets must be classes in int64, got torch.float32; for prob"),
+        ({"targets": torch.zeros(4, dtype=torch.int64)}, ValueError, r"targets must be \(3,\).* got \(4,\)"),
+        ({"shift": torch.zeros(4, 4)}, ValueError, r"shift must be \(3, 4\) as logits, or \(4,\), got \(4, 4\)"),
+        ({"shift": torch.zeros(3)}, ValueError, "shift must be"),
+        ({"shift": torch.zeros(3, 4, device="meta")}, ValueError, "shift is on meta, logits are on cpu"),
+        ({"weight": torch.ones(3)}, ValueError, r"weight must be \(4,\)"),
+        ({"temperature": 0.0}, ValueError, "temperature must be above 0"),
+        ({"temperature": math.nan}, ValueError, "temperature must be above 0"),
+        ({"label_smoothing": 1.5}, ValueError, r"label_smoothing must be in \[0, 1\]"),
+        ({"reduction": "total"}, ValueError, "reduction must be one of mean, sum, none, got 'total'"),
+        ({"logits": torch.zeros(3, 0)}, ValueError, "K >= 1"),
+        ({"logits": torch.zeros(())}, ValueError, "K >= 1"),
+    ],
+)
+def test_wrong_arguments_are_named(change, error, message):
+    given = {"logits": torch.zeros(3, 4), "targets": torch.zeros(3, dtype=torch.int64), "shift": torch.zeros(3, 4)}
+    with pytest.raises(error, match=message):
+        shifted_cross_entropy(**given | change)
