@@ -1,0 +1,42 @@
+"""Mode connectivity: paths through weight space, what lies on them, and permutations that models are equal up to."""
+
+from htv.methods.connectivity.along import (
+    Barrier,
+    Invariance,
+    MechanisticSimilarity,
+    PathProfile,
+    barrier,
+    evaluate_along,
+    mechanistic_similarity,
+)
+from htv.methods.connectivity.paths import Bezier, LinearPath, PathProbe, PolygonalChain, QuadraticBezier, WeightPath
+from htv.methods.connectivity.samplers import (
+    path_grid,
+    sample_clipped_normal,
+    sample_truncated_normal,
+    sample_uniform,
+)
+from htv.methods.connectivity.statistics import reestimate_batchnorm
+from htv.methods.connectivity.training import train_curve
+
+__all__ = [
+    "Barrier",
+    "Bezier",
+    "Invariance",
+    "LinearPath",
+    "MechanisticSimilarity",
+    "PathProbe",
+    "PathProfile",
+    "PolygonalChain",
+    "QuadraticBezier",
+    "WeightPath",
+    "barrier",
+    "evaluate_along",
+    "mechanistic_similarity",
+    "path_grid",
+    "reestimate_batchnorm",
+    "sample_clipped_normal",
+    "sample_truncated_normal",
+    "sample_uniform",
+    "train_curve",
+]

@@ -1,0 +1,100 @@
+"""BatchNorm's running statistics for weights they were not collected with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+__all__ = ["batchnorms", "inputs_of", "reestimate_batchnorm", "require_repeatable"]
+
+
+def batchnorms(model: nn.Module) -> dict[str, _BatchNorm]:
+    """The BatchNorms that have running statistics, by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None}
+
+
+@torch.no_grad()
+def reestimate_batchnorm(
+    model: nn.Module, data: Iterable, *, forward: Callable[[nn.Module, Any], Tensor] | None = None
+) -> None:
+    """Set the running statistics of every BatchNorm to averages over `data`, in place.
+
+    On a path, and after averaging weights, those of the model are of other weights: a barrier that is seen with them
+    may be one of the statistics alone. Each is reset and becomes the mean over the batches, weighted by their sizes, of
+    the batches' means and unbiased variances. Momenta, training flags and all else are as before; dropout is off
+    meanwhile. BatchNorms that no forward reaches keep theirs. Nothing happens to a model without BatchNorm.
+
+    data:     batches: a tensor of inputs, or a tuple that begins with it, such as ``(x, y)``. They are moved to the
+              device of the model. Large ones are best: the mean of variances within batches lacks that between them.
+    forward:  (model, batch) -> anything, for batches of other kinds.
+
+    Raises ValueError if there is no batch.
+    """
+    found = batchnorms(model)
+    if not found:
+        return
+    forward = forward or (lambda model, batch: model(inputs_of(model, batch)))
+    batches = 0
+    with _in_eval_mode(model), _averaging(found.values()):
+        for batch in data:
+            forward(model, batch)
+            batches += 1
+    if not batches:
+        raise ValueError(f"data gives no batch to re-estimate the statistics of BatchNorm {next(iter(found))!r} from")
+
+
+def inputs_of(model: nn.Module, batch: Any) -> Tensor:
+    """The input in a batch, on the model's device."""
+    x = batch[0] if isinstance(batch, tuple | list) else batch
+    if not isinstance(x, Tensor):
+        raise TypeError(f"a batch must be a tensor of inputs or begin with one, got {type(x).__name__}: pass forward=")
+    parameter = next(model.parameters(), None)
+    return x if parameter is None else x.to(parameter.device)
+
+
+def require_repeatable(role: str, data: Iterable) -> None:
+    """Raise TypeError for an iterator: after the first point of a path nothing would be left of it."""
+    if iter(data) is data:
+        raise TypeError(f"{role} is an iterator, which is empty after the first point: pass a list or a DataLoader")
+
+
+@contextmanager
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    before = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before.items():
+            module.training = training
+
+
+@contextmanager
+def _averaging(modules: Iterable[_BatchNorm]) -> Iterator[None]:
+    """Every call of these weighs as much as its batch in the running statistics."""
+    modules = list(modules)
+    momenta = [module.momentum for module in modules]
+    seen: dict[nn.Module, int] = {}
+
+    def before(module: _BatchNorm, args: tuple, kwargs: dict) -> None:
+        size = len(args[0] if args else kwargs["input"])
+        if module not in seen:
+            module.reset_running_stats()
+        seen[module] = seen.get(module, 0) + size
+        module.momentum = size / max(1, seen[module])
+
+    hooks = [module.register_forward_pre_hook(before, with_kwargs=True) for module in modules]
+    for module in modules:
+        module.train()
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, momentum in zip(modules, momenta, strict=True):
+            module.momentum = momentum
