@@ -26,20 +26,25 @@ LARGEST_BOX = 3  # side of the paper's, in pixels
 
 @dataclass(frozen=True)
 class BoxCue:
-    """A square of one brightness, whose place in a regular grid tells the class.
+    """A square of one color, whose place in a regular grid tells the class.
 
     size:   its side in pixels. Default: 3, or the largest for which boxes of different classes do not touch the same
             pixels.
-    value:  of its pixels, in [0, 1].
+    color:  of its pixels, in [0, 1]: one number, or red, green and blue, for which grey images become RGB. White may
+            not show on white objects.
     """
 
     size: int | None = None
-    value: float = 1.0
+    color: float | tuple[float, float, float] = 1.0
 
     def __post_init__(self):
         if self.size is not None and (type(self.size) is not int or self.size < 1):
             raise ValueError(f"size must be an integer >= 1, or None for what fits; got {self.size!r}")
-        _check_share(value=self.value)
+        color = self.color if isinstance(self.color, tuple | list) else (self.color,)
+        if len(color) not in (1, 3):
+            raise ValueError(f"color must be one number, or three for RGB; got {self.color!r}")
+        for value in color:
+            _check_share(color=value)
 
     def corners(self, height: int, width: int, num_classes: int) -> tuple[Tensor, int]:
         """(K - 1, 2) int64, top and left of each class's box, and the side of the boxes."""
@@ -58,14 +63,16 @@ class BoxCue:
         return torch.stack([centred(row, height, down), centred(column, width, across)], dim=1), size
 
     def draw(self, images: Tensor, classes: Tensor, num_classes: int, generator=None, train: bool = True) -> Tensor:
-        """Images with the box of `classes` (N,); those of the last class as they are. Shape and dtype stay."""
+        """Images with the box of `classes` (N,); those of the last class as they are, but in RGB if the boxes are."""
+        color = images.new_tensor(self.color)
+        images = _as_rgb(images) if color.dim() else images
         height, width = images.shape[-2:]
         corners, size = self.corners(height, width, num_classes)
         boxes = images.new_zeros(num_classes, height, width, dtype=torch.bool)
         for k, (top, left) in enumerate(corners.tolist()):
             boxes[k, top : top + size, left : left + size] = True
         inside = boxes[classes].reshape(len(images), *(1,) * (images.dim() - 3), height, width)
-        return images.masked_fill(inside, self.value)
+        return torch.where(inside, color.reshape(-1, 1, 1), images)
 
 
 @dataclass(frozen=True)
@@ -82,8 +89,7 @@ class HueCue:
 
     def draw(self, images: Tensor, classes: Tensor, num_classes: int, generator=None, train: bool = True) -> Tensor:
         """(N, 3, height, width), tinted by `classes` (N,); those of the last class keep their colours, or are grey."""
-        if images.dim() == 3:
-            images = images.unsqueeze(1).expand(-1, 3, -1, -1)
+        images = _as_rgb(images)
         hues = [colorsys.hsv_to_rgb(k / (num_classes - 1), 1.0, 1.0) for k in range(num_classes - 1)]
         colors = images.new_tensor([*hues, (0.0, 0.0, 0.0)])[classes][:, :, None, None]
         strength = torch.where(classes == num_classes - 1, 0.0, self.strength).to(images)[:, None, None, None]
@@ -203,6 +209,10 @@ def fine_tuning_parts(
     drawn = [_drawn(part, cue, _classes(part, cue_mask(part.train_labels, share, seed)), seed)
              for part, share in zip(parts, shares, strict=True)]  # fmt: skip
     return tuple((images, part.train_labels) for images, part in zip(drawn, parts, strict=True))
+
+
+def _as_rgb(images: Tensor) -> Tensor:
+    return images.unsqueeze(1).expand(-1, 3, -1, -1) if images.dim() == 3 else images
 
 
 def _classes(data: Dataset, with_cue: Tensor) -> Tensor:

@@ -34,3 +34,11 @@ class Dataset:
         generator = torch.Generator().manual_seed(seed)
         chosen = torch.randperm(len(self.train_labels), generator=generator)[:count]
         return replace(self, train_images=self.train_images[chosen], train_labels=self.train_labels[chosen])
+
+    def test_subset(self, count: int, seed: int) -> Dataset:
+        """The same of the test images; the training part stays."""
+        if count >= len(self.test_labels):
+            return self
+        generator = torch.Generator().manual_seed(seed)
+        chosen = torch.randperm(len(self.test_labels), generator=generator)[:count]
+        return replace(self, test_images=self.test_images[chosen], test_labels=self.test_labels[chosen])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -34,10 +34,7 @@ class Training:
 
 def make_task(data: Dataset, training: Training, rate: float, seed: int, kind: NoiseKind = "uniform") -> Task:
     """Some of the training images, a share `rate` of them with labels given anew, and some of the test images."""
-    data = data.subset(training.images, seed)
-    chosen = torch.randperm(len(data.test_labels), generator=torch.Generator().manual_seed(seed))
-    chosen = chosen[: training.test_images]
-    data = replace(data, test_images=data.test_images[chosen], test_labels=data.test_labels[chosen])
+    data = data.subset(training.images, seed).test_subset(training.test_images, seed)
     return standardised(data, *label_noise(data.train_labels, rate, data.num_classes, seed, kind))
 
 

@@ -9,6 +9,7 @@ from htv.methods.attribution import (
     proper_accuracy,
 )
 from htv.methods.batches import Batches, ExampleTable
+from htv.methods.cbft import CBFT, barrier_loss, head_inputs, head_of, invariance_loss
 from htv.methods.coherence import M3, Coherence, ModelCoherence, generalisation_bound, measure_coherence, winsorized
 from htv.methods.connectivity import (
     Barrier,
@@ -47,6 +48,7 @@ from htv.methods.environments import (
     join_environments,
     require_environments,
 )
+from htv.methods.finetuning import NAIVE_RATES, fine_tune, reset_parameters, retrain_last_layer
 from htv.methods.heldout import Draw, KFold, Twins, best_draw, class_balanced_loss, cross_mistakes
 from htv.methods.masks import masked_noise, masked_noise_bound, mean_noise, survival_probability
 from htv.methods.memorization import (
@@ -70,7 +72,9 @@ from htv.methods.rolling import RA3, RM3
 from htv.methods.temporal import TemporalAndMaskAdam
 
 __all__ = [
+    "CBFT",
     "M3",
+    "NAIVE_RATES",
     "RA3",
     "RM3",
     "Attribution",
@@ -102,6 +106,7 @@ __all__ = [
     "adjusted_overfit",
     "arithmetic_mean_hessian",
     "barrier",
+    "barrier_loss",
     "best_draw",
     "calibration_matrix",
     "class_balanced_loss",
@@ -114,12 +119,16 @@ __all__ = [
     "environment_losses",
     "environment_means",
     "evaluate_along",
+    "fine_tune",
     "fishr_penalty",
     "generalisation_bound",
     "geometric_mean_hessian",
+    "head_inputs",
+    "head_of",
     "iga_penalty",
     "inconsistency",
     "inconsistency_bound",
+    "invariance_loss",
     "irm_penalty",
     "join_environments",
     "l1_penalty",
@@ -134,6 +143,8 @@ __all__ = [
     "quadratic_inconsistency",
     "reestimate_batchnorm",
     "require_environments",
+    "reset_parameters",
+    "retrain_last_layer",
     "reverse_gradient",
     "sample_clipped_normal",
     "sample_truncated_normal",

@@ -62,8 +62,21 @@ def test_boxes_that_do_not_fit_are_refused():
         BoxCue().corners(1, 1, 10)
     with pytest.raises(ValueError, match="size must be an integer >= 1"):
         BoxCue(size=0)
-    with pytest.raises(ValueError, match="value must lie in"):
-        BoxCue(value=2)
+    with pytest.raises(ValueError, match="color must lie in"):
+        BoxCue(color=2)
+    with pytest.raises(ValueError, match="three for RGB"):
+        BoxCue(color=(1, 0))
+
+
+@pytest.mark.parametrize("shape", [(10, 8), (3, 10, 8)])
+def test_boxes_in_color_make_grey_images_rgb(shape):
+    data = made(shape=shape)
+    images = add_cue(data, BoxCue(color=(1, 0, 0))).train_images
+    rgb = data.train_images.reshape(40, -1, 10, 8).expand(-1, 3, -1, -1)
+    red = (images == torch.tensor([1.0, 0, 0])[:, None, None]).all(1)
+    assert torch.equal(boxed(red.float()), data.train_labels)
+    assert torch.equal(torch.where(red[:, None], 0, images), torch.where(red[:, None], 0, rgb))
+    assert counterfactuals(data, BoxCue(color=(1, 0, 0)))["NC"][0].shape == (12, 3, 10, 8)
 
 
 @pytest.mark.parametrize("proportion", [0.0, 0.3, 0.6, 1.0])

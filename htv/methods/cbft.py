@@ -1,0 +1,240 @@
+"""Connectivity-based fine-tuning: out of a mechanism, not only out of a minimum.
+
+A model that relies on a cue is fine-tuned on a few clean examples and many with the cue. What is connected with the old
+model by a straight path of low loss shares its mechanism, so a barrier is put on the path; and features are to be the
+same with and without the cue.
+
+Lubana et al. 2023, "Mechanistic mode connectivity", arXiv 2211.08422.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from htv.methods.connectivity import sample_clipped_normal
+
+__all__ = ["CBFT", "barrier_loss", "head_of", "head_inputs", "invariance_loss"]
+
+Batch = tuple[Tensor, Tensor]
+TERMS = ("barrier", "cross_entropy", "invariance")
+
+
+def barrier_loss(logits: Tensor, targets: Tensor, barrier: float = 1.0) -> Tensor:
+    """``|barrier - cross-entropy|``: how far the batch's mean loss is from where it should be.
+
+    Its gradient is that of the cross-entropy, downwards where the loss is above the barrier and upwards below it.
+
+    logits: (N, K), targets: (N,) int64, as for `torch.nn.functional.cross_entropy`. Returns a scalar.
+    """
+    return (barrier - F.cross_entropy(logits, targets)).abs()
+
+
+def invariance_loss(
+    features: Tensor, labels: Tensor, other_features: Tensor, other_labels: Tensor, num_classes: int
+) -> Tensor:
+    """The squared distance between the directions of the two batches' class means, summed over classes, divided by K.
+
+    features, other_features:  (N, D) and (M, D), without and with the cue.
+    labels, other_labels:      (N,) and (M,) int64 in [0, K); raises where one is outside.
+
+    A class that is missing from either batch, or whose features are all zero in one, has no direction there and is
+    skipped: it adds 0, with no gradient. No value is read by the host. Half precision is accumulated in float32.
+    Raises ValueError for features of different sizes.
+    """
+    if features.dim() != 2 or other_features.dim() != 2 or features.shape[1] != other_features.shape[1]:
+        raise ValueError(
+            f"features must be (N, D) and (M, D), got {tuple(features.shape)} and {tuple(other_features.shape)}"
+        )
+    sums = _class_sums(features, labels, num_classes), _class_sums(other_features, other_labels, num_classes)
+    norms = [torch.linalg.vector_norm(total, dim=1, keepdim=True) for total in sums]
+    there = (norms[0] != 0) & (norms[1] != 0)  # NaN is there, and shows
+    first, second = (total / torch.where(there, norm, 1) for total, norm in zip(sums, norms, strict=True))
+    return torch.where(there, first - second, 0).square().sum() / num_classes
+
+
+def _class_sums(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """(N, D) -> (K, D), whose directions are those of the means. As a product, it is repeatable on GPUs."""
+    if labels.shape != features.shape[:1]:
+        raise ValueError(f"labels must be ({len(features)},), one per row of features, got {tuple(labels.shape)}")
+    features = features.to(torch.promote_types(features.dtype, torch.float32))
+    members = features.new_zeros(len(labels), num_classes).scatter_(1, labels[:, None], 1)
+    return members.mT @ features
+
+
+def head_of(model: nn.Module, head: str | None = None) -> nn.Module:
+    """The module of that name; by default the last Linear among the model's modules, which is what classifies in most.
+
+    Raises ValueError if there is none.
+    """
+    modules = dict(model.named_modules())
+    if head is None:
+        linear = [module for module in modules.values() if isinstance(module, nn.Linear)]
+        if not linear:
+            raise ValueError("model has no Linear to take for its head: name the module that classifies with head=")
+        return linear[-1]
+    if head not in modules:
+        raise ValueError(f"head={head!r} is no module of the model, which has {', '.join(filter(None, modules))}")
+    return modules[head]
+
+
+@contextmanager
+def head_inputs(head: nn.Module) -> Iterator[list[Tensor]]:
+    """Inside, a list that grows by what enters the head, (N, D) each: the penultimate features, with their graph."""
+    seen: list[Tensor] = []
+    hook = head.register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(1)))
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+class CBFT:
+    """Connectivity-based fine-tuning of a model that relies on a cue, step by step.
+
+        cbft = CBFT(model, optimizer, num_classes=10, warm_up=len(loader))
+        for clean, with_cue in pairs_of_batches:      # (x, y) each
+            losses = cbft.step(clean, with_cue)
+
+    A step descends three losses. theta_C are the weights the model has when this is made; theta those it has now.
+
+    barrier        ``|barrier - CE|`` on the batch with the cue, at theta_t = t theta_C + (1 - t) theta for one t per
+                   step: a barrier on the straight path to the old mechanism. The chain rule's factor (1 - t) is in.
+    cross_entropy  on the clean batch, at theta.
+    invariance     `invariance_loss` between the penultimate features of both batches, at theta, after the warm-up.
+
+    The first is one optimizer step and the other two the next, as the authors do it; ``alternate=False`` makes one step
+    of their sum. Everything goes through `model`, its `.grad` and the optimizer, so it composes with `htv.attach`:
+    under a rule each of the two gradients is aggregated by itself, and after the warm-up the examples of both batches
+    vote in the second.
+
+    theta_t is written into the model for its forward and backward, and theta restored bit for bit. Buffers are too:
+    BatchNorm in train mode normalises theta_t by its own batch, and theta's running statistics are of theta alone (of
+    the clean batch, and after the warm-up of both batches, which pass the model together). In eval mode theta_t uses
+    theta's running statistics.
+
+    model:       gives logits (N, K). Its mode, train or eval, is left as it is.
+    optimizer:   over the model's parameters; one whose step needs no closure.
+    num_classes: K.
+    barrier:     the loss to be reached between the two.
+    warm_up:     steps before the invariance loss sets in; the authors take an epoch.
+    sampler:     (count, generator=...) -> (count,) values of t, such as those of `htv.methods.connectivity`.
+    head:        name of the module whose input the penultimate features are. Default: the last Linear.
+    terms:       which of the losses are descended, for ablations.
+    alternate:   two steps, or one of the sum.
+    seed:        of t.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        num_classes: int,
+        *,
+        barrier: float = 1.0,
+        warm_up: int = 0,
+        sampler: Callable[..., Tensor] = sample_clipped_normal,
+        head: str | None = None,
+        terms: Iterable[str] = TERMS,
+        alternate: bool = True,
+        seed: int = 0,
+    ):
+        self.terms = tuple(terms)
+        unknown = [term for term in self.terms if term not in TERMS]
+        if unknown or not self.terms:
+            raise ValueError(f"terms must be some of {', '.join(TERMS)}; got {self.terms}")
+        if isinstance(warm_up, bool) or not isinstance(warm_up, int) or warm_up < 0:
+            raise ValueError(f"warm_up must be a number of steps >= 0, got {warm_up!r}")
+        if not barrier > 0:
+            raise ValueError(f"barrier must be a loss above 0, got {barrier!r}")
+        self.model, self.optimizer, self.num_classes = model, optimizer, num_classes
+        self.barrier, self.warm_up, self.sampler, self.alternate = barrier, warm_up, sampler, alternate
+        self._head = head_of(model, head)
+        self._anchor = {name: p.detach().clone() for name, p in model.named_parameters()}
+        self._generator = torch.Generator().manual_seed(seed)
+        self.steps = 0
+
+    def step(self, clean: Batch, with_cue: Batch) -> dict[str, Tensor]:
+        """One step on a batch without and one with the cue, (x, y) each; the losses by name, detached.
+
+        The batches may differ in size. At the first step after the warm-up "invariance" joins the losses.
+        """
+        losses = {}
+        self.optimizer.zero_grad()
+        if "barrier" in self.terms:
+            losses["barrier"] = self._descend_barrier(*with_cue)
+            if self.alternate:
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+        here = self._descend_here(clean, with_cue)
+        if here or not self.alternate:
+            self.optimizer.step()
+        self.steps += 1
+        return losses | here
+
+    def _descend_barrier(self, x: Tensor, y: Tensor) -> Tensor:
+        t = float(self.sampler(1, generator=self._generator))
+        with self._at(t):
+            loss = barrier_loss(self.model(x), y, self.barrier)
+            (loss * (1 - t)).backward()  # theta_t moves by (1 - t) where theta moves by 1
+        return loss.detach()
+
+    def _descend_here(self, clean: Batch, with_cue: Batch) -> dict[str, Tensor]:
+        (x, y), (cue_x, cue_y) = clean, with_cue
+        losses = {}
+        invariant = "invariance" in self.terms and self.steps >= self.warm_up
+        if not invariant and "cross_entropy" not in self.terms:
+            return losses
+        with head_inputs(self._head) as seen:
+            logits = self.model(torch.cat([x, cue_x]) if invariant else x)
+        if "cross_entropy" in self.terms:
+            losses["cross_entropy"] = F.cross_entropy(logits[: len(y)], y)
+        if invariant:
+            if len(seen) != 1 or len(seen[0]) != len(logits):
+                raise RuntimeError(
+                    f"the head must see every example once in a forward: it was called {len(seen)} times, with "
+                    f"{[len(part) for part in seen]} rows for {len(logits)} examples. Name another one with head="
+                )
+            features = seen[0]
+            losses["invariance"] = invariance_loss(features[: len(y)], y, features[len(y) :], cue_y, self.num_classes)
+        sum(losses.values()).backward()
+        return {name: loss.detach() for name, loss in losses.items()}
+
+    @contextmanager
+    def _at(self, t: float) -> Iterator[None]:
+        """Inside, the model's weights are ``t theta_C + (1 - t) theta``."""
+        named = list(self.model.named_parameters())
+        parameters, anchors = [p for _, p in named], [self._anchor[name] for name, _ in named]
+        buffers = list(self.model.buffers())
+        with torch.no_grad():
+            kept, kept_buffers = [p.clone() for p in parameters], [b.clone() for b in buffers]
+            for p, anchor in zip(parameters, anchors, strict=True):
+                p.lerp_(anchor, t)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for tensor, value in zip([*parameters, *buffers], [*kept, *kept_buffers], strict=True):
+                    tensor.copy_(value)
+
+    def state_dict(self) -> dict:
+        """theta_C, the number of steps and the state of t's generator; the model and optimizer have their own."""
+        anchor = {name: value.clone() for name, value in self._anchor.items()}
+        return {"anchor": anchor, "steps": self.steps, "generator": self._generator.get_state()}
+
+    def load_state_dict(self, state: Mapping) -> None:
+        """Go on where another one was. Raises ValueError, before any change, for the state of another model."""
+        if set(state) != {"anchor", "steps", "generator"}:
+            raise ValueError(f"state_dict has {sorted(state)}: it is not one of CBFT's")
+        shapes = [{name: tuple(value.shape) for name, value in of.items()} for of in (state["anchor"], self._anchor)]
+        for name in {**shapes[0], **shapes[1]}:
+            theirs, mine = (found.get(name, "none") for found in shapes)
+            if theirs != mine:
+                raise ValueError(f"state_dict is of another model: {name!r} has shape {theirs} there, {mine} here")
+        self._anchor = {name: state["anchor"][name].to(value, copy=True) for name, value in self._anchor.items()}
+        self._generator.set_state(state["generator"])
+        self.steps = state["steps"]

@@ -1,0 +1,116 @@
+"""What connectivity-based fine-tuning is compared with: plain fine-tuning, and a new last layer on frozen features."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sized
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from htv.methods.cbft import head_of
+from htv.methods.connectivity.statistics import require_repeatable
+
+__all__ = ["NAIVE_RATES", "fine_tune", "reset_parameters", "retrain_last_layer"]
+
+NAIVE_RATES = {"S": 0.001, "M": 0.01, "L": 0.1}  # learning rates of naive fine-tuning in Lubana et al. 2023
+
+
+class Loader(Sized, Protocol):
+    """What a DataLoader is: batches (x, y), as many as `len` says, anew in every epoch."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
+
+
+def fine_tune(
+    model: nn.Module,
+    batches: Loader,
+    epochs: int,
+    lr: float = NAIVE_RATES["M"],
+    *,
+    momentum: float = 0.9,
+    weight_decay: float = 1e-4,
+    on_epoch: Callable[[int, Tensor], None] | None = None,
+) -> None:
+    """Train all that is not frozen by SGD on the cross-entropy, the learning rate falling to 0 along a cosine.
+
+    on_epoch:  called with the number of epochs done and the last batch's loss.
+
+    The model's mode is left as it is; under `htv.attach` its rule holds. Raises ValueError for empty `batches`, and
+    TypeError for an iterator.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        raise ValueError("every parameter of model is frozen: there is nothing to train")
+    require_repeatable("batches", batches)
+    if len(batches) == 0:
+        raise ValueError("batches is empty: give fewer examples per batch, or more examples")
+    optimizer = torch.optim.SGD(trained, lr=lr, momentum=momentum, weight_decay=weight_decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, epochs * len(batches)))
+    for epoch in range(1, epochs + 1):
+        for x, y in batches:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        if on_epoch is not None:
+            on_epoch(epoch, loss.detach())
+
+
+def retrain_last_layer(model: nn.Module, batches: Loader, epochs: int, lr: float = 0.01, *,
+                       head: str | None = None, **options) -> None:  # fmt: skip
+    """A new last layer on the features as they are: LLRT; followed by `fine_tune`, LPFT.
+
+    The head starts anew from `reset_parameters()`; everything else is frozen meanwhile, and in eval mode, so that
+    running statistics stay and features are those of deployment. Other arguments are those of `fine_tune`.
+
+    head:  name of the module that classifies. Default: the last Linear.
+
+    Kirichenko et al. 2022, "Last layer re-training is sufficient", arXiv 2204.02937; Kumar et al. 2022, "Fine-tuning
+    can distort pretrained features", arXiv 2202.10054.
+    """
+    last = head_of(model, head)
+    if not hasattr(last, "reset_parameters"):
+        raise ValueError(f"the head, a {type(last).__name__}, has no reset_parameters() to start anew by")
+    last.reset_parameters()
+    with _only(model, last):
+        fine_tune(model, batches, epochs, lr, **options)
+
+
+def reset_parameters(model: nn.Module) -> nn.Module:
+    """Start every module anew, in place: training from scratch. Randomness is torch's global one.
+
+    Raises ValueError, before any change, for a module whose own parameters have no `reset_parameters()`.
+    """
+    resets = []
+    for name, module in model.named_modules():
+        reset = getattr(module, "reset_parameters", getattr(module, "_reset_parameters", None))
+        if reset is not None:
+            resets.append(reset)
+        elif any(p is not None for p in module._parameters.values()):
+            raise ValueError(f"module {name!r}, a {type(module).__name__}, has no reset_parameters() to start anew by")
+    for reset in resets:
+        reset()
+    return model
+
+
+@contextmanager
+def _only(model: nn.Module, trained: nn.Module) -> Iterator[None]:
+    """Inside, all else is frozen and in eval mode."""
+    wanted = {id(p) for p in trained.parameters()}
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for p, _ in flags:
+            p.requires_grad_(id(p) in wanted)
+        model.eval()
+        trained.train()
+        yield
+    finally:
+        for p, flag in flags:
+            p.requires_grad_(flag)
+        for module, mode in modes:
+            module.training = mode
