@@ -119,7 +119,7 @@ def test_statistics_are_averages_over_the_data():
         for statistic, found in [
             (lambda p: p.mean(1), model[1].running_mean),
             (lambda p: p.var(1), model[1].running_var),
-        ]:  # noqa: E501
+        ]:
             expected = sum(len(f) * statistic(p) for f, p in zip(first, parts, strict=True)) / 11
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
         # Dropout is off, and the first BatchNorm normalises by its batch meanwhile.
@@ -209,7 +209,7 @@ def test_which_interventions_models_are_invariant_to(counterfactuals):
     change = report.interventions["random cue"].changes[1]
     assert change == pytest.approx(
         report.profiles["linear"].losses["random cue"][-1] - report.profiles["linear"].losses["C"][-1]
-    )  # noqa: E501
+    )
     assert list(report.barriers) == ["linear", "itself"] and report.barriers["linear"] == report.barriers["itself"]
     assert report.connected["linear"]  # the loss is convex in these weights
     assert mechanistic_similarity(thing, Reads(3.0, 0.0), counterfactuals, "C", tolerance=0.01).similar

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["batchnorms", "inputs_of", "reestimate_batchnorm", "require_repeatable"]
+__all__ = ["batchnorms", "in_eval_mode", "inputs_of", "reestimate_batchnorm", "require_repeatable"]
 
 
 def batchnorms(model: nn.Module) -> dict[str, _BatchNorm]:
@@ -40,7 +40,7 @@ def reestimate_batchnorm(
         return
     forward = forward or (lambda model, batch: model(inputs_of(model, batch)))
     batches = 0
-    with _in_eval_mode(model), _averaging(found.values()):
+    with in_eval_mode(model), _averaging(found.values()):
         for batch in data:
             forward(model, batch)
             batches += 1
@@ -64,7 +64,7 @@ def require_repeatable(role: str, data: Iterable) -> None:
 
 
 @contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
     before = {module: module.training for module in model.modules()}
     model.eval()
     try:
