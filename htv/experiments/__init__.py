@@ -5,6 +5,7 @@ records.py      every finished run is kept at once, so that an interrupted exper
 run.py          all runs in order or side by side, with a progress bar
 report.py       tables, the paper's claims beside what was found here, a picture, every number as JSON
 images.py       what experiments on images share
+cues.py         what those on images with cues share
 NAME.py         one module per experiment, which defines EXPERIMENT
 """
 
@@ -18,4 +19,6 @@ NAMES = {
     "attribution": "label noise: whom the gradients serve through training, and who is learnt first",
     "coherence": "m-coherence through training, for real and for random labels",
     "difficulty": "do easy examples generalise among themselves, and hard ones?",
+    "cbft": "fine-tuning a model out of a shortcut: connectivity-based, ablations, and what keeps the shortcut",
+    "paths": "linear and quadratic paths between models with and without a cue, before and after matching",
 }
