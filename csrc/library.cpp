@@ -10,6 +10,8 @@ std::tuple<Tensor, Tensor> stacked(Tensor grads, int64_t statistic, int64_t coun
 std::tuple<Tensor, Tensor> linear(Tensor x, Tensor grad_output, Tensor offsets, int64_t statistic, int64_t count,
                                   double votes, double k);
 std::tuple<Tensor, Tensor> norm_sums(Tensor grad, Tensor x, Tensor mean, Tensor rstd);
+std::tuple<Tensor, Tensor, Tensor> group_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor mean, Tensor rstd,
+                                                       bool needs_x);
 std::tuple<Tensor, Tensor> conv(Tensor x, Tensor grad_output, Tensor offsets, std::vector<int64_t> kernel,
                                 std::vector<int64_t> stride, std::vector<int64_t> padding,
                                 std::vector<int64_t> dilation, int64_t conv_groups, int64_t statistic, int64_t count,
@@ -21,6 +23,7 @@ std::tuple<Tensor, Tensor> embedding(Tensor grad_output, Tensor ids, Tensor vote
 STABLE_TORCH_LIBRARY_IMPL(htv, CPU, m) {
   m.impl("stacked", TORCH_BOX(&htv::cpu::stacked));
   m.impl("norm_sums", TORCH_BOX(&htv::cpu::norm_sums));
+  m.impl("group_norm_backward", TORCH_BOX(&htv::cpu::group_norm_backward));
   m.impl("linear", TORCH_BOX(&htv::cpu::linear));
   m.impl("conv", TORCH_BOX(&htv::cpu::conv));
   m.impl("embedding", TORCH_BOX(&htv::cpu::embedding));

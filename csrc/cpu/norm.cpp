@@ -1,4 +1,4 @@
-// htv::norm_sums on the CPU: checks and threads. The loops are in norm_kernel.cpp.
+// htv::norm_sums and htv::group_norm_backward on the CPU: checks and threads. The loops are in norm_kernel.cpp.
 #include "norm_kernel.h"
 
 #include <tuple>
@@ -40,6 +40,43 @@ std::tuple<Tensor, Tensor> norm_sums(Tensor grad, Tensor x, Tensor mean, Tensor 
   const int64_t work = (rows + 1) * (features < kNormChunk ? features : kNormChunk);
   parallel_chunks(samples * chunks, work, 0, [&](int64_t first, int64_t last, void*) { kernel(task, first, last); });
   return {scale, shift};
+}
+
+std::tuple<Tensor, Tensor, Tensor> group_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor mean, Tensor rstd,
+                                                       bool needs_x) {
+  const std::string op = "htv::group_norm_backward";
+  const Dtype dtype = dtype_of(op, "x", x), computed = dtype == Dtype::float64 ? dtype : Dtype::float32;
+  STD_TORCH_CHECK(x.dim() == 3, op, ": x must have 3 dimensions, got ", x.dim());
+  STD_TORCH_CHECK(mean.dim() == 2, op, ": mean must have 2 dimensions, got ", mean.dim());
+  check_like(op, "x", x, dtype, x, 3);
+  check_like(op, "grad", grad, dtype, x, 3);
+  check_like(op, "mean", mean, computed, mean, 2);
+  check_like(op, "rstd", rstd, computed, mean, 2);
+  check_like(op, "weight", weight, computed, weight, 1);
+  const int64_t samples = x.size(0), channels = x.size(1), space = x.size(2), groups = mean.size(1);
+  STD_TORCH_CHECK(mean.size(0) == samples && weight.size(0) == channels && groups >= 1 && channels % groups == 0, op,
+                  ": mean must be (samples, groups) and weight (channels) of x, with channels a multiple of groups; ",
+                  "got ", mean.size(0), " x ", groups, " and ", weight.size(0), " for ", samples, " x ", channels);
+  Tensor scale = torch::stable::new_empty(mean, {samples, channels});
+  Tensor shift = torch::stable::new_empty(mean, {samples, channels});
+  Tensor grad_x = torch::stable::new_empty(mean, {needs_x ? samples : 0, channels, space});
+  const GroupNormTask task{grad.const_data_ptr(),
+                           x.const_data_ptr(),
+                           dtype,
+                           groups,
+                           channels / groups,
+                           space,
+                           weight.const_data_ptr(),
+                           mean.const_data_ptr(),
+                           rstd.const_data_ptr(),
+                           needs_x ? grad_x.mutable_data_ptr() : nullptr,
+                           scale.mutable_data_ptr(),
+                           shift.mutable_data_ptr()};
+  const auto kernel = HTV_PER_LEVEL(group_norm_kernel);
+  const int64_t scratch = group_norm_scratch(task);
+  parallel_chunks(samples * groups, 2 * (task.channels * space + task.channels), scratch,
+                  [&](int64_t first, int64_t last, void* memory) { kernel(task, first, last, memory); });
+  return {grad_x, scale, shift};
 }
 
 }  // namespace htv::cpu

@@ -1,4 +1,4 @@
-// What the norm_sums op hands to the kernel of a CPU level.
+// What the ops on normalisations hand to the kernels of a CPU level.
 #pragma once
 
 #include "../dtype.h"
@@ -24,5 +24,27 @@ inline int64_t norm_chunks(int64_t features) { return (features + kNormChunk - 1
 
 // Computes chunks first <= chunk < last, those of a sample beside each other.
 HTV_DECLARE_PER_LEVEL(void norm_kernel(const NormTask& task, int64_t first, int64_t last))
+
+// One group of one sample's channels is the unit of work.
+struct GroupNormTask {
+  const void* grad;  // (samples, groups, channels, space)
+  const void* x;     // the same
+  Dtype dtype;
+  int64_t groups, channels, space;
+  const void* weight;  // (groups, channels) in the compute type, as all below
+  const void* mean;    // (samples, groups)
+  const void* rstd;    // the same
+  void* grad_x;        // as x, or null if it is not wanted
+  void* scale;         // (samples, groups, channels)
+  void* shift;         // the same
+};
+
+// What each thread needs as scratch: two values for each of a group's.
+inline int64_t group_norm_scratch(const GroupNormTask& task) {
+  return 2 * task.channels * task.space * bytes_of(task.dtype == Dtype::float64 ? task.dtype : Dtype::float32);
+}
+
+// Computes units first <= unit < last, those of a sample beside each other.
+HTV_DECLARE_PER_LEVEL(void group_norm_kernel(const GroupNormTask& task, int64_t first, int64_t last, void* scratch))
 
 }  // namespace htv

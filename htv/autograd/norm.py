@@ -15,7 +15,7 @@ from torch import Tensor
 from htv.autograd.ledger import MARKER, Function, Slot, full_precision
 from htv.groups import Voters
 from htv.ops.factors import StackedFactors
-from htv.ops.norm import norm_sums
+from htv.ops.norm import group_norm_backward, norm_sums
 from htv.ops.reference import compute_dtype
 
 
@@ -93,7 +93,7 @@ def _group_norm_format(x: Tensor) -> torch.memory_format:
 class _GroupNorm(Function):
     @staticmethod
     def forward(ctx, x, weight, bias, weight_slot, bias_slot, num_groups, eps, voters, *tokens):
-        ctx.slots, ctx.num_groups, ctx.voters = (weight_slot, bias_slot), num_groups, voters
+        ctx.slots, ctx.voters = (weight_slot, bias_slot), voters
         ctx.unused = (None,) * (5 + len(tokens))
         n, channels, space = x.shape[0], x.shape[1], math.prod(x.shape[2:])
         x = x.contiguous(memory_format=_group_norm_format(x))
@@ -105,40 +105,9 @@ class _GroupNorm(Function):
     def backward(ctx, grad):
         _, x, weight, mean, rstd = ctx.saved_tensors
         with full_precision(grad.device):
-            grad_x, *sums = _of_every_sample(grad, x, weight, mean, rstd, ctx.num_groups, ctx.needs_input_grad[0])
+            grad_x, *sums = group_norm_backward(grad, x, weight, mean, rstd, ctx.needs_input_grad[0])
             grads = _affine_grads(ctx, sums, lambda voters, sums: StackedFactors(voters.along(sums)))
         return grad_x, *grads, *ctx.unused
-
-
-def _of_every_sample(
-    grad: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, num_groups: int, needs_x: bool
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """What backward gives for x (S, C, *space), and (S, C) of every sample by itself for scale and shift.
-
-    One call of torch's backward gives it all: of one sample with the channels of all S.
-    """
-    samples, channels, *space = x.shape
-    given, dtype = x.dtype, compute_dtype(x.dtype)
-    if x.device.type != "cpu":  # there all must be of one type
-        x, grad = x.to(dtype), grad.to(dtype)
-    weight = mean.new_ones(channels) if weight is None else weight
-    if weight.dtype != dtype or mean.dtype != dtype:
-        weight, mean, rstd = weight.to(dtype), mean.to(dtype), rstd.to(dtype)
-    grad_x, scale, shift = torch.ops.aten.native_group_norm_backward.default(
-        grad.contiguous(),
-        x.contiguous(),
-        mean.view(1, -1),
-        rstd.view(1, -1),
-        weight.expand(samples, -1).reshape(-1),
-        1,
-        samples * channels,
-        math.prod(space),
-        samples * num_groups,
-        [needs_x, True, True],
-    )
-    if needs_x and grad_x.dtype != given:
-        grad_x = grad_x.to(given)
-    return grad_x, scale.view(samples, channels), shift.view(samples, channels)
 
 
 def _affine_grads(ctx, sums: Sequence[Tensor], make: Callable[..., StackedFactors]) -> list[Tensor | None]:

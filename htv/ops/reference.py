@@ -217,6 +217,26 @@ def norm_sums(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tens
     return (grad * x_hat).sum(dim=1), grad.sum(dim=1)
 
 
+def group_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, needs_x: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of a group normalisation's input, and what every sample contributes to its scale and shift.
+
+    grad and x: (S, C, P); weight: (C,), mean and rstd: (S, G), in `compute_dtype`.
+    Returns (S, C, P), or (0, C, P) unless needs_x; (S, C) and (S, C), as `norm_sums`; all in `compute_dtype`.
+    """
+    apart = mean.shape[1], x.shape[1] // mean.shape[1]
+    grad = grad.to(mean.dtype).unflatten(1, apart)
+    x_hat = (x.to(mean.dtype).unflatten(1, apart) - mean[:, :, None, None]) * rstd[:, :, None, None]
+    scale, shift = (grad * x_hat).sum(dim=3).flatten(1), grad.sum(dim=3).flatten(1)
+    if not needs_x:
+        return mean.new_empty(0, *x.shape[1:]), scale, shift
+    weighted = grad * weight.unflatten(0, apart)[..., None]
+    along = (weighted * x_hat).mean(dim=(2, 3), keepdim=True)
+    grad_x = (weighted - weighted.mean(dim=(2, 3), keepdim=True) - along * x_hat) * rstd[:, :, None, None]
+    return grad_x.flatten(1, 2), scale, shift
+
+
 def conv(
     x: Tensor, grad_output: Tensor, offsets: Tensor, geometry: tuple, statistic: Statistic
 ) -> tuple[Tensor, Tensor]:

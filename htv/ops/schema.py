@@ -20,6 +20,13 @@
         mean, rstd    (S, T) contiguous, in `compute_dtype(x)`: those of every row
         scale, shift  (S, D) in `compute_dtype(x)`; sums over T of grad * (x - mean) * rstd, and of grad
 
+    group_norm_backward(grad, x, weight, mean, rstd, needs_x) -> (grad_x, scale, shift)
+        grad, x       (S, C, P) contiguous, the same dtype: output gradient and input of a group normalisation
+        weight        (C,) contiguous, in `compute_dtype(x)`, as mean and rstd
+        mean, rstd    (S, G) contiguous: of every group of C / G channels
+        grad_x        (S, C, P) in `compute_dtype(x)`; (0, C, P) unless needs_x
+        scale, shift  (S, C) in `compute_dtype(x)`; sums over P of grad * (x - mean) * rstd, and of grad
+
     conv(x, grad_output, offsets, kernel, stride, padding, dilation, groups, statistic, count, votes, k)
             -> (value, mask_sum)
         x            (S, C, *space) of a convolution's samples, ordered by group; dense, channels first or last
@@ -92,6 +99,8 @@ _SIGNATURES = {
     "stacked": f"(Tensor grads, {_NUMBERS}) -> (Tensor, Tensor)",
     "linear": f"(Tensor x, Tensor grad_output, Tensor offsets, {_NUMBERS}) -> (Tensor, Tensor)",
     "norm_sums": "(Tensor grad, Tensor x, Tensor mean, Tensor rstd) -> (Tensor, Tensor)",
+    "group_norm_backward": "(Tensor grad, Tensor x, Tensor weight, Tensor mean, Tensor rstd, bool needs_x)"
+    " -> (Tensor, Tensor, Tensor)",
     "conv": "(Tensor x, Tensor grad_output, Tensor offsets, int[] kernel, int[] stride, int[] padding, int[] dilation,"
     f" int groups, {_NUMBERS}) -> (Tensor, Tensor)",
     "embedding": "(Tensor grad_output, Tensor ids, Tensor voter, int num_embeddings, int groups,"
@@ -128,6 +137,12 @@ def _linear_fake(x, grad_output, offsets, statistic, count, votes, k):
 def _norm_sums_fake(grad, x, mean, rstd):
     shape = (x.shape[0], x.shape[2])
     return mean.new_empty(shape), mean.new_empty(shape)
+
+
+@torch.library.register_fake("htv::group_norm_backward")
+def _group_norm_backward_fake(grad, x, weight, mean, rstd, needs_x):
+    shape = x.shape[:2]
+    return mean.new_empty(shape[0] if needs_x else 0, *x.shape[1:]), mean.new_empty(shape), mean.new_empty(shape)
 
 
 @torch.library.register_fake("htv::conv")
@@ -179,6 +194,7 @@ def _embedding_reference(grad_output, ids, voter, num_embeddings, groups, statis
 library.impl("stacked", _stacked_reference, "CompositeExplicitAutograd")
 library.impl("linear", _linear_reference, "CompositeExplicitAutograd")
 library.impl("norm_sums", reference.norm_sums, "CompositeExplicitAutograd")
+library.impl("group_norm_backward", reference.group_norm_backward, "CompositeExplicitAutograd")
 library.impl("conv", _conv_reference, "CompositeExplicitAutograd")
 library.impl("embedding", _embedding_reference, "CompositeExplicitAutograd")
 library.impl("shifted_cross_entropy", reference.shifted_cross_entropy, "CompositeExplicitAutograd")
