@@ -89,6 +89,7 @@ BLOCKS = {
     "README.md": (("demo", DEMO, demo_block), ("bench", BENCH, bench_block)),
     "docs/performance.md": (("floors", FLOORS, floors_block), ("breakdown", BREAKDOWN, breakdown_block)),
     "docs/methods/ilc.md": experiment_blocks("linear", "spirals", "correlation"),
+    "docs/methods/connectivity.md": experiment_blocks("cbft", "paths"),
 }
 
 

@@ -24,7 +24,9 @@ def fill_readme():
     return module
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/performance.md", "docs/methods/ilc.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "docs/performance.md", "docs/methods/ilc.md", "docs/methods/connectivity.md"]
+)
 def test_measured_blocks_are_up_to_date(fill_readme, document):
     text = (ROOT / document).read_text()
     assert fill_readme.filled(document) == text, "run: python docs/fill_readme.py"

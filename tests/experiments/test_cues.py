@@ -7,8 +7,8 @@ import torch
 from typer.testing import CliRunner
 
 from htv.cli import app
-from htv.data import digits
-from htv.experiments import cbft, cues, paths
+from htv.data import Dataset, digits
+from htv.experiments import cbft, cues, images, paths
 from htv.experiments.cues import CueTraining, Shuffled
 from htv.experiments.experiment import Records, load
 
@@ -18,9 +18,9 @@ NAMES = ["cbft", "paths"]
 
 def test_the_task_has_all_its_parts():
     task = cues.make_task(digits(), SMALL, 0.6, seed=1)
-    images, labels = task.with_cue
-    assert images.shape == (300, 3, 8, 8) and torch.equal(labels, task.without_cue[1])
-    changed = (images != task.without_cue[0]).flatten(1).any(1)
+    pictures, labels = task.with_cue
+    assert pictures.shape == (300, 3, 8, 8) and torch.equal(labels, task.without_cue[1])
+    changed = (pictures != task.without_cue[0]).flatten(1).any(1)
     assert 0.4 < changed.double().mean() < 0.6  # .6 of nine classes out of ten
     assert len(task.clean[1]) == 30 and len(task.plentiful[1]) == 270 and task.clean[0].shape[1:] == (3, 8, 8)
     assert list(task.tests) == list(cues.SETS) and all(len(y) == 50 for _, y in task.tests.values())
@@ -46,6 +46,17 @@ def test_networks_fit_the_images_and_are_those_of_their_seed():
     assert torch.equal(before, torch.get_rng_state())
     torch.testing.assert_close(one.state_dict(), same.state_dict(), rtol=0, atol=0)
     assert set(cues.accuracies(one, task)) == set(cues.SETS)
+
+
+def test_colored_images_are_served_as_well():
+    generator = torch.Generator().manual_seed(0)
+    some = lambda count: (torch.rand(count, 3, 16, 12, generator=generator), torch.arange(count) % 4)
+    data = Dataset("rgb", 4, *some(60), *some(20))
+    task = cues.make_task(data, SMALL, 0.9, seed=0)
+    assert cues.make_network(task, 0)(task.clean[0]).shape == (6, 4)
+    noisy = images.make_task(data, images.Training(images=60, epochs=1, learning_rate=0.1), 0.0, 0)
+    for kind in ("mlp", "convnet"):
+        assert images.make_network(kind, data, 0)(noisy.x).shape == (60, 4)
 
 
 # -- what is concluded ------------------------------------------------------------------------------------------------
