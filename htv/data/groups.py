@@ -1,0 +1,157 @@
+"""Problems in which a shortcut goes with the class for most examples, the majority, and against it for a few."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from htv.data.cues import cue_mask
+from htv.data.dataset import DataError, Dataset
+
+__all__ = ["Grouped", "GroupedPart", "backgrounds", "flipped_shortcut"]
+
+
+@dataclass(frozen=True, eq=False)
+class GroupedPart:
+    """Examples of two classes.
+
+    x:         (N, *features) float32.
+    y:         (N,) int64, the class.
+    shortcut:  (N,) int64, the class the shortcut suggests.
+    """
+
+    x: Tensor
+    y: Tensor
+    shortcut: Tensor
+
+    @property
+    def groups(self) -> Tensor:
+        """(N,) int64, ``2 y + shortcut``: four groups."""
+        return 2 * self.y + self.shortcut
+
+    @property
+    def minority(self) -> Tensor:
+        """(N,) bool, where the shortcut misleads."""
+        return self.y != self.shortcut
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+
+@dataclass(frozen=True, eq=False)
+class Grouped:
+    """train: mostly majority. validation and test: as the maker says; validation may have no examples."""
+
+    train: GroupedPart
+    validation: GroupedPart
+    test: GroupedPart
+
+
+def flipped_shortcut(
+    noise: float = 0.5,
+    train: int = 1000,
+    test: int = 1000,
+    minority: int = 99,
+    test_minority: int = 500,
+    dims: int = 1800,
+    seed: int = 0,
+) -> Grouped:
+    """A shortcut five times as large as what it goes with, and room to learn the exceptions by heart.
+
+    With s = 2 y - 1 and y a fair coin, feature 0 is ``(.12 n - 1) s``; feature 1, the shortcut, is five times an
+    independent copy of it, with its sign flipped on the minority; the others are Gaussian noise of deviation `noise`.
+    Without noise a linear classifier comes to rely on feature 0; with noise it learns the minority by heart instead.
+
+    Bayat et al. 2024, "The pitfalls of memorization", arXiv 2412.07684, figure 1. Validation is empty.
+    """
+    if dims < 2:
+        raise ValueError(f"dims must be at least 2, for the feature and the shortcut; got {dims}")
+    if not 0 <= minority <= train or not 0 <= test_minority <= test:
+        raise ValueError(
+            f"minority and test_minority must be from 0 to train and test, got {minority} of {train} and "
+            f"{test_minority} of {test}"
+        )
+    generator = torch.Generator().manual_seed(seed)
+
+    def part(count: int, flipped: int) -> GroupedPart:
+        y = torch.randint(0, 2, (count,), generator=generator)
+        shortcut = y.clone()
+        shortcut[torch.randperm(count, generator=generator)[:flipped]] ^= 1
+        pair = 0.12 * torch.randn(count, 2, generator=generator) - 1
+        pair *= torch.stack([2 * y - 1, 5 * (2 * shortcut - 1)], dim=1)
+        return GroupedPart(torch.cat([pair, noise * torch.randn(count, dims - 2, generator=generator)], 1), y, shortcut)
+
+    return Grouped(part(train, minority), part(0, 0), part(test, test_minority))
+
+
+def backgrounds(
+    data: Dataset, minority: float = 0.05, validation: float = 0.2, strength: float = 0.5, seed: int = 0
+) -> Grouped:
+    """What an image shows is the class, the stripes behind it the shortcut: birds on land and water, from any images.
+
+    Class 0 is the first half of the data set's classes, class 1 the second. An image stands at a random place of a
+    canvas half as large again, in front of stripes of random phase and width: across (0) or down (1), as the shortcut
+    has it. A pixel is ``image + (1 - image) * background``.
+
+    data:        grey images.
+    minority:    the share of each class's training images in front of the other class's stripes.
+    validation:  the share of training images that is kept for validation.
+    strength:    of the stripes, in (0, 1].
+
+    In validation and test every image is there twice, once before each kind of stripes, so that the groups of a class
+    are equally large. After Waterbirds of Sagawa et al. 2019, arXiv 1911.08731. x is (N, 1, height, width).
+    """
+    if data.train_images.dim() != 3:
+        raise DataError(f"{data.name} has images of shape {tuple(data.train_images.shape[1:])}; grey ones are needed")
+    if not 0 < minority <= 0.5 or not 0 < validation < 1 or not 0 < strength <= 1:
+        raise ValueError(
+            f"minority must lie in (0, 0.5], validation in (0, 1), strength in (0, 1]; got {minority!r}, "
+            f"{validation!r}, {strength!r}"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    half = math.ceil(data.num_classes / 2)
+
+    def shown(images: Tensor, y: Tensor, shortcut: Tensor) -> GroupedPart:
+        stripes = strength * _stripes(shortcut, *(3 * side // 2 for side in images.shape[1:]), generator)
+        return GroupedPart(_placed(images, stripes, generator)[:, None], y, shortcut)
+
+    def balanced(images: Tensor, labels: Tensor) -> GroupedPart:
+        y = (labels >= half).long().repeat(2)
+        return shown(images.repeat(2, 1, 1), y, torch.arange(2).repeat_interleave(len(images)))
+
+    order = torch.randperm(len(data.train_labels), generator=generator)
+    kept, held = order.split([len(order) - round(validation * len(order)), round(validation * len(order))])
+    y = (data.train_labels[kept] >= half).long()
+    shortcut = torch.where(cue_mask(y, 1 - minority, seed), y, 1 - y)
+    return Grouped(
+        shown(data.train_images[kept], y, shortcut),
+        balanced(data.train_images[held], data.train_labels[held]),
+        balanced(data.test_images, data.test_labels),
+    )
+
+
+def _stripes(down: Tensor, height: int, width: int, generator: torch.Generator) -> Tensor:
+    """(N, height, width) in [0, 1]: waves of 3 to 6 pixels, along the rows where down is 0, along the columns else."""
+    length, phase = 3 + 3 * torch.rand(len(down), 1, generator=generator), torch.rand(len(down), 1, generator=generator)
+
+    def wave(size: int) -> Tensor:
+        return 0.5 + 0.5 * (2 * math.pi * (torch.arange(size) / length + phase)).sin()
+
+    across, along = wave(height)[:, :, None], wave(width)[:, None, :]
+    return torch.where((down == 0)[:, None, None], across, along).expand(-1, height, width)
+
+
+def _placed(images: Tensor, canvas: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image in front of its canvas, at a random place."""
+    top, left = (
+        torch.randint(0, large - small + 1, (len(images), 1), generator=generator)
+        for large, small in zip(canvas.shape[1:], images.shape[1:], strict=True)
+    )
+    rows, columns = top + torch.arange(images.shape[1]), left + torch.arange(images.shape[2])
+    place = torch.arange(len(images))[:, None, None], rows[:, :, None], columns[:, None, :]
+    canvas = canvas.clone()
+    canvas[place] = images + (1 - images) * canvas[place]
+    return canvas
