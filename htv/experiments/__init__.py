@@ -21,4 +21,6 @@ NAMES = {
     "difficulty": "do easy examples generalise among themselves, and hard ones?",
     "cbft": "fine-tuning a model out of a shortcut: connectivity-based, ablations, and what keeps the shortcut",
     "paths": "linear and quadratic paths between models with and without a cue, before and after matching",
+    "mat-toy": "a shortcut that fails a minority: learnt by heart, or not, with memorization-aware training",
+    "good-bad-ugly": "a curve through noisy points, learnt by heart in three ways",
 }

@@ -78,6 +78,15 @@ from htv.methods.penalties import (
 )
 from htv.methods.rolling import RA3, RM3
 from htv.methods.temporal import TemporalAndMaskAdam
+from htv.methods.worst_group import (
+    GroupAccuracy,
+    balanced_subset,
+    group_accuracy,
+    group_weights,
+    select_model,
+    upweighted,
+    weighted_sampler,
+)
 
 __all__ = [
     "CBFT",
@@ -93,6 +102,7 @@ __all__ = [
     "DomainAdversary",
     "Draw",
     "ExampleTable",
+    "GroupAccuracy",
     "GroupDRO",
     "Inconsistency",
     "Influence",
@@ -117,6 +127,7 @@ __all__ = [
     "activation_correlations",
     "adjusted_overfit",
     "arithmetic_mean_hessian",
+    "balanced_subset",
     "barrier",
     "barrier_loss",
     "best_draw",
@@ -135,6 +146,8 @@ __all__ = [
     "fishr_penalty",
     "generalisation_bound",
     "geometric_mean_hessian",
+    "group_accuracy",
+    "group_weights",
     "head_inputs",
     "head_of",
     "iga_penalty",
@@ -164,9 +177,12 @@ __all__ = [
     "sample_clipped_normal",
     "sample_truncated_normal",
     "sample_uniform",
+    "select_model",
     "shifted_cross_entropy",
     "survival_probability",
     "trace_permutations",
     "train_curve",
+    "upweighted",
+    "weighted_sampler",
     "winsorized",
 ]

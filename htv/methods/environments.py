@@ -75,26 +75,31 @@ def environment_batches(loaders: Sequence[Iterable]) -> Iterator[tuple[tuple[Ten
         yield join_environments(batches)
 
 
-def require_environments(ids: Tensor, num_environments: int) -> None:
+def require_environments(ids: Tensor, num_environments: int, absent: str = "error") -> None:
     """Raise ValueError unless every environment 0, ..., E - 1 is in the batch, and nothing else.
 
-    ids:  (N,) integers, the environment of every example.
+    ids:     (N,) integers, the environment of every example.
+    absent:  "zero" lets environments be absent from the batch.
     """
+    if absent not in ("error", "zero"):
+        raise ValueError(f"absent must be 'error' or 'zero', got {absent!r}")
     if ids.dim() != 1 or ids.dtype.is_floating_point or ids.dtype == torch.bool:
         raise ValueError(f"ids must be (N,) integers, got shape {tuple(ids.shape)} and dtype {ids.dtype}")
     if num_environments < 1:
         raise ValueError(f"num_environments must be at least 1, got {num_environments}")
-    if len(ids) < num_environments:
+    if absent == "error" and len(ids) < num_environments:
         raise ValueError(
             f"{len(ids)} examples cannot hold {num_environments} environments: take a larger batch, with at least one "
             "example of each"
         )
+    if len(ids) == 0:
+        raise ValueError("ids is empty: a batch needs at least one example")
     if int(ids.min()) < 0 or int(ids.max()) >= num_environments:
         raise ValueError(
             f"ids must lie in [0, {num_environments}), got values from {int(ids.min())} to {int(ids.max())}"
         )
     missing = (ids.bincount(minlength=num_environments) == 0).nonzero().flatten().tolist()
-    if missing:
+    if missing and absent == "error":
         raise ValueError(
             f"environments {missing} are missing from the batch: the others would agree without them. Draw from every "
             "environment, as environment_batches does"

@@ -27,13 +27,16 @@ __all__ = [
 ]
 
 
-def environment_means(values: Tensor, ids: Tensor, num_environments: int) -> Tensor:
-    """The mean of each environment's examples. values: (N, *rest) -> (E, *rest), differentiable."""
-    require_environments(ids, num_environments)
+def environment_means(values: Tensor, ids: Tensor, num_environments: int, absent: str = "error") -> Tensor:
+    """The mean of each environment's examples. values: (N, *rest) -> (E, *rest), differentiable.
+
+    absent:  what becomes of environments without examples in the batch: "error", or "zero", their mean.
+    """
+    require_environments(ids, num_environments, absent)
     if len(values) != len(ids):
         raise ValueError(f"values hold {len(values)} examples, ids {len(ids)}: they must pair up")
     members = F.one_hot(ids, num_environments).to(values)
-    return torch.tensordot(members / members.sum(dim=0), values, dims=([0], [0]))
+    return torch.tensordot(members / members.sum(dim=0).clamp(min=1), values, dims=([0], [0]))
 
 
 def l1_penalty(parameters: Iterable[Tensor]) -> Tensor:
@@ -47,19 +50,25 @@ def l2_penalty(parameters: Iterable[Tensor]) -> Tensor:
 
 
 def irm_penalty(
-    outputs: Tensor, targets: Tensor, ids: Tensor, num_environments: int, loss: Callable[[Tensor, Tensor], Tensor]
+    outputs: Tensor,
+    targets: Tensor,
+    ids: Tensor,
+    num_environments: int,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    absent: str = "error",
 ) -> Tensor:
     """The squared slope of every environment's loss along the scale of the outputs, averaged: IRMv1.
 
     outputs:  (N, *), with a graph.     targets: (N, *).
     loss:     (outputs, targets) -> (N,), one value per example, as with ``reduction="none"``.
+    absent:   as for `environment_means`; environments that are absent count as having no slope.
 
     Arjovsky et al. 2019, "Invariant risk minimization", arXiv 1907.02893.
     """
     scales = outputs.new_ones(num_environments, requires_grad=True)
-    require_environments(ids, num_environments)
+    require_environments(ids, num_environments, absent)
     scaled = outputs * scales[ids].reshape(-1, *(1,) * (outputs.dim() - 1))
-    risks = environment_means(_each(loss(scaled, targets), ids), ids, num_environments)
+    risks = environment_means(_each(loss(scaled, targets), ids), ids, num_environments, absent)
     (slopes,) = torch.autograd.grad(risks.sum(), scales, create_graph=True)  # a risk has one scale only
     return slopes.square().mean()
 
