@@ -1,4 +1,4 @@
-"""Noisy labels learnt by heart: whether that keeps the curve or bends it depends on what else tells points apart."""
+"""Noisy labels learnt by heart: what else tells points apart decides whether the curve is kept, lost or bent."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def summarise(records: Records) -> Summary:
             learnt <= records.settings.loss,
         ),
         Finding(
-            "Bad memorisation bends the curve, ten times as much as good: .0186 and .0019",
+            "Bad memorisation loses the curve, good keeps it: .0186 and .0019",
             here("bad", "good"),
             errors["bad"] > 2 * errors["good"],
         ),
@@ -116,7 +116,7 @@ EXPERIMENT = Experiment(
     title="Good, bad and ugly memorisation",
     paper="Bayat et al. 2024, arXiv 2412.07684",
     full=Settings(),
-    quick=Settings(loss=1e-5),
+    quick=Settings(loss=1e-3),
     variants=lambda settings: list(PAPER),
     run_one=run_one,
     summarise=summarise,

@@ -172,7 +172,7 @@ EXPERIMENT = Experiment(
     title="A shortcut that fails a minority",
     paper="Bayat et al. 2024, arXiv 2412.07684",
     full=Settings(),
-    quick=Settings(temperatures=(0.01,)),
+    quick=Settings(temperatures=(0.01,), looks=20),
     variants=variants,
     run_one=run_one,
     summarise=summarise,

@@ -77,6 +77,7 @@ from htv.methods.penalties import (
     reverse_gradient,
 )
 from htv.methods.rolling import RA3, RM3
+from htv.methods.scores import SubsetScores, squared_gradient_norms, train_on_subsets
 from htv.methods.temporal import TemporalAndMaskAdam
 from htv.methods.worst_group import (
     GroupAccuracy,
@@ -120,6 +121,7 @@ __all__ = [
     "PolygonalChain",
     "QuadraticBezier",
     "StepShares",
+    "SubsetScores",
     "TemporalAndMaskAdam",
     "Twins",
     "UnitAxis",
@@ -179,9 +181,11 @@ __all__ = [
     "sample_uniform",
     "select_model",
     "shifted_cross_entropy",
+    "squared_gradient_norms",
     "survival_probability",
     "trace_permutations",
     "train_curve",
+    "train_on_subsets",
     "upweighted",
     "weighted_sampler",
     "winsorized",

@@ -175,7 +175,7 @@ def measure_coherence(
         sums = _Sums(named)
         with torch.enable_grad(), handle.examined(sums.see):
             for batch in batches:
-                sums.add(_checked(losses(batch)), named)
+                sums.add(per_example(losses(batch)), named)
     if not sums.examples:
         raise ValueError("batches is empty: there is no example to measure")
     return ModelCoherence(
@@ -186,7 +186,8 @@ def measure_coherence(
     )
 
 
-def _checked(losses: Tensor) -> Tensor:
+def per_example(losses: Tensor) -> Tensor:
+    """The losses; ValueError unless they are (N,)."""
     if not isinstance(losses, Tensor) or losses.dim() != 1:
         got = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
         raise ValueError(

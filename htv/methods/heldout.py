@@ -25,10 +25,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, stack_module_state, vmap
 from torch.utils import _pytree as pytree
 
 from htv.methods.batches import Batches, ExampleTable, last_of_each, require_ids
+from htv.methods.ensemble import Ensemble
 
 __all__ = ["Draw", "KFold", "Twins", "best_draw", "class_balanced_loss", "cross_mistakes"]
 
@@ -101,62 +101,6 @@ def best_draw(draws: Iterable[Draw], combine: str = "or") -> Draw:
     return max(sound, key=lambda draw: draw.flip_rate)
 
 
-class _Nets:
-    """Networks of one architecture, run side by side.
-
-    stacked: whether their parameters are stacked, (M, *shape) each, and one forward serves all (`torch.func.vmap`).
-    """
-
-    def __init__(self, nets: list[nn.Module], stacked: bool):
-        self.nets, self.stacked = nets, stacked
-        if stacked:
-            _refuse_to_stack(nets[0])
-            self._leaves, _ = stack_module_state(nets)
-            self._base = copy.deepcopy(nets[0]).to("meta")
-
-    def parameters(self) -> list[Tensor]:
-        if self.stacked:
-            return list(self._leaves.values())
-        return [parameter for net in self.nets for parameter in net.parameters()]
-
-    def __call__(self, x, training: bool) -> Tensor:
-        """(M, B, K)."""
-        if not self.stacked:
-            return torch.stack([net.train(training)(x) for net in self.nets])
-        self._base.train(training)
-        return vmap(lambda leaves: functional_call(self._base, leaves, x))(self._leaves)
-
-    def each(self) -> list[nn.Module]:
-        """The networks by themselves, as they are now."""
-        if self.stacked:
-            with torch.no_grad():
-                for index, net in enumerate(self.nets):
-                    for name, parameter in net.named_parameters():
-                        parameter.copy_(self._leaves[name][index])
-        return self.nets
-
-    def state(self) -> list[dict]:
-        return [copy.deepcopy(net.state_dict()) for net in self.each()]
-
-    def load(self, state: list[dict]) -> None:
-        for net, part in zip(self.nets, state, strict=True):
-            net.load_state_dict(part)
-        with torch.no_grad():
-            for name, leaf in self._leaves.items() if self.stacked else ():
-                leaf.copy_(torch.stack([dict(net.named_parameters())[name] for net in self.nets]))
-
-
-def _refuse_to_stack(net: nn.Module) -> None:
-    for name, _ in net.named_buffers():
-        raise ValueError(f"stacked=True cannot serve the buffer {name!r}, which a forward may change: stacked=False")
-    for name, module in net.named_modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
-            raise ValueError(f"stacked=True cannot serve the dropout {name!r}, which draws at random: stacked=False")
-    names = [name for name, _ in net.named_parameters(remove_duplicate=False)]
-    if len(names) > len(list(net.parameters())):
-        raise ValueError("stacked=True cannot serve parameters that are shared between modules: stacked=False")
-
-
 class _HeldOut:
     """Networks that share their batches, each trained on some of the examples only; see `Twins` and `KFold`."""
 
@@ -168,7 +112,7 @@ class _HeldOut:
             nets = [factory().to(self.device) for _ in range(count)]
         if nets[0] is nets[1]:
             raise ValueError("factory must make a new network at every call; it returned the same one twice")
-        self._nets = _Nets(nets, stacked)
+        self._nets = Ensemble(nets, stacked)
         self._optimizer = optimizer(self._nets.parameters())
 
     @property
