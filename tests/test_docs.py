@@ -24,9 +24,14 @@ def fill_readme():
     return module
 
 
-@pytest.mark.parametrize(
-    "document", ["README.md", "docs/performance.md", "docs/methods/ilc.md", "docs/methods/connectivity.md"]
-)
+DOCUMENTS = [
+    "README.md",
+    "docs/performance.md",
+    *(f"docs/methods/{name}.md" for name in ("ilc", "connectivity", "memorization")),
+]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_measured_blocks_are_up_to_date(fill_readme, document):
     text = (ROOT / document).read_text()
     assert fill_readme.filled(document) == text, "run: python docs/fill_readme.py"
