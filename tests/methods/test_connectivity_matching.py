@@ -440,6 +440,67 @@ def test_layers_no_forward_reaches_and_untraceable_models():
         trace_permutations(Dynamic(), torch.randn(2, 4))
 
 
+class SharedTwice(nn.Module):
+    """A layer is called on units, and again on what is not permuted, or cannot be followed."""
+
+    def __init__(self, again):
+        super().__init__()
+        self.first, self.shared, self.last = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+        self.other = nn.Linear(6, 2)
+        self.again = again
+
+    def forward(self, x):
+        h = self.shared(torch.tanh(self.first(x)))
+        return self.last(torch.tanh(h)) + self.other(self.shared(self.again(x, h)))
+
+
+@pytest.mark.parametrize("again", [
+    lambda x, h: F.pad(x, (0, 2)),  # not permuted
+    lambda x, h: h.cumsum(1),  # not followed
+    lambda x, h: (h.T @ h)[:1],
+])  # fmt: skip
+def test_layers_used_twice_are_permuted_only_if_both_uses_allow_it(again):
+    model, x = trained(SharedTwice(again)), torch.randn(8, 4)
+    spec = trace_permutations(model, x, on_unsupported="pinned")
+    assert ("shared.weight", 1) not in {(axis.tensor, axis.dim) for units in spec.units for axis in units.axes}
+    spec.check(model, x)
+
+
+def test_parameters_used_by_name_are_permuted_only_if_that_allows_it():
+    model, ids = trained(Tokens()), torch.randint(9, (7, 4))
+
+    class ByName(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = model
+
+        def forward(self, ids):
+            return self.net(ids) + F.linear(F.pad(ids.float(), (0, 2)), self.net.table.weight)
+
+    assert {units.name for units in trace_permutations(model, ids).units} == {"table", "up"}
+    spec = trace_permutations(ByName(), ids)
+    assert [units.name for units in spec.units] == ["net.up"] and "net.table" in spec.pinned
+    spec.check(ByName(), ids)
+
+
+def test_second_inputs_of_a_module_are_seen():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.both = nn.Linear(4, 6), nn.Bilinear(4, 6, 2)
+
+        def forward(self, x):
+            return self.both(x, self.first(x))
+
+    with pytest.raises(UnsupportedError, match="units of layer 'first' .*layer 'both', a Bilinear"):
+        trace_permutations(Two(), torch.randn(3, 4))
+
+
+def test_examples_without_a_batch_are_refused():
+    with pytest.raises(ValueError, match="example must hold a batch in dim 0, but layer '0', a Conv2d"):
+        trace_permutations(nn.Sequential(nn.Conv2d(2, 3, 1), nn.ReLU(), nn.Conv2d(3, 3, 1)), torch.randn(2, 4, 4))
+
+
 def test_computed_weights_are_left_alone():
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
     torch.nn.utils.parametrizations.weight_norm(model[2])

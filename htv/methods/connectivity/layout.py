@@ -37,13 +37,13 @@ class Layout:
     """The tensors of an architecture.
 
     names:       every name in the state dict -> the first name of that tensor: tied ones lie on the path once.
-    expected:    by every name, shape and dtype.
+    expected:    by every name, shape, dtype and device.
     parameters:  by first name, whether the parameter is trained.
     groups:      what lies on the path; parameters first, buffers that differ added by `with_buffers`.
     """
 
     names: dict[str, str]
-    expected: dict[str, tuple[torch.Size, torch.dtype]]
+    expected: dict[str, tuple[torch.Size, torch.dtype, torch.device]]
     parameters: dict[str, bool]
     groups: tuple[Group, ...] = field(default=())
 
@@ -65,16 +65,20 @@ class Layout:
         first: dict[int, str] = {}
         names = {name: first.setdefault(id(tensors[name]), name) for name in state}
         parameters = {name: p.requires_grad for name, p in model.named_parameters()}
-        return Layout(names, {name: (t.shape, t.dtype) for name, t in state.items()}, parameters)
+        return Layout(names, {name: (t.shape, t.dtype, t.device) for name, t in state.items()}, parameters)
 
     def read(self, role: str, weights: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of a model or state dict by first name, once they are of this architecture."""
+        """The tensors of a model or state dict of this architecture by first name, on the devices of this one."""
         state = _tensors(weights)
         self._check(role, state)
         for name, canonical in self.names.items():
             if name != canonical and not _equal(state[name], state[canonical]):
                 raise ValueError(f"{role} has different values under {canonical!r} and {name!r}, which the model ties")
-        return {name: state[name].detach() for name, canonical in self.names.items() if name == canonical}
+        return {
+            name: state[name].detach().to(self.expected[name][2])
+            for name, canonical in self.names.items()
+            if name == canonical
+        }
 
     def check(self, role: str, model: nn.Module) -> None:
         """Raise ValueError, naming the first key that differs, unless the model is of this architecture."""
@@ -85,7 +89,7 @@ class Layout:
                 raise ValueError(f"{role} does not tie {name!r} to the same tensor as the model the path was made with")
 
     def _check(self, role: str, state: Mapping[str, Tensor]) -> None:
-        for name, (shape, dtype) in self.expected.items():
+        for name, (shape, dtype, _) in self.expected.items():
             if name not in state:
                 raise ValueError(f"{role} is of another architecture: it has no {name!r}")
             if state[name].shape != shape:

@@ -41,7 +41,8 @@ class WeightPath(nn.Module, ABC):
     middle:      the control points in between: models or state dicts, or their number. A number puts them evenly on
                  the chord, where every kind of path is at first the linear one.
     model:       a model of the architecture, needed if all the points are state dicts: it tells parameters from
-                 buffers, which are frozen and which are tied.
+                 buffers, which are frozen and which are tied, and where the path lies: on its devices. Default: the
+                 first model among the points.
     trained:     indices of the control points with gradients. Default: those in between.
 
     Raises TypeError or ValueError, naming the first key at which the architectures differ.

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.conv import _ConvNd
 
 from htv.errors import UnsupportedError
 from htv.methods.connectivity.permutations import (
@@ -38,7 +39,7 @@ ELEMENTWISE = frozenset(
     hardshrink softshrink tanhshrink logsigmoid threshold rrelu softmax log_softmax softmin dropout dropout1d dropout2d
     dropout3d alpha_dropout feature_alpha_dropout stochastic_depth add iadd sub isub mul imul truediv itruediv div neg
     pow square sqrt rsqrt exp log log1p expm1 abs erf sin cos clamp clamp_min clamp_max maximum minimum where lerp
-    contiguous clone detach to float double half bfloat16 type type_as""".split()
+    masked_fill contiguous clone detach to float double half bfloat16 type type_as""".split()
 )
 # One channel at a time, over the dims behind it.
 SPATIAL_MODULES = (
@@ -201,6 +202,13 @@ class _Follower(fx.Interpreter):
             self.owner[key] = units
         self._set(units).axes.setdefault(key, outer)
 
+    def _freeze(self, tensor: Any, but: int | None = None) -> None:
+        """No units lie along any dim of a parameter or buffer, but along one."""
+        if id(tensor) in self.canonical:
+            for dim in range(tensor.dim()):
+                if dim != but:
+                    self._hold(tensor, dim, self.frozen)
+
     # One operation at a time
 
     def run_node(self, node: fx.Node) -> Any:
@@ -211,8 +219,16 @@ class _Follower(fx.Interpreter):
             for place in self._tracked(node):
                 found = self._set(place.units)
                 found.refused = found.refused or str(refusal)
+            for parameter in self._parameters(node):
+                self._freeze(parameter)
             self.places[node] = None
         return result
+
+    def _parameters(self, node: fx.Node) -> list[Tensor]:
+        """Those of the module that is called, and those given to the operation by name."""
+        given = [self.env[source] for source in node.all_input_nodes if source.op == "get_attr"]
+        module = self.module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        return given + list(module.parameters() if module is not None else ())
 
     def _tracked(self, node: fx.Node) -> list[_Place]:
         found = []
@@ -230,6 +246,8 @@ class _Follower(fx.Interpreter):
         if node.op == "output":
             for place in self._tracked(node):
                 self._pin(place.units, "they are outputs of the network")
+            for parameter in self._parameters(node):
+                self._freeze(parameter)
             return None
         if node.op == "call_module":
             return self._through_module(node, result)
@@ -239,6 +257,8 @@ class _Follower(fx.Interpreter):
     def _through_function(self, node: fx.Node, name: str, result: Any) -> Any:
         if name in ELEMENTWISE and isinstance(result, Tensor):
             return self._elementwise(node, result)
+        for parameter in self._parameters(node):
+            self._freeze(parameter)
         tracked = self._tracked(node)
         if not tracked or (name in SHAPES and not isinstance(result, Tensor)):
             return None
@@ -265,13 +285,19 @@ class _Follower(fx.Interpreter):
         groups = f" of {module.groups} groups" if getattr(module, "groups", 1) > 1 else ""
         where = f"layer {name!r}, a {type(module).__name__}{groups}"
         source = node.args[0] if node.args else next(iter(node.kwargs.values()))
-        place, x = self.places.get(source), self.env[source]
+        place, x = self.places.get(source), self.env.get(source, source)
+        if isinstance(place, tuple) or len(self._tracked(node)) > (place is not None):
+            raise _Refusal(where)
+        if isinstance(module, _ConvNd) and result.dim() != len(module.kernel_size) + 2:
+            raise ValueError(f"example must hold a batch in dim 0, but {where}, got one of shape {tuple(x.shape)}")
         if produced_axes(module):
             self._consume(module, place, x, where)
             return self._produce(module, name, result)
         if carried_axes(module) or is_norm(module):
             return self._carry(module, name, place, x, where)
         if place is None:
+            for parameter in self._parameters(node):
+                self._freeze(parameter)
             return None
         if isinstance(module, ELEMENTWISE_MODULES):
             return place
@@ -352,7 +378,10 @@ class _Follower(fx.Interpreter):
         return along.view([-1 if d == place.dim else 1 for d in range(x.dim())]).expand(x.shape).clone()
 
     def _moved(self, where: str, place: _Place, x: Tensor, call: Any) -> Any:
-        moved = call(self._numbers(place, x))
+        try:
+            moved = call(self._numbers(place, x))
+        except Exception as error:  # a view as another dtype, say
+            raise _Refusal(f"{where} ({error})") from error
         if isinstance(moved, tuple | list):
             return tuple(self._found(where, place, part) for part in moved)
         return self._found(where, place, moved)
@@ -383,6 +412,10 @@ class _Follower(fx.Interpreter):
                 raise _Refusal(f"operation {node.name!r}")
             if place is not None and self.env[source].shape[place.dim] > 1:
                 aligned[source] = replace(place, dim=place.dim + result.dim() - self.env[source].dim())
+        for source in tensors:
+            if source.op == "get_attr":
+                tied = next((p.dim - result.dim() for p in aligned.values()), None)
+                self._freeze(self.env[source], None if tied is None else tied + self.env[source].dim())
         if not aligned:
             return None
         first, *others = aligned.values()
