@@ -40,7 +40,7 @@ LEVELS = {"baseline": [], "avx2": AVX2} | {
 # compiled once per level, from csrc/cpu
 HOT = [
     "norm_kernel", "select", "stacked_kernel", "rank_one_kernel", "sign_planes", "tile_kernel", "votes_kernel",
-    "channels_last", "depthwise_kernel", "embedding_kernel",
+    "channels_last", "depthwise_kernel", "embedding_kernel", "cross_entropy_kernel",
 ]  # fmt: skip
 
 NVCC = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-fmad=false", "-DUSE_CUDA"]  # -fmad as EXACT
@@ -146,7 +146,8 @@ class BuildExtensions(build_ext):
         cpu = [*COMMON, *level_defines]
         level_object = compiled("cpu/level.cpp", cpu)
         objects = [level_object]
-        for source in ("library", "cpu/stacked", "cpu/linear", "cpu/conv", "cpu/norm", "cpu/embedding", "cpu/tile"):
+        cpu_ops = ("stacked", "linear", "conv", "norm", "embedding", "cross_entropy", "tile")
+        for source in ("library", *(f"cpu/{name}" for name in cpu_ops)):
             objects.append(compiled(f"{source}.cpp", [*cpu, *torch_flags]))
         for name in HOT:
             for level, flags in levels.items():

@@ -1,4 +1,5 @@
 // Registers the CPU kernels for the ops that htv/ops/schema.py declares. Load after it.
+#include <optional>
 #include <torch/csrc/stable/library.h>
 #include <tuple>
 #include <vector>
@@ -18,6 +19,12 @@ std::tuple<Tensor, Tensor> conv(Tensor x, Tensor grad_output, Tensor offsets, st
                                 double votes, double k);
 std::tuple<Tensor, Tensor> embedding(Tensor grad_output, Tensor ids, Tensor voter, int64_t num_embeddings,
                                      int64_t groups, int64_t statistic, int64_t count, double votes, double k);
+std::tuple<Tensor, Tensor, Tensor> shifted_cross_entropy(Tensor logits, Tensor targets, Tensor shift,
+                                                         double temperature, std::optional<Tensor> weight,
+                                                         int64_t ignore_index, double label_smoothing);
+Tensor shifted_cross_entropy_grad(Tensor grad, Tensor logits, Tensor targets, Tensor shift, double temperature,
+                                  std::optional<Tensor> weight, int64_t ignore_index, double label_smoothing,
+                                  Tensor peak, Tensor log_sum);
 }  // namespace htv::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(htv, CPU, m) {
@@ -27,4 +34,6 @@ STABLE_TORCH_LIBRARY_IMPL(htv, CPU, m) {
   m.impl("linear", TORCH_BOX(&htv::cpu::linear));
   m.impl("conv", TORCH_BOX(&htv::cpu::conv));
   m.impl("embedding", TORCH_BOX(&htv::cpu::embedding));
+  m.impl("shifted_cross_entropy", TORCH_BOX(&htv::cpu::shifted_cross_entropy));
+  m.impl("shifted_cross_entropy_grad", TORCH_BOX(&htv::cpu::shifted_cross_entropy_grad));
 }

@@ -160,18 +160,36 @@ V multiply_add_pair(const float* g, V x, V sum) {
 template <class V, class T>
 V load(const T* from, int64_t n) {
   if (n >= kLanes<V>) return load<V>(from);
+#if defined(__AVX512BW__)
+  const auto mask = (uint32_t(1) << n) - 1;
+  if constexpr (sizeof(T) == 8) return (V)_mm512_maskz_loadu_pd(__mmask8(mask), from);
+  if constexpr (sizeof(T) == 4) return (V)_mm512_maskz_loadu_ps(__mmask16(mask), from);
+  if constexpr (sizeof(T) == 2) {
+    T padded[kLanes<V>];
+    const __m256i bits = _mm256_maskz_loadu_epi16(__mmask16(mask), from);
+    memcpy(padded, &bits, sizeof bits);
+    return load<V>(padded);
+  }
+#else
   T padded[kLanes<V>] = {};
   memcpy(padded, from, n * sizeof(T));
   return load<V>(padded);
+#endif
 }
 
 template <class V>
 void store(Real<V>* to, V v, int64_t n) {
   if (n >= kLanes<V>) {
     memcpy(to, &v, sizeof v);
-  } else {
-    memcpy(to, &v, n * sizeof(Real<V>));
+    return;
   }
+#if defined(__AVX512F__)
+  const auto mask = (uint32_t(1) << n) - 1;
+  if constexpr (sizeof(Real<V>) == 8) _mm512_mask_storeu_pd(to, __mmask8(mask), (__m512d)v);
+  if constexpr (sizeof(Real<V>) == 4) _mm512_mask_storeu_ps(to, __mmask16(mask), (__m512)v);
+#else
+  memcpy(to, &v, n * sizeof(Real<V>));
+#endif
 }
 
 }  // namespace htv::HTV_LEVEL

@@ -80,6 +80,8 @@ def preferred(problem: Problem) -> tuple[str, ...]:
             return ("triton",)  # products in half precision, statistics in registers: contributions are never stored
         case "cuda", "embedding":
             return ("triton",)  # sorted once, a program per token; PyTorch's sums by pairs wait for the device
+        case "cuda", "shifted_cross_entropy" | "shifted_cross_entropy_grad":
+            return ("triton",)  # logits are read once each way, and nothing of their size is stored but the gradient
     return ()
 
 
@@ -181,7 +183,7 @@ def use_backend(name: str) -> Iterator[None]:
 _SERVES = {
     "cpp": "serves the CPU",
     "cuda": "not yet run on hardware: serves stacked statistics, and linear layers with one row per group",
-    "triton": "not yet run on hardware: serves linear layers, convolutions and embeddings; stacked ones without cuda",
+    "triton": "not yet run on hardware: serves layers, embeddings and losses; stacked statistics without cuda",
     "reference": "serves any device, and what no other backend serves",
 }
 

@@ -45,22 +45,27 @@ def shifted_cross_entropy(
     Raises TypeError and ValueError for types and shapes other than these.
     """
     _check(logits, targets, shift, temperature, reduction, label_smoothing, weight)
-    classes = logits.shape[0 if logits.dim() == 1 else 1]
-    flat = _rows(logits, classes)
-    shift = shift.detach()
-    shift = _rows(shift, classes) if shift.shape == logits.shape else _rows(shift, classes).expand(flat.shape)
-    weight = None if weight is None else weight.detach().to(reference.compute_dtype(logits.dtype)).contiguous()
+    dtype = reference.compute_dtype(logits.dtype)
+    rows, flat_targets, shift = _rows(logits), targets, shift.detach() if shift.requires_grad else shift
+    if torch.float64 in (dtype, shift.dtype):  # kernels take both in double precision, or none
+        shift = shift.to(dtype)
+    shift = _rows(shift) if shift.shape == logits.shape else shift.expand(rows.shape)
+    if targets.dim() != 1 or not targets.is_contiguous():
+        flat_targets = targets.reshape(-1).contiguous()
+    if weight is not None:
+        weight = weight.detach().to(dtype).contiguous()
     numbers = float(temperature), weight, ignore_index, float(label_smoothing)
-    loss = _ShiftedCrossEntropy.apply(flat, targets.reshape(-1).contiguous(), shift, *numbers, reduction)
+    loss = _ShiftedCrossEntropy.apply(rows, flat_targets, shift, *numbers, reduction)
     return loss.reshape(targets.shape) if reduction == "none" else loss
 
 
-def _rows(logits: Tensor, classes: int) -> Tensor:
-    """(N, K) with stride 1 along K, a view where possible."""
-    if logits.dim() > 2:
-        logits = logits.movedim(1, -1)
-    flat = logits.reshape(-1, classes)
-    return flat if flat.stride(1) == 1 or classes == 1 else flat.contiguous()
+def _rows(logits: Tensor) -> Tensor:
+    """(N, K) with stride 1 along K; the logits themselves or a view of them where possible."""
+    if logits.dim() == 1:
+        logits = logits.unsqueeze(0)
+    elif logits.dim() > 2:
+        logits = logits.movedim(1, -1).flatten(0, -2)
+    return logits if logits.stride(1) == 1 or logits.shape[1] == 1 else logits.contiguous()
 
 
 def _check(logits, targets, shift, temperature, reduction, label_smoothing, weight) -> None:
@@ -100,36 +105,37 @@ def _operator(op: str, logits: Tensor):
     return backend.operator(op, backend.choose(backend.Problem(op, "mean", logits.device, dtype)))
 
 
+def _count(targets: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
+    """What a mean divides by: how many rows count, or the weights of their classes."""
+    counted = targets != ignore_index
+    if weight is None:
+        return counted.sum()
+    return torch.where(counted, weight[targets.clamp(0, len(weight) - 1)], 0).sum()
+
+
 class _ShiftedCrossEntropy(torch.autograd.Function):
-    """Reduces as well: what a mean divides by is the same for all rows, and needs no graph."""
+    """Reduces as well: what a mean divides by needs no graph."""
 
     @staticmethod
     def forward(ctx, logits, targets, shift, temperature, weight, ignore_index, label_smoothing, reduction):
-        ctx.numbers = temperature, ignore_index, label_smoothing
         numbers = temperature, weight, ignore_index, label_smoothing
         loss, peak, log_sum = _operator("shifted_cross_entropy", logits)(logits, targets, shift, *numbers)
-        total = None
-        if reduction == "mean":
-            counted = targets != ignore_index
-            if weight is None:
-                total = counted.sum()
-            else:
-                total = torch.where(counted, weight[torch.where(counted, targets, 0)], 0).sum()
-        ctx.reduction = reduction
-        ctx.save_for_backward(logits, targets, shift, weight, peak, log_sum, total)
+        count = _count(targets, weight, ignore_index) if reduction == "mean" else None
+        ctx.reduction, ctx.numbers = reduction, (temperature, ignore_index, label_smoothing)
+        ctx.save_for_backward(logits, targets, shift, weight, peak, log_sum, count)
         if reduction == "none":
             return loss
-        return loss.sum() if total is None else loss.sum() / total
+        return loss.sum() if count is None else loss.sum() / count
 
     @staticmethod
     def backward(ctx, grad):
-        logits, targets, shift, weight, peak, log_sum, total = ctx.saved_tensors
-        if total is not None:
-            grad = grad / total
-        grad = grad if ctx.reduction == "none" else grad.expand(len(targets))
+        logits, targets, shift, weight, peak, log_sum, count = ctx.saved_tensors
+        if ctx.reduction != "none":
+            grad = (grad if count is None else grad / count).expand(len(targets))
         temperature, ignore_index, label_smoothing = ctx.numbers
+        gradient = _Gradient.apply if torch.is_grad_enabled() else _operator("shifted_cross_entropy_grad", logits)
         numbers = temperature, weight, ignore_index, label_smoothing
-        return _Gradient.apply(grad, logits, targets, shift, *numbers, peak, log_sum), *(None,) * 7
+        return gradient(grad, logits, targets, shift, *numbers, peak, log_sum), *(None,) * 7
 
 
 class _Gradient(torch.autograd.Function):

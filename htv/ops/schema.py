@@ -50,7 +50,8 @@
         logits       (N, K), K >= 1, stride 1 along K
         targets      (N,) int64 contiguous: classes, or `ignore_index`. Any other value raises on the CPU; in Triton its
                      row's loss and gradient are NaN, for raising would wait for the device
-        shift        (N, K) of any floating-point type, stride 1 along K; rows may be one and the same (stride 0)
+        shift        (N, K) stride 1 along K; rows may be one and the same (stride 0). float64 if and only if the
+                     logits are, else of any other floating-point type
         weight       (K,) contiguous in `compute_dtype(logits)`, or None
         loss         (N,) in `compute_dtype(logits)`, as peak and log_sum; see `htv.ops.reference`
     shifted_cross_entropy_grad(grad, logits, ..., label_smoothing, peak, log_sum) -> grad_logits
@@ -109,7 +110,9 @@ _SIGNATURES = {
     "shifted_cross_entropy_grad": f"(Tensor grad, {_CROSS_ENTROPY}, Tensor peak, Tensor log_sum) -> Tensor",
 }
 OPS = tuple(_SIGNATURES)
-TRITON = ("stacked", "linear", "conv", "embedding")  # ops that Triton has kernels for
+_OF_A_STATISTIC = ("stacked", "linear", "conv", "embedding")
+_OF_CROSS_ENTROPY = ("shifted_cross_entropy", "shifted_cross_entropy_grad")
+TRITON = (*_OF_A_STATISTIC, *_OF_CROSS_ENTROPY)  # ops that Triton has kernels for
 
 library = torch.library.Library("htv", "DEF")
 for _op, _signature in _SIGNATURES.items():
@@ -162,12 +165,14 @@ def _embedding_fake(grad_output, ids, voter, num_embeddings, groups, statistic, 
 
 
 @torch.library.register_fake("htv::shifted_cross_entropy")
+@torch.library.register_fake("htv::shifted_cross_entropy_triton")
 def _shifted_cross_entropy_fake(logits, *numbers):
     rows = logits.shape[0]
     return tuple(logits.new_empty(rows, dtype=reference.compute_dtype(logits.dtype)) for _ in range(3))
 
 
 @torch.library.register_fake("htv::shifted_cross_entropy_grad")
+@torch.library.register_fake("htv::shifted_cross_entropy_grad_triton")
 def _shifted_cross_entropy_grad_fake(grad, logits, *numbers):
     return logits.new_empty(logits.shape)
 
@@ -201,17 +206,21 @@ library.impl("shifted_cross_entropy", reference.shifted_cross_entropy, "Composit
 library.impl("shifted_cross_entropy_grad", reference.shifted_cross_entropy_grad, "CompositeExplicitAutograd")
 
 
-def _triton_kernel(op: str):
+def _triton_kernel(module: str, op: str, of_a_statistic: bool):
     def kernel(*arguments):
-        *factors, statistic, count, votes, k = arguments
-        module = importlib.import_module(f"htv.triton_kernels.{op}")  # at the first call: Triton may not be installed
-        return getattr(module, op)(*factors, Statistic(_NAMES[statistic], count, votes, k))
+        if of_a_statistic:
+            *factors, statistic, count, votes, k = arguments
+            arguments = *factors, Statistic(_NAMES[statistic], count, votes, k)
+        # At the first call: Triton may not be installed.
+        return getattr(importlib.import_module(f"htv.triton_kernels.{module}"), op)(*arguments)
 
     return kernel
 
 
-for _op in TRITON:
-    library.impl(f"{_op}_triton", _triton_kernel(_op), "CompositeExplicitAutograd")
+for _op in _OF_A_STATISTIC:
+    library.impl(f"{_op}_triton", _triton_kernel(_op, _op, True), "CompositeExplicitAutograd")
+for _op in _OF_CROSS_ENTROPY:
+    library.impl(f"{_op}_triton", _triton_kernel("cross_entropy", _op, False), "CompositeExplicitAutograd")
 
 
 def _stacked_setup(ctx, inputs, output):

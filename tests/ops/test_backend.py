@@ -54,6 +54,9 @@ TABLE = [
     ("embedding", "and_mask", FP32, None, "triton", "reference", "triton"),
     ("embedding", "median", FP32, None, "triton", "reference", "triton"),
     ("embedding", "median", FP64, None, "reference", "reference", "reference"),
+    ("shifted_cross_entropy", "mean", FP32, None, "triton", "reference", "triton"),
+    ("shifted_cross_entropy_grad", "mean", FP32, None, "triton", "reference", "triton"),
+    ("shifted_cross_entropy", "mean", FP64, None, "reference", "reference", "reference"),
     ("norm_sums", "mean", FP32, None, "reference", "reference", "reference"),
 ]
 

@@ -14,7 +14,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from htv.triton_kernels import configs, conv, device, embedding, product, stacked, statistic  # noqa: E402
+from htv.triton_kernels import configs, conv, cross_entropy, device, embedding, product, stacked, statistic  # noqa: E402
 
 if device.UPCAST:
     pytest.skip("nothing is compiled under TRITON_INTERPRET=1", allow_module_level=True)
@@ -157,6 +157,7 @@ def test_products_are_within_budget(
 MOST_REGISTERS = {  # of a thread, where more would leave too few programs for a multiprocessor to hide its loads
     **{f"embedding-{name}": 40 for name in ("and_mask", "sand_mask", "geometric_mean")},
     **{f"embedding-{name}": 128 for name in ("median", "winsorized_mean", "median_of_means")},
+    **{f"{name}-{size}": 128 for name in ("loss", "gradient") for size in ("10-classes", "32000-classes-smoothed")},
 }
 
 
@@ -205,6 +206,16 @@ def stacked_cases():
         constants |= {"BLOCK_R": conv.DEPTHWISE["BLOCK_R"], "BLOCK_C": conv.DEPTHWISE["BLOCK_C"]}
         types = {"x_ptr": "*bf16", "grad_output_ptr": "*bf16", "offsets_ptr": "*i64", "out_ptr": "*fp32"}
         yield f"depthwise-{taps}-{width}", conv.depthwise_kernel, types, constants, set()
+    for classes, options in ((10, False), (32000, True)):
+        height, block = cross_entropy.tile(classes)
+        constants = {"WEIGHTED": options, "SMOOTHED": options, "ROWS": height, "BLOCK": block}
+        rows = {"logits_ptr": "*bf16", "shift_ptr": "*bf16", "targets_ptr": "*i64", "peak_ptr": "*fp32"}
+        rows |= {"log_sum_ptr": "*fp32", "weight_ptr": "*fp32", "scale": "fp32", "smoothing": "fp32"}
+        multiples = {"classes", "stride", "shift_stride"} if classes > 10 else set()
+        label = f"{classes}-classes" + "-smoothed" * options
+        yield f"loss-{label}", cross_entropy.loss_kernel, rows | {"loss_ptr": "*fp32"}, constants, multiples
+        more = {"grad_ptr": "*fp32", "weight_sum_ptr": "*fp32", "grad_logits_ptr": "*bf16"}
+        yield f"gradient-{label}", cross_entropy.gradient_kernel, rows | more, constants, multiples
 
 
 @pytest.mark.parametrize(
