@@ -10,9 +10,10 @@ template <class V>
 HTV_INLINE V exponential(V v) {
   using R = Real<V>;
   constexpr bool single = sizeof(R) == 4;
-  // Beyond these results are 0 and infinity.
+  // Beyond these results are 0 and infinity. Zeros are chosen, not computed: to underflow takes many times as long.
   constexpr R lowest = single ? R(-104) : R(-746), highest = single ? R(89) : R(710);
-  v = smaller(splat<V>(highest), larger(splat<V>(lowest), v));
+  const auto vanishes = v < lowest;
+  v = vanishes ? V{} : smaller(splat<V>(highest), v);
   // v = n log 2 + rest: added to 1.5 * 2^mantissa, n is what the lowest bits hold.
   constexpr R rounder = single ? R(0x1.8p23) : R(0x1.8p52);
   constexpr R log2_high = single ? R(0x1.62ep-1) : R(0x1.62e42feep-1);  // few digits: n times it is exact
@@ -31,7 +32,7 @@ HTV_INLINE V exponential(V v) {
   const auto power_of_two = [](Count<V> p) {
     return Lane<V>::from_bits((p + Lane<V>::kExponentBias) << Lane<V>::kMantissaBits);
   };
-  return sum * power_of_two(half) * power_of_two(power - half);
+  return vanishes ? V{} : sum * power_of_two(half) * power_of_two(power - half);
 }
 
 template <class V>
