@@ -149,11 +149,20 @@ def test_statistics_of_shared_unused_and_absent_batchnorms():
     reestimate_batchnorm(mlp(0), [])  # nothing to do
 
 
+def test_statistics_of_instances():
+    model, x = nn.InstanceNorm1d(3, track_running_stats=True), torch.randn(6, 3, 5) + 2
+    reestimate_batchnorm(model, [x[:4], x[4:]])
+    torch.testing.assert_close(model.running_mean, x.mean((0, 2)))
+    torch.testing.assert_close(model.running_var, x.var(2).mean(0))
+    with pytest.raises(ValueError, match="InstanceNorm1d '' has running statistics"):
+        evaluate_along(LinearPath(model, model), model, {"D": [(x, x)]}, criterion=F.mse_loss)
+
+
 def test_statistics_are_reestimated_at_every_point():
     a, b = convnet(0), convnet(1)
     data, bn_data = {"test": [(torch.randn(8, 1, 5, 5), torch.randint(5, (8,)))]}, [torch.randn(16, 1, 5, 5)]
     path = LinearPath(a, b)
-    with pytest.raises(ValueError, match="BatchNorm '1' has running statistics.*bn_data="):
+    with pytest.raises(ValueError, match="BatchNorm2d '1' has running statistics.*bn_data="):
         evaluate_along(path, a, data)
     with pytest.raises(ValueError, match="no batch"):
         evaluate_along(path, a, data, bn_data=[])

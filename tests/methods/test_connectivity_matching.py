@@ -394,6 +394,33 @@ OPERATIONS = {
 }
 
 
+ALLOWED = {
+    "moved": (lambda x: x.unsqueeze(1).transpose(1, 2).squeeze(2), 8),
+    "expanded": (lambda x: x[:, None].expand(-1, 3, -1).mean(1), 8),
+    "repeated": (lambda x: x.repeat(1, 2), 16),
+    "with pixels": (lambda x: x.view(-1, 8, 1).repeat(1, 1, 3).flatten(1), 24),
+    "pixels first": (lambda x: x.view(-1, 8, 1).repeat(1, 1, 3).permute(0, 2, 1).reshape(x.shape[0], -1), 24),
+    "both": (lambda x: x.repeat(1, 2).unsqueeze(2).expand(-1, -1, 2).flatten(1), 32),
+    "split": (lambda x: x.unsqueeze(1).repeat(1, 4, 1).chunk(2, 1)[1][:, 0], 8),
+    "gated": (lambda x: x * x.softmax(1) + x.clamp(min=0).add_(x), 8),
+    "reduced": (lambda x: x.sum(1, keepdim=True).expand(-1, 8), 8),
+    "pooled": (lambda x: F.max_pool1d(x.unsqueeze(2).repeat(1, 1, 4), 2).amax(-1), 8),
+    "masked": (lambda x: torch.where(x > 0, x, 0.5), 8),
+}
+
+
+@pytest.mark.parametrize("name", ALLOWED)
+def test_operations_that_keep_units_apart_are_followed(name):
+    between, width = ALLOWED[name]
+    model, x = trained(Functional(between, width)).double(), torch.randn(8, 4).double()
+    spec = trace_permutations(model, x)
+    assert [units.name for units in spec.units] == ["first"]
+    moved = permute_model(model, spec, random_permutations(spec, torch.Generator().manual_seed(5)))
+    torch.testing.assert_close(moved(x), model(x), rtol=1e-12, atol=1e-12)
+    assert not torch.equal(moved.first.weight, model.first.weight)
+    assert torch.equal(moved.last.weight, model.last.weight) == (name == "reduced")
+
+
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_operations_that_mix_units_are_refused(name):
     between, width = OPERATIONS[name]

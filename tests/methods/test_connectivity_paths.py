@@ -267,6 +267,14 @@ def test_a_backward_through_weights_that_moved_on_is_refused():
         probe.pull_back()
 
 
+def test_there_must_be_something_to_pull_back_to():
+    model = nn.Linear(2, 2)
+    probe = LinearPath(model, copy.deepcopy(model)).probe(model)
+    probe.move(0.5)(torch.randn(3, 2)).sum().backward()
+    with pytest.raises(RuntimeError, match="no trained control point"):
+        probe.pull_back()
+
+
 def test_a_path_is_copied_saved_and_converted_as_any_module():
     a, b = Net(0), Net(1)
     path = QuadraticBezier(a, b, Net(2))

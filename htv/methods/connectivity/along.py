@@ -141,8 +141,9 @@ def _checked_statistics(model: nn.Module, bn_data: Statistics) -> bool:
     found = batchnorms(model)
     if bn_data is None:
         if found:
+            name, module = next(iter(found.items()))
             raise ValueError(
-                f"BatchNorm {next(iter(found))!r} has running statistics, which hold for no interior point of a path: "
+                f"{type(module).__name__} {name!r} has running statistics, which hold for no interior point of a path: "
                 "pass bn_data=, training batches to re-estimate them from (or 'interpolated' to go without)"
             )
         return False

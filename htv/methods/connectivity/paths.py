@@ -243,21 +243,22 @@ class PathProbe:
         """Add the gradients of the model to `.grad` of the trained control points, each times its coefficient at t.
 
         This is the chain rule, for whatever is in `.grad` of the model's parameters: plain gradients, or those of one
-        of htv's rules. The model's own are dropped. Raises RuntimeError if there is none.
+        of htv's rules. The model's own are dropped. Raises RuntimeError if there is none, or no trained point.
         """
+        if not self.path.trained:
+            raise RuntimeError("the path has no trained control point: pass trained=, or give it a middle")
         if all(p.grad is None for group in self._parameters for p in group):
             raise RuntimeError("no parameter of the probe has a gradient: call move(t), and backward() on a loss of it")
         for index, (parameters, group) in enumerate(zip(self._parameters, self.path.layout.groups, strict=True)):
-            if not group.trained:
+            trained = [(point[index], c) for point, c in zip(self.path.points, self.coefficients, strict=True)
+                       if point[index].requires_grad]  # fmt: skip
+            if not group.trained or not trained:
                 continue
             gradient = torch.cat([_flat_gradient(p) for p in parameters])
-            for point, coefficient in zip(self.path.points, self.coefficients, strict=True):
-                if not point[index].requires_grad:
-                    continue
-                if point[index].grad is None:
-                    point[index].grad = gradient * coefficient
-                else:
-                    point[index].grad.add_(gradient, alpha=coefficient)
+            *others, last = trained
+            for point, coefficient in others:
+                _add_gradient(point, gradient, coefficient)
+            _add_gradient(last[0], gradient, last[1], may_keep=True)
         self.model.zero_grad(set_to_none=True)
 
 
@@ -318,6 +319,13 @@ def _combine(points: list[Tensor], coefficients: list[float], out: Tensor) -> No
     for c, point in used[1:]:
         share += c
         mixed = torch.lerp(mixed, point, c / share, out=out)
+
+
+def _add_gradient(point: nn.Parameter, gradient: Tensor, coefficient: float, may_keep: bool = False) -> None:
+    if point.grad is not None:
+        point.grad.add_(gradient, alpha=coefficient)
+    else:
+        point.grad = gradient.mul_(coefficient) if may_keep else gradient * coefficient
 
 
 def _flat_gradient(parameter: Tensor) -> Tensor:

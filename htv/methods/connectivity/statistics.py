@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 
 __all__ = ["batchnorms", "in_eval_mode", "inputs_of", "reestimate_batchnorm", "require_repeatable"]
 
 
-def batchnorms(model: nn.Module) -> dict[str, _BatchNorm]:
-    """The BatchNorms that have running statistics, by name."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None}
+def batchnorms(model: nn.Module) -> dict[str, _NormBase]:
+    """The BatchNorms, and InstanceNorms, that have running statistics, by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, _NormBase) and m.running_mean is not None}
 
 
 @torch.no_grad()
@@ -28,6 +28,7 @@ def reestimate_batchnorm(
     may be one of the statistics alone. Each is reset and becomes the mean over the batches, weighted by their sizes, of
     the batches' means and unbiased variances. Momenta, training flags and all else are as before; dropout is off
     meanwhile. BatchNorms that no forward reaches keep theirs. Nothing happens to a model without BatchNorm.
+    InstanceNorms with running statistics are treated alike.
 
     data:     batches: a tensor of inputs, or a tuple that begins with it, such as ``(x, y)``. They are moved to the
               device of the model. Large ones are best: the mean of variances within batches lacks that between them.
@@ -45,7 +46,7 @@ def reestimate_batchnorm(
             forward(model, batch)
             batches += 1
     if not batches:
-        raise ValueError(f"data gives no batch to re-estimate the statistics of BatchNorm {next(iter(found))!r} from")
+        raise ValueError(f"data gives no batch to re-estimate the statistics of {next(iter(found))!r} from")
 
 
 def inputs_of(model: nn.Module, batch: Any) -> Tensor:
@@ -75,13 +76,13 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _averaging(modules: Iterable[_BatchNorm]) -> Iterator[None]:
+def _averaging(modules: Iterable[_NormBase]) -> Iterator[None]:
     """Every call of these weighs as much as its batch in the running statistics."""
     modules = list(modules)
     momenta = [module.momentum for module in modules]
     seen: dict[nn.Module, int] = {}
 
-    def before(module: _BatchNorm, args: tuple, kwargs: dict) -> None:
+    def before(module: _NormBase, args: tuple, kwargs: dict) -> None:
         size = len(args[0] if args else kwargs["input"])
         if module not in seen:
             module.reset_running_stats()

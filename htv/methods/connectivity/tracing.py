@@ -39,7 +39,8 @@ ELEMENTWISE = frozenset(
     hardshrink softshrink tanhshrink logsigmoid threshold rrelu softmax log_softmax softmin dropout dropout1d dropout2d
     dropout3d alpha_dropout feature_alpha_dropout stochastic_depth add iadd sub isub mul imul truediv itruediv div neg
     pow square sqrt rsqrt exp log log1p expm1 abs erf sin cos clamp clamp_min clamp_max maximum minimum where lerp
-    masked_fill contiguous clone detach to float double half bfloat16 type type_as""".split()
+    gt ge lt le eq ne logical_not logical_and logical_or isnan nan_to_num masked_fill
+    contiguous clone detach to float double half bfloat16 type type_as""".split()
 )
 # One channel at a time, over the dims behind it.
 SPATIAL_MODULES = (
@@ -218,7 +219,7 @@ class _Follower(fx.Interpreter):
         except _Refusal as refusal:
             for place in self._tracked(node):
                 found = self._set(place.units)
-                found.refused = found.refused or str(refusal)
+                found.refused = found.refused or (None if found.pinned else str(refusal))
             for parameter in self._parameters(node):
                 self._freeze(parameter)
             self.places[node] = None
@@ -460,7 +461,7 @@ class _Follower(fx.Interpreter):
                 continue
             if found.size % found.blocks:
                 found.refused = found.refused or f"a GroupNorm of {found.blocks} groups, which cut across others"
-            if found.refused and not found.pinned and on_unsupported == "error":
+            if found.refused and on_unsupported == "error":
                 raise UnsupportedError(
                     f"units of layer {found.name!r} cannot be followed through {found.refused}. Remedy: list the units "
                     "by hand with PermutationSpec.from_layers, or leave these as they are with on_unsupported='pinned'"
@@ -468,7 +469,7 @@ class _Follower(fx.Interpreter):
             if found.size == 1:
                 found.pinned = found.pinned or "units of other layers that meet them leave no two to exchange"
             if found.pinned or found.refused:
-                pinned[found.name] = found.pinned or f"not followed through {found.refused}"
+                pinned[found.name] = f"not followed through {found.refused}" if found.refused else found.pinned
                 continue
             units.append(self._finished(found))
         return PermutationSpec(tuple(units), pinned)
