@@ -100,9 +100,14 @@ def _check(logits, targets, shift, temperature, reduction, label_smoothing, weig
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
 
 
-def _operator(op: str, logits: Tensor):
-    dtype = reference.compute_dtype(logits.dtype)
-    return backend.operator(op, backend.choose(backend.Problem(op, "mean", logits.device, dtype)))
+def _call(op: str, logits: Tensor, *arguments):
+    """The op by the backend that serves these logits, inside of an autograd.Function."""
+    problem = backend.Problem(op, "mean", logits.device, reference.compute_dtype(logits.dtype))
+    operator = backend.operator(op, backend.choose(problem)).default
+    if torch.compiler.is_compiling():
+        return operator(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():  # which is written in Python and takes as long as a small op
+        return operator(*arguments)
 
 
 def _count(targets: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
@@ -119,7 +124,7 @@ class _ShiftedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets, shift, temperature, weight, ignore_index, label_smoothing, reduction):
         numbers = temperature, weight, ignore_index, label_smoothing
-        loss, peak, log_sum = _operator("shifted_cross_entropy", logits)(logits, targets, shift, *numbers)
+        loss, peak, log_sum = _call("shifted_cross_entropy", logits, logits, targets, shift, *numbers)
         count = _count(targets, weight, ignore_index) if reduction == "mean" else None
         ctx.reduction, ctx.numbers = reduction, (temperature, ignore_index, label_smoothing)
         ctx.save_for_backward(logits, targets, shift, weight, peak, log_sum, count)
@@ -133,9 +138,10 @@ class _ShiftedCrossEntropy(torch.autograd.Function):
         if ctx.reduction != "none":
             grad = (grad if count is None else grad / count).expand(len(targets))
         temperature, ignore_index, label_smoothing = ctx.numbers
-        gradient = _Gradient.apply if torch.is_grad_enabled() else _operator("shifted_cross_entropy_grad", logits)
-        numbers = temperature, weight, ignore_index, label_smoothing
-        return gradient(grad, logits, targets, shift, *numbers, peak, log_sum), *(None,) * 7
+        arguments = grad, logits, targets, shift, temperature, weight, ignore_index, label_smoothing, peak, log_sum
+        if torch.is_grad_enabled():
+            return _Gradient.apply(*arguments), *(None,) * 7
+        return _call("shifted_cross_entropy_grad", logits, *arguments), *(None,) * 7
 
 
 class _Gradient(torch.autograd.Function):
@@ -147,8 +153,7 @@ class _Gradient(torch.autograd.Function):
         temperature, weight, *ctx.ignore_smoothing = numbers
         ctx.temperature = temperature
         ctx.save_for_backward(grad, logits, targets, shift, weight, peak, log_sum)
-        operator = _operator("shifted_cross_entropy_grad", logits)
-        return operator(grad, logits, targets, shift, *numbers, peak, log_sum)
+        return _call("shifted_cross_entropy_grad", logits, grad, logits, targets, shift, *numbers, peak, log_sum)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
