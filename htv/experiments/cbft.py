@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from torch import nn
 
 from htv.data import Dataset
+from htv.demo.training import aggregating
 from htv.experiments import cues
 from htv.experiments.cues import CueTask, CueTraining, Shuffled
 from htv.experiments.experiment import Experiment, Finding, Progress, Records, Summary, Table, spread
 from htv.methods import NAIVE_RATES, fine_tune, reset_parameters, retrain_last_layer
+from htv.rules import AndMask, Rule
 
 SETS = cues.SETS
 BEFORE = "before fine-tuning"
@@ -52,9 +54,10 @@ def _scratch(network, task, settings, seed):
     fine_tune(reset_parameters(network), _clean(task, settings, seed), settings.epochs, settings.scratch_rate)
 
 
-def _connectivity(**options) -> Method:
+def _connectivity(rule: Rule | None = None, **options) -> Method:
     def tune(network, task, settings, seed):
-        cues.connectivity_based(network, task, settings.tuning, settings.training.batch_size, seed, **options)
+        with aggregating(network, rule):
+            cues.connectivity_based(network, task, settings.tuning, settings.training.batch_size, seed, **options)
 
     return tune
 
@@ -69,6 +72,7 @@ METHODS: dict[str, Method] = {
     "CBFT without barrier": _connectivity(terms=("cross_entropy", "invariance")),
     "CBFT without invariance": _connectivity(terms=("barrier", "cross_entropy")),
     "CBFT, one step of the sum": _connectivity(alternate=False),
+    "CBFT under AndMask(0.05)": _connectivity(rule=AndMask(0.05)),
 }
 NAIVE_S, NAIVE_M, NAIVE_L = list(METHODS)[1:4]
 
@@ -173,7 +177,8 @@ def plot(records: Records, figure) -> None:
         axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     columns[0].set_yticks([place + 0.3 for place in range(len(METHODS))], list(METHODS))
     columns[0].invert_yaxis()
-    columns[-1].legend(loc="lower right")
+    figure.set_layout_engine("constrained")
+    figure.legend(*columns[0].get_legend_handles_labels(), loc="outside lower center", ncol=len(SETS))
 
 
 EXPERIMENT = Experiment(
@@ -183,7 +188,7 @@ EXPERIMENT = Experiment(
     full=Settings(),
     quick=Settings(
         CueTraining(test_images=300, clean=0.1, epochs=12, batch_size=50),
-        cues.CBFTuning(epochs=15, learning_rate=0.04),
+        cues.CBFTuning(epochs=8, learning_rate=0.05),
         epochs=15,
         proportions=(0.9,),
     ),

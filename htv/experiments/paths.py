@@ -44,7 +44,7 @@ class Settings:
     epochs: int = 40
     curve_epochs: int = 5
     curve_rate: float = 0.02
-    points: int = 11
+    points: int = 21
     tolerance: float = 0.1
 
 
@@ -209,7 +209,7 @@ def plot(records: Records, figure) -> None:
         row[0].set_ylabel("loss")
     for axes in grid[-1]:
         axes.set_xlabel("t")
-    grid[0][0].legend(fontsize=8)
+    grid[0][0].legend(fontsize=8, loc="upper right")
     figure.set_layout_engine("constrained")
 
 
@@ -220,9 +220,9 @@ EXPERIMENT = Experiment(
     full=Settings(),
     quick=Settings(
         CueTraining(test_images=200, clean=0.1, epochs=12, batch_size=50),
-        cues.CBFTuning(epochs=12),
+        cues.CBFTuning(epochs=6),
         epochs=15,
-        curve_epochs=8,
+        curve_epochs=4,
         points=6,
     ),
     variants=lambda settings: list(OTHERS),
