@@ -88,13 +88,16 @@ def flipped_shortcut(
 
 
 def backgrounds(
-    data: Dataset, minority: float = 0.05, validation: float = 0.2, strength: float = 0.5, seed: int = 0
+    data: Dataset,
+    minority: float = 0.05,
+    validation: float = 0.2,
+    strength: float = 0.5,
+    seed: int = 0,
 ) -> Grouped:
     """What an image shows is the class, the stripes behind it the shortcut: birds on land and water, from any images.
 
-    Class 0 is the first half of the data set's classes, class 1 the second. An image stands at a random place of a
-    canvas half as large again, in front of stripes of random phase and width: across (0) or down (1), as the shortcut
-    has it. A pixel is ``image + (1 - image) * background``.
+    Class 0 is the first half of the data set's classes, class 1 the second. Images stand in front of stripes of random
+    phase and width, across (0) or down (1), as the shortcut has it: a pixel is ``image + (1 - image) * stripes``.
 
     data:        grey images.
     minority:    the share of each class's training images in front of the other class's stripes.
@@ -115,8 +118,8 @@ def backgrounds(
     half = math.ceil(data.num_classes / 2)
 
     def shown(images: Tensor, y: Tensor, shortcut: Tensor) -> GroupedPart:
-        stripes = strength * _stripes(shortcut, *(3 * side // 2 for side in images.shape[1:]), generator)
-        return GroupedPart(_placed(images, stripes, generator)[:, None], y, shortcut)
+        stripes = strength * _stripes(shortcut, *images.shape[1:], generator)
+        return GroupedPart(torch.lerp(stripes, torch.ones(()), images)[:, None], y, shortcut)
 
     def balanced(images: Tensor, labels: Tensor) -> GroupedPart:
         y = (labels >= half).long().repeat(2)
@@ -142,16 +145,3 @@ def _stripes(down: Tensor, height: int, width: int, generator: torch.Generator) 
 
     across, along = wave(height)[:, :, None], wave(width)[:, None, :]
     return torch.where((down == 0)[:, None, None], across, along).expand(-1, height, width)
-
-
-def _placed(images: Tensor, canvas: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image in front of its canvas, at a random place."""
-    top, left = (
-        torch.randint(0, large - small + 1, (len(images), 1), generator=generator)
-        for large, small in zip(canvas.shape[1:], images.shape[1:], strict=True)
-    )
-    rows, columns = top + torch.arange(images.shape[1]), left + torch.arange(images.shape[2])
-    place = torch.arange(len(images))[:, None, None], rows[:, :, None], columns[:, None, :]
-    canvas = canvas.clone()
-    canvas[place] = images + (1 - images) * canvas[place]
-    return canvas

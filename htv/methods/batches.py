@@ -50,6 +50,11 @@ class Batches:
                 yield self.read(part)
             step = max(0, step - len(parts))
 
+    def epoch(self, epoch: int) -> Iterator[tuple]:
+        """(x, y, ids) of the steps of one epoch, counted from 0."""
+        for part in self._order(epoch).split(self.batch_size):
+            yield self.read(part)
+
     def in_order(self) -> Iterator[tuple]:
         """(x, y, ids) of every example once, in the order of the data set."""
         for part in torch.arange(len(self.dataset)).split(self.batch_size):
