@@ -34,6 +34,7 @@ __all__ = ["Draw", "KFold", "Twins", "best_draw", "class_balanced_loss", "cross_
 
 Factory = Callable[[], nn.Module]
 MakeOptimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
+MakeSchedule = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
 
 
 def class_balanced_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -104,7 +105,7 @@ def best_draw(draws: Iterable[Draw], combine: str = "or") -> Draw:
 class _HeldOut:
     """Networks that share their batches, each trained on some of the examples only; see `Twins` and `KFold`."""
 
-    def __init__(self, count, factory, targets, optimizer, num_classes, seed, stacked, device):
+    def __init__(self, count, factory, targets, optimizer, num_classes, schedule, seed, stacked, device):
         self.targets, self.num_classes = _checked_targets(targets, num_classes)
         self.device, self.steps = torch.device(device), 0
         self._generator = torch.Generator().manual_seed(seed)
@@ -114,6 +115,7 @@ class _HeldOut:
             raise ValueError("factory must make a new network at every call; it returned the same one twice")
         self._nets = Ensemble(nets, stacked)
         self._optimizer = optimizer(self._nets.parameters())
+        self._schedule = schedule(self._optimizer) if schedule else None
 
     @property
     def nets(self) -> list[nn.Module]:
@@ -148,6 +150,8 @@ class _HeldOut:
         self._optimizer.zero_grad()
         loss.backward()
         self._optimizer.step()
+        if self._schedule:
+            self._schedule.step()
         self.steps += 1
         return loss.detach()
 
@@ -182,6 +186,7 @@ class _HeldOut:
         return {
             "nets": self._nets.state(),
             "optimizer": copy.deepcopy(self._optimizer.state_dict()),
+            "schedule": copy.deepcopy(self._schedule.state_dict()) if self._schedule else None,
             "stacked": self._nets.stacked,
             "generator": self._generator.get_state(),
             "steps": self.steps,
@@ -193,8 +198,12 @@ class _HeldOut:
             raise ValueError(f"the state is of stacked={state['stacked']}, this run of stacked={self._nets.stacked}")
         if len(state["held_out_by"]) != self._examples:
             raise ValueError(f"the state is of {len(state['held_out_by'])} examples, targets name {self._examples}")
+        if (state["schedule"] is None) != (self._schedule is None):
+            raise ValueError("of the state and this run, one has a schedule of the learning rate, the other has none")
         self._nets.load(state["nets"])
         self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+        if self._schedule:
+            self._schedule.load_state_dict(copy.deepcopy(state["schedule"]))
         self._generator.set_state(state["generator"])
         self.steps, self._held_out_by = state["steps"], state["held_out_by"].clone()
 
@@ -230,6 +239,7 @@ class Twins(_HeldOut):
     targets:      (N,) int64 in [0, K), the label of every example by id. Each class must be there.
     optimizer:    parameters -> optimizer, of both networks.
     num_classes:  K, by default as the targets have it.
+    schedule:     optimizer -> schedule of its learning rate, by step; by default none.
     seed:         of halves, initial weights, dropout and overwriting. torch's own generators are left alone.
     stacked:      one forward for both (`torch.func.vmap`): for networks without buffers and dropout, and optimizers
                   that treat each number by itself. Equal but for rounding. On a CPU it pays for ten small networks and
@@ -245,11 +255,12 @@ class Twins(_HeldOut):
         optimizer: MakeOptimizer,
         *,
         num_classes: int | None = None,
+        schedule: MakeSchedule | None = None,
         seed: int = 0,
         stacked: bool = False,
         device: str | torch.device = "cpu",
     ):
-        super().__init__(2, factory, targets, optimizer, num_classes, seed, stacked, device)
+        super().__init__(2, factory, targets, optimizer, num_classes, schedule, seed, stacked, device)
         self._held_out_by = torch.randint(0, 2, (self._examples,), generator=self._generator)
         self.labels = self.targets.clone()
 
@@ -309,13 +320,14 @@ class KFold(_HeldOut):
         folds: int = 5,
         *,
         num_classes: int | None = None,
+        schedule: MakeSchedule | None = None,
         seed: int = 0,
         stacked: bool = False,
         device: str | torch.device = "cpu",
     ):
         if not 2 <= folds <= len(targets):
             raise ValueError(f"folds must be from 2 to the number of examples, {len(targets)}; got {folds}")
-        super().__init__(folds, factory, targets, optimizer, num_classes, seed, stacked, device)
+        super().__init__(folds, factory, targets, optimizer, num_classes, schedule, seed, stacked, device)
         self._held_out_by = torch.randperm(self._examples, generator=self._generator) % folds
 
     def _loss(self, x, ids: Tensor) -> Tensor:

@@ -131,14 +131,16 @@ def same(one, other):
 @pytest.mark.parametrize("factory, stacked", [(noisy, False), (perceptron, True)])
 def test_going_on_equals_not_stopping_bit_for_bit(kind, sampler, factory, stacked, tmp_path):
     course = batches(sampler=sampler)
-    whole = make(kind, factory, stacked=stacked)
+    falling = lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
+    options = {"stacked": stacked, "schedule": falling if factory is noisy else None}
+    whole = make(kind, factory, **options)
     assert whole.fit(course)
     for stop in (0, 3, 5):
-        first = make(kind, factory, stacked=stacked)
+        first = make(kind, factory, **options)
         assert not first.fit(course, max_steps=stop)
         torch.save(first.state_dict(), tmp_path / "state.pt")
         torch.rand(7)  # what else draws from torch's generator does not matter
-        second = make(kind, factory, stacked=stacked)
+        second = make(kind, factory, **options)
         second.load_state_dict(torch.load(tmp_path / "state.pt"))
         assert second.fit(course) and second.steps == whole.steps
         assert same(second.state_dict(), whole.state_dict())
@@ -269,6 +271,9 @@ def test_mistakes_are_named():
         Twins(lambda: shared, y, adam)
     with pytest.raises(ValueError, match="state is of stacked=False, this run of stacked=True"):
         make(Twins, stacked=True).load_state_dict(twins.state_dict())
+    with pytest.raises(ValueError, match="one has a schedule"):
+        falling = lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer)
+        make(Twins, schedule=falling).load_state_dict(twins.state_dict())
     with pytest.raises(ValueError, match="state is of 31 examples"):
         Twins(perceptron, y[:20], adam).load_state_dict(twins.state_dict())
     repeated = TensorDataset(x, y, torch.zeros(N, dtype=torch.int64))
