@@ -90,7 +90,7 @@ BLOCKS = {
     "docs/performance.md": (("floors", FLOORS, floors_block), ("breakdown", BREAKDOWN, breakdown_block)),
     "docs/methods/ilc.md": experiment_blocks("linear", "spirals", "correlation"),
     "docs/methods/connectivity.md": experiment_blocks("cbft", "paths"),
-    "docs/methods/memorization.md": experiment_blocks("mat-toy", "good-bad-ugly"),
+    "docs/methods/memorization.md": experiment_blocks("mat-toy", "good-bad-ugly", "worst-group", "memorisation-scores"),
 }
 
 

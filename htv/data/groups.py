@@ -88,24 +88,21 @@ def flipped_shortcut(
 
 
 def backgrounds(
-    data: Dataset,
-    minority: float = 0.05,
-    validation: float = 0.2,
-    strength: float = 0.5,
-    seed: int = 0,
+    data: Dataset, minority: float = 0.05, validation: float = 0.2, strength: float = 0.5, seed: int = 0
 ) -> Grouped:
-    """What an image shows is the class, the stripes behind it the shortcut: birds on land and water, from any images.
+    """What an image shows is the class, the light around it the shortcut: birds on land and water, from any images.
 
-    Class 0 is the first half of the data set's classes, class 1 the second. Images stand in front of stripes of random
-    phase and width, across (0) or down (1), as the shortcut has it: a pixel is ``image + (1 - image) * stripes``.
+    Class 0 is the first half of the data set's classes, class 1 the second. Images stand before noise, darker where the
+    shortcut is 0 and lighter where it is 1: a pixel is ``image + (1 - image) * strength * (u + shortcut) / 2`` with u
+    uniform in [0, 1], pixel by pixel.
 
     data:        grey images.
-    minority:    the share of each class's training images in front of the other class's stripes.
+    minority:    the share of each class's training images in the other class's light.
     validation:  the share of training images that is kept for validation.
-    strength:    of the stripes, in (0, 1].
+    strength:    of the light, in (0, 1].
 
-    In validation and test every image is there twice, once before each kind of stripes, so that the groups of a class
-    are equally large. After Waterbirds of Sagawa et al. 2019, arXiv 1911.08731. x is (N, 1, height, width).
+    In validation and test every image is there twice, once in each light, so that the groups of a class are equally
+    large. After Waterbirds of Sagawa et al. 2019, arXiv 1911.08731. x is (N, 1, height, width).
     """
     if data.train_images.dim() != 3:
         raise DataError(f"{data.name} has images of shape {tuple(data.train_images.shape[1:])}; grey ones are needed")
@@ -118,8 +115,8 @@ def backgrounds(
     half = math.ceil(data.num_classes / 2)
 
     def shown(images: Tensor, y: Tensor, shortcut: Tensor) -> GroupedPart:
-        stripes = strength * _stripes(shortcut, *images.shape[1:], generator)
-        return GroupedPart(torch.lerp(stripes, torch.ones(()), images)[:, None], y, shortcut)
+        light = strength * (torch.rand(images.shape, generator=generator) + shortcut[:, None, None]) / 2
+        return GroupedPart(torch.lerp(light, torch.ones(()), images)[:, None], y, shortcut)
 
     def balanced(images: Tensor, labels: Tensor) -> GroupedPart:
         y = (labels >= half).long().repeat(2)
@@ -134,14 +131,3 @@ def backgrounds(
         balanced(data.train_images[held], data.train_labels[held]),
         balanced(data.test_images, data.test_labels),
     )
-
-
-def _stripes(down: Tensor, height: int, width: int, generator: torch.Generator) -> Tensor:
-    """(N, height, width) in [0, 1]: waves of 3 to 6 pixels, along the rows where down is 0, along the columns else."""
-    length, phase = 3 + 3 * torch.rand(len(down), 1, generator=generator), torch.rand(len(down), 1, generator=generator)
-
-    def wave(size: int) -> Tensor:
-        return 0.5 + 0.5 * (2 * math.pi * (torch.arange(size) / length + phase)).sin()
-
-    across, along = wave(height)[:, :, None], wave(width)[:, None, :]
-    return torch.where((down == 0)[:, None, None], across, along).expand(-1, height, width)

@@ -23,6 +23,6 @@ NAMES = {
     "paths": "linear and quadratic paths between models with and without a cue, before and after matching",
     "mat-toy": "a shortcut that fails a minority: learnt by heart, or not, with memorization-aware training",
     "good-bad-ugly": "a curve through noisy points, learnt by heart in three ways",
-    "worst-group": "images before stripes: how well MAT, XRM and others serve the minorities",
+    "worst-group": "images by day and by night: how well MAT, XRM and others serve the minorities",
     "memorisation-scores": "who is learnt by heart: scores from many networks, and gradient norms in their place",
 }

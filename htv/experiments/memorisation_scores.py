@@ -23,7 +23,7 @@ MEMORISED, INFLUENTIAL = 0.25, 0.15  # from where the paper counts
 @dataclass(frozen=True)
 class Settings:
     training: Training  # looks are at the gradient norms of one network, at epochs 0, 1, 2, 4, ... and the last
-    models: int = 1024
+    models: int = 512
     at_once: int = 64
     share: float = 0.7
     width: int = 128

@@ -1,4 +1,7 @@
-"""Images before stripes that go with the class for most: how well methods serve those before the other stripes."""
+"""Images in a light that goes with the class for most: how well methods serve those in the other light.
+
+The two rules under MAT are not in the paper; they are in the table without a claim.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +58,7 @@ class Settings:
     learning_rate: float = 0.02  # of SGD with momentum .9
     weight_decay: float = 1e-3
     draws: int = 3  # of XRM
-    draw_epochs: int = 15
+    draw_epochs: int = 10
     temperature: float = 0.1  # of MAT
     tau: float = 0.1
     winsorize: float = 0.05  # of the examples, on each side
@@ -222,9 +225,9 @@ def summarise(records: Records) -> Summary:
             at["MAT"] > at["ERM"] + 0.05,
         ),
         Finding(
-            "about as well as XRM + GroupDRO (88.1)",
+            "and no worse than XRM + GroupDRO (88.1)",
             told("MAT", "XRM + GroupDRO"),
-            abs(at["MAT"] - at["XRM + GroupDRO"]) < 0.05,
+            at["MAT"] > at["XRM + GroupDRO"] - 0.05,
         ),
     ]
     if "oracle GroupDRO" in at:
@@ -237,10 +240,6 @@ def summarise(records: Records) -> Summary:
         )
     if "JTT" in at:
         findings.append(Finding("JTT lies between ERM and MAT", told("JTT"), at["ERM"] < at["JTT"] < at["MAT"]))
-    for variant in (name for name in at if name.startswith("MAT, ")):
-        findings.append(
-            Finding(f"{variant} keeps what MAT gains (new here)", told(variant), at[variant] > at["ERM"] + 0.05)
-        )
     found, taken = (records.mean("XRM + GroupDRO", key) for key in ("minority_found", "majority_taken"))
     findings.append(
         Finding(
@@ -268,11 +267,11 @@ def plot(records: Records, figure) -> None:
 
 EXPERIMENT = Experiment(
     name="worst-group",
-    title="Worst groups: images before stripes",
+    title="Worst groups: images by day and by night",
     paper="Bayat et al. 2024, arXiv 2412.07684",
     full=Settings(),
     quick=Settings(
-        images=600, epochs=6, draws=1, draw_epochs=6,
+        images=600, epochs=6, draws=1, draw_epochs=5,
         methods=("ERM", "MAT", "MAT, AndMask", "XRM + GroupDRO"),
     ),
     variants=lambda settings: settings.methods,

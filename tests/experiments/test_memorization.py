@@ -52,13 +52,12 @@ def test_worst_groups_are_judged_by_their_numbers():
         common = {"worst_average": 0.9, "average_worst": 0.5, "last_worst": 0.5, "train": 1.0}
         values = {variant: worst.get(variant.split()[0].strip(","), 0.8) for variant in worst_group.METHODS}
         values |= {"XRM + GroupDRO": worst["XRM"], "oracle GroupDRO": worst["oracle"]}
-        values |= {variant: worst["rules"] for variant in values if variant.startswith("MAT, ")}
         return {variant: {**common, "worst_worst": value, "minority_found": found, "majority_taken": taken}
                 for variant, value in values.items()}  # fmt: skip
 
-    assert agreement("worst-group", results(ERM=0.5, MAT=0.8, JTT=0.7, XRM=0.82, oracle=0.83, rules=0.75)) == [True] * 7
-    worse = results(0.5, 0.3, ERM=0.5, MAT=0.5, JTT=0.4, XRM=0.7, oracle=0.8, rules=0.4)
-    assert agreement("worst-group", worse) == [False] * 7
+    assert agreement("worst-group", results(ERM=0.5, MAT=0.8, JTT=0.7, XRM=0.82, oracle=0.83)) == [True] * 5
+    worse = results(0.5, 0.3, ERM=0.5, MAT=0.5, JTT=0.4, XRM=0.7, oracle=0.8)
+    assert agreement("worst-group", worse) == [False] * 5
 
 
 def test_memorisation_scores_are_judged_by_their_numbers():
@@ -75,7 +74,7 @@ def test_memorisation_scores_are_judged_by_their_numbers():
 
 
 def grouped_problem():
-    settings = replace(load("worst-group").quick, images=300, epochs=1, draw_epochs=1, jtt_epochs=1)
+    settings = replace(load("worst-group").quick, images=150, epochs=1, draw_epochs=1, jtt_epochs=1)
     return settings, digits()
 
 
@@ -97,7 +96,7 @@ def test_each_method_trains_on_what_it_is_told(monkeypatch):
         sampler = training.sampler()
         if method.sampler == "groups":
             shares = torch.bincount(groups[sampler(torch.Generator())], minlength=4) / len(train)
-            assert (shares - 0.25).abs().max() < 0.1
+            assert (shares - 0.25).abs().max() < 0.15
         elif method.sampler == "subset":
             drawn = groups[sampler(torch.Generator())]
             assert (torch.bincount(drawn) == torch.bincount(groups).min()).all()
