@@ -8,6 +8,8 @@ TORCH ?= torch==2.13.0
 NUMPY ?= numpy
 VENV ?= .venv
 ARGS ?=
+# Files side by side, one process per core with its share of the threads; the tests of a file share what it compiles.
+SPREAD := -n auto --dist loadfile
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 
@@ -31,11 +33,11 @@ demo: $(VENV)/.installed
 	$(BIN)/htv demo $(ARGS)
 
 test: $(VENV)/.models
-	$(BIN)/python -m pytest -q -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -q -m "not slow" $(SPREAD) $(ARGS)
 	$(BIN)/python -m pytest -q bench --benchmark-disable
 
 test-all: $(VENV)/.models
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q $(SPREAD) $(ARGS)
 	$(BIN)/python -m pytest -q bench --benchmark-disable
 
 # The oldest supported torch, with the Triton it comes with (whose interpreter needs an older NumPy).

@@ -50,8 +50,7 @@ def units():
     for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
         for element in setting("ELEMENTS") if source.stem.endswith("_kernel") else ("",):
             for arch in ("80", "90", "100"):
-                # one type on the architecture that matters most; `-m slow` has all
-                marks = () if element in ("", "float") and arch == "90" else (pytest.mark.slow,)
+                marks = () if element in ("", "float") and arch != "100" else (pytest.mark.slow,)
                 yield pytest.param(source, element, arch, marks=marks, id=f"{source.stem}-{element}-sm_{arch}")
 
 

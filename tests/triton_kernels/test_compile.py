@@ -105,6 +105,7 @@ def resources(kernel, path):
 
 
 def cases():
+    seen = set()  # every tile is compiled for every architecture; in all its uses by `-m slow` only
     for (arch, arithmetic), rows in configs.TABLE.items():
         least = 0
         for words, row in rows.items():
@@ -119,8 +120,9 @@ def cases():
                                 if not aligned and (windows or not small):
                                     continue
                                 used = config if aligned else config._replace(BLOCK_R=min(32, config.BLOCK_R))
-                                usual = words == 2 and config == row[0] and dtype == "bf16" and result == "statistic"
-                                marks = () if usual else (pytest.mark.slow,)
+                                tile = arch, arithmetic, config
+                                marks = (pytest.mark.slow,) if tile in seen else ()
+                                seen.add(tile)
                                 label = (arch, arithmetic, dtype, "x".join(map(str, used[:3])), result, str(words))
                                 label += "windows" if windows else "rows", "aligned" if aligned else "unaligned"
                                 yield pytest.param(
@@ -218,9 +220,7 @@ def stacked_cases():
         yield f"gradient-{label}", cross_entropy.gradient_kernel, rows | more, constants, multiples
 
 
-@pytest.mark.parametrize(
-    "arch", [pytest.param(arch, marks=() if arch == "sm_90" else pytest.mark.slow) for arch in ARCHITECTURES]
-)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_other_kernels_do_not_spill(arch, tmp_path):
     for label, kernel, types, constants, multiples in stacked_cases():
         pointers = {n for n in types if n in kernel.arg_names and types[n].startswith("*")}
