@@ -89,6 +89,9 @@ BLOCKS = {
     "README.md": (("demo", DEMO, demo_block), ("bench", BENCH, bench_block)),
     "docs/performance.md": (("floors", FLOORS, floors_block), ("breakdown", BREAKDOWN, breakdown_block)),
     "docs/methods/ilc.md": experiment_blocks("linear", "spirals", "correlation"),
+    "docs/methods/coherence.md": experiment_blocks(
+        "memorisation", "winsorized", "rolling", "attribution", "coherence", "difficulty"
+    ),
     "docs/methods/connectivity.md": experiment_blocks("cbft", "paths"),
     "docs/methods/memorization.md": experiment_blocks("mat-toy", "good-bad-ugly", "worst-group", "memorisation-scores"),
 }

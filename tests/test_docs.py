@@ -27,7 +27,7 @@ def fill_readme():
 DOCUMENTS = [
     "README.md",
     "docs/performance.md",
-    *(f"docs/methods/{name}.md" for name in ("ilc", "connectivity", "memorization")),
+    *(f"docs/methods/{name}.md" for name in ("ilc", "coherence", "connectivity", "memorization")),
 ]
 
 
