@@ -103,7 +103,13 @@ def best_draw(draws: Iterable[Draw], combine: str = "or") -> Draw:
 
 
 class _HeldOut:
-    """Networks that share their batches, each trained on some of the examples only; see `Twins` and `KFold`."""
+    """Networks that share their batches, each trained on some of the examples only; see `Twins` and `KFold`.
+
+    held_out_by:  (N,) int64, which network is not trained on the example.
+    steps:        how many have been made.
+    """
+
+    held_out_by: Tensor
 
     def __init__(self, count, factory, targets, optimizer, num_classes, schedule, seed, stacked, device):
         self.targets, self.num_classes = _checked_targets(targets, num_classes)
@@ -142,6 +148,8 @@ class _HeldOut:
         y:    (B,) the labels that came with x, if at hand: refused unless they are those of the ids.
         """
         ids = require_ids(ids, self._examples, _length(x))
+        if y is not None and y.shape != ids.shape:
+            raise ValueError(f"y must be {tuple(ids.shape)}, a label for each id, got {tuple(y.shape)}")
         if y is not None and not torch.equal(y.cpu().long(), self.targets[ids]):
             wrong = int(ids[(y.cpu() != self.targets[ids]).nonzero()[0]])
             raise ValueError(f"the label of id {wrong} in the batch is not targets[{wrong}]: ids and labels disagree")
@@ -179,7 +187,7 @@ class _HeldOut:
         table = ExampleTable(self._examples)
         for x, _, ids in batches.in_order():
             table.write(ids, self.held_out(x, ids))
-        return table.complete()
+        return _finite(table.complete())
 
     def state_dict(self) -> dict:
         """Everything: with a run made by the same arguments, `load_state_dict` and `fit` go on bit for bit."""
@@ -190,7 +198,7 @@ class _HeldOut:
             "stacked": self._nets.stacked,
             "generator": self._generator.get_state(),
             "steps": self.steps,
-            "held_out_by": self._held_out_by.clone(),
+            "held_out_by": self.held_out_by.clone(),
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -205,10 +213,10 @@ class _HeldOut:
         if self._schedule:
             self._schedule.load_state_dict(copy.deepcopy(state["schedule"]))
         self._generator.set_state(state["generator"])
-        self.steps, self._held_out_by = state["steps"], state["held_out_by"].clone()
+        self.steps, self.held_out_by = state["steps"], state["held_out_by"].clone()
 
     def _picked(self, logits: Tensor, ids: Tensor) -> Tensor:
-        return logits[self._held_out_by[ids].to(self.device), torch.arange(len(ids), device=self.device)]
+        return logits[self.held_out_by[ids].to(self.device), torch.arange(len(ids), device=self.device)]
 
     def _run(self, x, training: bool) -> Tensor:
         logits = self._nets(x, training)
@@ -261,7 +269,7 @@ class Twins(_HeldOut):
         device: str | torch.device = "cpu",
     ):
         super().__init__(2, factory, targets, optimizer, num_classes, schedule, seed, stacked, device)
-        self._held_out_by = torch.randint(0, 2, (self._examples,), generator=self._generator)
+        self.held_out_by = torch.randint(0, 2, (self._examples,), generator=self._generator)
         self.labels = self.targets.clone()
 
     @property
@@ -271,7 +279,7 @@ class Twins(_HeldOut):
 
     def _loss(self, x, ids: Tensor) -> Tensor:
         logits = self._run(x, training=True)
-        by, rows = self._held_out_by[ids].to(self.device), torch.arange(len(ids), device=self.device)
+        by, rows = self.held_out_by[ids].to(self.device), torch.arange(len(ids), device=self.device)
         loss = class_balanced_loss(logits[1 - by, rows], self.labels[ids].to(self.device))
         self._overwrite(ids, logits[by, rows].detach())
         return loss
@@ -295,7 +303,7 @@ class Twins(_HeldOut):
             logits = self.predict(x)
             held_out.write(ids, self._picked(logits, ids))
             wrong.write(ids, _errs(logits, self.targets[ids]))
-        return Draw(self.targets, held_out.complete(), wrong.complete(), self.flip_rate)
+        return Draw(self.targets, _finite(held_out.complete()), wrong.complete(), self.flip_rate)
 
     def state_dict(self) -> dict:
         return {**super().state_dict(), "labels": self.labels.clone()}
@@ -328,10 +336,10 @@ class KFold(_HeldOut):
         if not 2 <= folds <= len(targets):
             raise ValueError(f"folds must be from 2 to the number of examples, {len(targets)}; got {folds}")
         super().__init__(folds, factory, targets, optimizer, num_classes, schedule, seed, stacked, device)
-        self._held_out_by = torch.randperm(self._examples, generator=self._generator) % folds
+        self.held_out_by = torch.randperm(self._examples, generator=self._generator) % folds
 
     def _loss(self, x, ids: Tensor) -> Tensor:
-        targets, by = self.targets[ids].to(self.device), self._held_out_by[ids].to(self.device)
+        targets, by = self.targets[ids].to(self.device), self.held_out_by[ids].to(self.device)
         if self._nets.stacked:
             logits = self._run(x, training=True)
             losses = torch.stack([F.cross_entropy(rows, targets, reduction="none") for rows in logits])
@@ -366,6 +374,16 @@ def _checked_targets(targets: Tensor, num_classes: int | None) -> tuple[Tensor, 
     if absent:
         raise ValueError(f"classes {absent} have no example to train on: number the classes that are there from 0")
     return targets, num_classes
+
+
+def _finite(held_out: Tensor) -> Tensor:
+    bad = (~held_out.isfinite().all(dim=1)).sum()
+    if bad:
+        raise ValueError(
+            f"the held-out logits of {int(bad)} examples are not finite: training diverged, or x is not finite. Lower "
+            "the learning rate"
+        )
+    return held_out
 
 
 def _length(x) -> int:

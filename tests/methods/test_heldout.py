@@ -94,7 +94,7 @@ def test_only_the_half_held_in_is_trained_on():
             one.step(x, torch.arange(N), y)
             other.step(changed, torch.arange(N), y)
             same = [torch.equal(p, q) for p, q in zip(one.predict(x), other.predict(x), strict=True)]
-            assert same.count(True) == 1 and same.index(True) == one.state_dict()["held_out_by"][0]
+            assert same.count(True) == 1 and same.index(True) == one.held_out_by[0]
 
 
 WEIGHTS = torch.linspace(0.1, 1, N)
@@ -110,7 +110,7 @@ SAMPLERS = {
 def test_every_cached_row_belongs_to_its_example(kind, sampler):
     run, x = make(kind), problem()[0]
     run.fit(batches(sampler=sampler))
-    table, by = run.held_out_table(batches(sampler=sampler)), run.state_dict()["held_out_by"]
+    table, by = run.held_out_table(batches(sampler=sampler)), run.held_out_by
     for i in range(N):
         with torch.no_grad():
             assert torch.allclose(table[i], run.nets[by[i]].eval()(x[i : i + 1])[0], atol=1e-6)
@@ -260,6 +260,13 @@ def test_mistakes_are_named():
     twins = make(Twins)
     with pytest.raises(ValueError, match=r"label of id 1 in the batch is not targets\[1\]"):
         twins.step(x[:2], torch.tensor([0, 1]), torch.tensor([0, 0]))
+    with pytest.raises(ValueError, match=r"y must be \(2,\), a label for each id, got \(2, 1\)"):
+        twins.step(x[:2], torch.tensor([0, 1]), y[:2, None])
+    diverged = make(Twins)
+    nn.init.constant_(diverged.nets[0][0].weight, math.nan)
+    for look in (diverged.draw, diverged.held_out_table):
+        with pytest.raises(ValueError, match="not finite: training diverged"):
+            look(batches())
     with pytest.raises(ValueError, match="names 2 examples, but the batch holds 3"):
         twins.step(x[:3], torch.tensor([0, 1]))
     with pytest.raises(ValueError, match="targets name 31 examples, the data set holds 5"):
