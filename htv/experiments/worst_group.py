@@ -19,6 +19,7 @@ import htv
 from htv import methods
 from htv.data import Dataset, Grouped, GroupedPart, backgrounds
 from htv.experiments.experiment import Experiment, Finding, Records, Summary, Table, spread
+from htv.experiments.images import share_axis
 from htv.methods import Batches, Draw, GroupAccuracy
 from htv.rules import Rule
 
@@ -253,16 +254,18 @@ def summarise(records: Records) -> Summary:
 
 
 def plot(records: Records, figure) -> None:
-    from htv.experiments.images import share_axis
+    from matplotlib.ticker import PercentFormatter
 
     left, right = figure.subplots(1, 2, sharey=True)
     for index, variant in enumerate(records.variants):
         runs = torch.tensor([result["curve"] for result in records.results(variant)])  # (seeds, epochs, 2)
-        left.plot(range(1, runs.shape[1] + 1), runs[..., 0].mean(dim=0), color=f"C{index}", label=variant)
-        right.plot(records.mean(variant, "worst_average"), records.mean(variant, "worst_worst"), "o", color=f"C{index}")
+        left.plot(range(1, runs.shape[1] + 1), runs[..., 0].mean(dim=0), color=f"C{index}")
+        average, worst = (records.mean(variant, key) for key in ("worst_average", "worst_worst"))
+        right.plot(average, worst, "o", color=f"C{index}", label=variant)
     share_axis(left, "Worst group, test")
     share_axis(right, "At the epoch selected", "average", "worst group")
-    left.legend(fontsize="x-small", ncols=2)
+    right.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    right.legend(fontsize="x-small", loc="lower left")
 
 
 EXPERIMENT = Experiment(
