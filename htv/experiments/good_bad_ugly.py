@@ -116,7 +116,7 @@ EXPERIMENT = Experiment(
     title="Good, bad and ugly memorisation",
     paper="Bayat et al. 2024, arXiv 2412.07684",
     full=Settings(),
-    quick=Settings(loss=1e-3),
+    quick=Settings(loss=3e-3),
     variants=lambda settings: list(PAPER),
     run_one=run_one,
     summarise=summarise,
