@@ -46,8 +46,8 @@ def run_one(settings: Settings, variant: str, seed: int, data: Dataset, progress
 def _tables(records: Records) -> list[Table]:
     settings, found = records.settings, []
     titles = {
-        "overfit": "Adjusted overfit at the end: training accuracy beyond that of a classifier as good as on the test set",
-        "train_accuracy": "Training accuracy, as labelled; the proper one, of a classifier that knows the truth, on top",
+        "overfit": "Adjusted overfit at the end: training accuracy beyond what test accuracy accounts for",
+        "train_accuracy": "Training accuracy, as labelled; on top the proper one, of a classifier that knows the truth",
         "test_accuracy": "Test accuracy",
     }
     for key, title in titles.items():
