@@ -1,6 +1,7 @@
 # Two commands do everything on a machine with python3, make and g++:
 #   make demo    train on real images with wrong labels, compare the rules
 #   make test    the test suite, and every benchmark once
+# and make experiment ARGS=linear reproduces a paper's result.
 # PYTHON, TORCH, NUMPY and VENV can be given, e.g. make test PYTHON=python3.12 TORCH=torch==2.13.0
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ SPREAD := -n auto --dist loadfile
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 
-.PHONY: demo test test-all test-oldest test-pure bench lint format clean
+.PHONY: demo experiment test test-all test-oldest test-pure bench lint format clean
 
 # torch first and by itself: the build compiles against the torch that is installed, whatever its version.
 $(VENV)/.installed: $(SOURCES)
@@ -31,6 +32,10 @@ $(VENV)/.models: $(VENV)/.installed
 
 demo: $(VENV)/.installed
 	$(BIN)/htv demo $(ARGS)
+
+# A paper's result, by name; without ARGS all are listed.
+experiment: $(VENV)/.installed
+	$(BIN)/htv experiment $(ARGS)
 
 test: $(VENV)/.models
 	$(BIN)/python -m pytest -q -m "not slow" $(SPREAD) $(ARGS)
