@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import dataclass
 
 import torch
@@ -59,31 +60,43 @@ COLUMNS = {
 
 
 def summarise(records: Records) -> Summary:
-    rows = [[v, *(spread(records.values(v, key)) for key in (*COLUMNS.values(), "matched"))]
-            for v in records.variants]  # fmt: skip
     settings = records.settings
     last = f"corrupt, when {settings.matched:.0%} of the pristine are right"
-    table = Table(["update", *COLUMNS, last], rows, f"Accuracy at the end, {settings.rate:.0%} noise")
-    corrupt, gap = ({v: records.mean(v, key) for v in UPDATES} for key in ("memorised", "gap"))
+    rows = [[v, *(spread(records.values(v, key)) for key in (*COLUMNS.values(), "matched"))]
+            for v in records.variants]  # fmt: skip
+    end = Table(["update", *COLUMNS, last], rows, f"Accuracy at the end, {settings.rate:.0%} noise")
+    rows = [[v, *(spread(_means(records, v, key)) for key in ("memorised", "gap"))] for v in records.variants]
+    mean = Table(["update", "corrupt examples, as labelled", "training minus test"], rows, "Mean over training")
+    corrupt, gap = (
+        {v: statistics.fmean(_means(records, v, key)) for v in records.variants} for key in ("memorised", "gap")
+    )
+    at_end = {v: records.mean(v, "memorised") for v in records.variants}
     series = lambda values: ", ".join(f"{v} {value:.1%}" for v, value in values.items())
     findings = [
         Finding(f"{median} holds the accuracy on corrupt examples below SGD's, and below that of RA3, the control",
-                series(corrupt), corrupt[median] < min(corrupt["SGD"], corrupt["RA3"]) - 0.02)
+                f"mean over training: {series(corrupt)}; at the end SGD {at_end['SGD']:.1%}, "
+                f"{median} {at_end[median]:.1%}, RA3 {at_end['RA3']:.1%}",
+                corrupt[median] < min(corrupt["SGD"], corrupt["RA3"]) - 0.02)
         for median in ("RM3", "M3")
     ]  # fmt: skip
     findings += [
         Finding(
             "RM3 and M3 shrink the gap between training and test accuracy against SGD",
-            series(gap),
+            f"mean over training: {series(gap)}",
             max(gap["RM3"], gap["M3"]) < gap["SGD"] - 0.02,
         ),
         Finding(
             "RA3 does not: lag and averaging are not what does it",
-            f"corrupt: SGD {corrupt['SGD']:.1%}, RA3 {corrupt['RA3']:.1%}",
+            f"mean over training, corrupt: SGD {corrupt['SGD']:.1%}, RA3 {corrupt['RA3']:.1%}",
             abs(corrupt["RA3"] - corrupt["SGD"]) < 0.5 * (corrupt["SGD"] - corrupt["RM3"]),
         ),
     ]
-    return Summary([table], findings)
+    return Summary([end, mean], findings)
+
+
+def _means(records: Records, variant: str, key: str) -> list[float]:
+    """Of a curve, for every seed: at the end, all that trains for long enough has learnt what it is going to."""
+    return [statistics.fmean(result["curves"][key]) for result in records.results(variant)]
 
 
 def plot(records: Records, figure) -> None:

@@ -128,7 +128,8 @@ def test_rolling_is_judged_by_its_numbers():
     def results(**memorised):
         common = {"clean_accuracy": 1.0, "train_accuracy": 0.8, "test_accuracy": 0.7, "best_test": 0.8,
                   "matched": None}  # fmt: skip
-        return {v: {**common, "memorised": value, "gap": value - 0.1} for v, value in memorised.items()}
+        curves = lambda value: {"memorised": [0.0, 2 * value], "gap": [-0.2, 2 * value]}
+        return {v: {**common, "memorised": 0.99, "gap": 0.4, "curves": curves(value)} for v, value in memorised.items()}
 
     assert rolling._when([0.1, 0.5, 0.9, 0.95], 0.8, [0.0, 0.2, 0.6, 0.7]) == pytest.approx(0.5)
     assert rolling._when([0.1, 0.5], 0.8, [0.0, 0.2]) is None
