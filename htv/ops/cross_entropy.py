@@ -49,7 +49,7 @@ def shifted_cross_entropy(
     rows, flat_targets, shift = _rows(logits), targets, shift.detach() if shift.requires_grad else shift
     if torch.float64 in (dtype, shift.dtype):  # kernels take both in double precision, or none
         shift = shift.to(dtype)
-    shift = _rows(shift) if shift.shape == logits.shape else shift.expand(rows.shape)
+    shift = _rows(shift) if shift.shape == logits.shape else shift.contiguous().expand(rows.shape)
     if targets.dim() != 1 or not targets.is_contiguous():
         flat_targets = targets.reshape(-1).contiguous()
     if weight is not None:
@@ -71,8 +71,9 @@ def _rows(logits: Tensor) -> Tensor:
 def _check(logits, targets, shift, temperature, reduction, label_smoothing, weight) -> None:
     tensors = {"logits": logits, "shift": shift} | ({} if weight is None else {"weight": weight})
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} must be of a floating-point type, got {tensor.dtype}")
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{name} must be a tensor of a floating-point type, got {got}")
     for name, tensor in (tensors | {"targets": targets}).items():
         if tensor.device != logits.device:
             raise ValueError(f"{name} is on {tensor.device}, logits are on {logits.device}: move one of them")
@@ -160,8 +161,10 @@ class _Gradient(torch.autograd.Function):
     def backward(ctx, grad_grad):
         grad, logits, targets, shift, weight, peak, log_sum = ctx.saved_tensors
         ignore_index, label_smoothing = ctx.ignore_smoothing
+        ignored = targets == ignore_index  # may hold anything, of which 0 times would be NaN
+        logits, shift = (rows.masked_fill(ignored.unsqueeze(1), 0) for rows in (logits.detach(), shift))
         with torch.enable_grad():
-            grad, logits = grad.detach().requires_grad_(), logits.detach().requires_grad_()
+            grad, logits = grad.detach().masked_fill(ignored, 0).requires_grad_(), logits.requires_grad_()
             numbers = ctx.temperature, weight, ignore_index, label_smoothing
             _, peak, log_sum = reference.shifted_cross_entropy(logits, targets, shift, *numbers)
             value = reference.shifted_cross_entropy_grad(grad, logits, targets, shift, *numbers, peak, log_sum)

@@ -80,6 +80,20 @@ def test_ignored_rows_contribute_nothing():
     assert torch.equal(loss, shifted_cross_entropy(logits[kept], targets[kept], shift[kept], label_smoothing=0.1))
 
 
+def test_ignored_rows_contribute_nothing_to_second_derivatives():
+    logits, targets, shift = operands(4, 9)
+    targets[1], logits[1], shift[1] = -100, math.nan, math.inf
+
+    def second(logits, targets, shift):
+        logits = logits.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(shifted_cross_entropy(logits, targets, shift), logits, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), logits)[0]
+
+    kept, found = torch.tensor([0, 2, 3]), second(logits, targets, shift)
+    torch.testing.assert_close(found[kept], second(logits[kept], targets[kept], shift[kept]))
+    assert (found[1] == 0).all() and found[kept].abs().max() > 1e-3
+
+
 def test_a_mean_of_nothing_is_not_a_number():
     logits, targets, shift = operands(4, 9)
     for t, rows in ((torch.full((4,), -100), 4), (targets[:0], 0)):
@@ -97,6 +111,7 @@ def test_shapes_and_strides():
         (wide.t().contiguous().t(), targets, shift[:, ::1].t().contiguous().t()),
         (wide[:, 3:20], targets % 17, shift[:, 5:22]),
         (wide[::2, ::2], targets[::2] % 20, shift[1::2, 1::2]),
+        (wide[:, :6], targets % 6, shift[:, 3]),
         (wide.view(2, 3, 40), targets.view(2, 3)[:, :1].expand(2, 40) % 3, shift.view(2, 3, 40)),
         (wide.view(2, 3, 4, 10), (targets.view(2, 3)[:, :1, None] % 3).expand(2, 4, 10), shift[0, :3]),
     ]
@@ -158,8 +173,9 @@ def test_targets_outside_of_the_classes():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"logits": torch.zeros(3, 4, dtype=torch.int64)}, TypeError, "logits must be of a floating-point type"),
-        ({"shift": torch.zeros(3, 4, dtype=torch.int64)}, TypeError, "shift must be of a floating-point type"),
+        ({"logits": torch.zeros(3, 4, dtype=torch.int64)}, TypeError, "logits must be a tensor of a floating"),
+        ({"shift": torch.zeros(3, 4, dtype=torch.int64)}, TypeError, "shift must be a tensor of a floating"),
+        ({"shift": [0.0] * 4}, TypeError, "shift must be a tensor of a floating-point type, got list"),
         ({"targets": torch.zeros(3)}, TypeError, "targets must be classes in int64, got torch.float32; for prob"),
         ({"targets": torch.zeros(4, dtype=torch.int64)}, ValueError, r"targets must be \(3,\).* got \(4,\)"),
         ({"shift": torch.zeros(4, 4)}, ValueError, r"shift must be \(3, 4\) as logits, or \(4,\), got \(4, 4\)"),
