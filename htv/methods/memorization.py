@@ -29,14 +29,16 @@ def class_prior_shift(counts: Tensor, *, tau: float = 1.0, pseudo_count: float =
     Returns (K,) float32, or float64 for float64 counts. Menon et al. 2020, "Long-tail learning via logit adjustment",
     arXiv 2007.07314.
 
-    Raises ValueError naming the classes whose count, pseudo_count included, is not above 0.
+    Raises ValueError naming the classes whose count, pseudo_count included, is not above 0 and finite.
     """
     if counts.dim() != 1 or len(counts) == 0:
         raise ValueError(f"counts must be (K,), one for each class, got {tuple(counts.shape)}")
     total = counts.double() + pseudo_count
-    empty = torch.nonzero(~(total > 0)).flatten().tolist()
-    if empty:
-        raise ValueError(f"counts of classes {_listed(empty)} are not above 0: give a pseudo_count, such as 1")
+    bad = torch.nonzero(~((total > 0) & total.isfinite())).flatten().tolist()
+    if bad:
+        raise ValueError(
+            f"counts of classes {_listed(bad)} are not above 0 and finite: for 0 give a pseudo_count, such as 1"
+        )
     return (tau * (total / total.sum()).log()).to(torch.promote_types(counts.dtype, torch.float32))
 
 
@@ -47,8 +49,12 @@ def calibration_matrix(probabilities: Tensor, targets: Tensor) -> Tensor:
 
     Returns C (K, K) in the type of probabilities, each row a distribution: C[h, c] = J[h, c] / sum_c J[h, c] with
     J[h, c] the sum of probabilities[i, h] over examples i of class c. A class h that no prediction gives any
-    probability has the shares of the classes for its row; with N = 0 all of C is 0.
+    probability has the shares of the classes for its row; with N = 0 all of C is 0. Targets on the CPU that are no
+    classes raise ValueError.
     """
+    wrong = _outside(targets, probabilities.shape[1])
+    if wrong is not None:
+        raise ValueError(f"targets must be in 0 to {probabilities.shape[1] - 1}, got {wrong}")
     joint = probabilities.new_zeros(probabilities.shape[1], probabilities.shape[1])
     joint.index_add_(0, targets, probabilities)  # (c, h)
     joint, tiny = joint.T, torch.finfo(joint.dtype).tiny
@@ -81,7 +87,8 @@ class MemorizationAwareLoss(nn.Module):
     log(eps). The loss then does not push its logits down, as no example could have it; in a batch of one class that
     leaves next to no gradient. For "global" a warning names such classes.
 
-    Raises ValueError and TypeError for shapes and types other than these, and for ids without predictions.
+    Raises ValueError and TypeError for shapes and types other than these, for ids without predictions, and for "global"
+    where no example has both a class and a prediction.
     """
 
     heldout: Tensor
@@ -132,9 +139,15 @@ class MemorizationAwareLoss(nn.Module):
     def forward(self, logits: Tensor, targets: Tensor, ids: Tensor) -> Tensor:
         """The loss of a batch. logits: (B, K) with a graph; targets: (B,) int64; ids: (B,) int64, which examples.
 
-        At test, use the logits as they are. ids may be on the CPU, wherever the rest is. Those without held-out
-        predictions raise if they are on the CPU; on a GPU, where looking would wait for the device, the loss is NaN.
+        At test, use the logits as they are. ids may be on the CPU, wherever the rest is: there those outside of 0 to
+        N - 1 raise. Ids without held-out predictions raise if these are on the CPU; on a GPU, where looking would wait
+        for the device, the loss is NaN.
         """
+        for name, tensor in (("logits", logits), ("targets", targets)):
+            if tensor.device != self.heldout.device:
+                raise ValueError(
+                    f"{name} are on {tensor.device}, heldout on {self.heldout.device}: move them, or this loss by .to()"
+                )
         if logits.dim() != 2 or logits.shape[1] != self.heldout.shape[1]:
             raise ValueError(
                 f"logits must be (B, K) with K = {self.heldout.shape[1]} classes, as heldout has, got "
@@ -161,7 +174,8 @@ class MemorizationAwareLoss(nn.Module):
             counted = torch.where(known.unsqueeze(1), probabilities, 0)
             matrix = calibration_matrix(counted, torch.where(known, targets, 0))
         if matrix is not None:
-            probabilities = probabilities @ matrix.to(probabilities.dtype)
+            with torch.autocast(probabilities.device.type, enabled=False):
+                probabilities = probabilities @ matrix.to(probabilities.dtype)
         return (probabilities + self.eps).log()
 
     def extra_repr(self) -> str:
@@ -174,6 +188,11 @@ class MemorizationAwareLoss(nn.Module):
         return (wide / self.temperature).softmax(dim=1)
 
     def _calibrated(self, probabilities: Tensor, targets: Tensor) -> Tensor:
+        if len(targets) == 0:
+            raise ValueError(
+                "no example has both a class and a held-out prediction: with nothing to calibrate by, shifts would be "
+                "the same for all classes. Predict some examples, or take calibration='batch' or 'none'"
+            )
         counts = torch.bincount(targets, minlength=probabilities.shape[1])
         absent = torch.nonzero(counts == 0).flatten().tolist()
         if absent:
@@ -187,17 +206,18 @@ class MemorizationAwareLoss(nn.Module):
 
     def _rows(self, ids: Tensor, targets: Tensor) -> Tensor:
         """The held-out logits of a batch, (B, K)."""
+        if not isinstance(ids, Tensor):
+            raise TypeError(f"ids must be a tensor, (B,) int64, got {type(ids).__name__}")
         if ids.dtype != torch.int64 or ids.dim() != 1 or ids.shape != targets.shape:
             raise ValueError(
                 f"ids must be (B,) int64, one for each target, got {ids.dtype} {tuple(ids.shape)} for targets "
                 f"{tuple(targets.shape)}"
             )
-        on_host = ids.device.type == "cpu" and not torch.compiler.is_compiling()
-        if on_host and len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < len(self.heldout):
-            bad = ids[(ids < 0) | (ids >= len(self.heldout))][0]
-            raise ValueError(f"heldout has {len(self.heldout)} rows, there is none for id {int(bad)}")
+        wrong = _outside(ids, len(self.heldout))
+        if wrong is not None:
+            raise ValueError(f"heldout has {len(self.heldout)} rows, there is none for id {wrong}")
         rows = self.heldout.index_select(0, ids.to(self.heldout.device))
-        if on_host and self.heldout.device.type == "cpu":
+        if _seen(rows):
             without = _without_predictions(rows)
             if len(without):
                 raise ValueError(f"heldout has no predictions for ids {_listed(ids[without].tolist())}")
@@ -205,6 +225,9 @@ class MemorizationAwareLoss(nn.Module):
 
 
 def _check_heldout(heldout: Tensor, targets: Tensor, num_classes: int | None, ignore_index: int) -> None:
+    for name, value in (("heldout", heldout), ("targets", targets)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if heldout.dim() != 2 or not heldout.is_floating_point() or heldout.shape[1] == 0:
         raise ValueError(
             f"heldout must be (N, K) logits, floating point, got {heldout.dtype} of shape {tuple(heldout.shape)}"
@@ -221,6 +244,18 @@ def _check_heldout(heldout: Tensor, targets: Tensor, num_classes: int | None, ig
     wrong = targets[(targets != ignore_index) & ((targets < 0) | (targets >= heldout.shape[1]))]
     if len(wrong):
         raise ValueError(f"targets must be in 0 to {heldout.shape[1] - 1} or ignore_index, got {int(wrong[0])}")
+
+
+def _seen(tensor: Tensor) -> bool:
+    """Whether its values are at hand: on a GPU looking would wait for the device, and a graph has none."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _outside(numbers: Tensor, size: int) -> int | None:
+    """The first that is not in 0 to size - 1, where that can be seen."""
+    if not _seen(numbers) or len(numbers) == 0 or 0 <= int(numbers.min()) <= int(numbers.max()) < size:
+        return None
+    return int(numbers[(numbers < 0) | (numbers >= size)][0])
 
 
 def _without_predictions(heldout: Tensor) -> Tensor:

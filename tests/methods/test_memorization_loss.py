@@ -143,6 +143,29 @@ def test_examples_to_be_ignored_take_no_part():
     torch.testing.assert_close(loss(logits, some, ids), without(logits[:10], targets[:10], ids[:10]))
 
 
+def test_nothing_to_calibrate_by():
+    """Shifts would be the same for all classes, which is none at all."""
+    heldout, targets, ids = data()
+    for logits, classes in (
+        (heldout[:0], targets[:0]),
+        (heldout, torch.full_like(targets, -100)),
+        (torch.full_like(heldout, torch.nan), targets),
+    ):
+        with pytest.raises(ValueError, match="no example has both a class and a held-out prediction"):
+            MemorizationAwareLoss(logits, classes, missing="allow")
+        MemorizationAwareLoss(logits, classes, missing="allow", calibration="batch")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_does_not_round_shifts(dtype):
+    heldout, targets, ids = data(torch.float32)
+    for kind in ("global", "batch", "none"):
+        loss = MemorizationAwareLoss(heldout, targets, calibration=kind)
+        with torch.autocast("cpu", dtype):
+            found = loss.shift(ids, targets[ids])
+        assert found.dtype == torch.float32 and torch.equal(found, loss.shift(ids, targets[ids]))
+
+
 def test_state_dict():
     heldout, targets, ids = data(torch.bfloat16)
     loss = MemorizationAwareLoss(heldout, targets)
@@ -157,8 +180,9 @@ def test_state_dict():
 def test_class_priors():
     shift = class_prior_shift(torch.tensor([1, 3, 4]), tau=2.0)
     torch.testing.assert_close(shift, 2 * torch.tensor([0.125, 0.375, 0.5]).log())
-    with pytest.raises(ValueError, match="counts of classes 1 are not above 0"):
-        class_prior_shift(torch.tensor([1, 0, 4]))
+    for bad in (0, np.inf):
+        with pytest.raises(ValueError, match="counts of classes 1 are not above 0 and finite"):
+            class_prior_shift(torch.tensor([1, bad, 4]))
     torch.testing.assert_close(
         class_prior_shift(torch.tensor([1.0, 0.0]), pseudo_count=1.0), torch.tensor([2 / 3, 1 / 3]).log()
     )
@@ -241,6 +265,24 @@ def test_batches_that_do_not_fit():
         loss(torch.zeros(5, 3), targets[ids], ids[:4])
     with pytest.raises(ValueError, match=r"ids must be \(B,\) int64, one for each target"):
         loss(torch.zeros(5, 3), targets[ids], ids.float())
+
+
+def test_wrong_types_targets_and_devices_are_named():
+    heldout, targets, ids = data(torch.float32)
+    with pytest.raises(TypeError, match="heldout must be a tensor, got ndarray"):
+        MemorizationAwareLoss(heldout.numpy(), targets)
+    with pytest.raises(TypeError, match="targets must be a tensor, got list"):
+        MemorizationAwareLoss(heldout, targets.tolist())
+    loss, logits = MemorizationAwareLoss(heldout, targets, calibration="batch"), torch.zeros(5, K)
+    with pytest.raises(TypeError, match=r"ids must be a tensor, \(B,\) int64, got list"):
+        loss(logits, targets[ids], ids.tolist())
+    for bad in (K, -1):
+        with pytest.raises(ValueError, match=f"targets must be in 0 to 2, got {bad}"):
+            loss(logits, torch.tensor([0, 1, bad, 0, 0]), ids)
+    with pytest.raises(ValueError, match=r"logits are on meta, heldout on cpu: .*\.to\(\)"):
+        loss(logits.to("meta"), targets[ids], ids)
+    with pytest.raises(ValueError, match="targets are on meta, heldout on cpu"):
+        loss(logits, targets[ids].to("meta"), ids)
 
 
 def test_compiled():
