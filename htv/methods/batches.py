@@ -62,7 +62,7 @@ class Batches:
 
     def read(self, indices: Tensor) -> tuple:
         """(x, y, ids) of the examples at these indices of the data set."""
-        if isinstance(self.dataset, TensorDataset):  # one lookup instead of one per example
+        if type(self.dataset) is TensorDataset:  # one lookup instead of one per example; a subclass may augment
             parts = tuple(tensor[indices] for tensor in self.dataset.tensors)
         else:
             parts = default_collate([self.dataset[index] for index in indices.tolist()])

@@ -43,6 +43,18 @@ def test_every_row_belongs_to_its_example(sampler):
         assert torch.equal(table.complete()[:, 0], 10 * torch.arange(N) + 1.0)
 
 
+class Scaled(TensorDataset):
+    def __getitem__(self, index):
+        x, y = super().__getitem__(index)
+        return 10 * x, y
+
+
+def test_a_subclass_reads_its_examples_itself():
+    x = torch.arange(N).float()[:, None]
+    indices = torch.tensor([3, 1])
+    assert torch.equal(Batches(Scaled(x, torch.arange(N)), 1, 4).read(indices)[0], 10 * x[indices])
+
+
 def steps(batches, start=0):
     return [ids.tolist() for _, _, ids in batches.from_step(start)]
 
