@@ -17,10 +17,12 @@ class Ensemble:
     stacked:  their parameters are stacked, (M, *shape) each, and one forward serves all (`torch.func.vmap`). An
               optimizer of `parameters()` must then treat each number by itself, as SGD and Adam do.
 
-    Raises ValueError for what cannot be stacked: buffers, dropout, parameters shared between modules.
+    Raises ValueError for networks that share parameters to be trained, and for what cannot be stacked: buffers,
+    dropout, parameters shared between modules.
     """
 
     def __init__(self, nets: list[nn.Module], stacked: bool):
+        _refuse_to_share(nets)
         self.nets, self.stacked = nets, stacked
         if stacked:
             _refuse_to_stack(nets[0])
@@ -34,7 +36,7 @@ class Ensemble:
         """What an optimizer changes."""
         if self.stacked:
             return list(self._leaves.values())
-        return [parameter for net in self.nets for parameter in net.parameters()]
+        return list({id(p): p for net in self.nets for p in net.parameters()}.values())  # frozen ones may be shared
 
     def __call__(self, x, training: bool, own: bool = False) -> Tensor:
         """The networks' outputs, (M, *output). x is for all of them, or with `own` has one input for each, (M, ...)."""
@@ -64,6 +66,19 @@ class Ensemble:
         with torch.no_grad():
             for name, leaf in self._leaves.items() if self.stacked else ():
                 leaf.copy_(torch.stack([dict(net.named_parameters())[name] for net in self.nets]))
+
+
+def _refuse_to_share(nets: list[nn.Module]) -> None:
+    seen: set[int] = set()
+    for net in nets:
+        trained = {id(parameter): name for name, parameter in net.named_parameters() if parameter.requires_grad}
+        shared = [name for key, name in trained.items() if key in seen]
+        if shared:
+            raise ValueError(
+                f"factory must make a new network at every call: two of them share the parameter {shared[0]!r}, and "
+                "would be trained on each other's examples. Copy or freeze it"
+            )
+        seen |= trained.keys()
 
 
 def _refuse_to_stack(net: nn.Module) -> None:

@@ -117,8 +117,6 @@ class _HeldOut:
         self._generator = torch.Generator().manual_seed(seed)
         with self._own_randomness():
             nets = [factory().to(self.device) for _ in range(count)]
-        if nets[0] is nets[1]:
-            raise ValueError("factory must make a new network at every call; it returned the same one twice")
         self._nets = Ensemble(nets, stacked)
         self._optimizer = optimizer(self._nets.parameters())
         self._schedule = schedule(self._optimizer) if schedule else None
@@ -148,6 +146,8 @@ class _HeldOut:
         y:    (B,) the labels that came with x, if at hand: refused unless they are those of the ids.
         """
         ids = require_ids(ids, self._examples, _length(x))
+        if len(ids) == 0:
+            raise ValueError("ids is empty: there is nothing to train on, skip the batch")
         if y is not None and y.shape != ids.shape:
             raise ValueError(f"y must be {tuple(ids.shape)}, a label for each id, got {tuple(y.shape)}")
         if y is not None and not torch.equal(y.cpu().long(), self.targets[ids]):
@@ -202,6 +202,11 @@ class _HeldOut:
         }
 
     def load_state_dict(self, state: dict) -> None:
+        if state.keys() != self.state_dict().keys() or len(state["nets"]) != len(self._nets):
+            raise ValueError(
+                f"the state is not of a {type(self).__name__} of {len(self._nets)} networks: it has "
+                f"{len(state.get('nets', ()))} networks and holds {', '.join(sorted(state))}"
+            )
         if state["stacked"] != self._nets.stacked:
             raise ValueError(f"the state is of stacked={state['stacked']}, this run of stacked={self._nets.stacked}")
         if len(state["held_out_by"]) != self._examples:
@@ -294,6 +299,8 @@ class Twins(_HeldOut):
 
     def wrong(self, x, targets: Tensor) -> Tensor:
         """(B, 2) bool, whether each network errs, in eval mode: for validation examples too. targets: (B,) int64."""
+        if targets.shape != (_length(x),):
+            raise ValueError(f"targets must be ({_length(x)},), a class for each example, got {tuple(targets.shape)}")
         return _errs(self.predict(x), targets)
 
     def draw(self, batches: Batches) -> Draw:
@@ -317,7 +324,8 @@ class KFold(_HeldOut):
     """Held-out logits of `folds` networks, each trained by cross-entropy on all examples but those of its fold.
 
     They are trained side by side, so that one pass over the data serves all; the folds are of equal size, give or take
-    one example. The other arguments are those of `Twins`.
+    one example. The other arguments are those of `Twins`. A batch without an example for some network leaves it as it
+    is; where stacked, its gradient is 0, and momentum and weight decay move it.
     """
 
     def __init__(

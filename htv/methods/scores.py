@@ -111,8 +111,13 @@ def train_on_subsets(
                   operations.
 
     Network number m of a seed is always the same but for rounding, however many are trained at a time: call it again to
-    go on. Choose `models` by memory, which their parameters, inputs and activations take at once.
+    go on. Those with dropout are not: it draws from torch's own generator. Choose `models` by memory, which their
+    parameters, inputs and activations take at once.
+
+    Raises ValueError, before any training, for examples other than those that scores was made for.
     """
+    _check_part("train", train, len(scores._in))
+    _check_part("test", test, len(scores._test_hits))
     (x, targets), size = train, round(share * len(train[0]))
     if not 0 < size < len(x):
         raise ValueError(f"share must leave examples inside and outside of a subset; {share!r} of {len(x)} is {size}")
@@ -137,6 +142,15 @@ def train_on_subsets(
             steps.step()
     members = torch.zeros(models, len(x), dtype=torch.bool).scatter_(1, ids, True)
     scores.add(members, _correct(ensemble, x, targets), None if test is None else _correct(ensemble, *test))
+
+
+def _check_part(name: str, part: tuple[Tensor, Tensor] | None, count: int) -> None:
+    x, targets = ((), ()) if part is None else part
+    if not len(x) == len(targets) == count:
+        raise ValueError(
+            f"{name} must hold the {count} examples that scores was made for, got {len(x)} inputs and {len(targets)} "
+            "targets"
+        )
 
 
 @torch.no_grad()

@@ -136,7 +136,7 @@ def weighted_sampler(weights: Tensor, count: int | None = None) -> Callable[[tor
     """A sampler for `Batches`: ids drawn with replacement, in proportion to weights (N,); by default N an epoch."""
     if weights.dim() != 1 or not bool((weights >= 0).all()) or not float(weights.sum()) > 0:
         raise ValueError("weights must be (N,), none negative, and not all 0")
-    count = len(weights) if count is None else count
+    weights, count = weights.detach().cpu().double(), len(weights) if count is None else count
     return lambda generator: torch.multinomial(weights, count, replacement=True, generator=generator)
 
 

@@ -274,8 +274,21 @@ def test_mistakes_are_named():
     with pytest.raises(ValueError, match="folds must be from 2 to"):
         KFold(perceptron, y, adam, folds=1)
     shared = perceptron()
-    with pytest.raises(ValueError, match="new network at every call"):
-        Twins(lambda: shared, y, adam)
+    for factory in (lambda: shared, lambda: nn.Sequential(shared, nn.Linear(K, K))):
+        for kwargs in ({}, {"stacked": True}):
+            with pytest.raises(ValueError, match=r"new network at every call: .* the parameter '(0\.)?0\.weight'"):
+                Twins(factory, y, adam, **kwargs)
+    shared.requires_grad_(False)
+    assert Twins(lambda: nn.Sequential(shared, nn.Linear(K, K)), y, adam).step(x, torch.arange(N), y) > 0
+    for kind in (Twins, KFold):
+        with pytest.raises(ValueError, match="ids is empty"):
+            make(kind).step(x[:0], torch.arange(0), y[:0])
+    with pytest.raises(ValueError, match=r"targets must be \(4,\), a class for each example, got \(1,\)"):
+        twins.wrong(x[:4], y[:1])
+    two, three = (KFold(perceptron, y, adam, folds=folds) for folds in (2, 3))
+    for run, other in ((two, three), (two, twins), (twins, two)):
+        with pytest.raises(ValueError, match=r"the state is not of a \w+ of 2 networks: it has \d networks and holds"):
+            run.load_state_dict(other.state_dict())
     with pytest.raises(ValueError, match="state is of stacked=False, this run of stacked=True"):
         make(Twins, stacked=True).load_state_dict(twins.state_dict())
     with pytest.raises(ValueError, match="one has a schedule"):

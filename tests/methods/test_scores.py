@@ -148,6 +148,18 @@ def test_mistakes_are_named():
     for kwargs, message in (({"share": 1.0}, "inside and outside"), ({"models": 0}, "at least 1, got 0, 1, 8")):
         with pytest.raises(ValueError, match=message):
             go(**kwargs)
+    untrained = lambda: pytest.fail("a network was made before the examples were looked at")
+    for scores, train, test, message in (
+        (SubsetScores(50), (x, y), None, "train must hold the 50 examples .* got 60 inputs and 60 targets"),
+        (SubsetScores(60), (x, y[:50]), None, "train must hold .* got 60 inputs and 50 targets"),
+        (SubsetScores(60, 4), (x, y), None, "test must hold the 4 examples .* got 0 inputs"),
+        (SubsetScores(60), (x, y), (x, y), "test must hold the 0 examples"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train_on_subsets(scores, untrained, train, test, sgd, models=2, epochs=1, batch_size=8)
+    shared = perceptron()
+    with pytest.raises(ValueError, match="new network at every call"):
+        train_on_subsets(SubsetScores(60), lambda: shared, (x, y), None, sgd, models=2, epochs=1, batch_size=8)
     model = perceptron()
     for batches, losses, message in (
         ([], lambda b: F.cross_entropy(model(x), y, reduction="none"), "batches is empty"),

@@ -54,6 +54,7 @@ def test_weights_draw_groups_equally_often():
     shares = torch.bincount(GROUPS[drawn], minlength=4) / 6000
     assert torch.allclose(shares, torch.tensor([1, 1, 0, 1]) / 3, atol=0.03)
     assert len(weighted_sampler(weights)(torch.Generator())) == 10
+    assert weighted_sampler(torch.tensor([0, 3, 0]), 4)(torch.Generator()).tolist() == [1] * 4  # counts will do
     for bad in (torch.zeros(3), torch.tensor([1.0, -1]), torch.tensor([1.0, math.nan])):
         with pytest.raises(ValueError, match="weights must be"):
             weighted_sampler(bad)
