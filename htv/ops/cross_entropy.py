@@ -37,7 +37,7 @@ def shifted_cross_entropy(
     reduction, ignore_index, label_smoothing, weight: as for F.cross_entropy; weight is (K,).
 
     Returns the loss, (), or the shape of targets for ``reduction="none"``, in float64 for float64 logits and float32
-    for all others; arithmetic is in that type too. Differentiable by the logits, twice as well.
+    for all others; arithmetic is in that type too. Differentiable by the logits, as often as needed.
 
     An ignored row contributes exactly 0, whatever it holds. A target of another value outside of 0 to K - 1 raises on
     the CPU and is NaN on a GPU, where looking would wait for the device.
@@ -153,20 +153,21 @@ class _Gradient(torch.autograd.Function):
         *numbers, peak, log_sum = numbers
         temperature, weight, *ctx.ignore_smoothing = numbers
         ctx.temperature = temperature
-        ctx.save_for_backward(grad, logits, targets, shift, weight, peak, log_sum)
+        ctx.save_for_backward(grad, logits, targets, shift, weight)
         return _call("shifted_cross_entropy_grad", logits, grad, logits, targets, shift, *numbers, peak, log_sum)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_grad):
-        grad, logits, targets, shift, weight, peak, log_sum = ctx.saved_tensors
+        *given, targets, shift, weight = ctx.saved_tensors
         ignore_index, label_smoothing = ctx.ignore_smoothing
-        ignored = targets == ignore_index  # may hold anything, of which 0 times would be NaN
-        logits, shift = (rows.masked_fill(ignored.unsqueeze(1), 0) for rows in (logits.detach(), shift))
+        numbers = ctx.temperature, weight, ignore_index, label_smoothing
+        ignored = (targets == ignore_index).unsqueeze(1)  # may hold anything, of which 0 times would be NaN
+        further = torch.is_grad_enabled()
         with torch.enable_grad():
-            grad, logits = grad.detach().masked_fill(ignored, 0).requires_grad_(), logits.requires_grad_()
-            numbers = ctx.temperature, weight, ignore_index, label_smoothing
+            given = [t if further and t.requires_grad else t.detach().requires_grad_() for t in given]
+            grad, logits = given[0].masked_fill(ignored[:, 0], 0), given[1].masked_fill(ignored, 0)
+            shift = shift.masked_fill(ignored, 0)
             _, peak, log_sum = reference.shifted_cross_entropy(logits, targets, shift, *numbers)
             value = reference.shifted_cross_entropy_grad(grad, logits, targets, shift, *numbers, peak, log_sum)
-            found = torch.autograd.grad(value, (grad, logits), grad_grad)
+            found = torch.autograd.grad(value, given, grad_grad, create_graph=further)
         return *found, *(None,) * 8

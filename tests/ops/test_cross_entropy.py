@@ -131,13 +131,15 @@ def test_no_gradient_flows_into_the_shift():
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_first_and_second_derivatives(name):
+def test_first_to_third_derivatives(name):
     logits, targets, shift = operands(4, 5, scale=1.0)
     options, _ = options_for(name, 5, torch.float64)
     function = lambda z: shifted_cross_entropy(z, targets, shift, temperature=0.5, **options)
     logits.requires_grad_()
     assert torch.autograd.gradcheck(function, logits)
     assert torch.autograd.gradgradcheck(function, logits)
+    slope = lambda z: torch.autograd.grad(function(z).sum(), z, create_graph=True)[0]
+    assert torch.autograd.gradgradcheck(slope, logits)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
