@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from htv.methods.resuming import require_state_of
+
 __all__ = ["RA3", "RM3", "median_of_three"]
 
 _ADDS_DECAY_TO_GRADIENT = (
@@ -77,7 +79,7 @@ class _Rolling(Optimizer):
         self.optimizer.add_param_group(param_group)
         try:
             self._check_groups()
-        except ValueError:
+        except (ValueError, TypeError):
             self.optimizer.param_groups.pop()
             raise
 
@@ -194,22 +196,7 @@ class _Rolling(Optimizer):
             raise ValueError(
                 f"state_dict is of {kind['rule']} around {kind['wraps']}, this is {mine}: resume with what wrote it"
             )
-        theirs, ours = ([len(group["params"]) for group in groups]
-                        for groups in (state_dict["param_groups"], self.param_groups))  # fmt: skip
-        if theirs != ours:
-            raise ValueError(
-                f"state_dict has groups of {theirs} parameters, this optimizer has groups of {ours}: it is of another "
-                "model, or was given its parameters in other groups"
-            )
-        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        for position, (index, p) in enumerate(zip(indices, parameters, strict=True)):
-            for kept in state_dict["state"].get(index, {}).values():
-                if kept.shape != p.shape:
-                    raise ValueError(
-                        f"state_dict keeps gradients of shape {tuple(kept.shape)} for parameter {position}, whose "
-                        f"shape is {tuple(p.shape)}: it is of another model"
-                    )
+        require_state_of(state_dict, self.param_groups)
 
 
 class RM3(_Rolling):

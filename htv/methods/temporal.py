@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from htv.methods.resuming import require_state_of
+
 __all__ = ["TemporalAndMaskAdam"]
 
 STATE = ("exp_avg", "exp_avg_sq", "exp_sign")
@@ -35,7 +37,7 @@ class TemporalAndMaskAdam(Optimizer):
     `torch.optim.AdamW`.
 
     params:        tensors or groups of them, real floating point; each group may have its own hyperparameters.
-    lr:            a float, or a tensor of one element on the parameters' device.
+    lr:            a float, or a tensor without dims, such as ``torch.tensor(1e-3)``, on the parameters' device.
     betas:         (beta1, beta2, beta3), each in [0, 1): the memories of gradients, squares and signs.
     eps:           >= 0.
     tau:           in [0, 1]; 0 masks nothing, 1 nearly everything for ever (a warning says so).
@@ -43,9 +45,10 @@ class TemporalAndMaskAdam(Optimizer):
     maximize:      follow the gradient upwards.
 
     A parameter whose grad is None in a step is left as it is, decay included. The state has the parameter's dtype and
-    takes three times its memory. No count of steps enters the update, so it may be captured in a CUDA graph as it is;
-    give lr as a tensor to change it between replays. Raises TypeError or ValueError naming a wrong hyperparameter or a
-    complex or integer parameter, RuntimeError for a sparse gradient, and ValueError for the state of another optimizer.
+    takes three times its memory; float16 is too coarse for the squares of gradients, float32 or bfloat16 are not. No
+    count of steps enters the update, so it may be captured in a CUDA graph as it is; give lr as a tensor to change it
+    between replays. Raises TypeError or ValueError naming a wrong hyperparameter or a complex or integer parameter,
+    RuntimeError for a sparse gradient, and ValueError for the state of another optimizer or of another model.
     """
 
     def __init__(
@@ -135,6 +138,8 @@ class TemporalAndMaskAdam(Optimizer):
         return kept / total if total else float("nan")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if not {"state", "param_groups"} <= state_dict.keys():
+            raise ValueError("state_dict is not an optimizer's: pass what TemporalAndMaskAdam.state_dict() returned")
         missing = {name for group in state_dict["param_groups"] for name in self.defaults if name not in group}
         missing |= {name for state in state_dict["state"].values() for name in STATE if name not in state}
         if missing:
@@ -142,6 +147,7 @@ class TemporalAndMaskAdam(Optimizer):
                 f"state_dict is of another optimizer than TemporalAndMaskAdam: it has no {', '.join(sorted(missing))}. "
                 "Resume with the optimizer that saved it, or start this one anew"
             )
+        require_state_of(state_dict, self.param_groups)
         super().load_state_dict(state_dict)
 
 
@@ -153,8 +159,8 @@ def _check_hyperparameters(group: dict[str, Any]) -> None:
             raise ValueError(f"{name} must be {wanted}, got {value!r}")
 
     lr, betas = group["lr"], group["betas"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"lr must be a number or a tensor of one element, got shape {tuple(lr.shape)}")
+    if isinstance(lr, Tensor) and lr.dim() != 0:
+        raise ValueError(f"lr must be a number or a tensor without dims, got shape {tuple(lr.shape)}")
     number("lr", lr.item() if isinstance(lr, Tensor) else lr, ">= 0", lambda x: 0 <= x < float("inf"))
     if not isinstance(betas, tuple | list) or len(betas) != 3:
         raise ValueError(f"betas must be (beta1, beta2, beta3), got {betas!r}")

@@ -126,6 +126,8 @@ def test_momentum_is_refused_unless_it_is_meant():
     later = RM3(torch.optim.SGD(parameters(), lr=0.1))
     with pytest.raises(ValueError, match="without momentum"):
         later.add_param_group({"params": [nn.Parameter(torch.ones(2))], "momentum": 0.5})
+    with pytest.raises(TypeError, match="complex"):
+        later.add_param_group({"params": [nn.Parameter(torch.ones(2, dtype=torch.complex64))]})
     assert len(later.param_groups) == 1
     later.param_groups[0]["momentum"] = 0.9  # as a scheduler might
     with pytest.raises(ValueError, match="without momentum"):
@@ -233,7 +235,7 @@ def test_another_optimizers_state_is_refused_before_any_change():
         r"groups of \[2\] parameters, this optimizer has groups of \[3\]": RM3(
             torch.optim.SGD(parameters()[:2], lr=0.1)
         ),
-        r"gradients of shape \(9,\) for parameter 0, whose shape is \(3, 4\)": shaped,
+        r"'newer' of shape \(9,\) for parameter 0, whose shape is \(3, 4\)": shaped,
     }
     for message, other in others.items():
         with pytest.raises(ValueError, match=message):

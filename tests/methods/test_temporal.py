@@ -153,11 +153,30 @@ def test_another_optimizers_state_is_refused(other):
 
 
 @pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ([(2, 1)], r"'exp_avg' of shape \(2, 1\) for parameter 0, whose shape is \(2, 3\): it is of another model"),
+        ([(2, 3), (2,)], r"groups of \[2\] parameters, this optimizer has groups of \[1\]"),
+    ],
+)
+def test_another_models_state_is_refused(shapes, message):
+    parts = [torch.ones(shape, requires_grad=True) for shape in shapes]
+    saved = TemporalAndMaskAdam(parts)
+    steps(saved, parts, [[np.ones(shape) for shape in shapes]])
+    optimizer = TemporalAndMaskAdam([torch.ones(2, 3, requires_grad=True)])
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(saved.state_dict())
+    with pytest.raises(ValueError, match="state_dict is not an optimizer's"):
+        optimizer.load_state_dict(torch.nn.Linear(2, 3).state_dict())
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize(
     ("wrong", "error", "message"),
     [
         ({"lr": -1.0}, ValueError, "lr must be >= 0, got -1.0"),
         ({"lr": float("nan")}, ValueError, "lr must be"),
-        ({"lr": torch.ones(2)}, ValueError, "lr must be a number or a tensor of one element"),
+        ({"lr": torch.ones(1)}, ValueError, "lr must be a number or a tensor without dims"),
         ({"betas": (0.9, 0.99)}, ValueError, r"betas must be \(beta1, beta2, beta3\)"),
         ({"betas": (0.9, 1.0, 0.5)}, ValueError, r"betas\[1\] must be in \[0, 1\), got 1.0"),
         ({"betas": (0.9, 0.9, "x")}, TypeError, r"betas\[2\] must be a number"),
