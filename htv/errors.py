@@ -1,4 +1,6 @@
-"""The errors htv raises beside Python's own."""
+"""The errors htv raises beside Python's own, and what their messages say of a tensor."""
+
+from torch import Tensor
 
 
 class UnsupportedError(RuntimeError):
@@ -18,3 +20,10 @@ class UnsupportedError(RuntimeError):
 
 class CheckError(AssertionError):
     """`htv.check` found a parameter whose aggregated gradient differs from the one-group-at-a-time loop."""
+
+
+def described(value: object) -> str:
+    """What was given where a tensor of some shape and dtype is wanted."""
+    if isinstance(value, Tensor):
+        return f"shape {tuple(value.shape)} and dtype {value.dtype}"
+    return f"a {type(value).__name__}"

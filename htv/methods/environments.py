@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from htv.attach import Handle
+from htv.errors import described
 
 __all__ = ["environment_batches", "environment_groups", "join_environments", "require_environments"]
 
@@ -28,14 +29,16 @@ def join_environments(batches: Sequence[Sequence[Tensor]]) -> tuple[tuple[Tensor
     batches:  for each of E environments its tensors, (N_e, ...) each, such as ``(x, y)``.
 
     Returns the joined tensors, (N, ...) each, and ids (N,) int64 on the first tensor's device: the environment of every
-    example. Raises ValueError for no environments, one without examples, or tensors of a batch that do not pair up.
+    example. Raises ValueError for no environments, one without examples, what is no tuple of tensors, or tensors that
+    do not pair up.
     """
-    batches = [tuple(batch) for batch in batches]
+    batches = list(batches)
     if not batches:
         raise ValueError("batches is empty: give one batch for each environment")
     for index, batch in enumerate(batches):
-        if not batch or not all(isinstance(part, Tensor) and part.dim() > 0 for part in batch):
-            raise ValueError(f"batches[{index}] must hold tensors with the examples in dim 0, such as (x, y)")
+        parts = batch if isinstance(batch, tuple | list) else ()  # a tensor would fall apart into its examples
+        if not parts or not all(isinstance(part, Tensor) and part.dim() > 0 for part in parts):
+            raise ValueError(f"batches[{index}] must be a tuple of tensors with the examples in dim 0, (x, y)")
         sizes = {len(part) for part in batch}
         if len(sizes) > 1:
             raise ValueError(f"the tensors of batches[{index}] hold {sorted(sizes)} examples: they must pair up")
@@ -45,6 +48,12 @@ def join_environments(batches: Sequence[Sequence[Tensor]]) -> tuple[tuple[Tensor
             )
         if len(batch) != len(batches[0]):
             raise ValueError(f"batches[{index}] holds {len(batch)} tensors, batches[0] {len(batches[0])}")
+        for part, first in zip(batch, batches[0], strict=True):
+            if part.shape[1:] != first.shape[1:]:
+                raise ValueError(
+                    f"examples of batches[{index}] have shape {tuple(part.shape[1:])}, those of batches[0] "
+                    f"{tuple(first.shape[1:])}"
+                )
     sizes = torch.tensor([len(batch[0]) for batch in batches])
     ids = torch.repeat_interleave(torch.arange(len(batches)), sizes).to(batches[0][0].device)
     return tuple(torch.cat(parts) for parts in zip(*batches, strict=True)), ids
@@ -83,8 +92,8 @@ def require_environments(ids: Tensor, num_environments: int, absent: str = "erro
     """
     if absent not in ("error", "zero"):
         raise ValueError(f"absent must be 'error' or 'zero', got {absent!r}")
-    if ids.dim() != 1 or ids.dtype.is_floating_point or ids.dtype == torch.bool:
-        raise ValueError(f"ids must be (N,) integers, got shape {tuple(ids.shape)} and dtype {ids.dtype}")
+    if not isinstance(ids, Tensor) or ids.dim() != 1 or ids.dtype.is_floating_point or ids.dtype == torch.bool:
+        raise ValueError(f"ids must be a tensor of integers, (N,), got {described(ids)}")
     if num_environments < 1:
         raise ValueError(f"num_environments must be at least 1, got {num_environments}")
     if absent == "error" and len(ids) < num_environments:

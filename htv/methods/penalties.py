@@ -35,18 +35,18 @@ def environment_means(values: Tensor, ids: Tensor, num_environments: int, absent
     require_environments(ids, num_environments, absent)
     if len(values) != len(ids):
         raise ValueError(f"values hold {len(values)} examples, ids {len(ids)}: they must pair up")
-    members = F.one_hot(ids, num_environments).to(values)
+    members = F.one_hot(ids.long(), num_environments).to(values)
     return torch.tensordot(members / members.sum(dim=0).clamp(min=1), values, dims=([0], [0]))
 
 
 def l1_penalty(parameters: Iterable[Tensor]) -> Tensor:
     """The sum of absolute values."""
-    return torch.stack([p.abs().sum() for p in parameters]).sum()
+    return torch.stack([p.abs().sum() for p in _given(parameters)]).sum()
 
 
 def l2_penalty(parameters: Iterable[Tensor]) -> Tensor:
     """The sum of squares."""
-    return torch.stack([p.square().sum() for p in parameters]).sum()
+    return torch.stack([p.square().sum() for p in _given(parameters)]).sum()
 
 
 def irm_penalty(
@@ -65,9 +65,9 @@ def irm_penalty(
 
     Arjovsky et al. 2019, "Invariant risk minimization", arXiv 1907.02893.
     """
-    scales = outputs.new_ones(num_environments, requires_grad=True)
     require_environments(ids, num_environments, absent)
-    scaled = outputs * scales[ids].reshape(-1, *(1,) * (outputs.dim() - 1))
+    scales = outputs.new_ones(num_environments, requires_grad=True)
+    scaled = outputs * scales[ids.long()].reshape(-1, *(1,) * (outputs.dim() - 1))
     risks = environment_means(_each(loss(scaled, targets), ids), ids, num_environments, absent)
     (slopes,) = torch.autograd.grad(risks.sum(), scales, create_graph=True)  # a risk has one scale only
     return slopes.square().mean()
@@ -81,10 +81,10 @@ def iga_penalty(risks: Tensor | Sequence[Tensor], parameters: Iterable[Tensor]) 
     Costs E backwards that keep their graph: give a list of risks, each from a forward of its own, and together they
     take about one backward of all. Koyama and Yamaguchi 2020, arXiv 2008.01883.
     """
-    parameters = [p for p in parameters if p.requires_grad]
     risks = list(risks)
     if len(risks) < 2:
         raise ValueError(f"risks must be of at least 2 environments for gradients to differ, got {len(risks)}")
+    parameters = [p for p in _given(parameters) if p.requires_grad]
     grads = [torch.autograd.grad(risk, parameters, create_graph=True, materialize_grads=True) for risk in risks]
     stacks = [torch.stack(stack) for stack in zip(*grads, strict=True)]
     return torch.stack([(s - s.mean(dim=0)).square().mean(dim=0).sum() for s in stacks]).sum()
@@ -167,7 +167,14 @@ class GroupDRO(nn.Module):
             )
         with torch.no_grad():
             self.weights.copy_((self.weights.log() + self.step_size * risks).softmax(dim=0))
-        return self.weights.clone() @ risks
+        return self.weights.to(risks.dtype, copy=True) @ risks
+
+
+def _given(parameters: Iterable[Tensor]) -> list[Tensor]:
+    parameters = list(parameters)
+    if not parameters:
+        raise ValueError("parameters is empty: model.parameters() can be gone through once, call it anew every step")
+    return parameters
 
 
 def _each(losses: Tensor, ids: Tensor) -> Tensor:

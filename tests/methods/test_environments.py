@@ -31,7 +31,9 @@ def test_loaders_are_drawn_from_side_by_side():
         ([batch(2), batch(0)], "environment 1 has no examples in this batch"),
         ([batch(2), (torch.zeros(2, 3), torch.zeros(1))], r"batches\[1\] hold \[1, 2\] examples"),
         ([batch(2), (torch.zeros(2, 3),)], r"batches\[1\] holds 1 tensors, batches\[0\] 2"),
-        ([batch(2), torch.zeros(2)], r"batches\[1\] must hold tensors"),
+        ([batch(2), torch.zeros(2)], r"batches\[1\] must be a tuple of tensors"),
+        ([torch.zeros(2, 3), torch.zeros(2, 3)], r"batches\[0\] must be a tuple of tensors"),
+        ([batch(2), (torch.zeros(2, 4), torch.zeros(2))], r"examples of batches\[1\] have shape \(4,\), .* \(3,\)"),
     ],
 )
 def test_bad_batches_are_named(batches, message):
@@ -44,6 +46,8 @@ def test_empty_loaders_are_named():
         next(environment_batches([]))
     with pytest.raises(ValueError, match=r"loaders\[1\] gives no batch: environment 1 is empty"):
         next(environment_batches([[batch(1)], []]))
+    with pytest.raises(ValueError, match="must be a tuple of tensors"):  # one loader in place of one per environment
+        next(environment_batches([batch(2), batch(2)]))
 
 
 @pytest.mark.parametrize(
@@ -60,6 +64,11 @@ def test_empty_loaders_are_named():
 def test_missing_environments_are_named(ids, count, message):
     with pytest.raises(ValueError, match=message):
         require_environments(torch.tensor(ids), count)
+
+
+def test_ids_that_are_no_tensor_are_named():
+    with pytest.raises(ValueError, match="ids must be a tensor of integers.*got a list"):
+        require_environments([0, 1], 2)
 
 
 def test_each_environments_mean_counts_once():

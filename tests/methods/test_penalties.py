@@ -177,6 +177,9 @@ def test_means_of_environments():
         (lambda: environment_means(torch.zeros(7), IDS, 4), r"environments \[3\] are missing"),
         (lambda: iga_penalty([torch.zeros(())], []), "at least 2 environments"),
         (lambda: irm_penalty(torch.zeros(7, 1), IDS, IDS, E, lambda o, t: o.mean()), "one value per example"),
+        (lambda: iga_penalty([torch.zeros(()), torch.zeros(())], []), "parameters is empty"),
+        (lambda: l1_penalty(iter(())), "parameters is empty"),
+        (lambda: l2_penalty([]), "parameters is empty"),
         (lambda: GroupDRO(0), "num_environments must be at least 1"),
         (lambda: GroupDRO(2, step_size=0), "step_size must be above 0"),
         (lambda: GroupDRO(2)(torch.zeros(3)), "one per environment"),
@@ -185,3 +188,20 @@ def test_means_of_environments():
 def test_mistakes_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
+def test_environments_may_be_integers_of_any_width(dtype):
+    outputs, targets = torch.randn(7, 1, requires_grad=True), torch.randn(7)
+    loss = lambda o, t: (o[:, 0] - t).square()
+    penalty = lambda ids: irm_penalty(outputs, targets, ids, E, loss)
+    assert torch.equal(penalty(IDS.to(dtype)), penalty(IDS))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_weights_of_environments_take_risks_of_any_dtype(dtype):
+    risks = torch.tensor([1.0, 3.0], dtype=dtype, requires_grad=True)
+    dro = GroupDRO(2, step_size=1.0)
+    dro(risks).backward()
+    assert risks.grad.dtype == dtype and dro.weights.dtype == torch.float32
+    torch.testing.assert_close(risks.grad, torch.tensor([1.0, 3.0]).softmax(0).to(dtype), rtol=1e-2, atol=0)
