@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from htv.attach import Handle
+from htv.errors import described
+from htv.methods.batches import require_ids
 from htv.ops.agreement import projections
 from htv.ops.factors import Factors
 
@@ -52,6 +54,7 @@ class Attribution:
         with htv.attach(model, rule) as handle:
             attribution = Attribution(handle, corrupt)
             for ids, x, y in loader:
+                optimizer.zero_grad()
                 with attribution.step(ids):
                     criterion(model(x), y).backward()
                 optimizer.step()
@@ -69,10 +72,11 @@ class Attribution:
     """
 
     def __init__(self, handle: Handle, corrupt: Tensor, permutations: int = 100, seed: int = 0):
-        if corrupt.dim() != 1 or corrupt.dtype != torch.bool or len(corrupt) == 0:
+        tags = isinstance(corrupt, Tensor) and corrupt.dim() == 1 and corrupt.dtype == torch.bool
+        if not tags or len(corrupt) == 0:
             raise ValueError(
-                "corrupt must be a boolean tensor of shape (N,), one tag per example of the data set; got shape "
-                f"{tuple(corrupt.shape)} and dtype {corrupt.dtype}"
+                "corrupt must be a boolean tensor of shape (N,), one tag per example of the data set; got "
+                f"{described(corrupt)}"
             )
         if permutations < 1:
             raise ValueError(f"permutations must be at least 1, got {permutations}")
@@ -86,11 +90,7 @@ class Attribution:
     @contextmanager
     def step(self, ids: Tensor) -> Iterator[None]:
         """Forward and backward of one batch go inside. ids: (B,) integers in [0, N), the batch's examples in order."""
-        ids = ids.cpu()
-        if ids.dim() != 1 or ids.dtype.is_floating_point or ids.dtype == torch.bool:
-            raise ValueError(f"ids must be a 1-D tensor of integers, got shape {tuple(ids.shape)}, dtype {ids.dtype}")
-        if len(ids) and not (0 <= int(ids.min()) and int(ids.max()) < len(self.corrupt)):
-            raise ValueError(f"ids must lie in [0, {len(self.corrupt)}), got {int(ids.min())} to {int(ids.max())}")
+        ids = require_ids(ids, len(self.corrupt))
         products = torch.zeros(len(ids), dtype=torch.float64)
         seen: set[str] = set()
 
@@ -152,12 +152,9 @@ class LearntTracker:
         """
         if step < max(self._step, 0):
             raise ValueError(f"step must not be negative nor go back, got {step} after {self._step}")
-        ids, correct = ids.cpu(), correct.cpu()
-        if ids.shape != correct.shape or ids.dim() != 1 or correct.dtype != torch.bool:
-            raise ValueError(
-                f"ids and correct must both be (B,), correct boolean; got {tuple(ids.shape)}, {tuple(correct.shape)}, "
-                f"{correct.dtype}"
-            )
+        if not isinstance(correct, Tensor) or correct.dim() != 1 or correct.dtype != torch.bool:
+            raise ValueError(f"correct must be a boolean tensor, (B,); got {described(correct)}")
+        ids, correct = require_ids(ids, len(self.first), len(correct)), correct.cpu()
         self._step = step
         now, wrong = ids[correct], ids[~correct]
         self.first[now] = torch.where(self.first[now] < 0, step, self.first[now])

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset, default_collate
 
+from htv.errors import described
+
 __all__ = ["Batches", "ExampleTable"]
 
 Sampler = Callable[[torch.Generator], Iterable[int]]
@@ -117,12 +119,13 @@ class ExampleTable:
         return self._rows
 
 
-def require_ids(ids: Tensor, examples: int, rows: int) -> Tensor:
-    """ids as (B,) int64 on the CPU; ValueError unless they are `rows` integers in [0, examples)."""
+def require_ids(ids: Tensor, examples: int, rows: int | None = None) -> Tensor:
+    """ids as (B,) int64 on the CPU; ValueError unless they are integers in [0, examples), `rows` of them if told."""
     if not isinstance(ids, Tensor) or ids.dim() != 1 or ids.dtype.is_floating_point or ids.dtype == torch.bool:
-        got = f"shape {tuple(ids.shape)}, {ids.dtype}" if isinstance(ids, Tensor) else repr(ids)
-        raise ValueError(f"ids must be a tensor of integers, (B,), the id of every example of the batch; got {got}")
-    if len(ids) != rows:
+        raise ValueError(
+            f"ids must be a tensor of integers, (B,), the id of every example of the batch; got {described(ids)}"
+        )
+    if rows is not None and len(ids) != rows:
         raise ValueError(f"ids names {len(ids)} examples, but the batch holds {rows}: they must pair up")
     ids = ids.cpu().long()
     if len(ids) and not (0 <= int(ids.min()) and int(ids.max()) < examples):

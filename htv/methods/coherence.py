@@ -128,6 +128,7 @@ class _Sums:
         self.vectors = {name: torch.zeros_like(p, dtype=wide[name], requires_grad=False) for name, p in named.items()}
         self.energies = dict.fromkeys(named, 0.0)
         self.examples = 0
+        self.seen: set[str] = set()
 
     def see(self, name: str, parts: list[Factors]) -> None:
         norms = squared_norms(parts)
@@ -137,6 +138,7 @@ class _Sums:
                 "return one loss per example of the batch"
             )
         self.energies[name] += norms.sum().item()
+        self.seen.add(name)
 
     def add(self, losses: Tensor, named: dict[str, nn.Parameter]) -> None:
         self.voters = len(losses)
@@ -145,6 +147,11 @@ class _Sums:
             if grad is not None:
                 vector += grad
         self.examples += len(losses)
+        if not self.seen:
+            raise ValueError(
+                "losses did not run `model`: none of its parameters took part in what it returned. Where "
+                "model is a copy, losses must run the copy"
+            )
 
 
 def measure_coherence(
@@ -165,8 +172,8 @@ def measure_coherence(
               example ``lambda batch: F.cross_entropy(model(batch[0]), batch[1], reduction="none")``.
     exclude:  parameters to leave out, as for `htv.attach`.
 
-    Raises ValueError if there is no batch, or if what `losses` returns is not one loss per example; what `htv.attach`
-    refuses is refused.
+    Raises ValueError if there is no batch, if what `losses` returns is not one loss per example, or if it did not run
+    this model; what `htv.attach` refuses is refused.
     """
     with attach(model, Mean(), exclude=exclude) as handle:
         named = {served.name: served.parameter for served in handle.served() if served.parameter.requires_grad}
@@ -220,12 +227,13 @@ def generalisation_bound(
     if not bool(((alpha >= 0) & (alpha <= 1)).all()):
         raise ValueError("alphas must lie in [0, 1]: alpha is m-coherence divided by the number of examples")
     for name, value in {"lipschitz": lipschitz, "smoothness": smoothness}.items():
-        if not value >= 0:
-            raise ValueError(f"{name} must not be negative, got {value!r}")
-    if not bool((eta >= 0).all()):
-        raise ValueError("learning_rates must not be negative")
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be finite and not negative, got {value!r}")
+    if not bool(((eta >= 0) & (eta < math.inf)).all()):
+        raise ValueError("learning_rates must be finite and not negative")
     if examples < 1:
         raise ValueError(f"examples must be at least 1, got {examples!r}")
     growth = torch.log1p(eta * smoothness)
     later = growth.sum() - growth.cumsum(0)
-    return (lipschitz**2 / examples * (later.exp() * eta * (2 * (1 - alpha)).sqrt()).sum()).item()
+    steps = (later + (eta * (2 * (1 - alpha)).sqrt()).log()).exp()  # a step of 0 is 0, however large what follows
+    return (lipschitz**2 / examples * steps.sum()).item()

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from htv.errors import described
+
 __all__ = ["disjoint_subsets", "easy_examples"]
 
 
@@ -51,7 +53,11 @@ def disjoint_subsets(pool: Tensor, sizes: tuple[int, ...], seed: int = 0) -> lis
 
     pool:  (N,) bool over a data set, or (P,) ids of its members. Returns one tensor of ids per size.
     """
+    if not isinstance(pool, Tensor) or pool.dim() != 1 or pool.dtype.is_floating_point:
+        raise ValueError(f"pool must be a tensor, (N,) bool or (P,) integers; got {described(pool)}")
     members = (pool.nonzero().flatten() if pool.dtype == torch.bool else pool).cpu()
+    if len(members.unique()) < len(members):
+        raise ValueError("pool names an example twice: subsets might share it. Pass each id once, or a boolean mask")
     if any(size < 1 for size in sizes):
         raise ValueError(f"sizes must be at least 1, got {sizes}")
     if sum(sizes) > len(members):

@@ -101,6 +101,8 @@ def test_bad_input_is_refused():
     with htv.attach(model, htv.Mean()) as handle:
         with pytest.raises(ValueError, match="corrupt must be a boolean"):
             Attribution(handle, corrupt.long())
+        with pytest.raises(ValueError, match="corrupt must be a boolean"):
+            Attribution(handle, corrupt.tolist())
         with pytest.raises(ValueError, match="permutations"):
             Attribution(handle, corrupt, permutations=0)
         attribution = Attribution(handle, corrupt)
@@ -108,7 +110,7 @@ def test_bad_input_is_refused():
         with pytest.raises(ValueError, match=r"saw 5 groups, but ids names 6"):
             with attribution.step(torch.arange(6)):
                 run(5)
-        with pytest.raises(ValueError, match=r"ids must lie in \[0, 40\), got 2 to 40"):
+        with pytest.raises(ValueError, match=r"ids must lie in \[0, 40\), got values from 2 to 40"):
             with attribution.step(torch.tensor([2, 40])):
                 run(2)
         with pytest.raises(RuntimeError, match="saw no gradient"):
@@ -133,8 +135,12 @@ def test_learnt_first_and_last():
     assert tracker.first.tolist() == [10, 10, 40, 20] and tracker.last.tolist() == [-1, 30, 40, -1]
     with pytest.raises(ValueError, match="step must not be negative nor go back"):
         tracker.update(39, everyone, torch.ones(4, dtype=torch.bool))
-    with pytest.raises(ValueError, match="correct boolean"):
+    with pytest.raises(ValueError, match="correct must be a boolean tensor"):
         tracker.update(50, everyone, torch.ones(4))
+    for ids, message in (([-1], r"ids must lie in \[0, 4\)"), ([0, 1], "names 2 examples"), ([True], "integers")):
+        with pytest.raises(ValueError, match=message):
+            tracker.update(50, torch.tensor(ids), torch.ones(1, dtype=torch.bool))
+    assert tracker.first.tolist() == [10, 10, 40, 20]
 
 
 @pytest.mark.parametrize("kind", ["uniform", "other", "permuted"])

@@ -239,6 +239,9 @@ def test_what_is_no_loss_per_example_is_refused():
         )
     with pytest.raises(ValueError, match="batches is empty"):
         measure_coherence(model, [], lambda batch: None)
+    with pytest.raises(ValueError, match="losses did not run `model`"):
+        losses = lambda batch: F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+        measure_coherence(copy.deepcopy(model), [(x, y)], losses)
     assert "forward" not in vars(model)
 
 
@@ -265,6 +268,8 @@ def test_the_bound_is_the_formula():
     assert generalisation_bound([1.0, 1.0], [0.1, 0.1], 1.0, 1.0, 5) == 0
     assert generalisation_bound([], [], 1.0, 1.0, 5) == 0
     assert generalisation_bound([0.0] * 2000, [1.0] * 2000, 1.0, 9.0, 5) == math.inf
+    assert generalisation_bound([1.0] * 2000, [1.0] * 2000, 1.0, 9.0, 5) == 0
+    assert generalisation_bound([0.0, *[1.0] * 2000], [0.0, *[1.0] * 2000], 1.0, 9.0, 5) == 0
 
 
 @pytest.mark.parametrize(
@@ -273,6 +278,7 @@ def test_the_bound_is_the_formula():
         ({"alphas": [30.0, 0.1]}, r"alphas must lie in \[0, 1\]"),
         ({"alphas": [0.1]}, "one length"),
         ({"learning_rates": [0.1, -0.1]}, "learning_rates"),
+        ({"learning_rates": [0.1, math.inf]}, "learning_rates"),
         ({"smoothness": -1.0}, "smoothness"),
         ({"lipschitz": float("nan")}, "lipschitz"),
         ({"examples": 0}, "examples"),

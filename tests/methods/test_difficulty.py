@@ -48,6 +48,10 @@ def test_bad_input_is_refused():
         disjoint_subsets(torch.arange(5), (4, 2))
     with pytest.raises(ValueError, match="sizes"):
         disjoint_subsets(torch.arange(5), (4, 0))
+    with pytest.raises(ValueError, match="pool names an example twice"):
+        disjoint_subsets(torch.tensor([3, 1, 3]), (1, 1))
+    with pytest.raises(ValueError, match=r"pool must be a tensor, .* got shape \(2, 3\)"):
+        disjoint_subsets(torch.ones(2, 3, dtype=torch.bool), (1, 1))
     x, labels, _ = mixture(9)
     with pytest.raises(ValueError, match="one entry per example"):
         easy_examples(nn.Linear(5, 2), x, labels[:8])
