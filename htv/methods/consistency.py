@@ -105,9 +105,14 @@ def inconsistency(
     for name, value in (("steps", steps), ("walkers", walkers), ("points", points)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    if not radius > 0:
+        raise ValueError(f"radius must be above 0, got {radius!r}")
     theta = theta.detach()
-    if not all(torch.isfinite(loss(theta)) for loss in losses):
-        raise ValueError("the loss of some environment is not finite at theta")
+    for index, loss in enumerate(losses):
+        if loss(theta).dim() != 0:
+            raise ValueError(f"losses[{index}] must return a scalar, got shape {tuple(loss(theta).shape)}")
+        if not torch.isfinite(loss(theta)):
+            raise ValueError(f"losses[{index}] is not finite at theta")
     generator = torch.Generator(theta.device).manual_seed(seed)
     best = Inconsistency(0.0, 0, 0, theta)
     for within, of in ((e, f) for e in range(len(losses)) for f in range(len(losses))):
@@ -136,7 +141,8 @@ class _Walk:
         directions = self._uphill() if climb else self._random(self._at)
         longest = self._longest(directions)
         self._reach = torch.where(longest >= self._reach, 2 * self._reach, longest.clamp(min=1e-9) * 1.5)
-        share = 1.0 if climb else torch.rand(longest.shape, generator=self._generator, dtype=longest.dtype)
+        shape = dict(size=longest.shape, dtype=longest.dtype, device=longest.device)
+        share = 1.0 if climb else torch.rand(**shape, generator=self._generator)
         ends = self._at + longest * directions
         self._note(ends)
         self._at = torch.where(self._inside(ends), self._at + share * longest * directions, self._at)
@@ -197,9 +203,7 @@ def quadratic_inconsistency(hessian_a: Tensor, hessian_b: Tensor, eps: float) ->
 
     A direction that is flat in one environment only makes it infinite; equal Hessians give eps.
     """
-    a, b = _hessian("hessian_a", hessian_a), _hessian("hessian_b", hessian_b)
-    if a.shape != b.shape:
-        raise ValueError(f"hessian_a and hessian_b differ in shape, {tuple(a.shape)} and {tuple(b.shape)}")
+    a, b = _pair(hessian_a, hessian_b, eps)
     if a.dim() == 1:
         curved = (a > 0) | (b > 0)
         ratios = (a / b)[curved]
@@ -226,17 +230,20 @@ def geometric_mean_hessian(hessians: Tensor, tolerance: float = 1e-12, max_steps
     if hessians.dim() == 2:
         return hessians.log().mean(dim=0).exp()
     mean = _spectral(torch.stack([_spectral(h, torch.log) for h in hessians]).mean(dim=0), torch.exp)
-    rate, before = 1.0, float("inf")
+    rate, before, size = 1.0, float("inf"), float("inf")
     for _ in range(max_steps):
-        root, inverse_root = _spectral(mean, torch.sqrt), _spectral(mean, lambda values: values.rsqrt())
-        logs = torch.stack([_spectral(inverse_root @ h @ inverse_root, torch.log) for h in hessians]).mean(dim=0)
-        size = logs.norm().item()
-        if size <= tolerance * len(mean):
-            return mean
-        if size >= before:
-            rate /= 2
-        before = size
-        mean = _symmetric(root @ _spectral(rate * logs, torch.exp) @ root)
+        try:
+            root, inverse_root = _spectral(mean, torch.sqrt), _spectral(mean, lambda values: values.rsqrt())
+            logs = torch.stack([_spectral(inverse_root @ h @ inverse_root, torch.log) for h in hessians]).mean(dim=0)
+            size = logs.norm().item()
+            if size <= tolerance * len(mean):
+                return mean
+            if size >= before:
+                rate /= 2
+            before = size
+            mean = _symmetric(root @ _spectral(rate * logs, torch.exp) @ root)
+        except torch.linalg.LinAlgError:  # of what is no longer finite
+            break
     raise RuntimeError(
         f"the geometric mean did not converge to {tolerance} in {max_steps} steps (it is at {size:.1e}): the Hessians "
         "are too ill-conditioned; add a little to their diagonals, or allow a larger tolerance"
@@ -249,7 +256,7 @@ def inconsistency_bound(hessian_a: Tensor, hessian_b: Tensor, eps: float) -> flo
     The ratio is 1 for equal Hessians only. The factor is 4, as the square is ``(1 + r)**2 / (4 r)`` for a direction
     with curvatures of ratio r: half of it would not do where r exceeds 1 + sqrt(2).
     """
-    a, b = _hessian("hessian_a", hessian_a), _hessian("hessian_b", hessian_b)
+    a, b = _pair(hessian_a, hessian_b, eps)
     both = torch.stack([a, b])
     if a.dim() == 1:
         curved = (a > 0) | (b > 0)
@@ -259,8 +266,19 @@ def inconsistency_bound(hessian_a: Tensor, hessian_b: Tensor, eps: float) -> flo
     return 4 * eps * float((2 * (arithmetic - geometric)).exp())
 
 
+def _pair(hessian_a: Tensor, hessian_b: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    a, b = _hessian("hessian_a", hessian_a), _hessian("hessian_b", hessian_b)
+    if a.shape != b.shape:
+        raise ValueError(f"hessian_a and hessian_b differ in shape, {tuple(a.shape)} and {tuple(b.shape)}")
+    if not 0 < eps < float("inf"):
+        raise ValueError(f"eps must be above 0 and finite, got {eps!r}")
+    return a, b
+
+
 def _hessian(name: str, hessian: Tensor) -> Tensor:
     hessian = torch.as_tensor(hessian).double()
+    if not bool(hessian.isfinite().all()):
+        raise ValueError(f"{name} must be finite")
     if hessian.dim() == 1:
         if not bool((hessian >= 0).all()):
             raise ValueError(f"{name} must have no negative entry: the point would not be a minimum")

@@ -46,11 +46,13 @@ def masked_noise_bound(num_groups: int, coordinates: int, tau: float, sigma: flo
     _check(coordinates, sigma)
     d = num_groups
     needed = min(heads for heads in _agreeing(d, tau) if 2 * heads >= d)
-    return coordinates * sigma**2 * max(d - needed, 1) * math.comb(d, needed) / 2 ** (d - 1)
+    return coordinates * sigma**2 * (max(d - needed, 1) * math.comb(d, needed) / 2 ** (d - 1))
 
 
 def _agreeing(num_groups: int, tau: float) -> list[int]:
     """The numbers of positive signs among d that the mask accepts."""
+    if isinstance(num_groups, bool) or not isinstance(num_groups, int):
+        raise TypeError(f"num_groups must be an integer, got {num_groups!r}")
     least = AndMask(tau).statistic(num_groups).count
     return [heads for heads in range(num_groups + 1) if abs(2 * heads - num_groups) >= least]
 

@@ -154,7 +154,13 @@ def test_the_bound_holds_and_half_of_it_would_not():
         (lambda t, f: inconsistency([f], t, 0.0), "eps must be above 0"),
         (lambda t, f: inconsistency([f], t[None], 0.1), r"theta must be \(P,\)"),
         (lambda t, f: inconsistency([f], t, 0.1, walkers=0), "walkers must be at least 1"),
-        (lambda t, f: inconsistency([lambda t: t.sum() / 0], t, 0.1), "not finite at theta"),
+        (lambda t, f: inconsistency([f, lambda t: t.sum() / 0], t, 0.1), r"losses\[1\] is not finite at theta"),
+        (lambda t, f: inconsistency([f, lambda t: t], t, 0.1), r"losses\[1\] must return a scalar"),
+        (lambda t, f: inconsistency([f], t, 0.1, radius=-1.0), "radius must be above 0"),
+        (lambda t, f: quadratic_inconsistency(t, t, -0.1), "eps must be above 0"),
+        (lambda t, f: inconsistency_bound(t, t, float("nan")), "eps must be above 0"),
+        (lambda t, f: inconsistency_bound(t, t[:2], 0.1), "differ in shape"),
+        (lambda t, f: quadratic_inconsistency(t, t + float("inf"), 0.1), "hessian_b must be finite"),
         (lambda t, f: quadratic_inconsistency(t - 1, t, 0.1), "hessian_a must have no negative entry"),
         (lambda t, f: quadratic_inconsistency(t, torch.eye(3), 0.1), "differ in shape"),
         (lambda t, f: quadratic_inconsistency(t, torch.zeros(2, 3), 0.1), r"hessian_b must be \(P,\) or \(P, P\)"),
@@ -171,3 +177,7 @@ def test_wrong_arguments_are_named(call, message):
 def test_an_iteration_that_does_not_converge_says_so():
     with pytest.raises(RuntimeError, match="did not converge to 1e-12 in 1 steps"):
         geometric_mean_hessian(random_spd(3, 3), max_steps=1)
+    turned = torch.linalg.qr(random_spd(1, 3)[0])[0]
+    steep = torch.tensor([1e-8, 1.0, 1e8], dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="too ill-conditioned"):
+        geometric_mean_hessian(torch.stack([torch.diag(steep), turned @ torch.diag(steep.flip(0)) @ turned.mT]))

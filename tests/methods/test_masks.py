@@ -67,3 +67,10 @@ def test_wrong_arguments_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             call()
+    with pytest.raises(TypeError, match="num_groups must be an integer"):
+        survival_probability(2.5, 0.5)
+
+
+def test_many_groups_do_not_overflow():
+    exact, bound = masked_noise(3000, 1, 0.1, 1.5), masked_noise_bound(3000, 1, 0.1, 1.5)
+    assert 0 < exact < bound < 1
