@@ -58,6 +58,8 @@ def spirals(
     """
     _check_counts(num_environments=num_environments, per_environment=per_environment, num_test=num_test)
     _check_counts(shortcut_dims=shortcut_dims)
+    if num_environments * per_environment < 2:
+        raise ValueError("per_environment must be at least 2 in a single environment: one example has no deviation")
     generator = torch.Generator().manual_seed(seed)
 
     def mechanism(shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:

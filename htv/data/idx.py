@@ -62,7 +62,7 @@ def read_idx(path: str | Path, dims: int) -> np.ndarray:
         with opened(path, "rb") as stream:
             shape = _read_header(path, stream, dims)
             size = math.prod(shape)
-            values = stream.read(size + 1)  # one more than there may be
+            values = _read_up_to(stream, size + 1)  # one more than there may be
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{path} is not a complete gzip file: {error}; fetch it again") from error
     except OSError as error:
@@ -71,7 +71,15 @@ def read_idx(path: str | Path, dims: int) -> np.ndarray:
         raise DataError(f"{path} is truncated: {len(values)} of {size} values are there; fetch it again")
     if len(values) > size:
         raise DataError(f"{path} goes on after the {size} values its header announces; it is not the file it claims")
-    return np.frombuffer(bytearray(values), dtype=np.uint8).reshape(shape)
+    return np.frombuffer(values, dtype=np.uint8).reshape(shape)
+
+
+def _read_up_to(stream, size: int) -> bytearray:
+    """In parts: what a damaged header announces may be more than fits into memory."""
+    values = bytearray()
+    while part := stream.read(min(size - len(values), 1 << 24)):
+        values += part
+    return values
 
 
 def _read_header(path: Path, stream, dims: int) -> tuple[int, ...]:

@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from htv.errors import described
+
 NoiseKind = Literal["other", "uniform", "permuted"]
 
 
@@ -27,6 +29,14 @@ def label_noise(
         raise ValueError(f"rate must lie in [0, 1], got {rate!r}")
     if num_classes < 2:
         raise ValueError(f"num_classes must be at least 2 for a label to be wrong, got {num_classes}")
+    if not isinstance(labels, Tensor) or labels.dim() != 1 or labels.dtype != torch.int64:
+        raise ValueError(
+            f"labels must be a tensor, (N,) int64, got {described(labels)}: torch.as_tensor(labels).long() makes it one"
+        )
+    if len(labels) and not (0 <= int(labels.min()) and int(labels.max()) < num_classes):
+        raise ValueError(
+            f"labels must lie in [0, {num_classes}), got values from {int(labels.min())} to {int(labels.max())}"
+        )
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(labels), generator=generator)[: round(rate * len(labels))]
     if kind == "other":

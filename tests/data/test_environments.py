@@ -97,3 +97,5 @@ def test_wrong_counts_are_named(wrong):
             make(**wrong)
     with pytest.raises(ValueError, match="shortcut_dims must be"):
         spirals(shortcut_dims=0)
+    with pytest.raises(ValueError, match="per_environment must be at least 2"):
+        spirals(1, 1)

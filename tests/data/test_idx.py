@@ -81,6 +81,7 @@ TRAIN = IMAGES.format("train")
         (TRAIN, lambda raw: raw[:-1], "truncated: 239 of 240 values"),
         (TRAIN, lambda raw: raw + b"\0", "goes on after the 240 values"),
         (TRAIN, lambda raw: raw[:4] + struct.pack(">I", 0) + raw[8:], "empty: its header announces 0 x 4 x 3"),
+        (TRAIN, lambda raw: raw[:4] + b"\xff" * 12 + raw[16:], "truncated: 240 of 7922816"),
         (LABELS.format("t10k"), lambda raw: idx_bytes(np.zeros(5)), "6 images, but .* 5 labels"),
         (IMAGES.format("t10k"), lambda raw: idx_bytes(np.zeros((6, 3, 3))), "differ in size, 4 x 3 and 3 x 3"),
     ],

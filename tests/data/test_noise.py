@@ -72,3 +72,20 @@ def test_uniform_noise_is_right_by_chance_and_permuted_noise_keeps_rare_classes_
 def test_an_unknown_kind_is_refused():
     with pytest.raises(ValueError, match="kind must be 'other', 'uniform' or 'permuted', got 'random'"):
         label_noise(torch.zeros(4, dtype=torch.int64), 0.5, 10, seed=0, kind="random")
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0, 1], "labels must be a tensor.*got a list"),
+        (
+            torch.zeros(4, dtype=torch.uint8),
+            r"labels must be a tensor, \(N,\) int64, got shape \(4,\) and dtype torch.uint8",
+        ),
+        (torch.zeros(4, 10, dtype=torch.int64), r"got shape \(4, 10\)"),
+        (torch.tensor([0, 10]), r"labels must lie in \[0, 10\), got values from 0 to 10"),
+    ],
+)
+def test_what_are_no_labels_is_refused(labels, message):
+    with pytest.raises(ValueError, match=message):
+        label_noise(labels, 0.5, 10, seed=0)
