@@ -69,7 +69,10 @@ def _read_batch(path: Path, key: bytes, num_classes: int) -> tuple[np.ndarray, n
         raise DataError(f"{path} is not one of CIFAR's batches: {error}") from error
     if not isinstance(batch, dict) or not {b"data", key} <= set(batch):
         raise DataError(f"{path} is not one of CIFAR's batches: it has no {key.decode()} beside data")
-    images, labels = np.asarray(batch[b"data"]), np.asarray(batch[key])
+    try:
+        images, labels = np.asarray(batch[b"data"]), np.asarray(batch[key])
+    except ValueError as error:  # rows of different lengths
+        raise DataError(f"{path} is not one of CIFAR's batches: {error}") from error
     if images.dtype != np.uint8 or images.ndim != 2 or images.shape[1] != 3 * _SIDE**2 or len(images) == 0:
         raise DataError(f"{path} holds data of {images.dtype} {images.shape}, not uint8 (N, {3 * _SIDE**2})")
     if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":

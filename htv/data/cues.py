@@ -13,6 +13,7 @@ from __future__ import annotations
 import colorsys
 import math
 from dataclasses import dataclass, replace
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -194,6 +195,9 @@ def fine_tuning_parts(
     """
     _check_classes(data)
     total = len(data.train_labels)
+    for name, count in (("clean", clean), ("with_cue", with_cue)):
+        if isinstance(count, bool) or not isinstance(count, int | None):
+            raise DataError(f"{name} must be a number of images, an int; got {count!r}")
     with_cue = total - clean if with_cue is None else with_cue
     if min(clean, with_cue) < 1 or clean + with_cue > total:
         raise DataError(
@@ -228,11 +232,18 @@ def _drawn(data: Dataset, cue: Cue, classes: Tensor, seed: int) -> Tensor:
 def _check_classes(data: Dataset) -> None:
     if data.num_classes < 2:
         raise DataError(f"{data.name} has {data.num_classes} class: a cue tells at least two apart")
-    if data.train_images.dim() not in (3, 4):
-        raise DataError(f"{data.name} has images of shape {tuple(data.train_images.shape[1:])}, not grey or RGB ones")
+    for images, labels in ((data.train_images, data.train_labels), (data.test_images, data.test_labels)):
+        if images.dim() not in (3, 4) or (images.dim() == 4 and images.shape[1] not in (1, 3)):
+            raise DataError(f"{data.name} has images of shape {tuple(images.shape[1:])}, not grey or RGB ones")
+        if not images.is_floating_point():
+            raise DataError(f"{data.name} has images of {images.dtype}: make them floating-point, in [0, 1]")
+        if not ((labels >= 0) & (labels < data.num_classes)).all():
+            raise DataError(
+                f"{data.name} has labels from {labels.min()} to {labels.max()}, not 0 to {data.num_classes - 1}"
+            )
 
 
 def _check_share(**shares: float) -> None:
     for name, share in shares.items():
-        if not 0 <= share <= 1:
+        if not isinstance(share, Real) or not 0 <= share <= 1:
             raise ValueError(f"{name} must lie in [0, 1], got {share!r}")

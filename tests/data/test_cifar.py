@@ -54,6 +54,7 @@ class Malicious:
         (pickle.dumps([1]), "has no labels beside data"),
         (pickle.dumps({**batch(4, 0), b"data": np.zeros((4, 9), np.uint8)}), r"uint8 \(4, 9\), not uint8 \(N, 3072\)"),
         (pickle.dumps({**batch(4, 0), b"labels": [1]}), "4 images, but labels of int64 \\(1,\\)"),
+        (pickle.dumps({**batch(4, 0), b"labels": [[0], [1, 2], [3], [4]]}), "not one of CIFAR's batches: .*sequence"),
         (pickle.dumps({**batch(4, 0), b"labels": [0, 1, 2, 10]}), "labels from 0 to 10, not 0 to 9"),
     ],
 )

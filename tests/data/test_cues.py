@@ -1,5 +1,7 @@
 """Cues are where they should be, on whom they should be, and the counterfactual sets differ in nothing else."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -197,5 +199,23 @@ def test_fine_tuning_parts_are_disjoint():
 def test_what_no_cue_fits_is_refused():
     with pytest.raises(DataError, match="at least two apart"):
         add_cue(made(classes=1), BoxCue())
-    with pytest.raises(DataError, match="not grey or RGB"):
-        counterfactuals(made(shape=(8,)), HueCue())
+    for shape in ((8,), (4, 10, 8)):
+        with pytest.raises(DataError, match="not grey or RGB"):
+            counterfactuals(made(shape=shape), HueCue())
+    data = made()
+    with pytest.raises(DataError, match="made has images of torch.uint8: make them floating-point"):
+        add_cue(replace(data, train_images=(data.train_images * 255).byte()), BoxCue())
+    with pytest.raises(DataError, match="made has labels from 0 to 3, not 0 to 2"):
+        counterfactuals(replace(data, num_classes=3), BoxCue())
+
+
+def test_arguments_of_the_wrong_kind_are_named():
+    with pytest.raises(ValueError, match="color must lie in .*, got 'red'"):
+        BoxCue(color="red")
+    with pytest.raises(ValueError, match="strength must lie in .*, got '1'"):
+        HueCue("1")
+    with pytest.raises(ValueError, match="proportion must lie in .*, got None"):
+        add_cue(made(), BoxCue(), None)
+    for wrong in ({"clean": 0.25}, {"clean": True}, {"clean": 10, "with_cue": 20.0}):
+        with pytest.raises(DataError, match="must be a number of images, an int"):
+            fine_tuning_parts(made(), BoxCue(), **wrong)
