@@ -9,6 +9,7 @@ Lubana et al. 2023, "Mechanistic mode connectivity", arXiv 2211.08422.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -40,11 +41,11 @@ def invariance_loss(
     """The squared distance between the directions of the two batches' class means, summed over classes, divided by K.
 
     features, other_features:  (N, D) and (M, D), without and with the cue.
-    labels, other_labels:      (N,) and (M,) int64 in [0, K); raises where one is outside.
+    labels, other_labels:      (N,) and (M,) int64 in [0, K).
 
     A class that is missing from either batch, or whose features are all zero in one, has no direction there and is
-    skipped: it adds 0, with no gradient. No value is read by the host. Half precision is accumulated in float32.
-    Raises ValueError for features of different sizes.
+    skipped: it adds 0, with no gradient. No value is read from a GPU. Half precision is accumulated in float32, under
+    autocast too. Raises ValueError for features of different sizes, and on the CPU for labels that are outside.
     """
     if features.dim() != 2 or other_features.dim() != 2 or features.shape[1] != other_features.shape[1]:
         raise ValueError(
@@ -61,9 +62,14 @@ def _class_sums(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """(N, D) -> (K, D), whose directions are those of the means. As a product, it is repeatable on GPUs."""
     if labels.shape != features.shape[:1]:
         raise ValueError(f"labels must be ({len(features)},), one per row of features, got {tuple(labels.shape)}")
+    if labels.device.type == "cpu" and not ((labels >= 0) & (labels < num_classes)).all():
+        raise ValueError(
+            f"labels must lie in [0, num_classes) = [0, {num_classes}), got some from {labels.min()} to {labels.max()}"
+        )
     features = features.to(torch.promote_types(features.dtype, torch.float32))
     members = features.new_zeros(len(labels), num_classes).scatter_(1, labels[:, None], 1)
-    return members.mT @ features
+    with torch.autocast(features.device.type, enabled=False):
+        return members.mT @ features
 
 
 def head_of(model: nn.Module, head: str | None = None) -> nn.Module:
@@ -86,11 +92,20 @@ def head_of(model: nn.Module, head: str | None = None) -> nn.Module:
 def head_inputs(head: nn.Module) -> Iterator[list[Tensor]]:
     """Inside, a list that grows by what enters the head, (N, D) each: the penultimate features, with their graph."""
     seen: list[Tensor] = []
-    hook = head.register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(1)))
+    entering = lambda module, args, kwargs: seen.append([*args, *kwargs.values()][0].flatten(1))
+    hook = head.register_forward_pre_hook(entering, with_kwargs=True)
     try:
         yield seen
     finally:
         hook.remove()
+
+
+def _require_trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    mine = {id(p) for p in model.parameters() if p.requires_grad}
+    if not mine:
+        raise ValueError("every parameter of model is frozen: there is nothing to train")
+    if not any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
+        raise ValueError("optimizer has no parameter of the model that is trained: make it over model.parameters()")
 
 
 class CBFT:
@@ -119,7 +134,7 @@ class CBFT:
 
     model:       gives logits (N, K). Its mode, train or eval, is left as it is.
     optimizer:   over the model's parameters; one whose step needs no closure.
-    num_classes: K.
+    num_classes: K, as many as logits.
     barrier:     the loss to be reached between the two.
     warm_up:     steps before the invariance loss sets in; the authors take an epoch.
     sampler:     (count, generator=...) -> (count,) values of t, such as those of `htv.methods.connectivity`.
@@ -127,6 +142,8 @@ class CBFT:
     terms:       which of the losses are descended, for ablations.
     alternate:   two steps, or one of the sum.
     seed:        of t.
+
+    Raises ValueError for any of these out of place, and an optimizer that has no parameter of the model to train.
     """
 
     def __init__(
@@ -146,11 +163,14 @@ class CBFT:
         self.terms = tuple(terms)
         unknown = [term for term in self.terms if term not in TERMS]
         if unknown or not self.terms:
-            raise ValueError(f"terms must be some of {', '.join(TERMS)}; got {self.terms}")
+            raise ValueError(f"terms must be some of {', '.join(TERMS)}; got {terms!r}")
+        if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
+            raise ValueError(f"num_classes must be a number of classes >= 1, got {num_classes!r}")
         if isinstance(warm_up, bool) or not isinstance(warm_up, int) or warm_up < 0:
             raise ValueError(f"warm_up must be a number of steps >= 0, got {warm_up!r}")
-        if not barrier > 0:
+        if not 0 < barrier < math.inf:
             raise ValueError(f"barrier must be a loss above 0, got {barrier!r}")
+        _require_trained(model, optimizer)
         self.model, self.optimizer, self.num_classes = model, optimizer, num_classes
         self.barrier, self.warm_up, self.sampler, self.alternate = barrier, warm_up, sampler, alternate
         self._head = head_of(model, head)
@@ -161,7 +181,8 @@ class CBFT:
     def step(self, clean: Batch, with_cue: Batch) -> dict[str, Tensor]:
         """One step on a batch without and one with the cue, (x, y) each; the losses by name, detached.
 
-        The batches may differ in size. At the first step after the warm-up "invariance" joins the losses.
+        The batches may differ in size. At the first step after the warm-up "invariance" joins the losses. Raises
+        ValueError, before the weights change, for logits that are not (N, K).
         """
         losses = {}
         self.optimizer.zero_grad()
@@ -179,7 +200,7 @@ class CBFT:
     def _descend_barrier(self, x: Tensor, y: Tensor) -> Tensor:
         t = float(self.sampler(1, generator=self._generator))
         with self._at(t):
-            loss = barrier_loss(self.model(x), y, self.barrier)
+            loss = barrier_loss(self._logits(x), y, self.barrier)
             (loss * (1 - t)).backward()  # theta_t moves by (1 - t) where theta moves by 1
         return loss.detach()
 
@@ -190,9 +211,9 @@ class CBFT:
         if not invariant and "cross_entropy" not in self.terms:
             return losses
         with head_inputs(self._head) as seen:
-            logits = self.model(torch.cat([x, cue_x]) if invariant else x)
+            logits = self._logits(torch.cat([x, cue_x]) if invariant else x)
         if "cross_entropy" in self.terms:
-            losses["cross_entropy"] = F.cross_entropy(logits[: len(y)], y)
+            losses["cross_entropy"] = F.cross_entropy(logits[: len(x)], y)
         if invariant:
             if len(seen) != 1 or len(seen[0]) != len(logits):
                 raise RuntimeError(
@@ -200,9 +221,18 @@ class CBFT:
                     f"{[len(part) for part in seen]} rows for {len(logits)} examples. Name another one with head="
                 )
             features = seen[0]
-            losses["invariance"] = invariance_loss(features[: len(y)], y, features[len(y) :], cue_y, self.num_classes)
+            losses["invariance"] = invariance_loss(features[: len(x)], y, features[len(x) :], cue_y, self.num_classes)
         sum(losses.values()).backward()
         return {name: loss.detach() for name, loss in losses.items()}
+
+    def _logits(self, x: Tensor) -> Tensor:
+        logits = self.model(x)
+        if logits.shape != (len(x), self.num_classes):
+            raise ValueError(
+                f"model must give logits of shape {(len(x), self.num_classes)}, for num_classes={self.num_classes}; "
+                f"got {tuple(logits.shape)}"
+            )
+        return logits
 
     @contextmanager
     def _at(self, t: float) -> Iterator[None]:
@@ -235,6 +265,6 @@ class CBFT:
             theirs, mine = (found.get(name, "none") for found in shapes)
             if theirs != mine:
                 raise ValueError(f"state_dict is of another model: {name!r} has shape {theirs} there, {mine} here")
+        self._generator.set_state(state["generator"].cpu())
         self._anchor = {name: state["anchor"][name].to(value, copy=True) for name, value in self._anchor.items()}
-        self._generator.set_state(state["generator"])
         self.steps = state["steps"]

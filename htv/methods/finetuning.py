@@ -36,17 +36,16 @@ def fine_tune(
 ) -> None:
     """Train all that is not frozen by SGD on the cross-entropy, the learning rate falling to 0 along a cosine.
 
+    epochs:    0 leaves the model as it is.
     on_epoch:  called with the number of epochs done and the last batch's loss.
 
-    The model's mode is left as it is; under `htv.attach` its rule holds. Raises ValueError for empty `batches`, and
-    TypeError for an iterator.
+    The model's mode is left as it is; under `htv.attach` its rule holds. Raises ValueError for empty `batches` or
+    epochs below 0, and TypeError for an iterator.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         raise ValueError("every parameter of model is frozen: there is nothing to train")
-    require_repeatable("batches", batches)
-    if len(batches) == 0:
-        raise ValueError("batches is empty: give fewer examples per batch, or more examples")
+    _check_length(batches, epochs)
     optimizer = torch.optim.SGD(trained, lr=lr, momentum=momentum, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, epochs * len(batches)))
     for epoch in range(1, epochs + 1):
@@ -58,6 +57,14 @@ def fine_tune(
             schedule.step()
         if on_epoch is not None:
             on_epoch(epoch, loss.detach())
+
+
+def _check_length(batches: Loader, epochs: int) -> None:
+    require_repeatable("batches", batches)
+    if len(batches) == 0:
+        raise ValueError("batches is empty: give fewer examples per batch, or more examples")
+    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 0:
+        raise ValueError(f"epochs must be an int of at least 0, got {epochs!r}")
 
 
 def retrain_last_layer(model: nn.Module, batches: Loader, epochs: int, lr: float = 0.01, *,
@@ -75,6 +82,7 @@ def retrain_last_layer(model: nn.Module, batches: Loader, epochs: int, lr: float
     last = head_of(model, head)
     if not hasattr(last, "reset_parameters"):
         raise ValueError(f"the head, a {type(last).__name__}, has no reset_parameters() to start anew by")
+    _check_length(batches, epochs)
     last.reset_parameters()
     with _only(model, last):
         fine_tune(model, batches, epochs, lr, **options)
@@ -83,18 +91,28 @@ def retrain_last_layer(model: nn.Module, batches: Loader, epochs: int, lr: float
 def reset_parameters(model: nn.Module) -> nn.Module:
     """Start every module anew, in place: training from scratch. Randomness is torch's global one.
 
-    Raises ValueError, before any change, for a module whose own parameters have no `reset_parameters()`.
+    Modules come after those inside them, as they are made: attention starts its projections in its own way. Raises
+    ValueError, before any change, for a module whose own parameters have no `reset_parameters()`.
     """
     resets = []
-    for name, module in model.named_modules():
+    names = {module: name for name, module in model.named_modules()}
+    for module in dict.fromkeys(_parts_first(model)):
         reset = getattr(module, "reset_parameters", getattr(module, "_reset_parameters", None))
         if reset is not None:
             resets.append(reset)
         elif any(p is not None for p in module._parameters.values()):
-            raise ValueError(f"module {name!r}, a {type(module).__name__}, has no reset_parameters() to start anew by")
+            raise ValueError(
+                f"module {names[module]!r}, a {type(module).__name__}, has no reset_parameters() to start anew by"
+            )
     for reset in resets:
         reset()
     return model
+
+
+def _parts_first(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
+        yield from _parts_first(child)
+    yield module
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Connectivity-based fine-tuning: its losses, what a step does to theta, and rules on top of it."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -80,6 +81,8 @@ def test_invariance_loss_of_halves_is_accumulated_wide_and_nan_shows():
     found, wide = invariance_loss(a, labels, b, labels, 2), invariance_loss(a.double(), labels, b.double(), labels, 2)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), wide, rtol=1e-4, atol=1e-7)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(invariance_loss(a, labels, b, labels, 2), found, rtol=0, atol=0)
     a[0, 0] = float("nan")
     assert invariance_loss(a, labels, b, labels, 2).isnan()
 
@@ -90,8 +93,9 @@ def test_bad_input_of_the_invariance_loss_is_named():
         invariance_loss(x, y, x[:, :4], y, 2)
     with pytest.raises(ValueError, match=r"labels must be \(3,\)"):
         invariance_loss(x, y[:2], x, y, 2)
-    with pytest.raises(RuntimeError, match="out of bounds"):
-        invariance_loss(x, y, x, y, 1)
+    for labels, message in ((y, r"\[0, 1\), got some from 0 to 1"), (-y, r"got some from -1 to 0")):
+        with pytest.raises(ValueError, match=message):
+            invariance_loss(x, labels, x, labels, 1)
 
 
 # -- features ---------------------------------------------------------------------------------------------------------
@@ -321,16 +325,48 @@ def test_bad_arguments_are_named():
         ({"warm_up": -1}, "warm_up must be a number of steps"),
         ({"warm_up": 1.5}, "warm_up must be a number of steps"),
         ({"barrier": 0}, "barrier must be a loss above 0"),
+        ({"barrier": math.inf}, "barrier must be a loss above 0"),
         ({"head": "nope"}, "no module"),
+        ({"num_classes": 0}, "num_classes must be a number of classes >= 1, got 0"),
+        ({"num_classes": 4.0}, "num_classes must be a number"),
+        ({"model": made()}, "optimizer has no parameter of the model that is trained"),
+        ({"model": made().requires_grad_(False)}, "every parameter of model is frozen"),
     ]:
         with pytest.raises(ValueError, match=message):
-            CBFT(net, optimizer, 4, **options)
+            CBFT(**{"model": net, "optimizer": optimizer, "num_classes": 4} | options)
     state = CBFT(net, optimizer, 4).state_dict()
     other = nn.Linear(6, 4)
     with pytest.raises(ValueError, match=r"'body.0.weight' has shape \(8, 6\) there, none here"):
-        CBFT(other, optimizer, 4).load_state_dict(state)
+        CBFT(other, torch.optim.SGD(other.parameters(), lr=0.1), 4).load_state_dict(state)
     with pytest.raises(ValueError, match="not one of CBFT's"):
         CBFT(net, optimizer, 4).load_state_dict(net.state_dict())
+
+
+@pytest.mark.parametrize("terms", [("barrier",), ("cross_entropy",), ("invariance",)])
+@pytest.mark.parametrize("num_classes", [3, 5])
+def test_batches_that_do_not_fit_change_nothing(terms, num_classes):
+    net = made()
+    before = copy.deepcopy(net.state_dict())
+    x, y = batch(1)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"batch_size|one per row of features, got \(9,\)"):
+        CBFT(net, optimizer, 4, terms=terms).step((x, y[:-1]), (x, y[:-1]))
+    tuner = CBFT(net, optimizer, num_classes, terms=terms)
+    with pytest.raises(ValueError, match=rf"shape \(\d+, {num_classes}\), for num_classes={num_classes}; got"):
+        tuner.step((x, y), (x, y))
+    torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
+
+
+def test_a_head_may_be_called_by_name():
+    class Named(Net):
+        def forward(self, x):
+            return self.classify(input=self.body(x))
+
+    nets = made(), Named().double()
+    nets[1].load_state_dict(nets[0].state_dict())
+    for net in nets:
+        cbft_of(net)[0].step(batch(1), batch(2))
+    torch.testing.assert_close(nets[0].state_dict(), nets[1].state_dict(), rtol=0, atol=0)
 
 
 def test_a_head_that_sees_examples_twice_is_refused():

@@ -91,6 +91,13 @@ def test_from_scratch_is_a_model_never_trained():
         reset_parameters(model)
 
 
+def test_attention_starts_anew_as_it_is_made():
+    attention = nn.MultiheadAttention(8, 2)
+    nn.init.ones_(attention.out_proj.bias)
+    reset_parameters(attention)
+    assert not attention.out_proj.bias.any()
+
+
 def test_a_rule_holds_while_fine_tuning():
     model = nn.Linear(5, 3)
     other = copy.deepcopy(model)
@@ -107,3 +114,10 @@ def test_bad_batches_are_named():
         fine_tune(made(), [], 1)
     with pytest.raises(ValueError, match="every parameter of model is frozen"):
         fine_tune(made().requires_grad_(False), batches(), 1)
+    for epochs in (-1, 1.5):
+        with pytest.raises(ValueError, match="epochs must be an int of at least 0"):
+            fine_tune(made(), batches(), epochs)
+    model, other = made(), made()
+    with pytest.raises(ValueError, match="batches is empty"):
+        retrain_last_layer(model, [], 1)
+    torch.testing.assert_close(model.state_dict(), other.state_dict(), rtol=0, atol=0)
