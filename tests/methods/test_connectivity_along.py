@@ -149,6 +149,19 @@ def test_statistics_of_shared_unused_and_absent_batchnorms():
     reestimate_batchnorm(mlp(0), [])  # nothing to do
 
 
+def test_batches_without_examples_are_no_data():
+    model, x = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)), torch.randn(6, 3)
+    reestimate_batchnorm(model, [x[:0], x, x[:0]])
+    expected = model[0](x).mean(0)
+    torch.testing.assert_close(model[1].running_mean, expected)
+    with pytest.raises(ValueError, match="no examples to re-estimate the statistics of '1' from"):
+        reestimate_batchnorm(model, [x[:0]])
+    torch.testing.assert_close(model[1].running_mean, expected)
+    with pytest.raises(ValueError, match="a batch gives BatchNorm1d '1' a single value per channel.*larger batches"):
+        reestimate_batchnorm(model, [x, x[:1]])
+    assert not model[1]._forward_pre_hooks and model[1].momentum == 0.1
+
+
 def test_statistics_of_instances():
     model, x = nn.InstanceNorm1d(3, track_running_stats=True), torch.randn(6, 3, 5) + 2
     reestimate_batchnorm(model, [x[:4], x[4:]])
@@ -248,3 +261,7 @@ def test_reports_refuse_bad_arguments(counterfactuals):
         mechanistic_similarity(a, a, {"C": counterfactuals["C"]}, "C", tolerance=0.1)
     with pytest.raises(ValueError, match="tolerance must be"):
         mechanistic_similarity(a, a, counterfactuals, "C", tolerance=-0.1)
+    for path, message in ((LinearPath(Reads(2.0, 0.0), a), "its start has another 'weight' than first"),
+                          (LinearPath(a, Reads(0.0, 1.0)), "its end has another 'weight' than second")):  # fmt: skip
+        with pytest.raises(ValueError, match=rf"paths\['other'\] does not lead from first to second: {message}"):
+            mechanistic_similarity(a, a, counterfactuals, "C", tolerance=0.1, paths={"other": path})

@@ -358,6 +358,16 @@ def test_a_spec_that_changes_the_function_is_noticed():
         match_permutations(model, copy.deepcopy(model), [x], wrong)
 
 
+def test_a_check_leaves_no_unit_in_its_place():
+    """Of two units, a permutation drawn uniformly is the identity half of the time."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 2), nn.Tanh(), nn.Linear(2, 3)), torch.randn(5, 4)
+    wrong = PermutationSpec.from_layers(model, [{"name": "pair", "producers": ["0"], "consumers": []}], leave=["2"])
+    for seed in range(20):
+        with pytest.raises(ValueError, match="permuting units 'pair' changes the model's outputs"):
+            wrong.check(model, x, seed=seed)
+
+
 def test_grouped_convolutions_and_others_are_refused_by_name():
     grouped = nn.Sequential(nn.Conv2d(2, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2), nn.ReLU(), nn.Conv2d(8, 3, 1))
     with pytest.raises(UnsupportedError, match="units of layer '0' .*layer '2', a Conv2d of 2 groups.*from_layers"):

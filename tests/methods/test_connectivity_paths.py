@@ -275,6 +275,16 @@ def test_there_must_be_something_to_pull_back_to():
         probe.pull_back()
 
 
+def test_a_probe_starts_at_the_start():
+    a, b = nn.Linear(2, 2), nn.Linear(2, 2)
+    path = LinearPath(a, b, trained=[0])
+    probe = path.probe(b)
+    assert torch.equal(probe.model.weight, a.weight) and torch.equal(probe.model.bias, a.bias)
+    probe.model(torch.ones(1, 2)).sum().backward()
+    probe.pull_back()
+    assert torch.equal(path.points[0][0].grad, torch.ones(6))
+
+
 def test_a_path_is_copied_saved_and_converted_as_any_module():
     a, b = Net(0), Net(1)
     path = QuadraticBezier(a, b, Net(2))
@@ -342,6 +352,8 @@ def test_training_refuses_what_would_train_nothing():
         train_curve(curve, a, [], optimizer)
     with pytest.raises(TypeError, match="data is an iterator"):
         train_curve(curve, a, iter(batch), optimizer, epochs=2)
+    with pytest.raises(ValueError, match="epochs must be at least 1, got 0"):
+        train_curve(curve, a, batch, optimizer, epochs=0)
 
 
 def test_an_end_may_be_trained():

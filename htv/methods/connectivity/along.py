@@ -254,6 +254,8 @@ def mechanistic_similarity(
     base:           which of them is D.
     tolerance:      how large a difference of losses counts as none.
     paths:          by name, beside "linear", which is always looked at; from `first` to `second`.
+
+    Raises ValueError for a base that is no data set, none beside it, or a path between other models.
     """
     if base not in datasets:
         raise ValueError(f"base={base!r} is not among the data sets {list(datasets)}")
@@ -263,6 +265,8 @@ def mechanistic_similarity(
         raise ValueError(f"tolerance must be at least 0, got {tolerance}")
     template = template_of({"first": first, "second": second}, model)
     every = {"linear": LinearPath(first, second, model=model), **(paths or {})}
+    for name, path in every.items():
+        _require_same_ends(name, path, every["linear"])
     profiles = {
         name: evaluate_along(
             path, template, datasets, points, bn_data=bn_data, criterion=criterion, forward=forward
@@ -276,3 +280,14 @@ def mechanistic_similarity(
             changes = tuple(after - before for after, before in zip(losses, ends[base], strict=True))
             interventions[name] = Invariance(losses, changes, tuple(abs(change) <= tolerance for change in changes))
     return MechanisticSimilarity(tolerance, base, interventions, profiles)
+
+
+def _require_same_ends(name: str, path: WeightPath, linear: WeightPath) -> None:
+    """By parameters: running statistics may have been estimated anew meanwhile."""
+    for index, end, role in ((0, "start", "first"), (-1, "end", "second")):
+        theirs, ours = path.control_state(index), linear.control_state(index)
+        for key in linear.layout.parameters:
+            if key not in theirs or not torch.equal(theirs[key].to(ours[key].device), ours[key]):
+                raise ValueError(
+                    f"paths[{name!r}] does not lead from first to second: its {end} has another {key!r} than {role}"
+                )

@@ -207,14 +207,16 @@ class PolygonalChain(WeightPath):
 class PathProbe:
     """A copy of a model whose parameters are views of flat tensors, which `move` overwrites with a point of a path.
 
-    model:  the copy. Its parameters stay the same objects: attach htv to it, or optimizers, as to any other.
+    model:  the copy, at t = 0 until it is moved. Its parameters stay the same objects: attach htv to it, or
+            optimizers, as to any other.
     """
 
     def __init__(self, path: WeightPath, model: nn.Module):
-        self.path, self.coefficients = path, None
+        self.path = path
         path.layout.check("model", model)
         self.model = copy.deepcopy(model)
         self._flats = [torch.empty_like(flat, requires_grad=False) for flat in path.points[0]]
+        self.coefficients = path.write(0.0, self._flats)
         tensors = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
         self._moved = [(tensors[name], view) for name, view in path.layout.views(self._flats).items()]
         for tensor, view in self._moved:

@@ -100,9 +100,12 @@ class PermutationSpec:
     def check(
         self, model: nn.Module, batch: Any, *, forward: Callable[[nn.Module, Any], Any] | None = None, seed: int = 0
     ) -> None:
-        """Raise ValueError, naming the units, if a permutation of them changes what the model returns for a batch."""
+        """Raise ValueError, naming the units, if a permutation of them changes what the model returns for a batch.
+
+        The one tried is random, and leaves no unit in its place.
+        """
         generator = torch.Generator().manual_seed(seed)
-        permutations = random_permutations(self, generator)
+        permutations = _drawn(self, lambda count: _cycle(count, generator))
         expected = _outputs(model, batch, forward)
         if not expected.isfinite().all():
             raise ValueError("the model's outputs for the batch are not finite: nothing can be compared")
@@ -119,13 +122,24 @@ class PermutationSpec:
 
 def random_permutations(spec: PermutationSpec, generator: Generator | None = None) -> dict[str, Tensor]:
     """By name of the units, (size,) int64 drawn uniformly among those that keep blocks together."""
+    return _drawn(spec, lambda count: torch.randperm(count, generator=generator))
+
+
+def _drawn(spec: PermutationSpec, draw: Callable[[int], Tensor]) -> dict[str, Tensor]:
+    """By name of the units: blocks, and units within them, in the orders that `draw` gives for their number."""
     found = {}
     for units in spec.units:
         width = units.size // units.blocks
-        within = torch.stack([torch.randperm(width, generator=generator) for _ in range(units.blocks)])
-        order = torch.randperm(units.blocks, generator=generator)
+        within = torch.stack([draw(width) for _ in range(units.blocks)])
+        order = draw(units.blocks)
         found[units.name] = (within + torch.arange(units.blocks)[:, None] * width)[order].flatten()
     return found
+
+
+def _cycle(count: int, generator: Generator) -> Tensor:
+    """A random permutation in one cycle: it leaves nothing in its place, unless there is only one."""
+    order = torch.randperm(count, generator=generator)
+    return torch.empty_like(order).scatter_(0, order, order.roll(1))
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,16 +32,18 @@ def reestimate_batchnorm(
 
     data:     batches: a tensor of inputs, or a tuple that begins with it, such as ``(x, y)``. They are moved to the
               device of the model. Large ones are best: the mean of variances within batches lacks that between them.
+              Batches without examples count for nothing.
     forward:  (model, batch) -> anything, for batches of other kinds.
 
-    Raises ValueError if there is no batch.
+    Raises ValueError if there is no batch, none of them holds examples, or one gives a BatchNorm a single value per
+    channel, which has no variance.
     """
     found = batchnorms(model)
     if not found:
         return
     forward = forward or (lambda model, batch: model(inputs_of(model, batch)))
     batches = 0
-    with in_eval_mode(model), _averaging(found.values()):
+    with in_eval_mode(model), _averaging(found):
         for batch in data:
             forward(model, batch)
             batches += 1
@@ -59,9 +61,9 @@ def inputs_of(model: nn.Module, batch: Any) -> Tensor:
 
 
 def require_repeatable(role: str, data: Iterable) -> None:
-    """Raise TypeError for an iterator: after the first point of a path nothing would be left of it."""
+    """Raise TypeError for an iterator: the second time nothing would be left of it."""
     if iter(data) is data:
-        raise TypeError(f"{role} is an iterator, which is empty after the first point: pass a list or a DataLoader")
+        raise TypeError(f"{role} is an iterator, which can be gone through only once: pass a list or a DataLoader")
 
 
 @contextmanager
@@ -76,15 +78,21 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _averaging(modules: Iterable[_NormBase]) -> Iterator[None]:
+def _averaging(named: Mapping[str, _NormBase]) -> Iterator[None]:
     """Every call of these weighs as much as its batch in the running statistics."""
-    modules = list(modules)
+    names, modules = {module: name for name, module in named.items()}, list(named.values())
     momenta = [module.momentum for module in modules]
     seen: dict[nn.Module, int] = {}
 
     def before(module: _NormBase, args: tuple, kwargs: dict) -> None:
-        size = len(args[0] if args else kwargs["input"])
-        if module not in seen:
+        x = args[0] if args else kwargs["input"]
+        size = len(x)
+        if x.numel() == module.num_features:
+            raise ValueError(
+                f"a batch gives {type(module).__name__} {names[module]!r} a single value per channel, which has no "
+                "variance: use larger batches, and drop a last one of a single example"
+            )
+        if size and not seen.get(module):
             module.reset_running_stats()
         seen[module] = seen.get(module, 0) + size
         module.momentum = size / max(1, seen[module])
@@ -94,6 +102,9 @@ def _averaging(modules: Iterable[_NormBase]) -> Iterator[None]:
         module.train()
     try:
         yield
+        empty = next((names[module] for module, size in seen.items() if not size), None)
+        if empty is not None:
+            raise ValueError(f"the batches hold no examples to re-estimate the statistics of {empty!r} from")
     finally:
         for hook in hooks:
             hook.remove()

@@ -55,8 +55,10 @@ def train_curve(
                 applied at gamma(t), and its result scaled by the coefficients.
 
     Returns the losses, (steps,) float64. Raises ValueError if no control point is trained, or the optimizer has none of
-    them, or there is no batch.
+    them, or there is no batch or epoch.
     """
+    if epochs < 1:
+        raise ValueError(f"epochs must be at least 1, got {epochs}")
     if not path.trained:
         raise ValueError(f"no control point of {type(path).__name__} is trained: pass trained=, or give it a middle")
     mine = {id(p) for p in path.parameters() if p.requires_grad}
