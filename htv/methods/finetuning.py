@@ -71,7 +71,7 @@ def retrain_last_layer(model: nn.Module, batches: Loader, epochs: int, lr: float
                        head: str | None = None, **options) -> None:  # fmt: skip
     """A new last layer on the features as they are: LLRT; followed by `fine_tune`, LPFT.
 
-    The head starts anew from `reset_parameters()`; everything else is frozen meanwhile, and in eval mode, so that
+    The head starts anew by `reset_parameters`; everything else is frozen meanwhile, and in eval mode, so that
     running statistics stay and features are those of deployment. Other arguments are those of `fine_tune`.
 
     head:  name of the module that classifies. Default: the last Linear.
@@ -83,7 +83,7 @@ def retrain_last_layer(model: nn.Module, batches: Loader, epochs: int, lr: float
     if not hasattr(last, "reset_parameters"):
         raise ValueError(f"the head, a {type(last).__name__}, has no reset_parameters() to start anew by")
     _check_length(batches, epochs)
-    last.reset_parameters()
+    reset_parameters(last)
     with _only(model, last):
         fine_tune(model, batches, epochs, lr, **options)
 

@@ -79,6 +79,15 @@ def test_the_last_layer_starts_anew():
         retrain_last_layer(model, batches(), 1, head="2")
 
 
+def test_a_head_of_computed_weights_that_cannot_start_anew_is_refused():
+    model = made()
+    nn.utils.parametrizations.weight_norm(model[4])
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="'parametrizations.weight', a .*, has no reset_parameters"):
+        retrain_last_layer(model, batches(), 1)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
 def test_from_scratch_is_a_model_never_trained():
     model = made()
     fine_tune(model, batches(), 2, 0.1)
