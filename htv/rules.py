@@ -157,7 +157,9 @@ class SandMask(Rule):
     """A smooth AND-mask: ``m = max(0, tanh(k / Var_e(c) * (agreement - tau)))``, result ``m * mean / mean(m)``.
 
     The variance is unbiased, so at least two groups are needed; k is in units of that variance, which makes this the
-    one rule whose mask depends on the scale of the loss. At tau = 1 the mask is identically 0, and a warning says so.
+    one rule whose mask depends on the scale of the loss. Contributions to a mean-reduced loss are 1 / E of the groups'
+    own gradients, in whose units papers give k: pass ``k / E**2`` for theirs. At tau = 1 the mask is identically 0, and
+    a warning says so.
     Shahtalebi et al. 2021, "SAND-mask", arXiv 2106.02266.
     """
 

@@ -133,3 +133,19 @@ def test_sand_at_tau_one_warns_and_trains_nothing():
     with htv.attach(model, rule):
         model(torch.randn(5, 3)).sum().backward()
     assert torch.equal(model.weight.grad, torch.zeros(1, 3))
+
+
+def test_sand_masks_of_environments_are_the_papers_with_k_over_the_square_of_their_number():
+    torch.manual_seed(0)
+    model, tau, k = nn.Linear(4, 3).double(), 0.2, 0.7
+    parts = [(torch.randn(n, 4).double() + 0.5, torch.randn(n, 3).double()) for n in (3, 1, 4, 2, 6)]
+    loss = lambda x, y: (model(x) - y).square().mean()
+    grads = torch.stack([torch.autograd.grad(loss(x, y), model.weight)[0] for x, y in parts])
+    mask = (k / grads.var(dim=0) * (grads.sign().mean(dim=0).abs() - tau)).tanh().clamp(min=0)
+    expected = mask * grads.mean(dim=0) / (1e-10 + mask.mean())
+    (x, y), ids = join_environments(parts)
+    with htv.attach(model, htv.SandMask(tau, k / 5**2)) as handle:
+        with environment_groups(handle, ids, 5):
+            loss(x, y).backward()
+    assert 0 < (expected == 0).sum() < expected.numel()
+    torch.testing.assert_close(model.weight.grad, expected)
