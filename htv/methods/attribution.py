@@ -89,7 +89,10 @@ class Attribution:
 
     @contextmanager
     def step(self, ids: Tensor) -> Iterator[None]:
-        """Forward and backward of one batch go inside. ids: (B,) integers in [0, N), the batch's examples in order."""
+        """Forward and backward of one batch go inside, where each example votes for itself: `handle.groups` is refused.
+
+        ids:  (B,) integers in [0, N), the batch's examples in order.
+        """
         ids = require_ids(ids, len(self.corrupt))
         products = torch.zeros(len(ids), dtype=torch.float64)
         seen: set[str] = set()
@@ -97,16 +100,11 @@ class Attribution:
         def see(name: str, parts: list[Factors]) -> None:
             if name in seen:
                 raise RuntimeError(f"step() takes one backward, but parameter {name!r} had two: one block per backward")
-            found = projections(parts, sum(part.total().to(part.dtype) for part in parts)).cpu()
-            if len(found) != len(ids):
-                raise ValueError(
-                    f"parameter {name!r} saw {len(found)} groups, but ids names {len(ids)} examples: pass the id of "
-                    "every example of the batch, and let examples vote one by one"
-                )
             seen.add(name)
-            products.add_(found)
+            products.add_(projections(parts, sum(part.total().to(part.dtype) for part in parts)).cpu())
 
-        with self.handle.examined(see):
+        every = torch.arange(len(ids))  # groups given inside are refused: ids name examples in their order
+        with self.handle.groups(every), self.handle.examined(see):
             yield
         if not seen:
             raise RuntimeError("step() saw no gradient: run the model's forward and backward inside the block")

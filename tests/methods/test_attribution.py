@@ -107,9 +107,16 @@ def test_bad_input_is_refused():
             Attribution(handle, corrupt, permutations=0)
         attribution = Attribution(handle, corrupt)
         run = lambda count: F.cross_entropy(model(x[:count]), y[:count]).backward()
-        with pytest.raises(ValueError, match=r"saw 5 groups, but ids names 6"):
+        with pytest.raises(ValueError, match="6 ids but dim 0 of the batch has size 5"):
             with attribution.step(torch.arange(6)):
                 run(5)
+        outside = F.cross_entropy(model(x[:5]), y[:5])
+        with pytest.raises(RuntimeError, match="run the model's forward and backward inside"):
+            with attribution.step(torch.arange(5)):
+                outside.backward()
+        with pytest.raises(RuntimeError, match="cannot be nested"):  # groups come in the order of their ids
+            with attribution.step(torch.arange(4)), handle.groups(torch.tensor([3, 2, 1, 0])):
+                run(4)
         with pytest.raises(ValueError, match=r"ids must lie in \[0, 40\), got values from 2 to 40"):
             with attribution.step(torch.tensor([2, 40])):
                 run(2)
