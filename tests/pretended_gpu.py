@@ -189,10 +189,11 @@ def pretended(monkeypatch):
 
 
 def moved(model: nn.Module) -> nn.Module:
-    """A model's parameters and buffers on the device."""
+    """A model's parameters and buffers on the device; those that are tied stay so."""
+    on_device = {p: nn.Parameter(OnDevice(p.detach().clone()), p.requires_grad) for p in model.parameters()}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            setattr(module, name, nn.Parameter(OnDevice(parameter.detach().clone()), parameter.requires_grad))
+            setattr(module, name, on_device[parameter])
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, OnDevice(buffer.clone()))
     return model

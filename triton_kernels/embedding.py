@@ -1,4 +1,4 @@
-"""Statistics of an embedding table's per-group contributions: the op `embedding`.
+"""Statistics of an embedding table's per-group contributions, or some of these: `embedding`, `embedding_contributions`.
 
 Lookups are sorted by token and group, stably, so that a token's rows lie together, in a fixed order, and those of each
 of its groups too. One program per token and block of features walks them: rows of a group add up, the statistic absorbs
@@ -250,6 +250,41 @@ def order_kernel(
     tl.store(value_ptr + token * D + d, tl.where(nan != nan, nan, value * scale), mask=valid)
 
 
+# -- contributions of some tokens ------------------------------------------------------------------
+
+
+@triton.jit
+def contributions_kernel(
+    grad_output_ptr,
+    order_ptr,
+    voter_ptr,
+    starts_ptr,
+    tokens_ptr,
+    out_ptr,
+    D,
+    num_tokens,
+    BLOCK: tl.constexpr,
+):
+    """The same lookups and tokens (N,) -> out (groups, N, D), of zeros, where groups have a token.
+
+    Programs: tokens x blocks of features. Each writes every place of its own once.
+    """
+    nth = tl.program_id(0)
+    token = tl.load(tokens_ptr + nth)
+    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    valid = d < D
+    first, last = tl.load(starts_ptr + token), tl.load(starts_ptr + token + 1)
+    c = tl.zeros((BLOCK,), tl.float32)
+    for at in range(first, last):
+        row = tl.load(order_ptr + at)
+        c += tl.load(grad_output_ptr + row * D + d, mask=valid, other=0.0).to(tl.float32)
+        voter = tl.load(voter_ptr + at)
+        following = tl.load(voter_ptr + at + 1, mask=at + 1 < last, other=-1)
+        if following != voter:
+            tl.store(out_ptr + (voter * num_tokens + nth) * D + d, c, mask=valid)
+            c = tl.zeros((BLOCK,), tl.float32)
+
+
 # -- the host's side -------------------------------------------------------------------------------
 
 
@@ -267,21 +302,8 @@ def embedding(
     num_embeddings - 1 take no part: looking for them would wait for the device, and the lookup itself refuses all but
     those of a padding_idx.
     """
-    device.require("embedding", "grad_output", grad_output)
     product.require_served("embedding", statistic, groups)
-    rows = len(grad_output)
-    if grad_output.dim() != 2 or ids.shape != (rows,) or voter.shape != (rows,):
-        raise ValueError(
-            "embedding (Triton): wants grad_output (R, D), ids (R,) and voter (R,), "
-            f"got {tuple(grad_output.shape)}, {tuple(ids.shape)} and {tuple(voter.shape)}"
-        )
-    if {ids.dtype, voter.dtype} != {torch.int64} or {ids.device, voter.device} != {grad_output.device}:
-        raise TypeError(
-            f"embedding (Triton): ids and voter must be int64 on {grad_output.device}, "
-            f"got {ids.dtype} on {ids.device} and {voter.dtype} on {voter.device}"
-        )
-    if num_embeddings < 0 or groups < 1 or num_embeddings * groups > MOST_KEYS:
-        raise ValueError(f"embedding (Triton): cannot tell {num_embeddings} tokens of {groups} groups apart")
+    _require("embedding", grad_output, ids, voter, num_embeddings, groups)
     features = grad_output.shape[1]
     value = grad_output.new_empty((num_embeddings, features), dtype=torch.float32)
     if value.numel() == 0:
@@ -306,6 +328,52 @@ def embedding(
             **STREAMING,
         )
     return value, mask.sum(dtype=torch.float64)
+
+
+def embedding_contributions(
+    grad_output: torch.Tensor,
+    ids: torch.Tensor,
+    voter: torch.Tensor,
+    tokens: torch.Tensor,
+    num_embeddings: int,
+    groups: int,
+) -> torch.Tensor:
+    """The same lookups and tokens (N,), in 0 to num_embeddings - 1 -> contributions (groups, N, D) fp32 to their rows.
+
+    The contract is that of the op in `htv.ops.schema`.
+    """
+    _require("embedding_contributions", grad_output, ids, voter, num_embeddings, groups)
+    if tokens.dim() != 1 or tokens.dtype != torch.int64 or tokens.device != grad_output.device:
+        raise TypeError(
+            f"embedding_contributions (Triton): tokens must be (N,) int64 on {grad_output.device}, got "
+            f"{tuple(tokens.shape)} {tokens.dtype} on {tokens.device}"
+        )
+    features = grad_output.shape[1]
+    out = grad_output.new_zeros((groups, len(tokens), features), dtype=torch.float32)
+    if out.numel() == 0:
+        return out
+    lookups = grad_output.contiguous(), *_sorted(ids, voter, num_embeddings, groups)
+    grid = len(tokens), triton.cdiv(features, STREAMING["BLOCK"])
+    with device.guard(grad_output):
+        contributions_kernel[grid](*lookups, tokens.contiguous(), out, features, len(tokens), **STREAMING)
+    return out
+
+
+def _require(op, grad_output, ids, voter, num_embeddings, groups):
+    device.require(op, "grad_output", grad_output)
+    rows = len(grad_output)
+    if grad_output.dim() != 2 or ids.shape != (rows,) or voter.shape != (rows,):
+        raise ValueError(
+            f"{op} (Triton): wants grad_output (R, D), ids (R,) and voter (R,), "
+            f"got {tuple(grad_output.shape)}, {tuple(ids.shape)} and {tuple(voter.shape)}"
+        )
+    if {ids.dtype, voter.dtype} != {torch.int64} or {ids.device, voter.device} != {grad_output.device}:
+        raise TypeError(
+            f"{op} (Triton): ids and voter must be int64 on {grad_output.device}, "
+            f"got {ids.dtype} on {ids.device} and {voter.dtype} on {voter.device}"
+        )
+    if num_embeddings < 0 or groups < 1 or num_embeddings * groups > MOST_KEYS:
+        raise ValueError(f"{op} (Triton): cannot tell {num_embeddings} tokens of {groups} groups apart")
 
 
 def _sorted(ids, voter, tokens, groups):

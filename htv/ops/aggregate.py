@@ -16,6 +16,8 @@ from htv.rules import Mean, Rule, Statistic
 
 __all__ = ["aggregate", "linear_grad", "summarise"]
 
+TIED_WINDOW_BYTES = 128 << 20  # on a GPU, what the picked columns of a tied head's gradient may take
+
 
 def aggregate(parts: list[Factors], rule: Rule) -> Tensor:
     """E * stat of contributions that are the sums of the parts', group by group.
@@ -158,20 +160,26 @@ def _dense(images: Tensor) -> Tensor:
 
 def _tied(linear: LinearFactors, embedding: EmbeddingFactors, statistic: Statistic) -> tuple[Tensor, Tensor]:
     """An embedding table that is also a linear layer's weight: rows no token touches are the layer's alone."""
-    touched = embedding.pairs.touched[0]
+    touched, alone = sparse.touched_rows(embedding, statistic)
     value = torch.empty(linear.shape, dtype=linear.dtype, device=linear.device)
     mask_sum = torch.zeros((), dtype=torch.float64, device=linear.device)
-    alone = torch.ones(linear.shape[0], dtype=torch.bool, device=linear.device)
-    alone[touched] = False
-    step = max(64, factors.WINDOW_BYTES // max(1, len(linear.x) * linear.x.element_size()))
-    for tokens in (*touched.split(step), *alone.nonzero().flatten().split(step)):
+    window = factors.WINDOW_BYTES if linear.device.type == "cpu" else TIED_WINDOW_BYTES
+    step = max(64, window // max(1, len(linear.x) * linear.x.element_size()))
+    for tokens in alone.split(step):
         if len(tokens):
-            rows = [LinearFactors(linear.x, linear.grad_output.index_select(1, tokens), linear.bounds)]
-            if not alone[tokens[0]]:
-                rows.append(embedding.compact(tokens))
-            value[tokens], rows_mask = (_one_block if len(rows) == 1 else sliced.sliced)(rows, statistic)
+            value[tokens], rows_mask = _one_block([_outputs(linear, tokens)], statistic)
+            mask_sum += rows_mask
+    for tokens in touched.split(step):
+        if len(tokens):
+            rows = [_outputs(linear, tokens), sparse.table_rows(embedding, tokens, statistic)]
+            value[tokens], rows_mask = sliced.sliced(rows, statistic)
             mask_sum += rows_mask
     return value, mask_sum
+
+
+def _outputs(linear: LinearFactors, outputs: Tensor) -> LinearFactors:
+    """Some rows of the weight."""
+    return LinearFactors(linear.x, linear.grad_output.index_select(1, outputs), linear.bounds)
 
 
 def linear_grad(

@@ -206,6 +206,16 @@ def embedding(
     return value * groups, mask_sum
 
 
+def embedding_contributions(
+    grad_output: Tensor, ids: Tensor, voter: Tensor, tokens: Tensor, num_embeddings: int, groups: int
+) -> Tensor:
+    """What every group contributes to the rows `tokens` (N,) of an embedding table: (groups, N, D)."""
+    grad = grad_output.to(compute_dtype(grad_output.dtype))
+    row, nth = (ids[:, None] == tokens).nonzero().unbind(1)
+    contributions = grad.new_zeros(groups, len(tokens), grad.shape[1])
+    return contributions.index_put_((voter[row], nth), grad[row], accumulate=True)
+
+
 def norm_sums(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     """What every sample contributes to the scale and the shift of a normalisation.
 

@@ -45,6 +45,10 @@
         Kernels serve the statistics of `COUNTED`, Triton's all that `linear` has. An id outside of the table raises
         on the CPU; in Triton its row takes no part, for looking at ids would wait for the device.
 
+    embedding_contributions(grad_output, ids, voter, tokens, num_embeddings, groups) -> contributions
+        tokens         (N,) int64, in 0 to num_embeddings - 1; the others as for `embedding`
+        contributions  (groups, N, D) in `compute_dtype(grad_output)`, to these rows of the table
+
     shifted_cross_entropy(logits, targets, shift, temperature, weight, ignore_index, label_smoothing)
             -> (loss, peak, log_sum)
         logits       (N, K), K >= 1, stride 1 along K
@@ -106,13 +110,15 @@ _SIGNATURES = {
     f" int groups, {_NUMBERS}) -> (Tensor, Tensor)",
     "embedding": "(Tensor grad_output, Tensor ids, Tensor voter, int num_embeddings, int groups,"
     f" {_NUMBERS}) -> (Tensor, Tensor)",
+    "embedding_contributions": "(Tensor grad_output, Tensor ids, Tensor voter, Tensor tokens, int num_embeddings,"
+    " int groups) -> Tensor",
     "shifted_cross_entropy": f"({_CROSS_ENTROPY}) -> (Tensor, Tensor, Tensor)",
     "shifted_cross_entropy_grad": f"(Tensor grad, {_CROSS_ENTROPY}, Tensor peak, Tensor log_sum) -> Tensor",
 }
 OPS = tuple(_SIGNATURES)
 _OF_A_STATISTIC = ("stacked", "linear", "conv", "embedding")
 _OF_CROSS_ENTROPY = ("shifted_cross_entropy", "shifted_cross_entropy_grad")
-TRITON = (*_OF_A_STATISTIC, *_OF_CROSS_ENTROPY)  # ops that Triton has kernels for
+TRITON = (*_OF_A_STATISTIC, "embedding_contributions", *_OF_CROSS_ENTROPY)  # ops that Triton has kernels for
 
 library = torch.library.Library("htv", "DEF")
 for _op, _signature in _SIGNATURES.items():
@@ -164,6 +170,13 @@ def _embedding_fake(grad_output, ids, voter, num_embeddings, groups, statistic, 
     return value, grad_output.new_empty((), dtype=torch.float64)
 
 
+@torch.library.register_fake("htv::embedding_contributions")
+@torch.library.register_fake("htv::embedding_contributions_triton")
+def _embedding_contributions_fake(grad_output, ids, voter, tokens, num_embeddings, groups):
+    shape = (groups, tokens.shape[0], grad_output.shape[1])
+    return grad_output.new_empty(shape, dtype=reference.compute_dtype(grad_output.dtype))
+
+
 @torch.library.register_fake("htv::shifted_cross_entropy")
 @torch.library.register_fake("htv::shifted_cross_entropy_triton")
 def _shifted_cross_entropy_fake(logits, *numbers):
@@ -201,6 +214,7 @@ library.impl("linear", _linear_reference, "CompositeExplicitAutograd")
 library.impl("norm_sums", reference.norm_sums, "CompositeExplicitAutograd")
 library.impl("group_norm_backward", reference.group_norm_backward, "CompositeExplicitAutograd")
 library.impl("conv", _conv_reference, "CompositeExplicitAutograd")
+library.impl("embedding_contributions", reference.embedding_contributions, "CompositeExplicitAutograd")
 library.impl("embedding", _embedding_reference, "CompositeExplicitAutograd")
 library.impl("shifted_cross_entropy", reference.shifted_cross_entropy, "CompositeExplicitAutograd")
 library.impl("shifted_cross_entropy_grad", reference.shifted_cross_entropy_grad, "CompositeExplicitAutograd")
@@ -219,6 +233,11 @@ def _triton_kernel(module: str, op: str, of_a_statistic: bool):
 
 for _op in _OF_A_STATISTIC:
     library.impl(f"{_op}_triton", _triton_kernel(_op, _op, True), "CompositeExplicitAutograd")
+library.impl(
+    "embedding_contributions_triton",
+    _triton_kernel("embedding", "embedding_contributions", False),
+    "CompositeExplicitAutograd",
+)
 for _op in _OF_CROSS_ENTROPY:
     library.impl(f"{_op}_triton", _triton_kernel("cross_entropy", _op, False), "CompositeExplicitAutograd")
 

@@ -15,15 +15,54 @@ from htv.ops.reference import STREAMING, Summary
 from htv.rules import Statistic
 
 
+def _server(part: EmbeddingFactors, statistic: Statistic) -> str:
+    return backend.choose(backend.Problem("embedding", statistic.name, part.device, part.dtype))
+
+
 def table(part: EmbeddingFactors, statistic: Statistic) -> tuple[Tensor, Tensor]:
     """E * stat of the contributions to an embedding table, and the sum of the mask."""
-    server = backend.choose(backend.Problem("embedding", statistic.name, part.device, part.dtype))
+    server = _server(part, statistic)
     if server == "reference":
         return (streaming if statistic.name in STREAMING else order)(part, statistic)
     # Triton passes over the rows of a padding_idx: to leave them out would wait for the device.
     ids, voter, grad = part.lookups if server == "cpp" else (part.ids, part.voter, part.grad_output)
     rows = grad.contiguous(), ids.long().contiguous(), voter.contiguous()
     return backend.operator("embedding", server)(*rows, part.shape[0], part.count, *schema.numbers(statistic))
+
+
+def touched_rows(part: EmbeddingFactors, statistic: Statistic) -> tuple[Tensor, Tensor]:
+    """The rows of the table that lookups may touch, and all others: together each of 0 to V - 1 once.
+
+    On a device that would have to be asked how many they are, as many rows may be touched as there are lookups.
+    """
+    rows = part.shape[0]
+    touched = torch.zeros(rows + 1, dtype=torch.uint8, device=part.device)
+    touched.scatter_(0, torch.where(part.ids >= 0, part.ids.long(), rows), 1)
+    if _server(part, statistic) != "triton":
+        return touched[:rows].nonzero().flatten(), (touched[:rows] == 0).nonzero().flatten()
+    order, most = touched[:rows].sort(stable=True).indices, min(rows, len(part.ids))
+    return order[rows - most :], order[: rows - most]
+
+
+def table_rows(part: EmbeddingFactors, tokens: Tensor, statistic: Statistic) -> Factors:
+    """The contributions to some rows, for `Factors.write`. tokens: (N,) of what `touched_rows` gave."""
+    return _TableRows(part, tokens) if _server(part, statistic) == "triton" else part.compact(tokens)
+
+
+class _TableRows(Factors):
+    """Rows of an embedding table, by Triton: nothing is asked of the device."""
+
+    scratch = 64 << 20  # in L2
+
+    def __init__(self, part: EmbeddingFactors, tokens: Tensor):
+        self.part, self.tokens = part, tokens
+        self.shape, self.count = (len(tokens), part.shape[1]), part.count
+        self.dtype, self.device = part.dtype, part.device
+
+    def write(self, rows: slice, columns: slice, out: Tensor) -> None:
+        part = self.part
+        lookups = part.grad_output[:, columns].contiguous(), part.ids.long(), part.voter, self.tokens[rows]
+        out.copy_(backend.operator("embedding_contributions", "triton")(*lookups, part.shape[0], part.count))
 
 
 def streaming(part: EmbeddingFactors, statistic: Statistic) -> tuple[Tensor, Tensor]:

@@ -98,3 +98,24 @@ def test_errors_name_what_is_wrong():
     with pytest.raises(ValueError, match="1 to 5 buckets"):
         embedding.embedding(grad, ids, voter, tokens, groups, Statistic("median_of_means", 6))
     assert embedding.embedding(grad[:, :0], ids, voter, tokens, groups, MEDIAN)[0].shape == (12, 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES)
+def test_contributions_to_some_rows(size, dtype):
+    grad, ids, voter, tokens, groups = make(*SIZES[size], dtype)
+    ids[::3] = -1  # of a padding_idx
+    for some in (torch.arange(tokens).flip(0), torch.arange(0, tokens, 2), torch.arange(0)):
+        some = some.to(DEVICE)
+        found = embedding.embedding_contributions(grad, ids, voter, some, tokens, groups)
+        wanted = reference.embedding_contributions(grad.double(), ids, voter, some, tokens, groups)
+        assert found.dtype == torch.float32 and torch.equal(found.double(), wanted)  # integers
+
+
+def test_contributions_want_what_fits():
+    grad, ids, voter, tokens, groups = make(*SIZES["few"])
+    some = torch.arange(3, device=DEVICE)
+    with pytest.raises(ValueError, match=r"embedding_contributions .*wants grad_output \(R, D\)"):
+        embedding.embedding_contributions(grad, ids[:-1], voter, some, tokens, groups)
+    with pytest.raises(TypeError, match="tokens must be"):
+        embedding.embedding_contributions(grad, ids, voter, some.int(), tokens, groups)

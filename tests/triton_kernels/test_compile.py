@@ -202,6 +202,9 @@ def stacked_cases():
         constants |= {"KIND": "median" if buckets else kind, "BLOCK": embedding.ORDER["BLOCK"]}
         types = common | rows | {"value_ptr": "*fp32"}
         yield f"embedding-{kind}", embedding.order_kernel, types, constants, {"D"}
+    types = rows | {"tokens_ptr": "*i64", "out_ptr": "*fp32"}
+    constants = {"BLOCK": embedding.STREAMING["BLOCK"]}
+    yield "embedding-contributions", embedding.contributions_kernel, types, constants, {"D"}
     for taps, width in ((3, 1), (7, 1), (3, 8)):
         geometry = (width, 1, 56, 56, 1, 56, 56, 1, taps, taps, 1, 1, 1, 0, 1, 1, 1, 1, 1)
         constants = {"O": 256, "STRIDE": 256, "OUTPUTS": width, "GEOMETRY": geometry, "TAPS": taps}
