@@ -13,7 +13,7 @@ import triton.language as tl
 
 from htv.triton_kernels.device import UPCAST, guard, require
 
-MOST_BLOCK, TILE = 4096, 1024  # classes of a block; values of a program where a row has few
+MOST_BLOCK, TILE = 2048, 1024  # classes of a block; values of a program where a row has few
 WARPS = 4
 
 
