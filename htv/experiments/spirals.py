@@ -33,9 +33,9 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Settings:
-    environments: int = 16
+    environments: int = 32
     per_environment: int = 1024
-    shortcut_dims: int = 16
+    shortcut_dims: int = 32
     batch: int = 256  # of each environment
     epochs: int = 150
     width: int = 256
@@ -207,9 +207,10 @@ EXPERIMENT = Experiment(
     title="Spirals with a shortcut in every environment",
     paper="Parascandolo et al. 2020, arXiv 2009.00329",
     full=Settings(),
-    quick=Settings(epochs=110, variants=("and-mask", "adam", "irm")),
+    quick=Settings(environments=16, shortcut_dims=16, epochs=110, variants=("and-mask", "adam", "irm")),
     variants=lambda settings: settings.variants,
     run_one=run_one,
     summarise=summarise,
     plot=plot,
+    seeds=3,
 )
