@@ -193,8 +193,8 @@ CASES = """
 
 def test_cases_that_crash_or_hang_cost_themselves_alone(module, monkeypatch, tmp_path):
     monkeypatch.setattr(correctness, "MODULE", module(CASES))
-    monkeypatch.setattr(correctness, "PATIENCE", 8.0)
-    job = step.Job(tmp_path / "out.json", 60.0, dry=True)
+    monkeypatch.setattr(correctness, "PATIENCE", 15.0)
+    job = step.Job(tmp_path / "out.json", 120.0, dry=True)
     correctness.check(job)
     found = json.loads(job.out.read_text())["correctness"]
     assert found["counts"] == {"passed": 3, "failed": 3, "skipped": 1, "dropped": 0}

@@ -54,16 +54,22 @@ def test_a_model(rule):
 @pytest.mark.parametrize("op", schema.TRITON)
 def test_ops_keep_their_contract(op):
     """Schema, fake and kernel of the operators agree."""
-    numbers = (schema.code("and_mask"), 2, 0.0, 0.0)
-    x, offsets = torch.randn(6, 4, device=DEVICE), torch.tensor([0, 2, 6])
-    factors = {
-        "stacked": (x,),
-        "linear": (x, torch.randn(6, 3, device=DEVICE), offsets),
-        "embedding": (x, torch.tensor([1, 0, 1, 4, 1, -1]).to(DEVICE), torch.arange(6, device=DEVICE) // 2, 5, 3),
-        "conv": (x[:, :, None], torch.randn(6, 3, 1, device=DEVICE), offsets, [1], [1], [0], [1], 1),
+    statistic = (schema.code("and_mask"), 2, 0.0, 0.0)
+    random, number = (lambda *shape: torch.randn(shape, device=DEVICE)), (lambda *n: torch.tensor(n, device=DEVICE))
+    x, offsets = random(6, 4), torch.tensor([0, 2, 6])
+    lookups = x, number(1, 0, 1, 4, 1, -1), number(0, 0, 1, 1, 2, 2)
+    logits = random(6, 5), number(0, 4, 2, -100, 1, 3), random(6, 5), 0.5, random(5).abs(), -100, 0.1
+    arguments = {
+        "stacked": (x, *statistic),
+        "linear": (x, random(6, 3), offsets, *statistic),
+        "embedding": (*lookups, 5, 3, *statistic),
+        "embedding_contributions": (*lookups, number(4, 1), 5, 3),
+        "conv": (x[:, :, None], random(6, 3, 1), offsets, [1], [1], [0], [1], 1, *statistic),
+        "shifted_cross_entropy": logits,
+        "shifted_cross_entropy_grad": (random(6), *logits, random(6), random(6)),
     }[op]
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(backend.operator(op, "triton").default, (*factors, *numbers), test_utils=tests)
+    torch.library.opcheck(backend.operator(op, "triton").default, arguments, test_utils=tests)
 
 
 def test_a_linear_layer_is_compiled_whole():
