@@ -119,9 +119,8 @@ class Intercept(TorchFunctionMode):
         mark = self.mark(value) if mark is None else mark
         if not isinstance(mark, Derived) or not value.requires_grad:
             return Slot(value)
-        served = self.served(value)
-        if served is not None:
-            return Slot(value.detach(), [served.sink(self.groups)])
+        if mark is self._own.get(id(value)):
+            return Slot(value.detach(), [mark.parameters[0].sink(self.groups)])
         return self._derived(value, mark).slot()
 
     def _derived(self, value: Tensor, mark: Derived) -> DerivedTensor:
@@ -134,7 +133,7 @@ class Intercept(TorchFunctionMode):
         if isinstance(mark, Derived):
             x = self.copied_per_unit(x)
             mark = self.mark(x)
-        return x, self.place(x, mark=mark)
+        return x, mark if self.groups.num_units > 1 else self.place(x, mark=mark)
 
     def place(self, x: Tensor, dim: int = 0, mark: Mark | None = None) -> Mark | None:
         """`mark` of x; of a batch with one unit, all of whose x it is, the place along any dim that suits."""

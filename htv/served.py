@@ -65,10 +65,7 @@ class Served(Owner):
 
     def sink(self, groups: Groups) -> Sink:
         """For one more use: uses share a hub until a backward has consumed it."""
-        hub = self._hub(groups)
-        if hub is None:
-            self._open(groups)
-            hub = self._hubs.mine
+        hub = self._hub(groups) or self._open(groups)
         return Sink(*hub)
 
     def _hub(self, groups: Groups) -> tuple[Tensor, Ledger] | None:
@@ -84,19 +81,27 @@ class Served(Owner):
         p = self.parameter
         return len(p._backward_hooks or ()) > (self._hook is not None) or bool(p._post_accumulate_grad_hooks)
 
-    def _open(self, groups: Groups) -> None:
-        """A new hub, for all that shares it and has none."""
+    def _open(self, groups: Groups) -> tuple[Tensor, Ledger]:
+        """A new hub, for all that shares it and has none; returns this parameter's token and ledger."""
         sharing = (self,) if self._is_hooked() else self.handle.hub_of(self, groups)
         members = [s for s in sharing if s is self or s._may_join(groups)]
-        ledgers = tuple(Ledger(s.rule, groups, s, self.handle.collects_stats) for s in members)
-        token = Hub.apply(ledgers, *(s.parameter for s in members))
+        ledgers = tuple([Ledger(s.rule, groups, s, self.handle.collects_stats) for s in members])
+        token = Hub.apply(ledgers, *[s.parameter for s in members])
         for served, ledger in zip(members, ledgers, strict=True):
             served._hubs.mine = token, ledger
+        return self._hubs.mine
 
     def watch(self) -> None:
         """Make gradients that come by another way than the hub an error."""
         if self._hook is None and self.parameter.requires_grad:
-            self._hook = _hook_first(self.parameter, self._check_gradient)
+            reference = weakref.ref(self)
+
+            def check(grad: Tensor) -> None:
+                served = reference()
+                if served is not None:
+                    served._check_gradient(grad)
+
+            self._hook = _hook_first(self.parameter, check)
 
     def unwatch(self) -> None:
         if self._hook is not None:
@@ -118,18 +123,16 @@ class Served(Owner):
         else:
             self.agreement = agreement(parts, self.rule)
 
-    def deliver(self, grad: Tensor | None) -> None:
+    def deliver(self, grad: Tensor | None, current: int) -> None:
         # No reference is kept: autograd may then take the tensor for .grad without a copy.
-        current = torch._C._current_graph_task_id()
         if current in self._delivered:
             self._twice = current
-        self.expect(grad)
+        self.expect(grad, current)
         self._hubs.mine = None
         self.handle.settled()
 
-    def expect(self, grad: Tensor | None) -> None:
-        """This very gradient is what reaches the parameter."""
-        current = torch._C._current_graph_task_id()
+    def expect(self, grad: Tensor | None, current: int) -> None:
+        """This very gradient is what reaches the parameter in a backward pass."""
         self._delivered.pop(current, None)
         if len(self._delivered) > MOST_DELIVERED:  # of passes that went elsewhere in the end
             self._delivered.pop(next(iter(self._delivered)))
@@ -170,14 +173,8 @@ class Served(Owner):
         self.handle.unsupported(f"{why}or exclude={self.name!r}", (self,))
 
 
-def _hook_first(tensor: Tensor, method: Callable[[Tensor], None]):
-    """Register a hook that runs before the user's, which may replace the gradient. Does not keep the method's self."""
-    reference = weakref.WeakMethod(method)
-
-    def hook(grad: Tensor) -> None:
-        bound = reference()
-        return None if bound is None else bound(grad)
-
+def _hook_first(tensor: Tensor, hook: Callable[[Tensor], None]):
+    """Register a hook that runs before the user's, which may replace the gradient."""
     handle = tensor.register_hook(hook)
     hooks = tensor._backward_hooks
     others = {key: value for key, value in hooks.items() if key != handle.id}

@@ -211,7 +211,7 @@ class TracedLedger(Ledger):
         return Later(make, voters, tensors)
 
     def settle(self, parameter: Tensor, gradient_node) -> Tensor | None:
-        _, parts = self._recorded()
+        _, parts = self.taken()
         if not parts:
             return None
         if not all(isinstance(part, Later) for part in parts):
@@ -249,7 +249,7 @@ class Settlement:
                 ledger.record(recipe(groups, parameter, list(itertools.islice(tensors, count))))
             grad = ledger.settle(parameter, None if served.accumulation is None else _gradient_node(parameter))
             grad = self.empty().zero_() if grad is None else grad.contiguous()  # None: it accumulates
-        served.expect(grad)
+        served.expect(grad, torch._C._current_graph_task_id())
         return grad
 
 

@@ -2,6 +2,7 @@
 #include "norm_kernel.h"
 
 #include <tuple>
+#include <vector>
 
 #include "../contract.h"
 #include "parallel.h"
@@ -46,20 +47,26 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_backward(Tensor grad, Tensor x, Te
                                                        bool needs_x) {
   const std::string op = "htv::group_norm_backward";
   const Dtype dtype = dtype_of(op, "x", x), computed = dtype == Dtype::float64 ? dtype : Dtype::float32;
-  STD_TORCH_CHECK(x.dim() == 3, op, ": x must have 3 dimensions, got ", x.dim());
+  STD_TORCH_CHECK(x.dim() >= 2, op, ": x must have at least 2 dimensions, got ", x.dim());
   STD_TORCH_CHECK(mean.dim() == 2, op, ": mean must have 2 dimensions, got ", mean.dim());
-  check_like(op, "x", x, dtype, x, 3);
-  check_like(op, "grad", grad, dtype, x, 3);
+  check_like(op, "x", x, dtype, x, x.dim());
+  check_like(op, "grad", grad, dtype, x, x.dim());
   check_like(op, "mean", mean, computed, mean, 2);
   check_like(op, "rstd", rstd, computed, mean, 2);
   check_like(op, "weight", weight, computed, weight, 1);
-  const int64_t samples = x.size(0), channels = x.size(1), space = x.size(2), groups = mean.size(1);
+  const int64_t samples = x.size(0), channels = x.size(1), groups = mean.size(1);
+  int64_t space = 1;
+  std::vector<int64_t> shape{needs_x ? samples : 0, channels};
+  for (int64_t d = 2; d < x.dim(); ++d) {
+    shape.push_back(x.size(d));
+    space *= x.size(d);
+  }
   STD_TORCH_CHECK(mean.size(0) == samples && weight.size(0) == channels && groups >= 1 && channels % groups == 0, op,
                   ": mean must be (samples, groups) and weight (channels) of x, with channels a multiple of groups; ",
                   "got ", mean.size(0), " x ", groups, " and ", weight.size(0), " for ", samples, " x ", channels);
   Tensor scale = torch::stable::new_empty(mean, {samples, channels});
   Tensor shift = torch::stable::new_empty(mean, {samples, channels});
-  Tensor grad_x = torch::stable::new_empty(mean, {needs_x ? samples : 0, channels, space});
+  Tensor grad_x = torch::stable::new_empty(mean, shape);
   const GroupNormTask task{grad.const_data_ptr(),
                            x.const_data_ptr(),
                            dtype,

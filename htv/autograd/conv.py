@@ -11,7 +11,7 @@ from torch import Tensor
 from htv.autograd.ledger import MARKER, Function, Slot, full_precision
 from htv.groups import Voters
 from htv.ops.factors import ConvFactors, ConvGeometry, StackedFactors
-from htv.ops.reference import compute_dtype
+from htv.ops.reference import cast, compute_dtype
 
 
 def conv(x: Tensor, weight: Slot, bias: Slot, stride, padding, dilation, conv_groups: int, voters: Voters) -> Tensor:
@@ -66,10 +66,11 @@ def _gradients(ctx, grad: Tensor, make: Callable[..., ConvFactors], grad_input: 
     weight_slot, bias_slot = ctx.slots
     geometry, voters, needs = ctx.geometry, ctx.voters, ctx.needs_input_grad
     with full_precision(grad.device):
-        x_like = x.to(grad.dtype)
+        x_like, grad_x = cast(x, grad.dtype), None
+        if needs[0]:  # first: the hub that comes next then finds the interpreter in the processor's caches
+            grad_x = cast(grad_input(grad, x_like, cast(weight, grad.dtype), geometry), x.dtype)
         grad_weight = weight_slot.grad(needs[1], make, voters, x_like, grad)
         grad_bias = bias_slot.grad(needs[2], _bias_factors, voters, grad)
-        grad_x = grad_input(grad, x_like, weight.to(grad.dtype), geometry).to(x.dtype) if needs[0] else None
     return grad_x, grad_weight, grad_bias, *ctx.unused
 
 

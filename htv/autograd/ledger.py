@@ -35,26 +35,20 @@ class Passes:
     """Which backward passes run inside another (reentrant activation checkpointing), as far as ledgers met them."""
 
     def __init__(self) -> None:
-        self._outer: dict[int, int] = {}
-
-    def __bool__(self) -> bool:
-        return bool(self._outer)
-
-    def nest(self, inner: int, outer: int) -> None:
-        self._outer[inner] = outer
+        self.outer: dict[int, int] = {}  # the pass that another runs inside
 
     def related(self, a: int, b: int) -> bool:
         """Whether two passes are parts of one outermost backward."""
         return self._outermost(a) == self._outermost(b)
 
     def _outermost(self, task: int) -> int:
-        while task in self._outer:
-            task = self._outer[task]
+        while task in self.outer:
+            task = self.outer[task]
         return task
 
     def forget(self) -> None:
         """No backward is under way."""
-        self._outer.clear()
+        self.outer.clear()
 
 
 class Owner:
@@ -74,8 +68,11 @@ class Owner:
     def guard(self) -> None:
         """Called before anything is recorded; raises if the handle is gone."""
 
-    def deliver(self, grad: Tensor | None) -> None:
-        """Called with the aggregated gradient just before the hub hands it to autograd; None where it accumulates."""
+    def deliver(self, grad: Tensor | None, current: int) -> None:
+        """Called with the aggregated gradient just before the hub hands it to autograd; None where it accumulates.
+
+        current: the backward pass under way.
+        """
 
     def observe(self, parts: list[Factors]) -> None:
         """Called with what a pass recorded, before it is aggregated, where the ledger was told to."""
@@ -96,11 +93,6 @@ class Ledger:
         self._parts: dict[int, list[Factors]] = {}  # by pass
         self.consumed = False
 
-    def guard(self) -> None:
-        owner = self._owner()
-        if owner is not None:  # else the model is gone, but not its graph
-            owner.guard()
-
     def made(self, make: Callable[..., Factors], voters: Voters, tensors: tuple[Tensor, ...]) -> Factors:
         """The factors of one use."""
         return make(voters, *tensors)
@@ -110,25 +102,18 @@ class Ledger:
 
         born:  the backward pass in which the use's forward ran, -1 for none: then this pass runs inside that one.
         """
-        self.guard()
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "htv does not differentiate through an aggregated gradient: call backward() or torch.autograd.grad() "
-                "without create_graph=True, or detach the handle for that step"
-            )
         current = torch._C._current_graph_task_id()
-        self._refuse_reentry(current, born)
+        owner = self._owner()
+        if owner is not None:  # else the model is gone, but not its graph
+            owner.guard()
+            if born not in (-1, current):
+                owner.passes.outer[current] = born
+            if owner.passes.outer:
+                self._refuse_reentry(owner, current)
         self._parts.setdefault(current, []).append(factors)
 
-    def _refuse_reentry(self, current: int, born: int) -> None:
+    def _refuse_reentry(self, owner: Owner, current: int) -> None:
         """One outermost backward may apply the rule to a parameter once."""
-        owner = self._owner()
-        if owner is None:
-            return
-        if born not in (-1, current):
-            owner.passes.nest(current, born)
-        if not owner.passes:
-            return
         others = owner.settled | set(self._parts)
         if any(other != current and owner.passes.related(other, current) for other in others):
             raise RuntimeError(
@@ -136,11 +121,6 @@ class Ledger:
                 "backward: its contributions arrive in separate passes and cannot be added before the rule is applied. "
                 "Call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
             )
-
-    def _recorded(self) -> tuple[int, list[Factors]]:
-        """The pass under way and what it recorded, which is then forgotten here."""
-        current = torch._C._current_graph_task_id()
-        return current, self._parts.pop(current, [])
 
     def settle(self, parameter: Tensor, gradient_node) -> Tensor | None:
         """The aggregated gradient of what this pass recorded, or None if nothing was, or the owner accumulates it.
@@ -151,26 +131,28 @@ class Ledger:
         if not parts:
             return None
         owner = self._owner()
-        accumulation = None if owner is None else owner.accumulation
-        if accumulation is None:
-            return self.delivered(current, aggregate.aggregate(parts, self.rule), parameter)
-        _refuse_autograd_grad(gradient_node)
-        return self.delivered(current, accumulation.add(current, parts, self.groups), parameter)
+        if owner is None or owner.accumulation is None:
+            grad = aggregate.aggregate(parts, self.rule)
+        else:
+            _refuse_autograd_grad(gradient_node)
+            grad = owner.accumulation.add(current, parts, self.groups)
+        return self.delivered(current, grad, parameter)
 
     @property
     def accumulates(self) -> bool:
         owner = self._owner()
         return owner is not None and owner.accumulation is not None
 
-    def taken(self) -> tuple[int, list[Factors]]:
-        """The pass under way and what it recorded, which is consumed by that."""
-        self.guard()
-        current, parts = self._recorded()
-        if parts:
+    def taken(self) -> tuple[int, list[Factors] | None]:
+        """The pass under way and what it recorded, if anything, which is consumed by that."""
+        current = torch._C._current_graph_task_id()
+        parts = self._parts.pop(current, None)
+        if parts is not None:
             self.consumed = True
-            owner = self._owner()
-            if self.observes and owner is not None:
-                owner.observe(parts)
+            if self.observes:
+                owner = self._owner()
+                if owner is not None:
+                    owner.observe(parts)
         return current, parts
 
     def delivered(self, current: int, grad: Tensor | None, parameter: Tensor) -> Tensor | None:
@@ -179,10 +161,10 @@ class Ledger:
             grad = grad.to(parameter.dtype)
         owner = self._owner()
         if owner is not None:
-            if not owner.passes:
+            if not owner.passes.outer:
                 owner.settled.clear()
             owner.settled.add(current)
-            owner.deliver(grad)
+            owner.deliver(grad, current)
         return grad
 
 
@@ -243,7 +225,7 @@ class Hub(Function):
     @staticmethod
     def forward(ctx, ledgers: tuple[Ledger, ...], *parameters: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.ledgers, ctx.parameters = ledgers, [p.detach() for p in parameters]
+        ctx.ledgers, ctx.parameters = ledgers, parameters
         return parameters[0].new_empty(0)
 
     @staticmethod
@@ -282,7 +264,10 @@ class Sink:
     def wanted(self) -> bool:
         """Whether the pass under way goes on to the hub: torch.autograd.grad may ask for other gradients only."""
         node = self.token.grad_fn
-        return node is None or _will_run(node)  # where torch does not tell, the hub decides
+        try:
+            return node is None or torch._C._will_engine_execute_node(node)
+        except RuntimeError:  # torch does not tell here: the hub decides
+            return True
 
     def record(self, factors: Factors) -> None:
         """In backward: record factors of what the layer computes with."""
@@ -301,7 +286,7 @@ class Slot:
 
     def __init__(self, value: Tensor | None, sinks: list[Sink] | None = None):
         self.value, self.sinks = value, sinks
-        self.tokens = () if sinks is None else tuple(sink.token for sink in sinks)
+        self.tokens = () if sinks is None else tuple([sink.token for sink in sinks])
 
     @property
     def is_served(self) -> bool:
@@ -313,15 +298,15 @@ class Slot:
         make holds no tensors itself, so that what is recorded is known by its arguments: where a compiled backward is
         traced, it is called when that runs.
         """
-        wanted = [sink for sink in self.sinks if sink.wanted()]
-        if wanted:
-            factors = wanted[0].ledger.made(make, voters, tensors)
-            for sink in wanted:
+        factors = None
+        for sink in self.sinks:
+            if sink.wanted():
+                factors = sink.ledger.made(make, voters, tensors) if factors is None else factors
                 sink.record(factors)
 
     def grad(self, needed: bool, make: Callable[..., Factors], voters: Voters, *tensors: Tensor) -> Tensor | None:
         """In backward: record the factors if served (no gradient here), else the plain gradient if needed."""
-        if self.is_served:
+        if self.sinks is not None:
             self.record(make, voters, *tensors)
             return None
         return make(voters.all_alike(), *tensors).total() if needed else None

@@ -9,7 +9,7 @@ from torch import Tensor
 from htv.autograd.ledger import MARKER, Function, Slot, full_precision
 from htv.groups import Voters
 from htv.ops.factors import BilinearFactors, LinearFactors, StackedFactors
-from htv.ops.reference import compute_dtype
+from htv.ops.reference import cast, compute_dtype
 
 
 def linear(x: Tensor, weight: Slot, bias: Slot, voters: Voters) -> Tensor:
@@ -36,12 +36,12 @@ class _Linear(Function):
 
         def weight_factors(voters: Voters, x: Tensor, grad: Tensor) -> LinearFactors:
             rows, bounds = voters.grad_rows(grad)
-            return LinearFactors(voters.rows(x.to(grad.dtype)), rows, bounds)
+            return LinearFactors(voters.rows(cast(x, grad.dtype)), rows, bounds)
 
         with full_precision(grad.device):
+            grad_x = cast(grad @ cast(weight, grad.dtype), ctx.x_dtype) if needs[0] else None
             grad_weight = weight_slot.grad(needs[1], weight_factors, voters, x, grad)
             grad_bias = bias_slot.grad(needs[2], bias_factors, voters, grad)
-            grad_x = (grad @ weight.to(grad.dtype)).to(ctx.x_dtype) if needs[0] else None
         return grad_x, grad_weight, grad_bias, *ctx.unused
 
 

@@ -45,17 +45,25 @@ class Call:
     """
 
     def __init__(self, mode: Intercept, kind: str, signature: Signature, args, kwargs, x: str, *parameters: str):
-        self.mode, self.kind, self.names = mode, kind, parameters
+        self.mode, self.kind = mode, kind
         self.arguments = signature.bind(args, kwargs)
         self.x, self.place = mode.input(self.arguments[x])
-        self.parameters: list[Tensor | None] = [self.arguments[name] for name in parameters]
-        self._marks = [mode.mark(p) for p in self.parameters]
-        self._owners = [_owners(p, mark) for p, mark in zip(self.parameters, self._marks, strict=True)]
-        self.served = tuple(dict.fromkeys(owner for owners in self._owners for owner in owners))
+        self._uses: list[tuple[str, Tensor | None, Mark | None, tuple[Served, ...]]] = []
+        self.served: tuple[Served, ...] = ()
+        for name in parameters:
+            parameter = self.arguments[name]
+            mark = None if parameter is None else mode.mark(parameter)
+            owners = _owners(parameter, mark)
+            self._uses.append((name, parameter, mark, owners))
+            self.served += tuple([owner for owner in owners if owner not in self.served])
         self.applicable = bool(self.served and torch.is_grad_enabled() and isinstance(self.place, OfBatch))
 
     def __getitem__(self, name: str):
         return self.arguments[name]
+
+    @property
+    def parameters(self) -> list[Tensor | None]:
+        return [parameter for _, parameter, _, _ in self._uses]
 
     @property
     def voters(self) -> Voters:
@@ -78,11 +86,11 @@ class Call:
             self.mode.handle.unsupported(message, self.served)
             return None
         slots = []
-        for name, parameter, owners, mark in zip(self.names, self.parameters, self._owners, self._marks, strict=True):
+        for name, parameter, mark, owners in self._uses:
             for owner in owners:
                 bias, own = name == "bias" and "norm" not in self.kind, parameter is owner.parameter
                 owner.note(f"{self.kind} bias" if bias else self.kind if own else f"{self.kind} (computed)")
-            slots.append(self.mode.slot(parameter, mark))
+            slots.append(Slot(None) if parameter is None else self.mode.slot(parameter, mark))
         return slots
 
     def done(self, result: Tensor, place: Place | None = None) -> Tensor:

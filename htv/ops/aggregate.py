@@ -50,7 +50,9 @@ def aggregate_together(contributions: list[list[Factors]], rule: Rule) -> list[T
     stacks = torch.cat([first.values.reshape(count, -1) for first in firsts], dim=1).to(dtype)
     value, _ = functional.stacked(stacks, statistic)
     grads = torch._foreach_mul(value.split([math.prod(first.shape) for first in firsts]), count)  # tensors of their own
-    return [grad.view(first.shape) for grad, first in zip(grads, firsts, strict=True)]
+    return [
+        grad if len(first.shape) == 1 else grad.view(first.shape) for grad, first in zip(grads, firsts, strict=True)
+    ]
 
 
 @functools.lru_cache(maxsize=256)
@@ -100,19 +102,22 @@ def _one_block(parts: list[Factors], statistic: Statistic) -> tuple[Tensor, Tens
     first = parts[0]
     if len(parts) == 1:
         if isinstance(first, StackedFactors):
-            value, mask_sum = functional.stacked(first.values.to(first.dtype), statistic)
+            value, mask_sum = functional.stacked(reference.cast(first.values, first.dtype), statistic)
             return value.mul_(first.count), mask_sum
         if isinstance(first, EmbeddingFactors):
             return sparse.table(first, statistic)
-        style = paths.style_of(first, statistic.name, first.device)
+        style, op, server = paths.route(first, statistic.name, first.device)
         if style == "fused":
-            return (_fused_conv if isinstance(first, ConvFactors) else _fused_linear)(first, statistic)
+            if op == "conv":
+                return _fused_conv(first, statistic, server)
+            serve = _conv_by_linear if isinstance(first, ConvFactors) else _fused_linear
+            return serve(first, statistic, server)
         if style == "by group":
             return _by_group(parts, statistic)
     tied = len(parts) == 2 and {type(part) for part in parts} == {LinearFactors, EmbeddingFactors}
     if tied:
         linear, embedding = sorted(parts, key=lambda part: isinstance(part, EmbeddingFactors))
-        if paths.style_of(linear, statistic.name, linear.device) == "fused":
+        if paths.route(linear, statistic.name, linear.device).style == "fused":
             return _tied(linear, embedding, statistic)
     if statistic.name in STREAMING and any(isinstance(part, GroupwiseFactors) for part in parts):
         return _by_group(parts, statistic)
@@ -124,8 +129,7 @@ def _by_group(parts: list[Factors], statistic: Statistic) -> tuple[Tensor, Tenso
     return value * parts[0].count, mask_sum
 
 
-def _fused_linear(part: LinearFactors, statistic: Statistic) -> tuple[Tensor, Tensor]:
-    server = paths.server("linear", part, statistic.name, part.device)
+def _fused_linear(part: LinearFactors, statistic: Statistic, server: str) -> tuple[Tensor, Tensor]:
     return _fused(part.x, part.grad_output, part.bounds, statistic, server)
 
 
@@ -134,15 +138,15 @@ def _fused(x: Tensor, grad_output: Tensor, bounds: Tensor, statistic: Statistic,
     return backend.operator("linear", server)(x, grad_output, bounds, *schema.numbers(statistic))
 
 
-def _fused_conv(part: ConvFactors, statistic: Statistic) -> tuple[Tensor, Tensor]:
-    """By the convolution's own kernel, or block by block as linear layers of the windows that positions see."""
-    server = paths.server("conv", part, statistic.name, part.device)
-    if server != "reference":
-        g = part.geometry
-        sizes = part.kernel, g.stride, g.padding, g.dilation, g.groups
-        factors = _dense(part.x), _dense(part.grad_output), part.bounds
-        return backend.operator("conv", server)(*factors, *sizes, *schema.numbers(statistic))
-    server = paths.server("linear", part, statistic.name, part.device)
+def _fused_conv(part: ConvFactors, statistic: Statistic, server: str) -> tuple[Tensor, Tensor]:
+    g = part.geometry
+    sizes = part.kernel, g.stride, g.padding, g.dilation, g.groups
+    factors = _dense(part.x), _dense(part.grad_output), part.bounds
+    return backend.operator("conv", server)(*factors, *sizes, *schema.numbers(statistic))
+
+
+def _conv_by_linear(part: ConvFactors, statistic: Statistic, server: str) -> tuple[Tensor, Tensor]:
+    """Block by block as linear layers of the windows that positions see."""
     value = torch.zeros(part.shape, dtype=part.dtype, device=part.device)
     mask_sum = torch.zeros((), dtype=torch.float64, device=part.device)
     bounds = part.row_bounds
@@ -155,7 +159,7 @@ def _fused_conv(part: ConvFactors, statistic: Statistic) -> tuple[Tensor, Tensor
 
 def _dense(images: Tensor) -> Tensor:
     """Images (S, C, *space) with their channels in dim 1 or behind the others; copied if they are neither."""
-    return images if images.movedim(1, -1).is_contiguous() else images.contiguous()
+    return images if images.is_contiguous() or images.movedim(1, -1).is_contiguous() else images.contiguous()
 
 
 def _tied(linear: LinearFactors, embedding: EmbeddingFactors, statistic: Statistic) -> tuple[Tensor, Tensor]:

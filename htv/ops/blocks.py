@@ -40,6 +40,8 @@ def _disjoint(shape: tuple[int, ...], strides: tuple[int, ...], views: tuple[Vie
 
 def joined(parts: list[Factors]) -> list[Factors]:
     """Several uses in linear layers (recurrence) as one use of more rows, several lookups as one of more ids."""
+    if len(parts) == 1:
+        return parts
     for kind in (LinearFactors, EmbeddingFactors):
         alike = [part for part in parts if isinstance(part, kind)]
         if len(alike) > 1 and len({part.grad_output.dtype for part in alike}) == 1:

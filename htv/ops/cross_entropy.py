@@ -104,7 +104,7 @@ def _check(logits, targets, shift, temperature, reduction, label_smoothing, weig
 def _call(op: str, logits: Tensor, *arguments):
     """The op by the backend that serves these logits, inside of an autograd.Function."""
     problem = backend.Problem(op, "mean", logits.device, reference.compute_dtype(logits.dtype))
-    operator = backend.operator(op, backend.choose(problem)).default
+    operator = backend.operator(op, backend.choose(problem))
     if torch.compiler.is_compiling():
         return operator(*arguments)
     with torch._C._AutoDispatchBelowAutograd():  # which is written in Python and takes as long as a small op

@@ -46,7 +46,7 @@ def stacked(grads: Tensor, statistic: Statistic) -> tuple[Tensor, Tensor]:
     server = backend.choose(
         backend.Problem("stacked", statistic.name, grads.device, reference.compute_dtype(grads.dtype))
     )
-    operator = backend.operator("stacked", server).default
+    operator = backend.operator("stacked", server)
     if server == "reference":
         value, mask_sum = reference.stacked(flat, statistic)
     elif (grads.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling():

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from htv.ops import backend, reference
 from htv.ops.factors import SCRATCH_BYTES
-from htv.ops.reference import compute_dtype
+from htv.ops.reference import cast, compute_dtype
 
 
 def norm_sums(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     """The op `norm_sums` of `htv.ops.schema`; where no kernel serves, some samples at a time: small temporaries."""
     if _has_kernels(x):
-        return torch.ops.htv.norm_sums(grad, x, mean, rstd)
+        return torch.ops.htv.norm_sums.default(grad, x, mean, rstd)
     step = max(1, SCRATCH_BYTES // max(1, math.prod(x.shape[1:]) * 4))
     pieces = [reference.norm_sums(*some) for some in zip(*(t.split(step) for t in (grad, x, mean, rstd)), strict=True)]
     scale, shift = zip(*pieces, strict=True)
@@ -29,17 +29,15 @@ def group_norm_backward(
 
     weight: (C,), ones if None; mean and rstd: (S, G), as torch.native_group_norm gives them.
     """
-    given, dtype = x.dtype, compute_dtype(x.dtype)
+    dtype = compute_dtype(x.dtype)
     weight = mean.new_ones(x.shape[1]) if weight is None else weight
-    if weight.dtype != dtype or mean.dtype != dtype:
-        weight, mean, rstd = weight.to(dtype), mean.to(dtype), rstd.to(dtype)
+    weight, mean, rstd = cast(weight, dtype), cast(mean, dtype), cast(rstd, dtype)
     if _has_kernels(x) and x.is_contiguous():
-        shape = *x.shape[:2], math.prod(x.shape[2:])
-        grad = grad.contiguous().view(shape)
-        grad_x, scale, shift = torch.ops.htv.group_norm_backward(grad, x.view(shape), weight, mean, rstd, needs_x)
+        operands = grad.contiguous(), x, weight, mean, rstd, needs_x
+        grad_x, scale, shift = torch.ops.htv.group_norm_backward.default(*operands)
     else:
         grad_x, scale, shift = _group_norm_backward_by_torch(grad, x, weight, mean, rstd, needs_x)
-    return grad_x.to(given).view(x.shape) if needs_x else None, scale, shift
+    return cast(grad_x, x.dtype) if needs_x else None, scale, shift
 
 
 def _group_norm_backward_by_torch(grad, x, weight, mean, rstd, needs_x):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 
@@ -45,10 +46,9 @@ class _OneRow(LinearFactors):
 
 
 def _path(kind: type[Factors] | Factors, name: str, device: torch.device) -> str:
-    style = style_of(kind, name, device)
+    style, _, by = route(kind, name, device)
     if style == "fused":
-        convolves = _is_conv(kind) and server("conv", kind, name, device) != "reference"
-        return f"fused ({server('conv' if convolves else 'linear', kind, name, device)})"
+        return f"fused ({by})"
     if style == "by group":
         return style
     if style == "sparse":
@@ -68,41 +68,50 @@ def server(op: str, part: type[Factors] | Factors, name: str, device: torch.devi
     return backend.choose(backend.Problem(op, name, device, part.dtype, longest))
 
 
-def style_of(part: type[Factors] | Factors, name: str, device: torch.device) -> str:
-    """How the contributions of one use are gone through for a statistic of this name.
+class Route(NamedTuple):
+    """How the contributions of one use are gone through.
 
-    "fused", "sparse" (pairs of token and group), "stacked", "sliced" (boxes of coordinates) or "by group" (one whole
-    contribution at a time).
+    style:       "fused", "sparse" (pairs of token and group), "stacked", "sliced" (boxes of coordinates) or "by group"
+                 (one whole contribution at a time).
+    op, server:  of the fused style, the op and the backend that serves it.
     """
+
+    style: str
+    op: str = ""
+    server: str = ""
+
+
+_STACKED, _SPARSE, _SLICED, _BY_GROUP = map(Route, ("stacked", "sparse", "sliced", "by group"))
+
+
+def route(part: type[Factors] | Factors, name: str, device: torch.device) -> Route:
+    """The route of one use for a statistic of this name. part: as `path` takes it."""
     if isinstance(part, ViewFactors):
-        return style_of(part.inner, name, device)
+        return route(part.inner, name, device)
     kind = part if isinstance(part, type) else type(part)
-    if issubclass(kind, StackedFactors):
-        return "stacked"
-    if issubclass(kind, EmbeddingFactors):
-        return "sparse"
-    if issubclass(kind, GroupwiseFactors):
-        return "by group" if name in STREAMING else "sliced"
+    if issubclass(kind, ConvFactors):
+        return _conv_route(part, name, device)
     if issubclass(kind, LinearFactors):
-        return "sliced" if server("linear", part, name, device) == "reference" else "fused"
-    if not _is_conv(kind):
-        return "sliced"
-    if server("conv", part, name, device) != "reference":
-        return "fused"
-    sized, fuses = isinstance(part, ConvFactors), server("linear", part, name, device) != "reference"
+        by = server("linear", part, name, device)
+        return _SLICED if by == "reference" else Route("fused", "linear", by)
+    if issubclass(kind, StackedFactors):
+        return _STACKED
+    if issubclass(kind, EmbeddingFactors):
+        return _SPARSE
+    return _BY_GROUP if issubclass(kind, GroupwiseFactors) and name in STREAMING else _SLICED
+
+
+def _conv_route(part: type[ConvFactors] | ConvFactors, name: str, device: torch.device) -> Route:
+    by = server("conv", part, name, device)
+    if by != "reference":
+        return Route("fused", "conv", by)
+    sized, by = isinstance(part, ConvFactors), server("linear", part, name, device)
     if sized and part.geometry.groups > 1 and part.outputs < (FEW_OUTPUTS if part.folds_well else 4):
-        return "sliced"
+        return _SLICED
     if name not in STREAMING:
-        return "sliced"
-    if sized and not (fuses and part.fits_linear):
-        return "by group"
-    return "fused" if fuses else "by group"
-
-
-def _is_conv(part: type[Factors] | Factors) -> bool:
-    if isinstance(part, ViewFactors):
-        return _is_conv(part.inner)
-    return issubclass(part if isinstance(part, type) else type(part), ConvFactors)
+        return _SLICED
+    fits = by != "reference" and (not sized or part.fits_linear)
+    return Route("fused", "linear", by) if fits else _BY_GROUP
 
 
 def extra_work(part: Factors, rule: Rule) -> float:
@@ -125,7 +134,7 @@ def extra_work(part: Factors, rule: Rule) -> float:
         return extra_work(part.inner, rule)
     statistic, groups = rule.statistic(part.count), part.count
     operations = 4.0 if statistic.name in STREAMING else math.log2(max(2, groups))
-    style = style_of(part, statistic.name, part.device)
+    style = route(part, statistic.name, part.device).style
     if style == "stacked":
         return operations
     if isinstance(part, EmbeddingFactors):

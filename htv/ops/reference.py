@@ -21,6 +21,11 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor.to(dtype)`, without the way through torch's dispatcher where nothing changes."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 def stacked(grads: Tensor, statistic: Statistic) -> tuple[Tensor, Tensor]:
     """The statistic of stacked contributions over dim 0.
 
@@ -232,19 +237,20 @@ def group_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient of a group normalisation's input, and what every sample contributes to its scale and shift.
 
-    grad and x: (S, C, P); weight: (C,), mean and rstd: (S, G), in `compute_dtype`.
-    Returns (S, C, P), or (0, C, P) unless needs_x; (S, C) and (S, C), as `norm_sums`; all in `compute_dtype`.
+    grad and x: (S, C, *space); weight: (C,), mean and rstd: (S, G), in `compute_dtype`.
+    Returns (S, C, *space), or (0, C, *space) unless needs_x; (S, C) and (S, C), as `norm_sums`; all in `compute_dtype`.
     """
     apart = mean.shape[1], x.shape[1] // mean.shape[1]
-    grad = grad.to(mean.dtype).unflatten(1, apart)
-    x_hat = (x.to(mean.dtype).unflatten(1, apart) - mean[:, :, None, None]) * rstd[:, :, None, None]
+    flat = *x.shape[:2], math.prod(x.shape[2:])
+    grad = grad.to(mean.dtype).reshape(flat).unflatten(1, apart)
+    x_hat = (x.to(mean.dtype).reshape(flat).unflatten(1, apart) - mean[:, :, None, None]) * rstd[:, :, None, None]
     scale, shift = (grad * x_hat).sum(dim=3).flatten(1), grad.sum(dim=3).flatten(1)
     if not needs_x:
         return mean.new_empty(0, *x.shape[1:]), scale, shift
     weighted = grad * weight.unflatten(0, apart)[..., None]
     along = (weighted * x_hat).mean(dim=(2, 3), keepdim=True)
     grad_x = (weighted - weighted.mean(dim=(2, 3), keepdim=True) - along * x_hat) * rstd[:, :, None, None]
-    return grad_x.flatten(1, 2), scale, shift
+    return grad_x.reshape(x.shape), scale, shift
 
 
 def conv(

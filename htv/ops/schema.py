@@ -21,11 +21,11 @@
         scale, shift  (S, D) in `compute_dtype(x)`; sums over T of grad * (x - mean) * rstd, and of grad
 
     group_norm_backward(grad, x, weight, mean, rstd, needs_x) -> (grad_x, scale, shift)
-        grad, x       (S, C, P) contiguous, the same dtype: output gradient and input of a group normalisation
+        grad, x       (S, C, *space) contiguous, the same dtype: output gradient and input of a group normalisation
         weight        (C,) contiguous, in `compute_dtype(x)`, as mean and rstd
         mean, rstd    (S, G) contiguous: of every group of C / G channels
-        grad_x        (S, C, P) in `compute_dtype(x)`; (0, C, P) unless needs_x
-        scale, shift  (S, C) in `compute_dtype(x)`; sums over P of grad * (x - mean) * rstd, and of grad
+        grad_x        (S, C, *space) in `compute_dtype(x)`; (0, C, *space) unless needs_x
+        scale, shift  (S, C) in `compute_dtype(x)`; sums over space of grad * (x - mean) * rstd, and of grad
 
     conv(x, grad_output, offsets, kernel, stride, padding, dilation, groups, statistic, count, votes, k)
             -> (value, mask_sum)

@@ -97,12 +97,12 @@ def test_factors_tell_the_rule_what_it_asks(present):
     pairs = LinearFactors(torch.ones(4, 2), torch.ones(4, 4), torch.tensor([0, 2, 4]))
     present("cuda")
     for name in ("and_mask", "sign_sum", "median", "winsorized_mean"):
-        assert paths.style_of(each, name, CUDA) == "fused" and paths.style_of(pairs, name, CUDA) == "sliced"
+        assert paths.route(each, name, CUDA).style == "fused" and paths.route(pairs, name, CUDA).style == "sliced"
     for name in ("geometric_mean", "median_of_means"):
-        assert paths.style_of(each, name, CUDA) == "sliced"
+        assert paths.route(each, name, CUDA).style == "sliced"
     assert paths.path(LinearFactors, htv.Median(), CUDA) == "sliced (cuda); one row per group: fused (cuda)"
     present("cuda", "triton")
-    assert paths.style_of(pairs, "median", CUDA) == "fused"
+    assert paths.route(pairs, "median", CUDA).style == "fused"
     assert paths.path(each, htv.Median(), CUDA) == "fused (cuda)"
     assert paths.path(pairs, htv.Median(), CUDA) == "fused (triton)"
     assert paths.path(LinearFactors, htv.Median(), CUDA) == "fused (triton); one row per group: fused (cuda)"

@@ -48,4 +48,4 @@ def test_graphs_hold_the_op_itself(op, server):
         given, shape = arguments(op, torch.float32)
         compiled = torch.compile(lambda *a: operator(*a, *NUMBERS)[0] * 2, fullgraph=True, backend=compiler)
         assert compiled(*given).shape == shape
-    assert {operator, operator.default} & {*targets}
+    assert operator in targets
