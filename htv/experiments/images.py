@@ -22,6 +22,7 @@ class Training:
 
     images, test_images:  at most so many, drawn by the seed.
     looks:                how many times in all the network is observed, evenly over the epochs.
+    cosine:               whether the learning rate falls to 0 along a cosine, or stays.
     """
 
     images: int
@@ -30,6 +31,7 @@ class Training:
     batch_size: int = 100
     test_images: int = 5000
     looks: int = 20
+    cosine: bool = False
 
 
 def make_task(data: Dataset, training: Training, rate: float, seed: int, kind: NoiseKind = "uniform") -> Task:
@@ -87,12 +89,15 @@ def fit(
     Returns lists over the looks, "epoch" among them; the first is before training.
     """
     look = look or (lambda: observe(network, task))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, training.epochs) if training.cosine else None
     due = {round(training.epochs * n / training.looks) for n in range(1, training.looks + 1)}
     records = [{"epoch": 0, **look()}]
     for epoch, batches in enumerate(epochs(len(task.x), training, seed), start=1):
         with aggregating(network, rule):
             for ids in batches:
                 step(network, optimizer, task.x[ids], task.noisy[ids])
+        if schedule is not None:
+            schedule.step()
         if epoch in due:
             records.append({"epoch": epoch, **look()})
             told = records[-1].get("train_accuracy")

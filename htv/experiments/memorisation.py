@@ -128,7 +128,7 @@ EXPERIMENT = Experiment(
     name="memorisation",
     title="Learning by heart under AND-masks",
     paper="Parascandolo et al. 2020, arXiv 2009.00329",
-    full=Settings(Training(images=2000, epochs=60, learning_rate=1e-3, batch_size=80, test_images=2000)),
+    full=Settings(Training(images=2000, epochs=80, learning_rate=1e-3, batch_size=80, test_images=2000, cosine=True)),
     quick=Settings(
         Training(images=320, epochs=12, learning_rate=2e-3, batch_size=80, test_images=300, looks=6),
         taus=(0.0, 0.1, 0.4, 0.6),

@@ -33,11 +33,11 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Settings:
-    environments: int = 32
+    environments: int = 20
     per_environment: int = 1024
     shortcut_dims: int = 32
     batch: int = 256  # of each environment
-    epochs: int = 150
+    epochs: int = 240
     width: int = 256
     learning_rate: float = 1e-2  # a tenth of it in the last quarter
     weight_decay: float = 1e-4  # L2, added to what the mask has left of the gradient

@@ -119,9 +119,9 @@ def test_winsorized_is_judged_by_its_numbers():
                 }  # fmt: skip
         return found
 
-    assert agreement("winsorized", results([0.5, 0.3, 0.01, 0.01, 0.0])) == [True, True, True]
-    assert agreement("winsorized", results([0.5, 0.3, 0.2, 0.1, 0.0])) == [True, False, True]
-    assert agreement("winsorized", results([0.1, 0.3, 0.01, 0.1, 0.0], 0.0)) == [False, False, False]
+    assert agreement("winsorized", results([0.5, 0.3, 0.01, 0.01, 0.0])) == [True] * 4
+    assert agreement("winsorized", results([0.5, 0.3, 0.2, 0.1, 0.0])) == [True, False, False, True]
+    assert agreement("winsorized", results([0.1, 0.3, 0.01, 0.1, 0.0], 0.0)) == [False] * 4
 
 
 def test_rolling_is_judged_by_its_numbers():
