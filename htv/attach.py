@@ -21,7 +21,7 @@ from htv.autograd.ledger import Passes
 from htv.errors import UnsupportedError
 from htv.groups import Groups
 from htv.intercept import Intercept
-from htv.layout import Derived
+from htv.marks import Derived
 from htv.ops.agreement import Agreement
 from htv.ops.factors import Factors
 from htv.rules import Rule

@@ -15,26 +15,13 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from htv import layers, layout
+from htv import layers, layout, operations
 from htv.autograd.derived import DerivedTensor
 from htv.autograd.expand import expand, expand_rows, per_unit
 from htv.autograd.ledger import Slot
 from htv.groups import Groups, Place, Voters
-from htv.layout import (
-    CONSTANT,
-    LOST,
-    PLAIN,
-    Constant,
-    Derived,
-    Lost,
-    Mark,
-    Marks,
-    OfBatch,
-    Operation,
-    Plain,
-    plain_name,
-    replace_tensors,
-)
+from htv.marks import CONSTANT, LOST, PLAIN, Constant, Derived, Lost, Mark, Marks, OfBatch, Plain
+from htv.operations import Operation, plain_name, replace_tensors
 
 if TYPE_CHECKING:
     from htv.attach import Handle
@@ -190,7 +177,7 @@ class Intercept(TorchFunctionMode):
         name = plain_name(func)
         derived = [m for t, m in zip(tensors, marks, strict=True) if isinstance(m, Derived) and t.requires_grad]
         parameters = tuple(dict.fromkeys(p for m in derived for p in m.parameters))
-        if not derived or not torch.is_grad_enabled() or name in QUERIES or name in layout.COMPARING:
+        if not derived or not torch.is_grad_enabled() or name in QUERIES or name in operations.COMPARING:
             return func(*args, **kwargs)
         if name in BORROWING:
             return func(*args, **kwargs)
@@ -206,9 +193,9 @@ class Intercept(TorchFunctionMode):
         """Arguments with every parameter replaced by its copies per unit, or None to run the call plainly."""
         if _in_place(func) and isinstance(marks[0], Derived):
             return self.refuse(name, parameters, "it is written to in place")
-        if name in layout.ELEMENTWISE:
+        if name in operations.ELEMENTWISE:
             ndim = max(t.dim() for t in tensors)
-        elif name in layout.CONCATENATING:
+        elif name in operations.CONCATENATING:
             ndim = tensors[0].dim()
         else:
             return self.refuse(name, parameters, "htv does not know how to separate its contributions by group there")
@@ -227,7 +214,7 @@ class Intercept(TorchFunctionMode):
         if units == 1 and not self.groups.rows_vote:
             copies = {id(t): self._of_one(t, m, beside) for t, m in zip(tensors, marks, strict=True) if _served(t, m)}
             return replace_tensors(args, copies), replace_tensors(kwargs, copies)
-        if name in layout.CONCATENATING and kwargs.get("dim", args[1] if len(args) > 1 else 0) % ndim == place.dim:
+        if name in operations.CONCATENATING and kwargs.get("dim", args[1] if len(args) > 1 else 0) % ndim == place.dim:
             return self.refuse(name, parameters, "it is concatenated along the batch")
         copies = {}
         for tensor, mark in zip(tensors, marks, strict=True):
@@ -328,7 +315,7 @@ class Intercept(TorchFunctionMode):
         """Mark what a call made, or wrote to in place."""
         name = plain_name(func)
         written = args[0] if args and (_in_place(func) or name == "setitem") else kwargs.get("out")
-        if written is None and name in layout.BROADCASTING and name not in BORROWING and isinstance(result, Tensor):
+        if written is None and name in operations.BROADCASTING and name not in BORROWING and isinstance(result, Tensor):
             place = layout.unmoved(operands, result, self.groups.num_units)
             if place is not None and self.served(result) is None:
                 return self.marks.put(result, place)
@@ -337,11 +324,11 @@ class Intercept(TorchFunctionMode):
             return
         if name in BORROWING and operands:
             operands = operands[:1]
-        if any(isinstance(m, OfBatch) for _, m in operands) and name not in layout.MAKING:
+        if any(isinstance(m, OfBatch) for _, m in operands) and name not in operations.MAKING:
             operation = Operation(name, func, args, kwargs, operands, outputs)
             couples, rows = self.handle.shares_statistics, self.groups.rows_vote
             marks = layout.follow(operation, self.groups.num_units, couples, rows)
-            if written is not None and name in layout.RESHAPED_IN_PLACE:
+            if written is not None and name in operations.RESHAPED_IN_PLACE:
                 marks = [LOST] * len(outputs)
         else:
             operation = Operation(name, func, args, kwargs, operands, outputs)
@@ -361,9 +348,9 @@ class Intercept(TorchFunctionMode):
         tensor, mark = derived[0]
         if output is tensor and not _in_place(op.func) and op.name != "setitem":  # x.to(...) of what is so already
             return mark
-        if op.name in layout.EXPANDING or _only_copies(op.name, op.args, op.kwargs):
+        if op.name in operations.EXPANDING or _only_copies(op.name, op.args, op.kwargs):
             return Derived(mark.parameters, mark.source, mark.origin)
-        if op.name in layout.PERMUTING and mark.source is not tensor and mark.source.dim() == tensor.dim():
+        if op.name in operations.PERMUTING and mark.source is not tensor and mark.source.dim() == tensor.dim():
             return Derived(mark.parameters, op.again({id(tensor): mark.source}))  # still an expanded tensor
         return Derived(tuple(dict.fromkeys(p for _, m in derived for p in m.parameters)), output)
 

@@ -9,210 +9,29 @@ from __future__ import annotations
 
 import math
 import string
-import weakref
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import TYPE_CHECKING
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from htv.errors import UnsupportedError
 from htv.groups import Place
-
-if TYPE_CHECKING:
-    from htv.autograd.derived import Origin
-    from htv.served import Served
-
-
-@dataclass(frozen=True)
-class Constant:
-    """Computed without the batch and without a gradient: buffers, torch.arange, an input broadcast over the batch."""
-
-
-@dataclass(frozen=True)
-class Plain:
-    """Computed without the batch, from something that keeps its plain gradient: an excluded parameter, an input."""
-
-
-@dataclass(frozen=True, eq=False)
-class Derived:
-    """Computed from served parameters (and constants) alone, by a plain autograd graph.
-
-    source:  what it broadcasts: the tensor itself, or the one it is an `expand` of.
-    origin:  how the source was made from its parameters, where its contributions can be told without going back through
-             its graph (`htv.autograd.derived`).
-    """
-
-    parameters: tuple[Served, ...]
-    source: Tensor
-    origin: Origin | None = None
-
-
-@dataclass(frozen=True)
-class Lost:
-    """Computed from the batch, but it is not known any more which part of it belongs to which unit."""
-
-
-Mark = Constant | Plain | Derived | Place | Lost
-OfBatch = Place | Lost
-CONSTANT, PLAIN, LOST = Constant(), Plain(), Lost()
-
-
-class Marks:
-    """Marks of live tensors, by identity; does not hold them alive. Looks into `earlier` marks for those it lacks."""
-
-    def __init__(self, earlier: Marks | None = None) -> None:
-        self._marks: dict[int, tuple[weakref.ref, Mark, int | None]] = {}
-        self._earlier = earlier
-
-    def get(self, tensor: Tensor) -> Mark | None:
-        entry = self._marks.get(id(tensor))
-        if entry is not None and entry[0]() is tensor:
-            return entry[1]
-        return None if self._earlier is None else self._earlier.get(tensor)
-
-    def put(self, tensor: Tensor, mark: Mark) -> None:
-        self._marks[id(tensor)] = (weakref.ref(tensor), mark, _version(tensor))
-
-    def current(self, tensor: Tensor, again: Callable[[Tensor], Mark]) -> Mark | None:
-        """`get`; of a view whose memory was written to since, through its base or another view, what `again` says."""
-        entry = self._marks.get(id(tensor))
-        if entry is None or entry[0]() is not tensor:
-            return None if self._earlier is None else self._earlier.get(tensor)
-        if entry[2] is not None and entry[2] != _version(tensor):
-            with torch._C.DisableTorchFunction():
-                self.put(tensor, again(tensor))
-            return self.get(tensor)
-        return entry[1]
-
-
-def _version(tensor: Tensor) -> int | None:
-    """How often the memory of a view was written to; None for what is no view."""
-    with torch._C.DisableTorchFunction():  # a mode may be on, and would take this for a call of the forward
-        return tensor._version if tensor._is_view() and not tensor.is_inference() else None
-
-
-@lru_cache(maxsize=4096)
-def plain_name(func) -> str:
-    """`Tensor.__add__`, `add_` and `torch.add` -> "add"; a property getter -> the property's name."""
-    name = getattr(func, "__name__", str(func))
-    if name == "__get__":
-        name = getattr(func.__self__, "__name__", name)
-    return name.strip("_").partition(".")[0]  # aten.transpose.int
-
-
-def _names(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-# Broadcasting arithmetic: an expanded operand's gradient is its stack of contributions.
-ELEMENTWISE = _names(
-    "add sub subtract rsub mul multiply div divide true_divide truediv rdiv rtruediv pow rpow radd rmul iadd isub "
-    "imul itruediv maximum minimum where lerp addcmul addcdiv atan2 hypot logaddexp"
+from htv.marks import LOST, Lost, Mark, OfBatch
+from htv.operations import (
+    ALONG,
+    BROADCASTING,
+    CONCATENATING,
+    EXPANDING,
+    KEEPS_LAST,
+    MOVING,
+    MULTIPLYING,
+    PERMUTING,
+    REDUCING,
+    RESHAPING,
+    ROWWISE,
+    SHUFFLING,
+    Operation,
 )
-COMPARING = _names(
-    "eq ne lt le gt ge isclose equal logical_and logical_or logical_xor logical_not and or xor invert bitwise_and "
-    "bitwise_or bitwise_not isnan isinf isfinite floor_divide floordiv remainder fmod mod rmod rfloordiv"
-)
-UNARY = _names(
-    "abs absolute neg negative positive pos exp exp2 expm1 log log2 log10 log1p sqrt rsqrt square reciprocal sin "
-    "cos tan asin acos atan sinh cosh tanh asinh acosh atanh sigmoid logit erf erfc erfinv sign sgn floor ceil "
-    "round trunc frac clamp clamp_min clamp_max clip nan_to_num relu relu6 leaky_relu elu selu celu gelu silu mish "
-    "softplus softsign tanhshrink softshrink hardshrink hardtanh hardsigmoid hardswish threshold rrelu logsigmoid "
-    "dropout alpha_dropout feature_dropout feature_alpha_dropout dropout1d dropout2d dropout3d masked_fill "
-    "bernoulli to float half bfloat16 double int long bool type type_as contiguous clone detach "
-    "requires_grad_ requires_grad data real imag conj cpu cuda zeros_like ones_like empty_like full_like rand_like "
-    "randn_like randint_like zero fill uniform normal copy alias special_expit polygamma lgamma "
-    "digamma sinc heaviside"
-)
-BROADCASTING = ELEMENTWISE | COMPARING | UNARY
-
-# Functions of (N, C, *space) or (*, features) that compute every example by itself, whatever their other arguments.
-ROWWISE = _names(
-    "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution max_pool1d max_pool2d "
-    "max_pool3d boolean_dispatch fn avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
-    "adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d lp_pool1d lp_pool2d "
-    "interpolate upsample pad grid_sample pixel_shuffle pixel_unshuffle channel_shuffle fold batch_norm group_norm "
-    "instance_norm layer_norm rms_norm local_response_norm linear embedding embedding_bag one_hot prelu bilinear "
-    "tril triu view_as_real view_as_complex"
-)
-# How many dims at the end some of them may mix; the others need the batch in dim 0.
-KEEPS_LAST = {
-    "layer_norm": 1, "rms_norm": 1, "linear": 1, "bilinear": 1, "pad": 1, "embedding": 0, "one_hot": 0, "tril": 2,
-    "triu": 2, "view_as_real": 0, "view_as_complex": 1,
-}  # fmt: skip
-
-# Operations along dims, which keep the number of dims: where the dim stands after the tensor, and its default.
-ALONG = {
-    "softmax": (0, None), "log_softmax": (0, None), "softmin": (0, None), "gumbel_softmax": (3, -1),
-    "cumsum": (0, None), "cumprod": (0, None), "cummax": (0, None), "cummin": (0, None), "logcumsumexp": (0, None),
-    "flip": (0, None), "roll": (1, None), "sort": (0, -1), "argsort": (0, -1), "topk": (1, -1), "gather": (0, None),
-    "index_select": (0, None), "index_fill": (0, None), "take_along_dim": (1, None),
-    "chunk": (1, 0), "split": (1, 0), "split_with_sizes": (1, 0), "tensor_split": (1, 0), "narrow": (0, None),
-    "normalize": (1, 1), "glu": (0, -1), "repeat_interleave": (1, None), "diff": (1, -1),
-    "unfold": (0, None),
-}  # fmt: skip
-
-# Reductions: where the dims stand after the tensor.
-REDUCING = {
-    "sum": 0, "nansum": 0, "mean": 0, "nanmean": 0, "amax": 0, "amin": 0, "max": 0, "min": 0, "median": 0, "std": 0,
-    "var": 0, "prod": 0, "logsumexp": 0, "argmax": 0, "argmin": 0, "any": 0, "all": 0, "norm": 1, "vector_norm": 1,
-    "linalg_norm": 1, "linalg_vector_norm": 1, "cosine_similarity": 1, "count_nonzero": 0,
-}  # fmt: skip
-
-PERMUTING = _names("transpose swapaxes swapdims permute movedim moveaxis t T mT H mH adjoint")
-RESHAPING = _names("reshape view flatten unflatten squeeze view_as reshape_as unsafe_view")
-EXPANDING = _names("expand expand_as broadcast_to")
-MULTIPLYING = _names("matmul rmatmul mm bmm mv baddbmm addmm")
-CONCATENATING = _names("cat concat concatenate")
-# In place they change a tensor's shape before its old one can be seen.
-RESHAPED_IN_PLACE = RESHAPING | PERMUTING | _names("unsqueeze resize set as_strided resize_as")
-# They may take tokens out of their order.
-SHUFFLING = _names("flip roll gather take_along_dim index_select sort topk masked_select scatter index_copy index_add")
-# They only move elements, so running them on the units' numbers shows where a batch went that they cut or permute.
-MOVING = _names(
-    "getitem flip roll index_select narrow chunk split split_with_sizes tensor_split gather take_along_dim "
-    "repeat_interleave masked_select cat concat concatenate select unbind unfold pack_padded_sequence"
-)
-MAKING = _names(  # a tensor only lends its dtype and device, or a size
-    "new_zeros new_ones new_empty new_full new_tensor zeros ones empty full arange linspace eye rand randn randint"
-)
-
-
-@dataclass
-class Operation:
-    """One call: its name, function, arguments, tensor operands with their marks, and the shapes of its results."""
-
-    name: str
-    func: Callable
-    args: tuple
-    kwargs: dict
-    operands: list[tuple[Tensor, Mark | None]]
-    outputs: list[Tensor]
-
-    def argument(self, position: int, *names: str, default=None):
-        """An argument after the first tensor, by position or name."""
-        for name in names:
-            if name in self.kwargs:
-                return self.kwargs[name]
-        return self.args[1 + position] if len(self.args) > 1 + position else default
-
-    def again(self, replaced: dict[int, Tensor]):
-        """The call with some tensors replaced, by identity."""
-        return self.func(*replace_tensors(self.args, replaced), **replace_tensors(self.kwargs, replaced))
-
-
-def replace_tensors(value, replaced: dict[int, Tensor]):
-    """The same structure with some tensors replaced, by identity."""
-    if isinstance(value, Tensor):
-        return replaced.get(id(value), value)
-    if isinstance(value, dict):
-        return {key: replace_tensors(item, replaced) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(replace_tensors(item, replaced) for item in value)
-    return value
 
 
 def follow(op: Operation, units: int, couples: bool = False, rows: bool = False) -> list[OfBatch]:

@@ -22,7 +22,7 @@ from htv.autograd.ledger import Hub, Ledger, Owner, Passes, Sink, full_precision
 from htv.errors import UnsupportedError
 from htv.groups import Groups, Place, Voters
 from htv.intercept import Intercept, tensors_in
-from htv.layout import LOST, Derived, Mark
+from htv.marks import LOST, Derived, Mark
 from htv.ops.factors import Factors
 from htv.watched import keys
 

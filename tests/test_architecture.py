@@ -15,7 +15,7 @@ LAYERS = [
     ["htv.triton_kernels"],
     ["htv.ops"],
     ["htv.autograd"],
-    ["htv.layout", "htv.layers", "htv.served", "htv.intercept", "htv.watched"],
+    ["htv.marks", "htv.operations", "htv.layout", "htv.layers", "htv.served", "htv.intercept", "htv.watched"],
     ["htv.traced"],
     ["htv.compiled"],
     ["htv.attach"],

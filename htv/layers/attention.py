@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from htv.groups import Place
 from htv.layers.call import Operands, serves
-from htv.layout import OfBatch
+from htv.marks import OfBatch
 
 if TYPE_CHECKING:
     from htv.intercept import Intercept

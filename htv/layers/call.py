@@ -16,7 +16,7 @@ from torch import Tensor
 from htv.autograd.ledger import Slot
 from htv.errors import UnsupportedError
 from htv.groups import Place, Voters
-from htv.layout import Derived, Mark, OfBatch
+from htv.marks import Derived, Mark, OfBatch
 
 if TYPE_CHECKING:
     from htv.intercept import Intercept

@@ -13,7 +13,7 @@ from htv.autograd.derived import Lookup
 from htv.autograd.embedding import embedding
 from htv.errors import UnsupportedError
 from htv.layers.call import Call, Signature, behind, serves, stands_alone
-from htv.layout import Constant, Derived, Lost
+from htv.marks import Constant, Derived, Lost
 
 if TYPE_CHECKING:
     from htv.intercept import Intercept

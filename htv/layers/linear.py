@@ -12,7 +12,7 @@ from htv.autograd.linear import bilinear, linear
 from htv.errors import UnsupportedError
 from htv.groups import Place
 from htv.layers.call import Call, behind, serves, signature, stands_alone
-from htv.layout import Constant, Derived
+from htv.marks import Constant, Derived
 
 if TYPE_CHECKING:
     from htv.intercept import Intercept

@@ -11,7 +11,7 @@ from torch import Tensor
 from htv.autograd.norm import group_norm, layer_norm
 from htv.errors import UnsupportedError
 from htv.layers.call import Call, Signature, refuse_rows, serves, signature
-from htv.layout import OfBatch
+from htv.marks import OfBatch
 
 if TYPE_CHECKING:
     from htv.intercept import Intercept

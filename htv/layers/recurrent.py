@@ -16,7 +16,7 @@ from torch import Tensor
 from htv.errors import UnsupportedError
 from htv.groups import Place
 from htv.layers.call import behind, serves
-from htv.layout import Constant, OfBatch
+from htv.marks import Constant, OfBatch
 
 if TYPE_CHECKING:
     from htv.intercept import Intercept

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from htv.groups import Groups, Place, Voters
-from htv.ops import backend, blocks, factors, functional, paths, reference, schema, sliced, sparse
+from htv.ops import backend, blocks, functional, limits, paths, reference, schema, sliced, sparse
 from htv.ops.factors import ConvFactors, EmbeddingFactors, Factors, GroupwiseFactors, LinearFactors, StackedFactors
 from htv.ops.reference import STREAMING, Summary
 from htv.rules import Mean, Rule, Statistic
@@ -167,7 +167,7 @@ def _tied(linear: LinearFactors, embedding: EmbeddingFactors, statistic: Statist
     touched, alone = sparse.touched_rows(embedding, statistic)
     value = torch.empty(linear.shape, dtype=linear.dtype, device=linear.device)
     mask_sum = torch.zeros((), dtype=torch.float64, device=linear.device)
-    window = factors.WINDOW_BYTES if linear.device.type == "cpu" else TIED_WINDOW_BYTES
+    window = limits.WINDOW_BYTES if linear.device.type == "cpu" else TIED_WINDOW_BYTES
     step = max(64, window // max(1, len(linear.x) * linear.x.element_size()))
     for tokens in alone.split(step):
         if len(tokens):

@@ -7,8 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from htv.ops import backend, reference
-from htv.ops.factors import SCRATCH_BYTES
+from htv.ops import backend, limits, reference
 from htv.ops.reference import cast, compute_dtype
 
 
@@ -16,7 +15,7 @@ def norm_sums(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tens
     """The op `norm_sums` of `htv.ops.schema`; where no kernel serves, some samples at a time: small temporaries."""
     if _has_kernels(x):
         return torch.ops.htv.norm_sums.default(grad, x, mean, rstd)
-    step = max(1, SCRATCH_BYTES // max(1, math.prod(x.shape[1:]) * 4))
+    step = max(1, limits.SCRATCH_BYTES // max(1, math.prod(x.shape[1:]) * 4))
     pieces = [reference.norm_sums(*some) for some in zip(*(t.split(step) for t in (grad, x, mean, rstd)), strict=True)]
     scale, shift = zip(*pieces, strict=True)
     return torch.cat(scale), torch.cat(shift)

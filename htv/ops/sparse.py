@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from htv.groups import segment_sum
-from htv.ops import backend, factors, reference, schema, sliced
+from htv.ops import backend, limits, reference, schema, sliced
 from htv.ops.factors import EmbeddingFactors, Factors
 from htv.ops.reference import STREAMING, Summary
 from htv.rules import Statistic
@@ -100,7 +100,7 @@ def _touched_summaries(part: EmbeddingFactors, name: str) -> Iterator[tuple[slic
         return
     bounds, others = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]).cpu(), (groups - sizes)[:, None].to(part.dtype)
     row_of = torch.repeat_interleave(sizes)
-    width = max(16, factors.SCRATCH_BYTES // (4 * max(1, len(row_of))))
+    width = max(16, limits.SCRATCH_BYTES // (4 * max(1, len(row_of))))
     for left in range(0, part.shape[1], width):
         columns = slice(left, min(left + width, part.shape[1]))
         values = pairs.values[:, columns]

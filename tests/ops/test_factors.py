@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import htv
 from htv.groups import Groups, Place, Voters
-from htv.ops import aggregate, backend, factors, paths
+from htv.ops import aggregate, backend, limits, paths
 from htv.ops.agreement import agreement, projections, squared_norms
 from htv.ops.factors import (
     BilinearFactors,
@@ -200,9 +200,9 @@ def test_every_rule(name, rule):
 @pytest.mark.parametrize("rule", [htv.AndMask(0.4, rescale=True), htv.SandMask(0.3, 0.5), htv.Median()], **by_name)
 @pytest.mark.parametrize("name", CASES)
 def test_any_slices(name, rule, scratch, monkeypatch):
-    for limit in ("SCRATCH_BYTES", "GROUPWISE_BYTES"):
-        monkeypatch.setattr(factors, limit, scratch)
-    monkeypatch.setattr(Factors, "scratch", scratch)
+    monkeypatch.setattr(limits, "SCRATCH_BYTES", scratch)
+    for kind in (Factors, GroupwiseFactors):
+        monkeypatch.setattr(kind, "scratch", scratch)
     case = CASES[name]()
     found = aggregate.aggregate(case.parts, rule)
     np.testing.assert_allclose(found, E * stat(rule, case.contributions.numpy()), rtol=1e-8, atol=1e-8)
@@ -280,7 +280,7 @@ def test_few_groups_touch_a_token(rule, touching):
 @pytest.mark.parametrize("rule", [htv.AndMask(0.4), htv.XorMask(0.4), htv.SignSum(), htv.SandMask(0.3, 0.5)], **by_name)
 @pytest.mark.parametrize("options", [{}, {"groups": 2}, {"weight": "equal"}], ids=str)
 def test_convolutions_in_any_blocks(options, rule, window, monkeypatch):
-    monkeypatch.setattr(factors, "WINDOW_BYTES", window)
+    monkeypatch.setattr(limits, "WINDOW_BYTES", window)
     case = conv_case(16, 72, (3, 2), (3, 1), padding=(1, 0), **options)
     found = aggregate.aggregate(case.parts, rule)
     np.testing.assert_allclose(found, E * stat(rule, case.contributions.numpy()), rtol=1e-8, atol=1e-8)
@@ -340,7 +340,7 @@ def test_convolutions_stay_within_bounds(rule, groups, size):
     x = torch.randn(8, 64, size, size)
     grad = torch.randn(8, 64, size, size)
     part = ConvFactors(x, grad, (3, 3), ConvGeometry(1, 1, 1, groups, 2), Voters(Groups.each(8), Place(0)))
-    allowed = max(x.untyped_storage().nbytes() * 5 // 4, 2 * factors.SCRATCH_BYTES, factors.WINDOW_BYTES)
+    allowed = max(x.untyped_storage().nbytes() * 5 // 4, 2 * limits.SCRATCH_BYTES, limits.WINDOW_BYTES)
     assert largest_tensor(lambda: aggregate.aggregate([part], rule)) <= allowed
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import htv
-from htv.ops import backend, factors
+from htv.ops import backend, limits
 from oracles import RULES, away_from_ties, by_name, linear_contributions, stat
 
 
@@ -60,7 +60,7 @@ def test_any_shape_in_any_slices(shape, scratch, rule):
     groups, rows, outputs, inputs = shape
     x, grad_output = away_from_ties(groups, rows, inputs), away_from_ties(groups, rows, outputs)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(factors, "SCRATCH_BYTES", scratch)
+        patch.setattr(limits, "SCRATCH_BYTES", scratch)
         found = htv.linear_grad(x, grad_output, rule)
     reference = expected(rule, x, grad_output, range(groups))
     if not isinstance(rule, (htv.SandMask, htv.GeometricMean)):  # float32: their exponentials amplify rounding
@@ -157,7 +157,7 @@ def test_contributions_are_never_formed(rule):
 
     with Watch():
         htv.linear_grad(x, grad_output, rule)
-    assert largest <= 8 * factors.SCRATCH_BYTES  # sorting by the reference keeps int64 indices beside the values
+    assert largest <= 8 * limits.SCRATCH_BYTES  # sorting by the reference keeps int64 indices beside the values
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ def test_results_do_not_depend_on_threads():
 
 def test_the_definition_serves_in_pieces(monkeypatch):
     tensors = operands((9, 50, 64))
-    monkeypatch.setattr("htv.ops.norm.SCRATCH_BYTES", 2 * 50 * 64 * 4)
+    monkeypatch.setattr("htv.ops.limits.SCRATCH_BYTES", 2 * 50 * 64 * 4)
     with backend.use_backend("reference"):
         got = norm_sums(*tensors)
     for a, b in zip(got, reference.norm_sums(*tensors), strict=True):
