@@ -1,12 +1,14 @@
 """Where a step's time goes: `python -m htv.bench.breakdown WORKLOAD --out FOLDER` writes breakdown-WORKLOAD.json.
 
 Each operation's own time as torch's profiler sees it, medians over steps that took turns; what is left of a step is
-Python's, the autograd engine's and the dispatcher's.
+Python's, the autograd engine's and the dispatcher's. And how many functions Python calls in a step, builtins included.
 """
 
 from __future__ import annotations
 
+import cProfile
 import json
+import pstats
 import statistics
 import sys
 from collections import defaultdict
@@ -44,6 +46,13 @@ def own_times(steps: dict[str, Step], rounds: int) -> tuple[dict[str, float], di
     return {variant: statistics.median(times) for variant, times in walls.items()}, operations
 
 
+def calls(step: Step) -> int:
+    """How many functions Python calls in a step."""
+    profiler = cProfile.Profile()
+    profiler.runcall(step)
+    return pstats.Stats(profiler).total_calls
+
+
 def measure(name: str, threads: int, rounds: int) -> dict:
     """The record: wall time of every variant, and the operations of at least 1% of some step."""
     torch.set_num_threads(threads)
@@ -66,6 +75,7 @@ def measure(name: str, threads: int, rounds: int) -> dict:
         "operations_ms": dict(sorted(large.items(), key=lambda item: -max(item[1].values()))),
         "other_operations_ms": {variant: spent[variant] - listed[variant] for variant in steps},
         "left_ms": {variant: walls[variant] - spent[variant] for variant in steps},
+        "calls": {variant: calls(step) for variant, step in steps.items()},
     }
 
 
@@ -88,7 +98,8 @@ def table(record: dict) -> str:
     ]
     for name, times in rows.items():
         lines.append(f"| {name} | {' | '.join(f'{times[v]:.1f}' if v in times else '-' for v in variants)} |")
-    return "\n".join(lines)
+    counts = ", ".join(f"{variant} {count:,}" for variant, count in record["calls"].items())
+    return "\n".join([*lines, "", f"Functions that Python calls in a step: {counts}."])
 
 
 def main(

@@ -77,12 +77,13 @@ def breakdown_block() -> str:
 
 
 def experiment_block(name: str) -> str:
-    """What `htv experiment NAME --out docs/results` found."""
+    """What `htv experiment` found. name: of the record under docs/results, "digits/memorisation" in a folder there."""
     return experiments.block(json.loads((ROOT / f"docs/results/{name}.json").read_text()), f"../results/{name}.png")
 
 
 def experiment_blocks(*names: str) -> tuple:
-    return tuple((name, ROOT / f"docs/results/{name}.json", partial(experiment_block, name)) for name in names)
+    records = {name: ROOT / f"docs/results/{name}.json" for name in names}
+    return tuple((name.replace("/", "-"), record, partial(experiment_block, name)) for name, record in records.items())
 
 
 BLOCKS = {
@@ -90,7 +91,7 @@ BLOCKS = {
     "docs/performance.md": (("floors", FLOORS, floors_block), ("breakdown", BREAKDOWN, breakdown_block)),
     "docs/methods/ilc.md": experiment_blocks("linear", "spirals", "correlation"),
     "docs/methods/coherence.md": experiment_blocks(
-        "memorisation", "winsorized", "rolling", "attribution", "coherence", "difficulty"
+        "memorisation", "digits/memorisation", "winsorized", "rolling", "attribution", "coherence", "difficulty"
     ),
     "docs/methods/connectivity.md": experiment_blocks("cbft", "paths"),
     "docs/methods/memorization.md": experiment_blocks("mat-toy", "good-bad-ugly", "worst-group", "memorisation-scores"),

@@ -240,3 +240,5 @@ def test_a_breakdown_accounts_for_all_of_a_step():
         parts = sum(times.get(variant, 0.0) for times in record["operations_ms"].values())
         assert parts + record["other_operations_ms"][variant] + record["left_ms"][variant] == pytest.approx(wall)
     assert all(name in breakdown.table(record) for name in record["operations_ms"])
+    assert 0 < record["calls"]["plain"] < record["calls"]["mean"] <= record["calls"]["and-mask"]
+    assert f"plain {record['calls']['plain']:,}" in breakdown.table(record)
