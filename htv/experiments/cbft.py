@@ -115,7 +115,7 @@ def _findings(records: Records, variant: str) -> list[Finding]:
     cbft, no_barrier, no_invariance = (at(name) for name in ("CBFT", "CBFT without barrier", "CBFT without invariance"))
     without_image = cbft["NC"], cbft["C"], cbft["RC"]
     others = {name: at(name)["RI"] for name in ("LLRT", "LPFT")}
-    chance = 0.1
+    chance = records.chance
     return [
         Finding(
             f"{variant}: the model relies on the cue, and naive fine-tuning with a small learning rate keeps it so: "
@@ -172,7 +172,7 @@ def plot(records: Records, figure) -> None:
         for row, of in enumerate(SETS):
             shares = [records.mean(variant, _key(name, of)) for name in METHODS]
             axes.barh([place + 0.2 * row for place in range(len(METHODS))], shares, height=0.2, label=of)
-        axes.axvline(0.1, color="grey", linestyle=":")
+        axes.axvline(records.chance, color="grey", linestyle=":")
         axes.set(title=variant, xlabel="accuracy", xlim=(0, 1))
         axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     columns[0].set_yticks([place + 0.3 for place in range(len(METHODS))], list(METHODS))

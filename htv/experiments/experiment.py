@@ -21,10 +21,19 @@ Progress = Callable[[float, str], None]  # the share that is done, in [0, 1], an
 
 @dataclass(frozen=True)
 class Records:
-    """Finished runs of one experiment, each {"variant", "seed", "seconds", "result"}, by variant and then seed."""
+    """Finished runs of one experiment, each {"variant", "seed", "seconds", "result"}, by variant and then seed.
+
+    classes:  of the images, where there are any.
+    """
 
     settings: Any
     runs: list[dict]
+    classes: int | None = None
+
+    @property
+    def chance(self) -> float:
+        """How often a guess among the classes is right."""
+        return 1 / self.classes
 
     @property
     def variants(self) -> list[str]:

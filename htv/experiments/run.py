@@ -53,7 +53,7 @@ def run(
             store.add(variant, seed, seconds, result)
             progress.update(bar, advance=1, now=f"{variant}, seed {seed}: {seconds:.1f} s")
         progress.update(bar, now="")
-    records = Records(settings, store.of(runs))
+    records = Records(settings, store.of(runs), images.num_classes if images else None)
     record = report.record(experiment, store.common, machine.stamp("htv", *sys.argv[1:]), records)
     picture, text, numbers = report.save(experiment, record, records, out)
     console.print(on_screen(report.markdown(record, picture.name)), soft_wrap=True, highlight=False, markup=False)

@@ -40,7 +40,7 @@ def run_one(settings: Settings, variant: str, seed: int, data: Dataset, progress
     accuracies = zip(curves["train_accuracy"], curves["test_accuracy"], strict=True)
     curves["overfit"] = [adjusted_overfit(ta, va, rate, data.num_classes) for ta, va in accuracies]
     last = images.last(curves)
-    return {**last, "most_overfit": max(curves["overfit"]), "classes": data.num_classes, "curves": curves}
+    return {**last, "most_overfit": max(curves["overfit"]), "curves": curves}
 
 
 def _tables(records: Records) -> list[Table]:
@@ -61,7 +61,7 @@ def _tables(records: Records) -> list[Table]:
 
 def _proper(records: Records, rate: float) -> float:
     """The training accuracy of a classifier that knows the truth and nothing of the noise."""
-    return proper_accuracy(1.0, rate, records.results(_name(rate, records.settings.percentiles[0]))[0]["classes"])
+    return proper_accuracy(1.0, rate, records.classes)
 
 
 def summarise(records: Records) -> Summary:

@@ -4,13 +4,13 @@ import json
 
 import pytest
 import torch
+from findings import agreement
 from typer.testing import CliRunner
 
 from htv.cli import app
 from htv.data import Dataset, digits
 from htv.experiments import cbft, cues, images, paths
 from htv.experiments.cues import CueTraining, Shuffled
-from htv.experiments.experiment import Records, load
 
 SMALL = CueTraining(images=300, test_images=50, clean=0.1, epochs=2)
 NAMES = ["cbft", "paths"]
@@ -60,15 +60,6 @@ def test_colored_images_are_served_as_well():
 
 
 # -- what is concluded ------------------------------------------------------------------------------------------------
-
-
-def agreement(name: str, results: dict[str, dict]) -> list[bool]:
-    experiment = load(name)
-    assert set(results) == set(experiment.variants(experiment.full))
-    runs = [{"variant": v, "seed": s, "seconds": 1.0, "result": results[v]} for s in range(2) for v in results]
-    summary = experiment.summarise(Records(experiment.full, runs))
-    assert all(len(row) == len(table.head) for table in summary.tables for row in table.rows)
-    return [finding.agrees for finding in summary.findings]
 
 
 def test_cbft_is_judged_by_its_numbers():

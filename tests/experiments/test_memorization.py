@@ -6,23 +6,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from findings import agreement
 from typer.testing import CliRunner
 
 from htv.cli import app
 from htv.data import digits
 from htv.experiments import worst_group
-from htv.experiments.experiment import Records, load
+from htv.experiments.experiment import load
 
 NAMES = ["mat-toy", "good-bad-ugly", "worst-group", "memorisation-scores"]
-
-
-def agreement(name: str, results: dict[str, dict]) -> list[bool]:
-    experiment = load(name)
-    assert set(results) == set(experiment.variants(experiment.full))
-    runs = [{"variant": v, "seed": s, "seconds": 1.0, "result": results[v]} for s in range(2) for v in results]
-    summary = experiment.summarise(Records(experiment.full, runs))
-    assert all(len(row) == len(table.head) for table in summary.tables for row in table.rows)
-    return [finding.agrees for finding in summary.findings]
 
 
 def test_the_toy_is_judged_by_its_numbers():
