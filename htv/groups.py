@@ -273,7 +273,7 @@ class Voters:
         front = tensor.movedim(self.dim, 0) if self.dim else tensor
         if front.dim() > 1 + features:
             front = front.sum(dim=tuple(range(1, front.dim() - features)), dtype=dtype)
-        return self.along(front.to(dtype), dim=0)
+        return self.along(front if dtype in (None, front.dtype) else front.to(dtype), dim=0)
 
     def along(self, tensor: Tensor, dim: int | None = None) -> Tensor:
         """(..., S, ...) -> (E, ...): sums over each group's indices, weighted; all other dims stay."""

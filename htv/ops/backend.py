@@ -56,7 +56,7 @@ class Problem(NamedTuple):
 
     statistic:  its name.
     dtype:      that contributions are computed in: float32 for half precision.
-    longest:    the most rows that a group of a linear layer has; None stands for many.
+    longest:    the most rows that a group of a linear layer has; None stands for many. Matters on CUDA devices alone.
     """
 
     op: str
@@ -149,7 +149,10 @@ def choose(problem: Problem) -> str:
     """The backend that serves a problem here. Raises RuntimeError if a named one cannot."""
     name = named()
     if name is None:
-        return next((backend for backend in preferred(problem) if why_not(backend, problem) is None), "reference")
+        for backend in preferred(problem):
+            if why_not(backend, problem) is None:
+                return backend
+        return "reference"
     reason = _absent(name, problem.device)
     if reason is None:
         reason = _lacks(name, problem)

@@ -64,7 +64,7 @@ def server(op: str, part: type[Factors] | Factors, name: str, device: torch.devi
         part = part.inner
     if isinstance(part, type):
         return backend.choose(backend.Problem(op, name, device, longest=1 if part is _OneRow else None))
-    longest = part.longest if isinstance(part, LinearFactors) else None
+    longest = part.longest if device.type == "cuda" and isinstance(part, LinearFactors) else None  # no matter elsewhere
     return backend.choose(backend.Problem(op, name, device, part.dtype, longest))
 
 
