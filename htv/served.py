@@ -133,11 +133,12 @@ class Served(Owner):
 
     def expect(self, grad: Tensor | None, current: int) -> None:
         """This very gradient is what reaches the parameter in a backward pass."""
-        self._delivered.pop(current, None)
+        if grad is None:
+            self._delivered.pop(current, None)
+            return
+        self._delivered[current] = grad.data_ptr(), grad._version
         if len(self._delivered) > MOST_DELIVERED:  # of passes that went elsewhere in the end
             self._delivered.pop(next(iter(self._delivered)))
-        if grad is not None:
-            self._delivered[current] = grad.data_ptr(), grad._version
 
     def accumulate(self, batches: MicroBatches | None) -> None:
         """From now on gather contributions over several backward passes; None: drop what was gathered."""

@@ -85,13 +85,18 @@ class Call:
                 raise UnsupportedError(message)
             self.mode.handle.unsupported(message, self.served)
             return None
-        slots = []
-        for name, parameter, mark, owners in self._uses:
-            for owner in owners:
-                bias, own = name == "bias" and "norm" not in self.kind, parameter is owner.parameter
-                owner.note(f"{self.kind} bias" if bias else self.kind if own else f"{self.kind} (computed)")
-            slots.append(Slot(None) if parameter is None else self.mode.slot(parameter, mark))
-        return slots
+        return [self._slot(*use) for use in self._uses]
+
+    def _slot(self, name: str, parameter: Tensor | None, mark: Mark | None, owners: tuple[Served, ...]) -> Slot:
+        if not owners:
+            return Slot(parameter)
+        is_bias, is_own = name == "bias" and "norm" not in self.kind, parameter is owners[0].parameter
+        use = f"{self.kind} bias" if is_bias else self.kind if is_own else f"{self.kind} (computed)"
+        for owner in owners:
+            owner.note(use)
+        if is_own:
+            return Slot(parameter.detach(), [owners[0].sink(self.mode.groups)])
+        return self.mode.slot(parameter, mark)
 
     def done(self, result: Tensor, place: Place | None = None) -> Tensor:
         """Mark the layer's result: the batch is where it was in the input, unless said otherwise."""
@@ -121,6 +126,8 @@ class Signature:
 
     def bind(self, args: tuple, kwargs: dict) -> dict:
         """The arguments by name, defaults included; what `inspect.Signature.bind` gives, at a tenth of its price."""
+        if len(args) == len(self._names) and not kwargs:
+            return dict(zip(self._names, args, strict=True))
         arguments = {**self._defaults, **dict(zip(self._names, args, strict=False)), **kwargs}
         twice = kwargs and not kwargs.keys().isdisjoint(self._names[: len(args)])
         if twice or len(arguments) != len(self._names) or len(args) > len(self._names):

@@ -52,7 +52,7 @@ class StackedFactors(Factors):
 
     def __init__(self, values: Tensor):
         """values: (E, *shape), one contribution per group."""
-        self.values, self.count = values, len(values)
+        self.values, self.count = values, values.shape[0]
         self.shape, self.device, self.dtype = tuple(values.shape[1:]), values.device, compute_dtype(values.dtype)
 
     def write(self, rows: slice, columns: slice, out: Tensor) -> None:

@@ -232,8 +232,11 @@ class ConvGeometry:
     @staticmethod
     def of(stride, padding, dilation, groups: int, dims: int) -> ConvGeometry:
         """One for all uses that are alike."""
-        steps = (v if isinstance(v, int) else tuple(v) for v in (stride, padding, dilation))
-        return _geometry(*steps, groups, dims)
+        try:
+            return _geometry(stride, padding, dilation, groups, dims)
+        except TypeError:  # lists, which cannot be looked up
+            steps = (v if isinstance(v, int) else tuple(v) for v in (stride, padding, dilation))
+            return _geometry(*steps, groups, dims)
 
 
 _geometry = functools.lru_cache(maxsize=256)(ConvGeometry)

@@ -19,7 +19,7 @@ class LinearFactors(Factors):
 
     def __init__(self, x: Tensor, grad_output: Tensor, bounds: Tensor):
         """x: (R, I) and grad_output: (R, O), the same dtype; group e owns rows bounds[e]:bounds[e + 1]."""
-        self.x, self.grad_output, self.bounds, self.count = x, grad_output, bounds, len(bounds) - 1
+        self.x, self.grad_output, self.bounds, self.count = x, grad_output, bounds, bounds.shape[0] - 1
         self.device, self.dtype = x.device, compute_dtype(x.dtype)
         self.shape = (grad_output.shape[1], x.shape[1])
 
