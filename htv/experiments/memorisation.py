@@ -119,7 +119,7 @@ def plot(records: Records, figure) -> None:
             for key, style in {"test_accuracy": "-", "memorised": ":"}.items():
                 right.plot(curves[0]["epoch"], images.seed_mean([c[key] for c in curves]), style, color=f"C{index}",
                            label=f"tau {tau:g}" if style == "-" else None)  # fmt: skip
-        images.share_axis(right, f"{network}, 25% noise: test accuracy, and wrong labels learnt (dotted)")
+        images.share_axis(right, f"{network}, 25% noise: test; dotted: wrong labels")
         right.legend()
 
 

@@ -115,7 +115,7 @@ def plot(records: Records, figure) -> None:
                 axes.plot(curves[0]["epoch"], images.seed_mean([r[key] for r in curves]), style, color=f"C{index}",
                           label=f"c = {c:g}" if style == "-" else None)  # fmt: skip
         axes.axhline(_proper(records, rate), color="gray", linestyle="--", linewidth=1)
-        images.share_axis(axes, f"{rate:.0%} noise")
+        images.share_axis(axes, f"{rate:.0%} noise", ylabel="")
     panels[0].set(ylabel="training accuracy (dotted: test; dashed: proper)")
     panels[-1].legend()
 
