@@ -264,10 +264,7 @@ class Sink:
     def wanted(self) -> bool:
         """Whether the pass under way goes on to the hub: torch.autograd.grad may ask for other gradients only."""
         node = self.token.grad_fn
-        try:
-            return node is None or torch._C._will_engine_execute_node(node)
-        except RuntimeError:  # torch does not tell here: the hub decides
-            return True
+        return node is None or _will_run(node)  # where torch does not tell, the hub decides
 
     def record(self, factors: Factors) -> None:
         """In backward: record factors of what the layer computes with."""
