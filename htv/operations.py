@@ -93,6 +93,12 @@ MOVING = _names(
     "getitem flip roll index_select narrow chunk split split_with_sizes tensor_split gather take_along_dim "
     "repeat_interleave masked_select cat concat concatenate select unbind unfold pack_padded_sequence"
 )
+# The names of the tensors that come first, in their order; NumPy's are accepted as well.
+INPUT_FIRST = dict.fromkeys(ROWWISE | set(ALONG) | set(REDUCING) | SHUFFLING, ("input", "x", "a"))
+INPUT_FIRST |= dict.fromkeys(("scatter_add", "scatter_reduce", "index_put"), ("input",))
+INPUT_FIRST |= dict.fromkeys(
+    MULTIPLYING, ("input", "x", "a", "x1", "mat1", "batch1", "mat2", "batch2", "other", "x2", "vec")
+)
 MAKING = _names(  # a tensor only lends its dtype and device, or a size
     "new_zeros new_ones new_empty new_full new_tensor zeros ones empty full arange linspace eye rand randn randint"
 )
@@ -110,8 +116,8 @@ class Operation:
     outputs: list[Tensor]
 
     def argument(self, position: int, *names: str, default=None):
-        """An argument after the first tensor, by position or name."""
-        for name in names:
+        """An argument after the first tensor, by position or name; torch takes NumPy's axis for dim everywhere."""
+        for name in (*names, "axis") if "dim" in names else names:
             if name in self.kwargs:
                 return self.kwargs[name]
         return self.args[1 + position] if len(self.args) > 1 + position else default
@@ -119,6 +125,16 @@ class Operation:
     def again(self, replaced: dict[int, Tensor]):
         """The call with some tensors replaced, by identity."""
         return self.func(*replace_tensors(self.args, replaced), **replace_tensors(self.kwargs, replaced))
+
+
+def in_order(name: str, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """The same arguments with the tensors by position whose order tells what they are, if some were named."""
+    names = INPUT_FIRST.get(name, ())
+    found = [n for n in names if n in kwargs]
+    if not found or (args and name not in MULTIPLYING):
+        return args, kwargs
+    rest = {n: value for n, value in kwargs.items() if n not in found}
+    return (*args, *(kwargs[n] for n in found)), rest
 
 
 def replace_tensors(value, replaced: dict[int, Tensor]):
