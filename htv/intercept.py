@@ -387,7 +387,9 @@ def _served(tensor: Tensor, mark: Mark | None) -> bool:
 @lru_cache(maxsize=4096)
 def _in_place(func) -> bool:
     name = getattr(func, "__name__", "")
-    return name.startswith("__i") if name.startswith("__") else name.endswith("_")
+    if name.startswith("__"):
+        return name.startswith("__i") and name not in ("__invert__", "__int__", "__index__")
+    return name.endswith("_")
 
 
 def _along(args, kwargs) -> int:

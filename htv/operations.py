@@ -37,7 +37,7 @@ UNARY = _names(
     "abs absolute neg negative positive pos exp exp2 expm1 log log2 log10 log1p sqrt rsqrt square reciprocal sin "
     "cos tan asin acos atan sinh cosh tanh asinh acosh atanh sigmoid logit erf erfc erfinv sign sgn floor ceil "
     "round trunc frac clamp clamp_min clamp_max clip nan_to_num relu relu6 leaky_relu elu selu celu gelu silu mish "
-    "softplus softsign tanhshrink softshrink hardshrink hardtanh hardsigmoid hardswish threshold rrelu logsigmoid "
+    "softplus softsign tanhshrink softshrink hardshrink hardtanh hardsigmoid hardswish threshold rrelu log_sigmoid "
     "dropout alpha_dropout feature_dropout feature_alpha_dropout dropout1d dropout2d dropout3d masked_fill "
     "bernoulli to float half bfloat16 double int long bool type type_as contiguous clone detach "
     "requires_grad_ requires_grad data real imag conj cpu cuda zeros_like ones_like empty_like full_like rand_like "
