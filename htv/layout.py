@@ -397,7 +397,11 @@ def _probed(op: Operation, index: int, units: int) -> OfBatch:
     moved = op.operands if op.name in CONCATENATING else op.operands[:1]
     if not all(isinstance(m, Place) for _, m in moved) or op.func is torch.nn.functional.unfold:
         return LOST  # values that are no unit's, as padding
-    result = op.again({id(t): _numbered(t, m, units) for t, m in moved})
+    numbers = {id(t): _numbered(t, m, units) for t, m in moved}
+    try:
+        result = op.again(numbers)
+    except RuntimeError:  # it wants to see them as one row
+        result = op.again({key: t.contiguous() for key, t in numbers.items()})
     result = result if isinstance(result, Tensor) else result[index]
     same_kind = op.outputs[index].is_floating_point() == moved[0][0].is_floating_point()
     return _read_off(result, units) if same_kind else LOST
