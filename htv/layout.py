@@ -223,7 +223,7 @@ def _reduced(op: Operation, tensor: Tensor, mark: Place, output: Tensor) -> Plac
     dims = _dims(op.argument(REDUCING[op.name], "dim", "axis", default=default), tensor.dim())
     if dims is None or mark.dim in dims:
         return None
-    if output.dim() == tensor.dim() and op.name != "cosine_similarity":  # which broadcasts and keeps no dim
+    if output.dim() == tensor.dim() and op.name != "cosine_similarity":  # which keeps no dim
         return mark
     if output.dim() != tensor.dim() - len(dims):
         return None
@@ -363,7 +363,7 @@ def _picks(index) -> bool:
 
 
 def _is_advanced(item) -> bool:
-    """Whether an item of an index picks by values: tensors, lists, arrays, tuples, True and False."""
+    """Whether an item of an index picks by values: a tensor, list, array, tuple, True or False."""
     return not (item is None or item is Ellipsis or isinstance(item, slice) or type(item) is int)
 
 

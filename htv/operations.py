@@ -116,7 +116,7 @@ class Operation:
     outputs: list[Tensor]
 
     def argument(self, position: int, *names: str, default=None):
-        """An argument after the first tensor, by position or name; torch takes NumPy's axis for dim everywhere."""
+        """An argument after the first tensor, by position or name; NumPy's axis is any dim."""
         for name in (*names, "axis") if "dim" in names else names:
             if name in self.kwargs:
                 return self.kwargs[name]
@@ -128,7 +128,7 @@ class Operation:
 
 
 def in_order(name: str, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """The same arguments with the tensors by position whose order tells what they are, if some were named."""
+    """The same arguments, with the tensors whose order tells what they are by position."""
     names = INPUT_FIRST.get(name, ())
     found = [n for n in names if n in kwargs]
     if not found or (args and name not in MULTIPLYING):

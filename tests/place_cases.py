@@ -1,7 +1,7 @@
 """Cases for where the batch is in the results of one call, and an oracle that knows no layout.
 
-A case names the call, where the batch is in its operands and where it must be in every result. The oracle changes what
-one unit owns in the operands and looks which elements of the results change.
+A case names the call, where the batch is in its operands and where it must be in every result. The
+oracle changes what one unit owns in the operands and looks which elements of the results change.
 """
 
 import math
@@ -192,7 +192,8 @@ def require(c: Case, units: int, **options) -> None:
     results, marks = marks_of(c, units, **options)
     expected = c.expected if isinstance(c.expected, list) else [c.expected] * len(results)
     assert results and len(expected) == len(results)
-    for number, (mark, place, seen) in enumerate(zip(marks, expected, dependence(c, units), strict=True)):
+    found = zip(marks, expected, dependence(c, units), strict=True)
+    for number, (mark, place, seen) in enumerate(found):
         where = f"{c.name}, result {number} of shape {tuple(seen.shape[1:])}: {mark}"
         if isinstance(place, Lost):
             assert isinstance(mark, Lost), where

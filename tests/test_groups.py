@@ -139,7 +139,8 @@ def test_members_are_the_groups_of_units():
     groups = Groups.by_id(IDS, 4)
     assert groups.members().tolist() == [2, 1, 2, 0] and groups.order.tolist() == [3, 1, 0, 2]
     assert groups.keys.tolist() == [0, 1, 3] and groups.named and groups.weights is None
-    assert Groups.by_id([1, 1, 5], 3).order is None and Groups.by_id([1, 1, 5], 3).members().tolist() == [0, 0, 1]
+    ordered = Groups.by_id([1, 1, 5], 3)
+    assert ordered.order is None and ordered.members().tolist() == [0, 0, 1]
     assert Groups.packed([0, 2, 2, 3], 3).members().tolist() == [0, 0, 1]
     assert not Groups.packed([0, 2, 2, 3], 3).named and Groups.packed([0, 2, 3], 3).keys is None
 
@@ -151,7 +152,8 @@ def test_weights_make_groups_count_alike():
 
 def test_a_tensor_fits_by_the_size_of_its_dim():
     groups = Groups.each(3, dim=1)
-    assert groups.fits(torch.zeros(2, 3)) and not groups.fits(torch.zeros(3, 2)) and not groups.fits(torch.zeros(3))
+    assert groups.fits(torch.zeros(2, 3))
+    assert not groups.fits(torch.zeros(3, 2)) and not groups.fits(torch.zeros(3))
     assert groups.fits(torch.zeros(6), Place(0, 2)) and not groups.fits(torch.zeros(3), Place(0, 2))
 
 
@@ -169,17 +171,24 @@ def test_rows_that_vote_are_those_of_the_mask():
     voters = Groups.each_row(2, voting=MASK).voters(Place(0))
     x = torch.arange(8.0).reshape(2, 2, 2)
     rows = voters.rows(x)
-    assert rows.tolist() == [[0, 1], [4, 5], [6, 7]] and voters.bounds(rows).tolist() == [0, 1, 2, 3]
+    assert rows.tolist() == [[0, 1], [4, 5], [6, 7]]
+    assert voters.bounds(rows).tolist() == [0, 1, 2, 3]
     assert voters.sums(x).tolist() == rows.tolist()
     with pytest.raises(ValueError, match="not these tokens"):
         voters.rows(torch.zeros(2, 3, 2))
+    uneven = Groups.each_row(2, voting=MASK).voters(Place(0, units=torch.tensor([0, 0, 0, 1])))
     with pytest.raises(ValueError, match="not these tokens"):  # as many rows, but not of these units
-        Groups.each_row(2, voting=MASK).voters(Place(0, units=torch.tensor([0, 0, 0, 1]))).rows(torch.zeros(4, 2))
+        uneven.rows(torch.zeros(4, 2))
 
 
 @pytest.mark.parametrize(
     ("mask", "message"),
-    [(MASK.long(), "boolean"), (MASK[0], "boolean"), (MASK[:1], "boolean"), (MASK & False, "no token vote")],
+    [
+        (MASK.long(), "boolean"),
+        (MASK[0], "boolean"),
+        (MASK[:1], "boolean"),
+        (MASK & False, "no token vote"),
+    ],
 )
 def test_bad_masks(mask, message):
     with pytest.raises(ValueError, match=message):
