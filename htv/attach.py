@@ -104,8 +104,11 @@ def attach(
     rules = _choose_rules(model, rule, exclude)
     _refuse_shared(model, rules)
     _refuse_scripted(model, rules)
+    sharded = ranks.sharded_by(model)
     if not all(type(r) is Mean for r in rules.values() if r is not None):
-        ranks.refuse_sharded(model)
+        ranks.refuse_sharded(model, sharded)
+    elif sharded is not None:  # Mean() is the plain gradient, which the ranks bring together
+        rules = dict.fromkeys(rules)
     served = _served_methods(model, methods)
     return Handle(model, rules, on_unsupported, stats, batch_dim, batch_norm, batch, served, allow_single)
 
@@ -582,7 +585,7 @@ class Handle:
             if running is not True:
                 self._note_checkpoint(running, forward, args, kwargs)
             return forward.inner(*args, **kwargs)
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or not self._served:
             self._remember(graph=False)
             with forward.frozen_statistics():
                 return forward.inner(*args, **kwargs)

@@ -10,19 +10,20 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, wraps
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function
 
 from htv import layout
 from htv.autograd.ledger import Function
 from htv.errors import UnsupportedError
 from htv.groups import Groups, Voters
 from htv.marks import CONSTANT, PLAIN, Derived, Lost, Mark, OfBatch
-from htv.operations import BROADCASTING, Operation
+from htv.operations import BROADCASTING, Operation, tensors_in
 
-__all__ = ["RECORD", "Knowledge", "mark_of", "remember", "remembered", "voters_of"]
+__all__ = ["RECORD", "Knowledge", "declare_rowwise", "mark_of", "remember", "remembered", "voters_of"]
 
 RECORD = "htv"  # key in the metadata of autograd's nodes, which die with their graph
 ROWWISE = "htv_rowwise"  # attribute by which a Function or function says that it computes every example by itself
@@ -212,9 +213,44 @@ def _arguments(node, name: str, tensors: list[Tensor], missing: bool):
 def rowwise(operands: list[tuple[Tensor, Mark | None]], output: Tensor, units: int) -> Mark:
     """The mark of what a function returns that was declared to compute every example by itself."""
     places = [m for _, m in operands if isinstance(m, OfBatch)]
+    if units == 1 and output.dim() and places and not any(isinstance(m, Lost) for m in places):
+        return layout.all_of_one(output)
     if not places or any(isinstance(m, Lost) for m in places):
         return next((m for m in places if isinstance(m, Lost)), layout.LOST)
     place = places[0]
     agree = all(place.same(other, units) for other in places[1:])
     fits = place.dim < output.dim() and output.shape[place.dim] == place.size(units)
     return place if agree and fits else layout.LOST
+
+
+def declare_rowwise(function):
+    """Declare that a function computes every example by itself, whatever is inside that htv cannot see.
+
+    For functions of torch.jit.script, custom autograd.Functions and calls into other libraries: row i of the batch's dim
+    of each result may depend on row i of the arguments that hold examples, on no other row, and on no served parameter.
+    Without it what such a function returns is lost to htv unless its autograd graph tells where the examples are.
+
+    function: a function of tensors, or a subclass of torch.autograd.Function, which is marked and returned.
+
+    Returns the function, to be called in its place. What it says is believed: a wrong declaration is a wrong gradient.
+
+        fast_gelu = htv.rowwise(torch.jit.script(fast_gelu))
+
+        @htv.rowwise
+        class Clamped(torch.autograd.Function): ...
+    """
+    if isinstance(function, type) and issubclass(function, torch.autograd.Function):
+        setattr(function, ROWWISE, True)
+        return function
+    if not callable(function) or isinstance(function, type):
+        raise TypeError(f"rowwise takes a function or a subclass of torch.autograd.Function, got {function!r}")
+
+    @wraps(function, updated=())
+    def declared(*args, **kwargs):
+        tensors = tensors_in(args, kwargs)
+        if tensors and torch._C._len_torch_function_stack():
+            return handle_torch_function(declared, tensors, *args, **kwargs)
+        return function(*args, **kwargs)
+
+    setattr(declared, ROWWISE, True)
+    return declared

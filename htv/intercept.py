@@ -27,7 +27,7 @@ from htv.autograd.ledger import Slot
 from htv.errors import UnsupportedError
 from htv.groups import Groups, Place, Voters
 from htv.marks import CONSTANT, LOST, PLAIN, Constant, Derived, Lost, Mark, Marks, OfBatch, Plain
-from htv.operations import Operation, plain_name, replace_tensors
+from htv.operations import Operation, plain_name, replace_tensors, tensors_in
 
 if TYPE_CHECKING:
     from htv.attach import Handle
@@ -164,6 +164,7 @@ class Intercept(TorchFunctionMode):
         if tensor.grad_fn is None:
             return PLAIN
         alive = {(id(node), number): (node, mark) for node, number, mark in self.marks.nodes()}
+        alive.pop((id(tensor.grad_fn), tensor.output_nr), None)  # what it was before
         mark = history.mark_of(
             tensor, lambda: self.groups.num_units, lambda node, number: self._known(node, number, alive)
         )
@@ -432,7 +433,17 @@ class Intercept(TorchFunctionMode):
             return
         if name in BORROWING and operands:
             operands = operands[:1]
-        if any(isinstance(m, OfBatch) for _, m in operands) and name not in operations.MAKING:
+        if getattr(func, history.ROWWISE, False):
+            operation = Operation(name, func, args, kwargs, operands, outputs)
+            units = self.groups.num_units
+            follows = any(isinstance(m, OfBatch) for _, m in operands)
+            if not follows:
+                marks = [self._mark_without_batch(operation, output) for output in outputs]
+            elif self.groups.rows_vote:  # it may take tokens out of their order
+                marks = [layout.LOST] * len(outputs)
+            else:
+                marks = [history.rowwise(operands, output, units) for output in outputs]
+        elif any(isinstance(m, OfBatch) for _, m in operands) and name not in operations.MAKING:
             operation = Operation(name, func, args, kwargs, operands, outputs)
             couples, rows = self.handle.shares_statistics, self.groups.rows_vote
             marks = layout.follow(operation, self.groups.num_units, couples, rows, _in_checkpoint())
@@ -545,14 +556,3 @@ def _only_copies(name: str, args, kwargs) -> bool:
     sizes = args[1:] if isinstance(args[1], int) else tuple(args[1])
     shape = (1,) * (len(sizes) - args[0].dim()) + tuple(args[0].shape)
     return all(size == 1 or dim == 1 for size, dim in zip(sizes, shape, strict=True))
-
-
-def tensors_in(args, kwargs) -> list[Tensor]:
-    """Tensors among the arguments, in order, looking into lists and tuples."""
-    found = []
-    for value in (*args, *kwargs.values()) if kwargs else args:
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, (tuple, list)):
-            found.extend(tensors_in(value, None))
-    return found

@@ -83,9 +83,9 @@ class Marks:
 
     def nodes(self) -> Iterator[tuple[object, int, Mark]]:
         """The autograd nodes of the marked tensors that are alive, as (node, output, mark)."""
-        for reference, mark, _, graded in list(self._marks.values()):
+        for reference, mark, version, graded in list(self._marks.values()):
             tensor = reference()
-            if graded and tensor is not None and tensor.grad_fn is not None:
+            if graded and tensor is not None and tensor.grad_fn is not None and _version(tensor) == version:
                 yield tensor.grad_fn, tensor.output_nr, mark
         if self._earlier is not None:
             yield from self._earlier.nodes()

@@ -8,7 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from htv.errors import UnsupportedError
 
-__all__ = ["refuse_data_parallel", "refuse_sharded", "world_size"]
+__all__ = ["refuse_data_parallel", "refuse_sharded", "sharded_by", "world_size"]
 
 REMEDY = "Remedy: htv.Mean(), which is plain training, or training in one process"
 
@@ -21,19 +21,26 @@ def world_size() -> int:
     return distributed.get_world_size()
 
 
-def refuse_sharded(model: nn.Module) -> None:
-    """Raise UnsupportedError if ranks share the model: its parameters are DTensors, or FSDP's, or DDP wraps a part."""
+def sharded_by(model: nn.Module) -> str | None:
+    """What shares a model's parameters between ranks: FSDP, or DTensors, by name; None if each rank has all."""
     for path, module in model.named_modules():
+        if _is_fsdp(module):
+            return "FullyShardedDataParallel"
+        for name, parameter in module._parameters.items():
+            if _is_sharded(parameter):
+                return f"parameter {f'{path}.{name}'.lstrip('.')!r}, a {type(parameter).__name__}"
+    return None
+
+
+def refuse_sharded(model: nn.Module, kind: str | None) -> None:
+    """Raise UnsupportedError if ranks share the model, or DDP wraps a part of it. kind: of `sharded_by`."""
+    for module in model.modules():
         if isinstance(module, DistributedDataParallel):
             _refuse_ranks(module, "DistributedDataParallel")
-        kind = "FullyShardedDataParallel" if _is_fsdp(module) else None
-        sharded = next((n for n, p in module._parameters.items() if _is_sharded(p)), None)
-        if kind is None and sharded is not None:
-            kind = f"parameter {f'{path}.{sharded}'.lstrip('.')!r}, a {type(module._parameters[sharded]).__name__}"
-        if kind is not None:
-            raise UnsupportedError(
-                f"the model is sharded over ranks ({kind}): each rank would vote alone over its own examples. {REMEDY}"
-            )
+    if kind is not None:
+        raise UnsupportedError(
+            f"the model is sharded over ranks ({kind}): each rank would vote alone over its own examples. {REMEDY}"
+        )
 
 
 def refuse_data_parallel() -> None:
@@ -47,8 +54,8 @@ def _refuse_ranks(module: DistributedDataParallel, kind: str) -> None:
     ranks = module.process_group.size()
     if ranks > 1:
         raise UnsupportedError(
-            f"the model is trained by {kind} on {ranks} ranks: each rank would vote alone over its own examples, and the "
-            f"average of votes is no vote. {REMEDY}"
+            f"the model is trained by {kind} on {ranks} ranks: each rank would vote alone over its own "
+            f"examples, and the average of votes is no vote. {REMEDY}"
         )
 
 

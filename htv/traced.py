@@ -21,8 +21,9 @@ from htv.autograd.later import Later, later_refusal
 from htv.autograd.ledger import Hub, Ledger, Owner, Passes, Sink, full_precision
 from htv.errors import UnsupportedError
 from htv.groups import Groups, Place, Voters
-from htv.intercept import Intercept, tensors_in
+from htv.intercept import Intercept
 from htv.marks import LOST, Derived, Mark
+from htv.operations import tensors_in
 from htv.ops.factors import Factors
 from htv.watched import keys
 
