@@ -120,8 +120,11 @@ def checked(op: str, statistic: int, count: int, votes: float, k: float, groups:
 
 
 def require_one_device(op: str, first: torch.Tensor, *others: torch.Tensor | None) -> None:
-    """Raise ValueError unless all tensors of an op, but for offsets, lie on one device."""
-    devices = {str(t.device): None for t in (first, *others) if t is not None}
+    """Raise ValueError unless all tensors of an op, but for offsets, are dense and on one device."""
+    tensors = [t for t in (first, *others) if t is not None]
+    if any(t.layout != torch.strided for t in tensors):
+        raise ValueError(f"htv::{op}: all tensors must be dense, of strided layout")
+    devices = {str(t.device): None for t in tensors}
     if len(devices) > 1:
         raise ValueError(f"htv::{op}: all tensors must be on one device, got {' and '.join(devices)}")
 
@@ -174,7 +177,7 @@ def _stacked_fake(grads, statistic, count, votes, k):
 @torch.library.register_fake("htv::linear")
 @torch.library.register_fake("htv::linear_triton")
 def _linear_fake(x, grad_output, offsets, statistic, count, votes, k):
-    require_one_device("linear", x, grad_output)
+    require_one_device("linear", x, grad_output, None if offsets.is_cpu else offsets)
     shape = (grad_output.shape[1], x.shape[1])
     value = x.new_empty(shape, dtype=reference.compute_dtype(x.dtype))
     return value, x.new_empty((), dtype=torch.float64)
@@ -197,7 +200,7 @@ def _group_norm_backward_fake(grad, x, weight, mean, rstd, needs_x):
 @torch.library.register_fake("htv::conv")
 @torch.library.register_fake("htv::conv_triton")
 def _conv_fake(x, grad_output, offsets, kernel, stride, padding, dilation, groups, statistic, count, votes, k):
-    require_one_device("conv", x, grad_output)
+    require_one_device("conv", x, grad_output, None if offsets.is_cpu else offsets)
     shape = (grad_output.shape[1], x.shape[1] // groups, *kernel)
     value = x.new_empty(shape, dtype=reference.compute_dtype(x.dtype))
     return value, x.new_empty((), dtype=torch.float64)
@@ -238,6 +241,7 @@ def _shifted_cross_entropy_grad_fake(
 
 
 def _stacked_reference(grads, statistic, count, votes, k):
+    require_one_device("stacked", grads)
     return reference.stacked(grads, checked("stacked", statistic, count, votes, k, grads.shape[0]))
 
 
@@ -299,6 +303,7 @@ def _shifted_cross_entropy_grad_reference(
 
 
 def _require_offsets(op: str, offsets: torch.Tensor, rows: int) -> None:
+    require_one_device(op, offsets)
     if offsets.dtype != torch.int64 or offsets.dim() != 1 or len(offsets) < 2 or offsets.device.type != "cpu":
         raise ValueError(f"htv::{op}: offsets must be at least 2 int64 on the CPU, got {offsets.dtype}")
     bounds = offsets.tolist()
