@@ -142,7 +142,7 @@ def holds_with_nan_and_infinity(op, dtype, groups):
         assert_within_budget(op, grads.to(dtype), statistic)
 
 
-def undefined_bucket_means_rank_last(op, groups):
+def undefined_bucket_means_surface(op, groups):
     grads = torch.randn(groups, 60, generator=torch.Generator().manual_seed(groups))
     where = torch.rand(grads.shape, generator=torch.Generator().manual_seed(groups + 1))
     grads = torch.where(where < 0.2, math.inf, torch.where(where > 0.8, -math.inf, grads))

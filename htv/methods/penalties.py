@@ -111,10 +111,15 @@ def fishr_penalty(features: Tensor, outputs: Tensor, losses: Tensor, ids: Tensor
 
 
 class _Reversed(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, x, strength):
-        ctx.strength = strength
+    def forward(x, strength):
         return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.strength = inputs[1]
 
     @staticmethod
     def backward(ctx, grad):
