@@ -218,9 +218,12 @@ def stem(record: dict) -> str:
 
 
 def write(record: dict, out: Path) -> None:
-    """At once, or not at all."""
+    """At once, or not at all; as `htv.files` does, which cannot be imported here."""
     path = out / f"{stem(record)}.json"
-    path.with_suffix(".part").write_text(json.dumps(record, indent=1) + "\n")
+    with path.with_suffix(".part").open("w") as file:
+        file.write(json.dumps(record, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     path.with_suffix(".part").replace(path)
     if stem(record) != "gpu-unknown":
         (out / "gpu-unknown.json").unlink(missing_ok=True)
