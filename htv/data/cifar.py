@@ -1,6 +1,6 @@
 """Folders of CIFAR-10 or CIFAR-100 as their authors publish them for Python: pickled batches.
 
-A pickle can run anything when it is loaded by `pickle`; see `htv.data.pickles`, which calls nothing.
+A pickle can run anything when `pickle` loads it; `htv.data.pickles` calls nothing.
 """
 
 from __future__ import annotations
@@ -65,5 +65,5 @@ def _labels(value: object) -> np.ndarray:
     if type(value) is not list:
         return pickles.array(value)
     if not all(type(label) is int and abs(label) < 1 << 63 for label in value):
-        raise pickles.PickleError("its labels are a sequence of something else than numbers of classes")
+        raise pickles.PickleError("its labels are a sequence of something else than integers")
     return np.array(value, dtype=np.int64)

@@ -1,8 +1,8 @@
-"""Reads pickles of plain values and NumPy arrays, without `pickle`: nothing that a file asks for is ever called.
+"""Pickles of plain values and NumPy arrays, read without `pickle`: nothing they ask for is called.
 
-The names that arrays are pickled with stand for records of what the file says about them; `array` makes an array of a
-record once it has looked at all of it. Memory is bounded by the length of the file and the number of its operations,
-never by a number in it.
+The names that arrays are pickled with stand for records of what the file says about them; `array`
+makes an array of a record once it has looked at all of it. Memory is bounded by the length of the
+file and the number of its operations, never by a number in it.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ class Record:
 
 
 def load(path: Path) -> Any:
-    """The value of a file: None, numbers, bytes, str, lists, tuples, dicts, and `Record` for arrays, types and bytes.
+    """Read a file's value: None, numbers, bytes, str, lists, tuples, dicts; `Record` for all else.
 
-    Strings of Python 2 are bytes. Raises OSError, and PickleError for all that is not such a pickle.
+    Strings of Python 2 are bytes. Raises OSError, and PickleError for what is not such a pickle.
     """
     size = path.stat().st_size
     if not path.is_file():
@@ -65,7 +65,7 @@ def load(path: Path) -> Any:
 
 
 def loads(data: bytes) -> Any:
-    """The same of what a file holds."""
+    """Read the same of what a file holds."""
     reader = _Reader()
     try:
         for count, (operation, argument, _) in enumerate(pickletools.genops(data)):
@@ -82,7 +82,7 @@ def loads(data: bytes) -> Any:
 
 
 class _Reader:
-    """The stack and the memory of a pickle. Lists between marks are stacks of their own, as in `pickle`."""
+    """The stack and memory of a pickle. What is between marks has a stack of its own."""
 
     def __init__(self):
         self.stack: list = []
@@ -197,7 +197,7 @@ _DO = {
 
 
 def _key(key: Any) -> Any:
-    """Of a dict. Nothing but plain ones: what is nested deeply has no hash without as deep a recursion."""
+    """Of a dict; a plain one, for the hash of what is nested deeply takes as deep a recursion."""
     if type(key) is Record:
         key = raw(key, LONGEST_KEY)
     if type(key) not in (bytes, str, int):
@@ -209,10 +209,11 @@ def _key(key: Any) -> Any:
 
 
 def raw(value: Any, longest: int = MOST_BYTES) -> bytes:
-    """Bytes, as they are or as Python 3 writes them in protocol 2: latin-1 that is to be encoded."""
+    """Return bytes, as they are or as Python 3 writes them in protocol 2: latin-1 to be encoded."""
     if type(value) is bytes:
         return value
-    if type(value) is Record and value.name == ENCODE and value.state is None and len(value.arguments) == 2:
+    encoded = type(value) is Record and value.name == ENCODE and value.state is None
+    if encoded and len(value.arguments) == 2:
         text, encoding = value.arguments
         if type(text) is str and encoding in ("latin1", "latin-1") and len(text) <= longest:
             return text.encode("latin-1")
@@ -220,7 +221,7 @@ def raw(value: Any, longest: int = MOST_BYTES) -> bytes:
 
 
 def array(value: Any) -> np.ndarray:
-    """The array of a `Record`, of numbers; it cannot be written to."""
+    """Make the array of a `Record`, of numbers; it cannot be written to."""
     if type(value) is not Record or value.name != RECONSTRUCT:
         raise PickleError(f"something of type {type(value).__name__} is no array")
     state = value.state
@@ -239,7 +240,7 @@ def array(value: Any) -> np.ndarray:
 
 
 def _dtype(value: Any) -> np.dtype:
-    """The type of a `Record`, if it is one of plain numbers: none with fields, objects or an array as its element."""
+    """The type of a `Record`, of plain numbers: no fields, no objects, no arrays as elements."""
     if type(value) is not Record or value.name != DTYPE or not value.arguments:
         raise PickleError("an array has no type")
     code, state = value.arguments[0], value.state

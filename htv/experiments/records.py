@@ -33,15 +33,16 @@ class Store:
         found = path.read_bytes() if path.is_file() else b""
         whole = found[: found.rfind(b"\n") + 1]
         if whole:
-            first, *runs = (self._parse(n, line) for n, line in enumerate(whole.split(b"\n")[:-1], start=1))
+            lines = enumerate(whole.split(b"\n")[:-1], start=1)
+            first, *runs = (self._parse(number, line) for number, line in lines)
             self._compare(first)
             for number, run in enumerate(runs, start=2):
                 self._require_run(number, run)
                 self._runs.setdefault((run["variant"], run["seed"]), run)
         elif not dumps(self.common).encode().startswith(found):
             raise RecordsError(
-                f"{path} does not begin as a file of these records does: name another folder with --out, or delete the "
-                "file"
+                f"{path} does not begin as a file of these records does: name another folder with --out, "
+                "or delete the file"
             )
         if whole != found:  # cut where it is, for there may be no room for another copy
             os.truncate(path, len(whole))
@@ -88,7 +89,8 @@ class Store:
                 raise self._damaged(number, f"its {name} is a {type(run[name]).__name__}")
 
     def _damaged(self, number: int, what: object) -> RecordsError:
-        return RecordsError(f"line {number} of {self.path} is damaged ({what}): delete the line or file")
+        where = f"line {number} of {self.path}"
+        return RecordsError(f"{where} is damaged ({what}): delete the line or file")
 
     def _compare(self, found: object) -> None:
         if not isinstance(found, dict):

@@ -1,4 +1,4 @@
-"""The state of optimizers: what it is kept in, and whether a saved one is such that an optimizer can go on from it."""
+"""The state of optimizers: what it is kept in, and whether one can go on from a saved one."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 def state_dtype(parameter: Tensor) -> torch.dtype:
-    """What an optimizer keeps of a parameter is in float32 at least: sums in half precision soon stop to move."""
+    """Return what an optimizer keeps state in: float32 at least, for sums in half precision stick."""
     return torch.float32 if parameter.dtype in HALF else parameter.dtype
 
 
 @torch.no_grad()
 def load_as_kept(optimizer: Optimizer, state_dict: dict[str, Any], names: Iterable[str]) -> None:
-    """Undo what `Optimizer.load_state_dict(state_dict)` did before: it cast state to the type of its parameter.
+    """Undo the cast of `Optimizer.load_state_dict(state_dict)`, to the type of the parameters.
 
-    names:  of the state that is kept in `state_dtype`; where it was saved in half precision, it becomes float32.
+    names:  of the state that is kept in `state_dtype`; what was saved in half precision becomes
+            float32.
     """
     saved, names = state_dict["state"], tuple(names)
     indices = [index for group in state_dict["param_groups"] for index in group["params"]]
@@ -33,7 +34,8 @@ def load_as_kept(optimizer: Optimizer, state_dict: dict[str, Any], names: Iterab
             continue
         for name in names:
             if name in saved[index]:
-                optimizer.state[p][name] = saved[index][name].to(p.device, state_dtype(p), copy=True)
+                kept = saved[index][name].to(p.device, state_dtype(p), copy=True)
+                optimizer.state[p][name] = kept
 
 
 def require_state_of(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]) -> None:

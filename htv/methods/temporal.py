@@ -45,13 +45,13 @@ class TemporalAndMaskAdam(Optimizer):
     weight_decay:  >= 0.
     maximize:      follow the gradient upwards.
 
-    A parameter whose grad is None in a step is left as it is, decay included. The state takes three times the memory
-    of the parameters. For bfloat16 and float16 ones it is float32, as are the steps, for an average in half precision
-    soon stops to move; it also holds what was rounded off the weights, so that small steps add up: eight times their
-    memory. No count of steps enters the update, so it may be captured in a CUDA graph as it is; give lr as a tensor to
-    change it between replays. Raises TypeError or ValueError naming a wrong hyperparameter or a complex or integer
-    parameter, RuntimeError for a sparse gradient, and ValueError for the state of another optimizer or of another
-    model.
+    A parameter whose grad is None in a step is left as it is, decay included. The state takes three
+    times the memory of the parameters. For bfloat16 and float16 ones it is float32, as are the steps,
+    for an average in half precision soon stops to move; it also holds what was rounded off the
+    weights, so that small steps add up: eight times their memory. No count of steps enters the update,
+    so it may be captured in a CUDA graph as it is; give lr as a tensor to change it between replays.
+    Raises TypeError or ValueError naming a wrong hyperparameter or a complex or integer parameter,
+    RuntimeError for a sparse gradient, and ValueError for the state of another optimizer or model.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class TemporalAndMaskAdam(Optimizer):
         state, dtype = self.state[parameter], state_dtype(parameter)
         for name in (*STATE, *[ROUNDING] * (parameter.dtype in HALF)):
             if name not in state:
-                state[name] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
+                state[name] = torch.zeros_like(parameter, dtype=dtype)
         return state
 
     @torch.no_grad()
@@ -148,7 +148,7 @@ class TemporalAndMaskAdam(Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on as the optimizer whose state it is would. Before any change, ValueError if that is another one."""
+        """Go on as the optimizer whose state it is would; ValueError, before any change, if another."""
         if not {"state", "param_groups"} <= state_dict.keys():
             raise ValueError("state_dict is not an optimizer's: pass what TemporalAndMaskAdam.state_dict() returned")
         missing = {name for group in state_dict["param_groups"] for name in self.defaults if name not in group}

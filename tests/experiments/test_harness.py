@@ -110,7 +110,8 @@ def finished(tmp_path, count=20):
 def full_disk():
     """Every write beyond byte 0 of a file fails, as where a quota is reached."""
     resource = pytest.importorskip("resource")
-    handler, before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     @contextmanager
     def full(after=0):
@@ -184,7 +185,11 @@ def test_a_first_line_cut_off_is_written_anew(tmp_path):
 def test_reports_replace_older_ones_whole(tmp_path, monkeypatch):
     go(tmp_path, experiment([]))
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    monkeypatch.setattr(os, "fsync", lambda file: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+
+    def fails(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fails)
     found = Records(None, [{"variant": "a", "seed": 0, "seconds": 1, "result": {"value": 1}}])
     record = json.loads((tmp_path / "tiny.json").read_text()) | {"title": "Another"}
     with pytest.raises(OSError, match="No space"):

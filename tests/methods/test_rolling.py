@@ -212,8 +212,8 @@ def test_checkpoints_go_on_bit_by_bit(rolling, stop):
 
 @BOTH
 def test_half_precision_keeps_what_decay_adds(rolling):
-    """Beside a gradient of 1, a decay of 1e-4 is less than bfloat16 tells; beside 1 and -1 it is all that is left."""
-    decay, grads = 1e-4, [[torch.tensor([1.0, 0.125])], [torch.tensor([-1.0, 0.25])], [torch.tensor([0.0, 0.0])]]
+    """A decay of 1e-4 beside a gradient of 1 is less than bfloat16 tells; all that 1 and -1 leave."""
+    decay, grads = 1e-4, [[torch.tensor(g)] for g in ([1.0, 0.125], [-1.0, 0.25], [0.0, 0.0])]
     weight = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
     make = lambda: rolling(torch.optim.SGD([weight], lr=0.0, weight_decay=decay))
     seen = []
