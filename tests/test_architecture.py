@@ -10,7 +10,7 @@ from htv import bench
 
 ROOT = Path(htv.__file__).parent
 LAYERS = [
-    ["htv.rules", "htv.errors", "htv.machine", "htv.measure"],
+    ["htv.rules", "htv.errors", "htv.machine", "htv.measure", "htv.files"],
     ["htv.groups"],
     ["htv.triton_kernels"],
     ["htv.ops"],

@@ -29,7 +29,8 @@ def dry(tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
     environment = {**os.environ, "OUT": str(out), "PYTHON": sys.executable}
     command = [ROOT / "bench/gpu.sh", "--dry"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)  # has deadlines of its own
+    # It has deadlines of its own.
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     log = (out / "gpu-dry.log").read_text()
     assert done.returncode == 0, done.stdout + log[-10_000:]
     assert {path.name for path in out.iterdir()} == {"gpu-dry.json", "gpu-dry.md", "gpu-dry.log"}
@@ -209,7 +210,7 @@ CASES = """
 
 @pytest.fixture
 def hang(monkeypatch, tmp_path):
-    """Makes time pass when a case begins to hang, for its process and for the job, and at no other time."""
+    """Makes time pass when a case begins to hang, for its process and the job, and never else."""
     path = tmp_path / "hangs"
 
     def lasting(seconds):

@@ -15,7 +15,7 @@ RULES = [htv.Mean(), htv.AndMask(0.4), htv.AndMask(0.4, rescale=True), htv.Media
 
 
 def require(model, contributions, rule):
-    """Every .grad is the aggregate of these contributions, name -> (E, *shape), but for rounding of their sum."""
+    """Every .grad is the aggregate of these contributions, name -> (E, *shape), but for rounding."""
     largest = max(c.abs().max().item() for c in contributions.values())
     for name, p in model.named_parameters():
         stacked, found = contributions[name], p.grad
@@ -27,8 +27,8 @@ def require(model, contributions, rule):
             stacked, found, expected = map(values, (stacked, found, expected))
         noise = (stacked != 0) & (stacked.abs() <= 1e-12 * largest)
         assert not noise.any(), f"{name}: the test's data has contributions that are only rounding"
-        budget = 1e-11 * stacked.abs().sum(0).max().item()
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=budget, msg=lambda m, name=name: f"{name}: {m}")
+        budget = {"rtol": 1e-9, "atol": 1e-11 * stacked.abs().sum(0).max().item()}
+        torch.testing.assert_close(found, expected, **budget, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def per_group(model, loss_of_group, count):
@@ -228,7 +228,7 @@ def test_padded_tokens_change_nothing(rule):
     model = Module(lambda m, x, pad: m.layer(x, src_key_padding_mask=pad), layer=layer).double()
     lengths = [5, 2, 4, 2, 3]  # of one token, queries and keys had no gradient but rounding's
     x = torch.randn(5, 5, 6).double()
-    wanted = torch.randn(6).double()  # the squares of what was normalised alone hardly depend on anything
+    wanted = torch.randn(6).double()  # squares of what was normalised hardly depend on anything
     losses = lambda y: (y - wanted).square().sum(-1)
     pad = torch.arange(5) >= torch.tensor(lengths)[:, None]
     none = torch.zeros(1, 5, dtype=torch.bool)

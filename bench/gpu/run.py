@@ -22,15 +22,15 @@ ROOT = Path(__file__).resolve().parents[2]
 GRACE = 5.0  # seconds that a step may take beyond what it was told
 REPORTING = 15.0  # seconds kept for the report
 MINUTES, DRY_MINUTES = 8.5, 60.0  # for everything, by the `Clock`
-SLACK = 20.0  # seconds by the wall that pass for one of the processors in a dry run: only a hang needs as many
+SLACK = 20.0  # seconds by the wall that pass for one of the processors in a dry run; see `Clock`
 LOOK = 0.5  # seconds between two looks at a process of a dry run
 
 
 @dataclass(frozen=True)
 class Step:
-    """A file beside this one. least: seconds that earlier steps leave to it; most: those it may take.
+    """A file beside this one.
 
-    Seconds are those of a `Clock`.
+    least: seconds that earlier steps leave to it; most: those it may take. They are a `Clock`'s.
     """
 
     name: str
@@ -52,14 +52,15 @@ STEPS = (
 class Clock:
     """Seconds since it was made: by the wall, for a GPU is lent by the minute.
 
-    In a dry run: of the processors, by a process and all it started, so that nothing depends on what else the machine
-    does; as a last resort, for what sleeps for ever, those by the wall over SLACK.
+    In a dry run: of the processors, by a process and all it started, so that nothing depends on what
+    else the machine does; as a last resort, for what sleeps for ever, those by the wall over SLACK.
     process: whose seconds count in a dry run; default: this one.
     """
 
     def __init__(self, dry: bool, process: int | None = None):
         self._dry, self._process, self._most = dry, process or os.getpid(), 0.0
-        self._begin, self._before = time.monotonic(), processor_seconds(self._process) if dry else 0.0
+        self._begin = time.monotonic()
+        self._before = processor_seconds(self._process) if dry else 0.0
 
     def spent(self) -> float:
         wall = time.monotonic() - self._begin
@@ -71,7 +72,7 @@ class Clock:
 
 
 def processor_seconds(process: int) -> float:
-    """What a process and everything it started have used of processors; 0 where the system has no /proc."""
+    """What a process and all it started have used of processors; 0 where there is no /proc."""
     parents, used = {}, {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -124,8 +125,9 @@ def main() -> int:
             write(record, out)
         logged(out, record)
     report = [sys.executable, "-m", "htv.bench.gpu.report", str(out / f"{stem(record)}.json")]
+    patience = 60 * SLACK if options.dry else 60
     try:
-        subprocess.run(report, cwd=ROOT, env=environment(), check=False, timeout=60 * (SLACK if options.dry else 1))
+        subprocess.run(report, cwd=ROOT, env=environment(), check=False, timeout=patience)
     except subprocess.TimeoutExpired:
         print(f"the report took too long; the record is there: {' '.join(report)}")
     return 0 if succeeded(record) else 1
@@ -141,7 +143,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument(
         "--minutes",
         type=float,
-        help=f"after which it has ended (default: {MINUTES}; in a dry run {DRY_MINUTES:.0f}, of processor time)",
+        help=f"within which it ends (default: {MINUTES}; dry: {DRY_MINUTES:.0f}, of processor time)",
     )
     parser.add_argument("--only", nargs="+", choices=[s.name for s in STEPS], help="these steps alone")
     parser.add_argument("--out", help="folder for the record, unless OUT names one")
@@ -197,7 +199,8 @@ def environment(dry: bool = False) -> dict[str, str]:
     found.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     found.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "4")  # several processes compile at once
     if dry:
-        found |= {"TRITON_INTERPRET": "1", "HTV_TUNED": "", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        found |= {"TRITON_INTERPRET": "1", "HTV_TUNED": "", "CUDA_VISIBLE_DEVICES": ""}
+        found["OMP_NUM_THREADS"] = "1"  # threads that wait for each other take processor time
     return found
 
 
@@ -218,9 +221,12 @@ def stem(record: dict) -> str:
 
 
 def write(record: dict, out: Path) -> None:
-    """At once, or not at all."""
+    """At once, or not at all; as `htv.files` does, which cannot be imported here."""
     path = out / f"{stem(record)}.json"
-    path.with_suffix(".part").write_text(json.dumps(record, indent=1) + "\n")
+    with path.with_suffix(".part").open("w") as file:
+        file.write(json.dumps(record, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     path.with_suffix(".part").replace(path)
     if stem(record) != "gpu-unknown":
         (out / "gpu-unknown.json").unlink(missing_ok=True)

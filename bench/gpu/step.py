@@ -63,7 +63,7 @@ class Lost(Exception):
 
 
 class Child:
-    """A process that answers lines by lines of JSON; what else it says goes where this process's errors go.
+    """A process that answers lines by lines of JSON; the rest of what it says goes to stderr here.
 
     dry: whether its seconds are those of a dry run, see `run.Clock`.
     """
