@@ -14,7 +14,7 @@ SPREAD := -n auto --dist loadfile
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 
-.PHONY: demo experiment test test-all test-oldest test-pure bench lint format clean
+.PHONY: demo experiment test test-all test-mutants test-oldest test-pure bench lint format clean
 
 # torch first and by itself: the build compiles against the torch that is installed, whatever its version.
 $(VENV)/.installed: $(SOURCES)
@@ -44,6 +44,11 @@ test: $(VENV)/.models
 test-all: $(VENV)/.models
 	$(BIN)/python -m pytest -q $(SPREAD) $(ARGS)
 	$(BIN)/python -m pytest -q bench --benchmark-disable
+
+# One-line mistakes in how the batch is followed, each of which a test must notice; writes
+# tests/results/mutants.json.
+test-mutants: $(VENV)/.models
+	$(BIN)/python tests/mutants/run.py $(ARGS)
 
 # The oldest supported torch, with the Triton it comes with (whose interpreter needs an older NumPy).
 test-oldest:

@@ -125,6 +125,8 @@ class Intercept(TorchFunctionMode):
 
     def call(self, func, args, kwargs):
         """One torch call of the forward, served where that is needed."""
+        if kwargs:
+            args, kwargs = operations.in_order(plain_name(func), args, kwargs)
         server = layers.SERVERS.get(func)
         result = NotImplemented if server is None else server(self, func, args, kwargs)
         return self.general(func, args, kwargs) if result is NotImplemented else result
@@ -323,7 +325,7 @@ class Intercept(TorchFunctionMode):
         if units == 1 and not self.groups.rows_vote:
             copies = {id(t): self._of_one(t, m, beside) for t, m in zip(tensors, marks, strict=True) if _served(t, m)}
             return replace_tensors(args, copies), replace_tensors(kwargs, copies)
-        if name in operations.CONCATENATING and kwargs.get("dim", args[1] if len(args) > 1 else 0) % ndim == place.dim:
+        if name in operations.CONCATENATING and _along(args, kwargs) % ndim == place.dim:
             return self.refuse(name, parameters, "it is concatenated along the batch")
         copies = {}
         for tensor, mark in zip(tensors, marks, strict=True):
@@ -546,7 +548,14 @@ def _served(tensor: Tensor, mark: Mark | None) -> bool:
 @lru_cache(maxsize=4096)
 def _in_place(func) -> bool:
     name = getattr(func, "__name__", "")
-    return name.startswith("__i") if name.startswith("__") else name.endswith("_")
+    if name.startswith("__"):
+        return name.startswith("__i") and name not in ("__invert__", "__int__", "__index__")
+    return name.endswith("_")
+
+
+def _along(args, kwargs) -> int:
+    """The dim tensors are concatenated along."""
+    return kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else 0))
 
 
 def _only_copies(name: str, args, kwargs) -> bool:

@@ -162,6 +162,8 @@ def _place(op: Operation, tensor: Tensor, mark: OfBatch, output: Tensor, units: 
     by_element = name == "gather" and not isinstance(op.operands[0][1], OfBatch)
     if not is_first and (by_element or name not in ("gather", "take_along_dim")):
         return _looked_up(op, tensor, mark)
+    if name in ("embedding", "embedding_bag") and tensor.is_floating_point():
+        return None  # torch.embedding takes the table first, whose rows are picked
     if name in ROWWISE:
         last = _mixed_at_the_end(op)
         kept = dim == 0 if last is None else dim < tensor.dim() - last
@@ -244,7 +246,7 @@ def _reduced(op: Operation, tensor: Tensor, mark: Place, output: Tensor) -> Plac
     dims = _dims(op.argument(REDUCING[op.name], "dim", "axis", default=default), tensor.dim())
     if dims is None or mark.dim in dims:
         return None
-    if output.dim() == tensor.dim():
+    if output.dim() == tensor.dim() and op.name != "cosine_similarity":  # which keeps no dim
         return mark
     if output.dim() != tensor.dim() - len(dims):
         return None
@@ -312,7 +314,8 @@ def _reshaped(tensor: Tensor, mark: Place, output: Tensor, units: int) -> Place 
                 return replace(mark, dim=at, units=mark.units if factor == 1 else mark.units.repeat_interleave(factor))
             if output.shape[at] and len(mark.units) % output.shape[at] == 0:
                 split = mark.units.reshape(output.shape[at], -1)
-                return replace(mark, dim=at, units=split[:, 0]) if bool((split == split[:, :1]).all()) else None
+                if bool((split == split[:, :1]).all()):
+                    return replace(mark, dim=at, units=split[:, 0])
         return None
     before *= mark.outer
     candidates = []
@@ -344,6 +347,8 @@ def _without(mark: Place, removed: int) -> Place | None:
 def _after_indexing(tensor: Tensor, mark: Place, index) -> Place | None:
     """Follow the batch dim through an index; None if the index takes anything but a full slice of it."""
     items = index if isinstance(index, tuple) else (index,)
+    if any(_is_advanced(item) and not isinstance(item, Tensor) for item in items):
+        return None
     taken = sum(_consumed(item) for item in items)
     position = old = 0  # in the result, in the indexed tensor
     advanced = 0
@@ -370,30 +375,35 @@ def _after_indexing(tensor: Tensor, mark: Place, index) -> Place | None:
                 return None
             advanced += 1
             old += consumed
-            position += 1 if consumed > 1 or _is_mask(item) else getattr(item, "ndim", 1)
+            position += 1 if _is_mask(item) else item.dim()
     return mark.at(position + mark.dim - old)
 
 
 def _picks(index) -> bool:
     """Whether an index may change the order of what it takes."""
     items = index if isinstance(index, tuple) else (index,)
-    return any(isinstance(item, (Tensor, list)) for item in items)
+    return any(_is_advanced(item) for item in items)
+
+
+def _is_advanced(item) -> bool:
+    """Whether an item of an index picks by values: a tensor, list, array, tuple, True or False."""
+    return not (item is None or item is Ellipsis or isinstance(item, slice) or type(item) is int)
 
 
 def _is_mask(item) -> bool:
-    return isinstance(item, bool) or (isinstance(item, Tensor) and item.dtype in (torch.bool, torch.uint8))
+    return isinstance(item, Tensor) and item.dtype in (torch.bool, torch.uint8)
 
 
 def _consumed(item) -> int:
     """How many dims of the indexed tensor an item of an index takes."""
     if item is None or item is Ellipsis:
         return 0
-    return item.dim() if isinstance(item, Tensor) and _is_mask(item) else 1
+    return item.dim() if _is_mask(item) else 1
 
 
 def _unless_scattered(items: tuple, found: Place) -> Place | None:
     """Two tensors in one index may move their dims to the front."""
-    return found if sum(isinstance(item, (Tensor, list)) for item in items) < 2 else None
+    return found if sum(_is_advanced(item) for item in items) < 2 else None
 
 
 # -- operations that move parts of the batch about --------------------------------------------------------------------
@@ -410,7 +420,11 @@ def _probed(op: Operation, index: int, units: int) -> OfBatch:
     moved = op.operands if op.name in CONCATENATING else op.operands[:1]
     if not all(isinstance(m, Place) for _, m in moved) or op.func is torch.nn.functional.unfold:
         return LOST  # values that are no unit's, as padding
-    result = op.again({id(t): _numbered(t, m, units) for t, m in moved})
+    numbers = {id(t): _numbered(t, m, units) for t, m in moved}
+    try:
+        result = op.again(numbers)
+    except RuntimeError:  # it wants to see them as one row
+        result = op.again({key: t.contiguous() for key, t in numbers.items()})
     result = result if isinstance(result, Tensor) else result[index]
     same_kind = op.outputs[index].is_floating_point() == moved[0][0].is_floating_point()
     return _read_off(result, units) if same_kind else LOST

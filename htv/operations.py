@@ -37,7 +37,7 @@ UNARY = _names(
     "abs absolute neg negative positive pos exp exp2 expm1 log log2 log10 log1p sqrt rsqrt square reciprocal sin "
     "cos tan asin acos atan sinh cosh tanh asinh acosh atanh sigmoid logit erf erfc erfinv sign sgn floor ceil "
     "round trunc frac clamp clamp_min clamp_max clip nan_to_num relu relu6 leaky_relu elu selu celu gelu silu mish "
-    "softplus softsign tanhshrink softshrink hardshrink hardtanh hardsigmoid hardswish threshold rrelu logsigmoid "
+    "softplus softsign tanhshrink softshrink hardshrink hardtanh hardsigmoid hardswish threshold rrelu log_sigmoid "
     "dropout alpha_dropout feature_dropout feature_alpha_dropout dropout1d dropout2d dropout3d masked_fill "
     "bernoulli to float half bfloat16 double int long bool type type_as contiguous clone detach "
     "requires_grad_ requires_grad data real imag conj cpu cuda zeros_like ones_like empty_like full_like rand_like "
@@ -93,6 +93,12 @@ MOVING = _names(
     "getitem flip roll index_select narrow chunk split split_with_sizes tensor_split gather take_along_dim "
     "repeat_interleave masked_select cat concat concatenate select unbind unfold pack_padded_sequence"
 )
+# The names of the tensors that come first, in their order; NumPy's are accepted as well.
+INPUT_FIRST = dict.fromkeys(ROWWISE | set(ALONG) | set(REDUCING) | SHUFFLING, ("input", "x", "a"))
+INPUT_FIRST |= dict.fromkeys(("scatter_add", "scatter_reduce", "index_put"), ("input",))
+INPUT_FIRST |= dict.fromkeys(
+    MULTIPLYING, ("input", "x", "a", "x1", "mat1", "batch1", "mat2", "batch2", "other", "x2", "vec")
+)
 MAKING = _names(  # a tensor only lends its dtype and device, or a size
     "new_zeros new_ones new_empty new_full new_tensor zeros ones empty full arange linspace eye rand randn randint"
 )
@@ -110,8 +116,8 @@ class Operation:
     outputs: list[Tensor]
 
     def argument(self, position: int, *names: str, default=None):
-        """An argument after the first tensor, by position or name."""
-        for name in names:
+        """An argument after the first tensor, by position or name; NumPy's axis is any dim."""
+        for name in (*names, "axis") if "dim" in names else names:
             if name in self.kwargs:
                 return self.kwargs[name]
         return self.args[1 + position] if len(self.args) > 1 + position else default
@@ -119,6 +125,16 @@ class Operation:
     def again(self, replaced: dict[int, Tensor]):
         """The call with some tensors replaced, by identity."""
         return self.func(*replace_tensors(self.args, replaced), **replace_tensors(self.kwargs, replaced))
+
+
+def in_order(name: str, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """The same arguments, with the tensors whose order tells what they are by position."""
+    names = INPUT_FIRST.get(name, ())
+    found = [n for n in names if n in kwargs]
+    if not found or (args and name not in MULTIPLYING):
+        return args, kwargs
+    rest = {n: value for n, value in kwargs.items() if n not in found}
+    return (*args, *(kwargs[n] for n in found)), rest
 
 
 def replace_tensors(value, replaced: dict[int, Tensor]):

@@ -104,3 +104,113 @@ def test_empty_batches_are_refused():
         Groups.by_id(torch.zeros(0, dtype=torch.long), 0)
     with pytest.raises(ValueError, match="no rows"):
         Groups.packed(torch.tensor([0, 0]), 0)
+
+
+IDS = [3, 1, 3, 0]
+MASK = torch.tensor([[True, False], [True, True]])
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "same"),
+    [
+        (Groups.each(3), Groups.each(3, dim=1), True),
+        (Groups.each(3), Groups.each(4), False),
+        (Groups.by_id(IDS, 4), Groups.by_id([0, 1, 3], 3), True),
+        (Groups.by_id(IDS, 4), Groups.by_id([0, 1, 2], 3), False),
+        (Groups.by_id([0, 1, 2], 3), Groups.each(3), False),
+        (Groups.packed([0, 2, 3], 3), Groups.packed([0, 1, 3], 3), True),
+        (Groups.packed([0, 2, 2, 3], 3), Groups.packed([0, 1, 3], 3), False),
+        (Groups.packed([0, 2, 2, 3], 3), Groups.packed([0, 2, 3, 3], 3), False),
+        (Groups.packed([0, 2, 2, 3], 3), Groups.packed([0, 1, 1, 3], 3), True),
+        (Groups.each_row(3), Groups.each(3), False),
+        (Groups.each_row(3), Groups.each_row(3), True),
+        (Groups.each_row(3), Groups.each_row(2), False),
+        (Groups.each_row(2, voting=MASK), Groups.each_row(2, voting=MASK.clone()), True),
+        (Groups.each_row(2, voting=MASK), Groups.each_row(2, voting=~MASK | MASK), False),
+        (Groups.each_row(2, voting=MASK), Groups.each_row(2), False),
+    ],
+)
+def test_who_may_be_added_to_whom(a, b, same):
+    assert a.same_voters(b) is same and b.same_voters(a) is same
+    assert a.same_voters(a) and b.same_voters(b)
+
+
+def test_members_are_the_groups_of_units():
+    groups = Groups.by_id(IDS, 4)
+    assert groups.members().tolist() == [2, 1, 2, 0] and groups.order.tolist() == [3, 1, 0, 2]
+    assert groups.keys.tolist() == [0, 1, 3] and groups.named and groups.weights is None
+    ordered = Groups.by_id([1, 1, 5], 3)
+    assert ordered.order is None and ordered.members().tolist() == [0, 0, 1]
+    assert Groups.packed([0, 2, 2, 3], 3).members().tolist() == [0, 0, 1]
+    assert not Groups.packed([0, 2, 2, 3], 3).named and Groups.packed([0, 2, 3], 3).keys is None
+
+
+def test_weights_make_groups_count_alike():
+    assert Groups.by_id([0, 0, 0, 1], 4, weight="equal").weights.tolist() == [4 / 6, 2.0]
+    assert Groups.packed([0, 3, 3, 4], 4, weight="equal").weights.tolist() == [4 / 6, 2.0]
+
+
+def test_a_tensor_fits_by_the_size_of_its_dim():
+    groups = Groups.each(3, dim=1)
+    assert groups.fits(torch.zeros(2, 3))
+    assert not groups.fits(torch.zeros(3, 2)) and not groups.fits(torch.zeros(3))
+    assert groups.fits(torch.zeros(6), Place(0, 2)) and not groups.fits(torch.zeros(3), Place(0, 2))
+
+
+def test_plain_sums_know_no_weights_and_no_mask():
+    voters = Groups.by_id([0, 0, 1], 3, weight="equal").voters(Place(1))
+    alike = voters.all_alike()
+    assert alike.groups.weights is None and alike.place is voters.place and alike.count == 2
+    alike = Groups.each_row(2, voting=MASK).voters(Place(0)).all_alike()
+    assert alike.groups.voting is None and alike.rows_vote
+    voters = Groups.each(3).voters(Place(0))
+    assert voters.all_alike() is voters
+
+
+def test_rows_that_vote_are_those_of_the_mask():
+    voters = Groups.each_row(2, voting=MASK).voters(Place(0))
+    x = torch.arange(8.0).reshape(2, 2, 2)
+    rows = voters.rows(x)
+    assert rows.tolist() == [[0, 1], [4, 5], [6, 7]]
+    assert voters.bounds(rows).tolist() == [0, 1, 2, 3]
+    assert voters.sums(x).tolist() == rows.tolist()
+    with pytest.raises(ValueError, match="not these tokens"):
+        voters.rows(torch.zeros(2, 3, 2))
+    uneven = Groups.each_row(2, voting=MASK).voters(Place(0, units=torch.tensor([0, 0, 0, 1])))
+    with pytest.raises(ValueError, match="not these tokens"):  # as many rows, but not of these units
+        uneven.rows(torch.zeros(4, 2))
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (MASK.long(), "boolean"),
+        (MASK[0], "boolean"),
+        (MASK[:1], "boolean"),
+        (MASK & False, "no token vote"),
+    ],
+)
+def test_bad_masks(mask, message):
+    with pytest.raises(ValueError, match=message):
+        Groups.each_row(2, voting=mask)
+
+
+def test_sums_along_a_dim_keep_the_others():
+    x = torch.randn(4, 5, dtype=torch.float64)
+    voters = Groups.by_id(IDS, 4, weight="equal").voters(Place(0))
+    weights = torch.tensor([4 / 3, 4 / 3, 2 / 3], dtype=torch.float64)
+    expected = torch.stack([x[3], x[1], x[0] + x[2]]) * weights[:, None]
+    torch.testing.assert_close(voters.along(x), expected)
+    torch.testing.assert_close(voters.along(x.t(), dim=1), expected)
+    turned = Groups.by_id([1, 0], 2).voters(Place(0))
+    assert turned.along(torch.tensor([[1.0], [2.0]])).tolist() == [[2.0], [1.0]]
+    half = torch.ones(2, 1, dtype=torch.float16)
+    assert Groups.each(2).voters(Place(0)).sums(half, dtype=torch.float32).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("offsets", [[0, 2, 4], [0, 1, 1, 4], [0, 3, 4]])
+def test_segments_of_any_sizes(offsets, dtype):
+    x = torch.arange(8).reshape(4, 2).to(dtype)
+    expected = [x[a:b].sum(0).tolist() for a, b in zip(offsets, offsets[1:], strict=False)]
+    assert segment_sum(x, torch.tensor(offsets)).tolist() == expected

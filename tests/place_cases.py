@@ -1,0 +1,234 @@
+"""Cases for where the batch is in the results of one call, and an oracle that knows no layout.
+
+A case names the call, where the batch is in its operands and where it must be in every result. The
+oracle changes what one unit owns in the operands and looks which elements of the results change.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
+
+import htv
+from htv.groups import Place
+from htv.marks import Lost
+from htv.operations import plain_name
+
+TRIALS = 24  # of other values: comparisons and choices do not change with every one
+
+
+@dataclass
+class Operand:
+    """A tensor a call takes, the batch's at a place, or a constant where that is None."""
+
+    place: Place | None
+    tensor: Tensor
+    high: int | None = None  # ids are below it
+    fixed: bool = False  # data whose dependence on other units is no concern of the gradient's
+
+    def numbers(self, units: int) -> Tensor:
+        """The unit of every element."""
+        shape = [1] * self.tensor.dim()
+        shape[self.place.dim] = -1
+        return self.place.index(units).reshape(shape).expand(self.tensor.shape)
+
+    def with_other(self, unit: int, units: int) -> Tensor:
+        """The tensor with other values where the unit is."""
+        if self.place is None or self.fixed:
+            return self.tensor.detach()
+        if self.high is None:
+            other = values(self.tensor.shape)
+        else:
+            other = torch.randint(self.high, self.tensor.shape)
+        return torch.where(self.numbers(units) == unit, other, self.tensor.detach())
+
+
+def values(shape) -> Tensor:
+    return torch.rand(shape, dtype=torch.float64) * 0.9 + 0.05
+
+
+def given(place: Place | int, *shape: int) -> Operand:
+    """Something of the batch with a gradient."""
+    place = Place(place) if isinstance(place, int) else place
+    return Operand(place, values(shape).requires_grad_())
+
+
+def data(place: Place | int, *shape: int, fixed: bool = False) -> Operand:
+    """Something of the batch without a gradient."""
+    place = Place(place) if isinstance(place, int) else place
+    return Operand(place, values(shape), fixed=fixed)
+
+
+def ids(place: Place | int, high: int, *shape: int) -> Operand:
+    """Integers of the batch."""
+    place = Place(place) if isinstance(place, int) else place
+    return Operand(place, torch.randint(high, shape), high)
+
+
+def constant(*shape: int) -> Operand:
+    return Operand(None, values(shape))
+
+
+@dataclass
+class Case:
+    """One call. expected: of every result, or one for all of them.
+
+    given_up:  why it is lost although some dim does hold the batch.
+    silent:    whether results may not depend on what they are made of, as the zeros of zeros_like.
+    """
+
+    name: str
+    call: Callable
+    operands: tuple[Operand, ...]
+    expected: Place | Lost | list[Place | Lost]
+    given_up: str = ""
+    silent: bool = False
+
+
+def case(name, call, operands, expected, given_up="", silent=False) -> Case:
+    operands = (operands,) if isinstance(operands, Operand) else tuple(operands)
+    expected = Place(expected) if isinstance(expected, int) else expected
+    return Case(name, call, operands, expected, given_up, silent)
+
+
+class Probe(nn.Module):
+    """Makes a call where an attached model would, on tensors that are said to be the batch's."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, x, call, operands: list[Operand]):
+        self.mode = _get_current_function_mode()
+        for operand in operands:
+            if operand.place is not None:
+                self.mode.marks.put(operand.tensor, operand.place)
+        return call(*[operand.tensor for operand in operands])
+
+
+def tensors(results) -> list[Tensor]:
+    if isinstance(results, Tensor):
+        return [results]
+    if isinstance(results, (tuple, list)):
+        return [t for result in results for t in tensors(result)]
+    return []
+
+
+def marks_of(c: Case, units: int, tokens: bool = False, **options):
+    """The results of the call in an attached model's forward, and their marks."""
+    probe = Probe()
+    with htv.attach(probe, htv.Mean(), **options) as handle:
+        inputs = torch.zeros(units, 1), c.call, list(c.operands)
+        if tokens:
+            with handle.tokens():
+                results = tensors(probe(*inputs))
+        else:
+            results = tensors(probe(*inputs))
+    return results, [probe.mode.mark(result) for result in results]
+
+
+def dependence(c: Case, units: int) -> list[Tensor]:
+    """(units, *shape) of every result: whether an element changes with what a unit owns."""
+
+    def run(operands):
+        torch.default_generator.manual_seed(7)  # dropout and its like draw the same
+        with torch.no_grad():
+            return tensors(c.call(*operands))
+
+    plain = run([operand.tensor.detach() for operand in c.operands])
+    found = [torch.zeros(units, *result.shape, dtype=torch.bool) for result in plain]
+    for trial in range(TRIALS):
+        if trial > 3 and all(bool(seen.any(0).all()) for seen in found):
+            break
+        for unit in range(units):
+            torch.default_generator.manual_seed(1000 + trial * units + unit)
+            changed = run([operand.with_other(unit, units) for operand in c.operands])
+            for seen, before, after in zip(found, plain, changed, strict=True):
+                seen[unit] |= torch.ne(before, after) & ~(before.isnan() & after.isnan())
+    return found
+
+
+def by_index(seen: Tensor, dim: int) -> Tensor:
+    """(units, size of the dim): which unit something changes with at an index."""
+    seen = seen.movedim(1 + dim, 1)
+    return seen.reshape(*seen.shape[:2], math.prod(seen.shape[2:])).any(2)
+
+
+def holding(seen: Tensor) -> list[int]:
+    """The dims each of whose indices depends on one unit, and on one only."""
+    dims = [d for d in range(seen.dim() - 1) if seen.shape[1 + d]]
+    return [d for d in dims if bool((by_index(seen, d).sum(0) == 1).all())]
+
+
+def same_place(found: Place, expected: Place) -> bool:
+    """Whether they are written the same way."""
+    if found.dim != expected.dim or found.guess != expected.guess:
+        return False
+    if found.units is None or expected.units is None:
+        pattern = found.units is expected.units
+        return pattern and (found.outer, found.times) == (expected.outer, expected.times)
+    return found.units.tolist() == expected.units.tolist()
+
+
+def require_all(cases, units: int, **options) -> None:
+    """`require` of all; names every case that fails."""
+    failures = []
+    for c in cases:
+        try:
+            require(c, units, **options)
+        except Exception as error:
+            failures.append(f"{c.name}: {type(error).__name__}: {error}")
+    assert not failures, "\n".join(failures)
+
+
+def require(c: Case, units: int, **options) -> None:
+    """The marks are those expected, and the oracle agrees."""
+    for operand in c.operands:
+        size = None if operand.place is None else operand.place.size(units)
+        assert size is None or operand.tensor.shape[operand.place.dim] == size, "the case itself"
+    results, marks = marks_of(c, units, **options)
+    expected = c.expected if isinstance(c.expected, list) else [c.expected] * len(results)
+    assert results and len(expected) == len(results)
+    found = zip(marks, expected, dependence(c, units), strict=True)
+    for number, (mark, place, seen) in enumerate(found):
+        where = f"{c.name}, result {number} of shape {tuple(seen.shape[1:])}: {mark}"
+        if isinstance(place, Lost):
+            assert isinstance(mark, Lost), where
+            assert bool(holding(seen)) == bool(c.given_up), f"{where}; held along {holding(seen)}"
+            continue
+        assert isinstance(mark, Place) and same_place(mark, place), f"{where}, not {place}"
+        along = by_index(seen, place.dim)
+        others = torch.arange(units)[:, None] != place.index(units)
+        assert not bool((along & others).any()), f"{where}: another unit's"
+        assert c.silent or bool((along | others).all()), f"{where}: nobody's"
+
+
+def require_all_of_one(c: Case) -> None:
+    """All there is is the one unit's, wherever that may be."""
+    results, marks = marks_of(c, 1)
+    for result, mark in zip(results, marks, strict=True):
+        if result.dim() == 0 or not result.is_floating_point():
+            continue
+        assert isinstance(mark, Place) and same_place(mark, Place(0, times=result.shape[0])), c.name
+
+
+class Names(TorchFunctionMode):
+    """Collects the names of the operations that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.seen.add(plain_name(func))
+        return func(*args, **(kwargs or {}))
+
+
+def names_in(cases: list[Case]) -> set[str]:
+    with Names() as names:
+        for c in cases:
+            c.call(*[operand.tensor for operand in c.operands])
+    return names.seen
