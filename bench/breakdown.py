@@ -21,6 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from htv import machine
 from htv.bench.workloads import WORKLOADS
+from htv.files import replace_text
 from htv.measure import Step, milliseconds
 
 OPERATIONS = ("aten::", "htv::")
@@ -113,7 +114,7 @@ def main(
         raise typer.BadParameter(f"{workload} is no training step; choose one of {', '.join(steps)}")
     record = measure(workload, threads, rounds)
     out.mkdir(parents=True, exist_ok=True)
-    (out / f"breakdown-{workload}.json").write_text(json.dumps(record, indent=1) + "\n")
+    replace_text(out / f"breakdown-{workload}.json", json.dumps(record, indent=1) + "\n")
     print(table(record))
 
 

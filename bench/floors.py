@@ -21,6 +21,7 @@ from torch import Tensor
 
 import htv
 from htv import machine
+from htv.files import replace_text
 from htv.groups import Groups, Place, Voters
 from htv.measure import Step, take_turns
 from htv.ops import aggregate, schema
@@ -206,7 +207,7 @@ def main(
 ) -> None:
     record = measure(seconds, only)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "floors-cpu.json").write_text(json.dumps(record, indent=1) + "\n")
+    replace_text(out / "floors-cpu.json", json.dumps(record, indent=1) + "\n")
     print(table(record))
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from htv.bench import report
 from htv.bench.baselines import METHODS
 from htv.bench.workloads import RULES
+from htv.files import replacing
 
 COLORS = dict(zip(RULES[1:], ("#777777", "C0", "C1", "C2"), strict=True))
 MARKERS = dict(zip(METHODS, "osD^", strict=True))
@@ -43,7 +44,8 @@ def canvas(width: float, height: float):
 
 
 def _save(figure, path: Path) -> str:
-    figure.savefig(path, dpi=120)
+    with replacing(path) as part:
+        figure.savefig(part, dpi=120)
     return path.name
 
 

@@ -23,6 +23,7 @@ from htv import machine
 from htv.bench import baselines, plots, report
 from htv.bench.rows import bandwidth, times_over
 from htv.bench.workloads import Workload
+from htv.files import replace_text
 from htv.measure import Step, Timing, in_own_process, milliseconds, one_line, take_turns
 
 STEM = "cpu"  # of the files written
@@ -72,9 +73,9 @@ def run(
 
         record = measure_all(workloads, settings, variants, peers, now)
     pictures = plots.save(record, out, STEM)
-    (out / f"{STEM}.json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+    replace_text(out / f"{STEM}.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
     text = report.markdown(record, pictures)
-    (out / f"{STEM}.md").write_text(text)
+    replace_text(out / f"{STEM}.md", text)
     console.print(report.on_screen(text), soft_wrap=True, highlight=False, markup=False)
     written = (f"{STEM}.md", f"{STEM}.json", *pictures.values())
     console.print("Written: " + ", ".join(str(out / name) for name in written), soft_wrap=True, highlight=False)

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <string>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -14,6 +15,51 @@
 namespace htv {
 
 using torch::stable::Tensor;
+
+// Arithmetic of integers that callers give: what 64 bits do not hold is refused.
+class Checked {
+  const std::string& op_;
+
+  int64_t held(bool overflows, int64_t result) const {
+    STD_TORCH_CHECK(!overflows, op_, ": sizes, strides or paddings are too large: their product does not fit 64 bits");
+    return result;
+  }
+
+ public:
+  explicit Checked(const std::string& op) : op_(op) {}
+
+  int64_t sum(int64_t a, int64_t b) const {
+    int64_t result = 0;
+    const bool overflows = __builtin_add_overflow(a, b, &result);
+    return held(overflows, result);
+  }
+  int64_t product(int64_t a, int64_t b) const {
+    int64_t result = 0;
+    const bool overflows = __builtin_mul_overflow(a, b, &result);
+    return held(overflows, result);
+  }
+  template <class... More>
+  int64_t product(int64_t a, int64_t b, More... more) const {
+    return product(product(a, b), more...);
+  }
+};
+
+// Whether all elements of a tensor lie in memory it has: a storage may have been freed, or be too short.
+inline void check_memory(const std::string& op, const char* argument, const Tensor& tensor) {
+  int32_t layout = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(tensor.get(), &layout));
+  STD_TORCH_CHECK(layout == aoti_torch_layout_strided(), op, ": ", argument, " must be dense, of strided layout");
+  if (tensor.numel() == 0) return;
+  int64_t bytes = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &bytes));
+  const Checked checked(op);
+  int64_t last = tensor.storage_offset();
+  for (int64_t d = 0; d < tensor.dim(); ++d)
+    last = checked.sum(last, checked.product(tensor.size(d) - 1, tensor.stride(d)));
+  const bool inside = last < bytes / int64_t(tensor.element_size()) && tensor.const_data_ptr() != nullptr;
+  STD_TORCH_CHECK(inside, op, ": ", argument, " reaches beyond its storage of ", bytes,
+                  " bytes: was it freed or resized?");
+}
 
 inline bool is_order(Statistic statistic) { return statistic >= Statistic::median; }
 
@@ -42,6 +88,7 @@ inline torch::headeronly::ScalarType compute_type(Dtype dtype) {
 
 inline void check_matrix(const std::string& op, const char* argument, const Tensor& tensor) {
   STD_TORCH_CHECK(tensor.dim() == 2, op, ": ", argument, " must have 2 dimensions, got ", tensor.dim());
+  check_memory(op, argument, tensor);
   STD_TORCH_CHECK(tensor.is_contiguous(), op, ": ", argument, " must be contiguous");
 }
 
@@ -59,7 +106,7 @@ inline Parameters parameters_for(const std::string& op, Statistic statistic, int
   switch (statistic) {
     case Statistic::trimmed_mean:
     case Statistic::winsorized_mean:
-      STD_TORCH_CHECK(0 <= count && 2 * count < groups, op,
+      STD_TORCH_CHECK(0 <= count && count <= (groups - 1) / 2, op,
                       ": count must satisfy 0 <= 2 * count < groups, got count = ", count, " of ", groups, " groups");
       break;
     case Statistic::median_of_means:
@@ -86,6 +133,7 @@ inline int64_t longest_group(const std::string& op, const Tensor& offsets, int64
   STD_TORCH_CHECK(offsets.scalar_type() == torch::headeronly::ScalarType::Long, op, ": offsets must be int64");
   STD_TORCH_CHECK(offsets.dim() == 1 && offsets.size(0) >= 2 && offsets.is_contiguous(), op,
                   ": offsets must be a contiguous vector of groups + 1 entries, at least 2");
+  check_memory(op, "offsets", offsets);
   const int64_t* const at = static_cast<const int64_t*>(offsets.const_data_ptr());
   const int64_t groups = offsets.size(0) - 1;
   STD_TORCH_CHECK(at[0] == 0 && at[groups] == rows, op, ": offsets must run from 0 to the number of rows, ", rows,

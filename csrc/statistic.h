@@ -245,7 +245,8 @@ struct GeometricMean {
     product.normalise();
   }
   HTV_HOST_DEVICE Outcome<V> finalize(const Parameters& p) const {
-    const V sign = Lane<V>::real(Lane<V>::sign(kept.total.sum));
+    const V sum = kept.total.sum;
+    const V sign = sum != sum ? sum : Lane<V>::real(Lane<V>::sign(sum));
     const Mask<V> agreed = kept.votes.reach(p.count);
     return kept.votes.poison(agreed ? sign * product.root(p.groups) : V{}, agreed ? splat<V>(1) : V{});
   }
@@ -281,7 +282,9 @@ struct SandMask {
     const V variance = squares / (groups - 1);
     const V soft = Lane<V>::map([](R x) { return tanh(x); }, R(1) / variance * R(p.k) * excess);
     const V mask = soft != soft ? splat<V>(R(kSandUndefined)) : larger(soft, V{});
-    return votes.poison(mask > 0 ? mask * total.mean(p) : V{}, mask);
+    const V value = mask > 0 ? mask * total.mean(p) : V{};
+    const auto lost = variance != variance;  // by inf - inf
+    return votes.poison(lost ? variance : value, lost ? V{} : mask);
   }
 };
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from htv.bench import breakdown, floors, plots, report
 from htv.experiments import report as experiments
+from htv.files import replace_text
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO, BENCH = ROOT / "docs/results/demo.json", ROOT / "bench/results/cpu.json"
@@ -117,6 +118,6 @@ def bench_report() -> str:
 
 if __name__ == "__main__":
     if BENCH.is_file():
-        BENCH.with_suffix(".md").write_text(bench_report())
+        replace_text(BENCH.with_suffix(".md"), bench_report())
     for document in BLOCKS:
-        (ROOT / document).write_text(filled(document))
+        replace_text(ROOT / document, filled(document))

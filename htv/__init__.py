@@ -8,6 +8,7 @@ from htv.batchnorm import replace_batchnorm
 from htv.check import CheckReport, check
 from htv.errors import CheckError, UnsupportedError
 from htv.explain import Explanation, explain
+from htv.history import declare_rowwise as rowwise
 from htv.ops.aggregate import linear_grad
 from htv.ops.agreement import Agreement
 from htv.ops.backend import use_backend
@@ -72,6 +73,7 @@ __all__ = [
     "median",
     "median_of_means",
     "replace_batchnorm",
+    "rowwise",
     "sand_mask",
     "sign_agreement",
     "trimmed_mean",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import sys
 import threading
 import warnings
 import weakref
@@ -13,20 +14,24 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
-from htv import layers
+from htv import history, inputs, ranks
 from htv.autograd.accumulation import MicroBatches, refuse_unless_streaming
 from htv.autograd.ledger import Passes
 from htv.errors import UnsupportedError
-from htv.groups import Groups
-from htv.intercept import Intercept
-from htv.marks import Derived
+from htv.forward import ServedForward
+from htv.groups import Groups, Place
+from htv.history import Knowledge
+from htv.inputs import Batch
+from htv.intercept import Intercept, left_on_stack
+from htv.marks import Derived, Lost, Mark, OfBatch
 from htv.ops.agreement import Agreement
 from htv.ops.factors import Factors
-from htv.rules import Rule
+from htv.rules import Mean, Rule
 from htv.served import Served, share_hubs
-from htv.watched import Watched, register
+from htv.watched import PASSES
 
 __all__ = ["Handle", "attach"]
 
@@ -41,6 +46,9 @@ def attach(
     stats: bool = False,
     batch_dim: int = 0,
     batch_norm: str = "error",
+    batch: str | tuple[str, ...] | list[str] = (),
+    methods: tuple[str, ...] | list[str] | str = (),
+    allow_single: bool = False,
 ) -> Handle:
     """Aggregate the per-group gradients of a model's parameters by a rule.
 
@@ -60,6 +68,12 @@ def attach(
                      refuses them; "frozen" runs them on their running statistics, which stay as they are; "shared" lets
                      an example's contribution be its rows' part of the plain gradient, with what passes through the
                      shared statistics.
+    batch:           the arguments of the forward that hold the examples, by name: "input_ids", or several where examples
+                     come in two parts. Without it, all tensor arguments of one size in the batch's dim are taken;
+                     tensors of size 1 beside them are constants, and other sizes are refused.
+    methods:         other methods of the model, or of its parts ("encoder.embed"), that are called in its place and are
+                     to be served as one forward: "training_step", "get_action_and_value".
+    allow_single:    let a batch of one group pass, whose aggregate is its plain gradient, under rules that need several.
     stats:           collect what `Handle.stats` returns, at about the price of aggregating every parameter once more.
 
     Raises TypeError or ValueError for bad arguments, RuntimeError if the model, a part of it or one of its parameters
@@ -80,15 +94,61 @@ def attach(
         raise ValueError(f"batch_norm must be 'error', 'frozen' or 'shared', got {batch_norm!r}")
     if type(batch_dim) is not int or batch_dim < 0:
         raise ValueError(f"batch_dim must be a dim counted from the front, 0, 1, ...; got {batch_dim!r}")
+    batch, methods = _as_names("batch", batch), _as_names("methods", methods)
     for name, module in model.named_modules():
-        if isinstance(module.__dict__.get("forward"), _ServedForward):
+        if isinstance(module.__dict__.get("forward"), ServedForward):
             raise RuntimeError(
                 f"{'the model' if name == '' else f'module {name!r}'} is attached already: call detach() on its "
                 "handle before attaching another rule"
             )
     rules = _choose_rules(model, rule, exclude)
     _refuse_shared(model, rules)
-    return Handle(model, rules, on_unsupported, stats, batch_dim, batch_norm)
+    _refuse_scripted(model, rules)
+    sharded = ranks.sharded_by(model)
+    if not all(type(r) is Mean for r in rules.values() if r is not None):
+        ranks.refuse_sharded(model, sharded)
+    elif sharded is not None:  # Mean() is the plain gradient, which the ranks bring together
+        rules = dict.fromkeys(rules)
+    served = _served_methods(model, methods)
+    return Handle(model, rules, on_unsupported, stats, batch_dim, batch_norm, batch, served, allow_single)
+
+
+def _as_names(argument: str, value) -> tuple[str, ...]:
+    names = (value,) if isinstance(value, str) else tuple(value)
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(f"{argument} must be a name or several, got {value!r}")
+    return names
+
+
+def _served_methods(model: nn.Module, methods: tuple[str, ...]) -> list[tuple[nn.Module, str, str]]:
+    """(module, its path, name of the method) of what `methods` names."""
+    found = []
+    for method in methods:
+        path, _, name = method.rpartition(".")
+        try:
+            module = model.get_submodule(path)
+        except AttributeError:
+            raise ValueError(f"methods={method!r}: {type(model).__name__} has no part {path!r}") from None
+        if name == "forward" or not callable(getattr(module, name, None)) or name in module._modules:
+            raise ValueError(
+                f"methods={method!r}: {type(module).__name__} has no method {name!r} to serve beside its forward"
+            )
+        found.append((module, path, name))
+    return found
+
+
+def _refuse_scripted(model: nn.Module, rules: dict[str, Rule | None]) -> None:
+    """A ScriptModule runs where no mode sees it: its parameters cannot be served."""
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            inside = [n for n, _ in model.named_parameters() if n == path or n.startswith(f"{path}.") or not path]
+            if any(rules.get(name) is not None for name in inside):
+                what = f"its part {path!r}" if path else "it"
+                raise UnsupportedError(
+                    f"the model cannot be served: {what} was compiled by torch.jit.script or trace, and htv does not see "
+                    f"what happens inside. Remedy: attach before scripting, keep that part in Python, or "
+                    f"exclude={path or '*'!r}"
+                )
 
 
 _handles: weakref.WeakSet[Handle] = weakref.WeakSet()  # those attached
@@ -143,11 +203,6 @@ def _matches(name: str, pattern: str) -> bool:
     return name == pattern or name.startswith(f"{pattern}.") or fnmatch.fnmatchcase(name, pattern)
 
 
-def _members(module: nn.Module) -> list[int]:
-    """Its parameters and parts by identity, in less time than to list those of the whole tree."""
-    return [*map(id, module._parameters.values()), *map(id, module._modules.values())]
-
-
 @dataclass(frozen=True, eq=False)
 class Voting:
     """Who votes in a forward, as asked for by `Handle.groups`, `packed` or `tokens`: kind "ids", "packed" or "rows"."""
@@ -156,96 +211,53 @@ class Voting:
     value: Tensor | None
     weight: str
 
+    def size(self) -> int | None:
+        """How many examples, or packed rows, it speaks of."""
+        if self.value is None:
+            return None
+        if self.kind == "packed":
+            return int(self.value[-1]) if len(self.value) else 0
+        return len(self.value)
 
-class _ServedForward:
-    """Stands in for a module's forward while it is attached; the outermost one enters the intercepting mode.
 
-    Copies of the module, by copy.deepcopy, pickle or torch.save, are made as if it were not attached.
-    """
+UNKNOWN = Voting("unknown", None, "size")  # who votes in a forward that left no note
 
-    def __init__(self, handle: Handle, module: nn.Module, path: str):
-        self.handle, self.module, self.path = handle, module, path
-        self.inner = module.forward
-        self.astray = False  # whether it ran without gradients on inputs unlike those of the model
-        self.parameters = [id(p) for p in module.parameters()]
-        self._tree = [(m, _members(m)) for m in module.modules()]
-        self.batch_norms = [(n, m) for n, m in module.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        self._ours = {"forward": self, "__reduce_ex__": self._reduce_module}
-        self.key, self.watched = register(self), Watched(module)  # for torch.compile
-        # Instance attributes of the user's, if any.
-        self._own = {key: module.__dict__[key] for key in self._ours if key in module.__dict__}
 
-    def __call__(self, *args, **kwargs):
-        if torch.compiler.is_dynamo_compiling():
-            from htv import compiled
+class ForwardBlock:
+    """The context manager of `Handle.forward`."""
 
-            return compiled.call(self, args, kwargs)
+    def __init__(self, handle: Handle, args: tuple, kwargs: dict):
+        self._handle, self._args, self._kwargs = handle, args, kwargs
+        self._mode: Intercept | None = None
+        self._frozen = None
+
+    def __enter__(self) -> None:
+        handle = self._handle
+        handle._require_attached("forward")
+        if handle._running() is not None:
+            raise RuntimeError("handle.forward() inside another forward of the same handle: it is served already")
+        if not torch.is_grad_enabled():
+            return
         try:
-            return self.handle.run(self, args, kwargs)
-        except UnsupportedError as error:
-            error.locate(self.path, type(self.module).__name__)
+            names = tuple(f"batch[{i}]" for i in range(len(self._args))) if len(self._args) > 1 else ("batch",)
+            self._mode = handle._open(handle._root, self._args, self._kwargs, names)
+            self._mode.is_block = True
+            handle._thread.running = self._mode
+            self._frozen = handle._root.frozen_statistics()
+            self._frozen.__enter__()
+            self._mode.enter()
+        except BaseException:
+            self.__exit__(None, None, None)
             raise
 
-    def install(self) -> None:
-        self.module.__dict__.update(self._ours)
-
-    def check(self) -> None:
-        """Refuse before anything runs: replaced parameters; a BatchNorm, which counts its batches first."""
-        if any(_members(m) != known for m, known in self._tree) and (
-            [id(p) for p in self.module.parameters()] != self.parameters
-        ):
-            known = set(self.parameters)
-            new = (repr(n) for n, p in self.module.named_parameters() if id(p) not in known)
-            raise RuntimeError(
-                f"the model's parameters changed while attached: {next(new, 'some')} is not what it was, or is gone (a "
-                "module was exchanged, load_state_dict(assign=True) or functional_call was used, ...): detach and "
-                "attach again"
-            )
-        self.check_batch_norm()
-
-    def check_batch_norm(self) -> None:
-        """Refuse a BatchNorm in train mode, unless the handle was told what to do about it."""
-        for name, module in self.batch_norms if self.handle.batch_norm == "error" else ():
-            if module.training:
-                raise UnsupportedError(layers.batch_norm_refusal(f"module {name!r}"))
-
-    @contextmanager
-    def frozen_statistics(self) -> Iterator[None]:
-        """Run BatchNorm modules on their running statistics, where the handle was told to."""
-        frozen = self.batch_norms if self.handle.batch_norm == "frozen" else ()
-        training = [module for _, module in frozen if module.training and module.running_mean is not None]
-        for module in training:
-            module.training = False
+    def __exit__(self, *_) -> None:
+        mode, self._mode = self._mode, None
         try:
-            yield
+            self._handle._close(mode, None)
         finally:
-            for module in training:
-                module.training = True
-
-    def restore(self) -> None:
-        """Take out what `install` put in, unless the user has replaced it since."""
-        attributes = self.module.__dict__
-        for key, value in self._ours.items():
-            if attributes.get(key) is value:
-                del attributes[key]
-                if key in self._own:
-                    attributes[key] = self._own[key]
-
-    def _reduce_module(self, protocol):
-        """The module's `__reduce_ex__`, as it would be without htv."""
-        attributes = self.module.__dict__
-        before = {key: attributes[key] for key in self._ours if key in attributes}
-        self.restore()
-        try:
-            result = self.module.__reduce_ex__(protocol)
-            if isinstance(result, tuple) and len(result) > 2 and result[2] is attributes:
-                result = (*result[:2], dict(attributes), *result[3:])
-            return result
-        finally:
-            attributes.update(before)
-
-    def __reduce_ex__(self, protocol):
-        raise RuntimeError("this module cannot be copied or pickled while attached: call detach() on its handle first")
+            frozen, self._frozen = self._frozen, None
+            if frozen is not None:
+                frozen.__exit__(None, None, None)
 
 
 class Handle:
@@ -259,20 +271,27 @@ class Handle:
         stats: bool,
         batch_dim: int,
         batch_norm: str,
+        batch: tuple[str, ...] = (),
+        methods: list[tuple[nn.Module, str, str]] | tuple = (),
+        allow_single: bool = False,
     ):
         self.model, self.attached = model, True
-        self._batch_dim, self.batch_norm = batch_dim, batch_norm
-        self.collects_stats, self._on_unsupported = stats, on_unsupported
+        self._batch_dim, self.batch_norm, self._batch = batch_dim, batch_norm, batch
+        self.collects_stats, self._on_unsupported, self._allow_single = stats, on_unsupported, allow_single
         self.examine: Callable[[str, list[Factors]], None] | None = (
             None  # shown what is recorded, instead of statistics
         )
         self._spec: Voting | None = None  # who votes, while a block of groups() or packed() is open
         self._last_spec = self._spec
         self._specs: list[Voting | None] = []  # since the last backward; at most two different ones
+        self._sizes: set[int] = set()  # of the batches since the last backward
         self._differentiated = self._accumulates = False
+        self.told_of_sums = self._told_of_ranks = False
         self._thread = threading.local()  # .running: the mode of the forward under way in this thread, or True
         self._checkpointed: deque[Intercept] = deque(maxlen=16)  # forwards that may be run again in parts
         self.passes = Passes()
+        self.losses: dict[Lost, None] = {}  # calls at which the batch was lost, where a parameter came to need it
+        self.batch_source = ""  # which argument the last forward took for the batch
         parameters = dict(model.named_parameters())
         self._served = {
             id(p): Served(self, name, p, rules[name]) for name, p in parameters.items() if rules[name] is not None
@@ -280,6 +299,7 @@ class Handle:
         self.own_marks = {key: Derived((served,), served.parameter) for key, served in self._served.items()}
         self._hubs: dict[int, dict[Served, tuple[Served, ...]]] = {}  # by the number of groups, who shares one
         self._rules = {served.rule for served in self._served.values()}
+        self.only_means = all(type(rule) is Mean for rule in self._rules)
         self._plain = [p for name, p in parameters.items() if rules[name] is None]
         self._modules = list(model.modules())
         self.settlements: list = []  # what compiled backwards of this model look up
@@ -289,10 +309,12 @@ class Handle:
         # Modules without parameters run plainly, but a checkpoint may run a frozen BatchNorm again by itself.
         also = nn.modules.batchnorm._BatchNorm if batch_norm == "frozen" else ()
         self._forwards = [
-            _ServedForward(self, module, path)
+            ServedForward(self, module, path)
             for path, module in model.named_modules()
-            if next(module.parameters(), None) is not None or isinstance(module, also)
+            if next(module.parameters(), None) is not None or isinstance(module, also) or module is model
         ]
+        self._forwards += [ServedForward(self, module, path, name) for module, path, name in methods]
+        self._root = self._forwards[0]
         for forward in self._forwards:
             forward.install()
         _handles.add(self)
@@ -316,20 +338,32 @@ class Handle:
             return
         self.attached = False
         _handles.discard(self)
+        left_on_stack(lambda mode: mode.handle is self)
         for forward in self._forwards:
             forward.restore()
         for served in self._served.values():
             served.unwatch()
+        # What would keep the model alive in a circle.
+        self._forwards, self._thread = [], threading.local()
+        self._checkpointed.clear()
+
+    def _require_attached(self, method: str) -> None:
+        if not self.attached:
+            raise RuntimeError(
+                f"{method}() of a detached handle would do nothing: the model has its plain gradients again. Call "
+                "htv.attach for a new handle"
+            )
 
     @contextmanager
     def groups(self, ids: Tensor, weight: str = "size") -> Iterator[None]:
         """Forwards inside the block let examples with equal ids vote together.
 
-        ids:     (N,) integers, one per index of the batch's dim; any values in any order.
+        ids:     (N,) integers, one per index of the batch's dim; any values in any order. For a PackedSequence one per
+                 example, in the order it was packed from, or one per row of its data.
         weight:  "size": a group's contribution is the sum of its examples', as the loss has it; "equal": it is scaled
                  as if every group had N / E examples, so that the mean of every group (environment) counts once.
         """
-        with self._voters(Voting("ids", ids, weight)):
+        with self._voters(Voting("ids", ids, weight), "groups"):
             yield
 
     @contextmanager
@@ -339,7 +373,7 @@ class Handle:
         cu_seqlens: (E + 1,) integers from 0 to total; rows cu_seqlens[e]:cu_seqlens[e + 1] vote together.
         weight:     as for `groups`.
         """
-        with self._voters(Voting("packed", cu_seqlens, weight)):
+        with self._voters(Voting("packed", cu_seqlens, weight), "packed"):
             yield
 
     @contextmanager
@@ -352,22 +386,41 @@ class Handle:
 
         mask: (N, T) booleans, True where a token votes; what the others (padding) contribute is left out.
         """
-        with self._voters(Voting("rows", mask, "size")):
+        with self._voters(Voting("rows", mask, "size"), "tokens"):
             yield
 
     @contextmanager
-    def _voters(self, spec: Voting) -> Iterator[None]:
+    def _voters(self, spec: Voting, method: str) -> Iterator[None]:
+        self._require_attached(method)
         if spec.weight not in ("size", "equal"):
             raise ValueError(f"weight must be 'size' or 'equal', got {spec.weight!r}")
         if self._spec is not None:
             raise RuntimeError("groups(), packed() and tokens() blocks cannot be nested")
         if isinstance(spec.value, Tensor):  # the one time that a device is waited for
             spec = replace(spec, value=spec.value.cpu())
-        self._spec = spec
         try:
+            self._spec = spec
             yield
         finally:
             self._spec = None
+
+    def forward(self, *batch, **named) -> ForwardBlock:
+        """Serve all that a block computes as one forward of the model.
+
+        For code that calls parts of the model one by one: a training step, the methods of an agent, a loss that uses
+        parameters. What is computed between the calls is followed, too.
+
+        batch, named: the tensors that hold the examples, in their dim `batch_dim`; tuples, mappings and PackedSequences
+                      of these as well.
+
+        Returns a context manager. Raises RuntimeError inside another forward, ValueError if the tensors' sizes disagree.
+
+            with handle.forward(x):
+                loss = criterion(model.head(model.encode(x).flatten(0, 1)), y.flatten())
+            loss.backward()
+        """
+        self._require_attached("forward")
+        return ForwardBlock(self, batch, named)
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -383,16 +436,25 @@ class Handle:
         Raises ValueError for such a rule or a group id that occurs in two micro-batches, RuntimeError for nested blocks
         and for torch.autograd.grad() inside.
         """
+        self._require_attached("accumulate")
         if self._accumulates:
             raise RuntimeError("accumulate() blocks cannot be nested")
+        if ranks.world_size() > 1:
+            raise UnsupportedError(
+                f"accumulate() with {ranks.world_size()} ranks: each rank would put its own aggregate into .grad, and the "
+                "ranks' parameters would drift apart. Remedy: train in one process, or accumulate plainly"
+            )
         for served in self._served.values():
             refuse_unless_streaming(served.rule, served.name)
         batches = MicroBatches()
-        for served in self._served.values():
-            served.accumulate(batches)
-        self._accumulates = True
         try:
+            self._accumulates = True
+            for served in self._served.values():
+                served.accumulate(batches)
             yield
+            batches.require_complete()
+            if len(batches):
+                self.require_several(batches.count, "all micro-batches of accumulate() together")
             with torch.no_grad():
                 for served, grad in [(s, s.accumulation.result()) for s in self._served.values()]:
                     served.add_accumulated(grad)
@@ -408,9 +470,10 @@ class Handle:
         see: called as see(name, parts) once per served parameter and backward; the parameter's contributions are the
              sums of the parts' (`htv.ops.factors`, `htv.ops.agreement`). `stats` is not updated inside.
         """
+        self._require_attached("examined")
         before = self.collects_stats, self.examine
-        self.collects_stats, self.examine = True, see
         try:
+            self.collects_stats, self.examine = True, see
             yield
         finally:
             self.collects_stats, self.examine = before
@@ -474,72 +537,232 @@ class Handle:
         for served in parameters:
             served.refusal = message
 
-    def run(self, forward: _ServedForward, args: tuple, kwargs: dict):
+    def forwards_of(self, module: nn.Module) -> list[ServedForward]:
+        """What stands in for methods of a module."""
+        return [forward for forward in self._forwards if forward.module is module]
+
+    def stands_in(self, tensor: Tensor) -> str | None:
+        """The name under which an attached module has a tensor that it did not have when it was attached, or None."""
+        if self.only_means:  # whose gradient is the plain one
+            return None
+        for path, module in self.model.named_modules():
+            for name, value in (*module._parameters.items(), *vars(module).items()):
+                if value is tensor:
+                    return f"{path}.{name}".lstrip(".")
+        return None
+
+    def require_several(self, count: int, source: str) -> None:
+        """Refuse a batch of one group under a rule that needs several."""
+        if count != 1 or self._allow_single:
+            return
+        rule = next((r for r in self._rules if r.needs_several), None)
+        if rule is not None:
+            raise ValueError(
+                f"one group alone votes ({source}): the aggregate of one contribution under {rule} is its plain "
+                "gradient. This is also how trainers with one example per device end in plain training. Remedy: larger "
+                "batches, htv.attach(..., batch='the argument that holds the examples') if another was meant, `with "
+                "handle.accumulate():` around micro-batches, or allow_single=True if the plain gradient is meant here"
+            )
+
+    def note_loss(self, lost: Lost) -> None:
+        """Remember where the batch was lost, once a parameter came to need it."""
+        self.losses[lost] = None
+
+    def warn_of_sums(self, served: Served) -> None:
+        """Say once that several backwards were added up in `.grad`."""
+        self.told_of_sums = True
+        warnings.warn(
+            f"a backward adds to the aggregate that .grad of {served.name!r} holds from an earlier backward: each backward "
+            "is a vote of its own, so micro-batches that a trainer accumulates do not vote together. Use `with "
+            "handle.accumulate():` around the micro-batches of a step, or zero_grad() between the backwards",
+            stacklevel=2,
+        )
+
+    def run(self, forward: ServedForward, args: tuple, kwargs: dict):
         """Run a module's forward, under the mode if it is the outermost one and gradients are wanted."""
-        running = getattr(self._thread, "running", None)
-        if running:
-            if isinstance(running, Intercept):
+        running = self._running()
+        if running is True or (running is not None and running.task == torch._C._current_graph_task_id()):
+            if running is not True:
                 self._note_checkpoint(running, forward, args, kwargs)
             return forward.inner(*args, **kwargs)
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or not self._served:
             self._remember(graph=False)
             with forward.frozen_statistics():
                 return forward.inner(*args, **kwargs)
+        mode = None
+        try:
+            mode = self._thread.running = self._open(forward, args, kwargs)
+            self._note_checkpoint(mode, forward, args, kwargs)
+            mode.enter()
+            with forward.frozen_statistics():
+                result = forward.inner(*args, **kwargs)
+            mode.remember(result)
+            return result
+        finally:
+            self._close(mode, running)
+
+    def _running(self) -> Intercept | bool | None:
+        """The forward under way in this thread; one that an interrupt left behind is dropped."""
+        running = getattr(self._thread, "running", None)
+        if running is None or getattr(running, "is_block", False):
+            return running
+        frame = sys._getframe(2)
+        while frame is not None:
+            if frame.f_code in PASSES:
+                local = frame.f_locals
+                if (local.get("self") or local.get("handle")) is self:
+                    return running
+            frame = frame.f_back
+        self._thread.running = None
+        return None
+
+    def _open(self, forward: ServedForward, args: tuple, kwargs: dict, names: tuple[str, ...] | None = None) -> Intercept:
+        """The mode of a forward that starts now."""
+        left_on_stack(lambda mode: mode.is_stale())
         forward.check()
-        inputs = _tensors(args, kwargs)
-        again = self._forward_run_again(forward, inputs)
-        groups = self._groups(inputs) if again is None else again.groups
+        if not self.only_means:
+            ranks.refuse_data_parallel()
+            self._warn_of_ranks()
+        tensors = inputs.named_tensors(forward.names if names is None else names, args, kwargs)
+        again = self._forward_run_again(forward, [t for _, t in tensors if isinstance(t, Tensor)])
+        carried: dict[int, Mark] = {}
+        if again is None:
+            spec = self._remember(graph=True)
+            groups, batch, carried = self._who_votes(spec, tensors, self._wanted(forward, tensors, names))
+        else:
+            spec, groups = again.spec, again.groups
+            batch = _fitting(groups.num_units, groups.home.dim, tensors, again.batch.source)
         for served in self._served.values():
             served.watch()
+        self.batch_source = batch.source
+        self._sizes.add(groups.num_units)
         if not groups.rows_vote and not self._accumulates:
             for rule in self._rules:
                 rule.statistic(groups.count)  # refuse too few groups before anything runs
-        mode = self._thread.running = Intercept(self, groups, inputs, again)
-        self._note_checkpoint(mode, forward, args, kwargs)
-        try:
-            with mode, forward.frozen_statistics():
-                return forward.inner(*args, **kwargs)
-        finally:
-            self._thread.running = None
+            self.require_several(groups.count, batch.source)
+        mode = Intercept(self, groups, batch, again, carried)
+        mode.spec = spec
+        return mode
 
-    def _note_checkpoint(self, mode: Intercept, forward: _ServedForward, args: tuple, kwargs: dict) -> None:
+    def _close(self, mode: Intercept | None, outer: Intercept | bool | None) -> None:
+        self._thread.running = outer
+        if mode is not None:
+            left_on_stack(lambda other: other is mode)
+
+    def _warn_of_ranks(self) -> None:
+        if not self._told_of_ranks and ranks.world_size() > 1:
+            self._told_of_ranks = True
+            warnings.warn(
+                f"{ranks.world_size()} ranks are initialised, but the examples of each vote by themselves: averaging .grad "
+                "over ranks would average votes. Use htv.Mean() there, or train in one process",
+                stacklevel=4,
+            )
+
+    def _note_checkpoint(self, mode: Intercept, forward: ServedForward, args: tuple, kwargs: dict) -> None:
         """Remember what activation checkpointing may ask for when it runs this part of a forward again."""
         if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None and mode not in self._checkpointed:
             self._checkpointed.append(mode)
         if not torch.is_grad_enabled():  # a reentrant one
-            forward.astray = forward.astray or any(mode.astray(t) for t in _tensors(args, kwargs))
+            forward.misplaced = forward.misplaced or any(mode.misplaced(t) for t in _tensors(args, kwargs))
 
-    def _forward_run_again(self, forward: _ServedForward, inputs: list[Tensor]) -> Intercept | None:
+    def _forward_run_again(self, forward: ServedForward, tensors: list[Tensor]) -> Intercept | None:
         """The forward of which activation checkpointing runs a part again, as far as its inputs show it."""
         if torch._C._current_graph_task_id() == -1:
             return None
-        if forward.astray and _in_reentrant_checkpoint():
+        if forward.misplaced and _in_reentrant_checkpoint():
             raise RuntimeError(
                 "a reentrant activation checkpoint runs a module again whose inputs do not have the batch where the "
                 "model's have it, or come from parameters: which part is whose cannot be told. Call "
                 "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
             )
-        known = (mode for mode in reversed(self._checkpointed) if any(mode.marks.get(t) is not None for t in inputs))
+        known = (mode for mode in reversed(self._checkpointed) if any(mode.marks.get(t) is not None for t in tensors))
         return next(known, None)
 
-    def _groups(self, inputs: list[Tensor]) -> Groups:
-        spec = self._remember(graph=True)
+    def _wanted(self, forward: ServedForward, tensors: list, names: tuple[str, ...] | None) -> tuple[str, ...]:
+        """The arguments that `attach(batch=...)` named, as far as they are arguments of what is called."""
+        if forward is self._root and names is None:
+            return self._batch
+        own = {name.partition(".")[0].partition("[")[0] for name, _ in tensors}
+        return tuple(name for name in self._batch if name.partition(".")[0].partition("[")[0] in own)
+
+    def batch_of(self, forward: ServedForward, tensors: list, kind: str, size: int | None) -> Batch:
+        """The batch of a call, by its tensors alone."""
+        return inputs.choose(tensors, self._batch_dim, self._wanted(forward, tensors, None), size, kind)
+
+    def _who_votes(self, spec: Voting | None, tensors: list, wanted: tuple[str, ...]) -> tuple:
+        """Groups, the call's batch, and what earlier forwards know of its tensors.
+
+        wanted: the arguments the caller named as the batch.
+        """
+        carried, earlier = self._carried(tensors)
+        fresh = [(name, t) for name, t in tensors if id(t) not in carried]
         dim = self._batch_dim
-        batch = next((t for t in inputs if t.dim() > dim), None)
-        size = None if batch is None else batch.shape[dim]
-        if spec is None or spec.kind == "rows":
-            if batch is None:
+        if earlier is not None:
+            batch = _fitting(earlier.groups.num_units, dim, fresh, earlier.source)
+            if spec is None and earlier.spec is None and not earlier.groups.rows_vote:
+                return earlier.groups, batch, carried
+            if spec is not None and spec is earlier.spec:
+                return earlier.groups, batch, carried
+        elif torch._C._current_graph_task_id() != -1 and len(self._sizes) == 1:  # a reentrant checkpoint's part
+            batch = _fitting(next(iter(self._sizes)), dim, fresh, self.batch_source)
+            if not batch.members:
+                batch = inputs.choose(fresh, dim, wanted, kind="each" if spec is None else spec.kind)
+        else:
+            kind, size = ("each", None) if spec is None else (spec.kind, spec.size())
+            batch = inputs.choose(fresh, dim, wanted, size, kind)
+        return _groups(spec, batch, fresh), batch, carried
+
+    def _carried(self, tensors: list) -> tuple[dict[int, Mark], Knowledge | None]:
+        """What earlier forwards know of this call's tensors, by identity, and the one that knows where the batch is."""
+        carried: dict[int, Mark] = {}
+        earlier: list[Knowledge] = []
+        graphed = [(name, t) for name, t in tensors if isinstance(t, Tensor) and t.grad_fn is not None]
+        inside = self._inside_checkpointed() if graphed else {}
+        for name, tensor in graphed:
+            met: list[Knowledge] = []
+            known = lambda node, number, met=met: self._known_before(node, number, inside, met)
+            mark = history.mark_of(tensor, lambda met=met: met[0].groups.num_units, known)
+            sizes = {k.groups.num_units for k in (*earlier, *met)}
+            if len(sizes) > 1:
                 raise ValueError(
-                    f"the forward has no tensor argument whose dim {dim} could be the batch: say who votes with "
-                    "`with handle.groups(ids)`"
+                    f"argument {name!r} comes from forwards of {' and '.join(map(str, sorted(sizes)))} examples: whose "
+                    "rows are whose cannot be told. Remedy: run the calls of one step inside `with handle.forward(batch):`"
                 )
-            return Groups.each(size, dim) if spec is None else Groups.each_row(size, dim, spec.value)
-        if spec.kind == "ids":
-            return Groups.by_id(spec.value, len(spec.value) if batch is None else size, dim, spec.weight)
-        total = int(spec.value[-1]) if len(spec.value) else 0
-        if batch is not None and batch.dim() > 1 and tuple(batch.shape[:2]) == (1, total):
-            dim, size = 1, total
-        return Groups.packed(spec.value, total if batch is None else size, dim, spec.weight)
+            if isinstance(mark, Derived) and mark.source is None:
+                mark = Derived(mark.parameters, tensor)
+            if isinstance(mark, (OfBatch, Derived)):
+                carried[id(tensor)] = mark
+                earlier += met
+        return carried, earlier[0] if earlier else None
+
+    def _inside_checkpointed(self) -> dict[tuple[int, int], tuple]:
+        """In a backward, the nodes of forwards of which a checkpoint may run parts again without their module's forward."""
+        if torch._C._current_graph_task_id() == -1:
+            return {}
+        return {
+            (id(node), number): (node, mark, Knowledge(mode.groups, mode.spec, mode.batch.source))
+            for mode in self._checkpointed
+            for node, number, mark in mode.marks.nodes()
+        }
+
+    def _known_before(self, node, number: int, inside: dict, met: list[Knowledge]) -> Mark | None:
+        """The mark of a node's output by what earlier forwards noted, of this handle or another."""
+        found = inside.get((id(node), number))
+        if found is not None:
+            met.append(found[2])
+            return found[1]
+        noted = history.remembered(node, number)
+        if noted is not None:
+            met.append(noted[0])
+            return noted[1]
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            return self.own_marks.get(id(leaf))
+        voters = history.voters_of(node)
+        if voters is not None:  # inside an earlier forward, which did not return this tensor
+            met.append(Knowledge(voters.groups, UNKNOWN, "the batch of an earlier forward"))
+            return voters.place
+        return None
 
     def _remember(self, graph: bool) -> Voting | None:
         """Who votes in the forward that starts now, kept for the time activation checkpointing runs it again.
@@ -557,7 +780,7 @@ class Handle:
         if graph:
             self.passes.forget()
         if self._differentiated:
-            self._specs, self._differentiated, self._last_spec = [], False, None
+            self._specs, self._differentiated, self._last_spec, self._sizes = [], False, None, set()
             self._checkpointed.clear()
         if graph or self._spec is not None:
             self._last_spec = self._spec
@@ -568,6 +791,39 @@ class Handle:
     def settled(self) -> None:
         """A backward has reached a parameter: the forwards before it are taken to be done with."""
         self._differentiated = True
+
+
+PASSES.add(Handle.run.__code__)
+
+
+def _fitting(size: int, dim: int, tensors: list, source: str) -> Batch:
+    """The tensors of a call that have a size known before; none of them says by itself what the batch is."""
+    batch = inputs.Batch(size, Place(dim), source=source)
+    for name, t in tensors:
+        if isinstance(t, PackedSequence):
+            raise UnsupportedError(f"argument {name!r} is a PackedSequence beside a batch that comes from elsewhere")
+        if t.layout == torch.strided and not t.is_nested and t.dim() > dim and t.shape[dim] == size:
+            batch.members.append((name, t, batch.home, False))
+        else:
+            batch.constants.append(t)
+    return batch
+
+
+def _groups(spec: Voting | None, batch: Batch, tensors: list) -> Groups:
+    size, dim = batch.num_units, batch.home.dim
+    if spec is None:
+        return Groups.each(size, dim)
+    if spec.kind == "rows":
+        return Groups.each_row(size, dim, spec.value)
+    sequences = [t for _, t in tensors if isinstance(t, PackedSequence)]
+    if spec.kind == "packed":
+        if sequences:
+            raise UnsupportedError("packed() speaks of rows one after another, not of a PackedSequence: leave it out")
+        return Groups.packed(spec.value, size, dim, spec.weight)
+    ids = spec.value
+    if sequences and len(ids) != size:
+        ids = inputs.ids_of_examples(torch.as_tensor(ids), batch)
+    return Groups.by_id(ids, size, dim, spec.weight)
 
 
 def _in_reentrant_checkpoint() -> bool:

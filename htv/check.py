@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from htv.attach import RuleChoice, attach
 from htv.errors import CheckError
+from htv.forward import parameter_names
 from htv.groups import Groups
+from htv.inputs import choose, named_tensors
 from htv.ops import functional, reference
 from htv.rules import Rule
 
@@ -30,6 +33,7 @@ class CheckReport:
 
     parameters:  how many were compared.
     groups:      E.
+    batch:       which argument was taken for the batch.
     error:       largest difference, as a share of the largest contribution in the model.
     ambiguous:   share of coordinates left out because a contribution is rounding noise (its sign means nothing, as for
                  a key bias under softmax); only rules that look at signs leave any out.
@@ -39,6 +43,7 @@ class CheckReport:
     groups: int
     error: float
     ambiguous: float
+    batch: str = ""
 
     def __bool__(self) -> bool:
         return True
@@ -79,6 +84,8 @@ def check(
     dtype: torch.dtype = torch.float64,
     batch_dim: int = 0,
     batch_norm: str = "error",
+    batch_argument: str | tuple[str, ...] | list[str] = (),
+    allow_single: bool = False,
 ) -> CheckReport:
     """Compare an attached backward with plain backwards of one group at a time, on a copy of the model.
 
@@ -94,6 +101,8 @@ def check(
               rounding, which shows where a kink (of a ReLU, say) is so near that it may fall on either side.
     batch_norm:  "error" or "frozen", as for `htv.attach`; with shared statistics no example has a gradient of its own.
 
+    batch_argument, allow_single:  as `batch` and `allow_single` of `htv.attach`.
+
     The loss is a fixed random projection of the outputs. Returns a `CheckReport`; raises `htv.CheckError` naming the
     first parameter that differs, ValueError if the model's examples are not separable at all (its plain gradient is
     not the sum of its groups' gradients), and whatever attaching and running the model raises.
@@ -106,8 +115,11 @@ def check(
     single, exact = _cast(twin, dtype, batch_norm), _cast(twin, torch.float64, batch_norm)
     if groups is not None:
         groups = torch.as_tensor(groups)
-    call = _Call(twin, batch, dtype, batch_dim)
-    with attach(twin, rule, exclude=exclude, batch_dim=batch_dim, batch_norm=batch_norm) as handle:
+    wanted = (batch_argument,) if isinstance(batch_argument, str) else tuple(batch_argument)
+    call = _Call(twin, batch, dtype, batch_dim, wanted, None if groups is None else len(groups))
+    with attach(
+        twin, rule, exclude, batch_dim=batch_dim, batch_norm=batch_norm, batch=wanted, allow_single=allow_single
+    ) as handle:
         rules = {served.name: served.rule for served in handle.served()}
         with handle.groups(groups) if groups is not None else nullcontext():
             loss = call.loss()
@@ -116,13 +128,14 @@ def check(
 
     plain, contributions = _one_by_one(exact, call, groups)
     if dtype == torch.float64:
-        return _compare(found, plain, contributions, [contributions], rules, 1e-9)
+        return replace(_compare(found, plain, contributions, [contributions], rules, 1e-9), batch=call.source)
     rounded = [_one_by_one(single, call, groups)[1]]
     try:
-        return _compare(found, plain, contributions, rounded, rules, 4 * EPSILON[dtype])
+        report = _compare(found, plain, contributions, rounded, rules, 4 * EPSILON[dtype])
     except CheckError:  # or a kink is near
         rounded += [_one_by_one(_moved(single, dtype, seed), call, groups)[1] for seed in range(MOVES)]
-        return _compare(found, plain, contributions, rounded, rules, 4 * EPSILON[dtype])
+        report = _compare(found, plain, contributions, rounded, rules, 4 * EPSILON[dtype])
+    return replace(report, batch=call.source)
 
 
 def _cast(model: nn.Module, dtype: torch.dtype, batch_norm: str = "error") -> nn.Module:
@@ -175,16 +188,21 @@ class _Call:
     Every call starts from the buffers the model came with: one forward may change them (a power iteration, say).
     """
 
-    def __init__(self, model: nn.Module, batch, dtype: torch.dtype, dim: int):
+    def __init__(
+        self, model: nn.Module, batch, dtype: torch.dtype, dim: int, wanted: tuple[str, ...], size: int | None
+    ):
         cast = lambda t: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t
         batch = pytree.tree_map(cast, batch)
         self.args, self.kwargs = ((), batch) if isinstance(batch, dict) else (batch, {})
         if not isinstance(self.args, (tuple, list)):
             self.args = (self.args,)
-        tensors = [t for t in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor) and t.dim() > dim]
-        if not tensors:
+        tensors = named_tensors(parameter_names(model.forward), tuple(self.args), self.kwargs)
+        if not any(isinstance(t, Tensor) and t.dim() > dim for _, t in tensors):
             raise ValueError(f"batch must hold at least one tensor with the batch in dim {dim}")
-        self.dim, self.size = dim, tensors[0].shape[dim]
+        if any(isinstance(t, PackedSequence) for _, t in tensors):
+            raise ValueError("batch holds a PackedSequence, which check cannot cut by examples: pad it")
+        chosen = choose(tensors, dim, wanted, size, "each" if size is None else "ids")
+        self.dim, self.size, self.source = dim, chosen.num_units, chosen.source
         self.directions: list[tuple[int, Tensor]] = []  # per output, and the dim that is the batch's
         self._run_with(model)
 

@@ -23,22 +23,25 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
+from htv import inputs, ranks
 from htv.errors import UnsupportedError
+from htv.forward import EXPORTING
 from htv.intercept import Intercept
 from htv.traced import TracedGroups, TracedHandle, TracedIntercept, VotingPlan
-from htv.watched import Watched, forwards
+from htv.watched import PASSES, Watched, forwards
 
 if TYPE_CHECKING:
-    from htv.attach import _ServedForward
+    from htv.forward import ServedForward
 
 __all__ = ["call"]
 
 # -- what Dynamo sees -------------------------------------------------------------------------------------------------
 
 
-def call(forward: _ServedForward, args: tuple, kwargs: dict):
+def call(forward: ServedForward, args: tuple, kwargs: dict):
     """A forward of an attached module. Traced by Dynamo, and written for it."""
     handle = forward.handle
     if not torch.is_grad_enabled() and handle.batch_norm != "frozen":
@@ -151,22 +154,25 @@ def _for_shapes(tensors: list[Tensor]) -> bool:
     return all(isinstance(t, FakeTensor) for t in tensors) and get_proxy_mode() is None
 
 
-@torch._dynamo.disable  # where Dynamo gives up (fullgraph=False), all of it runs eagerly
-def _run(forward: _ServedForward, tensors: list[Tensor], voting: tuple, args: tuple, kwargs: dict):
+def _run(forward: ServedForward, tensors: list[Tensor], voting: tuple, args: tuple, kwargs: dict):
     handle = forward.handle
     if not any(isinstance(t, (FakeTensor, FunctionalTensor)) for t in tensors):
         return handle.run(forward, args, kwargs)  # nothing is traced: Dynamo gave up, or the backend is "eager"
     for_shapes = _for_shapes(tensors)
     if not for_shapes and not all(isinstance(t, FunctionalTensor) for t in tensors):
         raise UnsupportedError("an attached model can be traced by torch.compile alone: detach its handle first")
-    outer = getattr(handle._thread, "running", False)
+    if torch.compiler.is_exporting():
+        raise UnsupportedError(EXPORTING.format("torch.export"))
+    if torch.is_grad_enabled() and not handle.only_means:
+        ranks.refuse_data_parallel()
+    outer = handle._running()
     if outer and not for_shapes:
         raise UnsupportedError(
             "a part of an attached model is compiled by itself, which hides from htv how the batch got there and what "
             "else uses its parameters. Remedy: compile the whole model, torch.compile(model)"
         )
-    handle._thread.running = True
     try:
+        handle._thread.running = True
         with _exchanged(forward.watched, tensors), forward.frozen_statistics():
             if (
                 for_shapes or not torch.is_grad_enabled()
@@ -184,6 +190,10 @@ def _run(forward: _ServedForward, tensors: list[Tensor], voting: tuple, args: tu
         ) from error
     finally:
         handle._thread.running = outer
+
+
+PASSES.add(_run.__code__)
+_run = torch._dynamo.disable(_run)  # where Dynamo gives up (fullgraph=False), all of it runs eagerly
 
 
 @contextmanager
@@ -214,14 +224,23 @@ def _store(module: torch.nn.Module, name: str) -> dict:
     return next(store for store in (module._parameters, module._buffers, vars(module)) if name in store)
 
 
-def _intercept(forward: _ServedForward, tensors: list[Tensor], voting: tuple, args: tuple, kwargs: dict) -> Intercept:
-    inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    for size in (size for tensor in inputs for size in tensor.shape):
-        int(size)  # compiled once for each size
+def _intercept(forward: ServedForward, tensors: list[Tensor], voting: tuple, args: tuple, kwargs: dict) -> Intercept:
+    named = inputs.named_tensors(forward.names, args, kwargs)
+    for name, tensor in named:
+        if isinstance(tensor, PackedSequence):
+            raise UnsupportedError(
+                f"argument {name!r} is a PackedSequence, which torch.compile hides from htv. Remedy: run this model "
+                "without torch.compile"
+            )
+        for size in tensor.shape:
+            int(size)  # compiled once for each size
     handle, (kind, value, weight) = forward.handle, voting
     value = torch.tensor(value) if isinstance(value, (list, tuple)) else value
-    plan = VotingPlan.of(kind, weight, inputs, handle._batch_dim, value)
+    batch = handle.batch_of(forward, named, kind, None if value is None or kind == "packed" else len(value))
+    plan = VotingPlan.of(kind, weight, batch, value)
+    handle.batch_source = batch.source
     if kind == "each" and not handle._accumulates:
         for rule in {served.rule for served in handle.served()}:
             rule.statistic(plan.num_units)  # refuse too few groups before anything runs
-    return TracedIntercept(TracedHandle(forward, tensors), TracedGroups(plan, value), inputs)
+        handle.require_several(plan.num_units, batch.source)
+    return TracedIntercept(TracedHandle(forward, tensors), TracedGroups(plan, value), batch)

@@ -96,9 +96,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Rows of `htv.explain`; prints as a table."""
+    """Rows of `htv.explain`; prints as a table.
+
+    batch:  which argument was taken for the batch; "" where the model was not run.
+    lost:   the calls at which it was lost which example is whose, where a parameter needed it: "call at file:line".
+    """
 
     rows: tuple[Row, ...]
+    batch: str = ""
+    lost: tuple[str, ...] = ()
 
     @property
     def unsupported(self) -> tuple[str, ...]:
@@ -113,31 +119,38 @@ class Explanation:
             )
             lines.append((row.parameter, "x".join(map(str, row.shape)) or "()", row.use, *paths))
         widths = [max(len(line[column]) for line in lines) for column in range(4)]
-        return "\n".join(
+        table = [
             "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[4]]).rstrip()
             for line in lines
-        )
+        ]
+        notes = [f"the batch: {self.batch}"] if self.batch else []
+        notes += [f"which example is whose was lost by {call}" for call in self.lost]
+        return "\n".join(table + notes)
 
 
 def _share(extra: float | None) -> str:
     return "" if extra is None else f" +{extra:.0%}" if extra < 10 else f" +{extra:.0f}x"
 
 
-def explain(model: nn.Module, batch=None) -> Explanation:
+def explain(
+    model: nn.Module, batch=None, batch_argument: str | tuple[str, ...] | list[str] = (), batch_dim: int = 0
+) -> Explanation:
     """Which path serves each parameter of a model, and how much work that adds.
 
     batch:  optional; what the model is called with (a tensor, a tuple or a dict of arguments). One forward and backward
             (of the sum of its outputs) then show how each parameter is really used; gradients stay as they are. Without
             it the answer goes by the class of the module that owns the parameter, and a parameter of a module of your
             own is listed as "own forward".
+    batch_argument, batch_dim:  as `batch` and `batch_dim` of `htv.attach`.
+
+    The explanation also says which argument was taken for the batch, and at which calls of the model's code it was lost.
     """
     if batch is None:
         used = _uses_by_class(model)
         return Explanation(tuple(_row_by_class(name, p, *used[name]) for name, p in model.named_parameters()))
-    used, recorded = _uses_by_running(model, batch)
-    return Explanation(
-        tuple(_row_by_run(name, p, *used[name], recorded.get(name)) for name, p in model.named_parameters())
-    )
+    used, recorded, source, lost = _uses_by_running(model, batch, batch_argument, batch_dim)
+    rows = [_row_by_run(name, p, *used[name], recorded.get(name)) for name, p in model.named_parameters()]
+    return Explanation(tuple(rows), source, lost)
 
 
 def _row_by_class(name: str, parameter: nn.Parameter, kinds: list[str], refusal: str | None) -> Row:
@@ -224,13 +237,16 @@ def _refusal(module: nn.Module) -> str | None:
     return None
 
 
-def _uses_by_running(model: nn.Module, batch) -> tuple[dict[str, tuple[list[str], str | None]], dict[str, list]]:
-    """Kinds of use and refusals by parameter, and the plans under both rules of what a backward recorded."""
+def _uses_by_running(model: nn.Module, batch, batch_argument, batch_dim: int) -> tuple[dict, dict, str, tuple[str, ...]]:
+    """Kinds of use and refusals by parameter, the plans under both rules of what a backward recorded, the batch's source,
+    and where it was lost."""
     args, kwargs = ((), batch) if isinstance(batch, dict) else (batch, {})
     args = tuple(args) if isinstance(args, (tuple, list)) else (args,)
     used = {name: ([], "frozen: no gradient") for name, p in model.named_parameters() if not p.requires_grad}
     plans: dict[str, list] = {}
-    with attach(model, RULES[0], on_unsupported="plain", stats=True) as handle, warnings.catch_warnings():
+    settings = {"batch": batch_argument, "batch_dim": batch_dim, "allow_single": True}
+    attached = attach(model, RULES[0], on_unsupported="plain", stats=True, **settings)
+    with attached as handle, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         handle.examine = lambda name, parts: plans.update({name: [paths.plan(parts, rule) for rule in RULES]})
         results = pytree.tree_leaves(_as_dict(model(*args, **kwargs)))
@@ -240,7 +256,8 @@ def _uses_by_running(model: nn.Module, batch) -> tuple[dict[str, tuple[list[str]
             torch.autograd.grad([t.sum() for t in outputs], wanted, allow_unused=True)
         for served in handle.served():
             used.setdefault(served.name, (sorted(served.uses), served.refusal and f"unsupported: {served.refusal}"))
-    return used, plans
+        lost = tuple(str(loss) for loss in handle.losses)
+    return used, plans, handle.batch_source, lost
 
 
 def _as_dict(result):

@@ -162,6 +162,12 @@ class Groups:
         """E, the number of groups, where rows do not vote by themselves."""
         return self.offsets.shape[0] - 1
 
+    def voters_told(self) -> str:
+        """Who votes, for messages."""
+        if self.rows_vote:
+            return f"every token of {self.num_units} examples"
+        return f"{self.count} group{'s' * (self.count != 1)} of {self.num_units} examples"
+
     def same_voters(self, other: Groups) -> bool:
         """Whether group e of both stands for the same voter, so that contributions may be added group by group."""
         if self is other:

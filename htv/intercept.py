@@ -7,24 +7,31 @@ use of a parameter together with the batch is refused by name. So no parameter i
 
 from __future__ import annotations
 
-from dataclasses import replace
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import is_dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import CheckpointFunction
 
-from htv import layers, layout, operations
+from htv import history, layers, layout, operations
 from htv.autograd.derived import DerivedTensor
 from htv.autograd.expand import expand, expand_rows, per_unit
 from htv.autograd.ledger import Slot
+from htv.errors import UnsupportedError
 from htv.groups import Groups, Place, Voters
 from htv.marks import CONSTANT, LOST, PLAIN, Constant, Derived, Lost, Mark, Marks, OfBatch, Plain
-from htv.operations import Operation, plain_name, replace_tensors
+from htv.operations import Operation, plain_name, replace_tensors, tensors_in
 
 if TYPE_CHECKING:
     from htv.attach import Handle
+    from htv.inputs import Batch
     from htv.served import Served
 
 # One tensor only lends its dtype, device or shape to the other.
@@ -33,35 +40,78 @@ BORROWING = {"type_as", "to", "expand_as", "view_as", "reshape_as"}
 QUERIES = {"detach", "data", "size", "dim", "numel", "stride", "is_floating_point", "is_complex", "data_ptr"}
 
 
+def left_on_stack(drop: Callable[[Intercept], bool]) -> None:
+    """Take modes off torch's stack of function modes: those an interrupt left there, or those that are done."""
+    count = torch._C._len_torch_function_stack()
+    if not count:
+        return
+    stack = [torch._C._get_function_stack_at(i) for i in range(count)]
+    kept = [mode for mode in stack if not (isinstance(mode, Intercept) and drop(mode))]
+    if len(kept) == count:
+        return
+    for _ in stack:
+        torch._C._pop_torch_function_stack()
+    for mode in kept:
+        torch._C._push_on_torch_function_stack(mode)
+
+
 class Intercept(TorchFunctionMode):
     """One forward of an attached model, for one batch.
 
-    handle:  knows which tensors are served parameters.
-    groups:  how this batch's units map to groups.
-    inputs:  the tensors the model is called with; those of the batch's size in its dim are taken as the batch's.
-    again:   of a part that activation checkpointing runs again, the forward it belongs to: tensors keep their marks.
+    handle:   knows which tensors are served parameters.
+    groups:   how this batch's units map to groups.
+    batch:    the tensors the model is called with, and which of them hold the examples.
+    again:    of a part that activation checkpointing runs again, the forward it belongs to: tensors keep their marks.
+    carried:  what earlier forwards know of tensors the model is called with, by identity.
     """
 
-    def __init__(self, handle: Handle, groups: Groups, inputs: list[Tensor], again: Intercept | None = None):
+    is_block = False  # whether `Handle.forward` opened it
+    spec = None  # who was asked to vote
+
+    def __init__(
+        self,
+        handle: Handle,
+        groups: Groups,
+        batch: Batch,
+        again: Intercept | None = None,
+        carried: dict[int, Mark] | None = None,
+    ):
         super().__init__()
-        self.handle, self.groups = handle, groups
+        self.handle, self.groups, self.batch, self._carried = handle, groups, batch, carried or {}
         self.marks = Marks(None if again is None else again.marks)
+        self.task = torch._C._current_graph_task_id()  # a backward inside the forward is not its business
         self._own = handle.own_marks
         self._voters: dict[tuple, Voters] = {}
-        for tensor in handle.constants():
-            self._mark_constant(tensor)
-        sure = True  # the first to fit defines the batch
-        for tensor in inputs:
-            if self.served(tensor) is not None or self.marks.get(tensor) is not None:
-                continue
-            if groups.fits(tensor):
-                guess = "" if sure else f"an input of shape {tuple(tensor.shape)}"
-                self.marks.put(tensor, replace(groups.home, guess=guess))
-                sure = False
-            else:
+        for tensor in (*handle.constants(), *batch.constants):
+            if self.served(tensor) is None and self.marks.get(tensor) is None:
                 self._mark_constant(tensor)
+        for name, tensor, place, sure in batch.members:
+            if self.served(tensor) is None and self.marks.get(tensor) is None:
+                guess = "" if sure else f"{name!r}, an input of shape {tuple(tensor.shape)},"
+                self.marks.put(tensor, replace(place, guess=guess) if guess else place)
 
-    def astray(self, tensor: Tensor) -> bool:
+    def enter(self) -> None:
+        """Put the mode on torch's stack; `left_on_stack` takes it off, whatever was interrupted."""
+        torch._C._push_on_torch_function_stack(self)
+
+    def is_stale(self) -> bool:
+        """Whether the forward is over, in this thread, and the mode was left on the stack."""
+        thread = getattr(self.handle, "_thread", None)
+        return thread is not None and getattr(thread, "running", None) is not self
+
+    def remember(self, result) -> None:
+        """Note at what a forward returns where the batch is in it, for forwards that it is handed to."""
+        knowledge = history.Knowledge(self.groups, self.spec, self.batch.source)
+        leaves = [result] if isinstance(result, Tensor) else pytree.tree_leaves(result)
+        for leaf in leaves:
+            values = vars(leaf).values() if is_dataclass(leaf) else (leaf,)
+            for tensor in values:
+                if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
+                    mark = self.marks.get(tensor)
+                    if isinstance(mark, OfBatch):
+                        history.remember(tensor, knowledge, mark)
+
+    def misplaced(self, tensor: Tensor) -> bool:
         """Whether a tensor is not what it would be taken for as an input of the model."""
         mark = self.mark(tensor)
         if isinstance(mark, Place):
@@ -69,6 +119,8 @@ class Intercept(TorchFunctionMode):
         return isinstance(mark, (Lost, Derived)) or (isinstance(mark, Constant) and self.groups.fits(tensor))
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        if torch._C._current_graph_task_id() != self.task:  # a backward that the forward calls
+            return func(*args, **(kwargs or {}))
         return self.call(func, args, kwargs or {})
 
     def call(self, func, args, kwargs):
@@ -88,8 +140,8 @@ class Intercept(TorchFunctionMode):
     def mark(self, tensor: Tensor | None) -> Mark | None:
         """What a tensor is to the batch; None for None.
 
-        A tensor no call of this forward made is a constant: a global, something cached earlier. One with a graph comes
-        from a custom autograd.Function, whose results the mode does not see: it is the batch's if its shape is.
+        A tensor without a graph that no call of this forward made is a constant: a global, something cached earlier. Of
+        one with a graph the graph tells.
         """
         if tensor is None:
             return None
@@ -99,9 +151,52 @@ class Intercept(TorchFunctionMode):
         mark = self.marks.current(tensor, self._mark_again)
         if mark is not None and not (isinstance(mark, Constant) and tensor.requires_grad):
             return mark
-        if tensor.grad_fn is not None:
-            return self.groups.home if self.groups.fits(tensor) else LOST
-        return PLAIN if tensor.requires_grad else CONSTANT
+        if not tensor.requires_grad:
+            return CONSTANT
+        mark = self._unseen(tensor)
+        self.marks.put(tensor, mark)
+        return mark
+
+    def _unseen(self, tensor: Tensor) -> Mark:
+        """What a tensor with a gradient is that no call of this forward made, as far as one could see."""
+        carried = self._carried.get(id(tensor))
+        if carried is not None:
+            return carried
+        self._refuse_stand_in(tensor)
+        if tensor.grad_fn is None:
+            return PLAIN
+        alive = {(id(node), number): (node, mark) for node, number, mark in self.marks.nodes()}
+        alive.pop((id(tensor.grad_fn), tensor.output_nr), None)  # what it was before
+        mark = history.mark_of(
+            tensor, lambda: self.groups.num_units, lambda node, number: self._known(node, number, alive)
+        )
+        if isinstance(mark, Lost):
+            return replace(mark, where=_place_in_code())
+        return Derived(mark.parameters, tensor) if isinstance(mark, Derived) else mark or PLAIN
+
+    def _known(self, node, number: int, alive: dict) -> Mark | None:
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            return self.mark(leaf)
+        found = alive.get((id(node), number))
+        if found is not None:
+            return found[1]
+        voters = history.voters_of(node)
+        if voters is not None:
+            mine = voters.groups is self.groups or voters.groups.num_units == self.groups.num_units
+            return voters.place if mine else Lost("another forward, of another number of examples,")
+        noted = history.remembered(node, number)
+        return None if noted is None else noted[1]
+
+    def _refuse_stand_in(self, tensor: Tensor) -> None:
+        """A tensor that took a parameter's place inside a module, as FSDP's do, is not plain."""
+        name = self.handle.stands_in(tensor)
+        if name is not None:
+            raise UnsupportedError(
+                f"{name!r} is another tensor than when the model was attached: a hook, FSDP or tensor parallelism put it "
+                "there for this forward, and its gradient would be the plain one. Remedy: detach, and attach where the "
+                f"parameters stay what they are, or exclude={name!r} and use htv.Mean() for the others"
+            )
 
     def slot(self, value: Tensor | None, mark: Mark | None = None) -> Slot:
         """A layer's parameter argument: served if it is one or derived from some, plain otherwise. mark: if known."""
@@ -144,22 +239,27 @@ class Intercept(TorchFunctionMode):
 
         mark: what `place` says of x.
         """
-        if not isinstance(mark, Place):
+        if isinstance(mark, Lost):
+            self.handle.note_loss(mark)
             return (
                 f"it is not known any more which part of its input of shape {tuple(x.shape)} belongs to which example: "
-                "an operation htv does not know, or one that mixes examples, came before it"
+                f"{mark} lost that (the batch is {self.batch.source or 'not an argument'})"
             )
+        if not isinstance(mark, Place):
+            return f"its input of shape {tuple(x.shape)} was not computed from the batch"
         if mark.dim >= x.dim() - features:
             return f"the batch is in dim {mark.dim} of its input of shape {tuple(x.shape)}, which this layer mixes"
         return None
 
     def refuse(self, op: str, parameters: tuple[Served, ...], why: str) -> None:
         """Refuse a use of parameters, or note that it is passed on plainly where the handle was told to."""
+        self.handle.unsupported(self._refusal(op, parameters, why), parameters)
+
+    def _refusal(self, op: str, parameters: tuple[Served, ...], why: str) -> str:
         names = ", ".join(repr(served.name) for served in parameters)
-        self.handle.unsupported(
+        return (
             f"parameter {names} is used by {op}: {why}. Remedy: exclude={names} to give it a plain gradient, "
-            "on_unsupported='plain' to do so wherever needed, or write the use with layers htv.explain lists as served",
-            parameters,
+            "on_unsupported='plain' to do so wherever needed, or write the use with layers htv.explain lists as served"
         )
 
     # -- calls that no layer serves -----------------------------------------------------------------------------------
@@ -204,14 +304,23 @@ class Intercept(TorchFunctionMode):
         places = [
             (t, m.at(m.dim + ndim - t.dim())) for t, m in zip(tensors, marks, strict=True) if isinstance(m, Place)
         ]
-        lost = not self.handle.shares_statistics and any(
-            m == LOST and t.requires_grad for t, m in zip(tensors, marks, strict=True)
-        )
+        losses = [m for t, m in zip(tensors, marks, strict=True) if isinstance(m, Lost) and t.requires_grad]
+        lost = not self.handle.shares_statistics and bool(losses)
         shapes = [tuple(t.shape) for t, m in zip(tensors, marks, strict=True) if isinstance(m, OfBatch)]
         units = self.groups.num_units
         if not places or lost or not (units == 1 or all(p.same(places[0][1], units) for _, p in places)):
             why = f"of the other operands, of shapes {shapes}, it is not known which part belongs to which example: "
-            return self.refuse(name, parameters, f"{why}the batch was indexed, mixed or reduced away")
+            for mark in losses:
+                self.handle.note_loss(mark)
+            blame = f"{losses[0]} lost that" if losses else "the batch was indexed, mixed or reduced away"
+            why = f"{why}{blame} (the batch is {self.batch.source})"
+            if losses and all(m.pairs for m in losses) and not self.handle.passes_plainly:
+                # Only a loss of the similarities would reach the parameter, and the guard on it then says why not.
+                message = self._refusal(name, parameters, why)
+                for served in parameters:
+                    served.defer(message)
+                return None
+            return self.refuse(name, parameters, why)
         beside, place = places[0]
         if units == 1 and not self.groups.rows_vote:
             copies = {id(t): self._of_one(t, m, beside) for t, m in zip(tensors, marks, strict=True) if _served(t, m)}
@@ -326,20 +435,39 @@ class Intercept(TorchFunctionMode):
             return
         if name in BORROWING and operands:
             operands = operands[:1]
-        if any(isinstance(m, OfBatch) for _, m in operands) and name not in operations.MAKING:
+        if getattr(func, history.ROWWISE, False):
+            operation = Operation(name, func, args, kwargs, operands, outputs)
+            units = self.groups.num_units
+            follows = any(isinstance(m, OfBatch) for _, m in operands)
+            if not follows:
+                marks = [self._mark_without_batch(operation, output) for output in outputs]
+            elif self.groups.rows_vote:  # it may take tokens out of their order
+                marks = [layout.LOST] * len(outputs)
+            else:
+                marks = [history.rowwise(operands, output, units) for output in outputs]
+        elif any(isinstance(m, OfBatch) for _, m in operands) and name not in operations.MAKING:
             operation = Operation(name, func, args, kwargs, operands, outputs)
             couples, rows = self.handle.shares_statistics, self.groups.rows_vote
-            marks = layout.follow(operation, self.groups.num_units, couples, rows)
+            marks = layout.follow(operation, self.groups.num_units, couples, rows, _in_checkpoint())
             if written is not None and name in operations.RESHAPED_IN_PLACE:
                 marks = [LOST] * len(outputs)
         else:
             operation = Operation(name, func, args, kwargs, operands, outputs)
             marks = [self._mark_without_batch(operation, output) for output in outputs]
+        if any(isinstance(m, Lost) for m in marks):
+            marks = self._blamed(operation, marks)
         for output, mark in zip(outputs, marks, strict=True):
             if self.served(output) is None:
                 self.marks.put(output, mark)
             if written is not None:
                 self._mark_base(output, mark)
+
+    def _blamed(self, operation: Operation, marks: list[Mark]) -> list[Mark]:
+        """Marks of which the lost ones say who lost the batch: this call, or an earlier one that an operand comes from."""
+        earlier = next((m for _, m in operation.operands if isinstance(m, Lost) and m.by), None)
+        pairs = any(isinstance(m, Lost) and m.pairs for m in marks)
+        blame = earlier or Lost(f"{operation.name!r}", _place_in_code(), pairs)
+        return [blame if isinstance(m, Lost) and not m.by else m for m in marks]
 
     def _mark_without_batch(self, op: Operation, output: Tensor) -> Mark:
         derived = [(t, m) for t, m in op.operands if isinstance(m, Derived)]
@@ -357,8 +485,12 @@ class Intercept(TorchFunctionMode):
         return Derived(tuple(dict.fromkeys(p for _, m in derived for p in m.parameters)), output)
 
     def _mark_again(self, view: Tensor) -> Mark:
-        """What a view is after its memory was written to elsewhere."""
+        """What a tensor is after its memory was written to elsewhere: through another view, or by a call nobody saw."""
         base, mark, units = view._base, self.marks.get(view), self.groups.num_units
+        if getattr(type(view.grad_fn), "_forward_cls", None) is CheckpointFunction:
+            return mark  # it was made where all operands have a say
+        if base is None:
+            return self._unseen(view) if isinstance(mark, Place) and view.grad_fn is not None else mark
         known = self.mark(base)
         if isinstance(known, Place):
             one = units == 1 and view.dim() > 0
@@ -377,6 +509,35 @@ class Intercept(TorchFunctionMode):
             self.marks.put(base, layout.base_after_writing(base, self.mark(base), view, mark, self.groups.num_units))
         elif isinstance(mark, Derived) or not isinstance(self.mark(base), (Place, Lost, Derived)):
             self.marks.put(base, Derived(mark.parameters, base) if isinstance(mark, Derived) else mark)
+
+
+HERE, TORCH = (os.path.dirname(os.path.abspath(module.__file__)) + os.sep for module in (operations, torch))
+
+
+def _in_checkpoint() -> bool:
+    """Whether a reentrant activation checkpoint runs its part for the first time, without gradients."""
+    if torch.is_grad_enabled():
+        return False
+    frame = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code is CHECKPOINTED:
+            return True
+        frame = frame.f_back
+    return False
+
+
+CHECKPOINTED = CheckpointFunction.forward.__code__
+
+
+def _place_in_code() -> str:
+    """The line of the model's code that is running: "file:line"."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if not name.startswith((HERE, TORCH, "<frozen")):
+            return f"{name}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""
 
 
 def _served(tensor: Tensor, mark: Mark | None) -> bool:
@@ -404,14 +565,3 @@ def _only_copies(name: str, args, kwargs) -> bool:
     sizes = args[1:] if isinstance(args[1], int) else tuple(args[1])
     shape = (1,) * (len(sizes) - args[0].dim()) + tuple(args[0].shape)
     return all(size == 1 or dim == 1 for size, dim in zip(sizes, shape, strict=True))
-
-
-def tensors_in(args, kwargs) -> list[Tensor]:
-    """Tensors among the arguments, in order, looking into lists and tuples."""
-    found = []
-    for value in (*args, *kwargs.values()) if kwargs else args:
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, (tuple, list)):
-            found.extend(tensors_in(value, None))
-    return found

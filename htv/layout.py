@@ -34,12 +34,15 @@ from htv.operations import (
 )
 
 
-def follow(op: Operation, units: int, couples: bool = False, rows: bool = False) -> list[OfBatch]:
+def follow(
+    op: Operation, units: int, couples: bool = False, rows: bool = False, all_say: bool = False
+) -> list[OfBatch]:
     """The mark of each output of an operation some operand of which is of the batch.
 
     units:    how many units the batch has.
     couples:  whether what was computed from several units (statistics of the batch) may meet a unit's own part.
     rows:     whether the order of rows inside a unit matters too, as where tokens vote.
+    all_say:  whether operands without a gradient have a say, too: in a checkpoint they get one later.
     """
     if rows and (op.name in SHUFFLING or (op.name == "getitem" and _picks(op.args[1]))):
         return [LOST] * len(op.outputs)
@@ -50,7 +53,7 @@ def follow(op: Operation, units: int, couples: bool = False, rows: bool = False)
         return [_after_padding(op, units), *[LOST] * (len(op.outputs) - 1)]
     if op.name in WRITING:
         return [_after_writing(op, units)] * len(op.outputs)
-    return [_agreed(op, operands, i, units, couples) for i in range(len(op.outputs))]
+    return [_agreed(op, operands, i, units, couples, all_say) for i in range(len(op.outputs))]
 
 
 def unmoved(operands: list[tuple[Tensor, Mark | None]], output: Tensor, units: int) -> Place | None:
@@ -72,7 +75,7 @@ def all_of_one(tensor: Tensor, dim: int = 0) -> Place:
     return Place(dim, times=size) if size else Place(dim, units=torch.zeros(0, dtype=torch.int64))
 
 
-def _agreed(op: Operation, operands, index: int, units: int, couples: bool) -> OfBatch:
+def _agreed(op: Operation, operands, index: int, units: int, couples: bool, all_say: bool) -> OfBatch:
     """The place all operands agree on in one output; those without a gradient have no say.
 
     Where the operation moves parts of the batch about, it is run on the units' numbers to see where they went.
@@ -85,9 +88,12 @@ def _agreed(op: Operation, operands, index: int, units: int, couples: bool) -> O
     if not _all_same(places, units):
         # Data that only seemed to be the batch's has no say.
         told = [
-            p for (t, _), p in zip(operands, found, strict=True) if p is not None and (t.requires_grad or not p.guess)
+            p for (t, _), p in zip(operands, found, strict=True) if p is not None and (all_say or t.requires_grad or not p.guess)
         ]
         if not told or not _all_same(told, units):
+            if (op.name in MULTIPLYING or op.name == "einsum") and len(places) == len(found):
+                _refuse_guesses_in_backward(op, places, output)
+                return Lost(pairs=True)
             _refuse_guesses(op, places, output)
             return LOST
         places = told
@@ -97,7 +103,7 @@ def _agreed(op: Operation, operands, index: int, units: int, couples: bool) -> O
     for (tensor, _), where in zip(operands, found, strict=True):
         at = place.dim - (output.dim() - tensor.dim())
         broadcast = at < 0 or tensor.shape[at] == 1
-        if where is None and tensor.requires_grad and not (couples and broadcast):
+        if where is None and (all_say or tensor.requires_grad) and not (couples and broadcast):
             return LOST
     return place
 
@@ -109,10 +115,27 @@ def _all_same(places: list[Place], units: int) -> bool:
 def _refuse_guesses(op: Operation, places: list[Place], output: Tensor) -> None:
     guess = next((p.guess for p in places if p.guess), None)
     if guess is not None and output.requires_grad:
-        raise UnsupportedError(
-            f"{op.name}: {guess} was taken for the batch's by its size alone, but meets the batch in another dim. "
-            "Remedy: give it a dim of size 1 where the batch would be, or use another batch size"
-        )
+        raise UnsupportedError(_of_guess(op, guess))
+
+
+def _refuse_guesses_in_backward(op: Operation, places: list[Place], output: Tensor) -> None:
+    """A product of all examples with all (similarities) is no sign of a wrong guess, unless a loss is made of it."""
+    guess = next((p.guess for p in places if p.guess), None)
+    if guess is not None and output.requires_grad:
+        message = _of_guess(op, guess)
+
+        def refuse(_):
+            raise UnsupportedError(message)
+
+        output.register_hook(refuse)
+
+
+def _of_guess(op: Operation, guess: str) -> str:
+    return (
+        f"{op.name}: {guess} was taken for the batch's by its size alone, but meets the batch in another dim. Remedy: if "
+        "it holds examples, say so by naming all that do, attach(..., batch=('first', 'second')); if it does not, name the "
+        "argument that does, give it a dim of size 1 where the batch would be, or use another batch size"
+    )
 
 
 def _place(op: Operation, tensor: Tensor, mark: OfBatch, output: Tensor, units: int) -> Place | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -43,7 +43,20 @@ class Derived:
 
 @dataclass(frozen=True)
 class Lost:
-    """Computed from the batch, but it is not known any more which part of it belongs to which unit."""
+    """Computed from the batch, but it is not known any more which part of it belongs to which unit.
+
+    by:     the call that lost it, "" where that is not known.
+    where:  its place in the model's code, "file:line".
+    pairs:  whether it compares all examples with all (similarities): of use to a loss, if to anything.
+    """
+
+    by: str = ""
+    where: str = ""
+    pairs: bool = False
+
+    def __str__(self) -> str:
+        where = f" at {self.where}" if self.where else ""
+        return f"{self.by or 'an operation htv does not know, or one that mixes examples,'}{where}"
 
 
 Mark = Constant | Plain | Derived | Place | Lost
@@ -55,7 +68,8 @@ class Marks:
     """Marks of live tensors, by identity; does not hold them alive. Looks into `earlier` marks for those it lacks."""
 
     def __init__(self, earlier: Marks | None = None) -> None:
-        self._marks: dict[int, tuple[weakref.ref, Mark, int | None]] = {}
+        # by identity: the tensor, its mark, how often it had been written to, whether it had a gradient
+        self._marks: dict[int, tuple[weakref.ref, Mark, int | None, bool]] = {}
         self._earlier = earlier
 
     def get(self, tensor: Tensor) -> Mark | None:
@@ -65,21 +79,42 @@ class Marks:
         return None if self._earlier is None else self._earlier.get(tensor)
 
     def put(self, tensor: Tensor, mark: Mark) -> None:
-        self._marks[id(tensor)] = (weakref.ref(tensor), mark, _version(tensor))
+        self._marks[id(tensor)] = (weakref.ref(tensor), mark, *_state(tensor))
+
+    def nodes(self) -> Iterator[tuple[object, int, Mark]]:
+        """The autograd nodes of the marked tensors that are alive, as (node, output, mark)."""
+        for reference, mark, version, graded in list(self._marks.values()):
+            tensor = reference()
+            if graded and tensor is not None and tensor.grad_fn is not None and _version(tensor) == version:
+                yield tensor.grad_fn, tensor.output_nr, mark
+        if self._earlier is not None:
+            yield from self._earlier.nodes()
 
     def current(self, tensor: Tensor, again: Callable[[Tensor], Mark]) -> Mark | None:
-        """`get`; of a view whose memory was written to since, through its base or another view, what `again` says."""
+        """`get`; of a tensor that was written to since, or got a graph, by a call nobody saw or through its base or
+        another view, what `again` says."""
         entry = self._marks.get(id(tensor))
         if entry is None or entry[0]() is not tensor:
             return None if self._earlier is None else self._earlier.get(tensor)
-        if entry[2] is not None and entry[2] != _version(tensor):
+        version, graded = _state(tensor)
+        if entry[2] != version or graded > entry[3]:
             with torch._C.DisableTorchFunction():
                 self.put(tensor, again(tensor))
             return self.get(tensor)
         return entry[1]
 
 
+PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+
+
+def _state(tensor: Tensor) -> tuple[int | None, bool]:
+    """How often a tensor's memory was written to, where torch tells, and whether it has a graph or wants a gradient."""
+    if torch._C._len_torch_function_stack():  # a mode is on, and would take this for a call of the forward
+        with torch._C.DisableTorchFunction():
+            return _version(tensor), tensor.requires_grad
+    return _version(tensor), tensor.requires_grad
+
+
 def _version(tensor: Tensor) -> int | None:
-    """How often the memory of a view was written to; None for what is no view."""
-    with torch._C.DisableTorchFunction():  # a mode may be on, and would take this for a call of the forward
-        return tensor._version if tensor._is_view() and not tensor.is_inference() else None
+    told = type(tensor) in PLAIN_TYPES or tensor._is_view()
+    return tensor._version if told and not tensor.is_inference() else None

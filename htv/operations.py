@@ -146,3 +146,14 @@ def replace_tensors(value, replaced: dict[int, Tensor]):
     if isinstance(value, (tuple, list)):
         return type(value)(replace_tensors(item, replaced) for item in value)
     return value
+
+
+def tensors_in(args, kwargs) -> list[Tensor]:
+    """Tensors among the arguments, in order, looking into lists and tuples."""
+    found = []
+    for value in (*args, *kwargs.values()) if kwargs else args:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (tuple, list)):
+            found.extend(tensors_in(value, None))
+    return found

@@ -58,6 +58,11 @@ class Rule:
 
     streaming: ClassVar[bool] = True
 
+    @property
+    def needs_several(self) -> bool:
+        """Whether one group alone makes the rule meaningless: its result would be the plain gradient."""
+        return True
+
     def statistic(self, num_groups: int) -> Statistic:
         """Resolve for `num_groups` groups; raises ValueError where the rule is undefined for so few."""
         raise TypeError(f"{type(self).__name__} is not a complete rule: subclass it and define statistic()")
@@ -94,6 +99,10 @@ def needed_votes(tau: float, num_groups: int) -> float:
 class Mean(Rule):
     """The plain sum of contributions: what autograd does without htv."""
 
+    @property
+    def needs_several(self) -> bool:
+        return False
+
     def statistic(self, num_groups: int) -> Statistic:
         _check_groups(num_groups, 1, self, "there is nothing to average")
         return Statistic("mean")
@@ -129,6 +138,10 @@ class AndMask(_Masked):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_bool("AndMask", "rescale", self.rescale)
+
+    @property
+    def needs_several(self) -> bool:
+        return self.tau > 0
 
     def statistic(self, num_groups: int) -> Statistic:
         resolved = super().statistic(num_groups)
@@ -182,6 +195,10 @@ class SandMask(Rule):
 class SignSum(Rule):
     """Sum of the signs of the contributions: every group has one vote per coordinate, whatever its size."""
 
+    @property
+    def needs_several(self) -> bool:
+        return False
+
     def statistic(self, num_groups: int) -> Statistic:
         _check_groups(num_groups, 1, self, "there is nothing to count")
         return Statistic("sign_sum")
@@ -223,6 +240,10 @@ class MedianOfMeans(Rule):
             raise TypeError(f"MedianOfMeans: k must be an integer >= 1, got {self.k!r}")
         if self.k < 1:
             raise ValueError(f"MedianOfMeans: k must be >= 1, got {self.k}")
+
+    @property
+    def needs_several(self) -> bool:
+        return self.k > 1
 
     def statistic(self, num_groups: int) -> Statistic:
         _check_groups(num_groups, int(self.k), self, "each of its k buckets needs one; use a smaller k")
@@ -269,6 +290,10 @@ class TrimmedMean(Rule):
     def __post_init__(self) -> None:
         _check_extremes("TrimmedMean", "trim", self.trim)
 
+    @property
+    def needs_several(self) -> bool:
+        return self.trim > 0
+
     def statistic(self, num_groups: int) -> Statistic:
         return Statistic("trimmed_mean", count=_extremes_per_side(self, "trim", self.trim, num_groups))
 
@@ -287,6 +312,10 @@ class WinsorizedMean(Rule):
 
     def __post_init__(self) -> None:
         _check_extremes("WinsorizedMean", "winsorize", self.winsorize)
+
+    @property
+    def needs_several(self) -> bool:
+        return self.winsorize > 0
 
     def statistic(self, num_groups: int) -> Statistic:
         return Statistic("winsorized_mean", count=_extremes_per_side(self, "winsorize", self.winsorize, num_groups))

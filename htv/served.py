@@ -49,15 +49,22 @@ class Served(Owner):
     """One served parameter: its rule, a hub per thread for forwards not yet differentiated, a guard on its gradient."""
 
     def __init__(self, handle: Handle, name: str, parameter: nn.Parameter, rule: Rule):
-        self.handle, self.name, self.parameter, self.rule = handle, name, parameter, rule
+        self._handle, self.name, self.parameter, self.rule = weakref.ref(handle), name, parameter, rule
         self.passes, self.settled = handle.passes, set()
         self.uses: set[str] = set()
         self.agreement: Agreement | None = None
         self.refusal: str | None = None  # why some use was let through plainly
-        self._hubs = threading.local()  # .mine: a token and its ledger, or None
+        self._deferred: str | None = None  # why a use is to be refused, if a loss reaches it
+        self._hubs = threading.local()  # .mine: references to a token and its ledger, or None
         self._delivered: dict[int, tuple[int, int]] = {}  # by backward pass
         self._twice = -1  # the last backward pass in which two hubs delivered
         self._hook = None
+        self._given: tuple[int, int] | None = None  # the last gradient delivered: its memory and version
+
+    @property
+    def handle(self) -> Handle | None:
+        """The handle, which owns this; None once it is gone."""
+        return self._handle()
 
     def note(self, use: str) -> None:
         """Remember a kind of use, for `htv.explain`."""
@@ -69,9 +76,17 @@ class Served(Owner):
         return Sink(*hub)
 
     def _hub(self, groups: Groups) -> tuple[Tensor, Ledger] | None:
-        """This thread's token and ledger, if they can take one more use."""
+        """This thread's token and ledger, if they can take one more use.
+
+        They live as long as a use's graph does: what a failed backward recorded dies with it.
+        """
         hub = getattr(self._hubs, "mine", None)
-        return None if hub is None or hub[1].consumed or not hub[1].groups.same_voters(groups) else hub
+        if hub is None:
+            return None
+        token, ledger = hub[0](), hub[1]()
+        if token is None or ledger is None or ledger.consumed or not ledger.groups.same_voters(groups):
+            return None
+        return token, ledger
 
     def _may_join(self, groups: Groups) -> bool:
         return self.parameter.requires_grad and not self._is_hooked() and self._hub(groups) is None
@@ -88,11 +103,16 @@ class Served(Owner):
         ledgers = tuple([Ledger(s.rule, groups, s, self.handle.collects_stats) for s in members])
         token = Hub.apply(ledgers, *[s.parameter for s in members])
         for served, ledger in zip(members, ledgers, strict=True):
-            served._hubs.mine = token, ledger
-        return self._hubs.mine
+            served._hubs.mine = weakref.ref(token), weakref.ref(ledger)
+        return token, ledgers[members.index(self)]
+
+    def defer(self, message: str) -> None:
+        """Refuse a use when a gradient comes by it."""
+        self._deferred = message
 
     def watch(self) -> None:
         """Make gradients that come by another way than the hub an error."""
+        self._deferred = None
         if self._hook is None and self.parameter.requires_grad:
             reference = weakref.ref(self)
 
@@ -111,7 +131,8 @@ class Served(Owner):
                 self.parameter._backward_hooks = None
 
     def guard(self) -> None:
-        if not self.handle.attached:
+        handle = self.handle
+        if handle is None or not handle.attached:
             raise RuntimeError(
                 f"backward after detach: the forward ran while parameter {self.name!r} was served, but its handle has "
                 "been detached since; run the forward again, or detach after backward"
@@ -129,7 +150,17 @@ class Served(Owner):
             self._twice = current
         self.expect(grad, current)
         self._hubs.mine = None
-        self.handle.settled()
+        handle = self.handle
+        handle.settled()
+        if grad is not None and not handle.told_of_sums:
+            self._watch_for_sums(handle, grad)
+
+    def _watch_for_sums(self, handle: Handle, grad: Tensor) -> None:
+        """Warn once where a backward adds to the aggregate of an earlier one, as trainers' accumulation does."""
+        held = self.parameter.grad
+        if held is not None and self._given == (held.data_ptr(), held._version):
+            handle.warn_of_sums(self)
+        self._given = grad.data_ptr(), grad._version
 
     def expect(self, grad: Tensor | None, current: int) -> None:
         """This very gradient is what reaches the parameter in a backward pass."""
@@ -143,6 +174,7 @@ class Served(Owner):
     def accumulate(self, batches: MicroBatches | None) -> None:
         """From now on gather contributions over several backward passes; None: drop what was gathered."""
         self.accumulation = None if batches is None else Accumulation(self.rule, batches)
+        self._given = None
 
     def add_accumulated(self, grad: Tensor | None) -> None:
         """Put the aggregated gradient of an accumulation where backward() would."""
@@ -159,6 +191,9 @@ class Served(Owner):
 
     def refuse_gradient(self, twice: bool) -> None:
         """The parameter got more than an aggregated gradient. twice: it got two of them."""
+        if self._deferred is not None:
+            self.handle.unsupported(self._deferred, (self,))
+            return
         if twice:
             why = (
                 f"parameter {self.name!r} got two aggregated gradients in one backward, and their sum is no vote: the "
@@ -168,8 +203,10 @@ class Served(Owner):
         else:
             why = (
                 f"parameter {self.name!r} reached the loss by a path htv does not serve: it was used outside the "
-                "model's forward (a penalty on the weights, say) or inside a custom autograd.Function; or a tensor "
-                "hook changed the gradient in place. Remedy: use the optimizer's weight decay, "
+                "model's forward (a penalty on the weights, say: take the optimizer's weight decay), by something in "
+                "it that htv cannot see (a custom autograd.Function, a function of torch.jit.script), or a tensor hook "
+                "changed the gradient in place. Remedy: use it inside the forward by operations htv.explain lists as "
+                "served, run what uses it outside inside `with handle.forward(batch): ...`, "
             )
         self.handle.unsupported(f"{why}or exclude={self.name!r}", (self,))
 

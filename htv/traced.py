@@ -21,13 +21,15 @@ from htv.autograd.later import Later, later_refusal
 from htv.autograd.ledger import Hub, Ledger, Owner, Passes, Sink, full_precision
 from htv.errors import UnsupportedError
 from htv.groups import Groups, Place, Voters
-from htv.intercept import Intercept, tensors_in
+from htv.intercept import Intercept
 from htv.marks import LOST, Derived, Mark
+from htv.operations import tensors_in
 from htv.ops.factors import Factors
 from htv.watched import keys
 
 if TYPE_CHECKING:
-    from htv.attach import _ServedForward
+    from htv.forward import ServedForward
+    from htv.inputs import Batch
     from htv.served import Served
 
 
@@ -41,18 +43,14 @@ class VotingPlan:
     dim: int
 
     @staticmethod
-    def of(kind: str, weight: str, inputs: list[Tensor], dim: int, value: Tensor | None) -> VotingPlan:
-        batch = next((t for t in inputs if t.dim() > dim), None)
-        if batch is None:
-            raise ValueError(f"the forward has no tensor argument whose dim {dim} could be the batch")
-        if kind == "packed" and batch.dim() > 1 and dim == 0 and len(batch) == 1:
-            dim = 1
-        if kind == "ids" and len(value) != batch.shape[dim]:
+    def of(kind: str, weight: str, batch: Batch, value: Tensor | None) -> VotingPlan:
+        """The plan for a batch. Raises ValueError for ids that are not one per example."""
+        if kind == "ids" and len(value) != batch.num_units:
             raise ValueError(
-                f"groups has {len(value)} ids but dim {dim} of the batch has size {batch.shape[dim]}: pass one id per "
-                "example"
+                f"groups has {len(value)} ids but dim {batch.home.dim} of the batch has size {batch.num_units}: pass one id "
+                "per example"
             )
-        return VotingPlan(kind, weight, int(batch.shape[dim]), dim)
+        return VotingPlan(kind, weight, int(batch.num_units), batch.home.dim)
 
     def groups(self, value: Tensor | None) -> Groups:
         if self.kind == "each":
@@ -70,6 +68,9 @@ class TracedGroups(Groups):
         super().__init__(plan.num_units, None, home=Place(plan.dim), rows_vote=plan.kind == "rows")
         object.__setattr__(self, "plan", plan)
         object.__setattr__(self, "value", value)
+
+    def voters_told(self) -> str:
+        return f"{self.plan.kind} of {self.num_units} examples"
 
     def same_voters(self, other: TracedGroups) -> bool:
         return self.plan == other.plan and self.value is other.value
@@ -140,7 +141,7 @@ class TracedServed(Owner):
     def __init__(self, served: Served, parameter: Tensor):
         self.served, self.parameter, self.name, self.rule = served, parameter, served.name, served.rule
         self.passes, self.settled = Passes(), set()
-        self.note = served.note
+        self.note, self.defer = served.note, served.defer
         self._hub = lambda: None, lambda: None
         self.delivered: list[Tensor] = []
         check = weakref.WeakMethod(self._check_gradient)
@@ -175,7 +176,7 @@ _traced_parameters: weakref.WeakValueDictionary[int, TracedServed] = weakref.Wea
 class TracedHandle:
     """What a mode needs of a handle."""
 
-    def __init__(self, forward: _ServedForward, tensors: list[Tensor]):
+    def __init__(self, forward: ServedForward, tensors: list[Tensor]):
         handle = forward.handle
         self.passes_plainly, self.shares_statistics = handle.passes_plainly, handle.shares_statistics
         self.unsupported = handle.unsupported
@@ -192,6 +193,11 @@ class TracedHandle:
                 traced = _traced_parameters[id(tensor)] = TracedServed(served, tensor)
             self._served[id(tensor)] = traced
             self.own_marks[id(tensor)] = Derived((traced,), tensor)
+
+        self.note_loss = handle.note_loss
+
+    def stands_in(self, tensor: Tensor) -> None:
+        """The tensors of a trace are those of the modules, exchanged for it."""
 
     def served_parameter(self, tensor: Tensor) -> TracedServed | None:
         return self._served.get(id(tensor))
@@ -247,6 +253,8 @@ class Settlement:
             served.guard()
             for recipe, count in self.recipes:
                 ledger.record(recipe(groups, parameter, list(itertools.islice(tensors, count))))
+            if not served.handle._accumulates and not groups.rows_vote:
+                served.handle.require_several(groups.count, f"of {groups.num_units} examples")
             grad = ledger.settle(parameter, None if served.accumulation is None else _gradient_node(parameter))
             grad = self.empty().zero_() if grad is None else grad.contiguous()  # None: it accumulates
         served.expect(grad, torch._C._current_graph_task_id())

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import re
 import statistics
 import time
@@ -19,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 
+from htv.files import replace_text
 from htv.rules import Statistic
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -178,8 +178,7 @@ def write(results: list[Result], path: Path) -> int:
     entries = {place(entry): entry for entry in (configs.load(path) if path.is_file() else ())}
     entries |= {place(result.entry): result.entry for result in results}
     path.parent.mkdir(parents=True, exist_ok=True)
-    whole = path.with_name(f"{path.name}.{os.getpid()}")
-    whole.write_text(json.dumps({"version": 1, "entries": list(entries.values())}, indent=1) + "\n")
-    whole.replace(path)
+    text = json.dumps({"version": 1, "entries": list(entries.values())}, indent=1)
+    replace_text(path, text + "\n")
     configs.load.cache_clear()
     return len(entries)

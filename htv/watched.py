@@ -5,22 +5,24 @@ from __future__ import annotations
 import itertools
 import uuid
 import weakref
+from types import CodeType
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from htv.attach import _ServedForward
+    from htv.forward import ServedForward
 
 # Keys are strings in compiled graphs, which may be cached on disk: no other process can have the same.
 keys = map(lambda number: f"{uuid.uuid4().hex}-{number}", itertools.count())  # unlike a generator, for any thread
-forwards: weakref.WeakValueDictionary[str, _ServedForward] = weakref.WeakValueDictionary()
+forwards: weakref.WeakValueDictionary[str, ServedForward] = weakref.WeakValueDictionary()
 
+PASSES: set[CodeType] = set()  # code of the frames in which a forward of a handle is under way
 
 INTERNAL = set(vars(nn.Module())) - {"training"}
 
 
-def register(forward: _ServedForward) -> str:
+def register(forward: ServedForward) -> str:
     """A key to find a forward by, from functions that Dynamo does not look into."""
     key = next(keys)
     forwards[key] = forward

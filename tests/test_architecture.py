@@ -10,14 +10,16 @@ from htv import bench
 
 ROOT = Path(htv.__file__).parent
 LAYERS = [
-    ["htv.rules", "htv.errors", "htv.machine", "htv.measure"],
+    ["htv.rules", "htv.errors", "htv.machine", "htv.measure", "htv.files"],
     ["htv.groups"],
     ["htv.triton_kernels"],
     ["htv.ops"],
     ["htv.autograd"],
-    ["htv.marks", "htv.operations", "htv.layout", "htv.layers", "htv.served", "htv.intercept", "htv.watched"],
+    ["htv.inputs", "htv.ranks"],
+    ["htv.marks", "htv.operations", "htv.layout", "htv.history", "htv.layers", "htv.served", "htv.intercept",
+     "htv.watched"],
     ["htv.traced"],
-    ["htv.compiled"],
+    ["htv.forward", "htv.compiled"],
     ["htv.attach"],
     ["htv.batchnorm", "htv.check", "htv.explain", "htv.tune"],
     ["htv.data", "htv.methods", "htv.distributed", "htv.integrations"],

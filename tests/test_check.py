@@ -91,7 +91,8 @@ def test_a_lost_gradient_is_an_error(monkeypatch):
 def test_batches_as_tuples_and_dicts_and_shared_inputs():
     model = Module(lambda m, x, scale: m.layer(x) * scale, layer=nn.Linear(4, 3))
     scale = torch.rand(3)
-    assert htv.check(model, (torch.randn(6, 4), scale), htv.Median()).groups == 6
+    report = htv.check(model, (torch.randn(6, 4), scale), htv.Median(), batch_argument="args[0]")
+    assert report.groups == 6 and report.batch == "'args[0]' of shape (6, 4), examples in dim 0"
 
     class Named(nn.Module):
         def __init__(self):
@@ -101,7 +102,10 @@ def test_batches_as_tuples_and_dicts_and_shared_inputs():
         def forward(self, inputs, scale):
             return {"logits": self.layer(inputs) * scale, "size": len(inputs)}
 
-    assert htv.check(Named(), {"inputs": torch.randn(6, 4), "scale": scale}, htv.AndMask(0.5))
+    batch = {"inputs": torch.randn(6, 4), "scale": scale}
+    assert htv.check(Named(), batch, htv.AndMask(0.5), batch_argument="inputs")
+    with pytest.raises(ValueError, match="'inputs' of shape .* 'scale' of shape"):
+        htv.check(Named(), batch, htv.AndMask(0.5))
 
 
 def test_the_model_is_left_as_it_is():

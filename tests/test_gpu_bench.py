@@ -1,17 +1,19 @@
 """bench/gpu.sh: its dry run from end to end, steps and cases that fail, crash or hang, and its report."""
 
 import copy
+import fcntl
 import json
 import os
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import cuda_emulated
 import pytest
 
+from htv import measure
 from htv.bench.gpu import build, clock, correctness, kernels, report, run, step, training
 from htv.bench.gpu.targets import TARGETS
 
@@ -27,7 +29,8 @@ def dry(tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
     environment = {**os.environ, "OUT": str(out), "PYTHON": sys.executable}
     command = [ROOT / "bench/gpu.sh", "--dry"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
+    # It has deadlines of its own.
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     log = (out / "gpu-dry.log").read_text()
     assert done.returncode == 0, done.stdout + log[-10_000:]
     assert {path.name for path in out.iterdir()} == {"gpu-dry.json", "gpu-dry.md", "gpu-dry.log"}
@@ -95,7 +98,7 @@ def test_the_report_tells_met_from_not_met():
 # ---- the steps of the command ----
 
 
-def main(monkeypatch, tmp_path, steps, minutes=1.0):
+def main(monkeypatch, tmp_path, steps, minutes=5.0):
     """The command with other steps, name: program; returns its status and record."""
     programs = {name: textwrap.dedent(program) for name, program in steps.items()}
     decides = ("correctness",)
@@ -113,11 +116,22 @@ WRITES = "import json, sys; json.dump({found}, open(sys.argv[1], 'w'))"
 
 
 def test_a_step_that_fails_or_hangs_does_not_end_the_run(monkeypatch, tmp_path):
-    hangs = f"""
-        import subprocess, sys, time
-        {WRITES.format(found={"ceilings": {"bytes_per_s": 1.0, "dry": True}})}
-        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    lock, survived = tmp_path / "lock", tmp_path / "survived"
+    started = f"""
+        import fcntl, time
+        file = open({str(lock)!r}, "w")
+        fcntl.flock(file, fcntl.LOCK_EX)
+        print(flush=True)
         time.sleep(60)
+        open({str(survived)!r}, "w")
+    """
+    hangs = f"""
+        import subprocess, sys
+        {WRITES.format(found={"ceilings": {"bytes_per_s": 1.0, "dry": True}})}
+        command = [sys.executable, "-c", {textwrap.dedent(started)!r}]
+        subprocess.Popen(command, stdout=subprocess.PIPE).stdout.readline()
+        while True:
+            pass
     """
     steps = {
         "crashes": "import os; os.abort()",
@@ -125,9 +139,11 @@ def test_a_step_that_fails_or_hangs_does_not_end_the_run(monkeypatch, tmp_path):
         "hangs": hangs,
         "works": WRITES.format(found={"workloads": {"a": {"kind": "none", "variants": {}}}}),
     }
-    begin = time.monotonic()
     status, record = main(monkeypatch, tmp_path, steps)
-    assert time.monotonic() - begin < 40 and status == 0
+    assert status == 0
+    with lock.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # once what the step started has ended
+    assert not survived.exists()
     outcomes = record["steps"]
     assert [outcomes[name]["status"] for name in steps] == ["failed", "failed", "failed", "done"]
     assert "status -6" in outcomes["crashes"]["error"] and "what it says" in outcomes["raises"]["error"]
@@ -136,7 +152,7 @@ def test_a_step_that_fails_or_hangs_does_not_end_the_run(monkeypatch, tmp_path):
 
 
 def test_steps_that_no_time_is_left_for_are_dropped(monkeypatch, tmp_path):
-    monkeypatch.setattr(run, "REPORTING", 1000.0)
+    monkeypatch.setattr(run, "REPORTING", 1e6)
     steps = {"one": "", "two": ""}
     programs = tuple(run.Step(n, 20, 30) for n in steps)
     monkeypatch.setattr(run, "STEPS", programs)
@@ -174,7 +190,7 @@ def module(tmp_path, monkeypatch):
 
 
 CASES = """
-    import os, time
+    import os, pathlib, time
     from htv.bench.gpu import step
 
     names = ["a/1", "a/crashes", "a/2", "b/hangs", "b/3", "b/wrong"]
@@ -185,16 +201,37 @@ CASES = """
         elif question == "a/crashes":
             os.abort()
         elif question == "b/hangs":
-            time.sleep(60)
+            pathlib.Path(os.environ["HANGS"]).write_text(str(os.getpid()))
+            time.sleep(600)
         else:
             answer({"status": "failed", "error": "no"} if "wrong" in question else {"status": "passed"})
 """
 
 
-def test_cases_that_crash_or_hang_cost_themselves_alone(module, monkeypatch, tmp_path):
+@pytest.fixture
+def hang(monkeypatch, tmp_path):
+    """Makes time pass when a case begins to hang, for its process and the job, and never else."""
+    path = tmp_path / "hangs"
+
+    def lasting(seconds):
+        class Clock:
+            def __init__(self, dry, process=None):
+                self.process, self.before = process, path.exists()
+
+            def spent(self):
+                concerned = path.exists() and self.process in (None, int(path.read_text() or 0))
+                return seconds if concerned and not self.before else 0.0
+
+        monkeypatch.setattr(run, "Clock", Clock)
+
+    monkeypatch.setenv("HANGS", str(path))
+    return lasting
+
+
+def test_cases_that_crash_or_hang_cost_themselves_alone(module, monkeypatch, tmp_path, hang):
     monkeypatch.setattr(correctness, "MODULE", module(CASES))
-    monkeypatch.setattr(correctness, "PATIENCE", 15.0)
-    job = step.Job(tmp_path / "out.json", 120.0, dry=True)
+    hang(correctness.PATIENCE + 1)
+    job = step.Job(tmp_path / "out.json", 3 * correctness.PATIENCE, dry=True)
     correctness.check(job)
     found = json.loads(job.out.read_text())["correctness"]
     assert found["counts"] == {"passed": 3, "failed": 3, "skipped": 1, "dropped": 0}
@@ -202,9 +239,11 @@ def test_cases_that_crash_or_hang_cost_themselves_alone(module, monkeypatch, tmp
     assert found["wrong"]["b/wrong"] == "no" and found["skipped"] == {"c/all": "no c"}
 
 
-def test_cases_that_no_time_is_left_for_are_dropped(module, monkeypatch, tmp_path):
+def test_cases_that_no_time_is_left_for_are_dropped(module, monkeypatch, tmp_path, hang):
     monkeypatch.setattr(correctness, "MODULE", module(CASES))
-    job = step.Job(tmp_path / "out.json", 12.0, dry=True)
+    seconds = correctness.PATIENCE / 2
+    hang(seconds)
+    job = step.Job(tmp_path / "out.json", seconds, dry=True)
     correctness.check(job)
     found = json.loads(job.out.read_text())["correctness"]
     assert "b/hangs" in found["dropped"] and "b/hangs" not in found["wrong"]
@@ -241,7 +280,7 @@ def test_a_lost_process_is_tried_again_with_less(module, monkeypatch, tmp_path):
     monkeypatch.setattr(step, "RETRY", 0.0)
     took = {}
     names = ["works", "crashes", "refuses", "rich"]
-    job = step.Job(tmp_path / "out.json", 60.0, dry=False)
+    job = step.Job(tmp_path / "out.json", 3600.0, dry=False)
     step.one_by_one(job, module(WORKLOADS), names, lambda name, rows: took.setdefault(name, []).append(rows))
     assert took["works"] == [{"variants": {"few": False}}]
     assert took["rich"] == [{"variants": {"few": False}}, {"variants": {"more": True}}]
@@ -279,5 +318,49 @@ def test_a_carried_library_takes_the_place_of_a_build(monkeypatch, tmp_path):
     assert build.provide(1.0) is None and (tmp_path / "htv" / "_C.abi3.so").read_text() == "code"
 
 
-def test_time_by_the_wall():
-    assert 0.01 < clock.clock("cpu", alone=True)(lambda: time.sleep(0.02)) / 1e3 < 1.0
+def test_time_by_the_wall(monkeypatch):
+    now = [7.0]
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    assert clock.clock("cpu", alone=True)(lambda: now.__setitem__(0, 9.5)) == 2500.0
+
+
+# ---- deadlines ----
+
+BURNS = "import time\nwhile time.process_time() < {}: pass\nprint(flush=True)\ninput()"
+STARTS = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {BURNS.format(0.5)!r}])"
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+@pytest.mark.parametrize("program", [BURNS.format(0.5), STARTS], ids=["itself", "what it started"])
+def test_a_dry_run_counts_processor_time(monkeypatch, program):
+    """Of a process and what it started; however long it slept, or waited for a processor."""
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        clock_ = run.Clock(True, child.pid)
+        child.stdout.readline()
+        wall = run.time.monotonic()
+        monkeypatch.setattr(run, "time", SimpleNamespace(monotonic=lambda: wall))
+        assert 0.4 <= clock_.spent() < 5
+        spent, wall = clock_.spent(), wall + 10
+        assert clock_.spent() - spent < 0.4
+        wall += 20 * run.SLACK
+        assert clock_.spent() >= 20
+        child.stdin.close()
+    assert run.processor_seconds(child.pid) == 0
+
+
+def test_a_real_run_counts_seconds_by_the_wall(monkeypatch):
+    wall = 5.0
+    monkeypatch.setattr(run, "time", SimpleNamespace(monotonic=lambda: wall))
+    clock_ = run.Clock(False)
+    wall = 12.0
+    assert clock_.spent() == 7.0
+
+
+def test_a_report_that_takes_too_long_ends_nothing(monkeypatch, tmp_path, capsys):
+    def slow(command, timeout, **_):
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(run.subprocess, "run", slow)
+    assert main(monkeypatch, tmp_path, {"works": ""})[0] == 0
+    assert "the record is there" in capsys.readouterr().out

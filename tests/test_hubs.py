@@ -165,7 +165,10 @@ def test_accumulation_takes_only_what_backward_asks_for(model):
         before = model(X)  # its hub is shared
         with handle.accumulate():
             both(before).backward(inputs=[model.a[0].weight])
-    require_same(model, {name: g if name == "a.0.weight" else None for name, g in expected.items()})
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert list(found) == ["a.0.weight"]
+    # Summed up in another order than the kernel's.
+    torch.testing.assert_close(found["a.0.weight"], expected["a.0.weight"])
 
 
 def test_hooks_see_gradients_only(model):

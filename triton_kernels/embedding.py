@@ -41,7 +41,7 @@ def walk(lookups, d, valid, state, parameters, visit: tl.constexpr, bucket_of: t
     """Lets `visit(state, value, nth, parameters)` see the values of those groups (or buckets) that have a token.
 
     lookups: (grad_output, order, voter, first, last, D, small, larger); first:last are the token's, in `order`.
-    Returns the state, how many values there were, and NaN where a group's contribution is.
+    Returns the state, how many values there were, and NaN where one of them is.
     """
     grad_output_ptr, order_ptr, voter_ptr, first, last, D, small, larger = lookups
     zeros = tl.zeros(d.shape, tl.float32)
@@ -52,13 +52,13 @@ def walk(lookups, d, valid, state, parameters, visit: tl.constexpr, bucket_of: t
         voter = tl.load(voter_ptr + at).to(tl.int32)
         following = tl.load(voter_ptr + at + 1, mask=at + 1 < last, other=-1).to(tl.int32)
         if following != voter:
-            nan = tl.where(c != c, c, nan)
             total += c
             c = zeros
             mine, members = bucket_of(voter, small, larger)
             others, _ = bucket_of(following, small, larger)
             if (following < 0) | (others != mine):
                 seen += 1
+                nan = tl.where(total != total, total, nan)
                 state = visit(state, total / members, seen, parameters)
                 total = zeros
     return state, seen, nan

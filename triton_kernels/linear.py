@@ -43,7 +43,7 @@ def problem(
     """What the choice of a tile for `linear` of the same depends on, and whether groups may be split."""
     factors = _factors(x, grad_output, offsets)
     found = product.absorbed(factors, statistic)
-    words = found.words if found else 2 if statistic.name == "median_of_means" else 0
+    words = found.words if found else int(statistic.name == "median_of_means")
     return factors.problem(words), found is not None and found.merge is not None
 
 

@@ -389,15 +389,14 @@ def _ranked(factors, statistic, value, choice):
     """Contributions of a box of coordinates, or the sums of its buckets, then their order statistic; next box."""
     buckets = statistic.name == "median_of_means"
     splits = statistic.count if buckets else factors.groups
-    found, result = (streaming.BUCKET, "state") if buckets else (streaming.STREAMING["mean"], "contribution")
-    planes = 2 * splits if buckets else splits
+    found, result = streaming.STREAMING["mean"], "state" if buckets else "contribution"
     scratch = value.new_empty(0)
-    for (first, last), box in boxes(factors, planes):
+    for (first, last), box in boxes(factors, splits):
         top, left, height, width = box
         some = factors.part(first, last)
-        config = choice[0] if choice else configs.choose(some.problem(2 if buckets else 0), 1)[0]
+        config = choice[0] if choice else configs.choose(some.problem(1 if buckets else 0), 1)[0]
         size = (last - first) * height * width
-        scratch = scratch if scratch.numel() >= planes * size else value.new_empty(planes * size)
+        scratch = scratch if scratch.numel() >= splits * size else value.new_empty(splits * size)
         launch(some, box, scratch, scratch, result, found, statistic, config, splits)
         place = value[first:last, top : top + height, left : left + width]
         out = place if place.is_contiguous() else torch.empty_like(place, memory_format=torch.contiguous_format)

@@ -79,21 +79,17 @@ def one_bucket(grads_ptr, nth, groups, size, coordinates, at, valid):
     first = nth * small + tl.minimum(nth, larger)
     members = small + (nth < larger).to(tl.int32)
     total = tl.zeros(at.shape, tl.float32)
-    nan = total
     for group in range(first, first + members):
-        v = tl.load(grads_ptr + group * tl.cast(coordinates, tl.int64) + at, mask=valid, other=0.0).to(tl.float32)
-        total += v
-        nan = tl.where(v != v, v, nan)
-    return total / members, nan
+        total += tl.load(grads_ptr + group * tl.cast(coordinates, tl.int64) + at, mask=valid, other=0.0).to(tl.float32)
+    return total / members, total
 
 
 @triton.jit
 def one_sum(grads_ptr, nth, groups, size, coordinates, at, valid):
-    """The same from a bucket's state (sum, NaN if one is), as `streaming.BUCKET` leaves it."""
+    """The same from the sums of buckets."""
     members = groups // size + (nth < groups % size).to(tl.int32)
-    plane = tl.cast(coordinates, tl.int64)
-    total = tl.load(grads_ptr + nth * plane + at, mask=valid, other=0.0)
-    return total / members, tl.load(grads_ptr + (size + nth) * plane + at, mask=valid, other=0.0)
+    total = tl.load(grads_ptr + nth * tl.cast(coordinates, tl.int64) + at, mask=valid, other=0.0)
+    return total / members, total
 
 
 # -- from ranks to statistics ----------------------------------------------------------------------

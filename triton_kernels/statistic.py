@@ -46,7 +46,7 @@ def poison(votes, value, mask):
     return tl.where(nan, votes, value), tl.where(nan, 0.0, mask)
 
 
-# -- the sum alone, votes alone, a sum that remembers NaN ------------------------------------------
+# -- the sum alone, votes alone ---------------------------------------------------------------------
 
 
 @triton.jit
@@ -85,11 +85,6 @@ def finalize_sign_agreement(state, groups, count, votes, k, COUNT: tl.constexpr)
 @triton.jit
 def init_two(zeros, COUNT: tl.constexpr):
     return zeros, zeros
-
-
-@triton.jit
-def update_bucket(state, c, nth, COUNT: tl.constexpr):
-    return state[0] + c, tl.where(c != c, c, state[1])
 
 
 # -- masks of a sum --------------------------------------------------------------------------------
@@ -159,7 +154,8 @@ def finalize_sand_mask(state, groups, count, votes, k, COUNT: tl.constexpr):
     steep = k / (state[2] / (groups - 1)) * excess
     mask = tl.where(steep < 0, 0.0, tanh(tl.where(steep < 0, 0.0, steep)))
     mask = tl.where(steep != steep, SAND_UNDEFINED, mask)
-    return poison(state[1], tl.where(mask == 0, 0.0, mask * state[0]), mask)
+    lost = tl.where(state[2] != state[2], state[2], state[1])  # a variance may be inf - inf
+    return poison(lost, tl.where(mask == 0, 0.0, mask * state[0]), mask)
 
 
 # -- the COUNT smallest and largest, and the sum of what lies between ------------------------------
@@ -219,7 +215,6 @@ STREAMING = {
     "sign_sum": Streaming(init_one, update_votes, finalize_mean, merge_sums, 1),
     "sign_agreement": Streaming(init_one, update_votes, finalize_sign_agreement, merge_sums, 1),
 }
-BUCKET = Streaming(init_two, update_bucket, finalize_mean, None, 2)  # a sum, and NaN if a contribution was
 MOST_EXTREMES = 2  # values per side that are kept in registers
 
 

@@ -21,7 +21,7 @@ MODULE = "htv.bench.gpu.correctness"
 def check(job: step.Job) -> None:
     """Saves {"correctness": counts, wrong, skipped, dropped}."""
     found: dict[str, dict] = {}
-    first = step.Child(MODULE, "--answer")
+    first = step.Child(MODULE, "--answer", dry=job.dry)
     parts = first.ask("list", min(60.0, job.left()))
     absent = "skipped" if job.dry else "failed"
     found |= {f"{part}/all": {"status": absent, "error": error} for part, error in parts["absent"].items()}
@@ -54,7 +54,7 @@ def work(job: step.Job, waiting: queue.SimpleQueue, found: dict[str, dict], chil
             name = waiting.get_nowait()
         except queue.Empty:
             break
-        child = child or step.Child(MODULE, "--answer")
+        child = child or step.Child(MODULE, "--answer", dry=job.dry)
         begin, patience = time.monotonic(), min(PATIENCE, job.left() - 2)
         try:
             answer = child.ask(name, patience)

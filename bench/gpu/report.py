@@ -8,6 +8,7 @@ from pathlib import Path
 
 from htv.bench import report
 from htv.bench.gpu.targets import TARGETS
+from htv.files import replace_text
 
 DRY = "**A dry run: tiny sizes, no GPU. It shows that everything runs; no number here means anything.**"
 
@@ -123,7 +124,7 @@ def training(record: dict) -> str | None:
 def main(path: Path) -> None:
     """Writes FILE.md beside FILE.json, and prints the targets."""
     record = json.loads(path.read_text())
-    path.with_suffix(".md").write_text(markdown(record))
+    replace_text(path.with_suffix(".md"), markdown(record))
     print(report.on_screen(targets(record) or ""))
     print(DRY.strip("*") if record["dry"] else "", f"Written: {path.with_suffix('.md')}, {path}", sep="\n")
 

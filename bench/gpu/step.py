@@ -17,24 +17,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from htv.bench.gpu import run
 from htv.measure import one_line
 
 
 @dataclass(frozen=True)
 class Job:
-    """out: the file for its part of the record. seconds: within which it ends. dry: tiny sizes, no GPU."""
+    """out: the file for its part of the record. seconds: within which it ends. dry: tiny sizes, no GPU.
+
+    clock: a `run.Clock`, by which all seconds here are counted.
+    """
 
     out: Path
     seconds: float
     dry: bool
-    begin: float = field(default_factory=time.monotonic)
+    clock: run.Clock = field(init=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "clock", run.Clock(self.dry))
 
     @property
     def device(self) -> str:
         return "cpu" if self.dry else "cuda"
 
     def left(self) -> float:
-        return self.seconds - (time.monotonic() - self.begin)
+        return self.seconds - self.clock.spent()
 
     def save(self, found: dict) -> None:
         """What is known so far, in place of what was."""
@@ -56,9 +63,13 @@ class Lost(Exception):
 
 
 class Child:
-    """A process that answers lines by lines of JSON; what else it says goes where this process's errors go."""
+    """A process that answers lines by lines of JSON; the rest of what it says goes to stderr here.
 
-    def __init__(self, module: str, *arguments: str):
+    dry: whether its seconds are those of a dry run, see `run.Clock`.
+    """
+
+    def __init__(self, module: str, *arguments: str, dry: bool = False):
+        self._dry = dry
         command = [sys.executable, "-m", module, *arguments]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._lines: queue.Queue[str | None] = queue.Queue()
@@ -74,7 +85,7 @@ class Child:
         try:
             self._process.stdin.write(question + "\n")
             self._process.stdin.flush()
-            line = self._lines.get(timeout=max(0.0, seconds))
+            line = self._line(seconds)
         except queue.Empty:
             self.end()
             raise Lost(f"hung: no answer within {seconds:.0f} s") from None
@@ -83,6 +94,15 @@ class Child:
         if line is None:
             raise Lost(f"crashed: its process ended with status {self._process.wait()}")
         return json.loads(line)
+
+    def _line(self, seconds: float) -> str | None:
+        clock = run.Clock(self._dry, self._process.pid)
+        while (left := seconds - clock.spent()) > 0:
+            try:
+                return self._lines.get(timeout=min(left, run.LOOK) if self._dry else left)
+            except queue.Empty:
+                continue
+        return self._lines.get_nowait()
 
     def end(self) -> None:
         self._process.kill()
@@ -128,17 +148,17 @@ def one_by_one(job: Job, module: str, names: list[str], took: Callable[[str, dic
     groups = [names] if job.dry else [[name] for name in names]
     children: dict[str, Child] = {}
     for group in groups:
-        children |= dict.fromkeys(group, Child(module, *flags(job)))
+        children |= dict.fromkeys(group, Child(module, *flags(job), dry=job.dry))
     lost: dict[str, str] = {}
 
     def prepare(group: list[str]) -> None:
         for name in group:
             try:
-                _asked(children[name], f"prepare {name}", until - time.monotonic())
+                _asked(children[name], f"prepare {name}", job.left() - kept)
             except Lost as error:
                 lost[name] = str(error)
 
-    until = time.monotonic() + 0.6 * job.left()
+    kept = 0.4 * job.left()  # for measuring
     with ThreadPoolExecutor(len(groups)) as pool:
         list(pool.map(prepare, groups))
     for name in names:

@@ -27,9 +27,9 @@ constexpr int64_t kFewWeights = 64;         // inputs x outputs per group up to 
 constexpr int64_t kStripBytes = 128 << 10;  // what x and grad_output of a strip may take in L2
 constexpr int64_t kMostRuns = 14;           // of a unit of work
 
-int64_t product(const Sizes& sizes, size_t from = 0) {
+int64_t product(const Checked& checked, const Sizes& sizes) {
   int64_t total = 1;
-  for (size_t d = from; d < sizes.size(); ++d) total *= sizes[d];
+  for (const int64_t size : sizes) total = checked.product(total, size);
   return total;
 }
 
@@ -45,8 +45,11 @@ struct Images {
         dtype(dtype_of(op, argument, tensor)),
         samples(tensor.size(0)),
         channels(tensor.size(1)) {
+    check_memory(op, argument, tensor);
     for (int64_t d = 2; d < tensor.dim(); ++d) space.push_back(tensor.size(d));
-    positions = product(space);
+    const Checked checked(op);
+    positions = product(checked, space);
+    checked.product(samples, channels, positions, int64_t(8));
     const bool first = tensor.is_contiguous();
     bool last = tensor.stride(1) == 1 && (tensor.stride(0) == channels * positions || samples == 1);
     int64_t stride = channels;
@@ -300,40 +303,53 @@ std::tuple<Tensor, Tensor> conv(Tensor x, Tensor grad_output, Tensor offsets, Si
                   grads.samples);
   STD_TORCH_CHECK(conv_groups >= 1 && images.channels % conv_groups == 0 && grads.channels % conv_groups == 0, op,
                   ": channels must be divisible by the groups of the convolution, ", conv_groups);
+  const Checked checked(op);
+  int64_t area = 1;
   for (size_t d = 0; d < dims; ++d) {
     STD_TORCH_CHECK(kernel[d] >= 1 && stride[d] >= 1 && padding[d] >= 0 && dilation[d] >= 1, op,
                     ": kernel, stride and dilation must be positive, padding at least 0");
-    const int64_t seen = (grads.space[d] - 1) * stride[d] + (kernel[d] - 1) * dilation[d] + 1;
-    STD_TORCH_CHECK(grads.space[d] == 0 || seen <= images.space[d] + 2 * padding[d], op, ": grad_output sees ", seen,
-                    " positions of spatial dim ", d, ", x has ", images.space[d], " and padding ", padding[d]);
+    const int64_t padded = checked.sum(images.space[d], checked.product(2, padding[d]));
+    area = checked.product(area, padded);
+    // Of one tap, or one window, it does not matter how far the next would be; nor of taps that nothing sees.
+    if (kernel[d] == 1 || grads.positions == 0) dilation[d] = 1;
+    if (grads.space[d] <= 1) stride[d] = 1;
+    if (grads.space[d] == 0) continue;
+    const int64_t reach = checked.sum(checked.product(kernel[d] - 1, dilation[d]), 1);
+    const int64_t seen = checked.sum(checked.product(grads.space[d] - 1, stride[d]), reach);
+    STD_TORCH_CHECK(seen <= padded, op, ": grad_output sees ", seen, " positions of spatial dim ", d, ", x has ",
+                    images.space[d], " and padding ", padding[d]);
   }
+  // What copies and scratch may take, with room for their gaps.
+  const int64_t columns_at_most = checked.sum(images.channels, 64);
+  checked.product(checked.sum(images.samples, 1), checked.sum(area, 64), columns_at_most, int64_t(64));
   longest_group(op, offsets, images.samples);
   const int64_t* const bounds = static_cast<const int64_t*>(offsets.const_data_ptr());
   const Parameters parameters = parameters_for(op, statistic, offsets.size(0) - 1, count, votes, k);
 
-  const int64_t taps = product(kernel), width = images.channels / conv_groups, height = grads.channels / conv_groups;
+  const int64_t taps = product(checked, kernel), width = images.channels / conv_groups, height = grads.channels / conv_groups;
+  checked.product(checked.sum(grads.channels, 1), columns_at_most, taps, int64_t(64));
   Sizes shape{grads.channels, width};
   shape.insert(shape.end(), kernel.begin(), kernel.end());
   Tensor value = torch::stable::new_empty(x, shape, compute_type(images.dtype));
   const Dtype compute = images.dtype == Dtype::float64 ? Dtype::float64 : Dtype::float32;
   const int64_t element = bytes_of(compute);
+  if (value.numel() == 0) return {value, sum_in_order(x, {})};
 
   // Strides of the padded images, in positions; where each window starts and each tap lies.
   Sizes steps(dims, 1);
-  int64_t area = 1;
-  for (size_t d = dims; d-- > 0; area *= images.space[d] + 2 * padding[d]) steps[d] = area;
+  for (size_t d = dims - 1; d > 0; --d) steps[d - 1] = steps[d] * (images.space[d] + 2 * padding[d]);
   const auto places = [&](const Sizes& sizes, const Sizes& factor) {
     Sizes at{0};
     for (size_t d = 0; d < dims; ++d) {
       Sizes inner;
       for (const int64_t outer : at)
-        for (int64_t i = 0; i < sizes[d]; ++i) inner.push_back(outer + i * factor[d] * steps[d]);
+        for (int64_t i = 0; i < sizes[d]; ++i)
+          inner.push_back(checked.sum(outer, checked.product(i, factor[d], steps[d])));
       at = inner;
     }
     return at;
   };
   const Geometry geometry{kernel, stride, padding, dilation, places(grads.space, stride), places(kernel, dilation), area};
-  if (value.numel() == 0) return {value, sum_in_order(x, {})};
   if (conv_groups > 1 && width * height <= kFewWeights) {
     const double sum = depthwise(images, grads, geometry, conv_groups, bounds, statistic, parameters, value);
     return {value, sum_in_order(x, {sum})};

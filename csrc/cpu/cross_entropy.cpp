@@ -1,4 +1,5 @@
 // htv::shifted_cross_entropy and its gradient on the CPU: checks and threads. The loops are in cross_entropy_kernel.cpp.
+#include <algorithm>
 #include <optional>
 #include <tuple>
 
@@ -13,11 +14,13 @@ void check_vector(const std::string& op, const char* argument, const Tensor& ten
                   torch::headeronly::ScalarType type, int64_t size) {
   STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == type, op, ": ", argument,
                   " must be on the CPU, in the type the contract says");
+  check_memory(op, argument, tensor);
   STD_TORCH_CHECK(tensor.dim() == 1 && tensor.size(0) == size, op, ": ", argument, " must be (", size, ",)");
 }
 
 void check_rows(const std::string& op, const char* argument, const Tensor& tensor) {
   STD_TORCH_CHECK(tensor.is_cpu() && tensor.dim() == 2, op, ": ", argument, " must have 2 dimensions, on the CPU");
+  check_memory(op, argument, tensor);
   STD_TORCH_CHECK(tensor.size(1) == 1 || tensor.stride(1) == 1, op, ": ", argument, " must have stride 1 along dim 1");
 }
 
@@ -68,7 +71,7 @@ CrossEntropyTask checked_task(const std::string& op, const Tensor& logits, const
           label_smoothing};
 }
 
-constexpr int64_t kWorkPerClass = 4;
+int64_t work_of(const CrossEntropyTask& task) { return 4 * std::min<int64_t>(task.classes, 1 << 20); }
 
 }  // namespace
 
@@ -81,7 +84,7 @@ std::tuple<Tensor, Tensor, Tensor> shifted_cross_entropy(Tensor logits, Tensor t
   Tensor loss = empty(), peak = empty(), log_sum = empty();
   const CrossEntropyRows rows{loss.mutable_data_ptr(), peak.mutable_data_ptr(), log_sum.mutable_data_ptr()};
   const auto kernel = HTV_PER_LEVEL(cross_entropy_kernel);
-  parallel_chunks(logits.size(0), kWorkPerClass * task.classes, 0,
+  parallel_chunks(logits.size(0), work_of(task), 0,
                   [&](int64_t first, int64_t last, void*) { kernel(task, rows, first, last); });
   return {loss, peak, log_sum};
 }
@@ -101,7 +104,7 @@ Tensor shifted_cross_entropy_grad(Tensor grad, Tensor logits, Tensor targets, Te
   const CrossEntropyGrad given{grad.const_data_ptr(), grad.stride(0), peak.const_data_ptr(), log_sum.const_data_ptr(),
                                grad_logits.mutable_data_ptr()};
   const auto kernel = HTV_PER_LEVEL(cross_entropy_grad_kernel);
-  parallel_chunks(rows, kWorkPerClass * task.classes, 0,
+  parallel_chunks(rows, work_of(task), 0,
                   [&](int64_t first, int64_t last, void*) { kernel(task, given, first, last); });
   return grad_logits;
 }

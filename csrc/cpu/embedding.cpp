@@ -17,6 +17,7 @@ const int64_t* indices(const std::string& op, const char* argument, const Tensor
                   " must be int64 on the CPU");
   STD_TORCH_CHECK(tensor.dim() == 1 && tensor.size(0) == rows && tensor.is_contiguous(), op, ": ", argument,
                   " must be a contiguous vector with an entry for each of the ", rows, " rows of grad_output");
+  check_memory(op, argument, tensor);
   const int64_t* const values = static_cast<const int64_t*>(tensor.const_data_ptr());
   for (int64_t r = 0; r < rows; ++r)
     STD_TORCH_CHECK(0 <= values[r] && values[r] < limit, op, ": ", argument, " must lie in 0 to ", limit - 1, ", got ",
@@ -43,6 +44,10 @@ std::tuple<Tensor, Tensor> embedding(Tensor grad_output, Tensor ids, Tensor vote
   const int64_t* const token_of = indices(op, "ids", ids, rows, num_embeddings);
   const int64_t* const voter_of = indices(op, "voter", voter, rows, groups);
 
+  const Checked checked(op);
+  checked.product(checked.sum(num_embeddings, kEmbeddingTokens), checked.sum(features, kEmbeddingFeatures), int64_t(8));
+  Tensor value = torch::stable::new_empty(grad_output, {num_embeddings, features}, compute_type(dtype));
+  if (value.numel() == 0) return {value, sum_in_order(grad_output, {})};
   std::vector<int64_t> starts(num_embeddings + 1), sorted(rows);
   for (int64_t r = 0; r < rows; ++r) ++starts[token_of[r] + 1];
   std::partial_sum(starts.begin(), starts.end(), starts.begin());
@@ -53,7 +58,6 @@ std::tuple<Tensor, Tensor> embedding(Tensor grad_output, Tensor ids, Tensor vote
     for (int64_t t = 0; t < num_embeddings; ++t)
       std::stable_sort(sorted.begin() + starts[t], sorted.begin() + starts[t + 1], by_voter);
 
-  Tensor value = torch::stable::new_empty(grad_output, {num_embeddings, features}, compute_type(dtype));
   EmbeddingTask task{grad_output.const_data_ptr(), dtype,      num_embeddings,           features, sorted.data(),
                      starts.data(),                voter_of,   statistic,                parameters,
                      value.mutable_data_ptr(),     nullptr};

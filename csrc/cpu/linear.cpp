@@ -129,6 +129,7 @@ std::tuple<Tensor, Tensor> linear(Tensor x, Tensor grad_output, Tensor offsets, 
   Tensor value = torch::stable::new_empty(x, {out, in}, compute_type(dtype));
   const bool counted = statistic == Statistic::and_mask || statistic == Statistic::xor_mask ||
                        statistic == Statistic::sign_sum;
+  if (value.numel() == 0) return {value, sum_in_order(x, {})};
   double mask_sum = 0;
   if (statistic == Statistic::mean) {
     add_up(x, grad_output, dtype, value);

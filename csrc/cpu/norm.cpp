@@ -14,6 +14,7 @@ void check_like(const std::string& op, const char* argument, const Tensor& tenso
                 int64_t dims) {
   STD_TORCH_CHECK(tensor.is_cpu() && dtype_of(op, argument, tensor) == dtype, op, ": ", argument,
                   " must be on the CPU, in the type the contract says");
+  check_memory(op, argument, tensor);
   STD_TORCH_CHECK(tensor.dim() == dims && tensor.is_contiguous(), op, ": ", argument, " must have ", dims,
                   " dimensions and be contiguous");
   for (int64_t d = 0; d < dims; ++d)
@@ -34,6 +35,7 @@ std::tuple<Tensor, Tensor> norm_sums(Tensor grad, Tensor x, Tensor mean, Tensor 
   const int64_t samples = x.size(0), rows = x.size(1), features = x.size(2), chunks = norm_chunks(features);
   Tensor scale = torch::stable::new_empty(mean, {samples, features});
   Tensor shift = torch::stable::new_empty(mean, {samples, features});
+  if (scale.numel() == 0) return {scale, shift};
   const NormTask task{grad.const_data_ptr(), x.const_data_ptr(),       dtype,
                       rows,                  features,                 mean.const_data_ptr(),
                       rstd.const_data_ptr(), scale.mutable_data_ptr(), shift.mutable_data_ptr()};
@@ -59,7 +61,7 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_backward(Tensor grad, Tensor x, Te
   std::vector<int64_t> shape{needs_x ? samples : 0, channels};
   for (int64_t d = 2; d < x.dim(); ++d) {
     shape.push_back(x.size(d));
-    space *= x.size(d);
+    space = Checked(op).product(space, x.size(d));
   }
   STD_TORCH_CHECK(mean.size(0) == samples && weight.size(0) == channels && groups >= 1 && channels % groups == 0, op,
                   ": mean must be (samples, groups) and weight (channels) of x, with channels a multiple of groups; ",
@@ -67,6 +69,7 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_backward(Tensor grad, Tensor x, Te
   Tensor scale = torch::stable::new_empty(mean, {samples, channels});
   Tensor shift = torch::stable::new_empty(mean, {samples, channels});
   Tensor grad_x = torch::stable::new_empty(mean, shape);
+  if (scale.numel() == 0) return {grad_x, scale, shift};
   const GroupNormTask task{grad.const_data_ptr(),
                            x.const_data_ptr(),
                            dtype,

@@ -4,7 +4,6 @@
 #include <array>
 #include <cstdlib>
 #include <memory>
-#include <new>
 #include <utility>
 #include <vector>
 
@@ -28,7 +27,7 @@ class KeptBlocks {
     if (best != nullptr) return std::exchange(*best, Block{});
     Block fresh;
     fresh.memory.reset(std::malloc(bytes));
-    if (fresh.memory == nullptr) throw std::bad_alloc();
+    STD_TORCH_CHECK(fresh.memory != nullptr, "htv: no memory for ", bytes, " bytes of scratch");
     fresh.bytes = bytes;
     return fresh;
   }
@@ -55,6 +54,7 @@ class Scratch {
 
  public:
   explicit Scratch(int64_t bytes) {
+    STD_TORCH_CHECK(bytes >= 0, "htv: ", bytes, " bytes of scratch");
     constexpr size_t alignment = 64;
     if (bytes == 0) return;
     size_t space = size_t(bytes) + alignment;

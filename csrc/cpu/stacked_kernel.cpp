@@ -112,27 +112,17 @@ void gather(const StackedTask& task, int64_t begin, int64_t width, V* values, in
     each_register<V, T>(task, k, begin, width, [&](int64_t j, V v) { values[k * stride + j] = v; });
 }
 
-// values[k * stride + j]: the mean of bucket k. A mean may be NaN by inf - inf, too, and then ranks last.
-// undefined[j] counts such means; where a contribution is NaN it is `ranked` at least.
+// values[k * stride + j]: the mean of bucket k, which may be NaN by inf - inf, too.
 template <class V, class T>
-void gather_buckets(const StackedTask& task, int64_t begin, int64_t width, V* values, int64_t stride,
-                    Count<V>* undefined) {
-  using Int = typename Lane<V>::Int;
+void gather_buckets(const StackedTask& task, int64_t begin, int64_t width, V* values, int64_t stride) {
   const int64_t groups = task.parameters.groups, ranked = task.ranking->ranked;
   const int64_t registers = (width + kLanes<V> - 1) / kLanes<V>;
-  for (int64_t j = 0; j < registers; ++j) undefined[j] = Count<V>{};
   for (int64_t k = 0, e = 0; k < ranked; ++k, values += stride) {
     const int64_t size = groups / ranked + (k < groups % ranked);
     for (int64_t i = 0; i < size; ++i, ++e)
-      each_register<V, T>(task, e, begin, width, [&](int64_t j, V v) {
-        undefined[j] = v != v ? Count<V>{} + Int(ranked) : undefined[j];
-        values[j] = i == 0 ? v : values[j] + v;
-      });
-    for (int64_t j = 0; j < registers; ++j) {
-      const V mean = values[j] / Real<V>(size);
-      undefined[j] -= mean != mean;
-      values[j] = mean != mean ? splat<V>(Real<V>(INFINITY)) : mean;
-    }
+      each_register<V, T>(task, e, begin, width,
+                          [&](int64_t j, V v) { values[j] = i == 0 ? v : values[j] + v; });
+    for (int64_t j = 0; j < registers; ++j) values[j] /= Real<V>(size);
   }
 }
 
@@ -158,19 +148,13 @@ void order_chunk(const StackedTask& task, int64_t chunk, void* scratch) {
   V* const values = static_cast<V*>(scratch);
   const int64_t registers = least(values_bytes / (ranked * kRegisterBytes) - 1, most_registers);
   V result[most_registers];
-  Count<V> undefined[most_registers];
   for (int64_t at = begin + direct; at < end; at += registers * lanes) {
     const int64_t width = least(registers * lanes, end - at), count = (width + lanes - 1) / lanes;
     const int64_t stride = count + 1;
-    if (buckets) gather_buckets<V, T>(task, at, width, values, stride, undefined);
+    if (buckets) gather_buckets<V, T>(task, at, width, values, stride);
     else gather<V, T>(task, at, width, values, stride);
     order_statistics<V>(ranking, values, stride, count, static_cast<char*>(scratch) + values_bytes, result);
-    for (int64_t j = 0; j < count; ++j) {
-      using Int = typename Lane<V>::Int;
-      V v = result[j];
-      if (buckets) v = undefined[j] >= Int(ranked - ranked / 2) ? splat<V>(Real<V>(NAN)) : v;
-      store<V>(value + at + j * lanes, v, width - j * lanes);
-    }
+    for (int64_t j = 0; j < count; ++j) store<V>(value + at + j * lanes, result[j], width - j * lanes);
   }
 }
 

@@ -129,14 +129,9 @@ struct Tile {
 // Source(task): what is ranked at each coordinate:
 //
 //     size                    how many values
-//     (i, at, undefined)      value i of coordinate `at`. Of NaN, `size` is added to `undefined`; or 1 where a value that
-//                             came to be NaN by inf - inf ranks last, as infinity
+//     (i, at, undefined)      value i of coordinate `at`; `undefined` becomes true where it is NaN
 //     decided(at)             whether the result is already there
 //     scaled(v)               the result, given the statistic
-__device__ __forceinline__ bool is_nan(int undefined, int size) {
-  return undefined >= size - size / 2;  // then the higher one of the middle ranks is
-}
-
 template <class Source>
 __global__ void __launch_bounds__(kCountThreads, 1) by_counting(typename Source::Task task, int64_t coordinates,
                                                                 Tile tile) {
@@ -151,11 +146,11 @@ __global__ void __launch_bounds__(kCountThreads, 1) by_counting(typename Source:
   __syncthreads();
   const int column = threadIdx.x % tile.coordinates;
   if (column < width && !source.decided(begin + column)) {
-    int mine = 0;
+    bool mine = false;
 #pragma unroll 8
     for (int i = threadIdx.x / tile.coordinates; i < source.size; i += kCountThreads / tile.coordinates)
       keys[column * tile.stride + i] = key_of(source(i, begin + column, mine));
-    if (mine > 0) atomicAdd(&undefined[column], mine < source.size ? mine : source.size);
+    if (mine) undefined[column] = 1;  // by whichever thread
   }
   __syncthreads();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -164,7 +159,7 @@ __global__ void __launch_bounds__(kCountThreads, 1) by_counting(typename Source:
     const Key* const own = keys + c * tile.stride;
     const auto reader = [own](int i) { return own[i]; };
     V value = V(NAN);
-    if (!is_nan(undefined[c], source.size)) {
+    if (undefined[c] == 0) {
       const Counted<V, decltype(reader), Warp> values{source.size, lane, 32, reader, {}};
       value = select_statistic<V>(values, task.statistic, task.parameters);
     }
@@ -180,14 +175,14 @@ __global__ void __launch_bounds__(kCountThreads, 1) by_counting_alone(typename S
   if (at >= coordinates) return;
   const Source source(task);
   if (source.decided(at)) return;
-  int undefined = 0;
-  for (int i = 0; i < source.size && undefined < source.size; ++i) source(i, at, undefined);
+  bool undefined = false;
+  for (int i = 0; i < source.size && !undefined; ++i) source(i, at, undefined);
   const auto reader = [&source, at](int i) {
-    int ignored = 0;
+    bool ignored = false;
     return key_of(source(i, at, ignored));
   };
   V value = V(NAN);
-  if (!is_nan(undefined, source.size)) {
+  if (!undefined) {
     const Counted<V, decltype(reader), Alone> values{source.size, 0, 1, reader, {}};
     value = select_statistic<V>(values, task.statistic, task.parameters);
   }

@@ -329,11 +329,11 @@ struct RankOne {
 
   __device__ bool decided(int64_t at) const { return static_cast<const V*>(task.value)[at] == 0; }
   __device__ V scaled(V v) const { return v * V(size); }
-  __device__ V operator()(int i, int64_t at, int& undefined) const {
+  __device__ V operator()(int i, int64_t at, bool& undefined) const {
     if (i >= rows) return V{};
     const int64_t o = at / task.in;
     const V v = contribution(i, o, at - o * task.in);
-    if (v != v) undefined += size;
+    undefined |= v != v;
     return v;
   }
   __device__ V contribution(int r, int64_t o, int64_t column) const {

@@ -131,7 +131,7 @@ void launch_streaming(const StackedTask& task, const StreamingPlan& plan, cudaSt
 
 // ---- what is ranked: contributions, or the means of buckets of them ----
 
-// A mean may be NaN by inf - inf, and then ranks last.
+// A mean may be NaN by inf - inf, too.
 template <class T>
 struct BucketMeans {
   using Task = StackedTask;
@@ -151,20 +151,14 @@ struct BucketMeans {
   __device__ static bool decided(int64_t) { return false; }
   __device__ static V scaled(V v) { return v; }
 
-  __device__ V operator()(int i, int64_t at, int& undefined) const {
+  __device__ V operator()(int i, int64_t at, bool& undefined) const {
     const int64_t groups = shorter + (i < longer);
     const T* row = grads + (i * shorter + (i < longer ? i : longer)) * stride + at;
     V sum{};
-    bool nan = false;
-    for (int64_t e = 0; e < groups; ++e, row += stride) {
-      const V v = load(row);
-      nan |= v != v;
-      sum = e == 0 ? v : sum + v;
-    }
+    for (int64_t e = 0; e < groups; ++e, row += stride) sum = e == 0 ? load(row) : sum + load(row);
     const V mean = sum / V(groups);
-    if (mean == mean) return mean;
-    undefined += nan ? size : 1;
-    return V(INFINITY);
+    undefined |= mean != mean;
+    return mean;
   }
 };
 
@@ -182,9 +176,9 @@ struct Contributions {
   __device__ static bool decided(int64_t) { return false; }
   __device__ static V scaled(V v) { return v; }
 
-  __device__ V operator()(int i, int64_t at, int& undefined) const {
+  __device__ V operator()(int i, int64_t at, bool& undefined) const {
     const V v = load(grads + i * stride + at);
-    if (v != v) undefined += size;
+    undefined |= v != v;
     return v;
   }
 };
@@ -230,12 +224,12 @@ __global__ void __launch_bounds__(kNetworkThreads, 1) buckets_by_network(Stacked
   const int64_t at = int64_t(blockIdx.x) * kNetworkThreads + threadIdx.x;
   if (at >= task.coordinates) return;
   const BucketMeans<T> means(task);
-  int undefined = 0;
+  bool undefined = false;
   Single<V> v[n];
   load_padded<n, least>(v, means.size, [&](int i) { return Single<V>{means(i, at, undefined)}; });
   V result[1];
   rank_words<n, false>(v, means.size, task.statistic, task.parameters, result);
-  static_cast<V*>(task.value)[at] = is_nan(undefined, means.size) ? V(NAN) : result[0];
+  static_cast<V*>(task.value)[at] = undefined ? V(NAN) : result[0];
 }
 
 template <class T, int n, int least>

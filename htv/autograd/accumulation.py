@@ -34,6 +34,7 @@ class MicroBatches:
 
     def __init__(self) -> None:
         self._groups: dict[int, Groups] = {}
+        self._unfinished: set[int] = set()
 
     @property
     def count(self) -> int:
@@ -63,6 +64,16 @@ class MicroBatches:
                     f"micro-batch on average, got {other.num_units}/{other.count} and {groups.num_units}/{groups.count}"
                 )
         self._groups[task] = groups
+        self._unfinished.add(task)  # the engine calls back only where the pass comes to its end
+        torch.autograd.Variable._execution_engine.queue_callback(lambda: self._unfinished.discard(task))
+
+    def require_complete(self) -> None:
+        """Refuse what a failed backward left behind: some parameters' contributions would be in, others' not."""
+        if self._unfinished:
+            raise RuntimeError(
+                "a backward inside accumulate() failed part-way, so some parameters have its micro-batch's contributions "
+                "and others do not: nothing was added to .grad. Remedy: begin the block again, with all its micro-batches"
+            )
 
 
 class Accumulation:

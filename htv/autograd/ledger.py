@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from htv.autograd.accumulation import Accumulation
+from htv.errors import UnsupportedError
 from htv.groups import Groups, Voters
 from htv.ops import aggregate
 from htv.ops.factors import Factors
@@ -31,11 +32,32 @@ from htv.rules import Rule
 MARKER = torch.empty(0, 7, dtype=torch.uint8, device="cpu")
 
 
+MOST_PASSES = 64  # backward passes whose voters are remembered at a time, in as many threads
+
+
 class Passes:
-    """Which backward passes run inside another (reentrant activation checkpointing), as far as ledgers met them."""
+    """Which backward passes run inside another (reentrant activation checkpointing), and who votes in each, as far as
+    ledgers met them."""
 
     def __init__(self) -> None:
         self.outer: dict[int, int] = {}  # the pass that another runs inside
+        self._groups: dict[int, tuple[Groups, str]] = {}  # by outermost pass, and a parameter that has them
+
+    def require_same_voters(self, task: int, groups: Groups, name: str) -> None:
+        """Refuse a backward that joins forwards with different voters, whichever parameters they reach."""
+        task = self._outermost(task)
+        known = self._groups.setdefault(task, (groups, name))
+        if known[0] is groups or known[0].same_voters(groups):
+            if len(self._groups) > MOST_PASSES:
+                self._groups.pop(next(iter(self._groups)))
+            return
+        told = [f"{g.voters_told()} for {n!r}" for g, n in (known, (groups, name))]
+        raise UnsupportedError(
+            f"one backward joins two forwards with different groups: {told[0]}, {told[1]}. A part of the model was called by "
+            "itself, with something else in the batch's dim (tokens, time steps), or with other groups. Remedy: run "
+            "the calls of one step inside `with handle.forward(batch): ...`, name the method that makes them, "
+            "attach(..., methods=('training_step',)), or call backward() once per forward"
+        )
 
     def related(self, a: int, b: int) -> bool:
         """Whether two passes are parts of one outermost backward."""
@@ -49,6 +71,7 @@ class Passes:
     def forget(self) -> None:
         """No backward is under way."""
         self.outer.clear()
+        self._groups.clear()
 
 
 class Owner:
@@ -149,9 +172,10 @@ class Ledger:
         parts = self._parts.pop(current, None)
         if parts is not None:
             self.consumed = True
-            if self.observes:
-                owner = self._owner()
-                if owner is not None:
+            owner = self._owner()
+            if owner is not None:
+                owner.passes.require_same_voters(current, self.groups, owner.name)
+                if self.observes:
                     owner.observe(parts)
         return current, parts
 

@@ -1,16 +1,16 @@
 """Folders of CIFAR-10 or CIFAR-100 as their authors publish them for Python: pickled batches.
 
-A pickle can run anything when it is loaded; here it can build NumPy arrays and nothing else.
+A pickle can run anything when `pickle` loads it; `htv.data.pickles` calls nothing.
 """
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from htv.data import pickles
 from htv.data.dataset import DataError, Dataset
 
 _SIDE = 32
@@ -19,13 +19,6 @@ _KINDS = {  # a file that tells which -> name, classes, training files, test fil
     "train": ("cifar100", 100, ["train"], ["test"], b"fine_labels"),
 }
 _REMEDY = "give a folder with data_batch_1 to data_batch_5 and test_batch (CIFAR-10), or train and test (CIFAR-100)"
-_ALLOWED = {
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "_reconstruct"),
-    ("_codecs", "encode"),
-}
 
 
 def is_cifar(path: str | Path) -> bool:
@@ -49,29 +42,15 @@ def cifar_folder(path: str | Path) -> Dataset:
     return Dataset(name, num_classes, *part(train), *part(test))
 
 
-class _ArraysOnly(pickle.Unpickler):
-    def find_class(self, module: str, name: str):
-        if (module, name) not in _ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no batch of images needs")
-        return super().find_class(module.replace("numpy.core", "numpy._core") if _NEW_NUMPY else module, name)
-
-
-_NEW_NUMPY = int(np.__version__.split(".")[0]) >= 2
-
-
 def _read_batch(path: Path, key: bytes, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
     try:
-        with path.open("rb") as stream:
-            batch = _ArraysOnly(stream, encoding="bytes").load()
+        batch = pickles.load(path)
+        if type(batch) is not dict or not {b"data", key} <= set(batch):
+            raise pickles.PickleError(f"it has no {key.decode()} beside data")
+        images, labels = pickles.array(batch[b"data"]), _labels(batch[key])
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}; {_REMEDY}") from error
-    except Exception as error:  # a damaged pickle may raise anything
-        raise DataError(f"{path} is not one of CIFAR's batches: {error}") from error
-    if not isinstance(batch, dict) or not {b"data", key} <= set(batch):
-        raise DataError(f"{path} is not one of CIFAR's batches: it has no {key.decode()} beside data")
-    try:
-        images, labels = np.asarray(batch[b"data"]), np.asarray(batch[key])
-    except ValueError as error:  # rows of different lengths
+    except pickles.PickleError as error:
         raise DataError(f"{path} is not one of CIFAR's batches: {error}") from error
     if images.dtype != np.uint8 or images.ndim != 2 or images.shape[1] != 3 * _SIDE**2 or len(images) == 0:
         raise DataError(f"{path} holds data of {images.dtype} {images.shape}, not uint8 (N, {3 * _SIDE**2})")
@@ -80,3 +59,11 @@ def _read_batch(path: Path, key: bytes, num_classes: int) -> tuple[np.ndarray, n
     if labels.min() < 0 or labels.max() >= num_classes:
         raise DataError(f"{path} holds labels from {labels.min()} to {labels.max()}, not 0 to {num_classes - 1}")
     return images.reshape(-1, 3, _SIDE, _SIDE), labels.astype(np.int64)
+
+
+def _labels(value: object) -> np.ndarray:
+    if type(value) is not list:
+        return pickles.array(value)
+    if not all(type(label) is int and abs(label) < 1 << 63 for label in value):
+        raise pickles.PickleError("its labels are a sequence of something else than integers")
+    return np.array(value, dtype=np.int64)

@@ -8,6 +8,8 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
+from htv.files import replace_text, replacing
+
 
 def summary_table(results: list[dict], noise: float) -> Table:
     """One row per variant; the fields of a result are those of the JSON. Fits 80 columns."""
@@ -82,8 +84,9 @@ def save_curves(path: Path, results: list[dict], title: str) -> None:
         axes.grid(alpha=0.3)
     panels[0].legend(loc="lower right")
     figure.suptitle(title)
-    figure.savefig(path, dpi=150)
+    with replacing(path) as part:
+        figure.savefig(part, dpi=150)
 
 
 def save_json(path: Path, record: dict) -> None:
-    path.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
+    replace_text(path, json.dumps(record, indent=2, allow_nan=False) + "\n")

@@ -9,6 +9,7 @@ from htv.bench.plots import canvas
 from htv.bench.report import machine, table
 from htv.experiments.experiment import Experiment, Records, Summary
 from htv.experiments.records import dumps
+from htv.files import replace_text, replacing
 
 
 def record(experiment: Experiment, common: dict, stamp: dict, records: Records) -> dict:
@@ -50,9 +51,11 @@ def save(experiment: Experiment, record: dict, records: Records, folder: Path) -
     figure = canvas(*experiment.size)
     experiment.plot(records, figure)
     figure.suptitle(experiment.title)
-    figure.savefig(picture, dpi=120)
-    text.write_text(markdown(record, picture.name))
+    with replacing(picture) as part:
+        figure.savefig(part, dpi=120)
+    replace_text(text, markdown(record, picture.name))
     fields = [f"  {dumps(key)}: {dumps(value)}" for key, value in record.items() if key != "records"]
     runs = ",\n".join(f"    {dumps(run)}" for run in record["records"])
-    numbers.write_text("{\n" + ",\n".join([*fields, f'  "records": [\n{runs}\n  ]']) + "\n}\n")  # a line per run
+    parts = [*fields, f'  "records": [\n{runs}\n  ]']  # a line per run
+    replace_text(numbers, "{\n" + ",\n".join(parts) + "\n}\n")
     return [picture, text, numbers]

@@ -111,10 +111,15 @@ def fishr_penalty(features: Tensor, outputs: Tensor, losses: Tensor, ids: Tensor
 
 
 class _Reversed(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, x, strength):
-        ctx.strength = strength
+    def forward(x, strength):
         return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.strength = inputs[1]
 
     @staticmethod
     def backward(ctx, grad):
@@ -146,7 +151,8 @@ class DomainAdversary(nn.Module):
 class GroupDRO(nn.Module):
     """Weights environments by how hard they are: a weight grows as ``exp(step_size * risk)``.
 
-    ``dro(risks)`` updates the weights, a buffer, and returns the weighted sum of risks.
+    ``dro(risks)`` updates the weights, a buffer, and returns the weighted sum of risks. The weights stay
+    in float32 at least, also in a module that is cast to half precision, where they would not move.
     Sagawa et al. 2019, "Distributionally robust neural networks", arXiv 1911.08731.
     """
 
@@ -157,7 +163,15 @@ class GroupDRO(nn.Module):
         if not step_size > 0:
             raise ValueError(f"step_size must be above 0, got {step_size!r}")
         self.step_size = step_size
-        self.register_buffer("weights", torch.full((num_environments,), 1 / num_environments))
+        wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        self.register_buffer("weights", torch.full((num_environments,), 1 / num_environments, dtype=wide))
+
+    def _apply(self, fn, recurse: bool = True):
+        before = self.weights
+        super()._apply(fn, recurse)
+        if torch.finfo(self.weights.dtype).bits < 32:
+            self.weights = before.to(self.weights.device)
+        return self
 
     def forward(self, risks: Tensor) -> Tensor:
         """risks: (E,) the environments' losses."""
@@ -166,7 +180,8 @@ class GroupDRO(nn.Module):
                 f"risks must be {tuple(self.weights.shape)}, one per environment, got {tuple(risks.shape)}"
             )
         with torch.no_grad():
-            self.weights.copy_((self.weights.log() + self.step_size * risks).softmax(dim=0))
+            wide = risks.to(torch.promote_types(risks.dtype, torch.float32))
+            self.weights.copy_((self.weights.log() + self.step_size * wide).softmax(dim=0))
         return self.weights.to(risks.dtype, copy=True) @ risks
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from htv.methods.resuming import require_state_of
+from htv.methods.resuming import HALF, load_as_kept, require_state_of, state_dtype
 
 __all__ = ["RA3", "RM3", "median_of_three"]
 
@@ -127,6 +127,7 @@ class _Rolling(Optimizer):
         if any(p.grad.is_sparse for p, _ in present):
             raise RuntimeError(f"{type(self).__name__} needs dense gradients: make embeddings with sparse=False")
         raw = [p.grad for p, _ in present]
+        given = {p: p.grad.dtype for p, _ in present}
         fresh = dict(zip((p for p, _ in present), self._with_decay(present), strict=True))
         ready = [p for p in fresh if "older" in self.state[p]]
         try:
@@ -136,7 +137,7 @@ class _Rolling(Optimizer):
                 older, newer = ([self.state[p][key] for p in ready] for key in ("older", "newer"))
                 combined = type(self)._combine(older, newer, [fresh[p] for p in ready])
                 for p, value in zip(ready, combined, strict=True):
-                    p.grad = value
+                    p.grad = value.to(given[p])
                 self._inner_step()
         finally:
             for (p, _), grad in zip(present, raw, strict=True):
@@ -146,11 +147,13 @@ class _Rolling(Optimizer):
         return loss
 
     def _with_decay(self, present: list[tuple[Tensor, dict]]) -> list[Tensor]:
+        """What is kept: in float32 for half precision, where a decay may be too small to count."""
         found = []
         for p, group in present:
             decay = self._decay(group)
             sign = -1.0 if group.get("maximize", False) else 1.0  # the wrapped optimizer turns the whole around
-            found.append(p.grad.add(p, alpha=sign * decay) if decay else p.grad)
+            grad = p.grad.to(state_dtype(p)) if p.dtype in HALF else p.grad
+            found.append(grad.add(p, alpha=sign * decay) if decay else grad)
         return found
 
     def _inner_step(self) -> None:
@@ -183,7 +186,9 @@ class _Rolling(Optimizer):
     def load_state_dict(self, state_dict: dict) -> None:
         """Go on as the optimizer whose state it is would. Before any change, ValueError if that is another one."""
         self._check_state(state_dict)
-        super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
+        own = {key: state_dict[key] for key in ("state", "param_groups")}
+        super().load_state_dict(own)
+        load_as_kept(self, own, ("older", "newer"))
         self.optimizer.load_state_dict(state_dict["wrapped"])
         self.param_groups = self.optimizer.param_groups
 
@@ -207,7 +212,8 @@ class RM3(_Rolling):
     What only one minibatch in three asks for gets nothing. The first two steps update nothing. Weight decay that the
     wrapped optimizer would add to the gradient is added before the gradient is kept, so it passes through the median
     too; decoupled decay stays the wrapped optimizer's. The median is a true one: no sum minus extremes, which loses
-    bits and turns infinities into NaN. Memory: two gradients per parameter beside `.grad`.
+    bits and turns infinities into NaN. Memory: two gradients per parameter beside `.grad`, in float32
+    for parameters of half precision; the wrapped optimizer's state has the type that it chooses.
 
     optimizer:       any torch optimizer but LBFGS. Call step(), state_dict() and the rest on the wrapper, and give it
                      to schedulers: the parameter groups are shared.

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from htv.methods.resuming import require_state_of
+from htv.methods.resuming import HALF, load_as_kept, require_state_of, state_dtype
 
 __all__ = ["TemporalAndMaskAdam"]
 
 STATE = ("exp_avg", "exp_avg_sq", "exp_sign")
+ROUNDING = "rounding"  # what half-precision weights lack of the float32 ones they stand for
 
 
 class TemporalAndMaskAdam(Optimizer):
@@ -44,11 +45,13 @@ class TemporalAndMaskAdam(Optimizer):
     weight_decay:  >= 0.
     maximize:      follow the gradient upwards.
 
-    A parameter whose grad is None in a step is left as it is, decay included. The state has the parameter's dtype and
-    takes three times its memory; float16 is too coarse for the squares of gradients, float32 or bfloat16 are not. No
-    count of steps enters the update, so it may be captured in a CUDA graph as it is; give lr as a tensor to change it
-    between replays. Raises TypeError or ValueError naming a wrong hyperparameter or a complex or integer parameter,
-    RuntimeError for a sparse gradient, and ValueError for the state of another optimizer or of another model.
+    A parameter whose grad is None in a step is left as it is, decay included. The state takes three
+    times the memory of the parameters. For bfloat16 and float16 ones it is float32, as are the steps,
+    for an average in half precision soon stops to move; it also holds what was rounded off the
+    weights, so that small steps add up: eight times their memory. No count of steps enters the update,
+    so it may be captured in a CUDA graph as it is; give lr as a tensor to change it between replays.
+    Raises TypeError or ValueError naming a wrong hyperparameter or a complex or integer parameter,
+    RuntimeError for a sparse gradient, and ValueError for the state of another optimizer or model.
     """
 
     def __init__(
@@ -97,6 +100,8 @@ class TemporalAndMaskAdam(Optimizer):
                 "with sparse=False"
             )
         averages, squares, signs = ([self._state(p)[name] for p in params] for name in STATE)
+        grads = [g.float() if g.dtype in HALF else g for g in grads]
+        weights = [p.float() + self.state[p][ROUNDING] if p.dtype in HALF else p for p in params]
         if maximize:
             grads = torch._foreach_neg(grads)
         beta1, beta2, beta3 = betas
@@ -114,15 +119,19 @@ class TemporalAndMaskAdam(Optimizer):
         torch._foreach_add_(scales, eps)
         torch._foreach_div_(steps, scales)
         torch._foreach_mul_(steps, lr)
-        torch._foreach_sub_(params, steps)
+        torch._foreach_sub_(weights, steps)
         if weight_decay != 0:
-            torch._foreach_mul_(params, 1 - lr * weight_decay)
+            torch._foreach_mul_(weights, 1 - lr * weight_decay)
+        for p, weight in zip(params, weights, strict=True):
+            if p is not weight:
+                p.copy_(weight)
+                self.state[p][ROUNDING].copy_(torch.where(p.isfinite(), weight - p, 0))
 
     def _state(self, parameter: Tensor) -> dict[str, Tensor]:
-        state = self.state[parameter]
-        if not state:
-            for name in STATE:
-                state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        state, dtype = self.state[parameter], state_dtype(parameter)
+        for name in (*STATE, *[ROUNDING] * (parameter.dtype in HALF)):
+            if name not in state:
+                state[name] = torch.zeros_like(parameter, dtype=dtype)
         return state
 
     @torch.no_grad()
@@ -137,7 +146,9 @@ class TemporalAndMaskAdam(Optimizer):
                     total += signs.numel()
         return kept / total if total else float("nan")
 
+    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on as the optimizer whose state it is would; ValueError, before any change, if another."""
         if not {"state", "param_groups"} <= state_dict.keys():
             raise ValueError("state_dict is not an optimizer's: pass what TemporalAndMaskAdam.state_dict() returned")
         missing = {name for group in state_dict["param_groups"] for name in self.defaults if name not in group}
@@ -149,6 +160,7 @@ class TemporalAndMaskAdam(Optimizer):
             )
         require_state_of(state_dict, self.param_groups)
         super().load_state_dict(state_dict)
+        load_as_kept(self, state_dict, (*STATE, ROUNDING))
 
 
 def _check_hyperparameters(group: dict[str, Any]) -> None:

@@ -139,7 +139,7 @@ def why_not(backend: str, problem: Problem) -> str | None:
 
 def named() -> str | None:
     """The backend named by `use_backend` or HTV_BACKEND, or None."""
-    name = _named[-1] if _named else os.environ.get("HTV_BACKEND", "auto")
+    name = _named[-1] if _named else os.environ.get("HTV_BACKEND") or "auto"  # empty is unset
     if name != "auto" and name not in NAMES:
         raise ValueError(f"HTV_BACKEND={name}: unknown backend, use one of auto, {', '.join(NAMES)}")
     return None if name == "auto" else name

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from htv.ops import backend, reference
+from htv.ops import backend, reference, schema
 
 __all__ = ["shifted_cross_entropy"]
 
@@ -37,7 +37,8 @@ def shifted_cross_entropy(
     reduction, ignore_index, label_smoothing, weight: as for F.cross_entropy; weight is (K,).
 
     Returns the loss, (), or the shape of targets for ``reduction="none"``, in float64 for float64 logits and float32
-    for all others; arithmetic is in that type too. Differentiable by the logits, as often as needed.
+    for all others; arithmetic is in that type too. Differentiable by the logits, as often as needed, in
+    forward mode and by the transforms of torch.func too.
 
     An ignored row contributes exactly 0, whatever it holds. A target of another value outside of 0 to K - 1 raises on
     the CPU and is NaN on a GPU, where looking would wait for the device.
@@ -55,6 +56,9 @@ def shifted_cross_entropy(
     if weight is not None:
         weight = weight.detach().to(dtype).contiguous()
     numbers = float(temperature), weight, ignore_index, float(label_smoothing)
+    if not torch.compiler.is_compiling() and schema.transformed(logits):
+        loss = _by_definition(rows, flat_targets, shift.detach(), *numbers, reduction)
+        return loss.reshape(targets.shape) if reduction == "none" else loss
     loss = _ShiftedCrossEntropy.apply(rows, flat_targets, shift, *numbers, reduction)
     return loss.reshape(targets.shape) if reduction == "none" else loss
 
@@ -117,6 +121,17 @@ def _count(targets: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
     if weight is None:
         return counted.sum()
     return torch.where(counted, weight[targets.clamp(0, len(weight) - 1)], 0).sum()
+
+
+def _by_definition(logits, targets, shift, temperature, weight, ignore_index, label_smoothing, reduction) -> Tensor:
+    """In plain PyTorch, for forward mode and the transforms of torch.func."""
+    ignored = (targets == ignore_index).unsqueeze(1)  # may hold anything, of which 0 times would be NaN
+    logits, shift = logits.masked_fill(ignored, 0), shift.masked_fill(ignored, 0)
+    numbers = temperature, weight, ignore_index, label_smoothing
+    loss = reference.shifted_cross_entropy(logits, targets, shift, *numbers)[0]
+    if reduction == "none":
+        return loss
+    return loss.sum() / _count(targets, weight, ignore_index) if reduction == "mean" else loss.sum()
 
 
 class _ShiftedCrossEntropy(torch.autograd.Function):

@@ -1,4 +1,7 @@
-"""Statistics of stacked contributions, as functions: (E, *shape) -> (*shape), differentiable.
+"""Statistics of stacked contributions, as functions: (E, *shape) -> (*shape).
+
+Differentiable any number of times, in forward mode and by the transforms of torch.func too; derivatives of any of these
+kinds are those of the definition, `htv.ops.reference`.
 
 They return ``stat({g_e})``, a mean-like value without the factor E; results have the dtype of `grads`, half-precision
 inputs are computed in float32. A NaN among the E values of a coordinate gives NaN there.
@@ -46,10 +49,10 @@ def stacked(grads: Tensor, statistic: Statistic) -> tuple[Tensor, Tensor]:
     server = backend.choose(
         backend.Problem("stacked", statistic.name, grads.device, reference.compute_dtype(grads.dtype))
     )
-    operator = backend.operator("stacked", server)
-    if server == "reference":
+    operator, compiling = backend.operator("stacked", server), torch.compiler.is_compiling()
+    if server == "reference" or (not compiling and schema.transformed(grads)):
         value, mask_sum = reference.stacked(flat, statistic)
-    elif (grads.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+    elif (grads.requires_grad and torch.is_grad_enabled()) or compiling:
         value, mask_sum = operator(flat, *schema.numbers(statistic))
     else:
         with torch._C._AutoDispatchBelowAutograd():  # which is written in Python and takes as long as a small op

@@ -32,7 +32,8 @@ def stacked(grads: Tensor, statistic: Statistic) -> tuple[Tensor, Tensor]:
     grads: (E, *shape), floating point, E >= 1.
     Returns ``value`` (*shape), in `compute_dtype`, without the factor E and not yet normalised; and ``mask_sum`` (),
     float64, the sum of the rule's mask over all coordinates (0 for rules without a mask).
-    A coordinate with a NaN among its E values is NaN and counts 0 in `mask_sum`.
+    A coordinate with a NaN among its E values is NaN and counts 0 in `mask_sum`. So is one where inf - inf makes the
+    mean of a bucket, or a variance, NaN: no rank and no mask hides it.
     """
     values = grads.to(compute_dtype(grads.dtype))
     if statistic.name in STREAMING:
@@ -118,14 +119,17 @@ def _xor_mask(s: Summary, statistic: Statistic):
 
 def _geometric_mean(s: Summary, statistic: Statistic):
     keep = s.votes.abs() >= statistic.count
-    return torch.where(keep, s.total.sign() * (s.logs / s.count).exp(), 0), keep
+    sign = torch.where(s.total.isnan(), s.total, s.total.sign())  # whose sign of NaN is 0
+    return torch.where(keep, sign * (s.logs / s.count).exp(), 0), keep
 
 
 def _sand_mask(s: Summary, statistic: Statistic):
     excess = (s.votes.abs() - statistic.votes) / s.count
     mask = torch.tanh(statistic.k / (s.spread / (s.count - 1)) * excess).clamp(min=0)
-    mask = torch.where(mask.isnan(), SAND_UNDEFINED, mask)
-    return torch.where(mask == 0, 0, mask * s.total / s.count), mask
+    lost = s.spread.isnan()  # by inf - inf
+    mask = torch.where(mask.isnan(), torch.where(lost, torch.nan, SAND_UNDEFINED), mask)
+    value = torch.where(mask == 0, 0, mask * s.total / s.count)
+    return value, torch.where(lost, 0, mask)
 
 
 def _sign_sum(s: Summary, statistic: Statistic):
@@ -160,7 +164,8 @@ def _winsorized_mean(values: Tensor, statistic: Statistic):
 
 def _median_of_means(values: Tensor, statistic: Statistic):
     means = torch.stack([bucket.mean(dim=0) for bucket in values.tensor_split(statistic.count)])
-    return _median(means, Statistic("median"))
+    lost = means.isnan().any(dim=0)  # by inf - inf; NaN would rank last
+    return torch.where(lost, torch.nan, _median(means, Statistic("median")))
 
 
 # In the order of their numbers for kernels.
@@ -292,7 +297,7 @@ def shifted_cross_entropy(
     """
     z = _shifted(logits, shift, temperature)
     kept, classes = _classes(targets, ignore_index)
-    peak = z.amax(dim=1)
+    peak = z.detach().amax(dim=1)  # cancels: as a constant, also from derivatives
     log_sum = (z - torch.where(peak == -math.inf, 0, peak).unsqueeze(1)).exp().sum(dim=1).log()
     surprise = (peak.unsqueeze(1) - z) + log_sum.unsqueeze(1)  # -log softmax(z)
     loss = surprise.gather(1, classes).squeeze(1)

@@ -71,11 +71,15 @@ bfloat16 and float16: they share devices with the kernels above, and `htv.ops.ba
 from __future__ import annotations
 
 import importlib
+import itertools
 
 import torch
+from torch.autograd import forward_ad
 
 from htv.ops import reference
 from htv.rules import Statistic
+
+MOST_GROUPS = 2**31 - 1  # of any op
 
 # Those that sum and votes decide.
 COUNTED = ("mean", "and_mask", "xor_mask", "sign_sum")
@@ -95,6 +99,42 @@ def code(name: str) -> int:
 def numbers(statistic: Statistic) -> tuple[int, int, float, float]:
     """A statistic as ops take it."""
     return code(statistic.name), statistic.count, statistic.votes, statistic.k
+
+
+def checked(op: str, statistic: int, count: int, votes: float, k: float, groups: int) -> Statistic:
+    """The statistic that an op was given for so many groups; raises ValueError unless there is such a one."""
+    if not 0 <= statistic < len(_NAMES):
+        raise ValueError(f"htv::{op}: unknown statistic {statistic}, have 0 to {len(_NAMES) - 1}")
+    if not 1 <= groups <= MOST_GROUPS:
+        raise ValueError(f"htv::{op}: needs 1 to {MOST_GROUPS} groups, got {groups}")
+    name = _NAMES[statistic]
+    low, high = {
+        "median": (-1, 1),
+        "median_of_means": (1, groups),
+        "trimmed_mean": (0, (groups - 1) // 2),
+        "winsorized_mean": (0, (groups - 1) // 2),
+    }.get(name, (-(2**63), 2**63 - 1))
+    if not low <= count <= high:
+        raise ValueError(f"htv::{op}: count must be {low} to {high} for {name} of {groups} groups, got {count}")
+    return Statistic(name, count, votes, k)
+
+
+def require_one_device(op: str, first: torch.Tensor, *others: torch.Tensor | None) -> None:
+    """Raise ValueError unless all tensors of an op, but for offsets, are dense and on one device."""
+    tensors = [t for t in (first, *others) if t is not None]
+    if any(t.layout != torch.strided for t in tensors):
+        raise ValueError(f"htv::{op}: all tensors must be dense, of strided layout")
+    devices = {str(t.device): None for t in tensors}
+    if len(devices) > 1:
+        raise ValueError(f"htv::{op}: all tensors must be on one device, got {' and '.join(devices)}")
+
+
+def require_indices(op: str, name: str, tensor: torch.Tensor, limit: int) -> None:
+    """Raise unless a tensor is int64 with values in 0 to limit - 1; these are looked at on the CPU only."""
+    if tensor.dtype != torch.int64 or tensor.dim() != 1:
+        raise ValueError(f"htv::{op}: {name} must be an int64 vector, got {tensor.dtype} {tuple(tensor.shape)}")
+    if tensor.device.type == "cpu" and not bool(((tensor >= 0) & (tensor < limit)).all()):
+        raise ValueError(f"htv::{op}: {name} must lie in 0 to {limit - 1}")
 
 
 _NUMBERS = "int statistic, int count, float votes, float k"
@@ -137,6 +177,7 @@ def _stacked_fake(grads, statistic, count, votes, k):
 @torch.library.register_fake("htv::linear")
 @torch.library.register_fake("htv::linear_triton")
 def _linear_fake(x, grad_output, offsets, statistic, count, votes, k):
+    require_one_device("linear", x, grad_output, None if offsets.is_cpu else offsets)
     shape = (grad_output.shape[1], x.shape[1])
     value = x.new_empty(shape, dtype=reference.compute_dtype(x.dtype))
     return value, x.new_empty((), dtype=torch.float64)
@@ -144,12 +185,14 @@ def _linear_fake(x, grad_output, offsets, statistic, count, votes, k):
 
 @torch.library.register_fake("htv::norm_sums")
 def _norm_sums_fake(grad, x, mean, rstd):
+    require_one_device("norm_sums", x, grad, mean, rstd)
     shape = (x.shape[0], x.shape[2])
     return mean.new_empty(shape), mean.new_empty(shape)
 
 
 @torch.library.register_fake("htv::group_norm_backward")
 def _group_norm_backward_fake(grad, x, weight, mean, rstd, needs_x):
+    require_one_device("group_norm_backward", x, grad, weight, mean, rstd)
     shape = x.shape[:2]
     return mean.new_empty(shape[0] if needs_x else 0, *x.shape[1:]), mean.new_empty(shape), mean.new_empty(shape)
 
@@ -157,6 +200,7 @@ def _group_norm_backward_fake(grad, x, weight, mean, rstd, needs_x):
 @torch.library.register_fake("htv::conv")
 @torch.library.register_fake("htv::conv_triton")
 def _conv_fake(x, grad_output, offsets, kernel, stride, padding, dilation, groups, statistic, count, votes, k):
+    require_one_device("conv", x, grad_output, None if offsets.is_cpu else offsets)
     shape = (grad_output.shape[1], x.shape[1] // groups, *kernel)
     value = x.new_empty(shape, dtype=reference.compute_dtype(x.dtype))
     return value, x.new_empty((), dtype=torch.float64)
@@ -165,6 +209,7 @@ def _conv_fake(x, grad_output, offsets, kernel, stride, padding, dilation, group
 @torch.library.register_fake("htv::embedding")
 @torch.library.register_fake("htv::embedding_triton")
 def _embedding_fake(grad_output, ids, voter, num_embeddings, groups, statistic, count, votes, k):
+    require_one_device("embedding", grad_output, ids, voter)
     shape = (num_embeddings, grad_output.shape[1])
     value = grad_output.new_empty(shape, dtype=reference.compute_dtype(grad_output.dtype))
     return value, grad_output.new_empty((), dtype=torch.float64)
@@ -173,58 +218,122 @@ def _embedding_fake(grad_output, ids, voter, num_embeddings, groups, statistic, 
 @torch.library.register_fake("htv::embedding_contributions")
 @torch.library.register_fake("htv::embedding_contributions_triton")
 def _embedding_contributions_fake(grad_output, ids, voter, tokens, num_embeddings, groups):
+    require_one_device("embedding_contributions", grad_output, ids, voter, tokens)
     shape = (groups, tokens.shape[0], grad_output.shape[1])
     return grad_output.new_empty(shape, dtype=reference.compute_dtype(grad_output.dtype))
 
 
 @torch.library.register_fake("htv::shifted_cross_entropy")
 @torch.library.register_fake("htv::shifted_cross_entropy_triton")
-def _shifted_cross_entropy_fake(logits, *numbers):
+def _shifted_cross_entropy_fake(logits, targets, shift, temperature, weight, *numbers):
+    require_one_device("shifted_cross_entropy", logits, targets, shift, weight)
     rows = logits.shape[0]
     return tuple(logits.new_empty(rows, dtype=reference.compute_dtype(logits.dtype)) for _ in range(3))
 
 
 @torch.library.register_fake("htv::shifted_cross_entropy_grad")
 @torch.library.register_fake("htv::shifted_cross_entropy_grad_triton")
-def _shifted_cross_entropy_grad_fake(grad, logits, *numbers):
+def _shifted_cross_entropy_grad_fake(
+    grad, logits, targets, shift, temperature, weight, ignore_index, label_smoothing, peak, log_sum
+):
+    require_one_device("shifted_cross_entropy_grad", logits, grad, targets, shift, weight, peak, log_sum)
     return logits.new_empty(logits.shape)
 
 
 def _stacked_reference(grads, statistic, count, votes, k):
-    return reference.stacked(grads, Statistic(_NAMES[statistic], count, votes, k))
+    require_one_device("stacked", grads)
+    return reference.stacked(grads, checked("stacked", statistic, count, votes, k, grads.shape[0]))
 
 
 def _linear_reference(x, grad_output, offsets, statistic, count, votes, k):
-    return reference.linear(x, grad_output, offsets, Statistic(_NAMES[statistic], count, votes, k))
+    require_one_device("linear", x, grad_output)
+    _require_offsets("linear", offsets, x.shape[0])
+    resolved = checked("linear", statistic, count, votes, k, len(offsets) - 1)
+    return reference.linear(x, grad_output, offsets, resolved)
 
 
 def _conv_reference(x, grad_output, offsets, kernel, stride, padding, dilation, groups, statistic, count, votes, k):
+    require_one_device("conv", x, grad_output)
+    _require_offsets("conv", offsets, x.shape[0])
     geometry = (kernel, stride, padding, dilation, groups)
-    return reference.conv(x, grad_output, offsets, geometry, Statistic(_NAMES[statistic], count, votes, k))
+    resolved = checked("conv", statistic, count, votes, k, len(offsets) - 1)
+    return reference.conv(x, grad_output, offsets, geometry, resolved)
 
 
 def _embedding_reference(grad_output, ids, voter, num_embeddings, groups, statistic, count, votes, k):
-    resolved = Statistic(_NAMES[statistic], count, votes, k)
+    require_one_device("embedding", grad_output, ids, voter)
+    resolved = checked("embedding", statistic, count, votes, k, groups)
+    require_indices("embedding", "ids", ids, num_embeddings)
+    require_indices("embedding", "voter", voter, groups)
     return reference.embedding(grad_output, ids, voter, num_embeddings, groups, resolved)
+
+
+def _embedding_contributions_reference(grad_output, ids, voter, tokens, num_embeddings, groups):
+    require_one_device("embedding_contributions", grad_output, ids, voter, tokens)
+    if num_embeddings < 0 or not 1 <= groups <= MOST_GROUPS:
+        raise ValueError(f"htv::embedding_contributions: no table of {num_embeddings} rows and {groups} groups")
+    for name, tensor in {"ids": ids, "voter": voter, "tokens": tokens}.items():
+        limit = groups if name == "voter" else num_embeddings
+        require_indices("embedding_contributions", name, tensor, limit)
+    return reference.embedding_contributions(grad_output, ids, voter, tokens, num_embeddings, groups)
+
+
+def _norm_sums_reference(grad, x, mean, rstd):
+    require_one_device("norm_sums", x, grad, mean, rstd)
+    return reference.norm_sums(grad, x, mean, rstd)
+
+
+def _group_norm_backward_reference(grad, x, weight, mean, rstd, needs_x):
+    require_one_device("group_norm_backward", x, grad, weight, mean, rstd)
+    return reference.group_norm_backward(grad, x, weight, mean, rstd, needs_x)
+
+
+def _shifted_cross_entropy_reference(logits, targets, shift, temperature, weight, ignore_index, label_smoothing):
+    require_one_device("shifted_cross_entropy", logits, targets, shift, weight)
+    numbers = temperature, weight, ignore_index, label_smoothing
+    return reference.shifted_cross_entropy(logits, targets, shift, *numbers)
+
+
+def _shifted_cross_entropy_grad_reference(
+    grad, logits, targets, shift, temperature, weight, ignore_index, label_smoothing, peak, log_sum
+):
+    require_one_device("shifted_cross_entropy_grad", logits, grad, targets, shift, weight, peak, log_sum)
+    numbers = temperature, weight, ignore_index, label_smoothing
+    return reference.shifted_cross_entropy_grad(grad, logits, targets, shift, *numbers, peak, log_sum)
+
+
+def _require_offsets(op: str, offsets: torch.Tensor, rows: int) -> None:
+    require_one_device(op, offsets)
+    if offsets.dtype != torch.int64 or offsets.dim() != 1 or len(offsets) < 2 or offsets.device.type != "cpu":
+        raise ValueError(f"htv::{op}: offsets must be at least 2 int64 on the CPU, got {offsets.dtype}")
+    bounds = offsets.tolist()
+    if bounds[0] != 0 or bounds[-1] != rows or any(a > b for a, b in itertools.pairwise(bounds)):
+        raise ValueError(f"htv::{op}: offsets must ascend from 0 to the number of rows, {rows}")
 
 
 # Any device without a kernel of its own gets the definition.
 library.impl("stacked", _stacked_reference, "CompositeExplicitAutograd")
 library.impl("linear", _linear_reference, "CompositeExplicitAutograd")
-library.impl("norm_sums", reference.norm_sums, "CompositeExplicitAutograd")
-library.impl("group_norm_backward", reference.group_norm_backward, "CompositeExplicitAutograd")
+library.impl("norm_sums", _norm_sums_reference, "CompositeExplicitAutograd")
+library.impl("group_norm_backward", _group_norm_backward_reference, "CompositeExplicitAutograd")
 library.impl("conv", _conv_reference, "CompositeExplicitAutograd")
-library.impl("embedding_contributions", reference.embedding_contributions, "CompositeExplicitAutograd")
+library.impl("embedding_contributions", _embedding_contributions_reference, "CompositeExplicitAutograd")
 library.impl("embedding", _embedding_reference, "CompositeExplicitAutograd")
-library.impl("shifted_cross_entropy", reference.shifted_cross_entropy, "CompositeExplicitAutograd")
-library.impl("shifted_cross_entropy_grad", reference.shifted_cross_entropy_grad, "CompositeExplicitAutograd")
+library.impl("shifted_cross_entropy", _shifted_cross_entropy_reference, "CompositeExplicitAutograd")
+library.impl("shifted_cross_entropy_grad", _shifted_cross_entropy_grad_reference, "CompositeExplicitAutograd")
+
+
+def _groups_of(op: str, factors) -> int:
+    if op == "stacked":
+        return len(factors[0])
+    return factors[4] if op == "embedding" else len(factors[2]) - 1
 
 
 def _triton_kernel(module: str, op: str, of_a_statistic: bool):
     def kernel(*arguments):
         if of_a_statistic:
             *factors, statistic, count, votes, k = arguments
-            arguments = *factors, Statistic(_NAMES[statistic], count, votes, k)
+            arguments = *factors, checked(op, statistic, count, votes, k, _groups_of(op, factors))
         # At the first call: Triton may not be installed.
         return getattr(importlib.import_module(f"htv.triton_kernels.{module}"), op)(*arguments)
 
@@ -242,24 +351,53 @@ for _op in _OF_CROSS_ENTROPY:
     library.impl(f"{_op}_triton", _triton_kernel("cross_entropy", _op, False), "CompositeExplicitAutograd")
 
 
-def _stacked_setup(ctx, inputs, output):
-    grads, statistic, *numbers = inputs
-    ctx.statistic = Statistic(_NAMES[statistic], *numbers)
-    ctx.save_for_backward(grads)
+def transformed(tensor: torch.Tensor) -> bool:
+    """Whether a transform of torch.func is at work, or a forward-mode derivative of the tensor is asked for."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
 
 
-def _stacked_backward(ctx, grad_value, grad_mask_sum):
-    """Differentiate the definition; recomputing it costs one materialised pass over what is materialised anyway."""
-    (grads,) = ctx.saved_tensors
-    with torch.enable_grad():
-        leaf = grads.detach().requires_grad_()
-        outputs = reference.stacked(leaf, ctx.statistic)
-        pairs = [(o, g) for o, g in zip(outputs, (grad_value, grad_mask_sum), strict=True) if o.requires_grad]
-        if not pairs:
-            return torch.zeros_like(grads), None, None, None, None
-        (grad,) = torch.autograd.grad([o for o, _ in pairs], leaf, [g for _, g in pairs])
-    return grad, None, None, None, None
+class _Stacked(torch.autograd.Function):
+    """An implementation of `stacked`, differentiable any number of times by its definition."""
+
+    @staticmethod
+    def forward(ctx, operator, grads, statistic, *numbers):
+        ctx.statistic = Statistic(_NAMES[statistic], *numbers)
+        ctx.save_for_backward(grads)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(grads, statistic, *numbers)
+
+    @staticmethod
+    def backward(ctx, grad_value, grad_mask_sum):
+        """Recomputes the definition, which costs one materialised pass over what is materialised anyway."""
+        (grads,) = ctx.saved_tensors
+        further = torch.is_grad_enabled()  # create_graph
+        with torch.enable_grad():
+            leaf = grads if further and grads.requires_grad else grads.detach().requires_grad_()
+            outputs = reference.stacked(leaf, ctx.statistic)
+            pairs = zip(outputs, (grad_value, grad_mask_sum), strict=True)
+            pairs = [(o, g) for o, g in pairs if o.requires_grad]
+            if not pairs:  # constant almost everywhere
+                return None, torch.zeros_like(grads), *(None,) * 4
+            values, given = zip(*pairs, strict=True)
+            (grad,) = torch.autograd.grad(values, leaf, given, create_graph=further)
+        return None, grad, *(None,) * 4
+
+
+def _differentiable(op: str):
+    operator = getattr(torch.ops.htv, op).default
+
+    def autograd(grads, statistic, count, votes, k):
+        if transformed(grads):  # plain PyTorch, which they all go through
+            return reference.stacked(grads, checked(op, statistic, count, votes, k, len(grads)))
+        if torch.is_grad_enabled() and grads.requires_grad:
+            return _Stacked.apply(operator, grads, statistic, count, votes, k)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(grads, statistic, count, votes, k)
+
+    return autograd
 
 
 for _op in ("stacked", "stacked_triton"):
-    torch.library.register_autograd(f"htv::{_op}", _stacked_backward, setup_context=_stacked_setup, lib=library)
+    library.impl(_op, _differentiable(_op), "Autograd")

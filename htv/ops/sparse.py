@@ -127,7 +127,11 @@ def order(part: EmbeddingFactors, statistic: Statistic) -> tuple[Tensor, Tensor]
     value = torch.zeros(part.shape, dtype=part.dtype, device=part.device)
     tokens, sizes = pairs.touched
     mask_sum = torch.zeros((), dtype=torch.float64, device=part.device)
-    matter = tokens[sizes > outvoted(statistic, part.count)]
+    matter = sizes > outvoted(statistic, part.count)
+    if statistic.name == "median_of_means":  # where a bucket's sum may overflow, or be inf - inf
+        small = (pairs.values.abs() <= torch.finfo(part.dtype).max / part.count).all(dim=1)
+        matter[torch.repeat_interleave(sizes)[~small]] = True
+    matter = tokens[matter]
     if len(matter):
         value[matter], mask_sum = sliced.sliced([part.compact(matter)], statistic)
     nan = pairs.values.isnan()

@@ -52,8 +52,8 @@ def test_nan_and_infinity(stacked, dtype, groups):
 
 
 @pytest.mark.parametrize("groups", (1, 3, 8, 9, 40, 70, 150))
-def test_means_of_buckets_that_are_undefined_rank_last(stacked, groups):
-    cases.undefined_bucket_means_rank_last(stacked, groups)
+def test_means_of_buckets_that_are_undefined_surface(stacked, groups):
+    cases.undefined_bucket_means_surface(stacked, groups)
 
 
 @pytest.mark.parametrize("bytes_of_shared_memory", (2048, 6144))

@@ -1,6 +1,9 @@
 """What all experiments share: runs that resume, records that refuse others' settings, reports made of the records."""
 
 import json
+import os
+import signal
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import pytest
@@ -93,6 +96,105 @@ def test_a_line_cut_off_is_run_again_and_a_damaged_one_named(tmp_path):
     path.write_text("\n".join([*lines[:2], "{damaged", *lines[3:]]) + "\n")
     with pytest.raises(records.RecordsError, match=r"line 3 of .*tiny.jsonl is damaged"):
         go(tmp_path, experiment(calls))
+
+
+def finished(tmp_path, count=20):
+    path = tmp_path / "tiny.jsonl"
+    store = records.Store(path, {"a": 1})
+    for n in range(count):
+        store.add(f"v{n}", 0, 1.0, {"x": [n] * 1000})
+    return path
+
+
+@pytest.fixture
+def full_disk():
+    """Every write beyond byte 0 of a file fails, as where a quota is reached."""
+    resource = pytest.importorskip("resource")
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    @contextmanager
+    def full(after=0):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (after, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    yield full
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_cut_line_is_dropped_without_writing(tmp_path, full_disk):
+    path = finished(tmp_path)
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"variant": "v20", "se')
+    with full_disk():
+        store = records.Store(path, {"a": 1})
+    assert path.read_bytes() == whole and ("v19", 0) in store
+
+
+@pytest.mark.parametrize("room", [0, 100])
+def test_a_run_that_does_not_fit_leaves_nothing(tmp_path, full_disk, room):
+    path = finished(tmp_path)
+    whole = path.read_bytes()
+    store = records.Store(path, {"a": 1})
+    with full_disk(len(whole) + room), pytest.raises(OSError):
+        store.add("v20", 0, 1.0, {"x": [0] * 1000})
+    assert path.read_bytes() == whole and ("v20", 0) not in store
+    store.add("v20", 0, 1.0, {"x": []})
+    assert ("v20", 0) in records.Store(path, {"a": 1})
+
+
+RUN = b'{"variant": "b", "seed": 0, "seconds": 1.0, "result": {}}\n'
+DAMAGED = {
+    "not text": lambda raw: b"\xff" + raw,
+    "no run": lambda raw: raw + b"{}\n",
+    "a number": lambda raw: raw + b"3\n",
+    "an empty line": lambda raw: raw + b"\n",
+    "nested deeply": lambda raw: raw + b"[" * 100_000 + b"]" * 100_000 + b"\n",
+    "a number of many digits": lambda raw: raw + b"9" * 5000 + b"\n",
+    "a variant that is a list": lambda raw: raw + RUN.replace(b'"b"', b"[]"),
+    "a seed that is a text": lambda raw: raw + RUN.replace(b"0,", b'"0",'),
+    "no result": lambda raw: raw + RUN.replace(b"{}", b"null"),
+    "seconds that are a flag": lambda raw: raw + RUN.replace(b"1.0", b"true"),
+    "nothing in common": lambda raw: b"3\n" + raw,
+    "something else": lambda raw: b"a page of mine, without a line's end",
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_records_are_named_and_left_alone(tmp_path, name):
+    path = finished(tmp_path, 2)
+    damaged = DAMAGED[name](path.read_bytes())
+    path.write_bytes(damaged + b'{"cut' * (name != "something else"))
+    before = path.read_bytes()
+    with pytest.raises(records.RecordsError, match="tiny.jsonl") as caught:
+        records.Store(path, {"a": 1})
+    assert path.read_bytes() == before and "delete the" in str(caught.value)
+
+
+def test_a_first_line_cut_off_is_written_anew(tmp_path):
+    path = finished(tmp_path, 0)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:4])
+    records.Store(path, {"a": 1})
+    assert path.read_bytes() == whole
+
+
+def test_reports_replace_older_ones_whole(tmp_path, monkeypatch):
+    go(tmp_path, experiment([]))
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def fails(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fails)
+    found = Records(None, [{"variant": "a", "seed": 0, "seconds": 1, "result": {"value": 1}}])
+    record = json.loads((tmp_path / "tiny.json").read_text()) | {"title": "Another"}
+    with pytest.raises(OSError, match="No space"):
+        report.save(experiment([]), record, found, tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_numbers_over_seeds():

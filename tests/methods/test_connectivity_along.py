@@ -171,6 +171,20 @@ def test_statistics_of_instances():
         evaluate_along(LinearPath(model, model), model, {"D": [(x, x)]}, criterion=F.mse_loss)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_statistics_in_half_precision_are_averages_too(dtype):
+    """Of 300 batches: the last ones would move nothing, and the first ones would weigh too much."""
+    data = [(torch.randn(n, 2) + t / 100).to(dtype) for t in range(300) for n in (4, 12)]
+    model = nn.BatchNorm1d(2, momentum=0.3).to(dtype)
+    reestimate_batchnorm(model, [data[0][:0], *data])
+    exact = nn.BatchNorm1d(2).double()
+    reestimate_batchnorm(exact, [x.double() for x in data])
+    assert model.running_mean.dtype == dtype and model.momentum == 0.3
+    for name in ("running_mean", "running_var"):
+        found, wanted = getattr(model, name).double(), getattr(exact, name)
+        torch.testing.assert_close(found, wanted, rtol=torch.finfo(dtype).eps, atol=0)
+
+
 def test_statistics_are_reestimated_at_every_point():
     a, b = convnet(0), convnet(1)
     data, bn_data = {"test": [(torch.randn(8, 1, 5, 5), torch.randint(5, (8,)))]}, [torch.randn(16, 1, 5, 5)]

@@ -205,3 +205,14 @@ def test_weights_of_environments_take_risks_of_any_dtype(dtype):
     dro(risks).backward()
     assert risks.grad.dtype == dtype and dro.weights.dtype == torch.float32
     torch.testing.assert_close(risks.grad, torch.tensor([1.0, 3.0]).softmax(0).to(dtype), rtol=1e-2, atol=0)
+
+
+def test_weights_move_in_a_module_that_is_cast_to_half_precision():
+    """A step adds a thousandth to a logarithm: bfloat16 would keep equal weights for ever."""
+    risks, exact, cast = torch.tensor([1.0, 0.5, 0.25]), GroupDRO(3, 1e-3), GroupDRO(3, 1e-3)
+    cast = torch.nn.ModuleList([cast]).to(torch.bfloat16)[0]
+    for _ in range(1000):
+        exact(risks)
+        cast(risks.bfloat16())
+    assert exact.weights.max() > 0.4 and cast.weights.dtype == torch.float32
+    torch.testing.assert_close(cast.weights, exact.weights)

@@ -210,6 +210,27 @@ def test_checkpoints_go_on_bit_by_bit(rolling, stop):
     assert all(torch.equal(p, q) for p, q in zip(second, whole, strict=True))
 
 
+@BOTH
+def test_half_precision_keeps_what_decay_adds(rolling):
+    """A decay of 1e-4 beside a gradient of 1 is less than bfloat16 tells; all that 1 and -1 leave."""
+    decay, grads = 1e-4, [[torch.tensor(g)] for g in ([1.0, 0.125], [-1.0, 0.25], [0.0, 0.0])]
+    weight = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+    make = lambda: rolling(torch.optim.SGD([weight], lr=0.0, weight_decay=decay))
+    seen = []
+    optimizer = make()
+    optimizer.optimizer.register_step_pre_hook(lambda *_: seen.append(weight.grad.clone()))
+    for step in grads:
+        walk(optimizer, [weight], [[step[0].bfloat16()]])
+        state = optimizer.state_dict()
+        loaded = make()
+        loaded.load_state_dict(state)
+        for name, kept in optimizer.state[weight].items():
+            assert kept.dtype == torch.float32 and torch.equal(kept, loaded.state[weight][name])
+    kept = np.stack([step[0].double().numpy() for step in grads]) + decay
+    assert seen[0].dtype == torch.bfloat16
+    np.testing.assert_allclose(seen[0].double(), STATISTICS[rolling](kept), rtol=4e-3, atol=1e-7)
+
+
 def test_a_loaded_learning_rate_is_the_wrapped_optimizers():
     one, two = RM3(torch.optim.SGD(parameters(), lr=0.1)), RM3(torch.optim.SGD(parameters(), lr=0.9))
     two.load_state_dict(one.state_dict())

@@ -70,6 +70,33 @@ def test_masked_weights_shrink():
     torch.testing.assert_close(parameter.detach(), torch.full((2,), 2.0 * 0.95**3))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("betas", "tau", "grads"),
+    [((0.9, 0.999, 0.8), 0.4, [10.0] + 4000 * [0.0078125]), ((0.9, 0.999, 0.99), 0.9, 2000 * [1.0])],
+    ids=["a large gradient fades", "agreement reaches tau"],
+)
+def test_half_precision_follows_the_equations(betas, tau, grads, dtype):
+    """Steps of less than a unit in the last place add up, and averages do not stick."""
+    hyper = HYPER | {"lr": 0.01, "betas": betas, "eps": 1e-8, "tau": tau, "weight_decay": 1e-4}
+    parameter = torch.full((2,), 3.0, dtype=dtype, requires_grad=True)
+    optimizer = TemporalAndMaskAdam([parameter], **hyper)
+    steps(optimizer, [parameter], [[np.array([g, -g])] for g in grads])
+    assert all(kept.dtype == torch.float32 for kept in optimizer.state[parameter].values())
+    wanted = by_hand(np.full(2, 3.0), [np.array([g, -g]) for g in grads], **hyper)
+    assert np.abs(wanted - 3.0).min() > 2
+    np.testing.assert_allclose(parameter.detach().double(), wanted, rtol=torch.finfo(dtype).eps)
+    rounding = optimizer.state[parameter]["rounding"]
+    np.testing.assert_allclose(parameter.detach().double() + rounding, wanted, rtol=1e-3)
+
+
+def test_half_precision_that_overflows_stays_infinite():
+    parameter = torch.full((1,), 65000.0, dtype=torch.float16, requires_grad=True)
+    optimizer = TemporalAndMaskAdam([parameter], lr=1e4, tau=0.0, weight_decay=0)
+    steps(optimizer, [parameter], [[-np.ones(1)]] * 3)
+    assert parameter.item() == float("inf")
+
+
 def test_nan_is_not_hidden_by_the_mask():
     parameter = torch.zeros(2, requires_grad=True)
     optimizer = TemporalAndMaskAdam([parameter], tau=0.9)
@@ -122,12 +149,14 @@ def test_closure_and_schedule():
     assert losses[0] == 3 and losses[2] < losses[1] and optimizer.param_groups[0]["lr"] == pytest.approx(0.0125)
 
 
-def test_resuming_gives_the_same_run(tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_resuming_gives_the_same_run(tmp_path, dtype):
     random = np.random.default_rng(2)
     grads = [[random.standard_normal((3, 2)), random.standard_normal(4)] for _ in range(12)]
-    whole = [torch.ones(3, 2, requires_grad=True), torch.zeros(4, requires_grad=True)]
-    steps(TemporalAndMaskAdam(whole, **HYPER), whole, grads)
-    parts = [torch.ones(3, 2, requires_grad=True), torch.zeros(4, requires_grad=True)]
+    start = lambda: [t.to(dtype).requires_grad_() for t in (torch.ones(3, 2), torch.zeros(4))]
+    whole, parts = start(), start()
+    straight = TemporalAndMaskAdam(whole, **HYPER)
+    steps(straight, whole, grads)
     first = TemporalAndMaskAdam(parts, **HYPER)
     steps(first, parts, grads[:5])
     torch.save(first.state_dict(), tmp_path / "optimizer.pt")
@@ -137,8 +166,22 @@ def test_resuming_gives_the_same_run(tmp_path):
     steps(second, parts, grads[5:])
     for one, other in zip(whole, parts, strict=True):
         assert torch.equal(one, other)
+        for name, kept in straight.state[one].items():
+            assert kept.dtype == torch.float32 and torch.equal(kept, second.state[other][name]), name
     third = copy.deepcopy(second)
     assert third.kept_fraction() == second.kept_fraction()
+
+
+def test_state_that_was_kept_in_half_precision_is_taken_up():
+    parameter = torch.ones(2, dtype=torch.bfloat16, requires_grad=True)
+    first, second = TemporalAndMaskAdam([parameter], **HYPER), TemporalAndMaskAdam([parameter])
+    steps(first, [parameter], [[np.ones(2)]])
+    saved = first.state_dict()
+    del saved["state"][0]["rounding"]
+    saved["state"][0] = {name: kept.bfloat16() for name, kept in saved["state"][0].items()}
+    second.load_state_dict(saved)
+    steps(second, [parameter], [[np.ones(2)]])
+    assert all(kept.dtype == torch.float32 for kept in second.state[parameter].values())
 
 
 @pytest.mark.parametrize("other", [torch.optim.AdamW, torch.optim.SGD])

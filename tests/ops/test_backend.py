@@ -179,6 +179,8 @@ def test_environment_names_a_backend(monkeypatch):
     monkeypatch.setenv("HTV_BACKEND", "fastest")
     with pytest.raises(ValueError, match="HTV_BACKEND=fastest"):
         htv.median(torch.randn(3, 2))
+    monkeypatch.setenv("HTV_BACKEND", "")  # as if it were not set
+    assert backend.named() is None and htv.median(torch.ones(3, 2)).tolist() == [1, 1]
 
 
 def test_unknown_names_are_refused():

@@ -136,10 +136,33 @@ def test_first_to_third_derivatives(name):
     options, _ = options_for(name, 5, torch.float64)
     function = lambda z: shifted_cross_entropy(z, targets, shift, temperature=0.5, **options)
     logits.requires_grad_()
-    assert torch.autograd.gradcheck(function, logits)
+    assert torch.autograd.gradcheck(function, logits, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(function, logits)
     slope = lambda z: torch.autograd.grad(function(z).sum(), z, create_graph=True)[0]
     assert torch.autograd.gradgradcheck(slope, logits)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_forward_mode_and_transforms(name):
+    logits, targets, shift = operands(4, 5, scale=1.0)
+    logits[0] = logits[0].round()  # the largest may tie
+    options, _ = options_for(name, 5, torch.float64)
+    function = lambda z: shifted_cross_entropy(z, targets, shift, temperature=0.5, **options).square().sum()
+    expected = lambda z: by_torch(z, targets, shift, 0.5, **options).square().sum()
+    along = torch.randn_like(logits)
+    for derivative in (torch.func.grad, torch.func.jacfwd, torch.func.jacrev, torch.func.hessian):
+        torch.testing.assert_close(derivative(function)(logits), derivative(expected)(logits))
+    found, wanted = (torch.func.jvp(f, (logits,), (along,))[1] for f in (function, expected))
+    torch.testing.assert_close(found, wanted)
+    each = lambda f: torch.func.vmap(torch.func.grad(f))(torch.stack([logits, 2 * logits]))
+    torch.testing.assert_close(each(function), each(expected))
+
+
+def test_transforms_pass_over_ignored_rows():
+    logits, targets, shift = operands(3, 4)
+    targets[1], logits[1, 2], shift[1, 0] = -100, math.nan, math.inf
+    slope = torch.func.grad(lambda z: shifted_cross_entropy(z, targets, shift))(logits)
+    assert slope.isfinite().all() and not slope[1].any()
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

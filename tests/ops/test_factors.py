@@ -262,6 +262,15 @@ def test_nan_shows_at_its_coordinates_only(name, rule):
     assert torch.equal(aggregate.aggregate(case.parts, rule).isnan(), expected)
 
 
+def test_a_bucket_of_both_infinities_surfaces_though_few_groups_touch_the_token():
+    """Two groups of nine cannot move a median, but NaN is not ranked."""
+    ids, grad = torch.tensor([1, 1, 0, 2, 3, 2, 0, 3, 3]), torch.ones(9, 2)
+    grad[0, 0], grad[1, 0] = torch.inf, -torch.inf
+    part = EmbeddingFactors(ids, grad, torch.arange(10), 5)
+    found = aggregate.aggregate([part], htv.MedianOfMeans(5))  # whose first bucket is groups 0 and 1
+    assert found[1, 0].isnan() and found.isnan().sum() == 1
+
+
 @pytest.mark.parametrize("rule", [r for r in RULES if not r.streaming], **by_name)
 @pytest.mark.parametrize("touching", range(1, 6))
 def test_few_groups_touch_a_token(rule, touching):

@@ -148,7 +148,67 @@ def test_strides_do_not_matter():
 @pytest.mark.parametrize("rule", [r for r in RULES if not isinstance(r, htv.SignSum)], **by_name)
 def test_differentiable(rule):
     values = torch.randn(7, 6, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda g: apply(g, rule), (values,))
+    curved = lambda g: apply(g.pow(3), rule).square()  # no term of a second derivative is 0
+    for function in (lambda g: apply(g, rule), curved):
+        checks = {"check_forward_ad": True, "check_batched_grad": True}
+        assert torch.autograd.gradcheck(function, values, **checks)
+        assert torch.autograd.gradgradcheck(function, values)
+
+
+def op_of(rule, groups):
+    """The op below the public functions, (E, P) -> (P,)."""
+    numbers = schema.numbers(rule.statistic(groups))
+    return lambda g: torch.ops.htv.stacked(g, *numbers)[0]
+
+
+@pytest.mark.parametrize("rule", RULES, **by_name)
+@pytest.mark.parametrize("of", [lambda rule: lambda g: apply(g, rule), lambda rule: op_of(rule, 7)], ids=["public", "op"])
+def test_derivatives_of_every_kind_agree(of, rule):
+    """Also where contributions tie or are 0."""
+    function = of(rule)
+    normal = torch.randn(7, 6, dtype=torch.float64)
+    for values in (normal, normal.round()):
+        leaf, along = values.clone().requires_grad_(), torch.randn_like(values)
+        curved = lambda g: function(g.pow(3) + g).square().sum()
+        slope = torch.autograd.grad(curved(leaf), leaf, create_graph=True)[0]
+        second = torch.zeros_like(leaf)
+        if slope.requires_grad:
+            second = torch.autograd.grad(slope, leaf, along)[0]
+        torch.testing.assert_close(torch.func.grad(curved)(values), slope)
+        torch.testing.assert_close(torch.func.jvp(curved, (values,), (along,))[1], (slope * along).sum())
+        torch.testing.assert_close(torch.func.jvp(torch.func.grad(curved), (values,), (along,))[1], second)
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(values, along)
+            tangent = torch.autograd.forward_ad.unpack_dual(curved(dual)).tangent
+        torch.testing.assert_close(tangent, (slope * along).sum())
+        for jacobian in (torch.func.jacrev, torch.func.jacfwd):
+            torch.testing.assert_close(jacobian(curved)(values), slope)
+
+
+@pytest.mark.parametrize("rule", RULES, **by_name)
+def test_mapped(rule):
+    values = torch.randn(4, 7, 6, dtype=torch.float64)
+    expected = torch.stack([apply(v, rule) for v in values])
+    torch.testing.assert_close(torch.func.vmap(lambda g: apply(g, rule))(values), expected)
+    slopes = torch.stack([torch.func.grad(lambda g: apply(g, rule).square().sum())(v) for v in values])
+    each = torch.func.vmap(torch.func.grad(lambda g: apply(g, rule).square().sum()))
+    torch.testing.assert_close(each(values), slopes)
+
+
+def test_nan_made_by_infinities_surfaces():
+    """No rank and no mask hides that inf - inf has no value."""
+    inf = torch.inf
+    grads = torch.tensor([[1.0, 1], [2, 2], [inf, inf], [-inf, 4], [3, 5], [4, 6]])
+    found = htv.median_of_means(grads, 3)
+    assert found[0].isnan() and not found[1].isnan()
+    assert htv.sand_mask(grads, 0.1, 1.0).isnan().all()  # a variance of infinities
+    assert htv.geometric_mean(grads, 0.0)[0].isnan()
+    assert htv.and_mask(grads, 0.0)[0].isnan() and htv.and_mask(grads, 0.9)[0] == 0
+    assert htv.trimmed_mean(grads, 0)[0].isnan() and htv.winsorized_mean(grads, 0)[0].isnan()
+    middle = torch.tensor([[-inf], [-inf], [inf], [inf]])
+    assert htv.median(middle).isnan() and htv.winsorized_mean(middle, 1).isnan()
+    finite = htv.sand_mask(torch.tensor([[1.0, inf], [2.0, inf], [3.0, 1.0]]), 0.1, 1.0)
+    assert finite[0].isfinite() and finite[1].isnan()  # stays in its coordinate
 
 
 def test_sign_agreement_has_zero_derivative():

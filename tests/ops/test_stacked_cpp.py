@@ -87,7 +87,7 @@ def test_ends_of_integers_are_exact(level, name, count):
 
 
 @pytest.mark.parametrize("groups", (1, 3, 8, 9, 40, 70, 300))
-def test_means_of_buckets_that_are_undefined_rank_last(level, groups):
+def test_means_of_buckets_that_are_undefined_surface(level, groups):
     grads = torch.randn(groups, 200, generator=torch.Generator().manual_seed(groups))
     where = torch.rand(grads.shape, generator=torch.Generator().manual_seed(groups + 1))
     grads = torch.where(where < 0.2, math.inf, torch.where(where > 0.8, -math.inf, grads))

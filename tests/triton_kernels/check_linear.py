@@ -114,7 +114,7 @@ def test_nan_poisons_its_column(group, statistic, dtype):
     nan_poisons_its_column(group, statistic, dtype)
 
 
-@pytest.mark.parametrize("statistic", [s for s in ALL if s.name != "geometric_mean"], **named)
+@pytest.mark.parametrize("statistic", ALL, **named)
 def test_inf_is_an_ordinary_extreme(statistic):
     inf_is_an_ordinary_extreme(statistic)
 

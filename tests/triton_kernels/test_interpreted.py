@@ -1,10 +1,10 @@
 """Runs the `check_*.py` beside this file under Triton's interpreter, and on a GPU where there is one."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
+import patience
 import pytest
 import torch
 
@@ -19,7 +19,6 @@ SLOW = [path.name for path in PATHS if "mark.slow" in path.read_text()]  # pytes
 def check(name: str, interpret: bool, *arguments: str):
     folder = Path(__file__).parent
     environment = {
-        **os.environ,
         "TRITON_INTERPRET": str(int(interpret)),
         "HTV_TUNED": "",
         "PYTHONPATH": os.pathsep.join(
@@ -27,10 +26,8 @@ def check(name: str, interpret: bool, *arguments: str):
         ),
     }
     pytest_ = [sys.executable, "-m", "pytest", "-q", "--import-mode=importlib", "-p", "no:cacheprovider"]
-    ran = subprocess.run(
-        [*pytest_, str(folder / name), *arguments], env=environment, capture_output=True, text=True, timeout=900
-    )
-    assert ran.returncode == 0, ran.stdout + ran.stderr
+    status, words = patience.run([*pytest_, str(folder / name), *arguments], 3600, environment)
+    assert status == 0, words
 
 
 @pytest.mark.parametrize("name", CHECKS)

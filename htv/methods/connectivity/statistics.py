@@ -12,6 +12,8 @@ from torch.nn.modules.batchnorm import _NormBase
 
 __all__ = ["batchnorms", "in_eval_mode", "inputs_of", "reestimate_batchnorm", "require_repeatable"]
 
+HALF = (torch.bfloat16, torch.float16)
+
 
 def batchnorms(model: nn.Module) -> dict[str, _NormBase]:
     """The BatchNorms, and InstanceNorms, that have running statistics, by name."""
@@ -79,10 +81,14 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _averaging(named: Mapping[str, _NormBase]) -> Iterator[None]:
-    """Every call of these weighs as much as its batch in the running statistics."""
+    """Every call of these weighs as much as its batch in the running statistics.
+
+    In half precision an average soon stops to move: there it is taken here, of what every batch says.
+    """
     names, modules = {module: name for name, module in named.items()}, list(named.values())
     momenta = [module.momentum for module in modules]
     seen: dict[nn.Module, int] = {}
+    sums: dict[nn.Module, list[Tensor]] = {}
 
     def before(module: _NormBase, args: tuple, kwargs: dict) -> None:
         x = args[0] if args else kwargs["input"]
@@ -96,8 +102,17 @@ def _averaging(named: Mapping[str, _NormBase]) -> Iterator[None]:
             module.reset_running_stats()
         seen[module] = seen.get(module, 0) + size
         module.momentum = size / max(1, seen[module])
+        if size and module.running_mean.dtype in HALF:
+            module.momentum = 1.0
+
+    def after(module: _NormBase, args: tuple, kwargs: dict, y: Tensor) -> None:
+        if module.momentum == 1.0 and module.running_mean.dtype in HALF:
+            kept = (module.running_mean.float(), module.running_var.float())
+            earlier = sums.get(module, (0, 0))
+            sums[module] = [a + len(y) * b for a, b in zip(earlier, kept, strict=True)]
 
     hooks = [module.register_forward_pre_hook(before, with_kwargs=True) for module in modules]
+    hooks += [module.register_forward_hook(after, with_kwargs=True) for module in modules]
     for module in modules:
         module.train()
     try:
@@ -110,3 +125,6 @@ def _averaging(named: Mapping[str, _NormBase]) -> Iterator[None]:
             hook.remove()
         for module, momentum in zip(modules, momenta, strict=True):
             module.momentum = momentum
+        for module, totals in sums.items():
+            for kept, total in zip((module.running_mean, module.running_var), totals, strict=True):
+                kept.copy_(total / seen[module])

@@ -1,0 +1,197 @@
+"""What stands in for a module's `forward`, or another method, while the module is attached."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from htv import layers
+from htv.errors import UnsupportedError
+from htv.watched import Watched, register
+
+if TYPE_CHECKING:
+    from htv.attach import Handle
+
+__all__ = ["ServedForward"]
+
+LIKE_A_FUNCTION = (
+    "__annotations__", "__closure__", "__code__", "__defaults__", "__globals__", "__kwdefaults__", "__name__",
+    "__qualname__",
+)  # fmt: skip
+EXPORTING = (
+    "an attached model cannot be exported or scripted ({}): what htv adds is no part of a graph that runs elsewhere. "
+    "Remedy: call detach() on its handle first, or export a copy (copies of an attached model are not attached)"
+)
+
+
+def members(module: nn.Module) -> list[int]:
+    """Its parameters and parts by identity, in less time than to list those of the whole tree."""
+    return [*map(id, module._parameters.values()), *map(id, module._modules.values())]
+
+
+def parameter_names(function) -> tuple[str, ...]:
+    """The names of a function's positional parameters; () where it does not tell."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return ()
+    return tuple(p.name for p in parameters if p.kind in kinds)
+
+
+class ServedForward:
+    """Stands in for a method of a module while it is attached; the outermost call enters the intercepting mode.
+
+    To whom reads it (signature, `__code__`, `__wrapped__`) it looks like the method it stands for. Copies of the
+    module, by copy.deepcopy, pickle or torch.save, are made as if it were not attached.
+    """
+
+    def __init__(self, handle: Handle, module: nn.Module, path: str, method: str = "forward"):
+        self.handle, self.module, self.path, self.method = handle, module, path, method
+        self.inner = getattr(module, method)
+        self.__wrapped__ = self.inner
+        self.__doc__ = getattr(self.inner, "__doc__", None)
+        self.__module__ = getattr(self.inner, "__module__", None)
+        self.misplaced = False  # whether it ran without gradients on inputs unlike those of the model
+        self.parameters = [id(p) for p in module.parameters()]
+        self._tree = [(m, members(m)) for m in module.modules()]
+        self.batch_norms = [(n, m) for n, m in module.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self._names: tuple[str, ...] | None = None
+        self._ours = {method: self}
+        if method == "forward":
+            self._ours["__reduce_ex__"] = self._reduce_module
+            self.key, self.watched = register(self), Watched(module)  # for torch.compile
+        # Instance attributes of the user's, if any.
+        self._own = {key: module.__dict__[key] for key in self._ours if key in module.__dict__}
+
+    def __call__(self, *args, **kwargs):
+        if torch.compiler.is_dynamo_compiling():
+            if self.method != "forward" or not self.handle.attached:
+                return self.inner(*args, **kwargs)
+            from htv import compiled
+
+            return compiled.call(self, args, kwargs)
+        if not self.handle.attached:  # somebody kept this, in a wrapper of their own
+            return self.inner(*args, **kwargs)
+        try:
+            return self.handle.run(self, args, kwargs)
+        except UnsupportedError as error:
+            error.locate(self.path, type(self.module).__name__)
+            raise
+
+    # -- how it looks -------------------------------------------------------------------------------------------------
+
+    def __getattr__(self, name: str):
+        """Attributes of the method it stands for; only for those this class does not have."""
+        if name in LIKE_A_FUNCTION:
+            return getattr(self.__dict__["inner"], name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.inner)
+
+    @property
+    def __self__(self) -> nn.Module:
+        return self.module
+
+    @property
+    def __func__(self):
+        """A function of (module, ...) that is served too, for those who wrap methods by their function."""
+        if sys._getframe(1).f_globals.get("__name__") == "torch._jit_internal":  # the first to ask of a scripted module
+            raise UnsupportedError(EXPORTING.format("torch.jit.script"))
+
+        def served(module, *args, **kwargs):
+            return self(*args, **kwargs) if module is self.module else self._unbound()(module, *args, **kwargs)
+
+        unbound = self._unbound()
+        for name in ("__module__", "__name__", "__qualname__", "__doc__"):
+            setattr(served, name, getattr(unbound, name, None))
+        served.__wrapped__ = unbound
+        return served
+
+    def _unbound(self):
+        return getattr(self.inner, "__func__", getattr(type(self.module), self.method))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of its positional parameters."""
+        if self._names is None:
+            self._names = parameter_names(self.inner)
+        return self._names
+
+    # -- what is checked before it runs -------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Refuse before anything runs: replaced parameters; a BatchNorm, which counts its batches first."""
+        if torch.jit.is_tracing() or torch.compiler.is_exporting():
+            raise UnsupportedError(EXPORTING.format("torch.jit.trace or torch.export"))
+        if any(members(m) != known for m, known in self._tree) and (
+            [id(p) for p in self.module.parameters()] != self.parameters
+        ):
+            known = set(self.parameters)
+            new = (repr(n) for n, p in self.module.named_parameters() if id(p) not in known)
+            raise RuntimeError(
+                f"the model's parameters changed while attached: {next(new, 'some')} is not what it was, or is gone (a "
+                "module was exchanged, FSDP or tensor parallelism took them over, load_state_dict(assign=True) or "
+                "functional_call was used, ...): detach and attach again"
+            )
+        self.check_batch_norm()
+
+    def check_batch_norm(self) -> None:
+        """Refuse a BatchNorm in train mode, unless the handle was told what to do about it."""
+        for name, module in self.batch_norms if self.handle.batch_norm == "error" else ():
+            if module.training:
+                raise UnsupportedError(layers.batch_norm_refusal(f"module {name!r}"))
+
+    @contextmanager
+    def frozen_statistics(self) -> Iterator[None]:
+        """Run BatchNorm modules on their running statistics, where the handle was told to."""
+        frozen = self.batch_norms if self.handle.batch_norm == "frozen" else ()
+        training = [module for _, module in frozen if module.training and module.running_mean is not None]
+        try:
+            for module in training:
+                module.training = False
+            yield
+        finally:
+            for module in training:
+                module.training = True
+
+    # -- coming and going ---------------------------------------------------------------------------------------------
+
+    def install(self) -> None:
+        """Put it into the module's own attributes."""
+        self.module.__dict__.update(self._ours)
+
+    def restore(self) -> None:
+        """Take out what `install` put in, unless the user has replaced it since."""
+        attributes = self.module.__dict__
+        for key, value in self._ours.items():
+            if attributes.get(key) is value:
+                del attributes[key]
+                if key in self._own:
+                    attributes[key] = self._own[key]
+
+    def _reduce_module(self, protocol):
+        """The module's `__reduce_ex__`, as it would be without htv."""
+        attributes = self.module.__dict__
+        mine = self.handle.forwards_of(self.module)
+        before = {key: attributes[key] for f in mine for key in f._ours if key in attributes}
+        try:
+            for forward in mine:
+                forward.restore()
+            result = self.module.__reduce_ex__(protocol)
+            if isinstance(result, tuple) and len(result) > 2 and result[2] is attributes:
+                result = (*result[:2], dict(attributes), *result[3:])
+            return result
+        finally:
+            attributes.update(before)
+
+    def __reduce_ex__(self, protocol):
+        raise RuntimeError("this module cannot be copied or pickled while attached: call detach() on its handle first")

@@ -1,0 +1,256 @@
+"""Where the batch is in a tensor nobody saw being made, read off its autograd graph.
+
+A function of torch.jit.script, a custom autograd.Function, or what a training script does between two forwards is seen
+by no mode. Its graph still says how gradients go back: node by node, by the same rules as in `htv.layout`. A node that
+is not understood loses the batch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, wraps
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function
+
+from htv import layout
+from htv.autograd.ledger import Function
+from htv.errors import UnsupportedError
+from htv.groups import Groups, Voters
+from htv.marks import CONSTANT, PLAIN, Derived, Lost, Mark, OfBatch
+from htv.operations import BROADCASTING, Operation, tensors_in
+
+__all__ = ["RECORD", "Knowledge", "declare_rowwise", "mark_of", "remember", "remembered", "voters_of"]
+
+RECORD = "htv"  # key in the metadata of autograd's nodes, which die with their graph
+ROWWISE = "htv_rowwise"  # attribute by which a Function or function says that it computes every example by itself
+MOST_NODES = 100_000
+
+# Nodes by the name of their operation; those of elementwise operations need no entry.
+ALIASES = {
+    "to_copy": "to", "native_dropout": "dropout", "unsafe_view": "view", "reshape_alias": "view", "t": "permute",
+    "select": "select", "slice": "narrow", "unsafe_split": "split", "split_with_sizes": "split", "linalg_vector_norm":
+    "norm", "native_layer_norm": "layer_norm", "fused_rms_norm": "rms_norm", "constant_pad_nd": "pad",
+    "special_expit": "sigmoid", "fused_dropout": "dropout",
+}  # fmt: skip
+SHAPED = {"view", "squeeze", "expand"}  # what they do shows in the shapes
+ALONG = {
+    "softmax", "log_softmax", "cumsum", "cumprod", "logcumsumexp", "select", "narrow", "split", "unbind", "unsqueeze",
+    "sum", "nansum", "mean", "amax", "amin", "max", "min", "var", "std", "prod", "logsumexp", "norm", "median", "glu",
+    "sort", "topk",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Knowledge:
+    """What a forward knew of its batch, for later ones.
+
+    groups:  who voted.
+    spec:    what the caller had said of that, or None.
+    source:  the argument that was taken for the batch.
+    """
+
+    groups: Groups
+    spec: object
+    source: str
+
+
+def remember(result: Tensor, knowledge: Knowledge, mark: Mark) -> None:
+    """Note at a tensor's node what a forward knew of it, for later forwards; nothing is kept alive."""
+    if result.grad_fn is not None:
+        notes = result.grad_fn.metadata.setdefault(RECORD, {})
+        notes[result.output_nr] = (knowledge, mark)
+
+
+def remembered(node, number: int) -> tuple[Knowledge, Mark] | None:
+    """What `remember` noted at one output of a node."""
+    notes = node.metadata.get(RECORD)
+    return None if notes is None else notes.get(number)
+
+
+def voters_of(node) -> Voters | None:
+    """Who votes with the result of a served layer, if a node of autograd is one's."""
+    if issubclass(getattr(type(node), "_forward_cls", object), Function):
+        return getattr(node, "voters", None)
+    return None
+
+
+def mark_of(
+    tensor: Tensor, units: Callable[[], int | None], known: Callable[[object, int], Mark | None]
+) -> Mark | None:
+    """Read off where the batch is in a tensor with a graph; None if nothing known is in it.
+
+    units:  how many examples there are, asked for once something known was found.
+    known:  (node, output) -> its mark where that is known without its inputs, as for leaves and what htv served.
+    """
+    marks: dict[tuple[int, int], Mark | None] = {}
+    keep = []  # nodes stay the same Python objects as long as somebody holds them
+    ahead = [(tensor.grad_fn, tensor.output_nr, False)]
+    while ahead:
+        node, number, ready = ahead.pop()
+        key = (id(node), number)
+        if key in marks and not ready:
+            continue
+        if not ready:
+            keep.append(node)
+            mark = known(node, number)
+            if mark is not None:
+                marks[key] = mark
+                continue
+            marks[key] = None
+            if len(keep) > MOST_NODES:
+                return Lost("a graph of too many nodes")
+            ahead.append((node, number, True))
+            ahead += [(n, i, False) for n, i in node.next_functions if n is not None]
+            continue
+        inputs = [None if n is None else marks.get((id(n), i)) for n, i in node.next_functions]
+        marks[key] = _through(node, number, inputs, units)
+    return marks[(id(tensor.grad_fn), tensor.output_nr)]
+
+
+def _through(node, number: int, inputs: list[Mark | None], units: Callable[[], int | None]) -> Mark | None:
+    """The mark of one output of a node from those of its inputs."""
+    lost = next((m for m in inputs if isinstance(m, Lost)), None)
+    if lost is not None:
+        return lost
+    if not any(isinstance(m, OfBatch) for m in inputs):
+        derived = [m for m in inputs if isinstance(m, Derived)]
+        if derived:
+            return Derived(tuple(dict.fromkeys(p for m in derived for p in m.parameters)), None)
+        return PLAIN if any(m is PLAIN for m in inputs) else None
+    found = _followed(node, number, inputs, units())
+    return Lost(f"{_spoken(node)}, which htv did not see") if isinstance(found, Lost) else found
+
+
+def _spoken(node) -> str:
+    function = getattr(type(node), "_forward_cls", None)
+    if function is not None:
+        return f"the custom autograd.Function {function.__name__}"
+    return f"an operation ({node.name()})"
+
+
+def _followed(node, number: int, inputs: list[Mark | None], units: int) -> Mark:
+    function = getattr(type(node), "_forward_cls", None)
+    shapes = [None if n is None else tuple(n._input_metadata[i].shape) for n, i in node.next_functions]
+    operands = [
+        (torch.empty(shape or (), device="meta", requires_grad=True), CONSTANT if mark is None else mark)
+        for shape, mark in zip(shapes, inputs, strict=True)
+    ]
+    output = torch.empty(tuple(node._input_metadata[number].shape), device="meta")
+    if function is not None:
+        return rowwise(operands, output, units) if getattr(function, ROWWISE, False) else layout.LOST
+    name = _operation(node.name())
+    if name is None:
+        return layout.LOST
+    missing = any(shape is None for shape in shapes)
+    call = _arguments(node, name, [t for t, _ in operands], missing)
+    if call is None:
+        return layout.LOST
+    args, kwargs, func = call
+    if name in BROADCASTING:
+        operands = [o for o, shape in zip(operands, shapes, strict=True) if shape is not None]
+    try:
+        operation = Operation(name, func, args, kwargs, operands, [output])
+        return layout.follow(operation, units)[0]
+    except UnsupportedError:
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError):
+        return layout.LOST  # values were asked for that nobody has
+
+
+@lru_cache(maxsize=1024)
+def _operation(node: str) -> str | None:
+    """The name in `htv.operations` of what a node of autograd differentiates, or None."""
+    match = re.fullmatch(r"([A-Z]\w*)Backward\d+", node)
+    if match is None:
+        return None
+    name = re.sub(r"(?<!^)(?=[A-Z])", "_", match[1]).lower().replace("__", "_")
+    name = ALIASES.get(name, name)
+    known = name in BROADCASTING or name in SHAPED or name in ALONG
+    extra = {"transpose", "permute", "cat", "stack", "layer_norm", "pad", "flip"}
+    return name if known or name in extra else None
+
+
+def _signed(dim: int) -> int:
+    return dim - 2**64 if dim >= 2**63 else dim  # torch shows negative dims unsigned
+
+
+def _arguments(node, name: str, tensors: list[Tensor], missing: bool):
+    """(args, kwargs, func) of the call as `htv.layout` reads them; None if the node does not tell."""
+    first = tensors[0] if tensors else None
+    if name in BROADCASTING or name in SHAPED:
+        return tuple(tensors), {}, None
+    if name == "transpose":
+        dims = _signed(node._saved_dim0), _signed(node._saved_dim1)
+        return (first, *dims), {}, None
+    if name == "permute":
+        dims = getattr(node, "_saved_dims", (1, 0))
+        return (first, [_signed(d) for d in dims]), {}, None
+    if name == "stack" or name == "cat":
+        if missing and name == "stack":
+            return None
+        return (tensors,), {"dim": _signed(node._saved_dim)}, torch.cat if name == "cat" else torch.stack
+    if name == "layer_norm":
+        return (first, list(node._saved_normalized_shape)), {}, None
+    if name == "pad":
+        return (first, list(node._saved_pad)), {}, None
+    if name == "flip":
+        return (first,), {"dims": [_signed(d) for d in node._saved_dims]}, torch.flip
+    dim = getattr(node, "_saved_dim", None)
+    if dim is None:
+        return (first,), {}, None
+    dim = [_signed(d) for d in dim] if isinstance(dim, tuple) else _signed(dim)
+    if name == "narrow" and node._saved_step == 1:
+        start, end = _signed(node._saved_start), _signed(node._saved_end)
+        index = slice(start, min(end, 2**62))
+        return (first,), {"dim": dim}, lambda t, dim: t[(slice(None),) * (dim % t.dim()) + (index,)]
+    return (first,), {"dim": dim}, None
+
+
+def rowwise(operands: list[tuple[Tensor, Mark | None]], output: Tensor, units: int) -> Mark:
+    """The mark of what a function returns that was declared to compute every example by itself."""
+    places = [m for _, m in operands if isinstance(m, OfBatch)]
+    if units == 1 and output.dim() and places and not any(isinstance(m, Lost) for m in places):
+        return layout.all_of_one(output)
+    if not places or any(isinstance(m, Lost) for m in places):
+        return next((m for m in places if isinstance(m, Lost)), layout.LOST)
+    place = places[0]
+    agree = all(place.same(other, units) for other in places[1:])
+    fits = place.dim < output.dim() and output.shape[place.dim] == place.size(units)
+    return place if agree and fits else layout.LOST
+
+
+def declare_rowwise(function):
+    """Declare that a function computes every example by itself, whatever is inside that htv cannot see.
+
+    For functions of torch.jit.script, custom autograd.Functions and calls into other libraries: row i of the batch's dim
+    of each result may depend on row i of the arguments that hold examples, on no other row, and on no served parameter.
+    Without it what such a function returns is lost to htv unless its autograd graph tells where the examples are.
+
+    function: a function of tensors, or a subclass of torch.autograd.Function, which is marked and returned.
+
+    Returns the function, to be called in its place. What it says is believed: a wrong declaration is a wrong gradient.
+
+        fast_gelu = htv.rowwise(torch.jit.script(fast_gelu))
+
+        @htv.rowwise
+        class Clamped(torch.autograd.Function): ...
+    """
+    if isinstance(function, type) and issubclass(function, torch.autograd.Function):
+        setattr(function, ROWWISE, True)
+        return function
+    if not callable(function) or isinstance(function, type):
+        raise TypeError(f"rowwise takes a function or a subclass of torch.autograd.Function, got {function!r}")
+
+    @wraps(function, updated=())
+    def declared(*args, **kwargs):
+        tensors = tensors_in(args, kwargs)
+        if tensors and torch._C._len_torch_function_stack():
+            return handle_torch_function(declared, tensors, *args, **kwargs)
+        return function(*args, **kwargs)
+
+    setattr(declared, ROWWISE, True)
+    return declared
