@@ -124,7 +124,7 @@ MUTANTS = [
     ),
     (
         MARKS,
-        "if entry[2] is not None and entry[2] != _version(tensor):",
+        "if entry[2] != version or graded > entry[3]:",
         "if False:",
         "what was written to a view's base is not seen",
     ),
@@ -156,14 +156,14 @@ MUTANTS = [
     ),
     (
         LAYOUT,
-        "if where is None and tensor.requires_grad and not (couples and broadcast):",
+        "if where is None and (all_say or tensor.requires_grad) and not (couples and broadcast):",
         "if False:",
         "an operand that lost the batch has no say",
     ),
     (
         LAYOUT,
-        "if where is None and tensor.requires_grad and not (couples and broadcast):",
-        "if where is None and tensor.requires_grad and not couples:",
+        "if where is None and (all_say or tensor.requires_grad) and not (couples and broadcast):",
+        "if where is None and (all_say or tensor.requires_grad) and not couples:",
         "shared statistics excuse everything",
     ),
     (
