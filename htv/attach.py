@@ -21,7 +21,7 @@ from htv import history, inputs, ranks
 from htv.autograd.accumulation import MicroBatches, refuse_unless_streaming
 from htv.autograd.ledger import Passes
 from htv.errors import UnsupportedError
-from htv.forward import ServedForward
+from htv.forward import ServedForward, thaw
 from htv.groups import Groups, Place
 from htv.history import Knowledge
 from htv.inputs import Batch
@@ -114,7 +114,7 @@ def attach(
 
 
 def _as_names(argument: str, value) -> tuple[str, ...]:
-    names = (value,) if isinstance(value, str) else tuple(value)
+    names = tuple(value) if isinstance(value, (list, tuple)) else (value,)
     if not all(isinstance(name, str) for name in names):
         raise TypeError(f"{argument} must be a name or several, got {value!r}")
     return names
@@ -229,7 +229,7 @@ class ForwardBlock:
     def __init__(self, handle: Handle, args: tuple, kwargs: dict):
         self._handle, self._args, self._kwargs = handle, args, kwargs
         self._mode: Intercept | None = None
-        self._frozen = None
+        self._frozen: list[nn.Module] = []
 
     def __enter__(self) -> None:
         handle = self._handle
@@ -241,10 +241,9 @@ class ForwardBlock:
         try:
             names = tuple(f"batch[{i}]" for i in range(len(self._args))) if len(self._args) > 1 else ("batch",)
             self._mode = handle._open(handle._root, self._args, self._kwargs, names)
-            self._mode.is_block = True
+            self._mode.block = weakref.ref(self)
             handle._thread.running = self._mode
-            self._frozen = handle._root.frozen_statistics()
-            self._frozen.__enter__()
+            handle._root.freeze(self._frozen)
             self._mode.enter()
         except BaseException:
             self.__exit__(None, None, None)
@@ -255,9 +254,11 @@ class ForwardBlock:
         try:
             self._handle._close(mode, None)
         finally:
-            frozen, self._frozen = self._frozen, None
-            if frozen is not None:
-                frozen.__exit__(None, None, None)
+            thaw(self._frozen)
+
+    def serves(self, mode: Intercept) -> bool:
+        """Whether the block is open and the mode its own."""
+        return self._mode is mode
 
 
 class Handle:
@@ -312,6 +313,7 @@ class Handle:
             ServedForward(self, module, path)
             for path, module in model.named_modules()
             if next(module.parameters(), None) is not None or isinstance(module, also) or module is model
+            if not isinstance(module, torch.jit.ScriptModule)  # which runs plainly
         ]
         self._forwards += [ServedForward(self, module, path, name) for module, path, name in methods]
         self._root = self._forwards[0]
@@ -344,7 +346,9 @@ class Handle:
         for served in self._served.values():
             served.unwatch()
         # What would keep the model alive in a circle.
-        self._forwards, self._thread = [], threading.local()
+        for forward in self._forwards:
+            forward.let_go()
+        self._forwards, self._root, self._thread = [], None, threading.local()
         self._checkpointed.clear()
 
     def _require_attached(self, method: str) -> None:
@@ -604,8 +608,14 @@ class Handle:
     def _running(self) -> Intercept | bool | None:
         """The forward under way in this thread; one that an interrupt left behind is dropped."""
         running = getattr(self._thread, "running", None)
-        if running is None or getattr(running, "is_block", False):
-            return running
+        if running is None:
+            return None
+        if running is not True and running.block is not None:
+            block = running.block()
+            if block is not None and block.serves(running):
+                return running
+            self._thread.running = None
+            return None
         frame = sys._getframe(2)
         while frame is not None:
             if frame.f_code in PASSES:

@@ -45,6 +45,13 @@ def parameter_names(function) -> tuple[str, ...]:
     return tuple(p.name for p in parameters if p.kind in kinds)
 
 
+def thaw(frozen: list[nn.Module]) -> None:
+    """Put modules that `ServedForward.freeze` froze back into train mode."""
+    while frozen:
+        frozen[-1].training = True
+        frozen.pop()
+
+
 class ServedForward:
     """Stands in for a method of a module while it is attached; the outermost call enters the intercepting mode.
 
@@ -150,18 +157,22 @@ class ServedForward:
             if module.training:
                 raise UnsupportedError(layers.batch_norm_refusal(f"module {name!r}"))
 
+    def freeze(self, frozen: list[nn.Module]) -> None:
+        """Put BatchNorm modules on their running statistics, where the handle was told to. frozen: takes those it was."""
+        for _, module in self.batch_norms if self.handle.batch_norm == "frozen" else ():
+            if module.training and module.running_mean is not None:
+                frozen.append(module)
+                module.training = False
+
     @contextmanager
     def frozen_statistics(self) -> Iterator[None]:
-        """Run BatchNorm modules on their running statistics, where the handle was told to."""
-        frozen = self.batch_norms if self.handle.batch_norm == "frozen" else ()
-        training = [module for _, module in frozen if module.training and module.running_mean is not None]
+        """`freeze` for the time of a block."""
+        frozen: list[nn.Module] = []
         try:
-            for module in training:
-                module.training = False
+            self.freeze(frozen)
             yield
         finally:
-            for module in training:
-                module.training = True
+            thaw(frozen)
 
     # -- coming and going ---------------------------------------------------------------------------------------------
 
@@ -177,6 +188,10 @@ class ServedForward:
                 del attributes[key]
                 if key in self._own:
                     attributes[key] = self._own[key]
+
+    def let_go(self) -> None:
+        """Drop what holds it in a circle; it is not installed again."""
+        self._ours = {}
 
     def _reduce_module(self, protocol):
         """The module's `__reduce_ex__`, as it would be without htv."""

@@ -65,7 +65,7 @@ class Intercept(TorchFunctionMode):
     carried:  what earlier forwards know of tensors the model is called with, by identity.
     """
 
-    is_block = False  # whether `Handle.forward` opened it
+    block = None  # a reference to the `Handle.forward` block that opened it
     spec = None  # who was asked to vote
 
     def __init__(
