@@ -268,6 +268,10 @@ class Intercept(TorchFunctionMode):
         """Run a call that no layer serves, expanding parameters where it is elementwise, and mark its results."""
         tensors = tensors_in(args, kwargs)
         marks = [self.mark(t) for t in tensors]
+        if args and isinstance(args[0], Tensor) and _writes(func) and args[0]._base is not None:
+            base = args[0]._base
+            if self.served(base) is None:  # what it is before this write, which its view tells of
+                self.marks.put(base, self.mark(base))
         if any(isinstance(m, Derived) for m in marks):
             result = self._with_parameters(func, args, kwargs, tensors, marks)
         else:
@@ -425,7 +429,7 @@ class Intercept(TorchFunctionMode):
     def _mark_results(self, func, args, kwargs, operands, result) -> None:
         """Mark what a call made, or wrote to in place."""
         name = plain_name(func)
-        written = args[0] if args and (_in_place(func) or name == "setitem") else kwargs.get("out")
+        written = args[0] if args and _writes(func) else kwargs.get("out")
         if written is None and name in operations.BROADCASTING and name not in BORROWING and isinstance(result, Tensor):
             place = layout.unmoved(operands, result, self.groups.num_units)
             if place is not None and self.served(result) is None:
@@ -505,9 +509,10 @@ class Intercept(TorchFunctionMode):
         base = view._base
         if base is None or self.served(base) is not None:
             return
+        known = self.marks.get(base) or self.mark(base)
         if isinstance(mark, OfBatch):
-            self.marks.put(base, layout.base_after_writing(base, self.mark(base), view, mark, self.groups.num_units))
-        elif isinstance(mark, Derived) or not isinstance(self.mark(base), (Place, Lost, Derived)):
+            self.marks.put(base, layout.base_after_writing(base, known, view, mark, self.groups.num_units))
+        elif isinstance(mark, Derived) or not isinstance(known, (Place, Lost, Derived)):
             self.marks.put(base, Derived(mark.parameters, base) if isinstance(mark, Derived) else mark)
 
 
@@ -543,6 +548,12 @@ def _place_in_code() -> str:
 def _served(tensor: Tensor, mark: Mark | None) -> bool:
     """Whether contributions to a tensor go to served parameters."""
     return isinstance(mark, Derived) and tensor.requires_grad
+
+
+@lru_cache(maxsize=4096)
+def _writes(func) -> bool:
+    """Whether a call changes its first argument."""
+    return _in_place(func) or plain_name(func) == "setitem"
 
 
 @lru_cache(maxsize=4096)

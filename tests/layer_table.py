@@ -613,6 +613,12 @@ TABLE: dict[str, dict[str, Builder]] = {
         "matmul per head from the left": tokens(lambda m, x: m.w @ x[:, None], w=drawn(3, 2, 4)),
         "bmm": tokens(lambda m, x: torch.bmm(x, m.w.expand(len(x), 6, 2)), w=drawn(6, 2)),
         "mm and mv": tokens(lambda m, x: torch.mv(torch.mm(x[:, 0], m.w), m.v), w=drawn(6, 2), v=drawn(2)),
+        "matmul of named factors": tokens(
+            lambda m, x: torch.matmul(other=m.w, input=x), w=drawn(6, 6)
+        ),
+        "addmm of named factors": tokens(
+            lambda m, x: torch.addmm(mat2=m.w, mat1=x[:, 0], input=m.b), w=drawn(6, 6), b=drawn(6)
+        ),
         "addmm": tokens(
             lambda m, x: torch.addmm(m.b, x.reshape(-1, 6), m.w).reshape(len(x), 4, 2), w=drawn(6, 2), b=drawn(2)
         ),
@@ -769,6 +775,9 @@ TABLE: dict[str, dict[str, Builder]] = {
             lambda m, x: m.h(torch.tanh(m.l(x[:, 0]).squeeze())).reshape(len(x), -1), l=linear(6, 3), h=linear(3, 2)
         ),
         "rows of a constant, by getitem": looked_up(lambda table, t: table[t]),
+        "rows of a constant, by names": looked_up(
+            lambda table, t: torch.index_select(dim=0, index=t, input=table)
+        ),
         "rows of a constant, by index_select": looked_up(lambda table, t: table.index_select(0, t)),
         "rows of a constant, by embedding": looked_up(lambda table, t: F.embedding(t, table)),
         "several samples per example": tokens(several_samples, l=linear(6, 6)),

@@ -95,18 +95,26 @@ def case(name, call, operands, expected, given_up="", silent=False) -> Case:
 
 
 class Probe(nn.Module):
-    """Makes a call where an attached model would, on tensors that are said to be the batch's."""
+    """Makes a call where an attached model would, on tensors that are said to be the batch's.
 
-    def __init__(self):
+    They come in by no argument and no attribute: the model knows of x alone.
+    """
+
+    def __init__(self, call: Callable, operands: tuple[Operand, ...]):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(()))
+        self.make = lambda mode: self._make(mode, call, operands)
 
-    def forward(self, x, call, operands: list[Operand]):
-        self.mode = _get_current_function_mode()
+    @staticmethod
+    def _make(mode, call, operands):
         for operand in operands:
             if operand.place is not None:
-                self.mode.marks.put(operand.tensor, operand.place)
+                mode.marks.put(operand.tensor, operand.place)
         return call(*[operand.tensor for operand in operands])
+
+    def forward(self, x):
+        self.mode = _get_current_function_mode()
+        return self.make(self.mode)
 
 
 def tensors(results) -> list[Tensor]:
@@ -119,14 +127,14 @@ def tensors(results) -> list[Tensor]:
 
 def marks_of(c: Case, units: int, tokens: bool = False, **options):
     """The results of the call in an attached model's forward, and their marks."""
-    probe = Probe()
+    probe = Probe(c.call, c.operands)
     with htv.attach(probe, htv.Mean(), **options) as handle:
-        inputs = torch.zeros(units, 1), c.call, list(c.operands)
+        x = torch.zeros(units, 1)
         if tokens:
             with handle.tokens():
-                results = tensors(probe(*inputs))
+                results = tensors(probe(x))
         else:
-            results = tensors(probe(*inputs))
+            results = tensors(probe(x))
     return results, [probe.mode.mark(result) for result in results]
 
 

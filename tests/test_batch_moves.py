@@ -89,6 +89,7 @@ def reshaping(n, p):
     yield case("units mixed behind", lambda x: x.reshape(p, n, 2), given(0, n, 2, p),
                0 if p == n else LOST)
     yield case("units mixed, merged", lambda x: x.view(n, 2), given(Place(0, 2), m), LOST)
+    yield case("units mixed before", lambda x: x.reshape(2, n, 6), given(1, 3, n, 4), LOST)
     yield case("view_as", lambda x, y: x.view_as(y), [given(0, n, 2 * p), constant(n, 2, p)], 0)
     yield case("reshape_as", lambda x, y: x.reshape_as(y), [given(1, 2, n, p), constant(m, p)],
                Place(0, 2))
@@ -157,6 +158,8 @@ def joining(n, p):
     yield case("cat it, merged", lambda x, y: torch.cat([x, y]),
                [given(Place(0, 1, 2), 2 * n, p), given(0, n, p)],
                Place(0, units=torch.cat([torch.arange(n).repeat_interleave(2), torch.arange(n)])))
+    yield case("a row beside constants", torch.add, [given(picked(1), 1, p), constant(n, p)], LOST,
+               given_up="it is in all rows now")
     yield case("stack", lambda x, y: torch.stack([x, y]), pair, 1)
     yield case("stack behind", lambda x, y: torch.stack([x, y], 1), pair, 0)
     yield case("stack last", lambda x, y: torch.stack([x, y], dim=-1),
@@ -356,6 +359,9 @@ def writing(n, p):
     yield case("zeros, columns", into((n, 2), set_to((all_, columns))), given(0, n, 2), 0)
     yield case("zeros, rows in another order", into((n, p), set_to(back)), given(0, n, p), LOST,
                given_up="places of a target are in order")
+    diagonal = torch.arange(n), torch.arange(n)
+    yield case("zeros, the diagonal", into((n, n), set_to(diagonal)), given(0, n), LOST,
+               given_up="both dims hold it")
     yield case("a column", over(set_to((all_, 1))), [given(0, n, p), given(0, n)], 0)
     yield case("a row before", over(set_to(1)), [given(1, p, n), given(0, n)], 1)
     yield case("a row of it", over(set_to(1)), [given(0, n, n), given(0, n)], LOST)
