@@ -35,9 +35,13 @@ class Named(nn.Module):
 
 def assert_votes_by_example(model, run, count):
     """Gradients are the aggregate of those of run(rows), one example at a time."""
-    parts = one_group_at_a_time(lambda e: run(slice(e, e + 1)), dict(model.named_parameters()), count)
+    parts = one_group_at_a_time(
+        lambda e: run(slice(e, e + 1)), dict(model.named_parameters()), count
+    )
     for name, p in model.named_parameters():
-        torch.testing.assert_close(p.grad, aggregated(parts[name], RULE), rtol=1e-9, atol=1e-11, msg=name)
+        torch.testing.assert_close(
+            p.grad, aggregated(parts[name], RULE), rtol=1e-9, atol=1e-11, msg=name
+        )
 
 
 def test_size_one_beside_larger_sizes_is_a_constant():
@@ -63,7 +67,9 @@ def test_sizes_that_disagree_are_refused_until_one_is_named():
     model = Named().double()
     x, scale = torch.randn(6, 5).double(), torch.rand(4).double()
     with htv.attach(model, RULE):
-        with pytest.raises(ValueError, match=r"'x' of shape \(6, 5\), 'scale' of shape \(4,\).*batch='x'"):
+        with pytest.raises(
+            ValueError, match=r"'x' of shape \(6, 5\), 'scale' of shape \(4,\).*batch='x'"
+        ):
             model(x, scale)
     with htv.attach(model, RULE, batch="x"):
         model(x, scale).square().sum().backward()
@@ -102,11 +108,18 @@ class Plain:
         self.x = x
 
 
-@pytest.mark.parametrize("wrap", [Batch, Plain, lambda x: {"x": x}, lambda x: [x]], ids=["dataclass", "object", "dict", "list"])
+@pytest.mark.parametrize(
+    "wrap",
+    [Batch, Plain, lambda x: {"x": x}, lambda x: [x]],
+    ids=["dataclass", "object", "dict", "list"],
+)
 @pytest.mark.parametrize("ids", [False, True])
 def test_examples_in_a_container(wrap, ids):
     read = lambda b: b["x"] if isinstance(b, dict) else b[0] if isinstance(b, list) else b.x
-    model, x = Module(lambda m, b: m.a(read(b)), a=nn.Linear(5, 4)).double(), torch.randn(6, 5).double()
+    model, x = (
+        Module(lambda m, b: m.a(read(b)), a=nn.Linear(5, 4)).double(),
+        torch.randn(6, 5).double(),
+    )
     with htv.attach(model, RULE) as handle:
         if ids:
             with handle.groups(torch.arange(6)):
@@ -118,7 +131,13 @@ def test_examples_in_a_container(wrap, ids):
 
 # -- one voter --------------------------------------------------------------------------------------------------------
 
-NEED_SEVERAL = [htv.AndMask(0.4), htv.Median(), htv.WinsorizedMean(0.2), htv.XorMask(0.4), htv.GeometricMean(0.2)]
+NEED_SEVERAL = [
+    htv.AndMask(0.4),
+    htv.Median(),
+    htv.WinsorizedMean(0.2),
+    htv.XorMask(0.4),
+    htv.GeometricMean(0.2),
+]
 NEED_ONE = [htv.Mean(), htv.AndMask(0.0), htv.SignSum(), htv.TrimmedMean(0), htv.MedianOfMeans(1)]
 
 
@@ -126,9 +145,15 @@ NEED_ONE = [htv.Mean(), htv.AndMask(0.0), htv.SignSum(), htv.TrimmedMean(0), htv
 def test_one_voter_is_refused_unless_it_is_meant(rule):
     model, x = nn.Linear(5, 4), torch.randn(1, 5)
     with htv.attach(model, rule) as handle:
-        with pytest.raises(ValueError, match=r"one group alone votes \('input' of shape \(1, 5\).*allow_single=True"):
+        with pytest.raises(
+            ValueError,
+            match=r"one group alone votes \('input' of shape \(1, 5\).*allow_single=True",
+        ):
             model(x)
-        with handle.groups(torch.zeros(6, dtype=torch.long)), pytest.raises(ValueError, match="one group alone"):
+        with (
+            handle.groups(torch.zeros(6, dtype=torch.long)),
+            pytest.raises(ValueError, match="one group alone"),
+        ):
             model(torch.randn(6, 5))
     with htv.attach(model, rule, allow_single=True):
         model(x).sum().backward()
@@ -154,7 +179,8 @@ def test_one_voter_in_all_micro_batches_is_refused():
     assert model.weight.grad is not None
 
 
-# -- packed sequences -------------------------------------------------------------------------------------------------
+# -- packed sequences
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cls", [nn.LSTM, nn.GRU, nn.RNN])
@@ -189,7 +215,10 @@ def test_rows_of_one_packed_example_with_different_ids_are_refused():
     with htv.attach(model, RULE) as handle:
         with handle.groups(torch.arange(5)), pytest.raises(ValueError, match="different ids"):
             model(packed)
-        with handle.groups(torch.arange(4)), pytest.raises(ValueError, match="one id per example, or one per row"):
+        with (
+            handle.groups(torch.arange(4)),
+            pytest.raises(ValueError, match="one id per example, or one per row"),
+        ):
             model(packed)
 
 
@@ -197,7 +226,11 @@ def test_layouts_without_rows_are_refused_by_name():
     model = nn.Linear(5, 4)
     nested = torch.nested.nested_tensor([torch.randn(2, 5), torch.randn(3, 5)], layout=torch.jagged)
     with htv.attach(model, RULE) as handle:
-        for x, word in ((torch.eye(5).to_sparse(), "sparse"), (torch.eye(5).to_sparse_csr(), "sparse"), (nested, "nested")):
+        for x, word in (
+            (torch.eye(5).to_sparse(), "sparse"),
+            (torch.eye(5).to_sparse_csr(), "sparse"),
+            (nested, "nested"),
+        ):
             with pytest.raises(htv.UnsupportedError, match=f"argument 'input' is a {word} tensor"):
                 model(x)
         with handle.packed(nested.offsets()):  # the remedy
@@ -221,4 +254,6 @@ def test_check_and_explain_and_refusals_say_which_argument_it_was():
     assert "'mean' at " in message and "test_batch_choice.py:" in message
     assert "'args[0]' of shape (6, 5)" in message
     lost = htv.explain(mixing, torch.randn(6, 5)).lost
-    assert len(lost) == 1 and lost[0].startswith("'mean' at ") and "test_batch_choice.py:" in lost[0]
+    assert (
+        len(lost) == 1 and lost[0].startswith("'mean' at ") and "test_batch_choice.py:" in lost[0]
+    )

@@ -107,7 +107,10 @@ def tensors_alive():
 @pytest.mark.parametrize("dropped", [0, 2], ids=["", "after forwards without a backward"])
 def test_failed_backwards_keep_nothing(rule, dropped):
     shared = nn.Linear(8, 8)
-    model, x = nn.Sequential(nn.Linear(12, 8), shared, nn.ReLU(), shared, nn.Linear(8, 2)), torch.randn(6, 12)
+    model, x = (
+        nn.Sequential(nn.Linear(12, 8), shared, nn.ReLU(), shared, nn.Linear(8, 2)),
+        torch.randn(6, 12),
+    )
     with htv.attach(model, rule):
         step(model, x)
         for _ in range(dropped):
@@ -154,7 +157,10 @@ def test_a_detached_model_is_freed_at_once():
 def test_a_failed_micro_batch_leaves_no_half_counted_votes():
     model, x = mlp(), torch.randn(6, 12)
     with htv.attach(model, htv.AndMask(0.4)) as handle:
-        with pytest.raises(RuntimeError, match="failed part-way.*begin the block again"), handle.accumulate():
+        with (
+            pytest.raises(RuntimeError, match="failed part-way.*begin the block again"),
+            handle.accumulate(),
+        ):
             hook = model[0].register_full_backward_hook(fail)
             with pytest.raises(torch.OutOfMemoryError):
                 model(x).sum().backward()
@@ -169,7 +175,9 @@ def test_a_backward_onto_an_aggregate_warns_once():
     model, x = mlp(), torch.randn(6, 12)
     with htv.attach(model, htv.AndMask(0.4)):
         model(x).sum().backward()
-        with pytest.warns(UserWarning, match=r"adds to the aggregate.*handle.accumulate\(\)") as caught:
+        with pytest.warns(
+            UserWarning, match=r"adds to the aggregate.*handle.accumulate\(\)"
+        ) as caught:
             for _ in range(3):
                 model(x).sum().backward()
         assert len(caught) == 1

@@ -27,7 +27,15 @@ def test_readers_of_the_forward_see_the_plain_one():
     with htv.attach(model, htv.Median()):
         assert inspect.signature(model.forward) == signature
         assert inspect.getfullargspec(model.forward).kwonlyargs == ["scale"]
-        for name in ("__name__", "__qualname__", "__doc__", "__module__", "__code__", "__defaults__", "__kwdefaults__"):
+        for name in (
+            "__name__",
+            "__qualname__",
+            "__doc__",
+            "__module__",
+            "__code__",
+            "__defaults__",
+            "__kwdefaults__",
+        ):
             assert getattr(model.forward, name) == getattr(plain, name), name
         assert model.forward.__wrapped__ == plain and inspect.unwrap(model.forward) == plain
         assert model.forward.__self__ is model and callable(model.forward)
@@ -42,13 +50,14 @@ def test_a_forward_wrapped_by_its_function_is_still_served():
         model(x).square().sum().backward()
         expected, model.a.weight.grad = model.a.weight.grad, None
         function = model.forward.__func__
-        model.forward = MethodType(lambda self, *args, **kwargs: function(self, *args, **kwargs), model)
+        model.forward = MethodType(
+            lambda self, *args, **kwargs: function(self, *args, **kwargs), model
+        )
         model(x).square().sum().backward()
         torch.testing.assert_close(model.a.weight.grad, expected)
     model.zero_grad()
     model(x).square().sum().backward()  # detached: whoever kept the forward gets the plain one
     assert not torch.equal(model.a.weight.grad, expected)
-
 
 
 EXPORTERS = {
@@ -72,7 +81,9 @@ def test_exporters_are_told_to_detach(name):
 def test_a_scripted_part_is_refused_unless_excluded():
     model = nn.ModuleDict({"a": nn.Linear(5, 4), "b": torch.jit.script(nn.Linear(4, 3))})
     model.forward = lambda x: model["b"](model["a"](x))
-    with pytest.raises(htv.UnsupportedError, match="its part 'b' was compiled by torch.jit.*exclude='b'"):
+    with pytest.raises(
+        htv.UnsupportedError, match="its part 'b' was compiled by torch.jit.*exclude='b'"
+    ):
         htv.attach(model, htv.Median())
     with htv.attach(model, htv.Median(), exclude="b"):
         model(torch.randn(6, 5)).sum().backward()
@@ -96,7 +107,9 @@ def transformers_library():
 def test_generate_infers_the_padding_mask():
     transformers = transformers_library()
     torch.manual_seed(0)
-    settings = dict(vocab_size=50, n_positions=32, n_embd=32, n_layer=2, n_head=2, initializer_range=0.5)
+    settings = dict(
+        vocab_size=50, n_positions=32, n_embd=32, n_layer=2, n_head=2, initializer_range=0.5
+    )
     config = transformers.GPT2Config(**settings, bos_token_id=1, eos_token_id=2, pad_token_id=0)
     model = transformers.GPT2LMHeadModel(config).eval()
     ids = torch.tensor([[0, 0, 0, 7, 8, 9], [3, 4, 5, 6, 7, 8]])
@@ -109,7 +122,9 @@ def test_trainer_keeps_its_columns_and_its_accumulation_is_warned_of(tmp_path):
     transformers = transformers_library()
     pytest.importorskip("accelerate")
     model = Text()
-    data = [{"input_ids": torch.randint(0, 50, (6,)), "labels": i % 2, "text_id": i} for i in range(32)]
+    data = [
+        {"input_ids": torch.randint(0, 50, (6,)), "labels": i % 2, "text_id": i} for i in range(32)
+    ]
     arguments = transformers.TrainingArguments(
         str(tmp_path), per_device_train_batch_size=8, gradient_accumulation_steps=2, max_steps=1, report_to=[],
         use_cpu=True, disable_tqdm=True, save_strategy="no",

@@ -1,4 +1,4 @@
-"""Parts of a model called one by one: by a training step, an agent's method, a closure; forwards that continue others."""
+"""Parts of a model called one by one, and forwards that continue others."""
 
 import pytest
 import torch
@@ -23,7 +23,9 @@ class Step(nn.Module):
 
     def training_step(self, batch, number=0):
         x, y = batch
-        return F.cross_entropy(self.head(type(self).between(self.encode(x))), y.flatten(), reduction="sum")
+        return F.cross_entropy(
+            self.head(type(self).between(self.encode(x))), y.flatten(), reduction="sum"
+        )
 
 
 BETWEEN = {
@@ -43,28 +45,35 @@ def batch():
 
 @pytest.mark.parametrize("name", BETWEEN)
 def test_a_forward_continues_what_an_earlier_one_knew(name):
-    model, (x, y) = Step().double(), batch()
+    model, (x, _) = Step().double(), batch()
     step = lambda rows: model.head(BETWEEN[name](model.encode(x[rows]))).square().sum()
     with htv.attach(model, RULE):
         step(slice(None)).backward()
     if "first" not in name:
         assert_votes_by_example(model, step, N)
     else:  # a view of N * T rows, cut for one example
-        one = lambda rows: model.head(model.encode(x[rows]).transpose(0, 1).reshape(-1, 8).relu()).square().sum()
+        one = lambda rows: (
+            model.head(model.encode(x[rows]).transpose(0, 1).reshape(-1, 8).relu()).square().sum()
+        )
         assert_votes_by_example(model, one, N)
 
 
 LOST = {
     "centred": lambda h: (h - h.mean(0)).flatten(0, 1),
     "permuted": lambda h: h[torch.randperm(len(h))],
-    "attention among examples": lambda h: (h.flatten(1) @ h.flatten(1).t()).softmax(-1) @ h.flatten(1)[:, :8],
+    "attention among examples": lambda h: (
+        (h.flatten(1) @ h.flatten(1).t()).softmax(-1) @ h.flatten(1)[:, :8]
+    ),
 }
 
 
 @pytest.mark.parametrize("name", LOST)
 def test_what_an_operation_between_forwards_loses_is_refused(name):
     model, (x, _) = Step().double(), batch()
-    with htv.attach(model, RULE), pytest.raises(htv.UnsupportedError, match="'head.weight'.*Backward.*did not see"):
+    with (
+        htv.attach(model, RULE),
+        pytest.raises(htv.UnsupportedError, match="'head.weight'.*Backward.*did not see"),
+    ):
         model.head(LOST[name](model.encode(x)))
 
 
@@ -103,7 +112,9 @@ def test_a_method_that_calls_backward_itself():
 
 def test_methods_that_are_none_are_refused():
     for name in ("no_step", "encode.no_step", "nowhere.step", "forward", "encode"):
-        with pytest.raises(ValueError, match=name.split(".")[-1] if "nowhere" not in name else "nowhere"):
+        with pytest.raises(
+            ValueError, match=name.split(".")[-1] if "nowhere" not in name else "nowhere"
+        ):
             htv.attach(Step(), RULE, methods=name)
 
 
@@ -136,16 +147,25 @@ def test_forwards_of_different_numbers_of_voters_under_one_loss_are_refused_acro
     model, (x, _) = Step().double(), batch()
     with htv.attach(model, RULE):
         loss = model.encode(x).sum() + model.head(torch.randn(N * T, 8).double()).sum()
-        with pytest.raises(htv.UnsupportedError, match="6 groups of 6 examples.*18 groups of 18|18 groups.*6 groups"):
+        with pytest.raises(
+            htv.UnsupportedError,
+            match="6 groups of 6 examples.*18 groups of 18|18 groups.*6 groups",
+        ):
             loss.backward()
         model.zero_grad()
-        (model.encode(x).sum() + model.head(torch.randn(N, 8).double()).sum()).backward()  # as many: one vote
+        (
+            model.encode(x).sum() + model.head(torch.randn(N, 8).double()).sum()
+        ).backward()  # as many: one vote
 
 
 def test_blocks_and_forwards_cannot_be_nested():
     model, (x, _) = Step().double(), batch()
     with htv.attach(model, RULE) as handle:
-        with handle.forward(x), pytest.raises(RuntimeError, match="inside another forward"), handle.forward(x):
+        with (
+            handle.forward(x),
+            pytest.raises(RuntimeError, match="inside another forward"),
+            handle.forward(x),
+        ):
             pass
         model.encode(x).sum().backward()  # usable again
 
@@ -154,7 +174,11 @@ def test_blocks_and_forwards_cannot_be_nested():
 def test_blocks_of_a_detached_handle_raise(use):
     handle = htv.attach(nn.Linear(5, 4), RULE)
     handle.detach()
-    arguments = {"groups": [torch.arange(6)], "packed": [torch.tensor([0, 6])], "forward": [torch.randn(6, 5)]}
+    arguments = {
+        "groups": [torch.arange(6)],
+        "packed": [torch.tensor([0, 6])],
+        "forward": [torch.randn(6, 5)],
+    }
     with pytest.raises(RuntimeError, match=f"{use}.. of a detached handle"):
         with getattr(handle, use)(*arguments.get(use, [])):
             pass

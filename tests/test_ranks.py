@@ -35,7 +35,11 @@ def fsdp2(net):
 
 def tensor_parallel(net):
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
 
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     return parallelize_module(net, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
@@ -80,7 +84,9 @@ def each_rank(rank, folder):
         for order in ("before", "after") + (("wrapper",) if wrap is ddp else ()):
             for rule in (htv.AndMask(0.4), htv.Mean()):
                 key = f"{name} {order} {type(rule).__name__}"
-                found[key] = outcome(lambda wrap=wrap, order=order, rule=rule: attached(wrap, order, rule))
+                found[key] = outcome(
+                    lambda wrap=wrap, order=order, rule=rule: attached(wrap, order, rule)
+                )
     found["accumulate"] = outcome(accumulated)
     if rank == 0:
         torch.save(found, f"{folder}/found.pt")
@@ -96,7 +102,10 @@ def found():
 
 @pytest.mark.parametrize("order", ["before", "after", "wrapper"])
 def test_data_parallel(found, order):
-    assert "DistributedDataParallel on 2 ranks: each rank would vote alone" in found[f"ddp {order} AndMask"]
+    assert (
+        "DistributedDataParallel on 2 ranks: each rank would vote alone"
+        in found[f"ddp {order} AndMask"]
+    )
     assert found[f"ddp {order} Mean"] is True
 
 

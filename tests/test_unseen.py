@@ -118,7 +118,7 @@ FOLLOWED = {
 
 
 def tanh_again(h):
-    """Checkpointed where the whole batch is computed; the oracle asks torch.autograd.grad, which reentrant ones refuse."""
+    """Checkpointed for the whole batch alone: the oracle's torch.autograd.grad cannot pass one."""
     return checkpoint(torch.tanh, h, use_reentrant=True) if len(h) > 1 else torch.tanh(h)
 
 
@@ -136,7 +136,10 @@ def test_a_transposition_in_a_script_is_followed():
     with htv.attach(model, RULE):
         model(x).square().sum().backward()
     assert_votes_by_example(model, lambda rows: model(x[rows]).square().sum(), 6)
-    with htv.attach(swapping, RULE), pytest.raises(htv.UnsupportedError, match="the batch is in dim 1"):
+    with (
+        htv.attach(swapping, RULE),
+        pytest.raises(htv.UnsupportedError, match="the batch is in dim 1"),
+    ):
         swapping(torch.randn(8, 5).double())
 
 
@@ -159,10 +162,16 @@ def test_a_function_of_parameters_alone_is_a_computed_weight():
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
-            self.a, self.step, self.b = nn.Linear(5, 8), nn.Parameter(torch.tensor(0.1)), nn.Linear(8, 4)
+            self.a, self.step, self.b = (
+                nn.Linear(5, 8),
+                nn.Parameter(torch.tensor(0.1)),
+                nn.Linear(8, 4),
+            )
 
         def forward(self, x):
-            return self.b(torch.relu(F.linear(x, Quantised.apply(self.a.weight, self.step), self.a.bias)))
+            return self.b(
+                torch.relu(F.linear(x, Quantised.apply(self.a.weight, self.step), self.a.bias))
+            )
 
     model, x = Model().double(), torch.randn(6, 5).double()
     with htv.attach(model, RULE):
@@ -171,14 +180,22 @@ def test_a_function_of_parameters_alone_is_a_computed_weight():
 
 
 def test_a_hook_that_exchanges_a_parameter_is_refused():
-    model, other = nn.Sequential(nn.Linear(5, 8), nn.GELU(), nn.Linear(8, 4)), nn.Parameter(torch.randn(8, 5))
+    model, other = (
+        nn.Sequential(nn.Linear(5, 8), nn.GELU(), nn.Linear(8, 4)),
+        nn.Parameter(torch.randn(8, 5)),
+    )
     own = model[0].weight
     with htv.attach(model, RULE):
-        before = model[0].register_forward_pre_hook(lambda m, _: m._parameters.__setitem__("weight", other))
+        before = model[0].register_forward_pre_hook(
+            lambda m, _: m._parameters.__setitem__("weight", other)
+        )
         after = model[0].register_forward_hook(
             lambda m, *_: m._parameters.__setitem__("weight", own), always_call=True
         )
-        with pytest.raises(htv.UnsupportedError, match="'0.weight' is another tensor than when the model was attached"):
+        with pytest.raises(
+            htv.UnsupportedError,
+            match="'0.weight' is another tensor than when the model was attached",
+        ):
             model(torch.randn(6, 5))
         before.remove(), after.remove()
         model(torch.randn(6, 5)).sum().backward()
@@ -196,7 +213,11 @@ def test_a_pair_of_towers_whose_similarities_no_loss_uses():
     class Towers(nn.Module):
         def __init__(self):
             super().__init__()
-            self.a, self.b, self.scale = nn.Linear(5, 3), nn.Linear(7, 3), nn.Parameter(torch.tensor(2.0))
+            self.a, self.b, self.scale = (
+                nn.Linear(5, 3),
+                nn.Linear(7, 3),
+                nn.Parameter(torch.tensor(2.0)),
+            )
 
         def forward(self, text, image):
             text, image = self.a(text), self.b(image)

@@ -123,9 +123,7 @@ def _count(targets: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
     return torch.where(counted, weight[targets.clamp(0, len(weight) - 1)], 0).sum()
 
 
-def _by_definition(
-    logits, targets, shift, temperature, weight, ignore_index, label_smoothing, reduction
-) -> Tensor:
+def _by_definition(logits, targets, shift, temperature, weight, ignore_index, label_smoothing, reduction) -> Tensor:
     """In plain PyTorch, for forward mode and the transforms of torch.func."""
     # Ignored rows may hold anything, of which 0 times would be NaN.
     ignored = (targets == ignore_index).unsqueeze(1)

@@ -115,9 +115,7 @@ def checked(op: str, statistic: int, count: int, votes: float, k: float, groups:
         "winsorized_mean": (0, (groups - 1) // 2),
     }.get(name, (-(2**63), 2**63 - 1))
     if not low <= count <= high:
-        raise ValueError(
-            f"htv::{op}: count must be {low} to {high} for {name} of {groups} groups, got {count}"
-        )
+        raise ValueError(f"htv::{op}: count must be {low} to {high} for {name} of {groups} groups, got {count}")
     return Statistic(name, count, votes, k)
 
 
@@ -295,9 +293,7 @@ def _group_norm_backward_reference(grad, x, weight, mean, rstd, needs_x):
     return reference.group_norm_backward(grad, x, weight, mean, rstd, needs_x)
 
 
-def _shifted_cross_entropy_reference(
-    logits, targets, shift, temperature, weight, ignore_index, label_smoothing
-):
+def _shifted_cross_entropy_reference(logits, targets, shift, temperature, weight, ignore_index, label_smoothing):
     require_one_device("shifted_cross_entropy", logits, targets, shift, weight)
     numbers = temperature, weight, ignore_index, label_smoothing
     return reference.shifted_cross_entropy(logits, targets, shift, *numbers)
@@ -328,14 +324,10 @@ library.impl("linear", _linear_reference, "CompositeExplicitAutograd")
 library.impl("norm_sums", _norm_sums_reference, "CompositeExplicitAutograd")
 library.impl("group_norm_backward", _group_norm_backward_reference, "CompositeExplicitAutograd")
 library.impl("conv", _conv_reference, "CompositeExplicitAutograd")
-library.impl(
-    "embedding_contributions", _embedding_contributions_reference, "CompositeExplicitAutograd"
-)
+library.impl("embedding_contributions", _embedding_contributions_reference, "CompositeExplicitAutograd")
 library.impl("embedding", _embedding_reference, "CompositeExplicitAutograd")
 library.impl("shifted_cross_entropy", _shifted_cross_entropy_reference, "CompositeExplicitAutograd")
-library.impl(
-    "shifted_cross_entropy_grad", _shifted_cross_entropy_grad_reference, "CompositeExplicitAutograd"
-)
+library.impl("shifted_cross_entropy_grad", _shifted_cross_entropy_grad_reference, "CompositeExplicitAutograd")
 
 
 def _groups_of(op: str, factors) -> int:
