@@ -1,7 +1,6 @@
 """Which arguments of a forward hold the examples: by size, by name, in containers, in packed sequences."""
 
 import dataclasses
-import itertools
 
 import pytest
 import torch
@@ -186,7 +185,7 @@ def test_one_voter_in_all_micro_batches_is_refused():
 @pytest.mark.parametrize("cls", [nn.LSTM, nn.GRU, nn.RNN])
 @pytest.mark.parametrize("sort", [True, False])
 def test_the_examples_of_a_packed_sequence_vote(cls, sort):
-    for lengths in itertools.product((1, 2, 4), repeat=3):
+    for lengths in ((1, 1, 1), (2, 1, 2), (1, 4, 2), (3, 3, 3), (2, 2, 4)):
         lengths = sorted(lengths, reverse=True) if sort else lengths
         model = cls(4, 5).double()
         sequences = [torch.randn(n, 4).double() for n in lengths]

@@ -116,13 +116,14 @@ def test_failed_backwards_keep_nothing(rule, dropped):
         for _ in range(dropped):
             model(x)
         counts = []
-        for _ in range(12):
+        for number in range(8):
             hook = model[0].register_full_backward_hook(fail)
             with pytest.raises(torch.OutOfMemoryError):
                 model(x).sum().backward()
             hook.remove()
-            counts.append(tensors_alive())
-        assert counts[-1] <= counts[1]
+            if number in (1, 7):
+                counts.append(tensors_alive())
+        assert counts[1] <= counts[0]
         step(model, x)
 
 
