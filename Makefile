@@ -14,7 +14,7 @@ SPREAD := -n auto --dist loadfile
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 
-.PHONY: demo experiment test test-all test-mutants test-oldest test-pure bench lint format clean
+.PHONY: demo experiment test test-all test-mutants test-oldest test-pure test-sanitize bench lint format clean
 
 # torch first and by itself: the build compiles against the torch that is installed, whatever its version.
 $(VENV)/.installed: $(SOURCES)
@@ -57,6 +57,13 @@ test-oldest:
 # No compiler, no kernels: the reference serves everything.
 test-pure:
 	HTV_BUILD=0 $(MAKE) test VENV=.venv-pure
+
+# Ten minutes beyond a build of its own: the CPU kernels under ASan and UBSan, fuzzed. Needs GCC.
+test-sanitize: $(VENV)/.installed
+	HTV_SANITIZE=1 HTV_CUDA=0 $(BIN)/python setup.py --quiet build_ext --build-temp build/sanitize \
+		--build-lib build/sanitized
+	$(BIN)/python tests/sanitize/fuzz.py build/sanitized/htv/_C.abi3.so \
+		--out tests/results/sanitize.json $(ARGS)
 
 # What `htv bench` compares with; torch is named again for the same reason.
 $(VENV)/.peers: $(VENV)/.installed

@@ -7,6 +7,7 @@ Environment:
 HTV_BUILD=1|0       with or without compiled code; without, the reference ops serve
 HTV_CUDA=auto|0|1   CUDA kernels: where nvcc is found and torch has CUDA; never; wherever nvcc is, or fail
 HTV_CUDA_ARCHS      compute capabilities, "80;90" by default; the last is also embedded as PTX
+HTV_SANITIZE=0|1    for `make test-sanitize`: the CPU kernels under ASan and UBSan
 CXX, CUDA_HOME      the compilers
 
 Every command of the build stands in <build-temp>/build.ninja, which is why a rebuild compiles only what changed.
@@ -28,6 +29,8 @@ CSRC = Path("csrc")
 TORCH_TARGET = "0x020b000000000000"  # the ABI of torch 2.11, the oldest served
 
 COMMON = ["-std=c++20", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-fno-math-errno", "-fno-trapping-math"]
+SANITIZED = ["-O1", "-g1", "-fno-omit-frame-pointer"]
+SANITIZED += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 EXACT = "-ffp-contract=off"  # a * b + c is rounded once only where a kernel says so: medians stay exact
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
@@ -143,7 +146,8 @@ class BuildExtensions(build_ext):
         def compiled(source: str, flags: list[str], out: str | None = None, rule: str = "cxx") -> str:
             return ninja.build((out or source) + ".o", rule, [(CSRC / source).resolve()], flags)
 
-        cpu = [*COMMON, *level_defines]
+        sanitize = choice("HTV_SANITIZE", ("0", "1")) == "1"
+        cpu = [*COMMON, *(SANITIZED if sanitize else []), *level_defines]
         level_object = compiled("cpu/level.cpp", cpu)
         objects = [level_object]
         cpu_ops = ("stacked", "linear", "conv", "norm", "embedding", "cross_entropy", "tile")
@@ -158,6 +162,7 @@ class BuildExtensions(build_ext):
         # libtorch.so, though it holds nothing itself, is what brings torch's CUDA symbols into scope
         lib = Path(torch.__file__).with_name("lib")
         libraries = [f"-L{lib}", "-Xlinker", "--no-as-needed", "-ltorch", "-ltorch_cpu"]
+        sanitizers = ["-fsanitize=address,undefined"] if sanitize else []
         if nvcc:
             codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
             codes += [f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
@@ -187,8 +192,8 @@ class BuildExtensions(build_ext):
         ops, host = (Path(self.get_ext_fullpath(ext.name)).resolve() for ext in self.extensions)
         for path in (ops, host):
             path.parent.mkdir(parents=True, exist_ok=True)
-        ninja.build(ops, "nvlink" if nvcc else "link", objects, libraries)
-        ninja.build(host, "link", host_objects, [])
+        ninja.build(ops, "nvlink" if nvcc else "link", objects, [*libraries, *sanitizers])
+        ninja.build(host, "link", host_objects, sanitizers)
         ninja.run()
 
 

@@ -21,7 +21,8 @@ class Checked {
   const std::string& op_;
 
   int64_t held(bool overflows, int64_t result) const {
-    STD_TORCH_CHECK(!overflows, op_, ": sizes, strides or paddings are too large: their product does not fit 64 bits");
+    STD_TORCH_CHECK(!overflows, op_,
+                    ": sizes, strides or paddings are too large: their product does not fit 64 bits");
     return result;
   }
 
@@ -44,11 +45,13 @@ class Checked {
   }
 };
 
-// Whether all elements of a tensor lie in memory it has: a storage may have been freed, or be too short.
+// Whether all elements of a tensor lie in memory it has: a storage may have been freed, or be too
+// short.
 inline void check_memory(const std::string& op, const char* argument, const Tensor& tensor) {
   int32_t layout = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(tensor.get(), &layout));
-  STD_TORCH_CHECK(layout == aoti_torch_layout_strided(), op, ": ", argument, " must be dense, of strided layout");
+  STD_TORCH_CHECK(layout == aoti_torch_layout_strided(), op, ": ", argument,
+                  " must be dense, of strided layout");
   if (tensor.numel() == 0) return;
   int64_t bytes = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &bytes));
@@ -56,7 +59,8 @@ inline void check_memory(const std::string& op, const char* argument, const Tens
   int64_t last = tensor.storage_offset();
   for (int64_t d = 0; d < tensor.dim(); ++d)
     last = checked.sum(last, checked.product(tensor.size(d) - 1, tensor.stride(d)));
-  const bool inside = last < bytes / int64_t(tensor.element_size()) && tensor.const_data_ptr() != nullptr;
+  const bool inside =
+      last < bytes / int64_t(tensor.element_size()) && tensor.const_data_ptr() != nullptr;
   STD_TORCH_CHECK(inside, op, ": ", argument, " reaches beyond its storage of ", bytes,
                   " bytes: was it freed or resized?");
 }

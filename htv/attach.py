@@ -21,7 +21,7 @@ from htv import history, inputs, ranks
 from htv.autograd.accumulation import MicroBatches, refuse_unless_streaming
 from htv.autograd.ledger import Passes
 from htv.errors import UnsupportedError
-from htv.forward import ServedForward
+from htv.forward import ServedForward, thaw
 from htv.groups import Groups, Place
 from htv.history import Knowledge
 from htv.inputs import Batch
@@ -68,12 +68,16 @@ def attach(
                      refuses them; "frozen" runs them on their running statistics, which stay as they are; "shared" lets
                      an example's contribution be its rows' part of the plain gradient, with what passes through the
                      shared statistics.
-    batch:           the arguments of the forward that hold the examples, by name: "input_ids", or several where examples
-                     come in two parts. Without it, all tensor arguments of one size in the batch's dim are taken;
+    batch:           the arguments of the forward that hold the examples, by name: "input_ids", or
+                     several where examples
+                     come in two parts. Without it, all tensor arguments of one size in the batch's
+                     dim are taken;
                      tensors of size 1 beside them are constants, and other sizes are refused.
-    methods:         other methods of the model, or of its parts ("encoder.embed"), that are called in its place and are
+    methods:         other methods of the model, or of its parts ("encoder.embed"), that are called
+                     in its place and are
                      to be served as one forward: "training_step", "get_action_and_value".
-    allow_single:    let a batch of one group pass, whose aggregate is its plain gradient, under rules that need several.
+    allow_single:    let a batch of one group pass, whose aggregate is its plain gradient, under
+                     rules that need several.
     stats:           collect what `Handle.stats` returns, at about the price of aggregating every parameter once more.
 
     Raises TypeError or ValueError for bad arguments, RuntimeError if the model, a part of it or one of its parameters
@@ -114,7 +118,7 @@ def attach(
 
 
 def _as_names(argument: str, value) -> tuple[str, ...]:
-    names = (value,) if isinstance(value, str) else tuple(value)
+    names = tuple(value) if isinstance(value, (list, tuple)) else (value,)
     if not all(isinstance(name, str) for name in names):
         raise TypeError(f"{argument} must be a name or several, got {value!r}")
     return names
@@ -131,7 +135,8 @@ def _served_methods(model: nn.Module, methods: tuple[str, ...]) -> list[tuple[nn
             raise ValueError(f"methods={method!r}: {type(model).__name__} has no part {path!r}") from None
         if name == "forward" or not callable(getattr(module, name, None)) or name in module._modules:
             raise ValueError(
-                f"methods={method!r}: {type(module).__name__} has no method {name!r} to serve beside its forward"
+                f"methods={method!r}: {type(module).__name__} has no method {name!r} to serve "
+                "beside its forward"
             )
         found.append((module, path, name))
     return found
@@ -145,8 +150,10 @@ def _refuse_scripted(model: nn.Module, rules: dict[str, Rule | None]) -> None:
             if any(rules.get(name) is not None for name in inside):
                 what = f"its part {path!r}" if path else "it"
                 raise UnsupportedError(
-                    f"the model cannot be served: {what} was compiled by torch.jit.script or trace, and htv does not see "
-                    f"what happens inside. Remedy: attach before scripting, keep that part in Python, or "
+                    f"the model cannot be served: {what} was compiled by torch.jit.script or "
+                    "trace, and htv does not see "
+                    "what happens inside. Remedy: attach before scripting, keep that part in "
+                    "Python, or "
                     f"exclude={path or '*'!r}"
                 )
 
@@ -229,7 +236,7 @@ class ForwardBlock:
     def __init__(self, handle: Handle, args: tuple, kwargs: dict):
         self._handle, self._args, self._kwargs = handle, args, kwargs
         self._mode: Intercept | None = None
-        self._frozen = None
+        self._frozen: list[nn.Module] = []
 
     def __enter__(self) -> None:
         handle = self._handle
@@ -241,10 +248,9 @@ class ForwardBlock:
         try:
             names = tuple(f"batch[{i}]" for i in range(len(self._args))) if len(self._args) > 1 else ("batch",)
             self._mode = handle._open(handle._root, self._args, self._kwargs, names)
-            self._mode.is_block = True
+            self._mode.block = weakref.ref(self)
             handle._thread.running = self._mode
-            self._frozen = handle._root.frozen_statistics()
-            self._frozen.__enter__()
+            handle._root.freeze(self._frozen)
             self._mode.enter()
         except BaseException:
             self.__exit__(None, None, None)
@@ -255,9 +261,11 @@ class ForwardBlock:
         try:
             self._handle._close(mode, None)
         finally:
-            frozen, self._frozen = self._frozen, None
-            if frozen is not None:
-                frozen.__exit__(None, None, None)
+            thaw(self._frozen)
+
+    def serves(self, mode: Intercept) -> bool:
+        """Whether the block is open and the mode its own."""
+        return self._mode is mode
 
 
 class Handle:
@@ -312,6 +320,7 @@ class Handle:
             ServedForward(self, module, path)
             for path, module in model.named_modules()
             if next(module.parameters(), None) is not None or isinstance(module, also) or module is model
+            if not isinstance(module, torch.jit.ScriptModule)  # which runs plainly
         ]
         self._forwards += [ServedForward(self, module, path, name) for module, path, name in methods]
         self._root = self._forwards[0]
@@ -344,13 +353,16 @@ class Handle:
         for served in self._served.values():
             served.unwatch()
         # What would keep the model alive in a circle.
-        self._forwards, self._thread = [], threading.local()
+        for forward in self._forwards:
+            forward.let_go()
+        self._forwards, self._root, self._thread = [], None, threading.local()
         self._checkpointed.clear()
 
     def _require_attached(self, method: str) -> None:
         if not self.attached:
             raise RuntimeError(
-                f"{method}() of a detached handle would do nothing: the model has its plain gradients again. Call "
+                f"{method}() of a detached handle would do nothing: the model has its plain "
+                "gradients again. Call "
                 "htv.attach for a new handle"
             )
 
@@ -358,7 +370,8 @@ class Handle:
     def groups(self, ids: Tensor, weight: str = "size") -> Iterator[None]:
         """Forwards inside the block let examples with equal ids vote together.
 
-        ids:     (N,) integers, one per index of the batch's dim; any values in any order. For a PackedSequence one per
+        ids:     (N,) integers, one per index of the batch's dim; any values in any order. For a
+                 PackedSequence one per
                  example, in the order it was packed from, or one per row of its data.
         weight:  "size": a group's contribution is the sum of its examples', as the loss has it; "equal": it is scaled
                  as if every group had N / E examples, so that the mean of every group (environment) counts once.
@@ -407,13 +420,16 @@ class Handle:
     def forward(self, *batch, **named) -> ForwardBlock:
         """Serve all that a block computes as one forward of the model.
 
-        For code that calls parts of the model one by one: a training step, the methods of an agent, a loss that uses
+        For code that calls parts of the model one by one: a training step, the methods of an
+                                                           agent, a loss that uses
         parameters. What is computed between the calls is followed, too.
 
-        batch, named: the tensors that hold the examples, in their dim `batch_dim`; tuples, mappings and PackedSequences
+        batch, named: the tensors that hold the examples, in their dim `batch_dim`; tuples,
+                      mappings and PackedSequences
                       of these as well.
 
-        Returns a context manager. Raises RuntimeError inside another forward, ValueError if the tensors' sizes disagree.
+        Returns a context manager. Raises RuntimeError inside another forward, ValueError if the
+        tensors' sizes disagree.
 
             with handle.forward(x):
                 loss = criterion(model.head(model.encode(x).flatten(0, 1)), y.flatten())
@@ -441,8 +457,10 @@ class Handle:
             raise RuntimeError("accumulate() blocks cannot be nested")
         if ranks.world_size() > 1:
             raise UnsupportedError(
-                f"accumulate() with {ranks.world_size()} ranks: each rank would put its own aggregate into .grad, and the "
-                "ranks' parameters would drift apart. Remedy: train in one process, or accumulate plainly"
+                f"accumulate() with {ranks.world_size()} ranks: each rank would put its own "
+                "aggregate into .grad, and the "
+                "ranks' parameters would drift apart. Remedy: train in one process, or accumulate "
+                "plainly"
             )
         for served in self._served.values():
             refuse_unless_streaming(served.rule, served.name)
@@ -558,10 +576,14 @@ class Handle:
         rule = next((r for r in self._rules if r.needs_several), None)
         if rule is not None:
             raise ValueError(
-                f"one group alone votes ({source}): the aggregate of one contribution under {rule} is its plain "
-                "gradient. This is also how trainers with one example per device end in plain training. Remedy: larger "
-                "batches, htv.attach(..., batch='the argument that holds the examples') if another was meant, `with "
-                "handle.accumulate():` around micro-batches, or allow_single=True if the plain gradient is meant here"
+                f"one group alone votes ({source}): the aggregate of one contribution under {rule} "
+                "is its plain "
+                "gradient. This is also how trainers with one example per device end in plain "
+                "training. Remedy: larger "
+                "batches, htv.attach(..., batch='the argument that holds the examples') if another "
+                "was meant, `with "
+                "handle.accumulate():` around micro-batches, or allow_single=True if the plain "
+                "gradient is meant here"
             )
 
     def note_loss(self, lost: Lost) -> None:
@@ -572,9 +594,12 @@ class Handle:
         """Say once that several backwards were added up in `.grad`."""
         self.told_of_sums = True
         warnings.warn(
-            f"a backward adds to the aggregate that .grad of {served.name!r} holds from an earlier backward: each backward "
-            "is a vote of its own, so micro-batches that a trainer accumulates do not vote together. Use `with "
-            "handle.accumulate():` around the micro-batches of a step, or zero_grad() between the backwards",
+            f"a backward adds to the aggregate that .grad of {served.name!r} holds from an earlier "
+            "backward: each backward "
+            "is a vote of its own, so micro-batches that a trainer accumulates do not vote "
+            "together. Use `with "
+            "handle.accumulate():` around the micro-batches of a step, or zero_grad() between the "
+            "backwards",
             stacklevel=2,
         )
 
@@ -604,8 +629,14 @@ class Handle:
     def _running(self) -> Intercept | bool | None:
         """The forward under way in this thread; one that an interrupt left behind is dropped."""
         running = getattr(self._thread, "running", None)
-        if running is None or getattr(running, "is_block", False):
-            return running
+        if running is None:
+            return None
+        if running is not True and running.block is not None:
+            block = running.block()
+            if block is not None and block.serves(running):
+                return running
+            self._thread.running = None
+            return None
         frame = sys._getframe(2)
         while frame is not None:
             if frame.f_code in PASSES:
@@ -616,7 +647,9 @@ class Handle:
         self._thread.running = None
         return None
 
-    def _open(self, forward: ServedForward, args: tuple, kwargs: dict, names: tuple[str, ...] | None = None) -> Intercept:
+    def _open(
+        self, forward: ServedForward, args: tuple, kwargs: dict, names: tuple[str, ...] | None = None
+    ) -> Intercept:
         """The mode of a forward that starts now."""
         left_on_stack(lambda mode: mode.is_stale())
         forward.check()
@@ -653,7 +686,8 @@ class Handle:
         if not self._told_of_ranks and ranks.world_size() > 1:
             self._told_of_ranks = True
             warnings.warn(
-                f"{ranks.world_size()} ranks are initialised, but the examples of each vote by themselves: averaging .grad "
+                f"{ranks.world_size()} ranks are initialised, but the examples of each vote by "
+                "themselves: averaging .grad "
                 "over ranks would average votes. Use htv.Mean() there, or train in one process",
                 stacklevel=4,
             )
@@ -725,8 +759,10 @@ class Handle:
             sizes = {k.groups.num_units for k in (*earlier, *met)}
             if len(sizes) > 1:
                 raise ValueError(
-                    f"argument {name!r} comes from forwards of {' and '.join(map(str, sorted(sizes)))} examples: whose "
-                    "rows are whose cannot be told. Remedy: run the calls of one step inside `with handle.forward(batch):`"
+                    f"argument {name!r} comes from forwards of "
+                    f"{' and '.join(map(str, sorted(sizes)))} examples: whose "
+                    "rows are whose cannot be told. Remedy: run the calls of one step inside `with "
+                    "handle.forward(batch):`"
                 )
             if isinstance(mark, Derived) and mark.source is None:
                 mark = Derived(mark.parameters, tensor)
@@ -736,7 +772,7 @@ class Handle:
         return carried, earlier[0] if earlier else None
 
     def _inside_checkpointed(self) -> dict[tuple[int, int], tuple]:
-        """In a backward, the nodes of forwards of which a checkpoint may run parts again without their module's forward."""
+        """In a backward, the nodes of forwards of which a checkpoint may run parts again by themselves."""
         if torch._C._current_graph_task_id() == -1:
             return {}
         return {

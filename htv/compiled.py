@@ -229,7 +229,8 @@ def _intercept(forward: ServedForward, tensors: list[Tensor], voting: tuple, arg
     for name, tensor in named:
         if isinstance(tensor, PackedSequence):
             raise UnsupportedError(
-                f"argument {name!r} is a PackedSequence, which torch.compile hides from htv. Remedy: run this model "
+                f"argument {name!r} is a PackedSequence, which torch.compile hides from htv. "
+                "Remedy: run this model "
                 "without torch.compile"
             )
         for size in tensor.shape:

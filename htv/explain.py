@@ -99,7 +99,8 @@ class Explanation:
     """Rows of `htv.explain`; prints as a table.
 
     batch:  which argument was taken for the batch; "" where the model was not run.
-    lost:   the calls at which it was lost which example is whose, where a parameter needed it: "call at file:line".
+    lost:   the calls at which it was lost which example is whose, where a parameter needed it:
+            "call at file:line".
     """
 
     rows: tuple[Row, ...]
@@ -143,7 +144,8 @@ def explain(
             own is listed as "own forward".
     batch_argument, batch_dim:  as `batch` and `batch_dim` of `htv.attach`.
 
-    The explanation also says which argument was taken for the batch, and at which calls of the model's code it was lost.
+    The explanation also says which argument was taken for the batch, and at which calls of the
+    model's code it was lost.
     """
     if batch is None:
         used = _uses_by_class(model)
@@ -237,9 +239,10 @@ def _refusal(module: nn.Module) -> str | None:
     return None
 
 
-def _uses_by_running(model: nn.Module, batch, batch_argument, batch_dim: int) -> tuple[dict, dict, str, tuple[str, ...]]:
-    """Kinds of use and refusals by parameter, the plans under both rules of what a backward recorded, the batch's source,
-    and where it was lost."""
+def _uses_by_running(
+    model: nn.Module, batch, batch_argument, batch_dim: int
+) -> tuple[dict, dict, str, tuple[str, ...]]:
+    """Kinds of use and refusals by parameter, plans under both rules, the batch's source, where it was lost."""
     args, kwargs = ((), batch) if isinstance(batch, dict) else (batch, {})
     args = tuple(args) if isinstance(args, (tuple, list)) else (args,)
     used = {name: ([], "frozen: no gradient") for name, p in model.named_parameters() if not p.requires_grad}

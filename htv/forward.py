@@ -25,8 +25,10 @@ LIKE_A_FUNCTION = (
     "__qualname__",
 )  # fmt: skip
 EXPORTING = (
-    "an attached model cannot be exported or scripted ({}): what htv adds is no part of a graph that runs elsewhere. "
-    "Remedy: call detach() on its handle first, or export a copy (copies of an attached model are not attached)"
+    "an attached model cannot be exported or scripted ({}): what htv adds is no part of a graph "
+    "that runs elsewhere. "
+    "Remedy: call detach() on its handle first, or export a copy (copies of an attached model are "
+    "not attached)"
 )
 
 
@@ -45,10 +47,18 @@ def parameter_names(function) -> tuple[str, ...]:
     return tuple(p.name for p in parameters if p.kind in kinds)
 
 
+def thaw(frozen: list[nn.Module]) -> None:
+    """Put modules that `ServedForward.freeze` froze back into train mode."""
+    while frozen:
+        frozen[-1].training = True
+        frozen.pop()
+
+
 class ServedForward:
     """Stands in for a method of a module while it is attached; the outermost call enters the intercepting mode.
 
-    To whom reads it (signature, `__code__`, `__wrapped__`) it looks like the method it stands for. Copies of the
+    To whom reads it (signature, `__code__`, `__wrapped__`) it looks like the method it stands for.
+    Copies of the
     module, by copy.deepcopy, pickle or torch.save, are made as if it were not attached.
     """
 
@@ -58,10 +68,16 @@ class ServedForward:
         self.__wrapped__ = self.inner
         self.__doc__ = getattr(self.inner, "__doc__", None)
         self.__module__ = getattr(self.inner, "__module__", None)
-        self.misplaced = False  # whether it ran without gradients on inputs unlike those of the model
+        self.misplaced = (
+            False  # whether it ran without gradients on inputs unlike those of the model
+        )
         self.parameters = [id(p) for p in module.parameters()]
         self._tree = [(m, members(m)) for m in module.modules()]
-        self.batch_norms = [(n, m) for n, m in module.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self.batch_norms = [
+            (n, m)
+            for n, m in module.named_modules()
+            if isinstance(m, nn.modules.batchnorm._BatchNorm)
+        ]
         self._names: tuple[str, ...] | None = None
         self._ours = {method: self}
         if method == "forward":
@@ -104,11 +120,17 @@ class ServedForward:
     @property
     def __func__(self):
         """A function of (module, ...) that is served too, for those who wrap methods by their function."""
-        if sys._getframe(1).f_globals.get("__name__") == "torch._jit_internal":  # the first to ask of a scripted module
+        if (
+            sys._getframe(1).f_globals.get("__name__") == "torch._jit_internal"
+        ):  # the first to ask of a scripted module
             raise UnsupportedError(EXPORTING.format("torch.jit.script"))
 
         def served(module, *args, **kwargs):
-            return self(*args, **kwargs) if module is self.module else self._unbound()(module, *args, **kwargs)
+            return (
+                self(*args, **kwargs)
+                if module is self.module
+                else self._unbound()(module, *args, **kwargs)
+            )
 
         unbound = self._unbound()
         for name in ("__module__", "__name__", "__qualname__", "__doc__"):
@@ -126,7 +148,8 @@ class ServedForward:
             self._names = parameter_names(self.inner)
         return self._names
 
-    # -- what is checked before it runs -------------------------------------------------------------------------------
+    # -- what is checked before it runs
+    # -------------------------------------------------------------------------------
 
     def check(self) -> None:
         """Refuse before anything runs: replaced parameters; a BatchNorm, which counts its batches first."""
@@ -138,8 +161,10 @@ class ServedForward:
             known = set(self.parameters)
             new = (repr(n) for n, p in self.module.named_parameters() if id(p) not in known)
             raise RuntimeError(
-                f"the model's parameters changed while attached: {next(new, 'some')} is not what it was, or is gone (a "
-                "module was exchanged, FSDP or tensor parallelism took them over, load_state_dict(assign=True) or "
+                f"the model's parameters changed while attached: {next(new, 'some')} is not what "
+                "it was, or is gone (a "
+                "module was exchanged, FSDP or tensor parallelism took them over, "
+                "load_state_dict(assign=True) or "
                 "functional_call was used, ...): detach and attach again"
             )
         self.check_batch_norm()
@@ -150,20 +175,25 @@ class ServedForward:
             if module.training:
                 raise UnsupportedError(layers.batch_norm_refusal(f"module {name!r}"))
 
+    def freeze(self, frozen: list[nn.Module]) -> None:
+        """Put BatchNorm modules on their running statistics, if the handle was told to, and into `frozen`."""
+        for _, module in self.batch_norms if self.handle.batch_norm == "frozen" else ():
+            if module.training and module.running_mean is not None:
+                frozen.append(module)
+                module.training = False
+
     @contextmanager
     def frozen_statistics(self) -> Iterator[None]:
-        """Run BatchNorm modules on their running statistics, where the handle was told to."""
-        frozen = self.batch_norms if self.handle.batch_norm == "frozen" else ()
-        training = [module for _, module in frozen if module.training and module.running_mean is not None]
+        """`freeze` for the time of a block."""
+        frozen: list[nn.Module] = []
         try:
-            for module in training:
-                module.training = False
+            self.freeze(frozen)
             yield
         finally:
-            for module in training:
-                module.training = True
+            thaw(frozen)
 
-    # -- coming and going ---------------------------------------------------------------------------------------------
+    # -- coming and going
+    # ---------------------------------------------------------------------------------------------
 
     def install(self) -> None:
         """Put it into the module's own attributes."""
@@ -177,6 +207,10 @@ class ServedForward:
                 del attributes[key]
                 if key in self._own:
                     attributes[key] = self._own[key]
+
+    def let_go(self) -> None:
+        """Drop what holds it in a circle; it is not installed again."""
+        self._ours = {}
 
     def _reduce_module(self, protocol):
         """The module's `__reduce_ex__`, as it would be without htv."""
@@ -194,4 +228,6 @@ class ServedForward:
             attributes.update(before)
 
     def __reduce_ex__(self, protocol):
-        raise RuntimeError("this module cannot be copied or pickled while attached: call detach() on its handle first")
+        raise RuntimeError(
+            "this module cannot be copied or pickled while attached: call detach() on its handle first"
+        )

@@ -1,7 +1,9 @@
 """Where the batch is in a tensor nobody saw being made, read off its autograd graph.
 
-A function of torch.jit.script, a custom autograd.Function, or what a training script does between two forwards is seen
-by no mode. Its graph still says how gradients go back: node by node, by the same rules as in `htv.layout`. A node that
+A function of torch.jit.script, a custom autograd.Function, or what a training script does between
+two forwards is seen
+by no mode. Its graph still says how gradients go back: node by node, by the same rules as in
+`htv.layout`. A node that
 is not understood loses the batch.
 """
 
@@ -23,7 +25,15 @@ from htv.groups import Groups, Voters
 from htv.marks import CONSTANT, PLAIN, Derived, Lost, Mark, OfBatch
 from htv.operations import BROADCASTING, Operation, tensors_in
 
-__all__ = ["RECORD", "Knowledge", "declare_rowwise", "mark_of", "remember", "remembered", "voters_of"]
+__all__ = [
+    "RECORD",
+    "Knowledge",
+    "declare_rowwise",
+    "mark_of",
+    "remember",
+    "remembered",
+    "voters_of",
+]
 
 RECORD = "htv"  # key in the metadata of autograd's nodes, which die with their graph
 ROWWISE = "htv_rowwise"  # attribute by which a Function or function says that it computes every example by itself
@@ -84,7 +94,8 @@ def mark_of(
     """Read off where the batch is in a tensor with a graph; None if nothing known is in it.
 
     units:  how many examples there are, asked for once something known was found.
-    known:  (node, output) -> its mark where that is known without its inputs, as for leaves and what htv served.
+    known:  (node, output) -> its mark where that is known without its inputs, as for leaves and
+            what htv served.
     """
     marks: dict[tuple[int, int], Mark | None] = {}
     keep = []  # nodes stay the same Python objects as long as somebody holds them
@@ -111,7 +122,9 @@ def mark_of(
     return marks[(id(tensor.grad_fn), tensor.output_nr)]
 
 
-def _through(node, number: int, inputs: list[Mark | None], units: Callable[[], int | None]) -> Mark | None:
+def _through(
+    node, number: int, inputs: list[Mark | None], units: Callable[[], int | None]
+) -> Mark | None:
     """The mark of one output of a node from those of its inputs."""
     lost = next((m for m in inputs if isinstance(m, Lost)), None)
     if lost is not None:
@@ -134,14 +147,21 @@ def _spoken(node) -> str:
 
 def _followed(node, number: int, inputs: list[Mark | None], units: int) -> Mark:
     function = getattr(type(node), "_forward_cls", None)
-    shapes = [None if n is None else tuple(n._input_metadata[i].shape) for n, i in node.next_functions]
+    shapes = [
+        None if n is None else tuple(n._input_metadata[i].shape) for n, i in node.next_functions
+    ]
     operands = [
-        (torch.empty(shape or (), device="meta", requires_grad=True), CONSTANT if mark is None else mark)
+        (
+            torch.empty(shape or (), device="meta", requires_grad=True),
+            CONSTANT if mark is None else mark,
+        )
         for shape, mark in zip(shapes, inputs, strict=True)
     ]
     output = torch.empty(tuple(node._input_metadata[number].shape), device="meta")
     if function is not None:
-        return rowwise(operands, output, units) if getattr(function, ROWWISE, False) else layout.LOST
+        return (
+            rowwise(operands, output, units) if getattr(function, ROWWISE, False) else layout.LOST
+        )
     name = _operation(node.name())
     if name is None:
         return layout.LOST
@@ -192,7 +212,11 @@ def _arguments(node, name: str, tensors: list[Tensor], missing: bool):
     if name == "stack" or name == "cat":
         if missing and name == "stack":
             return None
-        return (tensors,), {"dim": _signed(node._saved_dim)}, torch.cat if name == "cat" else torch.stack
+        return (
+            (tensors,),
+            {"dim": _signed(node._saved_dim)},
+            torch.cat if name == "cat" else torch.stack,
+        )
     if name == "layer_norm":
         return (first, list(node._saved_normalized_shape)), {}, None
     if name == "pad":
@@ -226,13 +250,18 @@ def rowwise(operands: list[tuple[Tensor, Mark | None]], output: Tensor, units: i
 def declare_rowwise(function):
     """Declare that a function computes every example by itself, whatever is inside that htv cannot see.
 
-    For functions of torch.jit.script, custom autograd.Functions and calls into other libraries: row i of the batch's dim
-    of each result may depend on row i of the arguments that hold examples, on no other row, and on no served parameter.
-    Without it what such a function returns is lost to htv unless its autograd graph tells where the examples are.
+    For functions of torch.jit.script, custom autograd.Functions and calls into other libraries:
+    row i of the batch's dim
+    of each result may depend on row i of the arguments that hold examples, on no other row, and on
+    no served parameter.
+    Without it what such a function returns is lost to htv unless its autograd graph tells where
+    the examples are.
 
-    function: a function of tensors, or a subclass of torch.autograd.Function, which is marked and returned.
+    function: a function of tensors, or a subclass of torch.autograd.Function, which is marked and
+              returned.
 
-    Returns the function, to be called in its place. What it says is believed: a wrong declaration is a wrong gradient.
+    Returns the function, to be called in its place. What it says is believed: a wrong declaration
+    is a wrong gradient.
 
         fast_gelu = htv.rowwise(torch.jit.script(fast_gelu))
 
@@ -243,7 +272,9 @@ def declare_rowwise(function):
         setattr(function, ROWWISE, True)
         return function
     if not callable(function) or isinstance(function, type):
-        raise TypeError(f"rowwise takes a function or a subclass of torch.autograd.Function, got {function!r}")
+        raise TypeError(
+            f"rowwise takes a function or a subclass of torch.autograd.Function, got {function!r}"
+        )
 
     @wraps(function, updated=())
     def declared(*args, **kwargs):

@@ -1,7 +1,9 @@
 """What a forward is called with: its tensors by name, and which of them hold the examples of the batch.
 
-Shapes decide only where they leave no doubt: one size in the batch's dim, beside which tensors of size 1 are constants.
-Two larger sizes that disagree are refused, with names and shapes, until the caller names the argument.
+Shapes decide only where they leave no doubt: one size in the batch's dim, beside which tensors of
+                                              size 1 are constants.
+Two larger sizes that disagree are refused, with names and shapes, until the caller names the
+argument.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ class Batch:
 
     num_units:  N, how many there are.
     home:       where a tensor of that size has them.
-    members:    (name, tensor, place, sure) of all that hold examples; what is not sure only has their size.
+    members:    (name, tensor, place, sure) of all that hold examples; what is not sure only has
+                their size.
     constants:  the other tensors of the call.
     source:     which argument said so, for messages.
     """
@@ -43,7 +46,8 @@ class Batch:
 def named_tensors(names: tuple[str, ...], args: tuple, kwargs: dict) -> list[tuple[str, object]]:
     """List the tensors and packed sequences of a call as (name, value), in the order of the arguments.
 
-    names: of the positional parameters. Tuples, lists, mappings and dataclasses are looked into; other objects (a graph
+    names: of the positional parameters. Tuples, lists, mappings and dataclasses are looked into;
+           other objects (a graph
     batch, say) only if no tensor is found without.
     """
     given = [(names[i] if i < len(names) else f"args[{i}]", value) for i, value in enumerate(args)]
@@ -65,7 +69,9 @@ def _leaves(name: str, value: object, objects: bool, depth: int) -> Iterator[tup
     elif isinstance(value, (tuple, list)):
         items = [(f"{name}[{i}]", item) for i, item in enumerate(value)]
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        items = [(f"{name}.{f.name}", getattr(value, f.name, None)) for f in dataclasses.fields(value)]
+        items = [
+            (f"{name}.{f.name}", getattr(value, f.name, None)) for f in dataclasses.fields(value)
+        ]
     elif objects and not isinstance(value, (type, torch.nn.Module)):
         items = [(f"{name}.{key}", item) for key, item in getattr(value, "__dict__", {}).items()]
     else:
@@ -89,7 +95,8 @@ def choose(
     size:     how many examples there are, where ids, bounds or a mask say so.
     kind:     of what the caller said of who votes: "each", "rows", "ids" or "packed".
 
-    Raises ValueError where sizes disagree or nothing has the batch's dim, UnsupportedError for layouts without rows.
+    Raises ValueError where sizes disagree or nothing has the batch's dim, UnsupportedError for
+    layouts without rows.
     """
     packed = [(name, value) for name, value in tensors if isinstance(value, PackedSequence)]
     plain = [(name, value) for name, value in tensors if isinstance(value, Tensor)]
@@ -116,7 +123,12 @@ def choose(
     for name, t in plain:
         if id(t) in mine:
             continue
-        if named is not None and t.dim() > dim and t.shape[dim] == size and t.layout == torch.strided:
+        if (
+            named is not None
+            and t.dim() > dim
+            and t.shape[dim] == size
+            and t.layout == torch.strided
+        ):
             batch.members.append((name, t, home, False))
         else:
             batch.constants.append(t)
@@ -127,7 +139,9 @@ def _described(name: str, tensor: Tensor, dim: int) -> str:
     return f"{name!r} of shape {tuple(tensor.shape)}, examples in dim {dim}"
 
 
-def _named(tensors: list[tuple[str, object]], wanted: tuple[str, ...]) -> list[tuple[str, object]] | None:
+def _named(
+    tensors: list[tuple[str, object]], wanted: tuple[str, ...]
+) -> list[tuple[str, object]] | None:
     """The tensors the caller named as the batch, or None if nothing was named."""
     if not wanted:
         return None
@@ -136,7 +150,8 @@ def _named(tensors: list[tuple[str, object]], wanted: tuple[str, ...]) -> list[t
         mine = [(n, t) for n, t in tensors if n == name or n.startswith((f"{name}.", f"{name}["))]
         if not mine:
             raise ValueError(
-                f"batch={name!r} is no tensor argument of this forward, which got {_listed(tensors) or 'none'}: name one "
+                f"batch={name!r} is no tensor argument of this forward, which got "
+                f"{_listed(tensors) or 'none'}: name one "
                 "of these in attach(..., batch=...)"
             )
         found += mine
@@ -145,20 +160,25 @@ def _named(tensors: list[tuple[str, object]], wanted: tuple[str, ...]) -> list[t
 
 def _listed(tensors: list[tuple[str, object]]) -> str:
     return ", ".join(
-        f"{name!r} of shape {tuple(t.shape)}" if isinstance(t, Tensor) else f"{name!r} (packed)" for name, t in tensors
+        f"{name!r} of shape {tuple(t.shape)}" if isinstance(t, Tensor) else f"{name!r} (packed)"
+        for name, t in tensors
     )
 
 
 def _refuse_layout(name: str, tensor: Tensor) -> None:
     if tensor.is_nested:
         raise UnsupportedError(
-            f"argument {name!r} is a nested tensor, whose rows htv does not follow. Remedy: call the model with its "
-            f"values, `with handle.packed({name}.offsets()): model({name}.values())`, for layers that take rows, or pad it"
+            f"argument {name!r} is a nested tensor, whose rows htv does not follow. Remedy: call "
+            "the model with its "
+            f"values, `with handle.packed({name}.offsets()): model({name}.values())`, for layers "
+            "that take rows, or pad it"
         )
     if tensor.layout != torch.strided:
         raise UnsupportedError(
-            f"argument {name!r} is a sparse tensor ({tensor.layout}), whose rows htv does not follow. Remedy: pass "
-            f"{name}.to_dense(), or name the argument that holds the examples, attach(..., batch=...)"
+            f"argument {name!r} is a sparse tensor ({tensor.layout}), whose rows htv does not "
+            "follow. Remedy: pass "
+            f"{name}.to_dense(), or name the argument that holds the examples, attach(..., "
+            "batch=...)"
         )
 
 
@@ -169,11 +189,14 @@ def _size(sized, dim: int, kind: str, given: int | None, was_named: bool, tensor
     if len(larger) > 1 and given is None:
         if was_named:
             raise ValueError(
-                f"the arguments named by attach(..., batch=...) disagree in dim {dim}, the batch's: {_listed(sized)}"
+                f"the arguments named by attach(..., batch=...) disagree in dim {dim}, the "
+                f"batch's: {_listed(sized)}"
             )
         raise ValueError(
-            f"which argument holds the examples? They disagree in dim {dim}: {_listed(sized)}. Name it: attach(..., "
-            f"batch={next(n for n, t in sized if t.shape[dim] == larger[0])!r}), or say who votes with `with "
+            f"which argument holds the examples? They disagree in dim {dim}: {_listed(sized)}. "
+            "Name it: attach(..., "
+            f"batch={next(n for n, t in sized if t.shape[dim] == larger[0])!r}), or say who votes "
+            "with `with "
             "handle.groups(ids)`"
         )
     if sizes:
@@ -182,19 +205,25 @@ def _size(sized, dim: int, kind: str, given: int | None, was_named: bool, tensor
         return given
     got = f"it got {_listed(tensors)}" if tensors else "it got no tensor"
     raise ValueError(
-        f"the forward has no tensor argument whose dim {dim} could be the batch ({got}). Remedy: pass the examples to "
+        f"the forward has no tensor argument whose dim {dim} could be the batch ({got}). Remedy: "
+        "pass the examples to "
         "the forward as a tensor, in a tuple, list, mapping or dataclass; or run it inside `with "
-        "handle.forward(examples): ...`, which names the tensors that hold them (handle.groups(ids) alone does not)"
+        "handle.forward(examples): ...`, which names the tensors that hold them "
+        "(handle.groups(ids) alone does not)"
     )
 
 
 def _dim_of_rows(candidates: list[tuple[str, Tensor]], dim: int, total: int | None) -> int:
     """Packed rows lie in the batch's dim, or behind a leading dim of size 1."""
     if total is None:  # a compiled forward does not know the bounds
-        return 1 if dim == 0 and any(t.dim() > 1 and len(t) == 1 for _, t in candidates[:1]) else dim
+        return (
+            1 if dim == 0 and any(t.dim() > 1 and len(t) == 1 for _, t in candidates[:1]) else dim
+        )
     if any(t.dim() > dim and t.shape[dim] == total for _, t in candidates):
         return dim
-    return 1 if any(t.dim() > 1 and tuple(t.shape[:2]) == (1, total) for _, t in candidates) else dim
+    return (
+        1 if any(t.dim() > 1 and tuple(t.shape[:2]) == (1, total) for _, t in candidates) else dim
+    )
 
 
 def _of_packed_sequence(packed, plain, dim: int) -> Batch:
@@ -206,14 +235,17 @@ def _of_packed_sequence(packed, plain, dim: int) -> Batch:
         order = torch.arange(int(sizes[0])) if order is None else order.cpu()
         if size is not None and len(order) != size:
             raise ValueError(
-                f"packed sequences {packed[0][0]!r} and {name!r} hold {size} and {len(order)} examples: which of them "
+                f"packed sequences {packed[0][0]!r} and {name!r} hold {size} and {len(order)} "
+                "examples: which of them "
                 "is the batch? Name it: attach(..., batch=...)"
             )
         size = len(order)
         units = torch.cat([order[:n] for n in sizes.tolist()])
         members.append((name, sequence.data, Place(0, units=units), True))
     known = {id(part) for _, s in packed for part in s if part is not None}
-    batch = Batch(size, Place(dim), members, source=f"{packed[0][0]!r}, a PackedSequence of {size} examples")
+    batch = Batch(
+        size, Place(dim), members, source=f"{packed[0][0]!r}, a PackedSequence of {size} examples"
+    )
     batch.constants = [part for _, s in packed for part in s[1:] if part is not None]
     for name, t in plain:
         if id(t) in known:
@@ -230,11 +262,14 @@ def ids_of_examples(ids: Tensor, batch: Batch) -> Tensor:
     units = batch.members[0][2].units
     if ids.dim() != 1 or len(ids) != len(units):
         raise ValueError(
-            f"groups has {len(ids)} ids, but {batch.source}, has {batch.num_units} examples of {len(units)} rows in all: pass "
+            f"groups has {len(ids)} ids, but {batch.source}, has {batch.num_units} examples of "
+            f"{len(units)} rows in all: pass "
             "one id per example, or one per row"
         )
     ids = ids.cpu()
     found = ids.new_zeros(batch.num_units).index_copy_(0, units, ids)
     if not torch.equal(found[units], ids):
-        raise ValueError("groups gives the rows of one packed example different ids: an example votes as a whole")
+        raise ValueError(
+            "groups gives the rows of one packed example different ids: an example votes as a whole"
+        )
     return found

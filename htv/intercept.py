@@ -61,11 +61,12 @@ class Intercept(TorchFunctionMode):
     handle:   knows which tensors are served parameters.
     groups:   how this batch's units map to groups.
     batch:    the tensors the model is called with, and which of them hold the examples.
-    again:    of a part that activation checkpointing runs again, the forward it belongs to: tensors keep their marks.
+    again:    of a part that activation checkpointing runs again, the forward it belongs to:
+              tensors keep their marks.
     carried:  what earlier forwards know of tensors the model is called with, by identity.
     """
 
-    is_block = False  # whether `Handle.forward` opened it
+    block = None  # a reference to the `Handle.forward` block that opened it
     spec = None  # who was asked to vote
 
     def __init__(
@@ -140,7 +141,8 @@ class Intercept(TorchFunctionMode):
     def mark(self, tensor: Tensor | None) -> Mark | None:
         """What a tensor is to the batch; None for None.
 
-        A tensor without a graph that no call of this forward made is a constant: a global, something cached earlier. Of
+        A tensor without a graph that no call of this forward made is a constant: a global,
+                                                                                  something cached earlier. Of
         one with a graph the graph tells.
         """
         if tensor is None:
@@ -193,9 +195,12 @@ class Intercept(TorchFunctionMode):
         name = self.handle.stands_in(tensor)
         if name is not None:
             raise UnsupportedError(
-                f"{name!r} is another tensor than when the model was attached: a hook, FSDP or tensor parallelism put it "
-                "there for this forward, and its gradient would be the plain one. Remedy: detach, and attach where the "
-                f"parameters stay what they are, or exclude={name!r} and use htv.Mean() for the others"
+                f"{name!r} is another tensor than when the model was attached: a hook, FSDP or "
+                "tensor parallelism put it "
+                "there for this forward, and its gradient would be the plain one. Remedy: detach, "
+                "and attach where the "
+                f"parameters stay what they are, or exclude={name!r} and use htv.Mean() for the "
+                "others"
             )
 
     def slot(self, value: Tensor | None, mark: Mark | None = None) -> Slot:
@@ -259,7 +264,8 @@ class Intercept(TorchFunctionMode):
         names = ", ".join(repr(served.name) for served in parameters)
         return (
             f"parameter {names} is used by {op}: {why}. Remedy: exclude={names} to give it a plain gradient, "
-            "on_unsupported='plain' to do so wherever needed, or write the use with layers htv.explain lists as served"
+            "on_unsupported='plain' to do so wherever needed, or write the use with layers "
+            "htv.explain lists as served"
         )
 
     # -- calls that no layer serves -----------------------------------------------------------------------------------
@@ -319,7 +325,8 @@ class Intercept(TorchFunctionMode):
             blame = f"{losses[0]} lost that" if losses else "the batch was indexed, mixed or reduced away"
             why = f"{why}{blame} (the batch is {self.batch.source})"
             if losses and all(m.pairs for m in losses) and not self.handle.passes_plainly:
-                # Only a loss of the similarities would reach the parameter, and the guard on it then says why not.
+                # Only a loss of the similarities would reach the parameter, and the guard on it
+                # then says why not.
                 message = self._refusal(name, parameters, why)
                 for served in parameters:
                     served.defer(message)
@@ -467,7 +474,7 @@ class Intercept(TorchFunctionMode):
                 self._mark_base(output, mark)
 
     def _blamed(self, operation: Operation, marks: list[Mark]) -> list[Mark]:
-        """Marks of which the lost ones say who lost the batch: this call, or an earlier one that an operand comes from."""
+        """Marks of which the lost ones say who lost the batch: this call, or an earlier one behind it."""
         earlier = next((m for _, m in operation.operands if isinstance(m, Lost) and m.by), None)
         pairs = any(isinstance(m, Lost) and m.pairs for m in marks)
         blame = earlier or Lost(f"{operation.name!r}", _place_in_code(), pairs)

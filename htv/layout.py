@@ -42,7 +42,8 @@ def follow(
     units:    how many units the batch has.
     couples:  whether what was computed from several units (statistics of the batch) may meet a unit's own part.
     rows:     whether the order of rows inside a unit matters too, as where tokens vote.
-    all_say:  whether operands without a gradient have a say, too: in a checkpoint they get one later.
+    all_say:  whether operands without a gradient have a say, too: in a checkpoint they get one
+              later.
     """
     if rows and (op.name in SHUFFLING or (op.name == "getitem" and _picks(op.args[1]))):
         return [LOST] * len(op.outputs)
@@ -88,7 +89,9 @@ def _agreed(op: Operation, operands, index: int, units: int, couples: bool, all_
     if not _all_same(places, units):
         # Data that only seemed to be the batch's has no say.
         told = [
-            p for (t, _), p in zip(operands, found, strict=True) if p is not None and (all_say or t.requires_grad or not p.guess)
+            p
+            for (t, _), p in zip(operands, found, strict=True)
+            if p is not None and (all_say or t.requires_grad or not p.guess)
         ]
         if not told or not _all_same(told, units):
             if (op.name in MULTIPLYING or op.name == "einsum") and len(places) == len(found):
@@ -132,9 +135,12 @@ def _refuse_guesses_in_backward(op: Operation, places: list[Place], output: Tens
 
 def _of_guess(op: Operation, guess: str) -> str:
     return (
-        f"{op.name}: {guess} was taken for the batch's by its size alone, but meets the batch in another dim. Remedy: if "
-        "it holds examples, say so by naming all that do, attach(..., batch=('first', 'second')); if it does not, name the "
-        "argument that does, give it a dim of size 1 where the batch would be, or use another batch size"
+        f"{op.name}: {guess} was taken for the batch's by its size alone, but meets the batch in "
+        "another dim. Remedy: if "
+        "it holds examples, say so by naming all that do, attach(..., batch=('first', 'second')); "
+        "if it does not, name the "
+        "argument that does, give it a dim of size 1 where the batch would be, or use another "
+        "batch size"
     )
 
 

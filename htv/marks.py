@@ -47,7 +47,8 @@ class Lost:
 
     by:     the call that lost it, "" where that is not known.
     where:  its place in the model's code, "file:line".
-    pairs:  whether it compares all examples with all (similarities): of use to a loss, if to anything.
+    pairs:  whether it compares all examples with all (similarities): of use to a loss, if to
+            anything.
     """
 
     by: str = ""
@@ -68,7 +69,8 @@ class Marks:
     """Marks of live tensors, by identity; does not hold them alive. Looks into `earlier` marks for those it lacks."""
 
     def __init__(self, earlier: Marks | None = None) -> None:
-        # by identity: the tensor, its mark, how often it had been written to, whether it had a gradient
+        # by identity: the tensor, its mark, how often it had been written to, whether it had a
+        # gradient
         self._marks: dict[int, tuple[weakref.ref, Mark, int | None, bool]] = {}
         self._earlier = earlier
 

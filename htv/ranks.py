@@ -39,7 +39,8 @@ def refuse_sharded(model: nn.Module, kind: str | None) -> None:
             _refuse_ranks(module, "DistributedDataParallel")
     if kind is not None:
         raise UnsupportedError(
-            f"the model is sharded over ranks ({kind}): each rank would vote alone over its own examples. {REMEDY}"
+            f"the model is sharded over ranks ({kind}): each rank would vote alone over its own "
+            f"examples. {REMEDY}"
         )
 
 
@@ -54,16 +55,19 @@ def _refuse_ranks(module: DistributedDataParallel, kind: str) -> None:
     ranks = module.process_group.size()
     if ranks > 1:
         raise UnsupportedError(
-            f"the model is trained by {kind} on {ranks} ranks: each rank would vote alone over its own "
+            f"the model is trained by {kind} on {ranks} ranks: each rank would vote alone over its "
+            "own "
             f"examples, and the average of votes is no vote. {REMEDY}"
         )
 
 
 def _is_fsdp(module: nn.Module) -> bool:
-    return any(c.__name__ in ("FullyShardedDataParallel", "FSDPModule") for c in type(module).__mro__)
+    return any(
+        c.__name__ in ("FullyShardedDataParallel", "FSDPModule") for c in type(module).__mro__
+    )
 
 
 def _is_sharded(parameter) -> bool:
-    return any(c.__name__ in ("DTensor", "FlatParameter") for c in type(parameter).__mro__) or hasattr(
-        parameter, "_is_flat_param"
-    )
+    return any(
+        c.__name__ in ("DTensor", "FlatParameter") for c in type(parameter).__mro__
+    ) or hasattr(parameter, "_is_flat_param")

@@ -47,7 +47,8 @@ class VotingPlan:
         """The plan for a batch. Raises ValueError for ids that are not one per example."""
         if kind == "ids" and len(value) != batch.num_units:
             raise ValueError(
-                f"groups has {len(value)} ids but dim {batch.home.dim} of the batch has size {batch.num_units}: pass one id "
+                f"groups has {len(value)} ids but dim {batch.home.dim} of the batch has size "
+                f"{batch.num_units}: pass one id "
                 "per example"
             )
         return VotingPlan(kind, weight, int(batch.num_units), batch.home.dim)

@@ -49,10 +49,11 @@ class Watched:
         self.structure: tuple | Exception = ()
         for module in model.modules():
             own = {name: v for name, v in vars(module).items() if name not in INTERNAL}
-            tensors = {**module._parameters, **module._buffers, **own}
+            parameters = dict(module._parameters.items())  # a ScriptModule's are no dict
+            tensors = {**parameters, **dict(module._buffers.items()), **own}
             for name in [name for name, value in tensors.items() if isinstance(value, Tensor)]:
                 self.tensors.append((module, name))
-                self.parameters.append(module._parameters.get(name))
+                self.parameters.append(parameters.get(name))
             plain = (bool, int, float, str, type(None))
             self.settings += [(module, name) for name, value in own.items() if isinstance(value, plain)]
             self.children += [(module, name, child) for name, child in module._modules.items() if child is not None]

@@ -1,7 +1,7 @@
 """How far rounding may take a statistic from its exact value: bounds from the data alone.
 
-No error measured on the machine enters: an implementation that happens to be exact somewhere would leave the others
-nothing.
+No error measured on the machine enters: an implementation that happens to be exact somewhere would
+leave the others nothing.
 """
 
 import torch
@@ -12,22 +12,23 @@ ORDER = tuple(reference.ORDER)
 
 
 def growth(terms: int | torch.Tensor) -> torch.Tensor:
-    """What the rounding of a sum of so many terms may be, in units of eps * the sum of their magnitudes.
+    """Return what rounding a sum of so many terms may cost, in eps * the sum of their magnitudes.
 
-    Roundings are as good as random: they grow as the root of their number. eps is twice what one rounding may be.
+    Roundings are as good as random: they grow as the root of their number. eps is twice what one
+    rounding may be.
     """
     return 8 + 2 * torch.as_tensor(terms, dtype=torch.float64).sqrt()
 
 
 def statistic_budget(contributions, statistic, dtype, error=0.0):
-    """(*shape) float64: how far a statistic, without the factor E, may be from that of exact contributions.
+    """Bound how far a statistic, without the factor E, may be from exact ones': (*shape) float64.
 
-    contributions: (E, *shape) float64, exact; dtype: what is computed in; error: (E, *shape) or a number, how far those
-    an implementation forms may be from them.
+    contributions: (E, *shape) float64, exact; dtype: what is computed in; error: (E, *shape) or a
+    number, how far those an implementation forms may be from them.
 
-    A sum is rounded as if its terms were, and a logarithm by its own size. What that does to the value is the rule's own
-    magnification of it: its derivative where it is smooth. An order statistic moves no more than the contribution that
-    moves most.
+    A sum is rounded as if its terms were, and a logarithm by its own size. What that does to the
+    value is the rule's own magnification of it: its derivative where it is smooth. An order
+    statistic moves no more than the contribution that moves most.
     """
     eps, groups = torch.finfo(dtype).eps, len(contributions)
     exact = reference.stacked(contributions, statistic)[0].abs()
@@ -39,8 +40,8 @@ def statistic_budget(contributions, statistic, dtype, error=0.0):
     if statistic.name == "geometric_mean":
         sizes = contributions.abs() + reference.LOG_OFFSET
         relative = error / sizes + eps * growth(groups) * (1 + sizes.log().abs()).nan_to_num(0, 0)
-        in_doubt = contributions.sum(dim=0).abs() <= moved.sum(dim=0)  # its sign, unless the sum is of zeros
-        in_doubt &= contributions.sum(dim=0) != 0
+        total = contributions.sum(dim=0)
+        in_doubt = (total.abs() <= moved.sum(dim=0)) & (total != 0)  # its sign
         return exact * relative.mean(dim=0) + 2 * exact * in_doubt + least
     leaf = contributions.detach().clone().requires_grad_()
     value = reference.stacked(leaf, statistic)[0]
@@ -51,9 +52,9 @@ def statistic_budget(contributions, statistic, dtype, error=0.0):
 
 
 def linear_budget(x, grad_output, offsets, statistic, dtype):
-    """What `linear` may lose, and where its value is not in doubt: two tensors (O, I), float64 and bool.
+    """Bound what `linear` may lose, (O, I) float64, and tell where no sign is in doubt, (O, I).
 
-    In doubt is where rounding may change the sign of a contribution.
+    In doubt is a sign where rounding may change that of a contribution.
     """
     x, grad_output, bounds = x.double(), grad_output.double(), offsets.tolist()
     groups = [(grad_output[a:b], x[a:b]) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]

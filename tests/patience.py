@@ -8,18 +8,10 @@ from htv.bench.gpu.run import end, wait
 
 
 def run(command: list[str], seconds: float, environment: dict[str, str]) -> tuple[int | None, str]:
-<<<<<<< HEAD
-    """Its status, None where it was ended after so many seconds of a dry run's `Clock`; and all it said."""
-    with tempfile.TemporaryFile("w+") as words:
-        child = subprocess.Popen(
-            command, env={**os.environ, **environment}, stdout=words, stderr=words, start_new_session=True
-        )
-=======
     """Its status, None where it was ended by a dry run's `Clock`, and all it said."""
     with tempfile.TemporaryFile("w+") as words:
         options = {"env": {**os.environ, **environment}, "start_new_session": True}
         child = subprocess.Popen(command, stdout=words, stderr=words, **options)
->>>>>>> files
         try:
             status = wait(child, seconds, dry=True)
         except subprocess.TimeoutExpired:

@@ -43,6 +43,32 @@ WHO_VOTES: list[Row] = [
     ("excluded parameters beside served ones, whoever votes", EXACT,
      "voting: test_excluded_parameters_are_plain_whoever_votes; layers: test_excluded_parameters_beside_served_ones"),
     ("as many examples as tokens, features or heads", EXACT, "layers: test_layer_where_sizes_coincide"),
+    ("constants of size 1 beside the batch, in any order; examples in containers and objects", EXACT,
+     "batch_choice: test_size_one_beside_larger_sizes_is_a_constant, "
+     "test_the_order_of_keyword_arguments_decides_nothing, test_examples_in_a_container"),
+    ("arguments whose sizes disagree", f"{EXACT} once one is named, or refused",
+     "batch_choice: test_sizes_that_disagree_are_refused_until_one_is_named, "
+     "test_ids_say_how_many_examples_there_are"),
+    ("one group alone under a rule that needs several", f"{REFUSED}, or {EXACT} with allow_single",
+     "batch_choice: test_one_voter_is_refused_unless_it_is_meant"),
+    ("a PackedSequence as the model's input, by example or by ids", EXACT,
+     "batch_choice: test_the_examples_of_a_packed_sequence_vote, test_groups_of_packed_examples"),
+    ("nested and sparse inputs", REFUSED, "batch_choice: test_layouts_without_rows_are_refused_by_name"),
+    ("parts called one by one: by a training step, an agent, a closure, several models", f"{EXACT}, or refused",
+     "parts_called_alone: test_a_forward_continues_what_an_earlier_one_knew, "
+     "test_a_method_is_served_by_name, "
+     "test_a_block_follows_what_is_computed_between_the_calls, "
+     "test_a_closure_that_forward_returned, "
+     "test_what_an_operation_between_forwards_loses_is_refused"),
+    ("forwards of different numbers of voters under one loss", REFUSED,
+     "parts_called_alone: test_forwards_of_different_numbers_of_voters_under_one_loss_are_refused_across_parameters"),
+    ("torch.jit.script, custom Functions and writes in place inside a forward", f"{EXACT}, or refused",
+     "unseen: test_what_mixes_examples_unseen_is_refused, "
+     "test_what_is_declared_or_told_by_its_graph_is_followed"),
+    ("custom Functions of parameters alone (quantisation, straight-through)", EXACT,
+     "unseen: test_a_function_of_parameters_alone_is_a_computed_weight"),
+    ("similarities of all examples returned beside what the loss uses", EXACT,
+     "unseen: test_a_pair_of_towers_whose_similarities_no_loss_uses"),
     ("ids or bounds that do not fit, an empty batch", REFUSED,
      "refusals: test_groups_and_packed_of_the_wrong_length, test_empty_batch_and_too_few_groups"),
 ]  # fmt: skip
@@ -53,6 +79,23 @@ TRAINING: list[Row] = [
     ("several backwards, retain_graph", EXACT,
      "attach: test_two_backwards_each_aggregate_and_accumulate; "
      "training: test_every_backward_of_its_own_is_a_vote_of_its_own"),
+    ("DistributedDataParallel, FSDP, DTensors: Mean()", EXACT, "ranks: test_data_parallel, test_sharded_models"),
+    ("DistributedDataParallel, FSDP, DTensors: every other rule; accumulate() on several ranks", REFUSED,
+     "ranks: test_data_parallel, test_sharded_models, test_accumulation_over_ranks"),
+    ("a tensor that takes a parameter's place during the forward", REFUSED,
+     "unseen: test_a_hook_that_exchanges_a_parameter_is_refused"),
+    ("trainers' own accumulation: each micro-batch votes alone", "warned of once",
+     "interrupted: test_a_backward_onto_an_aggregate_warns_once; "
+     "looks_as_before: test_trainer_keeps_its_columns_and_its_accumulation_is_warned_of"),
+    ("readers of the forward's signature and code; wrappers of it", EXACT,
+     "looks_as_before: test_readers_of_the_forward_see_the_plain_one, "
+     "test_a_forward_wrapped_by_its_function_is_still_served, test_generate_infers_the_padding_mask"),
+    ("torch.jit.script, torch.jit.trace and torch.export of an attached model", REFUSED,
+     "looks_as_before: test_exporters_are_told_to_detach"),
+    ("interrupts and failures: the next step is right, nothing is kept", EXACT,
+     "interrupted: test_an_interrupt_at_any_line_wedges_nothing, "
+     "test_failed_backwards_keep_nothing, "
+     "test_a_failed_micro_batch_leaves_no_half_counted_votes, test_a_detached_model_is_freed_at_once"),
     ("gradient accumulation, `with handle.accumulate():`", EXACT,
      "accumulation: test_streaming_rules_equal_one_large_batch"),
     ("order rules over micro-batches", REFUSED, "accumulation: test_order_rules_are_refused_and_name_median_of_means"),

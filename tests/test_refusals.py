@@ -261,7 +261,8 @@ UNSUPPORTED = {
 REMEDIES = ("exclude=", "pass ids of shape", "give it a dim of size 1")
 
 
-# Similarities of all examples with all are refused when a loss of them comes back: a model may return them beside others.
+# Similarities of all examples with all are refused when a loss of them comes back: a model may
+# return them beside others.
 IN_BACKWARD = {"contrastive loss", "a learnt tensor expanded to as many rows, compared with the batch"}
 
 

@@ -80,7 +80,8 @@ def one_bucket(grads_ptr, nth, groups, size, coordinates, at, valid):
     members = small + (nth < larger).to(tl.int32)
     total = tl.zeros(at.shape, tl.float32)
     for group in range(first, first + members):
-        total += tl.load(grads_ptr + group * tl.cast(coordinates, tl.int64) + at, mask=valid, other=0.0).to(tl.float32)
+        row = grads_ptr + group * tl.cast(coordinates, tl.int64)
+        total += tl.load(row + at, mask=valid, other=0.0).to(tl.float32)
     return total / members, total
 
 

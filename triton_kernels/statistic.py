@@ -46,7 +46,7 @@ def poison(votes, value, mask):
     return tl.where(nan, votes, value), tl.where(nan, 0.0, mask)
 
 
-# -- the sum alone, votes alone ---------------------------------------------------------------------
+# -- the sum alone, votes alone --------------------------------------------------------------------
 
 
 @triton.jit

@@ -52,7 +52,8 @@ STEPS = (
 class Clock:
     """Seconds since it was made: by the wall, for a GPU is lent by the minute.
 
-    In a dry run: of the processors, by a process and all it started, so that nothing depends on what
+    In a dry run: of the processors, by a process and all it started, so that nothing depends on
+                  what
     else the machine does; as a last resort, for what sleeps for ever, those by the wall over SLACK.
     process: whose seconds count in a dry run; default: this one.
     """

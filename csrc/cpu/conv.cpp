@@ -310,23 +310,26 @@ std::tuple<Tensor, Tensor> conv(Tensor x, Tensor grad_output, Tensor offsets, Si
                     ": kernel, stride and dilation must be positive, padding at least 0");
     const int64_t padded = checked.sum(images.space[d], checked.product(2, padding[d]));
     area = checked.product(area, padded);
-    // Of one tap, or one window, it does not matter how far the next would be; nor of taps that nothing sees.
+    // Of one tap, or one window, it does not matter how far the next would be; nor of taps that
+    // nothing sees.
     if (kernel[d] == 1 || grads.positions == 0) dilation[d] = 1;
     if (grads.space[d] <= 1) stride[d] = 1;
     if (grads.space[d] == 0) continue;
     const int64_t reach = checked.sum(checked.product(kernel[d] - 1, dilation[d]), 1);
     const int64_t seen = checked.sum(checked.product(grads.space[d] - 1, stride[d]), reach);
-    STD_TORCH_CHECK(seen <= padded, op, ": grad_output sees ", seen, " positions of spatial dim ", d, ", x has ",
-                    images.space[d], " and padding ", padding[d]);
+    STD_TORCH_CHECK(seen <= padded, op, ": grad_output sees ", seen, " positions of spatial dim ",
+                    d, ", x has ", images.space[d], " and padding ", padding[d]);
   }
   // What copies and scratch may take, with room for their gaps.
   const int64_t columns_at_most = checked.sum(images.channels, 64);
-  checked.product(checked.sum(images.samples, 1), checked.sum(area, 64), columns_at_most, int64_t(64));
+  checked.product(checked.sum(images.samples, 1), checked.sum(area, 64), columns_at_most,
+                  int64_t(64));
   longest_group(op, offsets, images.samples);
   const int64_t* const bounds = static_cast<const int64_t*>(offsets.const_data_ptr());
   const Parameters parameters = parameters_for(op, statistic, offsets.size(0) - 1, count, votes, k);
 
-  const int64_t taps = product(checked, kernel), width = images.channels / conv_groups, height = grads.channels / conv_groups;
+  const int64_t taps = product(checked, kernel);
+  const int64_t width = images.channels / conv_groups, height = grads.channels / conv_groups;
   checked.product(checked.sum(grads.channels, 1), columns_at_most, taps, int64_t(64));
   Sizes shape{grads.channels, width};
   shape.insert(shape.end(), kernel.begin(), kernel.end());
@@ -337,7 +340,8 @@ std::tuple<Tensor, Tensor> conv(Tensor x, Tensor grad_output, Tensor offsets, Si
 
   // Strides of the padded images, in positions; where each window starts and each tap lies.
   Sizes steps(dims, 1);
-  for (size_t d = dims - 1; d > 0; --d) steps[d - 1] = steps[d] * (images.space[d] + 2 * padding[d]);
+  for (size_t d = dims - 1; d > 0; --d)
+    steps[d - 1] = steps[d] * (images.space[d] + 2 * padding[d]);
   const auto places = [&](const Sizes& sizes, const Sizes& factor) {
     Sizes at{0};
     for (size_t d = 0; d < dims; ++d) {

@@ -71,7 +71,9 @@ CrossEntropyTask checked_task(const std::string& op, const Tensor& logits, const
           label_smoothing};
 }
 
-int64_t work_of(const CrossEntropyTask& task) { return 4 * std::min<int64_t>(task.classes, 1 << 20); }
+int64_t work_of(const CrossEntropyTask& task) {
+  return 4 * std::min<int64_t>(task.classes, 1 << 20);
+}
 
 }  // namespace
 

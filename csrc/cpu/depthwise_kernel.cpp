@@ -108,6 +108,7 @@ class Depthwise {
             bytes((image.step == 1 ? last - first : channels) * element),
             stride((image.step == 1 ? image.channel : image.step) * element) {}
       void fetch(int64_t until) {
+        if (bytes == 0) return;
         for (; done < until; ++done) {
           const char* const row = data + done * stride;
           for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, 0, 2);

@@ -45,8 +45,10 @@ std::tuple<Tensor, Tensor> embedding(Tensor grad_output, Tensor ids, Tensor vote
   const int64_t* const voter_of = indices(op, "voter", voter, rows, groups);
 
   const Checked checked(op);
-  checked.product(checked.sum(num_embeddings, kEmbeddingTokens), checked.sum(features, kEmbeddingFeatures), int64_t(8));
-  Tensor value = torch::stable::new_empty(grad_output, {num_embeddings, features}, compute_type(dtype));
+  checked.product(checked.sum(num_embeddings, kEmbeddingTokens),
+                  checked.sum(features, kEmbeddingFeatures), int64_t(8));
+  Tensor value =
+      torch::stable::new_empty(grad_output, {num_embeddings, features}, compute_type(dtype));
   if (value.numel() == 0) return {value, sum_in_order(grad_output, {})};
   std::vector<int64_t> starts(num_embeddings + 1), sorted(rows);
   for (int64_t r = 0; r < rows; ++r) ++starts[token_of[r] + 1];

@@ -114,7 +114,8 @@ void gather(const StackedTask& task, int64_t begin, int64_t width, V* values, in
 
 // values[k * stride + j]: the mean of bucket k, which may be NaN by inf - inf, too.
 template <class V, class T>
-void gather_buckets(const StackedTask& task, int64_t begin, int64_t width, V* values, int64_t stride) {
+void gather_buckets(const StackedTask& task, int64_t begin, int64_t width, V* values,
+                    int64_t stride) {
   const int64_t groups = task.parameters.groups, ranked = task.ranking->ranked;
   const int64_t registers = (width + kLanes<V> - 1) / kLanes<V>;
   for (int64_t k = 0, e = 0; k < ranked; ++k, values += stride) {
@@ -154,7 +155,8 @@ void order_chunk(const StackedTask& task, int64_t chunk, void* scratch) {
     if (buckets) gather_buckets<V, T>(task, at, width, values, stride);
     else gather<V, T>(task, at, width, values, stride);
     order_statistics<V>(ranking, values, stride, count, static_cast<char*>(scratch) + values_bytes, result);
-    for (int64_t j = 0; j < count; ++j) store<V>(value + at + j * lanes, result[j], width - j * lanes);
+    for (int64_t j = 0; j < count; ++j)
+      store<V>(value + at + j * lanes, result[j], width - j * lanes);
   }
 }
 

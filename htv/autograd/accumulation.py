@@ -71,8 +71,10 @@ class MicroBatches:
         """Refuse what a failed backward left behind: some parameters' contributions would be in, others' not."""
         if self._unfinished:
             raise RuntimeError(
-                "a backward inside accumulate() failed part-way, so some parameters have its micro-batch's contributions "
-                "and others do not: nothing was added to .grad. Remedy: begin the block again, with all its micro-batches"
+                "a backward inside accumulate() failed part-way, so some parameters have its "
+                "micro-batch's contributions "
+                "and others do not: nothing was added to .grad. Remedy: begin the block again, "
+                "with all its micro-batches"
             )
 
 

@@ -53,9 +53,12 @@ class Passes:
             return
         told = [f"{g.voters_told()} for {n!r}" for g, n in (known, (groups, name))]
         raise UnsupportedError(
-            f"one backward joins two forwards with different groups: {told[0]}, {told[1]}. A part of the model was called by "
-            "itself, with something else in the batch's dim (tokens, time steps), or with other groups. Remedy: run "
-            "the calls of one step inside `with handle.forward(batch): ...`, name the method that makes them, "
+            f"one backward joins two forwards with different groups: {told[0]}, {told[1]}. A part "
+            "of the model was called by "
+            "itself, with something else in the batch's dim (tokens, time steps), or with other "
+            "groups. Remedy: run "
+            "the calls of one step inside `with handle.forward(batch): ...`, name the method that "
+            "makes them, "
             "attach(..., methods=('training_step',)), or call backward() once per forward"
         )
 

@@ -41,7 +41,8 @@ class Store:
                 self._runs.setdefault((run["variant"], run["seed"]), run)
         elif not dumps(self.common).encode().startswith(found):
             raise RecordsError(
-                f"{path} does not begin as a file of these records does: name another folder with --out, "
+                f"{path} does not begin as a file of these records does: name another folder with "
+                "--out, "
                 "or delete the file"
             )
         if whole != found:  # cut where it is, for there may be no room for another copy

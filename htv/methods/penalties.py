@@ -151,7 +151,8 @@ class DomainAdversary(nn.Module):
 class GroupDRO(nn.Module):
     """Weights environments by how hard they are: a weight grows as ``exp(step_size * risk)``.
 
-    ``dro(risks)`` updates the weights, a buffer, and returns the weighted sum of risks. The weights stay
+    ``dro(risks)`` updates the weights, a buffer, and returns the weighted sum of risks. The
+    weights stay
     in float32 at least, also in a module that is cast to half precision, where they would not move.
     Sagawa et al. 2019, "Distributionally robust neural networks", arXiv 1911.08731.
     """

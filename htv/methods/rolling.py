@@ -212,7 +212,8 @@ class RM3(_Rolling):
     What only one minibatch in three asks for gets nothing. The first two steps update nothing. Weight decay that the
     wrapped optimizer would add to the gradient is added before the gradient is kept, so it passes through the median
     too; decoupled decay stays the wrapped optimizer's. The median is a true one: no sum minus extremes, which loses
-    bits and turns infinities into NaN. Memory: two gradients per parameter beside `.grad`, in float32
+    bits and turns infinities into NaN. Memory: two gradients per parameter beside `.grad`, in
+    float32
     for parameters of half precision; the wrapped optimizer's state has the type that it chooses.
 
     optimizer:       any torch optimizer but LBFGS. Call step(), state_dict() and the rest on the wrapper, and give it

@@ -46,10 +46,13 @@ class TemporalAndMaskAdam(Optimizer):
     maximize:      follow the gradient upwards.
 
     A parameter whose grad is None in a step is left as it is, decay included. The state takes three
-    times the memory of the parameters. For bfloat16 and float16 ones it is float32, as are the steps,
+    times the memory of the parameters. For bfloat16 and float16 ones it is float32, as are the
+    steps,
     for an average in half precision soon stops to move; it also holds what was rounded off the
-    weights, so that small steps add up: eight times their memory. No count of steps enters the update,
-    so it may be captured in a CUDA graph as it is; give lr as a tensor to change it between replays.
+    weights, so that small steps add up: eight times their memory. No count of steps enters the
+                                         update,
+    so it may be captured in a CUDA graph as it is; give lr as a tensor to change it between
+    replays.
     Raises TypeError or ValueError naming a wrong hyperparameter or a complex or integer parameter,
     RuntimeError for a sparse gradient, and ValueError for the state of another optimizer or model.
     """

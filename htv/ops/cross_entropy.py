@@ -37,8 +37,8 @@ def shifted_cross_entropy(
     reduction, ignore_index, label_smoothing, weight: as for F.cross_entropy; weight is (K,).
 
     Returns the loss, (), or the shape of targets for ``reduction="none"``, in float64 for float64 logits and float32
-    for all others; arithmetic is in that type too. Differentiable by the logits, as often as needed, in
-    forward mode and by the transforms of torch.func too.
+    for all others; arithmetic is in that type too. Differentiable by the logits, as often as
+    needed, in forward mode and by the transforms of torch.func too.
 
     An ignored row contributes exactly 0, whatever it holds. A target of another value outside of 0 to K - 1 raises on
     the CPU and is NaN on a GPU, where looking would wait for the device.
@@ -125,7 +125,8 @@ def _count(targets: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
 
 def _by_definition(logits, targets, shift, temperature, weight, ignore_index, label_smoothing, reduction) -> Tensor:
     """In plain PyTorch, for forward mode and the transforms of torch.func."""
-    ignored = (targets == ignore_index).unsqueeze(1)  # may hold anything, of which 0 times would be NaN
+    # Ignored rows may hold anything, of which 0 times would be NaN.
+    ignored = (targets == ignore_index).unsqueeze(1)
     logits, shift = logits.masked_fill(ignored, 0), shift.masked_fill(ignored, 0)
     numbers = temperature, weight, ignore_index, label_smoothing
     loss = reference.shifted_cross_entropy(logits, targets, shift, *numbers)[0]

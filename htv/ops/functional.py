@@ -1,7 +1,7 @@
 """Statistics of stacked contributions, as functions: (E, *shape) -> (*shape).
 
-Differentiable any number of times, in forward mode and by the transforms of torch.func too; derivatives of any of these
-kinds are those of the definition, `htv.ops.reference`.
+Differentiable any number of times, in forward mode and by the transforms of torch.func too;
+derivatives of any of these kinds are those of the definition, `htv.ops.reference`.
 
 They return ``stat({g_e})``, a mean-like value without the factor E; results have the dtype of `grads`, half-precision
 inputs are computed in float32. A NaN among the E values of a coordinate gives NaN there.

@@ -32,8 +32,8 @@ def stacked(grads: Tensor, statistic: Statistic) -> tuple[Tensor, Tensor]:
     grads: (E, *shape), floating point, E >= 1.
     Returns ``value`` (*shape), in `compute_dtype`, without the factor E and not yet normalised; and ``mask_sum`` (),
     float64, the sum of the rule's mask over all coordinates (0 for rules without a mask).
-    A coordinate with a NaN among its E values is NaN and counts 0 in `mask_sum`. So is one where inf - inf makes the
-    mean of a bucket, or a variance, NaN: no rank and no mask hides it.
+    A coordinate with a NaN among its E values is NaN and counts 0 in `mask_sum`. So is one where
+    inf - inf makes the mean of a bucket, or a variance, NaN: no rank and no mask hides it.
     """
     values = grads.to(compute_dtype(grads.dtype))
     if statistic.name in STREAMING:

@@ -102,7 +102,7 @@ def numbers(statistic: Statistic) -> tuple[int, int, float, float]:
 
 
 def checked(op: str, statistic: int, count: int, votes: float, k: float, groups: int) -> Statistic:
-    """The statistic that an op was given for so many groups; raises ValueError unless there is such a one."""
+    """Return the statistic an op was given for so many groups; raises ValueError if there is none."""
     if not 0 <= statistic < len(_NAMES):
         raise ValueError(f"htv::{op}: unknown statistic {statistic}, have 0 to {len(_NAMES) - 1}")
     if not 1 <= groups <= MOST_GROUPS:
@@ -120,19 +120,21 @@ def checked(op: str, statistic: int, count: int, votes: float, k: float, groups:
 
 
 def require_one_device(op: str, first: torch.Tensor, *others: torch.Tensor | None) -> None:
-    """Raise ValueError unless all tensors of an op, but for offsets, are dense and on one device."""
+    """Raise ValueError unless an op's tensors, but for offsets, are dense and on one device."""
     tensors = [t for t in (first, *others) if t is not None]
     if any(t.layout != torch.strided for t in tensors):
         raise ValueError(f"htv::{op}: all tensors must be dense, of strided layout")
     devices = {str(t.device): None for t in tensors}
     if len(devices) > 1:
-        raise ValueError(f"htv::{op}: all tensors must be on one device, got {' and '.join(devices)}")
+        names = " and ".join(devices)
+        raise ValueError(f"htv::{op}: all tensors must be on one device, got {names}")
 
 
 def require_indices(op: str, name: str, tensor: torch.Tensor, limit: int) -> None:
-    """Raise unless a tensor is int64 with values in 0 to limit - 1; these are looked at on the CPU only."""
+    """Raise unless a tensor is int64 with values in 0 to limit - 1; looked at on the CPU only."""
     if tensor.dtype != torch.int64 or tensor.dim() != 1:
-        raise ValueError(f"htv::{op}: {name} must be an int64 vector, got {tensor.dtype} {tuple(tensor.shape)}")
+        got = f"{tensor.dtype} {tuple(tensor.shape)}"
+        raise ValueError(f"htv::{op}: {name} must be an int64 vector, got {got}")
     if tensor.device.type == "cpu" and not bool(((tensor >= 0) & (tensor < limit)).all()):
         raise ValueError(f"htv::{op}: {name} must lie in 0 to {limit - 1}")
 
@@ -236,7 +238,8 @@ def _shifted_cross_entropy_fake(logits, targets, shift, temperature, weight, *nu
 def _shifted_cross_entropy_grad_fake(
     grad, logits, targets, shift, temperature, weight, ignore_index, label_smoothing, peak, log_sum
 ):
-    require_one_device("shifted_cross_entropy_grad", logits, grad, targets, shift, weight, peak, log_sum)
+    others = grad, targets, shift, weight, peak, log_sum
+    require_one_device("shifted_cross_entropy_grad", logits, *others)
     return logits.new_empty(logits.shape)
 
 
@@ -271,11 +274,13 @@ def _embedding_reference(grad_output, ids, voter, num_embeddings, groups, statis
 def _embedding_contributions_reference(grad_output, ids, voter, tokens, num_embeddings, groups):
     require_one_device("embedding_contributions", grad_output, ids, voter, tokens)
     if num_embeddings < 0 or not 1 <= groups <= MOST_GROUPS:
-        raise ValueError(f"htv::embedding_contributions: no table of {num_embeddings} rows and {groups} groups")
+        table = f"{num_embeddings} rows and {groups} groups"
+        raise ValueError(f"htv::embedding_contributions: no table of {table}")
     for name, tensor in {"ids": ids, "voter": voter, "tokens": tokens}.items():
         limit = groups if name == "voter" else num_embeddings
         require_indices("embedding_contributions", name, tensor, limit)
-    return reference.embedding_contributions(grad_output, ids, voter, tokens, num_embeddings, groups)
+    lookups = grad_output, ids, voter, tokens
+    return reference.embedding_contributions(*lookups, num_embeddings, groups)
 
 
 def _norm_sums_reference(grad, x, mean, rstd):
@@ -297,15 +302,17 @@ def _shifted_cross_entropy_reference(logits, targets, shift, temperature, weight
 def _shifted_cross_entropy_grad_reference(
     grad, logits, targets, shift, temperature, weight, ignore_index, label_smoothing, peak, log_sum
 ):
-    require_one_device("shifted_cross_entropy_grad", logits, grad, targets, shift, weight, peak, log_sum)
+    others = grad, targets, shift, weight, peak, log_sum
+    require_one_device("shifted_cross_entropy_grad", logits, *others)
     numbers = temperature, weight, ignore_index, label_smoothing
-    return reference.shifted_cross_entropy_grad(grad, logits, targets, shift, *numbers, peak, log_sum)
+    given = grad, logits, targets, shift
+    return reference.shifted_cross_entropy_grad(*given, *numbers, peak, log_sum)
 
 
 def _require_offsets(op: str, offsets: torch.Tensor, rows: int) -> None:
     require_one_device(op, offsets)
-    if offsets.dtype != torch.int64 or offsets.dim() != 1 or len(offsets) < 2 or offsets.device.type != "cpu":
-        raise ValueError(f"htv::{op}: offsets must be at least 2 int64 on the CPU, got {offsets.dtype}")
+    if offsets.dtype != torch.int64 or offsets.dim() != 1 or not offsets.is_cpu or len(offsets) < 2:
+        raise ValueError(f"htv::{op}: offsets must be 2 or more int64 on the CPU, got {offsets.dtype}")
     bounds = offsets.tolist()
     if bounds[0] != 0 or bounds[-1] != rows or any(a > b for a, b in itertools.pairwise(bounds)):
         raise ValueError(f"htv::{op}: offsets must ascend from 0 to the number of rows, {rows}")
@@ -352,7 +359,7 @@ for _op in _OF_CROSS_ENTROPY:
 
 
 def transformed(tensor: torch.Tensor) -> bool:
-    """Whether a transform of torch.func is at work, or a forward-mode derivative of the tensor is asked for."""
+    """Tell whether torch.func is at work, or a forward-mode derivative of the tensor is taken."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return True
     return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
@@ -370,7 +377,7 @@ class _Stacked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_value, grad_mask_sum):
-        """Recomputes the definition, which costs one materialised pass over what is materialised anyway."""
+        """Recompute the definition: one materialised pass over what is materialised anyway."""
         (grads,) = ctx.saved_tensors
         further = torch.is_grad_enabled()  # create_graph
         with torch.enable_grad():

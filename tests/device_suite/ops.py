@@ -93,7 +93,8 @@ def cuda_stacked(dry: bool) -> Found:
             for size in sizes if not dry else sizes[2:8:5]:
                 yield f"{what}: {short(dtype)}, {size}", poisoned(holds, op, dtype, size)
     for groups in (1, 3, 8, 9, 40, 70, 150) if not dry else (9,):
-        yield f"undefined means of buckets: {groups}", poisoned(stacked.undefined_bucket_means_surface, op, groups)
+        undefined = stacked.undefined_bucket_means_surface
+        yield f"undefined means of buckets: {groups}", poisoned(undefined, op, groups)
     for groups in (70, 513) if not dry else (70,):
         yield f"hard searches: {groups}", poisoned(stacked.hard_searches_end, op, groups)
     for groups in (5, 33, 70) if not dry else (5,):

@@ -15,7 +15,7 @@ from htv.ops import schema
 
 CLEAR = (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError)
 GROUPS = 5
-MEAN, MASK, RANK = ((schema.code(n), c, 0.0, 0.0) for n, c in (("mean", 0), ("and_mask", 2), ("median", 0)))
+MASK = (schema.code("and_mask"), 2, 0.0, 0.0)
 FAR = (2**31 - 1, 2**61, 2**62, 2**63 - 1)
 
 
@@ -23,9 +23,11 @@ def arguments():
     """What every op takes, by name, in order."""
     value, number = torch.randn, lambda *n: torch.tensor(n)
     numbers = dict(zip(("statistic", "count", "votes", "k"), MASK, strict=True))
-    table = {"grad_output": value(5, 4), "ids": number(0, 1, 2, 1, 0), "voter": number(0, 1, 2, 3, 4)}
+    ids, voter = number(0, 1, 2, 1, 0), number(0, 1, 2, 3, 4)
+    table = {"grad_output": value(5, 4), "ids": ids, "voter": voter}
     sizes = {"num_embeddings": 3, "groups": GROUPS}
-    window = {"kernel": [3, 3], "stride": [1, 1], "padding": [1, 1], "dilation": [1, 1], "groups": 1}
+    window = {"kernel": [3, 3], "stride": [1, 1], "padding": [1, 1], "dilation": [1, 1]}
+    window |= {"groups": 1}
     rows = {"logits": value(4, 7), "targets": number(0, 6, 3, -100), "shift": value(4, 7)}
     rows |= {"temperature": 1.0, "weight": value(7).abs(), "ignore_index": -100, "smoothing": 0.1}
     offsets = {"offsets": torch.arange(GROUPS + 1)}
@@ -71,7 +73,8 @@ ACCEPTED = {  # these are what they should be
     ("embedding_contributions", "tokens", "of a row more"),
 }
 # No kernel of ours serves it on the CPU: the definition checks ids, and torch its own memory.
-ACCEPTED |= {("embedding_contributions", a, d) for a in ("ids", "voter", "tokens", "grad_output") for d in DISTORTED}
+LOOKUPS = ("ids", "voter", "tokens", "grad_output")
+ACCEPTED |= {("embedding_contributions", name, how) for name in LOOKUPS for how in DISTORTED}
 
 
 def tensors_that_are_not():
@@ -128,8 +131,8 @@ def integers_that_do_not_fit():
         changed = {"tokens": torch.tensor([0, bad])}
         yield f"embedding_contributions: token {bad}", "embedding_contributions", changed
     for op in ("linear", "conv"):
-        bounds = ([0, 3, 2, 4, 5, 5], [-1, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 6], [0, 2**62, 5], [5], [])
-        for bad in bounds:
+        bounds = [[0, 3, 2, 4, 5, 5], [-1, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 6]]
+        for bad in (*bounds, [0, 2**62, 5], [5], []):
             changed = {"offsets": torch.tensor(bad, dtype=torch.int64)}
             yield f"{op}: offsets {bad}", op, changed
         yield f"{op}: offsets apart", op, {"offsets": torch.arange(12)[::2]}
@@ -146,10 +149,12 @@ def layouts_that_are_not():
     yield "stacked: no groups", "stacked", {"grads": torch.randn(0, 7)}
     yield "conv: x expanded", "conv", {"x": torch.randn(1, 4, 6, 6).expand(5, 4, 6, 6)}
     yield "conv: sees too much", "conv", {"padding": [0, 1]}
-    yield "conv: no spatial dims", "conv", dict.fromkeys(("kernel", "stride", "padding", "dilation"), [])
+    window = ("kernel", "stride", "padding", "dilation")
+    yield "conv: no spatial dims", "conv", dict.fromkeys(window, [])
     apart = torch.randn(4, 14)[:, ::2]
     yield "shifted_cross_entropy: logits apart", "shifted_cross_entropy", {"logits": apart}
-    yield "shifted_cross_entropy: no classes", "shifted_cross_entropy", {"logits": torch.randn(4, 0)}
+    none = torch.randn(4, 0)
+    yield "shifted_cross_entropy: no classes", "shifted_cross_entropy", {"logits": none}
     huge = torch.empty(0, 2**62)
     yield "linear: columns without end", "linear", {"x": huge, "grad_output": torch.empty(0, 3)}
 
@@ -161,7 +166,7 @@ def cases():
 
 
 def outcome(op: str, changed: dict) -> str:
-    """"refused", "answered", or what went wrong."""
+    """Return "refused", "answered" or what went wrong."""
     receive, send = os.pipe()
     child = os.fork()
     if child == 0:

@@ -267,7 +267,7 @@ def test_a_bucket_of_both_infinities_surfaces_though_few_groups_touch_the_token(
     ids, grad = torch.tensor([1, 1, 0, 2, 3, 2, 0, 3, 3]), torch.ones(9, 2)
     grad[0, 0], grad[1, 0] = torch.inf, -torch.inf
     part = EmbeddingFactors(ids, grad, torch.arange(10), 5)
-    found = aggregate.aggregate([part], htv.MedianOfMeans(5))  # whose first bucket is groups 0 and 1
+    found = aggregate.aggregate([part], htv.MedianOfMeans(5))  # groups 0 and 1 are a bucket
     assert found[1, 0].isnan() and found.isnan().sum() == 1
 
 

@@ -30,9 +30,11 @@ def exact(tensors):
 def test_kernel(shape, dtype, level, monkeypatch):
     monkeypatch.setenv("HTV_CPU_CAPABILITY", level)
     grad, x, mean, rstd = tensors = operands(shape, dtype)
-    grad, x, mean, rstd = (t.double().abs() for t in (grad, x, mean.unsqueeze(2), rstd.unsqueeze(2)))
+    moments = mean.unsqueeze(2), rstd.unsqueeze(2)
+    grad, x, mean, rstd = (t.double().abs() for t in (grad, x, *moments))
     sizes = (grad * (x + mean) * rstd).sum(dim=1), grad.sum(dim=1)  # of what is summed
-    for got, true, size in zip(torch.ops.htv.norm_sums(*tensors), exact(tensors), sizes, strict=True):
+    found = torch.ops.htv.norm_sums(*tensors)
+    for got, true, size in zip(found, exact(tensors), sizes, strict=True):
         assert got.dtype == reference.compute_dtype(dtype) and got.shape == true.shape
         allowed = torch.finfo(got.dtype).eps * budgets.growth(shape[1]) * size
         assert ((got.double() - true).abs() <= allowed).all()

@@ -53,7 +53,10 @@ WINDOWS = (64, 1, 56, 56, 1, 56, 56, 1, 3, 3, 1, 1, 1, 0, 1, 1, 1, 1, 1)
 EXTREMES = statistic.extremes("winsorized_mean", statistic.MOST_EXTREMES)
 SERVED = {  # words of the table's row: (result, statistic, COUNT)
     0: [("contribution", statistic.STREAMING["mean"], 0)],
-    2: [("statistic", statistic.STREAMING["and_mask"], 0), ("state", statistic.STREAMING["mean"], 0)],
+    2: [
+        ("statistic", statistic.STREAMING["and_mask"], 0),
+        ("state", statistic.STREAMING["mean"], 0),
+    ],
     3: [("statistic", statistic.STREAMING[name], 0) for name in ("sand_mask", "geometric_mean")],
     7: [("statistic", EXTREMES, statistic.MOST_EXTREMES)],
 }

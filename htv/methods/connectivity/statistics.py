@@ -83,7 +83,8 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
 def _averaging(named: Mapping[str, _NormBase]) -> Iterator[None]:
     """Every call of these weighs as much as its batch in the running statistics.
 
-    In half precision an average soon stops to move: there it is taken here, of what every batch says.
+    In half precision an average soon stops to move: there it is taken here, of what every batch
+                                                     says.
     """
     names, modules = {module: name for name, module in named.items()}, list(named.values())
     momenta = [module.momentum for module in modules]

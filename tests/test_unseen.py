@@ -1,0 +1,242 @@
+"""What no mode can see: scripted functions, custom Functions, writes in place, tensors that stand in for parameters."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_batch_choice import assert_votes_by_example
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import htv
+
+RULE = htv.Median()
+
+
+@torch.jit.script
+def centred(h):
+    return (h - h.mean(0)) / h.std(0)
+
+
+@torch.jit.script
+def centred_in_place(h):
+    return h.sub_(h.mean(0))
+
+
+@torch.jit.script
+def among_examples(h):
+    return torch.softmax(h @ h.t(), -1) @ h
+
+
+@torch.jit.script
+def swapped(h):
+    return h.transpose(0, 1).tanh()
+
+
+@torch.jit.script
+def gelu(h):
+    return 0.5 * h * (1 + torch.erf(h / 1.41421))
+
+
+class Centred(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h):
+        return h - h.mean(0)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad - grad.mean(0)
+
+
+class CentredInPlace(Centred):
+    @staticmethod
+    def forward(ctx, h):
+        ctx.mark_dirty(h)
+        return h.sub_(h.mean(0))
+
+
+class Tanh(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h):
+        ctx.save_for_backward(h)
+        return h.tanh()
+
+    @staticmethod
+    def backward(ctx, grad):
+        (h,) = ctx.saved_tensors
+        return grad * (1 - h.tanh() ** 2)
+
+
+def written(function):
+    """The function for what it writes; its result is dropped."""
+
+    def run(h):
+        function(h)
+        return h
+
+    return run
+
+
+def between(function):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 8), nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.b(function(self.a(x)))
+
+    return Model().double()
+
+
+MIXING = {
+    "a script": centred,
+    "a script that attends": among_examples,
+    "a script in place": centred_in_place,
+    "a script in place, for what it writes": written(centred_in_place),
+    "a Function": Centred.apply,
+    "a Function in place": CentredInPlace.apply,
+    "a Function in place, for what it writes": written(CentredInPlace.apply),
+    "an undeclared Function": Tanh.apply,
+    "a reentrant checkpoint": lambda h: checkpoint(lambda h: h - h.mean(0), h, use_reentrant=True),
+}
+
+
+@pytest.mark.parametrize("size", [6, 8], ids=["N", "N == D"])
+@pytest.mark.parametrize("name", MIXING)
+def test_what_mixes_examples_unseen_is_refused(name, size):
+    model = between(MIXING[name])
+    with htv.attach(model, RULE), pytest.raises(htv.UnsupportedError, match="'b.weight'"):
+        model(torch.randn(size, 5).double())
+
+
+FOLLOWED = {
+    "a script": gelu,
+    "a declared function": htv.rowwise(lambda h: Tanh.apply(h)),
+    "a declared Function": htv.rowwise(type("Declared", (Tanh,), {})).apply,
+    "a reentrant checkpoint": lambda h: tanh_again(h),
+}
+
+
+def tanh_again(h):
+    """Checkpointed for the whole batch alone: the oracle's torch.autograd.grad cannot pass one."""
+    return checkpoint(torch.tanh, h, use_reentrant=True) if len(h) > 1 else torch.tanh(h)
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_what_is_declared_or_told_by_its_graph_is_followed(name):
+    model, x = between(FOLLOWED[name]), torch.randn(6, 5).double()
+    with htv.attach(model, RULE):
+        model(x).square().sum().backward()
+    assert_votes_by_example(model, lambda rows: model(x[rows]).square().sum(), 6)
+
+
+def test_a_transposition_in_a_script_is_followed():
+    model, x = between(lambda h: swapped(h).transpose(0, 1)), torch.randn(6, 5).double()
+    swapping = between(swapped)
+    with htv.attach(model, RULE):
+        model(x).square().sum().backward()
+    assert_votes_by_example(model, lambda rows: model(x[rows]).square().sum(), 6)
+    with (
+        htv.attach(swapping, RULE),
+        pytest.raises(htv.UnsupportedError, match="the batch is in dim 1"),
+    ):
+        swapping(torch.randn(8, 5).double())
+
+
+class Quantised(torch.autograd.Function):
+    """Learned step size quantisation: both arguments are parameters."""
+
+    @staticmethod
+    def forward(ctx, weight, step):
+        ctx.save_for_backward(weight, step)
+        return (weight / step).round() * step
+
+    @staticmethod
+    def backward(ctx, grad):
+        weight, step = ctx.saved_tensors
+        ratio = weight / step
+        return grad, (grad * (ratio.round() - ratio)).sum().reshape(step.shape)
+
+
+def test_a_function_of_parameters_alone_is_a_computed_weight():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.step, self.b = (
+                nn.Linear(5, 8),
+                nn.Parameter(torch.tensor(0.1)),
+                nn.Linear(8, 4),
+            )
+
+        def forward(self, x):
+            return self.b(
+                torch.relu(F.linear(x, Quantised.apply(self.a.weight, self.step), self.a.bias))
+            )
+
+    model, x = Model().double(), torch.randn(6, 5).double()
+    with htv.attach(model, RULE):
+        model(x).square().sum().backward()
+    assert_votes_by_example(model, lambda rows: model(x[rows]).square().sum(), 6)
+
+
+def test_a_hook_that_exchanges_a_parameter_is_refused():
+    model, other = (
+        nn.Sequential(nn.Linear(5, 8), nn.GELU(), nn.Linear(8, 4)),
+        nn.Parameter(torch.randn(8, 5)),
+    )
+    own = model[0].weight
+    with htv.attach(model, RULE):
+        before = model[0].register_forward_pre_hook(
+            lambda m, _: m._parameters.__setitem__("weight", other)
+        )
+        after = model[0].register_forward_hook(
+            lambda m, *_: m._parameters.__setitem__("weight", own), always_call=True
+        )
+        with pytest.raises(
+            htv.UnsupportedError,
+            match="'0.weight' is another tensor than when the model was attached",
+        ):
+            model(torch.randn(6, 5))
+        before.remove(), after.remove()
+        model(torch.randn(6, 5)).sum().backward()
+
+
+def test_rowwise_takes_functions():
+    with pytest.raises(TypeError, match="rowwise takes a function"):
+        htv.rowwise(3)
+    assert htv.rowwise(torch.tanh)(torch.zeros(2)).tolist() == [0, 0]
+
+
+def test_a_pair_of_towers_whose_similarities_no_loss_uses():
+    """CLIP: the model computes (N, N) similarities and a temperature beside the embeddings."""
+
+    class Towers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.scale = (
+                nn.Linear(5, 3),
+                nn.Linear(7, 3),
+                nn.Parameter(torch.tensor(2.0)),
+            )
+
+        def forward(self, text, image):
+            text, image = self.a(text), self.b(image)
+            return text, image, text @ image.t() * self.scale.exp()
+
+    model, text, image = Towers().double(), torch.randn(6, 5).double(), torch.randn(6, 7).double()
+    with htv.attach(model, RULE):
+        a, b, _ = model(text, image)
+        (a * b).sum().backward()
+        found = model.a.weight.grad.clone(), model.scale.grad
+        with pytest.raises(htv.UnsupportedError, match="'scale'|'image', an input of shape"):
+            model(text, image)[2].sum().backward()
+    with htv.attach(model, RULE, batch=("text", "image"), exclude="scale"):
+        model.zero_grad()
+        model(text, image)[2].diagonal().sum().backward()
+    with htv.attach(model, RULE, batch=("text", "image")):
+        with pytest.raises(htv.UnsupportedError, match="'scale' is used by mul.*'matmul' at"):
+            model(text, image)[2].sum().backward()
+    run = lambda rows: (model(text[rows], image[rows])[0] * model(text[rows], image[rows])[1]).sum()
+    parts = [torch.autograd.grad(run(slice(e, e + 1)), model.a.weight)[0] for e in range(6)]
+    torch.testing.assert_close(found[0], 6 * torch.stack(parts).quantile(0.5, dim=0))
+    assert found[1] is None
