@@ -119,4 +119,3 @@ def test_the_quick_ones_run_and_report(name, tmp_path):
     assert record["data"]["name"] == "digits" and record["findings"] and record["tables"]
     assert all(finding["here"] in (tmp_path / f"{name}.md").read_text() for finding in record["findings"])
     assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    assert sum(run["seconds"] for run in record["records"]) < 60
