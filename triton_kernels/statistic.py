@@ -154,8 +154,9 @@ def finalize_sand_mask(state, groups, count, votes, k, COUNT: tl.constexpr):
     steep = k / (state[2] / (groups - 1)) * excess
     mask = tl.where(steep < 0, 0.0, tanh(tl.where(steep < 0, 0.0, steep)))
     mask = tl.where(steep != steep, SAND_UNDEFINED, mask)
-    lost = tl.where(state[2] != state[2], state[2], state[1])  # a variance may be inf - inf
-    return poison(lost, tl.where(mask == 0, 0.0, mask * state[0]), mask)
+    # A variance is NaN by inf - inf where the sum is not finite: NaN is what is lost there, else 0.
+    lost = state[0] - state[0]
+    return poison(state[1], tl.where(mask == 0, 0.0, mask * state[0] + lost), mask)
 
 
 # -- the COUNT smallest and largest, and the sum of what lies between ------------------------------
