@@ -188,7 +188,10 @@ class Intercept(TorchFunctionMode):
             mine = voters.groups is self.groups or voters.groups.num_units == self.groups.num_units
             return voters.place if mine else Lost("another forward, of another number of examples,")
         noted = history.remembered(node, number)
-        return None if noted is None else noted[1]
+        if noted is None:
+            return None
+        mine = noted[0].groups.num_units == self.groups.num_units
+        return noted[1] if mine else Lost("another forward, of another number of examples,")
 
     def _refuse_stand_in(self, tensor: Tensor) -> None:
         """A tensor that took a parameter's place inside a module, as FSDP's do, is not plain."""

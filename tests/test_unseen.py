@@ -201,6 +201,20 @@ def test_a_hook_that_exchanges_a_parameter_is_refused():
         model(torch.randn(6, 5)).sum().backward()
 
 
+def test_what_an_unseen_function_takes_from_a_forward_of_another_size_is_refused():
+    first, held = nn.Linear(5, 8).double(), []
+    model = between(lambda h: centred_by(h, held[0]))
+    with htv.attach(first, RULE), htv.attach(model, RULE):
+        held.append(first(torch.randn(4, 5).double()))
+        with pytest.raises(htv.UnsupportedError, match="another forward, of another number of examples"):
+            model(torch.randn(6, 5).double())
+
+
+@torch.jit.script
+def centred_by(h, other):
+    return h - other.mean(1).sum()
+
+
 def test_rowwise_takes_functions():
     with pytest.raises(TypeError, match="rowwise takes a function"):
         htv.rowwise(3)
