@@ -7,13 +7,12 @@ where it allows that.
 """
 
 import math
+import random
 from collections import Counter
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, note, settings
-from hypothesis import strategies as st
 from layer_table import Module
 from torch import nn
 
@@ -582,7 +581,7 @@ def compared(program, x, dim, rule):
     """ "served" or "refused"; AssertionError where the gradient is not the rule's."""
     rows, several, nobodys = contributions_by_rows(program, x, dim)
     alone = contributions_one_by_one(program, x, dim) if nobodys else None
-    with htv.attach(program, rule, batch_dim=dim):
+    with htv.attach(program, rule, batch_dim=dim, allow_single=True):
         try:
             loss_of(program(x)).backward()
         except REFUSALS as error:
@@ -605,27 +604,24 @@ def compared(program, x, dim, rule):
 RULES = [htv.Median(), htv.Median(), htv.AndMask(0.7)]
 
 
-def outcome(r):
+def outcome(seed):
+    r = random.Random(seed)
     program, x, dim = drawn(r)
     rule = r.choice(RULES)
-    source = "\n".join(program.lines)
-    note(
-        f"x: {tuple(x.shape)}, batch in dim {dim}, {rule}, parameters {[tuple(p.shape) for p in program.parameters()]}"
-    )
-    note(source)
-    return compared(program, x, dim, rule)
+    try:
+        return compared(program, x, dim, rule)
+    except AssertionError as error:
+        shapes = [tuple(p.shape) for p in program.parameters()]
+        what = f"seed {seed}, x {tuple(x.shape)}, batch in dim {dim}, {rule}, parameters {shapes}"
+        raise AssertionError("\n".join([str(error), what, *program.lines])) from error
 
 
 def test_random_programs():
-    """A third of them at least is served, and all of those exactly."""
-    found = Counter()
+    """Serve a third of them at least, and all of those exactly.
 
-    @settings(max_examples=300, derandomize=True, deadline=None, database=None, suppress_health_check=[*HealthCheck])
-    @given(st.randoms(use_true_random=False))
-    def every(r):
-        found[outcome(r)] += 1
-
-    every()
+    The seeds are fixed: what hypothesis draws depends on the modules that are loaded.
+    """
+    found = Counter(outcome(seed) for seed in range(300))
     assert found["served"] > found.total() / 3, found
 
 
