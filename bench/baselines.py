@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad
 from torch.func import vmap as torch_vmap
 
-from htv.measure import Step
+from htv.tools.timing import Step
 from htv.rules import Rule
 
 Contributions = Callable[[], Iterator[tuple[nn.Parameter, Tensor]]]

@@ -19,10 +19,10 @@ import torch
 import typer
 from torch.profiler import ProfilerActivity, profile
 
-from htv import machine
+from htv.tools import env_info
 from htv.bench.workloads import WORKLOADS
-from htv.files import replace_text
-from htv.measure import Step, milliseconds
+from htv.tools.files import replace_text
+from htv.tools.timing import Step, milliseconds
 
 OPERATIONS = ("aten::", "htv::")
 LEFT = "Python, engine, dispatch"
@@ -70,7 +70,7 @@ def measure(name: str, threads: int, rounds: int) -> dict:
     spent = {variant: sum(times.get(variant, 0.0) for times in operations.values()) for variant in steps}
     listed = {variant: sum(times.get(variant, 0.0) for times in large.values()) for variant in steps}
     return {
-        **machine.stamp("python", "-m", "htv.bench.breakdown", *sys.argv[1:]),
+        **env_info.stamp("python", "-m", "htv.bench.breakdown", *sys.argv[1:]),
         "workload": name,
         "wall_ms": walls,
         "operations_ms": dict(sorted(large.items(), key=lambda item: -max(item[1].values()))),

@@ -20,10 +20,10 @@ import typer
 from torch import Tensor
 
 import htv
-from htv import machine
-from htv.files import replace_text
+from htv.tools import env_info
+from htv.tools.files import replace_text
 from htv.groups import Groups, Place, Voters
-from htv.measure import Step, take_turns
+from htv.tools.timing import Step, take_turns
 from htv.ops import aggregate, schema
 from htv.ops.factors import ConvFactors, ConvGeometry, EmbeddingFactors
 from htv.rules import Rule
@@ -172,7 +172,7 @@ def measure(seconds: float = 60.0, only: str = "") -> dict:
             "gap": times[route.name].median / floor,
         }
     return {
-        **machine.stamp("python", "-m", "htv.bench.floors", *sys.argv[1:]),
+        **env_info.stamp("python", "-m", "htv.bench.floors", *sys.argv[1:]),
         "rates": rates,
         "paths": rows,
     }

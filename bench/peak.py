@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from htv.bench.workloads import WORKLOADS, TrainingStep
-from htv.measure import PeakMeter
+from htv.tools.timing import PeakMeter
 
 
 def peak(workload: TrainingStep, variant: str) -> dict:

@@ -7,7 +7,7 @@ from pathlib import Path
 from htv.bench import report
 from htv.bench.baselines import METHODS
 from htv.bench.workloads import RULES
-from htv.files import replacing
+from htv.tools.files import replacing
 
 COLORS = dict(zip(RULES[1:], ("#777777", "C0", "C1", "C2"), strict=True))
 MARKERS = dict(zip(METHODS, "osD^", strict=True))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from htv.bench.workloads import Workload
-from htv.measure import Timing
+from htv.tools.timing import Timing
 
 
 def times_over(unit: Timing, timing: Timing) -> dict:

@@ -19,12 +19,12 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from htv import machine
+from htv.tools import env_info
 from htv.bench import baselines, plots, report
 from htv.bench.rows import bandwidth, times_over
 from htv.bench.workloads import Workload
-from htv.files import replace_text
-from htv.measure import Step, Timing, in_own_process, milliseconds, one_line, take_turns
+from htv.tools.files import replace_text
+from htv.tools.timing import Step, Timing, in_own_process, milliseconds, one_line, take_turns
 
 STEM = "cpu"  # of the files written
 
@@ -107,9 +107,9 @@ def measure_all(
             **workload.facts(),
             "variants": measure(workload, names, settings, lambda doing, of=workload.name: now(of, doing)),
         }
-    versions = {name: machine.version(distribution) for name, distribution in baselines.DISTRIBUTIONS.items()}
+    versions = {name: env_info.version(distribution) for name, distribution in baselines.DISTRIBUTIONS.items()}
     return {
-        **machine.stamp("htv", *sys.argv[1:]),
+        **env_info.stamp("htv", *sys.argv[1:]),
         "took_seconds": round(time.perf_counter() - begin, 1),
         "settings": asdict(settings),
         "peers": versions,

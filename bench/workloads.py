@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import htv
 from htv.bench import baselines, models
-from htv.measure import Step
+from htv.tools.timing import Step
 from htv.ops.functional import apply_rule
 from htv.rules import Rule
 

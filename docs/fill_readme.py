@@ -11,7 +11,7 @@ from pathlib import Path
 
 from htv.bench import breakdown, floors, plots, report
 from htv.experiments import report as experiments
-from htv.files import replace_text
+from htv.tools.files import replace_text
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO, BENCH = ROOT / "docs/results/demo.json", ROOT / "bench/results/cpu.json"

@@ -1,14 +1,10 @@
 """htv: keep what autograd's sum throws away. Robust statistics of per-example gradients, straight into `.grad`."""
 
 from importlib import metadata as _metadata
-from pathlib import Path as _Path
 
 from htv.attach import Handle, attach
-from htv.batchnorm import replace_batchnorm
-from htv.check import CheckReport, check
+from htv.engine.graph_reading import declare_rowwise as rowwise
 from htv.errors import CheckError, UnsupportedError
-from htv.explain import Explanation, explain
-from htv.history import declare_rowwise as rowwise
 from htv.ops.aggregate import linear_grad
 from htv.ops.agreement import Agreement
 from htv.ops.backend import use_backend
@@ -36,15 +32,14 @@ from htv.rules import (
     WinsorizedMean,
     XorMask,
 )
+from htv.tools.batchnorm import replace_batchnorm
+from htv.tools.check import CheckReport, check
+from htv.tools.explain import Explanation, explain
 
 try:
     __version__ = _metadata.version("hard-to-vary")
 except _metadata.PackageNotFoundError:
     __version__ = "0+source"  # not installed: run from the source folder
-
-_source = _Path(__file__).resolve().parent.parent
-if (_source / "setup.py").is_file():  # there bench/ and triton_kernels/ lie beside htv/, not within
-    __path__.append(str(_source))
 
 __all__ = [
     "Agreement",

@@ -26,7 +26,7 @@ def main() -> None:
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from htv.machine import version
+        from htv.tools.env_info import version
 
         typer.echo(f"htv {version('hard-to-vary')}")
         raise typer.Exit
@@ -253,7 +253,7 @@ def tune(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.table import Table
 
-    from htv import tune as tuning
+    from htv.tools import tune as tuning
 
     try:
         shapes = tuple(map(tuning.Shape.parse, _split(shape) or ())) or (tuning.DRY_SHAPES if dry else tuning.SHAPES)
@@ -309,16 +309,16 @@ def info() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from htv import machine
     from htv.ops import backend
+    from htv.tools import env_info
 
     facts = Table.grid(padding=(0, 2))
-    built = machine.build()
+    built = env_info.build()
     rows = {
-        **machine.versions(),
-        "CPU": machine.cpu_name(),
-        "CPU kernels": machine.cpu_capability(),
-        "CUDA": "; ".join(machine.cuda_devices()) or "no device",
+        **env_info.versions(),
+        "CPU": env_info.cpu_name(),
+        "CPU kernels": env_info.cpu_capability(),
+        "CUDA": "; ".join(env_info.cuda_devices()) or "no device",
         **({f"build: {key}": _in_one_line(value) for key, value in built.items()} if built else {}),
     }
     for name, value in rows.items():

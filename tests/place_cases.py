@@ -14,8 +14,8 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 import htv
 from htv.groups import Place
-from htv.marks import Lost
-from htv.operations import plain_name
+from htv.engine.provenance import Lost
+from htv.engine.torch_ops import plain_name
 
 TRIALS = 24  # of other values: comparisons and choices do not change with every one
 

@@ -1,88 +1,152 @@
-"""Imports run one way: cli, demo, methods -> attach, check, explain -> intercept -> autograd -> ops -> rules."""
+"""Imports run one way: users' commands -> tools, methods -> attach -> engine -> autograd -> ops -> rules.
+
+Every import counts, also those inside functions and under TYPE_CHECKING.
+"""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import htv
-from htv import bench
+from htv import bench, triton_kernels
 
-ROOT = Path(htv.__file__).parent
-LAYERS = [
-    ["htv.rules", "htv.errors", "htv.machine", "htv.measure", "htv.files"],
+# From the ground up; a module may import those of its own line and of the lines before it.
+ORDER = [
+    ["htv.rules", "htv.errors"],
+    ["htv.tools.env_info", "htv.tools.timing", "htv.tools.files"],
     ["htv.groups"],
     ["htv.triton_kernels"],
     ["htv.ops"],
     ["htv.autograd"],
-    ["htv.inputs", "htv.ranks"],
-    [
-        "htv.marks",
-        "htv.operations",
-        "htv.layout",
-        "htv.history",
-        "htv.layers",
-        "htv.served",
-        "htv.intercept",
-        "htv.watched",
-    ],
-    ["htv.traced"],
-    ["htv.forward", "htv.compiled"],
+    ["htv.engine.protocols"],
+    ["htv.engine.provenance"],
+    ["htv.engine.torch_ops"],
+    ["htv.engine.probing"],
+    ["htv.engine.propagation"],
+    ["htv.engine.graph_reading"],
+    ["htv.engine.inputs", "htv.engine.ranks", "htv.engine.guard_state"],
+    ["htv.engine.group_spec"],
+    ["htv.engine.checkpointing"],
+    ["htv.engine.continuation"],
+    ["htv.engine.parameter"],
+    ["htv.engine.handlers"],
+    ["htv.engine.mode"],
+    ["htv.engine.forward"],
+    ["htv.engine.compile"],
+    ["htv.engine.session"],
     ["htv.attach"],
-    ["htv.batchnorm", "htv.check", "htv.explain", "htv.tune"],
-    ["htv.data", "htv.methods", "htv.distributed", "htv.integrations"],
+    ["htv.tools"],
+    ["htv.data", "htv.methods"],
     ["htv.bench"],
     ["htv.demo", "htv.experiments"],
     ["htv.cli"],
     ["htv.__main__"],
 ]
+USERS = {"__init__", "__main__", "attach", "cli", "errors", "groups", "rules"}  # the files at htv's root
 
 
-def level(module: str) -> int:
-    for height, names in enumerate(LAYERS):
-        if any(module == name or module.startswith(f"{name}.") for name in names):
-            return height
-    raise AssertionError(f"{module} has no place in the architecture: give it one in LAYERS")
+def named(path: Path, folder: Path, package: str) -> str:
+    parts = path.relative_to(folder).with_suffix("").parts
+    return ".".join([package, *parts]).removesuffix(".__init__")
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for package, folder in (("htv", htv), ("htv.bench", bench), ("htv.triton_kernels", triton_kernels)):
+        root = Path(folder.__file__).parent
+        for path in sorted(root.rglob("*.py")):
+            if "pytest" not in path.parts:
+                found[named(path, root, package)] = path
+    return found
+
+
+MODULES = modules()
+COMPILED = {"htv._host", "htv._C"}
 
 
 def imports(path: Path) -> set[str]:
-    """htv modules imported when `path` is, leaving out those for type checking alone."""
-    tree = ast.parse(path.read_text())
-    skipped = {
-        id(node)
-        for block in ast.walk(tree)
-        if isinstance(block, ast.If) and getattr(block.test, "id", "") == "TYPE_CHECKING"
-        for node in ast.walk(block)
-    }
+    """Return the modules of htv that a file imports anywhere; those of `from package import module` as such."""
     found = set()
-    for node in ast.walk(tree):
-        if id(node) in skipped:
-            continue
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module)
-            found |= {f"{node.module}.{alias.name}" for alias in node.names if node.module == "htv"}
-    return {name for name in found if name.startswith("htv.")}
+            found |= {alias.name for alias in node.names if alias.name.partition(".")[0] == "htv"}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name} imports relatively"
+            if node.module.partition(".")[0] == "htv":
+                for alias in node.names:
+                    inner = f"{node.module}.{alias.name}"
+                    found.add(inner if inner in MODULES or inner in COMPILED else node.module)
+    return found
 
 
-def module(path: Path, folder: Path, package: str) -> str:
-    return ".".join([package, *path.relative_to(folder).with_suffix("").parts]).removesuffix(".__init__")
+def level(module: str) -> int:
+    fitting = [
+        (len(name), height)
+        for height, names in enumerate(ORDER)
+        for name in names
+        if module == name or module.startswith(f"{name}.")
+    ]
+    assert fitting, f"{module} has no place in the architecture: give it one in ORDER"
+    return max(fitting)[1]
 
 
-BENCH = Path(bench.__file__).parent
-MODULES = {module(path, ROOT, "htv"): path for path in sorted(ROOT.rglob("*.py")) if path != ROOT / "__init__.py"}
-MODULES |= {
-    module(path, BENCH, "htv.bench"): path for path in sorted(BENCH.rglob("*.py")) if "pytest" not in path.parts
-}
-
-
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", sorted(MODULES.keys() - {"htv"}))
 def test_imports_run_one_way(name):
-    for imported in imports(MODULES[name]):
-        if imported.split(".")[1].startswith("_"):
-            continue  # compiled
+    for imported in sorted(imports(MODULES[name])):
+        if imported in COMPILED:
+            continue
+        if imported == "htv":  # whose __init__ imports all that is for users
+            assert level(name) > level("htv.tools"), f"{name} imports htv, which imports it"
+            continue
+        assert imported in MODULES, f"{name} imports {imported}, which does not exist"
         assert level(imported) <= level(name), f"{name} imports {imported}"
+
+
+def test_no_import_circle():
+    graph = {name: imports(path) & MODULES.keys() - {name} for name, path in MODULES.items() if name != "htv"}
+    done: set[str] = set()
+
+    def follow(name: str, way: tuple[str, ...]) -> None:
+        assert name not in way, f"an import circle: {' -> '.join((*way[way.index(name) :], name))}"
+        if name not in done:
+            for other in sorted(graph.get(name, ())):
+                follow(other, (*way, name))
+            done.add(name)
+
+    for name in sorted(graph):
+        follow(name, ())
+
+
+def test_order_names_what_exists():
+    unknown = [name for names in ORDER for name in names if name not in MODULES]
+    assert not unknown
+
+
+def test_only_what_users_import_lies_at_the_root():
+    root = Path(htv.__file__).parent
+    assert {path.stem for path in root.glob("*.py")} == USERS
+
+
+def test_nothing_else_of_the_repository_can_be_imported(tmp_path):
+    """Whatever lies beside htv, in the working tree or an editable install, is no part of the package."""
+    names = ["setup", "tests", "tests.oracles", "docs", "docs.fill_readme", "htv", "csrc", "examples"]
+    code = """
+import importlib, sys
+for name in sys.argv[1:]:
+    try:
+        importlib.import_module(f"htv.{name}")
+    except ModuleNotFoundError:
+        continue
+    print(name)
+import htv.bench, htv.triton_kernels
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *names], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == []
 
 
 def test_every_public_name_of_the_contract_is_there():
@@ -90,3 +154,17 @@ def test_every_public_name_of_the_contract_is_there():
         trimmed_mean winsorized_mean median_of_means Mean AndMask XorMask GeometricMean SandMask SignSum Median
         MedianOfMeans TrimmedMean WinsorizedMean UnsupportedError CheckError use_backend replace_batchnorm""".split()
     assert [name for name in names if not hasattr(htv, name)] == []
+
+
+def test_a_handle_shows_what_is_for_users():
+    handle = htv.attach(htv_model(), htv.Median())
+    shown = {name for name in dir(handle) if not name.startswith("_")}
+    assert shown == {
+        "accumulate", "attached", "detach", "examined", "forward", "groups", "model", "packed", "stats", "tokens",
+    }  # fmt: skip
+
+
+def htv_model():
+    import torch
+
+    return torch.nn.Linear(3, 2)

@@ -10,7 +10,7 @@ from torch import nn
 
 import htv
 from htv.bench.models import LanguageModel, mlp, whole_models
-from htv.check import aggregated, one_group_at_a_time
+from htv.tools.check import aggregated, one_group_at_a_time
 from oracles import by_name
 
 FOUR = [htv.Mean(), htv.AndMask(0.4), htv.Median(), htv.WinsorizedMean(1)]

@@ -15,10 +15,10 @@ from place_cases import (
 )
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from htv import operations
+from htv.engine import torch_ops
 from htv.groups import Place
-from htv.layout import WRITING
-from htv.marks import LOST
+from htv.engine.probing import WRITING
+from htv.engine.provenance import LOST
 
 SIZES = [(3, 3), (3, 5), (4, 2)]  # examples and positions: as many, more, fewer
 
@@ -432,10 +432,10 @@ def padding(n, p):
 
 FAMILIES = [permuting, reshaping, joining, along, indexing, writing, padding]
 KNOWN = {
-    permuting: operations.PERMUTING,
-    reshaping: operations.RESHAPING | operations.EXPANDING | {"unsqueeze", "repeat", "tile"},
-    joining: operations.CONCATENATING | {"stack"},
-    along: operations.ALONG.keys(),
+    permuting: torch_ops.PERMUTING,
+    reshaping: torch_ops.RESHAPING | torch_ops.EXPANDING | {"unsqueeze", "repeat", "tile"},
+    joining: torch_ops.CONCATENATING | {"stack"},
+    along: torch_ops.ALONG.keys(),
     indexing: {"getitem", "select", "unbind", "masked_select"},
     writing: WRITING.keys(),
     padding: {"pack_padded_sequence", "pad_packed_sequence"},
@@ -457,7 +457,7 @@ def test_every_known_operation_has_a_case(family):
 
 def test_all_that_moves_is_known_here():
     known = set().union(*KNOWN.values())
-    assert operations.MOVING <= known
+    assert torch_ops.MOVING <= known
 
 
 @pytest.mark.parametrize("family", [permuting, joining], ids=lambda f: f.__name__)

@@ -20,9 +20,9 @@ from place_cases import (
 )
 from torch import Tensor
 
-from htv import operations
+from htv.engine import torch_ops
 from htv.groups import Place
-from htv.marks import LOST
+from htv.engine.provenance import LOST
 
 SIZES = [(3, 3), (3, 5), (4, 2)]  # examples and positions: as many, more, fewer
 
@@ -100,7 +100,7 @@ NOT_TRIED = {
 
 # fmt: off
 def unary(n, p):
-    for name in sorted(operations.UNARY - IN_CHANNELS.keys() - NOT_TRIED.keys()):
+    for name in sorted(torch_ops.UNARY - IN_CHANNELS.keys() - NOT_TRIED.keys()):
         call, silent = UNARY_CALLS.get(name) or unary_call(name), name in SILENT
         yield case(name, call, given(1, p, n, 6), 1, silent=silent)
         yield case(f"{name}, merged", call, given(Place(1, 2, 3), p, 6 * n, 6), Place(1, 2, 3),
@@ -138,7 +138,7 @@ ELEMENTWISE_CALLS = {
 # fmt: off
 def elementwise(n, p):
     rows = torch.randperm(n).repeat(2)
-    for name in sorted(operations.ELEMENTWISE):
+    for name in sorted(torch_ops.ELEMENTWISE):
         call = ELEMENTWISE_CALLS.get(name) or getattr(torch, name)
         yield case(f"{name}, broadcast", call, [given(1, p, n, 2), given(0, n, 2)], 1)
         yield case(f"{name}, constant", call, [given(0, n, p), constant(p)], 0)
@@ -188,7 +188,7 @@ COMPARING_CALLS = {
 
 # fmt: off
 def comparing(n, p):
-    for name in sorted(operations.COMPARING - {"equal"}):  # which returns no tensor
+    for name in sorted(torch_ops.COMPARING - {"equal"}):  # which returns no tensor
         call = COMPARING_CALLS.get(name) or getattr(torch, name)
         yield case(name, call, [given(1, p, n, 2), given(0, n, 2)], 1)
         if name not in ("eq", "ne"):
@@ -307,7 +307,7 @@ KEEP_NO_DIM = {"count_nonzero"}
 
 # fmt: off
 def reducing(n, p):
-    for name in sorted(operations.REDUCING.keys() - {"cosine_similarity"}):
+    for name in sorted(torch_ops.REDUCING.keys() - {"cosine_similarity"}):
         call = REDUCTIONS.get(name) or getattr(torch, name)
         yield case(f"{name} behind", lambda x, f=call: f(x, 1), given(0, n, p), 0)
         yield case(f"{name} before", lambda x, f=call: f(x, 0), given(1, p, n), 0)
@@ -450,12 +450,12 @@ NOT_RUN = {
 }
 FAMILIES = [unary, elementwise, comparing, rowwise, reducing, multiplying]
 KNOWN = {
-    unary: operations.UNARY - NOT_TRIED.keys(),
-    elementwise: operations.ELEMENTWISE,
-    comparing: operations.COMPARING - {"equal"},
-    rowwise: operations.ROWWISE,
-    reducing: operations.REDUCING.keys(),
-    multiplying: operations.MULTIPLYING | {"einsum", "scaled_dot_product_attention"},
+    unary: torch_ops.UNARY - NOT_TRIED.keys(),
+    elementwise: torch_ops.ELEMENTWISE,
+    comparing: torch_ops.COMPARING - {"equal"},
+    rowwise: torch_ops.ROWWISE,
+    reducing: torch_ops.REDUCING.keys(),
+    multiplying: torch_ops.MULTIPLYING | {"einsum", "scaled_dot_product_attention"},
 }
 
 

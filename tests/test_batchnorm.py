@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import htv
-from htv.batchnorm import replace_batchnorm
+from htv.tools.batchnorm import replace_batchnorm
 from oracles import by_name, stat
 
 RULES = [htv.AndMask(0.4), htv.Median(), htv.WinsorizedMean(1), htv.Mean()]

@@ -7,7 +7,7 @@ from torch import nn
 
 import htv
 from htv.bench.models import mlp, whole_models
-from htv.check import aggregated
+from htv.tools.check import aggregated
 from htv.ops import aggregate
 from oracles import RULES, by_name
 

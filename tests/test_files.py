@@ -5,7 +5,7 @@ import stat
 
 import pytest
 
-from htv.files import replace_text, replacing
+from htv.tools.files import replace_text, replacing
 
 
 def test_what_is_written_takes_the_place(tmp_path):

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import cuda_emulated
 import pytest
 
-from htv import measure
+from htv.tools import timing
 from htv.bench.gpu import build, clock, correctness, kernels, report, run, step, training
 from htv.bench.gpu.targets import TARGETS
 

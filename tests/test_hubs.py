@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import htv
-from htv import served
+from htv.engine import parameter
 from htv.ops import aggregate
 from htv.ops.factors import LinearFactors, StackedFactors
 from oracles import RULES, by_name

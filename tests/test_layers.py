@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import htv
-from htv.check import aggregated, one_group_at_a_time
+from htv.tools.check import aggregated, one_group_at_a_time
 from oracles import RULES, by_name
 
 FIVE = [htv.Mean(), htv.AndMask(0.4), htv.AndMask(0.4, rescale=True), htv.Median(), htv.WinsorizedMean(1)]

@@ -17,7 +17,7 @@ from layer_table import Module
 from torch import nn
 
 import htv
-from htv.check import aggregated, one_group_at_a_time
+from htv.tools.check import aggregated, one_group_at_a_time
 
 LARGEST = 400  # elements
 REFUSALS = (htv.UnsupportedError, ValueError)

@@ -19,7 +19,7 @@ from htv.autograd.derived import DerivedTensor
 from htv.autograd.expand import expand
 from htv.autograd.ledger import Hub, Ledger, Owner, Passes, Sink
 from htv.bench.models import mlp
-from htv.check import aggregated
+from htv.tools.check import aggregated
 from htv.groups import Groups, Voters
 
 
@@ -207,7 +207,7 @@ def test_integer_and_uninitialized_parameters():
     model = Module(lambda m, x: m.l(x) + m.steps, l=nn.Linear(4, 3))
     model.steps = nn.Parameter(torch.arange(3), requires_grad=False)
     with htv.attach(model, htv.Median()) as handle:
-        assert sorted(s.name for s in handle.served()) == ["l.bias", "l.weight"]
+        assert sorted(s.name for s in handle._session.served()) == ["l.bias", "l.weight"]
         square(model(torch.randn(5, 4))).backward()
     lazy = nn.Sequential(nn.LazyLinear(3))
     with pytest.raises(RuntimeError, match="'0.weight' is not initialized.*Run the model once first"):
@@ -365,7 +365,7 @@ def test_gradients_of_some_parameters_leave_no_factors_of_the_others():
     with htv.attach(model, htv.Median()) as handle:
         model(x)
         loss = square(model(x))
-        ledgers = {s.name: s._hubs.mine[1]() for s in handle.served()}
+        ledgers = {s.name: s._hubs.mine[1]() for s in handle._session.served()}
         torch.autograd.grad(loss, [x], retain_graph=True)
         assert not any(ledger._parts for ledger in ledgers.values())
         some = torch.autograd.grad(loss, [model[3].weight], retain_graph=True)[0]

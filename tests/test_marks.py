@@ -7,7 +7,7 @@ from torch import nn
 
 import htv
 from htv.groups import Place
-from htv.marks import CONSTANT, LOST, Lost, Marks
+from htv.engine.provenance import CONSTANT, LOST, Lost, Marks
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from htv import measure
+from htv.tools import timing
 
 
 def test_steps_take_turns_and_slow_ones_leave(monkeypatch):
@@ -13,36 +13,36 @@ def test_steps_take_turns_and_slow_ones_leave(monkeypatch):
     clock = iter(range(100_000))  # a second per look
     monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     steps = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
-    times = measure.take_turns(steps, seconds=1, rounds=(5, 100), leave_after={"b": 3.0})
+    times = timing.take_turns(steps, seconds=1, rounds=(5, 100), leave_after={"b": 3.0})
     assert "".join(calls) == 3 * "ab" + 2 * "a"
-    assert times == {"a": measure.Timing(1000, 1000, 1000, runs=5), "b": measure.Timing(1000, 1000, 1000, runs=3)}
+    assert times == {"a": timing.Timing(1000, 1000, 1000, runs=5), "b": timing.Timing(1000, 1000, 1000, runs=3)}
 
 
 def test_as_many_rounds_as_the_time_allows(monkeypatch):
     clock = iter(range(100_000))
     monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     steps = {"a": lambda: None, "b": lambda: None}
-    assert measure.take_turns(steps, seconds=7, rounds=(2, 100))["a"].runs == 4  # two seconds a round
-    assert measure.take_turns(steps, seconds=7, rounds=(2, 3))["a"].runs == 3
-    assert measure.take_turns(steps, seconds=0, rounds=(2, 100))["a"].runs == 2
+    assert timing.take_turns(steps, seconds=7, rounds=(2, 100))["a"].runs == 4  # two seconds a round
+    assert timing.take_turns(steps, seconds=7, rounds=(2, 3))["a"].runs == 3
+    assert timing.take_turns(steps, seconds=0, rounds=(2, 100))["a"].runs == 2
 
 
 def test_median_and_quartiles():
-    assert measure.Timing.of([3.0, 1.0, 2.0, 5.0, 4.0]) == measure.Timing(3.0, 2.0, 4.0, 5)
-    assert measure.Timing.of([3.0]) == measure.Timing(3.0, 3.0, 3.0, 1)
+    assert timing.Timing.of([3.0, 1.0, 2.0, 5.0, 4.0]) == timing.Timing(3.0, 2.0, 4.0, 5)
+    assert timing.Timing.of([3.0]) == timing.Timing(3.0, 3.0, 3.0, 1)
 
 
 def test_a_process_of_its_own_returns_json_or_its_words(monkeypatch, tmp_path):
     (tmp_path / "answer.py").write_text("import sys\nprint('noise')\nprint('{\"said\": \"' + sys.argv[1] + '\"}')\n")
     (tmp_path / "fails.py").write_text("raise SystemExit('out of beads')\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    assert measure.in_own_process("answer", "yes") == {"said": "yes"}
+    assert timing.in_own_process("answer", "yes") == {"said": "yes"}
     with pytest.raises(RuntimeError, match="out of beads"):
-        measure.in_own_process("fails")
+        timing.in_own_process("fails")
 
 
 def test_peak_memory_is_that_of_the_step():
-    meter = measure.PeakMeter("cpu")
+    meter = timing.PeakMeter("cpu")
     block = torch.ones(16 << 20)  # 64 MiB, freed before the end
     del block
     if meter.method == "ru_maxrss":

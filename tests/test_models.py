@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import htv
-from htv.check import aggregated, one_group_at_a_time
+from htv.tools.check import aggregated, one_group_at_a_time
 from oracles import by_name
 
 zoo = pytest.importorskip("zoo", reason="needs the extra `models`", exc_type=ModuleNotFoundError)

@@ -8,7 +8,7 @@ from torch import nn
 
 import htv
 from htv.bench.models import mlp
-from htv.check import aggregated, one_group_at_a_time
+from htv.tools.check import aggregated, one_group_at_a_time
 
 X = torch.randn(5, 4, 6)
 

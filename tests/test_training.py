@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import htv
 from htv.bench.models import LanguageModel, mlp
-from htv.check import aggregated, one_group_at_a_time
+from htv.tools.check import aggregated, one_group_at_a_time
 from oracles import by_name
 
 RULES = [htv.Mean(), htv.AndMask(0.4), htv.Median(), htv.WinsorizedMean(1)]

@@ -8,7 +8,7 @@ from torch import nn
 
 import htv
 from htv.bench.models import LanguageModel, mlp
-from htv.check import aggregated, one_group_at_a_time
+from htv.tools.check import aggregated, one_group_at_a_time
 from oracles import by_name
 
 RULES = [htv.Mean(), htv.AndMask(0.4), htv.AndMask(0.4, rescale=True), htv.Median(), htv.WinsorizedMean(1)]

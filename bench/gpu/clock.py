@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from htv.measure import Step, milliseconds
+from htv.tools.timing import Step, milliseconds
 
 L2 = 256 << 20  # bytes: more than any GPU's
 HEAD_START = 1_000_000  # cycles, half a millisecond, in which launches get ahead of the device

@@ -12,7 +12,7 @@ import time
 import traceback
 
 from htv.bench.gpu import step
-from htv.measure import one_line
+from htv.tools.timing import one_line
 
 PATIENCE = 100.0  # seconds for a case, of which most is compilation
 MODULE = "htv.bench.gpu.correctness"

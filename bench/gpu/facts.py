@@ -7,7 +7,7 @@ import subprocess
 
 import torch
 
-from htv import machine
+from htv.tools import env_info
 from htv.bench.gpu import step
 from htv.bench.gpu.build import nvcc
 from htv.ops import backend
@@ -37,7 +37,7 @@ def facts(dry: bool) -> dict:
     if nvcc():
         words = subprocess.run([nvcc(), "--version"], capture_output=True, text=True, check=False).stdout
         gpu["nvcc"] = next(iter(re.findall(r"release ([\d.]+)", words)), "unknown")
-    return {"machine": machine.describe("cpu" if dry else "cuda"), "gpu": gpu}
+    return {"machine": env_info.describe("cpu" if dry else "cuda"), "gpu": gpu}
 
 
 def asked(*fields: str) -> dict[str, str]:

@@ -19,7 +19,7 @@ from htv.bench.gpu.clock import clock, synchronise
 from htv.bench.rows import bandwidth, times_over
 from htv.bench.workloads import Stacked
 from htv.groups import Groups, Place, Voters
-from htv.measure import Step, Timing, one_line, take_turns
+from htv.tools.timing import Step, Timing, one_line, take_turns
 from htv.ops import aggregate
 from htv.ops.factors import ConvFactors, ConvGeometry, EmbeddingFactors
 from htv.rules import Rule

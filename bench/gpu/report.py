@@ -8,7 +8,7 @@ from pathlib import Path
 
 from htv.bench import report
 from htv.bench.gpu.targets import TARGETS
-from htv.files import replace_text
+from htv.tools.files import replace_text
 
 DRY = "**A dry run: tiny sizes, no GPU. It shows that everything runs; no number here means anything.**"
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Protocol
 
 from htv.bench.gpu import run
-from htv.measure import one_line
+from htv.tools.timing import one_line
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from htv.bench.gpu import step
 from htv.bench.gpu.clock import clock, synchronise
 from htv.bench.rows import times_over
 from htv.bench.workloads import TrainingStep
-from htv.machine import version
-from htv.measure import Step, Timing, milliseconds, one_line, take_turns
+from htv.tools.env_info import version
+from htv.tools.timing import Step, Timing, milliseconds, one_line, take_turns
 
 SECONDS = 6.0  # for the turns of a workload
 SLOW = 3000.0  # milliseconds after which a variant is not called again

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from htv.bench import baselines
 from htv.demo.training import Setup, aggregating, make_network, make_optimizer, step
 from htv.demo.variants import Variant, parse
-from htv.measure import PeakMeter, Step, Timing, in_own_process, take_turns
 from htv.rules import Rule
+from htv.tools.timing import PeakMeter, Step, Timing, in_own_process, take_turns
 
 TWIN_SECONDS = 3.0  # a materialising twin takes no further part after so long
 

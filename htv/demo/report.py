@@ -8,7 +8,7 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
-from htv.files import replace_text, replacing
+from htv.tools.files import replace_text, replacing
 
 
 def summary_table(results: list[dict], noise: float) -> Table:

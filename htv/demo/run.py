@@ -10,11 +10,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from htv import machine
 from htv.data import Dataset
 from htv.demo import cost, report
 from htv.demo.training import Setup, Task, make_task, train
 from htv.demo.variants import Variant
+from htv.tools import env_info
 
 
 def run(data: Dataset, variants: list[Variant], setup: Setup, out: Path, console: Console) -> dict:
@@ -54,7 +54,7 @@ def run(data: Dataset, variants: list[Variant], setup: Setup, out: Path, console
             "test_images": len(task.test_x),
         },
         "network": [task.x.shape[1], setup.width, setup.width, data.num_classes],
-        "machine": machine.describe(setup.device),
+        "machine": env_info.describe(setup.device),
         "results": results,
     }
     out.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ from htv.bench.plots import canvas
 from htv.bench.report import machine, table
 from htv.experiments.experiment import Experiment, Records, Summary
 from htv.experiments.records import dumps
-from htv.files import replace_text, replacing
+from htv.tools.files import replace_text, replacing
 
 
 def record(experiment: Experiment, common: dict, stamp: dict, records: Records) -> dict:

@@ -15,12 +15,12 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from htv import machine
 from htv.bench.report import on_screen
 from htv.data import Dataset, digits, read_folder
 from htv.experiments import report
 from htv.experiments.experiment import Experiment, Records, load
 from htv.experiments.records import Store
+from htv.tools import env_info
 
 
 def run(
@@ -54,7 +54,7 @@ def run(
             progress.update(bar, advance=1, now=f"{variant}, seed {seed}: {seconds:.1f} s")
         progress.update(bar, now="")
     records = Records(settings, store.of(runs), images.num_classes if images else None)
-    record = report.record(experiment, store.common, machine.stamp("htv", *sys.argv[1:]), records)
+    record = report.record(experiment, store.common, env_info.stamp("htv", *sys.argv[1:]), records)
     picture, text, numbers = report.save(experiment, record, records, out)
     console.print(on_screen(report.markdown(record, picture.name)), soft_wrap=True, highlight=False, markup=False)
     console.print(f"Report: {text}\nPicture: {picture}\nEvery number: {numbers}", soft_wrap=True)

@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from htv.attach import attach
+from htv.attach import attach, served_parameters
 from htv.ops.agreement import squared_norms
 from htv.ops.factors import Factors
 from htv.rules import Mean, Median, MedianOfMeans, Rule, WinsorizedMean
@@ -176,7 +176,7 @@ def measure_coherence(
     this model; what `htv.attach` refuses is refused.
     """
     with attach(model, Mean(), exclude=exclude) as handle:
-        named = {served.name: served.parameter for served in handle.served() if served.parameter.requires_grad}
+        named = served_parameters(handle)
         if not named:
             raise ValueError("model has no parameter to measure: all are frozen or excluded")
         sums = _Sums(named)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from htv.attach import attach
+from htv.attach import attach, served_parameters
 from htv.methods.coherence import per_example
 from htv.methods.ensemble import Ensemble
 from htv.ops.agreement import squared_norms
@@ -174,7 +174,7 @@ def squared_gradient_norms(
     """
     found: list[Tensor] = []
     with attach(model, Mean(), exclude=exclude) as handle:
-        parameters = [served.parameter for served in handle.served() if served.parameter.requires_grad]
+        parameters = list(served_parameters(handle).values())
         if not parameters:
             raise ValueError("model has no parameter to measure: all are frozen or excluded")
 

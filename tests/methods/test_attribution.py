@@ -127,7 +127,7 @@ def test_bad_input_is_refused():
             with attribution.step(torch.arange(4)):
                 run(4), run(4)
         assert attribution.steps == [] and not attribution.scores.any()
-        assert not handle.collects_stats and handle.examine is None
+        assert not handle._session.collects_stats and handle._session.examine is None
 
 
 def test_learnt_first_and_last():

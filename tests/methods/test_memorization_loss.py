@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import htv
-from htv.check import aggregated, one_group_at_a_time
+from htv.tools.check import aggregated, one_group_at_a_time
 from htv.methods import MemorizationAwareLoss, calibration_matrix, class_prior_shift, shifted_cross_entropy
 
 N, K = 12, 3

@@ -25,7 +25,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 from mutants import MUTANTS, TESTS  # noqa: E402
 
-from htv.machine import stamp  # noqa: E402
+from htv.tools.env_info import stamp  # noqa: E402
 
 COPIED = ["htv", "tests", "pyproject.toml"]
 LIMIT = 240  # seconds: a mutant that never ends is noticed as well

@@ -280,13 +280,13 @@ def main() -> int:
             print(f"case {number}:\n{printed[:3000]}", flush=True)
         at = max(became) + 1
     sys.path.insert(0, str(ROOT))
-    from htv import machine
+    from htv.tools import env_info
 
     words = list(said.values())
     cxx = [os.environ.get("CXX", "g++"), "--version"]
     compiler = subprocess.run(cxx, capture_output=True, text=True)
     out = f" --out {given.out}" if given.out else ""
-    record = machine.stamp("python", "tests/sanitize/fuzz.py", given.library, *out.split())
+    record = env_info.stamp("python", "tests/sanitize/fuzz.py", given.library, *out.split())
     del record["machine"]["build"]  # is of the library without sanitizers
     record |= {
         "sanitizers": "address, undefined; -fno-sanitize-recover=all",

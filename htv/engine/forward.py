@@ -6,17 +6,14 @@ import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from htv import layers
+from htv.engine import handlers
+from htv.engine.guard_state import Watched, register
+from htv.engine.protocols import SessionLike
 from htv.errors import UnsupportedError
-from htv.watched import Watched, register
-
-if TYPE_CHECKING:
-    from htv.attach import Handle
 
 __all__ = ["ServedForward"]
 
@@ -62,8 +59,8 @@ class ServedForward:
     module, by copy.deepcopy, pickle or torch.save, are made as if it were not attached.
     """
 
-    def __init__(self, handle: Handle, module: nn.Module, path: str, method: str = "forward"):
-        self.handle, self.module, self.path, self.method = handle, module, path, method
+    def __init__(self, session: SessionLike, module: nn.Module, path: str, method: str = "forward"):
+        self.session, self.module, self.path, self.method = session, module, path, method
         self.inner = getattr(module, method)
         self.__wrapped__ = self.inner
         self.__doc__ = getattr(self.inner, "__doc__", None)
@@ -88,15 +85,13 @@ class ServedForward:
 
     def __call__(self, *args, **kwargs):
         if torch.compiler.is_dynamo_compiling():
-            if self.method != "forward" or not self.handle.attached:
+            if self.method != "forward" or not self.session.attached:
                 return self.inner(*args, **kwargs)
-            from htv import compiled
-
-            return compiled.call(self, args, kwargs)
-        if not self.handle.attached:  # somebody kept this, in a wrapper of their own
+            return self.session.run_compiled(self, args, kwargs)
+        if not self.session.attached:  # somebody kept this, in a wrapper of their own
             return self.inner(*args, **kwargs)
         try:
-            return self.handle.run(self, args, kwargs)
+            return self.session.run(self, args, kwargs)
         except UnsupportedError as error:
             error.locate(self.path, type(self.module).__name__)
             raise
@@ -171,13 +166,13 @@ class ServedForward:
 
     def check_batch_norm(self) -> None:
         """Refuse a BatchNorm in train mode, unless the handle was told what to do about it."""
-        for name, module in self.batch_norms if self.handle.batch_norm == "error" else ():
+        for name, module in self.batch_norms if self.session.batch_norm == "error" else ():
             if module.training:
-                raise UnsupportedError(layers.batch_norm_refusal(f"module {name!r}"))
+                raise UnsupportedError(handlers.batch_norm_refusal(f"module {name!r}"))
 
     def freeze(self, frozen: list[nn.Module]) -> None:
         """Put BatchNorm modules on their running statistics, if the handle was told to, and into `frozen`."""
-        for _, module in self.batch_norms if self.handle.batch_norm == "frozen" else ():
+        for _, module in self.batch_norms if self.session.batch_norm == "frozen" else ():
             if module.training and module.running_mean is not None:
                 frozen.append(module)
                 module.training = False
@@ -215,7 +210,7 @@ class ServedForward:
     def _reduce_module(self, protocol):
         """The module's `__reduce_ex__`, as it would be without htv."""
         attributes = self.module.__dict__
-        mine = self.handle.forwards_of(self.module)
+        mine = self.session.forwards_of(self.module)
         before = {key: attributes[key] for f in mine for key in f._ours if key in attributes}
         try:
             for forward in mine:

@@ -5,20 +5,17 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from htv.autograd.accumulation import Accumulation, MicroBatches
 from htv.autograd.ledger import Hub, Ledger, Owner, Sink
+from htv.engine.protocols import SessionLike
 from htv.groups import Groups
 from htv.ops.agreement import Agreement, agreement
 from htv.ops.factors import Factors
 from htv.rules import Rule
-
-if TYPE_CHECKING:
-    from htv.attach import Handle
 
 MOST_DELIVERED = 256  # gradients a parameter expects at a time, in as many threads
 HUB_BYTES = 1 << 20  # that the contributions to parameters of one hub may take
@@ -48,9 +45,10 @@ def share_hubs(parameters: Iterable[Served], groups: Groups) -> dict[Served, tup
 class Served(Owner):
     """One served parameter: its rule, a hub per thread for forwards not yet differentiated, a guard on its gradient."""
 
-    def __init__(self, handle: Handle, name: str, parameter: nn.Parameter, rule: Rule):
-        self._handle, self.name, self.parameter, self.rule = weakref.ref(handle), name, parameter, rule
-        self.passes, self.settled = handle.passes, set()
+    def __init__(self, session: SessionLike, name: str, parameter: nn.Parameter, rule: Rule):
+        self._session = weakref.ref(session)
+        self.name, self.parameter, self.rule = name, parameter, rule
+        self.passes, self.settled = session.passes, set()
         self.uses: set[str] = set()
         self.agreement: Agreement | None = None
         self.refusal: str | None = None  # why some use was let through plainly
@@ -62,9 +60,9 @@ class Served(Owner):
         self._given: tuple[int, int] | None = None  # the last gradient delivered: its memory and version
 
     @property
-    def handle(self) -> Handle | None:
-        """The handle, which owns this; None once it is gone."""
-        return self._handle()
+    def session(self) -> SessionLike | None:
+        """The session, which owns this; None once it is gone."""
+        return self._session()
 
     def note(self, use: str) -> None:
         """Remember a kind of use, for `htv.explain`."""
@@ -98,9 +96,9 @@ class Served(Owner):
 
     def _open(self, groups: Groups) -> tuple[Tensor, Ledger]:
         """A new hub, for all that shares it and has none; returns this parameter's token and ledger."""
-        sharing = (self,) if self._is_hooked() else self.handle.hub_of(self, groups)
+        sharing = (self,) if self._is_hooked() else self.session.hub_of(self, groups)
         members = [s for s in sharing if s is self or s._may_join(groups)]
-        ledgers = tuple([Ledger(s.rule, groups, s, self.handle.collects_stats) for s in members])
+        ledgers = tuple([Ledger(s.rule, groups, s, self.session.collects_stats) for s in members])
         token = Hub.apply(ledgers, *[s.parameter for s in members])
         for served, ledger in zip(members, ledgers, strict=True):
             served._hubs.mine = weakref.ref(token), weakref.ref(ledger)
@@ -131,16 +129,16 @@ class Served(Owner):
                 self.parameter._backward_hooks = None
 
     def guard(self) -> None:
-        handle = self.handle
-        if handle is None or not handle.attached:
+        session = self.session
+        if session is None or not session.attached:
             raise RuntimeError(
                 f"backward after detach: the forward ran while parameter {self.name!r} was served, but its handle has "
                 "been detached since; run the forward again, or detach after backward"
             )
 
     def observe(self, parts: list[Factors]) -> None:
-        if self.handle.examine is not None:
-            self.handle.examine(self.name, parts)
+        if self.session.examine is not None:
+            self.session.examine(self.name, parts)
         else:
             self.agreement = agreement(parts, self.rule)
 
@@ -150,16 +148,16 @@ class Served(Owner):
             self._twice = current
         self.expect(grad, current)
         self._hubs.mine = None
-        handle = self.handle
-        handle.settled()
-        if grad is not None and not handle.told_of_sums:
-            self._watch_for_sums(handle, grad)
+        session = self.session
+        session.settled()
+        if grad is not None and not session.told_of_sums:
+            self._watch_for_sums(session, grad)
 
-    def _watch_for_sums(self, handle: Handle, grad: Tensor) -> None:
+    def _watch_for_sums(self, session: SessionLike, grad: Tensor) -> None:
         """Warn once where a backward adds to the aggregate of an earlier one, as trainers' accumulation does."""
         held = self.parameter.grad
         if held is not None and self._given == (held.data_ptr(), held._version):
-            handle.warn_of_sums(self)
+            session.warn_of_sums(self)
         self._given = grad.data_ptr(), grad._version
 
     def expect(self, grad: Tensor | None, current: int) -> None:
@@ -192,7 +190,7 @@ class Served(Owner):
     def refuse_gradient(self, twice: bool) -> None:
         """The parameter got more than an aggregated gradient. twice: it got two of them."""
         if self._deferred is not None:
-            self.handle.unsupported(self._deferred, (self,))
+            self.session.unsupported(self._deferred, (self,))
             return
         if twice:
             why = (
@@ -211,7 +209,7 @@ class Served(Owner):
                 "htv.explain lists as "
                 "served, run what uses it outside inside `with handle.forward(batch): ...`, "
             )
-        self.handle.unsupported(f"{why}or exclude={self.name!r}", (self,))
+        self.session.unsupported(f"{why}or exclude={self.name!r}", (self,))
 
 
 def _hook_first(tensor: Tensor, hook: Callable[[Tensor], None]):

@@ -5,16 +5,13 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from htv.autograd.derived import Origin
+from htv.engine.protocols import ParameterLike
 from htv.groups import Place
-
-if TYPE_CHECKING:
-    from htv.autograd.derived import Origin
-    from htv.served import Served
 
 
 @dataclass(frozen=True)
@@ -36,7 +33,7 @@ class Derived:
              its graph (`htv.autograd.derived`).
     """
 
-    parameters: tuple[Served, ...]
+    parameters: tuple[ParameterLike, ...]
     source: Tensor
     origin: Origin | None = None
 

@@ -273,3 +273,29 @@ def ids_of_examples(ids: Tensor, batch: Batch) -> Tensor:
             "groups gives the rows of one packed example different ids: an example votes as a whole"
         )
     return found
+
+
+def argument_of(name: str) -> str:
+    """Return the argument that a name of `named_tensors` lies in: "x[0].y" -> "x"."""
+    return name.partition(".")[0].partition("[")[0]
+
+
+def fitting(size: int, dim: int, tensors: list[tuple[str, object]], source: str) -> Batch:
+    """Find the tensors of a call that have a size known before.
+
+    size:    how many examples there are; none of the tensors says so by itself.
+    dim:     the batch's.
+    source:  what said so.
+    """
+    batch = Batch(size, Place(dim), source=source)
+    for name, t in tensors:
+        if isinstance(t, PackedSequence):
+            raise UnsupportedError(
+                f"argument {name!r} is a PackedSequence beside a batch that comes from elsewhere"
+            )
+        strided = t.layout == torch.strided and not t.is_nested
+        if strided and t.dim() > dim and t.shape[dim] == size:
+            batch.members.append((name, t, batch.home, False))
+        else:
+            batch.constants.append(t)
+    return batch

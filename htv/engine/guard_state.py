@@ -6,23 +6,20 @@ import itertools
 import uuid
 import weakref
 from types import CodeType
-from typing import TYPE_CHECKING
+from typing import Any
 
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from htv.forward import ServedForward
-
 # Keys are strings in compiled graphs, which may be cached on disk: no other process can have the same.
 keys = map(lambda number: f"{uuid.uuid4().hex}-{number}", itertools.count())  # unlike a generator, for any thread
-forwards: weakref.WeakValueDictionary[str, ServedForward] = weakref.WeakValueDictionary()
+forwards: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 
 PASSES: set[CodeType] = set()  # code of the frames in which a forward of a handle is under way
 
 INTERNAL = set(vars(nn.Module())) - {"training"}
 
 
-def register(forward: ServedForward) -> str:
+def register(forward: Any) -> str:
     """A key to find a forward by, from functions that Dynamo does not look into."""
     key = next(keys)
     forwards[key] = forward

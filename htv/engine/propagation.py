@@ -14,10 +14,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from htv.errors import UnsupportedError
-from htv.groups import Place
-from htv.marks import LOST, Lost, Mark, OfBatch
-from htv.operations import (
+from htv.engine.probing import WRITING, after_padding, after_writing, probed
+from htv.engine.provenance import LOST, Lost, Mark, OfBatch
+from htv.engine.torch_ops import (
     ALONG,
     BROADCASTING,
     CONCATENATING,
@@ -32,6 +31,8 @@ from htv.operations import (
     SHUFFLING,
     Operation,
 )
+from htv.errors import UnsupportedError
+from htv.groups import Place
 
 
 def follow(
@@ -51,9 +52,9 @@ def follow(
         return [LOST if output.dim() == 0 else all_of_one(output) for output in op.outputs]
     operands = [(t, m) for t, m in op.operands if isinstance(m, OfBatch)]
     if op.name == "pad_packed_sequence":
-        return [_after_padding(op, units), *[LOST] * (len(op.outputs) - 1)]
+        return [after_padding(op, units), *[LOST] * (len(op.outputs) - 1)]
     if op.name in WRITING:
-        return [_after_writing(op, units)] * len(op.outputs)
+        return [after_writing(op, units)] * len(op.outputs)
     return [_agreed(op, operands, i, units, couples, all_say) for i in range(len(op.outputs))]
 
 
@@ -85,7 +86,7 @@ def _agreed(op: Operation, operands, index: int, units: int, couples: bool, all_
     found = [_place(op, t, m, output, units) for t, m in operands]
     places = [place for place in found if place is not None]
     if not places and op.name in MOVING:
-        return _probed(op, index, units)
+        return probed(op, index, units)
     if not _all_same(places, units):
         # Data that only seemed to be the batch's has no say.
         told = [
@@ -410,160 +411,3 @@ def _consumed(item) -> int:
 def _unless_scattered(items: tuple, found: Place) -> Place | None:
     """Two tensors in one index may move their dims to the front."""
     return found if sum(_is_advanced(item) for item in items) < 2 else None
-
-
-# -- operations that move parts of the batch about --------------------------------------------------------------------
-
-
-def _numbered(tensor: Tensor, mark: Place, units: int) -> Tensor:
-    """The unit of every element of a tensor, in its shape; takes no memory."""
-    index = mark.index(units).to(tensor.device)
-    return index.reshape(-1, *(1,) * (tensor.dim() - mark.dim - 1)).expand(tensor.shape)
-
-
-def _probed(op: Operation, index: int, units: int) -> OfBatch:
-    """Run the operation on the units' numbers instead of the values; the batch is along the dim they vary along."""
-    moved = op.operands if op.name in CONCATENATING else op.operands[:1]
-    if not all(isinstance(m, Place) for _, m in moved) or op.func is torch.nn.functional.unfold:
-        return LOST  # values that are no unit's, as padding
-    numbers = {id(t): _numbered(t, m, units) for t, m in moved}
-    try:
-        result = op.again(numbers)
-    except RuntimeError:  # it wants to see them as one row
-        result = op.again({key: t.contiguous() for key, t in numbers.items()})
-    result = result if isinstance(result, Tensor) else result[index]
-    same_kind = op.outputs[index].is_floating_point() == moved[0][0].is_floating_point()
-    return _read_off(result, units) if same_kind else LOST
-
-
-def _after_padding(op: Operation, units: int) -> OfBatch:
-    """torch._pad_packed_sequence(data, batch_sizes, batch_first, padding, length): the padding is nobody's."""
-    data, mark = op.operands[0]
-    if not isinstance(mark, Place):
-        return LOST
-    padded, _ = op.func(_numbered(data, mark, units), *op.args[1:3], -1, *op.args[4:])
-    return _read_off(padded, units)
-
-
-def _named(dim: int, found: Tensor, units: int) -> Place:
-    """The place of these units along a dim, as a pattern if they follow one."""
-    outer, rest = divmod(len(found), units)
-    if not rest:
-        every = torch.arange(units, device=found.device)
-        for place, pattern in (
-            (Place(dim, times=outer), every.repeat_interleave(outer)),
-            (Place(dim, outer=outer), every.repeat(outer)),
-        ):
-            if torch.equal(found, pattern):
-                return place
-    return Place(dim, units=found)
-
-
-def _read_off(numbers: Tensor, units: int) -> OfBatch:
-    """The place at which the elements have these units' numbers; negative ones are nobody's."""
-    for dim in range(numbers.dim()):
-        if numbers.numel() == 0:
-            if numbers.shape[dim] == 0:
-                return Place(dim, units=numbers.new_zeros(0))
-            continue
-        along = numbers.movedim(dim, 0).reshape(numbers.shape[dim], -1)
-        found = along.amax(dim=1)
-        if bool(((along == found[:, None]) | (along < 0)).all()) and bool((found >= 0).all()):
-            return _named(dim, found, units)
-    return LOST
-
-
-def _after_writing(op: Operation, units: int) -> OfBatch:
-    """target[index] = value and its relatives: the target stays the batch's if every element written is of its unit.
-
-    A target that is no batch's yet (zeros) becomes what its first batch value says, if that fits one of its dims.
-    """
-    read, target, value = WRITING[op.name](op)
-    marks = {id(t): m for t, m in op.operands}
-    mark, value_mark = marks.get(id(target)), marks.get(id(value))
-    if not isinstance(value_mark, OfBatch):
-        return mark if isinstance(mark, OfBatch) else LOST
-    if isinstance(mark, Lost) or isinstance(value_mark, Lost):
-        return LOST if value.requires_grad or not isinstance(mark, Place) else mark
-    consistent = []
-    for place in [mark] if isinstance(mark, Place) else _candidates(target, value, value_mark, units):
-        written = read(_numbered(target, place, units))
-        if value.dim() > written.dim():
-            return LOST
-        numbers = _numbered(value, value_mark, units)
-        if all(a in (b, 1) for a, b in zip(reversed(numbers.shape), reversed(written.shape), strict=False)) and bool(
-            (written == numbers).all()
-        ):
-            consistent.append(place)
-    return _the_only(consistent, empty=value.numel() == 0)
-
-
-def _the_only(places: list[Place], empty: bool) -> OfBatch:
-    """The place of a target that fits what was written; where several do, only nothing written yet leaves it open."""
-    if not places or (len(places) > 1 and not empty):
-        return LOST
-    return replace(places[0], guess="a tensor nothing was written to yet") if len(places) > 1 else places[0]
-
-
-def base_after_writing(base: Tensor, known: Mark | None, view: Tensor, mark: OfBatch, units: int) -> OfBatch:
-    """The mark of a tensor after something of the batch was written to a view of it."""
-    if isinstance(mark, Lost) or isinstance(known, Lost):
-        return LOST
-    offset = view.storage_offset() - base.storage_offset()
-    consistent = []
-    for place in [known] if isinstance(known, Place) else _candidates(base, view, mark, units):
-        numbers = torch.empty_like(base, dtype=torch.int64).copy_(_numbered(base, place, units))
-        if numbers.stride() != base.stride():
-            return LOST
-        if bool((numbers.as_strided(view.shape, view.stride(), offset) == _numbered(view, mark, units)).all()):
-            consistent.append(place)
-    return _the_only(consistent, empty=view.numel() == 0)
-
-
-def view_after_writing(view: Tensor, base: Tensor, mark: Place, units: int) -> OfBatch:
-    """The mark of a view whose base is now the batch's there."""
-    numbers = torch.empty_like(base, dtype=torch.int64).copy_(_numbered(base, mark, units))
-    if numbers.stride() != base.stride():
-        return LOST
-    offset = view.storage_offset() - base.storage_offset()
-    return _read_off(numbers.as_strided(view.shape, view.stride(), offset), units)
-
-
-def _candidates(target: Tensor, value: Tensor, mark: Place, units: int) -> list[Place]:
-    """Places a target of zeros may have: as the value counts from the end first, then any dim the batch fits."""
-    aligned = mark.dim + target.dim() - value.dim()
-    fitting = [
-        Place(d, times=target.shape[d] // units)
-        for d in range(target.dim())
-        if target.shape[d] and not target.shape[d] % units
-    ]
-    return sorted(fitting, key=lambda p: p.dim != aligned)
-
-
-def _setitem(op: Operation):
-    target, index, value = op.args[:3]
-    return lambda numbers: numbers[index], target, value
-
-
-def _indexed(op: Operation):
-    target, dim, index, value = op.args[0], *(op.argument(i, n) for i, n in enumerate(("dim", "index", "source")))
-    return lambda numbers: numbers.index_select(dim, index), target, value
-
-
-def _scattered(op: Operation):
-    target, dim, index, value = op.args[0], *(op.argument(i, n) for i, n in enumerate(("dim", "index", "src")))
-    if isinstance(value, Tensor) and value.shape != index.shape:
-        value = value[tuple(slice(size) for size in index.shape)]
-    return lambda numbers: numbers.gather(dim, index), target, value
-
-
-def _put(op: Operation):
-    target, indices, value = op.args[0], op.argument(0, "indices"), op.argument(1, "values")
-    return lambda numbers: numbers[tuple(indices)], target, value
-
-
-# Operations that write values of one tensor into another, by how to read what they write.
-WRITING = {
-    "setitem": _setitem, "index_add": _indexed, "index_copy": _indexed, "scatter": _scattered,
-    "scatter_add": _scattered, "scatter_reduce": _scattered, "index_put": _put,
-}  # fmt: skip

@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from htv.engine.forward import ServedForward
 from htv.errors import UnsupportedError
-from htv.forward import ServedForward
 
 __all__ = ["replace_batchnorm"]
 

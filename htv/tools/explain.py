@@ -251,16 +251,21 @@ def _uses_by_running(
     attached = attach(model, RULES[0], on_unsupported="plain", stats=True, **settings)
     with attached as handle, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        handle.examine = lambda name, parts: plans.update({name: [paths.plan(parts, rule) for rule in RULES]})
+        session = handle._session
+
+        def see(name: str, parts: list[Factors]) -> None:
+            plans[name] = [paths.plan(parts, rule) for rule in RULES]
+
+        session.examine = see
         results = pytree.tree_leaves(_as_dict(model(*args, **kwargs)))
         outputs = [t for t in results if isinstance(t, Tensor) and t.requires_grad]
         if outputs:
             wanted = [p for p in model.parameters() if p.requires_grad]
             torch.autograd.grad([t.sum() for t in outputs], wanted, allow_unused=True)
-        for served in handle.served():
+        for served in session.served():
             used.setdefault(served.name, (sorted(served.uses), served.refusal and f"unsupported: {served.refusal}"))
-        lost = tuple(str(loss) for loss in handle.losses)
-    return used, plans, handle.batch_source, lost
+        lost = tuple(str(loss) for loss in session.losses)
+    return used, plans, session.batch_source, lost
 
 
 def _as_dict(result):

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 
-from htv.layers.call import Call, refuse_rows, serves, signature
-
-if TYPE_CHECKING:
-    from htv.intercept import Intercept
-
+from htv.engine.handlers.call import Call, refuse_rows, serves, signature
+from htv.engine.protocols import ModeLike
 
 _PRELU = signature("input, weight")
 
 
 @serves(F.prelu, torch.prelu)
-def _prelu(mode: Intercept, func, args, kwargs):
+def _prelu(mode: ModeLike, func, args, kwargs):
     call = Call(mode, "prelu", _PRELU, args, kwargs, "input", "weight")
     if not call.applicable:
         return NotImplemented

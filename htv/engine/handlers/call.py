@@ -8,19 +8,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from htv.autograd.ledger import Slot
+from htv.engine.protocols import ModeLike, ParameterLike
+from htv.engine.provenance import Derived, Mark, OfBatch
 from htv.errors import UnsupportedError
 from htv.groups import Place, Voters
-from htv.marks import Derived, Mark, OfBatch
-
-if TYPE_CHECKING:
-    from htv.intercept import Intercept
-    from htv.served import Served
 
 SERVERS: dict[Callable, Callable] = {}
 
@@ -44,12 +40,12 @@ class Call:
                       computed from the batch.
     """
 
-    def __init__(self, mode: Intercept, kind: str, signature: Signature, args, kwargs, x: str, *parameters: str):
+    def __init__(self, mode: ModeLike, kind: str, signature: Signature, args, kwargs, x: str, *parameters: str):
         self.mode, self.kind = mode, kind
         self.arguments = signature.bind(args, kwargs)
         self.x, self.place = mode.input(self.arguments[x])
-        self._uses: list[tuple[str, Tensor | None, Mark | None, tuple[Served, ...]]] = []
-        self.served: tuple[Served, ...] = ()
+        self._uses: list[tuple[str, Tensor | None, Mark | None, tuple[ParameterLike, ...]]] = []
+        self.served: tuple[ParameterLike, ...] = ()
         for name in parameters:
             parameter = self.arguments[name]
             mark = None if parameter is None else mode.mark(parameter)
@@ -81,13 +77,13 @@ class Call:
         if problem is not None:
             names = ", ".join(repr(s.name) for s in self.served)
             message = f"{self.kind} with parameter {names}: {problem}. Remedy: keep examples apart, or exclude={names}"
-            if not self.mode.handle.passes_plainly:
+            if not self.mode.session.passes_plainly:
                 raise UnsupportedError(message)
-            self.mode.handle.unsupported(message, self.served)
+            self.mode.session.unsupported(message, self.served)
             return None
         return [self._slot(*use) for use in self._uses]
 
-    def _slot(self, name: str, parameter: Tensor | None, mark: Mark | None, owners: tuple[Served, ...]) -> Slot:
+    def _slot(self, name: str, parameter: Tensor | None, mark: Mark | None, owners: tuple[ParameterLike, ...]) -> Slot:
         if not owners:
             return Slot(parameter)
         is_bias, is_own = name == "bias" and "norm" not in self.kind, parameter is owners[0].parameter
@@ -104,12 +100,12 @@ class Call:
         return result
 
 
-def behind(mode: Intercept, parameter: Tensor | None) -> tuple[Served, ...]:
+def behind(mode: ModeLike, parameter: Tensor | None) -> tuple[ParameterLike, ...]:
     """The served parameters a layer's parameter argument is or comes from."""
     return _owners(parameter, mode.mark(parameter))
 
 
-def _owners(parameter: Tensor | None, mark: Mark | None) -> tuple[Served, ...]:
+def _owners(parameter: Tensor | None, mark: Mark | None) -> tuple[ParameterLike, ...]:
     return mark.parameters if isinstance(mark, Derived) and parameter.requires_grad else ()
 
 
@@ -155,7 +151,7 @@ def refuse_rows(call: Call) -> None:
         )
 
 
-def stands_alone(mode: Intercept, value: Tensor | None) -> bool:
+def stands_alone(mode: ModeLike, value: Tensor | None) -> bool:
     """Whether a layer's argument is a parameter as it stands, served or not, or absent."""
     return value is None or mode.served(value) is not None or not value.requires_grad
 
@@ -163,7 +159,7 @@ def stands_alone(mode: Intercept, value: Tensor | None) -> bool:
 class Operands:
     """A call's tensors, told apart as those derived from served parameters and those of the batch."""
 
-    def __init__(self, mode: Intercept, *tensors: Tensor):
+    def __init__(self, mode: ModeLike, *tensors: Tensor):
         self.derived = [bool(behind(mode, t)) for t in tensors]
         self.of_batch = [isinstance(mode.mark(t), OfBatch) for t in tensors]
 

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import is_dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,19 +20,17 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointFunction
 
-from htv import history, layers, layout, operations
 from htv.autograd.derived import DerivedTensor
 from htv.autograd.expand import expand, expand_rows, per_unit
 from htv.autograd.ledger import Slot
+from htv.engine import graph_reading, handlers, probing, propagation, torch_ops
+from htv.engine.checkpointing import in_first_run
+from htv.engine.inputs import Batch
+from htv.engine.protocols import ModeSession, ParameterLike
+from htv.engine.provenance import CONSTANT, LOST, PLAIN, Constant, Derived, Lost, Mark, Marks, OfBatch, Plain
+from htv.engine.torch_ops import Operation, plain_name, replace_tensors, tensors_in
 from htv.errors import UnsupportedError
 from htv.groups import Groups, Place, Voters
-from htv.marks import CONSTANT, LOST, PLAIN, Constant, Derived, Lost, Mark, Marks, OfBatch, Plain
-from htv.operations import Operation, plain_name, replace_tensors, tensors_in
-
-if TYPE_CHECKING:
-    from htv.attach import Handle
-    from htv.inputs import Batch
-    from htv.served import Served
 
 # One tensor only lends its dtype, device or shape to the other.
 BORROWING = {"type_as", "to", "expand_as", "view_as", "reshape_as"}
@@ -58,7 +56,7 @@ def left_on_stack(drop: Callable[[Intercept], bool]) -> None:
 class Intercept(TorchFunctionMode):
     """One forward of an attached model, for one batch.
 
-    handle:   knows which tensors are served parameters.
+    session:  knows which tensors are served parameters.
     groups:   how this batch's units map to groups.
     batch:    the tensors the model is called with, and which of them hold the examples.
     again:    of a part that activation checkpointing runs again, the forward it belongs to:
@@ -71,19 +69,19 @@ class Intercept(TorchFunctionMode):
 
     def __init__(
         self,
-        handle: Handle,
+        session: ModeSession,
         groups: Groups,
         batch: Batch,
         again: Intercept | None = None,
         carried: dict[int, Mark] | None = None,
     ):
         super().__init__()
-        self.handle, self.groups, self.batch, self._carried = handle, groups, batch, carried or {}
+        self.session, self.groups, self.batch, self._carried = session, groups, batch, carried or {}
         self.marks = Marks(None if again is None else again.marks)
         self.task = torch._C._current_graph_task_id()  # a backward inside the forward is not its business
-        self._own = handle.own_marks
+        self._own = session.own_marks
         self._voters: dict[tuple, Voters] = {}
-        for tensor in (*handle.constants(), *batch.constants):
+        for tensor in (*session.constants(), *batch.constants):
             if self.served(tensor) is None and self.marks.get(tensor) is None:
                 self._mark_constant(tensor)
         for name, tensor, place, sure in batch.members:
@@ -97,12 +95,12 @@ class Intercept(TorchFunctionMode):
 
     def is_stale(self) -> bool:
         """Whether the forward is over, in this thread, and the mode was left on the stack."""
-        thread = getattr(self.handle, "_thread", None)
+        thread = getattr(self.session, "thread", None)
         return thread is not None and getattr(thread, "running", None) is not self
 
     def remember(self, result) -> None:
         """Note at what a forward returns where the batch is in it, for forwards that it is handed to."""
-        knowledge = history.Knowledge(self.groups, self.spec, self.batch.source)
+        knowledge = graph_reading.Knowledge(self.groups, self.spec, self.batch.source)
         leaves = [result] if isinstance(result, Tensor) else pytree.tree_leaves(result)
         for leaf in leaves:
             values = vars(leaf).values() if is_dataclass(leaf) else (leaf,)
@@ -110,7 +108,7 @@ class Intercept(TorchFunctionMode):
                 if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
                     mark = self.marks.get(tensor)
                     if isinstance(mark, OfBatch):
-                        history.remember(tensor, knowledge, mark)
+                        graph_reading.remember(tensor, knowledge, mark)
 
     def misplaced(self, tensor: Tensor) -> bool:
         """Whether a tensor is not what it would be taken for as an input of the model."""
@@ -127,16 +125,16 @@ class Intercept(TorchFunctionMode):
     def call(self, func, args, kwargs):
         """One torch call of the forward, served where that is needed."""
         if kwargs:
-            args, kwargs = operations.in_order(plain_name(func), args, kwargs)
-        server = layers.SERVERS.get(func)
+            args, kwargs = torch_ops.in_order(plain_name(func), args, kwargs)
+        server = handlers.SERVERS.get(func)
         result = NotImplemented if server is None else server(self, func, args, kwargs)
         return self.general(func, args, kwargs) if result is NotImplemented else result
 
     # -- what a tensor is ---------------------------------------------------------------------------------------------
 
-    def served(self, tensor) -> Served | None:
+    def served(self, tensor) -> ParameterLike | None:
         """The record of a served parameter, or None for anything else."""
-        return self.handle.served_parameter(tensor)
+        return self.session.served_parameter(tensor)
 
     def mark(self, tensor: Tensor | None) -> Mark | None:
         """What a tensor is to the batch; None for None.
@@ -169,7 +167,7 @@ class Intercept(TorchFunctionMode):
             return PLAIN
         alive = {(id(node), number): (node, mark) for node, number, mark in self.marks.nodes()}
         alive.pop((id(tensor.grad_fn), tensor.output_nr), None)  # what it was before
-        mark = history.mark_of(
+        mark = graph_reading.mark_of(
             tensor, lambda: self.groups.num_units, lambda node, number: self._known(node, number, alive)
         )
         if isinstance(mark, Lost):
@@ -183,11 +181,11 @@ class Intercept(TorchFunctionMode):
         found = alive.get((id(node), number))
         if found is not None:
             return found[1]
-        voters = history.voters_of(node)
+        voters = graph_reading.voters_of(node)
         if voters is not None:
             mine = voters.groups is self.groups or voters.groups.num_units == self.groups.num_units
             return voters.place if mine else Lost("another forward, of another number of examples,")
-        noted = history.remembered(node, number)
+        noted = graph_reading.remembered(node, number)
         if noted is None:
             return None
         mine = noted[0].groups.num_units == self.groups.num_units
@@ -195,7 +193,7 @@ class Intercept(TorchFunctionMode):
 
     def _refuse_stand_in(self, tensor: Tensor) -> None:
         """A tensor that took a parameter's place inside a module, as FSDP's do, is not plain."""
-        name = self.handle.stands_in(tensor)
+        name = self.session.stands_in(tensor)
         if name is not None:
             raise UnsupportedError(
                 f"{name!r} is another tensor than when the model was attached: a hook, FSDP or "
@@ -232,7 +230,7 @@ class Intercept(TorchFunctionMode):
         mark = self.mark(x) if mark is None else mark
         if self.groups.num_units > 1:
             return mark
-        return layout.all_of_one(x, dim) if isinstance(mark, Place) and x.dim() > dim else mark
+        return propagation.all_of_one(x, dim) if isinstance(mark, Place) and x.dim() > dim else mark
 
     def voters(self, place: Place) -> Voters:
         """Who votes with the indices of a tensor that has the batch there."""
@@ -248,7 +246,7 @@ class Intercept(TorchFunctionMode):
         mark: what `place` says of x.
         """
         if isinstance(mark, Lost):
-            self.handle.note_loss(mark)
+            self.session.note_loss(mark)
             return (
                 f"it is not known any more which part of its input of shape {tuple(x.shape)} belongs to which example: "
                 f"{mark} lost that (the batch is {self.batch.source or 'not an argument'})"
@@ -259,11 +257,11 @@ class Intercept(TorchFunctionMode):
             return f"the batch is in dim {mark.dim} of its input of shape {tuple(x.shape)}, which this layer mixes"
         return None
 
-    def refuse(self, op: str, parameters: tuple[Served, ...], why: str) -> None:
-        """Refuse a use of parameters, or note that it is passed on plainly where the handle was told to."""
-        self.handle.unsupported(self._refusal(op, parameters, why), parameters)
+    def refuse(self, op: str, parameters: tuple[ParameterLike, ...], why: str) -> None:
+        """Refuse a use of parameters, or note that it is passed on plainly where the session was told to."""
+        self.session.unsupported(self._refusal(op, parameters, why), parameters)
 
-    def _refusal(self, op: str, parameters: tuple[Served, ...], why: str) -> str:
+    def _refusal(self, op: str, parameters: tuple[ParameterLike, ...], why: str) -> str:
         names = ", ".join(repr(served.name) for served in parameters)
         return (
             f"parameter {names} is used by {op}: {why}. Remedy: exclude={names} to give it a plain gradient, "
@@ -292,7 +290,7 @@ class Intercept(TorchFunctionMode):
         name = plain_name(func)
         derived = [m for t, m in zip(tensors, marks, strict=True) if isinstance(m, Derived) and t.requires_grad]
         parameters = tuple(dict.fromkeys(p for m in derived for p in m.parameters))
-        if not derived or not torch.is_grad_enabled() or name in QUERIES or name in operations.COMPARING:
+        if not derived or not torch.is_grad_enabled() or name in QUERIES or name in torch_ops.COMPARING:
             return func(*args, **kwargs)
         if name in BORROWING:
             return func(*args, **kwargs)
@@ -308,9 +306,9 @@ class Intercept(TorchFunctionMode):
         """Arguments with every parameter replaced by its copies per unit, or None to run the call plainly."""
         if _in_place(func) and isinstance(marks[0], Derived):
             return self.refuse(name, parameters, "it is written to in place")
-        if name in operations.ELEMENTWISE:
+        if name in torch_ops.ELEMENTWISE:
             ndim = max(t.dim() for t in tensors)
-        elif name in operations.CONCATENATING:
+        elif name in torch_ops.CONCATENATING:
             ndim = tensors[0].dim()
         else:
             return self.refuse(name, parameters, "htv does not know how to separate its contributions by group there")
@@ -318,16 +316,16 @@ class Intercept(TorchFunctionMode):
             (t, m.at(m.dim + ndim - t.dim())) for t, m in zip(tensors, marks, strict=True) if isinstance(m, Place)
         ]
         losses = [m for t, m in zip(tensors, marks, strict=True) if isinstance(m, Lost) and t.requires_grad]
-        lost = not self.handle.shares_statistics and bool(losses)
+        lost = not self.session.shares_statistics and bool(losses)
         shapes = [tuple(t.shape) for t, m in zip(tensors, marks, strict=True) if isinstance(m, OfBatch)]
         units = self.groups.num_units
         if not places or lost or not (units == 1 or all(p.same(places[0][1], units) for _, p in places)):
             why = f"of the other operands, of shapes {shapes}, it is not known which part belongs to which example: "
             for mark in losses:
-                self.handle.note_loss(mark)
+                self.session.note_loss(mark)
             blame = f"{losses[0]} lost that" if losses else "the batch was indexed, mixed or reduced away"
             why = f"{why}{blame} (the batch is {self.batch.source})"
-            if losses and all(m.pairs for m in losses) and not self.handle.passes_plainly:
+            if losses and all(m.pairs for m in losses) and not self.session.passes_plainly:
                 # Only a loss of the similarities would reach the parameter, and the guard on it
                 # then says why not.
                 message = self._refusal(name, parameters, why)
@@ -339,7 +337,7 @@ class Intercept(TorchFunctionMode):
         if units == 1 and not self.groups.rows_vote:
             copies = {id(t): self._of_one(t, m, beside) for t, m in zip(tensors, marks, strict=True) if _served(t, m)}
             return replace_tensors(args, copies), replace_tensors(kwargs, copies)
-        if name in operations.CONCATENATING and _along(args, kwargs) % ndim == place.dim:
+        if name in torch_ops.CONCATENATING and _along(args, kwargs) % ndim == place.dim:
             return self.refuse(name, parameters, "it is concatenated along the batch")
         copies = {}
         for tensor, mark in zip(tensors, marks, strict=True):
@@ -440,8 +438,8 @@ class Intercept(TorchFunctionMode):
         """Mark what a call made, or wrote to in place."""
         name = plain_name(func)
         written = args[0] if args and _writes(func) else kwargs.get("out")
-        if written is None and name in operations.BROADCASTING and name not in BORROWING and isinstance(result, Tensor):
-            place = layout.unmoved(operands, result, self.groups.num_units)
+        if written is None and name in torch_ops.BROADCASTING and name not in BORROWING and isinstance(result, Tensor):
+            place = propagation.unmoved(operands, result, self.groups.num_units)
             if place is not None and self.served(result) is None:
                 return self.marks.put(result, place)
         outputs = tensors_in((result,), None) if written is None else tensors_in((written,), None)
@@ -449,21 +447,21 @@ class Intercept(TorchFunctionMode):
             return
         if name in BORROWING and operands:
             operands = operands[:1]
-        if getattr(func, history.ROWWISE, False):
+        if getattr(func, graph_reading.ROWWISE, False):
             operation = Operation(name, func, args, kwargs, operands, outputs)
             units = self.groups.num_units
             follows = any(isinstance(m, OfBatch) for _, m in operands)
             if not follows:
                 marks = [self._mark_without_batch(operation, output) for output in outputs]
             elif self.groups.rows_vote:  # it may take tokens out of their order
-                marks = [layout.LOST] * len(outputs)
+                marks = [propagation.LOST] * len(outputs)
             else:
-                marks = [history.rowwise(operands, output, units) for output in outputs]
-        elif any(isinstance(m, OfBatch) for _, m in operands) and name not in operations.MAKING:
+                marks = [graph_reading.rowwise(operands, output, units) for output in outputs]
+        elif any(isinstance(m, OfBatch) for _, m in operands) and name not in torch_ops.MAKING:
             operation = Operation(name, func, args, kwargs, operands, outputs)
-            couples, rows = self.handle.shares_statistics, self.groups.rows_vote
-            marks = layout.follow(operation, self.groups.num_units, couples, rows, _in_checkpoint())
-            if written is not None and name in operations.RESHAPED_IN_PLACE:
+            couples, rows = self.session.shares_statistics, self.groups.rows_vote
+            marks = propagation.follow(operation, self.groups.num_units, couples, rows, in_first_run())
+            if written is not None and name in torch_ops.RESHAPED_IN_PLACE:
                 marks = [LOST] * len(outputs)
         else:
             operation = Operation(name, func, args, kwargs, operands, outputs)
@@ -492,9 +490,9 @@ class Intercept(TorchFunctionMode):
         tensor, mark = derived[0]
         if output is tensor and not _in_place(op.func) and op.name != "setitem":  # x.to(...) of what is so already
             return mark
-        if op.name in operations.EXPANDING or _only_copies(op.name, op.args, op.kwargs):
+        if op.name in torch_ops.EXPANDING or _only_copies(op.name, op.args, op.kwargs):
             return Derived(mark.parameters, mark.source, mark.origin)
-        if op.name in operations.PERMUTING and mark.source is not tensor and mark.source.dim() == tensor.dim():
+        if op.name in torch_ops.PERMUTING and mark.source is not tensor and mark.source.dim() == tensor.dim():
             return Derived(mark.parameters, op.again({id(tensor): mark.source}))  # still an expanded tensor
         return Derived(tuple(dict.fromkeys(p for _, m in derived for p in m.parameters)), output)
 
@@ -508,7 +506,7 @@ class Intercept(TorchFunctionMode):
         known = self.mark(base)
         if isinstance(known, Place):
             one = units == 1 and view.dim() > 0
-            return layout.all_of_one(view) if one else layout.view_after_writing(view, base, known, units)
+            return propagation.all_of_one(view) if one else probing.view_after_writing(view, base, known, units)
         if isinstance(known, Derived) and view.requires_grad and not isinstance(mark, OfBatch):
             same = isinstance(mark, Derived) and mark.parameters == known.parameters
             return mark if same else Derived(known.parameters, view)
@@ -521,27 +519,13 @@ class Intercept(TorchFunctionMode):
             return
         known = self.marks.get(base) or self.mark(base)
         if isinstance(mark, OfBatch):
-            self.marks.put(base, layout.base_after_writing(base, known, view, mark, self.groups.num_units))
+            self.marks.put(base, probing.base_after_writing(base, known, view, mark, self.groups.num_units))
         elif isinstance(mark, Derived) or not isinstance(known, (Place, Lost, Derived)):
             self.marks.put(base, Derived(mark.parameters, base) if isinstance(mark, Derived) else mark)
 
 
-HERE, TORCH = (os.path.dirname(os.path.abspath(module.__file__)) + os.sep for module in (operations, torch))
-
-
-def _in_checkpoint() -> bool:
-    """Whether a reentrant activation checkpoint runs its part for the first time, without gradients."""
-    if torch.is_grad_enabled():
-        return False
-    frame = sys._getframe(2)
-    while frame is not None:
-        if frame.f_code is CHECKPOINTED:
-            return True
-        frame = frame.f_back
-    return False
-
-
-CHECKPOINTED = CheckpointFunction.forward.__code__
+HERE = str(Path(__file__).resolve().parents[1]) + os.sep  # the package htv
+TORCH = str(Path(torch.__file__).resolve().parent) + os.sep
 
 
 def _place_in_code() -> str:

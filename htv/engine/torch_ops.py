@@ -8,7 +8,7 @@ from functools import lru_cache
 
 from torch import Tensor
 
-from htv.marks import Mark
+from htv.engine.provenance import Mark
 
 
 @lru_cache(maxsize=4096)

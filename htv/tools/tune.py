@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 import torch
 
-from htv.files import replace_text
 from htv.rules import Statistic
+from htv.tools.files import replace_text
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # One for every row of the static table: contributions, two, three and seven words of state.

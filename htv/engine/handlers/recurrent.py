@@ -7,20 +7,16 @@ cost.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from htv.engine.handlers.call import behind, serves
+from htv.engine.protocols import ModeLike
+from htv.engine.provenance import Constant, OfBatch
 from htv.errors import UnsupportedError
 from htv.groups import Place
-from htv.layers.call import behind, serves
-from htv.marks import Constant, OfBatch
-
-if TYPE_CHECKING:
-    from htv.intercept import Intercept
-
 
 Hidden = tuple[Tensor, ...]  # (h,) or (h, c)
 Cell = Callable[[Tensor, Hidden, list[Tensor]], Hidden]  # input gates, hidden, [w_hh, b_hh or None, w_hr or None]
@@ -57,7 +53,7 @@ STEPS: dict[str, Cell] = {"lstm": _lstm_step, "gru": _gru_step, "rnn_tanh": _tan
 
 
 def _server(kind: str, step: Cell):
-    def layer(mode: Intercept, func, args, kwargs):
+    def layer(mode: ModeLike, func, args, kwargs):
         packed = isinstance(args[3], (tuple, list))  # then args[1] are the batch sizes
         weights = args[3 if packed else 2]
         if not _meets(mode, args[0], weights):
@@ -73,7 +69,7 @@ def _server(kind: str, step: Cell):
             y, last = _stack_of_layers(steps, step, hidden, _by_layer(weights, has_biases, kind, hidden), *options)
         return (y, *last)
 
-    def cell(mode: Intercept, func, args, kwargs):
+    def cell(mode: ModeLike, func, args, kwargs):
         x, hidden, w_ih, w_hh, *biases = args
         b_ih, b_hh = (*biases, None, None)[:2]
         if not _meets(mode, x, [w_ih, w_hh, b_ih, b_hh]):
@@ -89,7 +85,7 @@ def _server(kind: str, step: Cell):
     return layer, cell
 
 
-def _as_torch_does(mode: Intercept, func, args, kwargs, packed: bool, batch_first: bool):
+def _as_torch_does(mode: ModeLike, func, args, kwargs, packed: bool, batch_first: bool):
     """No served weight, or no gradients: only where the batch is in the results has to be known."""
     expected = 0 if packed or batch_first else 1
     place = mode.place(args[0], expected)
@@ -103,7 +99,7 @@ def _as_torch_does(mode: Intercept, func, args, kwargs, packed: bool, batch_firs
     return (y, *last)
 
 
-def _meets(mode: Intercept, x: Tensor, weights) -> bool:
+def _meets(mode: ModeLike, x: Tensor, weights) -> bool:
     owners = [owner for w in weights for owner in behind(mode, w)]
     meets = bool(torch.is_grad_enabled() and owners and isinstance(mode.mark(x), OfBatch))
     if meets and mode.groups.rows_vote:
@@ -142,7 +138,7 @@ def _stack_of_layers(steps, step: Cell, hidden: Hidden, weights, num_layers: int
     return steps.finished(y), [torch.stack(part) for part in zip(*lasts, strict=True)]
 
 
-def _started(mode: Intercept, kind: str, hidden: Tensor, place: Place) -> Tensor:
+def _started(mode: ModeLike, kind: str, hidden: Tensor, place: Place) -> Tensor:
     """A first hidden state (N, H); one that was made without the batch (zeros) is the batch's, row by row."""
     mark = mode.mark(hidden)
     if isinstance(mark, Constant):
@@ -160,7 +156,7 @@ def _started(mode: Intercept, kind: str, hidden: Tensor, place: Place) -> Tensor
 class _Steps:
     """The steps of a batch of equally long sequences. x: (T, N, D), or (N, T, D) with batch_first."""
 
-    def __init__(self, mode: Intercept, kind: str, x: Tensor, batch_first: bool):
+    def __init__(self, mode: ModeLike, kind: str, x: Tensor, batch_first: bool):
         self.mode, self.kind, self.batch_first = mode, kind, batch_first
         self.x = x.transpose(0, 1) if batch_first else x
         self.place = _require_place(mode, kind, self.x, 1)
@@ -183,7 +179,7 @@ class _Steps:
 class _PackedSteps:
     """The steps of a PackedSequence, longest first. x: (rows, D), step by step; batch_sizes: (T,) on the CPU."""
 
-    def __init__(self, mode: Intercept, kind: str, x: Tensor, batch_sizes: Tensor):
+    def __init__(self, mode: ModeLike, kind: str, x: Tensor, batch_sizes: Tensor):
         self.mode, self.kind, self.x, self.sizes = mode, kind, x, batch_sizes.tolist()
         _require_place(mode, kind, x, 0)
         self.first = x[: self.sizes[0]]
@@ -207,7 +203,7 @@ class _PackedSteps:
         return y
 
 
-def _require_place(mode: Intercept, kind: str, x: Tensor, dim: int) -> Place:
+def _require_place(mode: ModeLike, kind: str, x: Tensor, dim: int) -> Place:
     mark = mode.place(x, dim)
     if not isinstance(mark, Place) or mark.dim != dim:
         raise UnsupportedError(

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 
 from htv.autograd.derived import Projection
 from htv.autograd.linear import bilinear, linear
+from htv.engine.handlers.call import Call, behind, serves, signature, stands_alone
+from htv.engine.protocols import ModeLike
+from htv.engine.provenance import Constant, Derived
 from htv.errors import UnsupportedError
 from htv.groups import Place
-from htv.layers.call import Call, behind, serves, signature, stands_alone
-from htv.marks import Constant, Derived
-
-if TYPE_CHECKING:
-    from htv.intercept import Intercept
-
 
 _LINEAR = signature("input, weight, bias=None")
 _BILINEAR = signature("input1, input2, weight, bias=None")
 
 
 @serves(F.linear)
-def _linear(mode: Intercept, func, args, kwargs):
+def _linear(mode: ModeLike, func, args, kwargs):
     call = Call(mode, "linear", _LINEAR, args, kwargs, "input", "weight", "bias")
     if call.served and torch.is_grad_enabled() and isinstance(mode.mark(call.x), Constant):
         y = mode.general(func, args, kwargs)
@@ -39,7 +34,7 @@ def _linear(mode: Intercept, func, args, kwargs):
 
 
 @serves(F.bilinear)
-def _bilinear(mode: Intercept, func, args, kwargs):
+def _bilinear(mode: ModeLike, func, args, kwargs):
     call = Call(mode, "bilinear", _BILINEAR, args, kwargs, "input1", "weight", "bias")
     right = call["input2"]
     if not call.served or not torch.is_grad_enabled():

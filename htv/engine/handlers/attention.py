@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import inspect
 import types
-from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
 
+from htv.engine.handlers.call import Operands, serves
+from htv.engine.protocols import ModeLike
+from htv.engine.provenance import OfBatch
 from htv.groups import Place
-from htv.layers.call import Operands, serves
-from htv.marks import OfBatch
-
-if TYPE_CHECKING:
-    from htv.intercept import Intercept
-
 
 # torch's own code, but for the question whether somebody intercepts it: then its projections can be served one by one.
 _in_python = types.FunctionType(
@@ -26,7 +22,7 @@ _in_python = types.FunctionType(
 
 
 @serves(F.multi_head_attention_forward)
-def _multi_head_attention(mode: Intercept, func, args, kwargs):
+def _multi_head_attention(mode: ModeLike, func, args, kwargs):
     bound = inspect.signature(func).bind(*args, **kwargs).arguments
     tensors = (bound[name] for name in ("query", "key", "value"))
     if not any(isinstance(mode.mark(t), OfBatch) for t in tensors):
@@ -39,7 +35,7 @@ _ATTENTION = ("query", "key", "value", "attn_mask")
 
 
 @serves(F.scaled_dot_product_attention)
-def _dot_product_attention(mode: Intercept, func, args, kwargs):
+def _dot_product_attention(mode: ModeLike, func, args, kwargs):
     """Operands derived from parameters (relative positions, learnt queries) get their copies per unit."""
     arguments = {**dict(zip(_ATTENTION, args, strict=False)), **{k: v for k, v in kwargs.items() if k in _ATTENTION}}
     tensors = [t for t in arguments.values() if t is not None]

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import math
 import string
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from htv.layers.call import Operands, behind, serves
-from htv.layout import einsum_terms
-
-if TYPE_CHECKING:
-    from htv.intercept import Intercept
+from htv.engine.handlers.call import Operands, behind, serves
+from htv.engine.propagation import einsum_terms
+from htv.engine.protocols import ModeLike
 
 
-def _served_product(mode: Intercept, left: Tensor, right: Tensor) -> bool:
+def _served_product(mode: ModeLike, left: Tensor, right: Tensor) -> bool:
     operands = Operands(mode, left, right)
     return operands.meet and not all(operands.derived)
 
 
 @serves(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm, torch.mv, Tensor.mv)
-def _matmul(mode: Intercept, func, args, kwargs):
+def _matmul(mode: ModeLike, func, args, kwargs):
     left, right = (*args, *kwargs.values())[:2]
     if len(args) + len(kwargs) != 2 or not _served_product(mode, left, right):
         return NotImplemented
@@ -32,12 +29,12 @@ def _matmul(mode: Intercept, func, args, kwargs):
 
 
 @serves(Tensor.__rmatmul__)
-def _rmatmul(mode: Intercept, func, args, kwargs):
+def _rmatmul(mode: ModeLike, func, args, kwargs):
     return _matmul(mode, torch.matmul, args[::-1], {})
 
 
 @serves(torch.addmm, Tensor.addmm, torch.baddbmm, Tensor.baddbmm)
-def _addmm(mode: Intercept, func, args, kwargs):
+def _addmm(mode: ModeLike, func, args, kwargs):
     addend, left, right = args[:3]
     if len(args) > 3 or not _served_product(mode, left, right):
         return NotImplemented
@@ -49,7 +46,7 @@ def _addmm(mode: Intercept, func, args, kwargs):
         return (addend if beta == 1 else beta * addend) + (product if alpha == 1 else alpha * product)
 
 
-def _grouped_mm(mode: Intercept, func, args, kwargs):
+def _grouped_mm(mode: ModeLike, func, args, kwargs):
     """Rows (R, I) in stretches that end at offs, each by its own matrix of (B, I, O): the experts of a mixture."""
     rows, matrices, *rest = args
     offs = rest[0] if rest else kwargs.get("offs")
@@ -65,7 +62,7 @@ def _grouped_mm(mode: Intercept, func, args, kwargs):
 serves(*(getattr(o, n) for o, n in ((F, "grouped_mm"), (torch, "_grouped_mm")) if hasattr(o, n)))(_grouped_mm)
 
 
-def _product(mode: Intercept, left: Tensor, right: Tensor) -> Tensor:
+def _product(mode: ModeLike, left: Tensor, right: Tensor) -> Tensor:
     """left @ right, one of which is derived from served parameters."""
     if behind(mode, left):
         left = mode.unexpanded(left, right)
@@ -94,7 +91,7 @@ def _squeezed(tensor: Tensor, term: str, sizes: dict[str, int]) -> tuple[Tensor,
 
 
 @serves(torch.einsum)
-def _einsum(mode: Intercept, func, args, kwargs):
+def _einsum(mode: ModeLike, func, args, kwargs):
     equation, operands = args[0], list(args[1:])
     if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
         operands = list(operands[0])
@@ -107,7 +104,7 @@ def _einsum(mode: Intercept, func, args, kwargs):
         return _contract(mode, operands, terms, result)
 
 
-def _contract(mode: Intercept, operands: list[Tensor], terms: list[str], result: str) -> Tensor:
+def _contract(mode: ModeLike, operands: list[Tensor], terms: list[str], result: str) -> Tensor:
     """An einsum with operands derived from parameters: first the product of one with the batch, and so on."""
     operands, terms = list(operands), list(terms)
     while len(operands) > 1:

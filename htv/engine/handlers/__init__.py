@@ -3,9 +3,9 @@
 To serve another one, write a server in the file of its kind and register it with `htv.layers.call.serves`.
 """
 
-from htv.layers import activation, attention, conv, embedding, linear, norm, products, recurrent
-from htv.layers.call import SERVERS
-from htv.layers.norm import batch_norm_refusal
+from htv.engine.handlers import activation, attention, conv, embedding, linear, norm, products, recurrent
+from htv.engine.handlers.call import SERVERS
+from htv.engine.handlers.norm import batch_norm_refusal
 
 __all__ = [
     "SERVERS", "activation", "attention", "batch_norm_refusal", "conv", "embedding", "linear", "norm", "products",

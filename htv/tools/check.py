@@ -12,10 +12,10 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from htv.attach import RuleChoice, attach
+from htv.engine.forward import parameter_names
+from htv.engine.inputs import choose, named_tensors
 from htv.errors import CheckError
-from htv.forward import parameter_names
 from htv.groups import Groups
-from htv.inputs import choose, named_tensors
 from htv.ops import functional, reference
 from htv.rules import Rule
 
@@ -120,7 +120,7 @@ def check(
     with attach(
         twin, rule, exclude, batch_dim=batch_dim, batch_norm=batch_norm, batch=wanted, allow_single=allow_single
     ) as handle:
-        rules = {served.name: served.rule for served in handle.served()}
+        rules = {served.name: served.rule for served in handle._session.served()}
         with handle.groups(groups) if groups is not None else nullcontext():
             loss = call.loss()
         found = _gradients(loss, _trained(twin))

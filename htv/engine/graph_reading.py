@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function
 
-from htv import layout
 from htv.autograd.ledger import Function
+from htv.engine import propagation
+from htv.engine.provenance import CONSTANT, PLAIN, Derived, Lost, Mark, OfBatch
+from htv.engine.torch_ops import BROADCASTING, Operation, tensors_in
 from htv.errors import UnsupportedError
 from htv.groups import Groups, Voters
-from htv.marks import CONSTANT, PLAIN, Derived, Lost, Mark, OfBatch
-from htv.operations import BROADCASTING, Operation, tensors_in
 
 __all__ = [
     "RECORD",
@@ -160,25 +160,25 @@ def _followed(node, number: int, inputs: list[Mark | None], units: int) -> Mark:
     output = torch.empty(tuple(node._input_metadata[number].shape), device="meta")
     if function is not None:
         return (
-            rowwise(operands, output, units) if getattr(function, ROWWISE, False) else layout.LOST
+            rowwise(operands, output, units) if getattr(function, ROWWISE, False) else propagation.LOST
         )
     name = _operation(node.name())
     if name is None:
-        return layout.LOST
+        return propagation.LOST
     missing = any(shape is None for shape in shapes)
     call = _arguments(node, name, [t for t, _ in operands], missing)
     if call is None:
-        return layout.LOST
+        return propagation.LOST
     args, kwargs, func = call
     if name in BROADCASTING:
         operands = [o for o, shape in zip(operands, shapes, strict=True) if shape is not None]
     try:
         operation = Operation(name, func, args, kwargs, operands, [output])
-        return layout.follow(operation, units)[0]
+        return propagation.follow(operation, units)[0]
     except UnsupportedError:
         raise
     except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError):
-        return layout.LOST  # values were asked for that nobody has
+        return propagation.LOST  # values were asked for that nobody has
 
 
 @lru_cache(maxsize=1024)
@@ -238,13 +238,13 @@ def rowwise(operands: list[tuple[Tensor, Mark | None]], output: Tensor, units: i
     """The mark of what a function returns that was declared to compute every example by itself."""
     places = [m for _, m in operands if isinstance(m, OfBatch)]
     if units == 1 and output.dim() and places and not any(isinstance(m, Lost) for m in places):
-        return layout.all_of_one(output)
+        return propagation.all_of_one(output)
     if not places or any(isinstance(m, Lost) for m in places):
-        return next((m for m in places if isinstance(m, Lost)), layout.LOST)
+        return next((m for m in places if isinstance(m, Lost)), propagation.LOST)
     place = places[0]
     agree = all(place.same(other, units) for other in places[1:])
     fits = place.dim < output.dim() and output.shape[place.dim] == place.size(units)
-    return place if agree and fits else layout.LOST
+    return place if agree and fits else propagation.LOST
 
 
 def declare_rowwise(function):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -11,20 +10,17 @@ from torch import Tensor
 
 from htv.autograd.derived import Lookup
 from htv.autograd.embedding import embedding
+from htv.engine.handlers.call import Call, Signature, behind, serves, stands_alone
+from htv.engine.protocols import ModeLike
+from htv.engine.provenance import Constant, Derived, Lost
 from htv.errors import UnsupportedError
-from htv.layers.call import Call, Signature, behind, serves, stands_alone
-from htv.marks import Constant, Derived, Lost
-
-if TYPE_CHECKING:
-    from htv.intercept import Intercept
-
 
 _EMBEDDING = Signature.of(F.embedding)
 _EMBEDDING_BAG = Signature.of(F.embedding_bag)
 
 
 @serves(F.embedding)
-def _embedding(mode: Intercept, func, args, kwargs):
+def _embedding(mode: ModeLike, func, args, kwargs):
     call = Call(mode, "embedding", _EMBEDDING, args, kwargs, "input", "weight")
     ids, padding_idx = call.x, call["padding_idx"]
     _refuse_options(call, "max_norm", "scale_grad_by_freq", "sparse")
@@ -51,7 +47,7 @@ def _refuse_options(call: Call, *options: str) -> None:
             )
 
 
-def _embedding_of_constants(mode: Intercept, func, args, kwargs, call: Call):
+def _embedding_of_constants(mode: ModeLike, func, args, kwargs, call: Call):
     """The same ids for every example (positions): derived from the table alone, by ids that keep its factors small."""
     ids = call.x
     if ids.dim() > 1 and len(ids) > 1 and ids.stride(0) == 0:  # expanded over the batch: look them up once
@@ -67,7 +63,7 @@ def _embedding_of_constants(mode: Intercept, func, args, kwargs, call: Call):
 
 
 @serves(F.embedding_bag)
-def _embedding_bag(mode: Intercept, func, args, kwargs):
+def _embedding_bag(mode: ModeLike, func, args, kwargs):
     call = Call(mode, "embedding_bag", _EMBEDDING_BAG, args, kwargs, "input", "weight")
     _refuse_options(call, "max_norm", "scale_grad_by_freq", "sparse")
     if not call.applicable:
@@ -98,7 +94,7 @@ def _bagged(ids: Tensor, weight: Tensor, reduction: str, sample_weights: Tensor 
 
 
 @serves(Tensor.__getitem__, torch.index_select, Tensor.index_select)
-def _picked(mode: Intercept, func, args, kwargs):
+def _picked(mode: ModeLike, func, args, kwargs):
     """Rows of a parameter picked by ids are an embedding."""
     table = args[0]
     owners = behind(mode, table)
@@ -122,7 +118,7 @@ def _picked(mode: Intercept, func, args, kwargs):
         return F.embedding(ids, flat).reshape(*ids.shape, *table.shape[1:])
 
 
-def _rows_of_table(mode: Intercept, func, args, table: Tensor, ids: Tensor) -> Tensor:
+def _rows_of_table(mode: ModeLike, func, args, table: Tensor, ids: Tensor) -> Tensor:
     rows = func(*args)
     lookup = Lookup(ids % len(table)) if table.dim() == 2 and mode.served(table) is not None else None
     mode.marks.put(rows, Derived(behind(mode, table), rows, lookup))

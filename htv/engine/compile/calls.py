@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 import torch._dynamo
@@ -26,15 +25,13 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
-from htv import inputs, ranks
+from htv.engine import inputs, ranks
+from htv.engine.compile.traced import TracedGroups, TracedIntercept, TracedSession
+from htv.engine.forward import EXPORTING, ServedForward
+from htv.engine.group_spec import StaticVoting
+from htv.engine.guard_state import PASSES, Watched, forwards
+from htv.engine.mode import Intercept
 from htv.errors import UnsupportedError
-from htv.forward import EXPORTING
-from htv.intercept import Intercept
-from htv.traced import TracedGroups, TracedHandle, TracedIntercept, VotingPlan
-from htv.watched import PASSES, Watched, forwards
-
-if TYPE_CHECKING:
-    from htv.forward import ServedForward
 
 __all__ = ["call"]
 
@@ -43,10 +40,10 @@ __all__ = ["call"]
 
 def call(forward: ServedForward, args: tuple, kwargs: dict):
     """A forward of an attached module. Traced by Dynamo, and written for it."""
-    handle = forward.handle
-    if not torch.is_grad_enabled() and handle.batch_norm != "frozen":
+    session = forward.session
+    if not torch.is_grad_enabled() and session.batch_norm != "frozen":
         return forward.inner(*args, **kwargs)
-    watched, spec, tensors = forward.watched, handle._spec, []
+    watched, spec, tensors = forward.watched, session.spec, []
     for module, name, child in watched.children:
         if module._modules[name] is not child:
             raise RuntimeError(
@@ -155,24 +152,24 @@ def _for_shapes(tensors: list[Tensor]) -> bool:
 
 
 def _run(forward: ServedForward, tensors: list[Tensor], voting: tuple, args: tuple, kwargs: dict):
-    handle = forward.handle
+    session = forward.session
     if not any(isinstance(t, (FakeTensor, FunctionalTensor)) for t in tensors):
-        return handle.run(forward, args, kwargs)  # nothing is traced: Dynamo gave up, or the backend is "eager"
+        return session.run(forward, args, kwargs)  # nothing is traced: Dynamo gave up, or the backend is "eager"
     for_shapes = _for_shapes(tensors)
     if not for_shapes and not all(isinstance(t, FunctionalTensor) for t in tensors):
         raise UnsupportedError("an attached model can be traced by torch.compile alone: detach its handle first")
     if torch.compiler.is_exporting():
         raise UnsupportedError(EXPORTING.format("torch.export"))
-    if torch.is_grad_enabled() and not handle.only_means:
+    if torch.is_grad_enabled() and not session.only_means:
         ranks.refuse_data_parallel()
-    outer = handle._running()
+    outer = session.running()
     if outer and not for_shapes:
         raise UnsupportedError(
             "a part of an attached model is compiled by itself, which hides from htv how the batch got there and what "
             "else uses its parameters. Remedy: compile the whole model, torch.compile(model)"
         )
     try:
-        handle._thread.running = True
+        session.thread.running = True
         with _exchanged(forward.watched, tensors), forward.frozen_statistics():
             if (
                 for_shapes or not torch.is_grad_enabled()
@@ -189,7 +186,7 @@ def _run(forward: ServedForward, tensors: list[Tensor], voting: tuple, args: tup
             "have. Remedy: run this model without torch.compile"
         ) from error
     finally:
-        handle._thread.running = outer
+        session.thread.running = outer
 
 
 PASSES.add(_run.__code__)
@@ -235,13 +232,11 @@ def _intercept(forward: ServedForward, tensors: list[Tensor], voting: tuple, arg
             )
         for size in tensor.shape:
             int(size)  # compiled once for each size
-    handle, (kind, value, weight) = forward.handle, voting
+    session, (kind, value, weight) = forward.session, voting
     value = torch.tensor(value) if isinstance(value, (list, tuple)) else value
-    batch = handle.batch_of(forward, named, kind, None if value is None or kind == "packed" else len(value))
-    plan = VotingPlan.of(kind, weight, batch, value)
-    handle.batch_source = batch.source
-    if kind == "each" and not handle._accumulates:
-        for rule in {served.rule for served in handle.served()}:
-            rule.statistic(plan.num_units)  # refuse too few groups before anything runs
-        handle.require_several(plan.num_units, batch.source)
-    return TracedIntercept(TracedHandle(forward, tensors), TracedGroups(plan, value), batch)
+    batch = session.batch_of(forward, named, kind, None if value is None or kind == "packed" else len(value))
+    plan = StaticVoting.of(kind, weight, batch, value)
+    session.batch_source = batch.source
+    if kind == "each" and not session.accumulates:
+        session.require_enough(plan.num_units, batch.source)
+    return TracedIntercept(TracedSession(forward, tensors), TracedGroups(plan, value), batch)

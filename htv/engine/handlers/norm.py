@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from htv.autograd.norm import group_norm, layer_norm
+from htv.engine.handlers.call import Call, Signature, refuse_rows, serves, signature
+from htv.engine.protocols import ModeLike
+from htv.engine.provenance import OfBatch
 from htv.errors import UnsupportedError
-from htv.layers.call import Call, Signature, refuse_rows, serves, signature
-from htv.marks import OfBatch
-
-if TYPE_CHECKING:
-    from htv.intercept import Intercept
-
 
 _LAYER_NORM = Signature.of(F.layer_norm)
 _GROUP_NORM = Signature.of(F.group_norm)
@@ -26,7 +21,7 @@ _TORCH_BATCH_NORM = signature("input, weight, bias, running_mean, running_var, t
 
 
 @serves(F.layer_norm)
-def _layer_norm(mode: Intercept, func, args, kwargs):
+def _layer_norm(mode: ModeLike, func, args, kwargs):
     call = Call(mode, "layer_norm", _LAYER_NORM, args, kwargs, "input", "weight", "bias")
     shape = tuple(call["normalized_shape"])
     slots = call.enter(features=len(shape)) if call.applicable else None
@@ -36,7 +31,7 @@ def _layer_norm(mode: Intercept, func, args, kwargs):
 
 
 @serves(F.group_norm)
-def _group_norm(mode: Intercept, func, args, kwargs):
+def _group_norm(mode: ModeLike, func, args, kwargs):
     call = Call(mode, "group_norm", _GROUP_NORM, args, kwargs, "input", "weight", "bias")
     slots = call.enter(features=call.x.dim() - 1, rows=False) if call.applicable else None
     if slots is None:
@@ -45,7 +40,7 @@ def _group_norm(mode: Intercept, func, args, kwargs):
 
 
 @serves(F.rms_norm, torch.rms_norm)
-def _rms_norm(mode: Intercept, func, args, kwargs):
+def _rms_norm(mode: ModeLike, func, args, kwargs):
     call = Call(mode, "rms_norm", _RMS_NORM, args, kwargs, "input", "weight")
     if not call.applicable:
         return NotImplemented
@@ -54,7 +49,7 @@ def _rms_norm(mode: Intercept, func, args, kwargs):
 
 
 @serves(F.instance_norm)
-def _instance_norm(mode: Intercept, func, args, kwargs):
+def _instance_norm(mode: ModeLike, func, args, kwargs):
     call = Call(mode, "instance_norm", _INSTANCE_NORM, args, kwargs, "input", "weight", "bias")
     if not call.applicable:
         return NotImplemented
@@ -70,12 +65,12 @@ def _instance_norm(mode: Intercept, func, args, kwargs):
 
 
 @serves(F.batch_norm)
-def _batch_norm(mode: Intercept, func, args, kwargs):
+def _batch_norm(mode: ModeLike, func, args, kwargs):
     call = Call(mode, "batch_norm", _BATCH_NORM, args, kwargs, "input", "weight", "bias")
     if not torch.is_grad_enabled() or not isinstance(mode.mark(call.x), OfBatch):
         return NotImplemented
     shared = call["training"] or call["running_mean"] is None
-    if shared and not mode.handle.shares_statistics:
+    if shared and not mode.session.shares_statistics:
         names = ", ".join(repr(s.name) for s in call.served)
         raise UnsupportedError(batch_norm_refusal(f"parameter {names}" if names else "F.batch_norm"))
     if not call.applicable:
@@ -87,13 +82,13 @@ def _batch_norm(mode: Intercept, func, args, kwargs):
 
 
 @serves(torch.batch_norm)
-def _torch_batch_norm(mode: Intercept, func, args, kwargs):
+def _torch_batch_norm(mode: ModeLike, func, args, kwargs):
     bound = _TORCH_BATCH_NORM.bind(args, kwargs)
     bound.pop("cudnn_enabled")
     return mode.call(F.batch_norm, (), dict(bound))
 
 
-def _affine(mode: Intercept, call: Call, y: Tensor) -> Tensor:
+def _affine(mode: ModeLike, call: Call, y: Tensor) -> Tensor:
     """y * weight + bias for y (N, C, *space) and parameters (C,), as elementwise operations."""
     shape = (-1,) + (1,) * (y.dim() - 2)
     for operation, parameter in ((torch.mul, call["weight"]), (torch.add, call["bias"])):

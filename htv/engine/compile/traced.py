@@ -9,8 +9,6 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,53 +17,22 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from htv.autograd.later import Later, later_refusal
 from htv.autograd.ledger import Hub, Ledger, Owner, Passes, Sink, full_precision
+from htv.engine.forward import ServedForward
+from htv.engine.group_spec import StaticVoting
+from htv.engine.guard_state import keys
+from htv.engine.mode import Intercept
+from htv.engine.parameter import Served
+from htv.engine.provenance import LOST, Derived, Mark
+from htv.engine.torch_ops import tensors_in
 from htv.errors import UnsupportedError
 from htv.groups import Groups, Place, Voters
-from htv.intercept import Intercept
-from htv.marks import LOST, Derived, Mark
-from htv.operations import tensors_in
 from htv.ops.factors import Factors
-from htv.watched import keys
-
-if TYPE_CHECKING:
-    from htv.forward import ServedForward
-    from htv.inputs import Batch
-    from htv.served import Served
-
-
-@dataclass(frozen=True)
-class VotingPlan:
-    """All about who votes but the values of ids, bounds or mask."""
-
-    kind: str
-    weight: str
-    num_units: int
-    dim: int
-
-    @staticmethod
-    def of(kind: str, weight: str, batch: Batch, value: Tensor | None) -> VotingPlan:
-        """The plan for a batch. Raises ValueError for ids that are not one per example."""
-        if kind == "ids" and len(value) != batch.num_units:
-            raise ValueError(
-                f"groups has {len(value)} ids but dim {batch.home.dim} of the batch has size "
-                f"{batch.num_units}: pass one id "
-                "per example"
-            )
-        return VotingPlan(kind, weight, int(batch.num_units), batch.home.dim)
-
-    def groups(self, value: Tensor | None) -> Groups:
-        if self.kind == "each":
-            return Groups.each(self.num_units, self.dim)
-        if self.kind == "rows":
-            return Groups.each_row(self.num_units, self.dim, value)
-        make = Groups.by_id if self.kind == "ids" else Groups.packed
-        return make(value, self.num_units, self.dim, self.weight)
 
 
 class TracedGroups(Groups):
     """Who votes in a forward that is being traced: known when it runs. value: ids, bounds or mask."""
 
-    def __init__(self, plan: VotingPlan, value: Tensor | None):
+    def __init__(self, plan: StaticVoting, value: Tensor | None):
         super().__init__(plan.num_units, None, home=Place(plan.dim), rows_vote=plan.kind == "rows")
         object.__setattr__(self, "plan", plan)
         object.__setattr__(self, "value", value)
@@ -174,18 +141,18 @@ class TracedServed(Owner):
 _traced_parameters: weakref.WeakValueDictionary[int, TracedServed] = weakref.WeakValueDictionary()
 
 
-class TracedHandle:
-    """What a mode needs of a handle."""
+class TracedSession:
+    """What the mode needs of a session, for one trace."""
 
     def __init__(self, forward: ServedForward, tensors: list[Tensor]):
-        handle = forward.handle
-        self.passes_plainly, self.shares_statistics = handle.passes_plainly, handle.shares_statistics
-        self.unsupported = handle.unsupported
+        session = forward.session
+        self.passes_plainly, self.shares_statistics = session.passes_plainly, session.shares_statistics
+        self.unsupported = session.unsupported
         self._served: dict[int, TracedServed] = {}
         self.own_marks: dict[int, Derived] = {}
         self._constants: list[Tensor] = []
         for tensor, parameter in zip(tensors, forward.watched.parameters, strict=True):
-            served = handle.served_parameter(parameter)
+            served = session.served_parameter(parameter)
             if served is None:
                 self._constants.append(tensor)
                 continue
@@ -195,7 +162,7 @@ class TracedHandle:
             self._served[id(tensor)] = traced
             self.own_marks[id(tensor)] = Derived((traced,), tensor)
 
-        self.note_loss = handle.note_loss
+        self.note_loss = session.note_loss
 
     def stands_in(self, tensor: Tensor) -> None:
         """The tensors of a trace are those of the modules, exchanged for it."""
@@ -227,7 +194,7 @@ class TracedLedger(Ledger):
         recipes = [(part.recipe(), len(part.tensors)) for part in parts]
         key = next(keys)
         _settlements[key] = settlement = Settlement(self.owner.served, self.groups.plan, recipes)
-        self.owner.served.handle.settlements.append(settlement)
+        self.owner.served.session.settlements.append(settlement)
         grad = torch.ops.htv.settle(tensors, self.groups.value, key)
         self.owner._hub = lambda: None, lambda: None
         self.owner.delivered.append(grad)
@@ -240,7 +207,7 @@ class TracedLedger(Ledger):
 class Settlement:
     """How one traced hub's gradient is computed. recipes: of each use, and how many tensors it takes."""
 
-    def __init__(self, served: Served, plan: VotingPlan, recipes: list[tuple[Callable[..., Factors], int]]):
+    def __init__(self, served: Served, plan: StaticVoting, recipes: list[tuple[Callable[..., Factors], int]]):
         self.served, self.plan, self.recipes = served, plan, recipes
 
     def empty(self) -> Tensor:
@@ -249,13 +216,13 @@ class Settlement:
 
     def run(self, tensors: Iterator[Tensor], value: Tensor | None) -> Tensor:
         served, parameter, groups = self.served, self.served.parameter, self.plan.groups(value)
-        ledger = Ledger(served.rule, groups, served, served.handle.collects_stats)
+        ledger = Ledger(served.rule, groups, served, served.session.collects_stats)
         with torch.no_grad(), full_precision(parameter.device):
             served.guard()
             for recipe, count in self.recipes:
                 ledger.record(recipe(groups, parameter, list(itertools.islice(tensors, count))))
-            if not served.handle._accumulates and not groups.rows_vote:
-                served.handle.require_several(groups.count, f"of {groups.num_units} examples")
+            if not served.session.accumulates and not groups.rows_vote:
+                served.session.require_several(groups.count, f"of {groups.num_units} examples")
             grad = ledger.settle(parameter, None if served.accumulation is None else _gradient_node(parameter))
             grad = self.empty().zero_() if grad is None else grad.contiguous()  # None: it accumulates
         served.expect(grad, torch._C._current_graph_task_id())
@@ -268,7 +235,7 @@ def _gradient_node(parameter: Tensor):
     return parameter.view_as(parameter).grad_fn.next_functions[0][0]
 
 
-_settlements: weakref.WeakValueDictionary[str, Settlement] = weakref.WeakValueDictionary()  # handles keep them alive
+_settlements: weakref.WeakValueDictionary[str, Settlement] = weakref.WeakValueDictionary()  # sessions keep them alive
 
 _library = torch.library.Library("htv", "FRAGMENT")
 _library.define(

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch.nn.functional as F
 
 from htv.autograd.conv import conv, conv_transpose
 from htv.autograd.ledger import Slot
-from htv.layers.call import Call, serves, signature
-
-if TYPE_CHECKING:
-    from htv.intercept import Intercept
-
+from htv.engine.handlers.call import Call, serves, signature
+from htv.engine.protocols import ModeLike
 
 _CONV = signature("input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1")
 _CONV_TRANSPOSE = signature("input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1")
 
 
 @serves(F.conv1d, F.conv2d, F.conv3d)
-def _conv(mode: Intercept, func, args, kwargs):
+def _conv(mode: ModeLike, func, args, kwargs):
     call = Call(mode, func.__name__, _CONV, args, kwargs, "input", "weight", "bias")
     slots = _enter_images(call) if call.applicable else None
     if slots is None:
@@ -29,7 +24,7 @@ def _conv(mode: Intercept, func, args, kwargs):
 
 
 @serves(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
-def _conv_transpose(mode: Intercept, func, args, kwargs):
+def _conv_transpose(mode: ModeLike, func, args, kwargs):
     call = Call(mode, func.__name__, _CONV_TRANSPOSE, args, kwargs, "input", "weight", "bias")
     slots = _enter_images(call) if call.applicable else None
     if slots is None:

@@ -1,0 +1,103 @@
+"""Who votes in a forward, as the user asked for it, before the batch is known."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from htv.engine import inputs
+from htv.engine.inputs import Batch
+from htv.errors import UnsupportedError
+from htv.groups import Groups
+
+__all__ = ["UNKNOWN", "StaticVoting", "Voting", "groups_of", "same_spec"]
+
+
+@dataclass(frozen=True, eq=False)
+class Voting:
+    """What `Handle.groups`, `packed` or `tokens` was called with: kind "ids", "packed" or "rows"."""
+
+    kind: str
+    value: Tensor | None
+    weight: str
+
+    def size(self) -> int | None:
+        """Return how many examples, or packed rows, it speaks of; None if it does not say."""
+        if self.value is None:
+            return None
+        if self.kind == "packed":
+            return int(self.value[-1]) if len(self.value) else 0
+        return len(self.value)
+
+
+UNKNOWN = Voting("unknown", None, "size")  # who votes in a forward that left no note
+
+
+def same_spec(a: Voting | None, b: Voting | None) -> bool:
+    """Tell whether two forwards were asked to let the same groups vote."""
+    if a is None or b is None:
+        return a is b
+    if (a.kind, a.weight) != (b.kind, b.weight):
+        return False
+    if a.value is b.value:
+        return True
+    if a.value is None or b.value is None:
+        return False
+    return torch.equal(torch.as_tensor(a.value), torch.as_tensor(b.value))
+
+
+def groups_of(spec: Voting | None, batch: Batch, tensors: list[tuple[str, object]]) -> Groups:
+    """Assign the examples of a batch to groups.
+
+    spec:     what the user asked for, or None: every example votes by itself.
+    batch:    the examples of the call.
+    tensors:  (name, tensor or packed sequence) of the call's arguments.
+    """
+    size, dim = batch.num_units, batch.home.dim
+    if spec is None:
+        return Groups.each(size, dim)
+    if spec.kind == "rows":
+        return Groups.each_row(size, dim, spec.value)
+    sequences = [t for _, t in tensors if isinstance(t, PackedSequence)]
+    if spec.kind == "packed":
+        if sequences:
+            raise UnsupportedError(
+                "packed() speaks of rows one after another, not of a PackedSequence: leave it out"
+            )
+        return Groups.packed(spec.value, size, dim, spec.weight)
+    ids = spec.value
+    if sequences and len(ids) != size:
+        ids = inputs.ids_of_examples(torch.as_tensor(ids), batch)
+    return Groups.by_id(ids, size, dim, spec.weight)
+
+
+@dataclass(frozen=True)
+class StaticVoting:
+    """Who votes in a compiled forward: all about it but the values of ids, bounds or mask."""
+
+    kind: str
+    weight: str
+    num_units: int
+    dim: int
+
+    @staticmethod
+    def of(kind: str, weight: str, batch: Batch, value: Tensor | None) -> StaticVoting:
+        """Make it for a batch. Raises ValueError for ids that are not one per example."""
+        if kind == "ids" and len(value) != batch.num_units:
+            raise ValueError(
+                f"groups has {len(value)} ids but dim {batch.home.dim} of the batch has size "
+                f"{batch.num_units}: pass one id per example"
+            )
+        return StaticVoting(kind, weight, int(batch.num_units), batch.home.dim)
+
+    def groups(self, value: Tensor | None) -> Groups:
+        """Assign examples to groups, once the values are known."""
+        if self.kind == "each":
+            return Groups.each(self.num_units, self.dim)
+        if self.kind == "rows":
+            return Groups.each_row(self.num_units, self.dim, value)
+        make = Groups.by_id if self.kind == "ids" else Groups.packed
+        return make(value, self.num_units, self.dim, self.weight)

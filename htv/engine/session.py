@@ -1,0 +1,549 @@
+"""One attachment of a rule to a model: its parameters, the forwards under way, and who votes."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from htv.autograd.accumulation import MicroBatches, refuse_unless_streaming
+from htv.autograd.ledger import Passes
+from htv.engine import inputs, ranks
+from htv.engine.checkpointing import RecentForwards, in_backward, in_reentrant_checkpoint
+from htv.engine.continuation import carried_marks
+from htv.engine.forward import ServedForward, thaw
+from htv.engine.group_spec import Voting, groups_of, same_spec
+from htv.engine.guard_state import PASSES
+from htv.engine.inputs import Batch
+from htv.engine.mode import Intercept, left_on_stack
+from htv.engine.parameter import Served, share_hubs
+from htv.engine.provenance import Derived, Lost, Mark
+from htv.errors import UnsupportedError
+from htv.groups import Groups
+from htv.ops.factors import Factors
+from htv.rules import Mean, Rule
+
+__all__ = ["ForwardBlock", "Session", "Settings"]
+
+MOST_HUB_PLANS = 16
+_sessions: weakref.WeakSet[Session] = weakref.WeakSet()  # those attached
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `htv.attach` was called with, beside model and rules; see there."""
+
+    on_unsupported: str = "error"
+    stats: bool = False
+    batch_dim: int = 0
+    batch_norm: str = "error"
+    batch: tuple[str, ...] = ()
+    allow_single: bool = False
+
+
+class ForwardBlock:
+    """The context manager that `Handle.forward` returns."""
+
+    def __init__(self, session: Session, args: tuple, kwargs: dict):
+        self._session, self._args, self._kwargs = session, args, kwargs
+        self._mode: Intercept | None = None
+        self._frozen: list[nn.Module] = []
+
+    def __enter__(self) -> None:
+        session = self._session
+        session.require_attached("forward")
+        if session.running() is not None:
+            raise RuntimeError(
+                "handle.forward() inside another forward of the same handle: it is served already"
+            )
+        if not torch.is_grad_enabled():
+            return
+        names: tuple[str, ...] = ("batch",)
+        if len(self._args) > 1:
+            names = tuple(f"batch[{i}]" for i in range(len(self._args)))
+        try:
+            self._mode = session.open(session.root, self._args, self._kwargs, names)
+            self._mode.block = weakref.ref(self)
+            session.thread.running = self._mode
+            session.root.freeze(self._frozen)
+            self._mode.enter()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+
+    def __exit__(self, *_) -> None:
+        mode, self._mode = self._mode, None
+        try:
+            self._session.close(mode, None)
+        finally:
+            thaw(self._frozen)
+
+    def serves(self, mode: Intercept) -> bool:
+        """Tell whether the block is open and the mode its own."""
+        return self._mode is mode
+
+
+class Session:
+    """What is behind a `htv.Handle`: everything that is not for users to call.
+
+    model:     the attached model.
+    rules:     parameter name -> its rule, or None for a plain gradient.
+    settings:  of the user.
+    methods:   (module, its path, name) of methods that are served beside the modules' forwards.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rules: dict[str, Rule | None],
+        settings: Settings,
+        methods: list[tuple[nn.Module, str, str]],
+    ):
+        self.model, self.attached, self.settings = model, True, settings
+        self.batch_norm, self.collects_stats = settings.batch_norm, settings.stats
+        # Shown what is recorded, instead of statistics.
+        self.examine: Callable[[str, list[Factors]], None] | None = None
+        self.told_of_sums = self._told_of_ranks = False
+        self.thread = threading.local()  # .running: the forward under way in this thread, or True
+        self.passes = Passes()
+        # Calls at which the batch was lost, where a parameter came to need it.
+        self.losses: dict[Lost, None] = {}
+        self.batch_source = ""  # which argument the last forward took for the batch
+        self.settlements: list = []  # what compiled backwards of this model look up
+
+        self.spec: Voting | None = None  # while a block of groups(), packed() or tokens() is open
+        self._last_spec: Voting | None = None
+        self._specs: list[Voting | None] = []  # since the last backward; at most two different
+        self._sizes: set[int] = set()  # of the batches since the last backward
+        self._differentiated = self.accumulates = False
+        self._recent = RecentForwards()
+
+        parameters = dict(model.named_parameters())
+        self._served = {
+            id(p): Served(self, name, p, rules[name])
+            for name, p in parameters.items()
+            if rules[name] is not None
+        }
+        self.own_marks = {k: Derived((s,), s.parameter) for k, s in self._served.items()}
+        # By the number of groups: who shares a hub.
+        self._hubs: dict[int, dict[Served, tuple[Served, ...]]] = {}
+        self.rules = {served.rule for served in self._served.values()}
+        self.only_means = all(type(rule) is Mean for rule in self.rules)
+        self._plain = [p for name, p in parameters.items() if rules[name] is None]
+        self._modules = list(model.modules())
+        self._attributes = [
+            v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor)
+        ]
+        for served in self._served.values():
+            served.watch()
+        self._forwards = [ServedForward(self, m, path) for path, m in self._with_a_say()]
+        self._forwards += [ServedForward(self, module, path, name) for module, path, name in methods]
+        self.root = self._forwards[0]
+        for forward in self._forwards:
+            forward.install()
+        _sessions.add(self)
+
+    def _with_a_say(self) -> Iterator[tuple[str, nn.Module]]:
+        """Yield the modules whose forward is replaced, the model first.
+
+        Modules without parameters run plainly, but a checkpoint may run a frozen BatchNorm again
+        by itself. A ScriptModule runs plainly, too.
+        """
+        for path, module in self.model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue
+            frozen = self.batch_norm == "frozen"
+            also = frozen and isinstance(module, nn.modules.batchnorm._BatchNorm)
+            if module is self.model or also or next(module.parameters(), None) is not None:
+                yield path, module
+
+    def detach(self) -> None:
+        """Restore the model, and drop what would keep it alive in a circle."""
+        if not self.attached:
+            return
+        self.attached = False
+        _sessions.discard(self)
+        left_on_stack(lambda mode: mode.session is self)
+        for forward in self._forwards:
+            forward.restore()
+        for served in self._served.values():
+            served.unwatch()
+        for forward in self._forwards:
+            forward.let_go()
+        self._forwards, self.root, self.thread = [], None, threading.local()
+        self._recent.clear()
+
+    def require_attached(self, method: str) -> None:
+        """Raise where a method of a detached handle is called."""
+        if not self.attached:
+            raise RuntimeError(
+                f"{method}() of a detached handle would do nothing: the model has its plain "
+                "gradients again. Call htv.attach for a new handle"
+            )
+
+    # -- blocks of the user's ---------------------------------------------------------------------
+
+    @contextmanager
+    def voting(self, spec: Voting, method: str) -> Iterator[None]:
+        """Let forwards inside the block vote by a spec. method: of the handle, for messages."""
+        self.require_attached(method)
+        if spec.weight not in ("size", "equal"):
+            raise ValueError(f"weight must be 'size' or 'equal', got {spec.weight!r}")
+        if self.spec is not None:
+            raise RuntimeError("groups(), packed() and tokens() blocks cannot be nested")
+        if isinstance(spec.value, Tensor):  # the one time that a device is waited for
+            spec = replace(spec, value=spec.value.cpu())
+        try:
+            self.spec = spec
+            yield
+        finally:
+            self.spec = None
+
+    @contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """See `Handle.accumulate`."""
+        self.require_attached("accumulate")
+        if self.accumulates:
+            raise RuntimeError("accumulate() blocks cannot be nested")
+        if ranks.world_size() > 1:
+            raise UnsupportedError(
+                f"accumulate() with {ranks.world_size()} ranks: each rank would put its own "
+                "aggregate into .grad, and the ranks' parameters would drift apart. Remedy: train "
+                "in one process, or accumulate plainly"
+            )
+        for served in self._served.values():
+            refuse_unless_streaming(served.rule, served.name)
+        batches = MicroBatches()
+        try:
+            self.accumulates = True
+            for served in self._served.values():
+                served.accumulate(batches)
+            yield
+            batches.require_complete()
+            if len(batches):
+                everything = "all micro-batches of accumulate() together"
+                self.require_several(batches.count, everything)
+            with torch.no_grad():
+                results = [(s, s.accumulation.result()) for s in self._served.values()]
+                for served, grad in results:
+                    served.add_accumulated(grad)
+        finally:
+            self.accumulates = False
+            for served in self._served.values():
+                served.accumulate(None)
+
+    @contextmanager
+    def examined(self, see: Callable[[str, list[Factors]], None]) -> Iterator[None]:
+        """See `Handle.examined`."""
+        self.require_attached("examined")
+        before = self.collects_stats, self.examine
+        try:
+            self.collects_stats, self.examine = True, see
+            yield
+        finally:
+            self.collects_stats, self.examine = before
+
+    # -- what the mode and the parameters ask -----------------------------------------------------
+
+    def served_parameter(self, tensor: Tensor) -> Served | None:
+        """Return the record of a served parameter, or None for anything else."""
+        served = self._served.get(id(tensor))
+        return served if served is not None and tensor.requires_grad else None
+
+    def hub_of(self, served: Served, groups: Groups) -> tuple[Served, ...]:
+        """Return the parameters that share a hub with this one, itself among them."""
+        if groups.rows_vote or self.accumulates:
+            return (served,)
+        hubs = self._hubs.get(groups.count)
+        if hubs is None:
+            if len(self._hubs) >= MOST_HUB_PLANS:
+                self._hubs.clear()
+            hubs = self._hubs[groups.count] = share_hubs(self._served.values(), groups)
+        return hubs.get(served, (served,))
+
+    def served(self) -> list[Served]:
+        """Return all served parameters."""
+        return list(self._served.values())
+
+    def constants(self) -> Iterator[Tensor]:
+        """Yield the model's tensors that are not served.
+
+        Buffers, plain tensor attributes, frozen and excluded parameters.
+        """
+        for module in self._modules:
+            yield from (b for b in module._buffers.values() if b is not None)
+        yield from self._attributes
+        yield from self._plain
+        yield from (s.parameter for s in self._served.values() if not s.parameter.requires_grad)
+
+    @property
+    def shares_statistics(self) -> bool:
+        """Whether a contribution may include what passes through a BatchNorm's statistics."""
+        return self.batch_norm == "shared"
+
+    @property
+    def passes_plainly(self) -> bool:
+        """Whether uses that cannot be served are passed on plainly, with a warning."""
+        return self.settings.on_unsupported == "plain"
+
+    def unsupported(self, message: str, parameters: tuple[Served, ...]) -> None:
+        """Refuse a use of parameters, or note that its contributions are summed plainly."""
+        if not self.passes_plainly:
+            raise UnsupportedError(message)
+        if any(served.refusal is None for served in parameters):
+            told = f"{message} (summed plainly, as on_unsupported='plain' asks)"
+            warnings.warn(told, stacklevel=3)
+        for served in parameters:
+            served.refusal = message
+
+    def forwards_of(self, module: nn.Module) -> list[ServedForward]:
+        """Return what stands in for methods of a module."""
+        return [forward for forward in self._forwards if forward.module is module]
+
+    def stands_in(self, tensor: Tensor) -> str | None:
+        """Return the name under which an attached module has a tensor that it had not when attached."""
+        if self.only_means:  # whose gradient is the plain one
+            return None
+        for path, module in self.model.named_modules():
+            for name, value in (*module._parameters.items(), *vars(module).items()):
+                if value is tensor:
+                    return f"{path}.{name}".lstrip(".")
+        return None
+
+    def note_loss(self, lost: Lost) -> None:
+        """Remember where the batch was lost, once a parameter came to need it."""
+        self.losses[lost] = None
+
+    def settled(self) -> None:
+        """Note that a backward has reached a parameter: the forwards before it are done with."""
+        self._differentiated = True
+
+    def require_several(self, count: int, source: str) -> None:
+        """Refuse a batch of one group under a rule that needs several."""
+        if count != 1 or self.settings.allow_single:
+            return
+        rule = next((r for r in self.rules if r.needs_several), None)
+        if rule is not None:
+            raise ValueError(
+                f"one group alone votes ({source}): the aggregate of one contribution under {rule} "
+                "is its plain gradient. This is also how trainers with one example per device end "
+                "in plain training. Remedy: larger batches, htv.attach(..., batch='the argument "
+                "that holds the examples') if another was meant, `with handle.accumulate():` "
+                "around micro-batches, or allow_single=True if the plain gradient is meant here"
+            )
+
+    def warn_of_sums(self, served: Served) -> None:
+        """Say once that several backwards were added up in `.grad`."""
+        self.told_of_sums = True
+        warnings.warn(
+            f"a backward adds to the aggregate that .grad of {served.name!r} holds from an earlier "
+            "backward: each backward is a vote of its own, so micro-batches that a trainer "
+            "accumulates do not vote together. Use `with handle.accumulate():` around the "
+            "micro-batches of a step, or zero_grad() between the backwards",
+            stacklevel=2,
+        )
+
+    def _warn_of_ranks(self) -> None:
+        if not self._told_of_ranks and ranks.world_size() > 1:
+            self._told_of_ranks = True
+            warnings.warn(
+                f"{ranks.world_size()} ranks are initialised, but the examples of each vote by "
+                "themselves: averaging .grad over ranks would average votes. Use htv.Mean() "
+                "there, or train in one process",
+                stacklevel=4,
+            )
+
+    # -- a forward --------------------------------------------------------------------------------
+
+    def run(self, forward: ServedForward, args: tuple, kwargs: dict):
+        """Run a module's forward, under the mode if it is the outermost one and gradients are on."""
+        running = self.running()
+        if running is True:
+            return forward.inner(*args, **kwargs)
+        if running is not None and running.task == torch._C._current_graph_task_id():
+            self._recent.note(running, forward, args, kwargs)
+            return forward.inner(*args, **kwargs)
+        if not torch.is_grad_enabled() or not self._served:
+            self._begin(graph=False)
+            with forward.frozen_statistics():
+                return forward.inner(*args, **kwargs)
+        mode = None
+        try:
+            mode = self.thread.running = self.open(forward, args, kwargs)
+            self._recent.note(mode, forward, args, kwargs)
+            mode.enter()
+            with forward.frozen_statistics():
+                result = forward.inner(*args, **kwargs)
+            mode.remember(result)
+            return result
+        finally:
+            self.close(mode, running)
+
+    def run_compiled(self, forward: ServedForward, args: tuple, kwargs: dict):
+        """Run a module's forward while torch.compile traces it."""
+        from htv.engine.compile import calls  # Dynamo takes long to load
+
+        return calls.call(forward, args, kwargs)
+
+    def running(self) -> Intercept | bool | None:
+        """Return the forward under way in this thread; drop one that an interrupt left behind."""
+        running = getattr(self.thread, "running", None)
+        if running is None:
+            return None
+        if running is not True and running.block is not None:
+            block = running.block()
+            if block is not None and block.serves(running):
+                return running
+            self.thread.running = None
+            return None
+        frame = sys._getframe(2)
+        while frame is not None:
+            if frame.f_code in PASSES:
+                local = frame.f_locals
+                if (local.get("self") or local.get("session")) is self:
+                    return running
+            frame = frame.f_back
+        self.thread.running = None
+        return None
+
+    def open(
+        self,
+        forward: ServedForward,
+        args: tuple,
+        kwargs: dict,
+        names: tuple[str, ...] | None = None,
+    ) -> Intercept:
+        """Make the mode of a forward that starts now.
+
+        names: of the positional arguments, where they are not those of the forward.
+        """
+        left_on_stack(lambda mode: mode.is_stale())
+        forward.check()
+        if not self.only_means:
+            ranks.refuse_data_parallel()
+            self._warn_of_ranks()
+        tensors = inputs.named_tensors(forward.names if names is None else names, args, kwargs)
+        plain = [t for _, t in tensors if isinstance(t, Tensor)]
+        again = self._recent.run_again(forward, plain)
+        carried: dict[int, Mark] = {}
+        if again is None:
+            spec = self._begin(graph=True)
+            wanted = self._wanted(forward, tensors, names)
+            groups, batch, carried = self._who_votes(spec, tensors, wanted)
+        else:
+            spec, groups = again.spec, again.groups
+            source = again.batch.source
+            batch = inputs.fitting(groups.num_units, groups.home.dim, tensors, source)
+        for served in self._served.values():
+            served.watch()
+        self.batch_source = batch.source
+        self._sizes.add(groups.num_units)
+        if not groups.rows_vote and not self.accumulates:
+            self.require_enough(groups.count, batch.source)
+        mode = Intercept(self, groups, batch, again, carried)
+        mode.spec = spec
+        return mode
+
+    def close(self, mode: Intercept | None, outer: Intercept | bool | None) -> None:
+        """End a forward. outer: the one around it, or None."""
+        self.thread.running = outer
+        if mode is not None:
+            left_on_stack(lambda other: other is mode)
+
+    def require_enough(self, count: int, source: str) -> None:
+        """Refuse too few groups before anything runs."""
+        for rule in self.rules:
+            rule.statistic(count)
+        self.require_several(count, source)
+
+    # -- who votes in it --------------------------------------------------------------------------
+
+    def _wanted(
+        self, forward: ServedForward, tensors: list, names: tuple[str, ...] | None
+    ) -> tuple[str, ...]:
+        """Return the arguments that the user named as the batch, as far as the call has them."""
+        named = self.settings.batch
+        if forward is self.root and names is None:
+            return named
+        own = {inputs.argument_of(name) for name, _ in tensors}
+        return tuple(name for name in named if inputs.argument_of(name) in own)
+
+    def batch_of(
+        self, forward: ServedForward, tensors: list, kind: str, size: int | None
+    ) -> Batch:
+        """Choose the batch of a call by its tensors alone."""
+        wanted = self._wanted(forward, tensors, None)
+        return inputs.choose(tensors, self.settings.batch_dim, wanted, size, kind)
+
+    def _who_votes(
+        self, spec: Voting | None, tensors: list, wanted: tuple[str, ...]
+    ) -> tuple[Groups, Batch, dict[int, Mark]]:
+        """Return groups, the call's batch, and what earlier forwards know of its tensors."""
+        carried, earlier = carried_marks(tensors, self.own_marks, self._recent)
+        fresh = [(name, t) for name, t in tensors if id(t) not in carried]
+        dim = self.settings.batch_dim
+        kind, size = ("each", None) if spec is None else (spec.kind, spec.size())
+        if earlier is not None:
+            batch = inputs.fitting(earlier.groups.num_units, dim, fresh, earlier.source)
+            alike = spec is not None and spec is earlier.spec
+            neither = spec is None and earlier.spec is None and not earlier.groups.rows_vote
+            if alike or neither:
+                return earlier.groups, batch, carried
+        elif in_backward() and len(self._sizes) == 1:  # a reentrant checkpoint's part
+            batch = inputs.fitting(next(iter(self._sizes)), dim, fresh, self.batch_source)
+            if not batch.members:
+                batch = inputs.choose(fresh, dim, wanted, kind=kind)
+        else:
+            batch = inputs.choose(fresh, dim, wanted, size, kind)
+        return groups_of(spec, batch, fresh), batch, carried
+
+    def _begin(self, graph: bool) -> Voting | None:
+        """Return who votes in the forward that starts now, and keep it for its checkpoints.
+
+        graph: whether gradients are on. A reentrant checkpoint runs its first forward without, as
+               an evaluation does.
+        """
+        if in_backward():
+            if len(self._specs) > 1 and in_reentrant_checkpoint():
+                raise RuntimeError(
+                    "a reentrant activation checkpoint runs a forward again, but since the last "
+                    "backward there were forwards with different groups() or packed(): whose votes "
+                    "these are cannot be told. Call backward() before the next forward, or "
+                    "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+                )
+            return self._last_spec
+        if graph:
+            self.passes.forget()
+        if self._differentiated:
+            self._specs, self._differentiated, self._last_spec = [], False, None
+            self._sizes = set()
+            self._recent.clear()
+        if graph or self.spec is not None:
+            self._last_spec = self.spec
+            if len(self._specs) < 2 and not any(same_spec(self.spec, s) for s in self._specs):
+                self._specs.append(self.spec)
+        return self.spec
+
+
+PASSES.add(Session.run.__code__)
+
+
+def refuse_shared(model: nn.Module, rules: dict[str, Rule | None]) -> None:
+    """Raise RuntimeError if another session serves a parameter of the model already."""
+    mine = {id(p): name for name, p in model.named_parameters() if rules[name] is not None}
+    for session in list(_sessions):
+        for served in session.served():
+            name = mine.get(id(served.parameter))
+            if name is not None:
+                raise RuntimeError(
+                    f"parameter {name!r} is served by another handle already (as {served.name!r} "
+                    f"of a {type(session.model).__name__}): detach that handle first, or "
+                    f"exclude={name!r} from one of the two"
+                )
