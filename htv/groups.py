@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 __all__ = ["Groups", "Place", "Voters", "moved"]
-
 
 @dataclass(frozen=True, eq=False)
 class Place:
@@ -34,6 +34,8 @@ class Place:
     times: int = 1
     units: Tensor | None = None
     guess: str = ""
+
+    is_the_one: ClassVar[bool] = False  # set on the one object that stands for all equal places
 
     def at(self, dim: int) -> Place:
         return self if dim == self.dim else Place(dim, self.outer, self.times, self.units, self.guess)
@@ -157,7 +159,7 @@ class Groups:
             raise ValueError("mask lets no token vote (skip the step)")
         return replace(Groups.each(num_units, dim), rows_vote=True, voting=voting)
 
-    @property
+    @cached_property
     def count(self) -> int:
         """E, the number of groups, where rows do not vote by themselves."""
         return self.offsets.shape[0] - 1
@@ -208,6 +210,8 @@ class Voters:
 
     def __init__(self, groups: Groups, place: Place):
         self.groups, self.place, self.dim = groups, place, place.dim
+        self.count = 0 if groups.offsets is None else groups.offsets.shape[0] - 1  # E
+        self.rows_vote = groups.rows_vote
         self._scaled: dict[int, Tensor] = {}
         self._orders: dict[torch.device, Tensor] = {}
         if place.units is None and place.outer == 1 and groups.order is None:
@@ -226,14 +230,12 @@ class Voters:
             return self
         return replace(groups, weights=None, voting=None).voters(self.place)
 
-    @property
-    def rows_vote(self) -> bool:
-        return self.groups.rows_vote
-
-    @property
-    def count(self) -> int:
-        """E, where rows do not vote by themselves."""
-        return self.groups.count
+    @cached_property
+    def plain(self) -> bool:
+        """Whether the batch's dim is the first, its indices are sorted by group, and all count alike."""
+        groups = self.groups
+        alike = groups.weights is None and groups.voting is None and not self.rows_vote
+        return self.dim == 0 and self.order is None and alike
 
     def front(self, tensor: Tensor) -> Tensor:
         """(..., S, ...) -> (S, ...), indices sorted by group."""
@@ -242,6 +244,9 @@ class Voters:
 
     def rows(self, tensor: Tensor, features: int = 1) -> Tensor:
         """(..., S, ..., *features) -> (R, *features), the rows of each group together."""
+        if self.plain:
+            lead = tensor.dim() - features
+            return tensor if lead == 1 else tensor.reshape(math.prod(tensor.shape[:lead]), *tensor.shape[lead:])
         front = self.front(tensor)
         lead = front.dim() - features
         rows = front if lead == 1 else front.reshape(math.prod(front.shape[:lead]), *front.shape[lead:])
@@ -258,6 +263,8 @@ class Voters:
     def grad_rows(self, grad: Tensor, features: int = 1) -> tuple[Tensor, Tensor]:
         """`rows` of an output's gradient, multiplied by the weights of their groups; and their `bounds`."""
         rows = self.rows(grad, features)
+        if self.plain and rows.shape[0] == self._indices:
+            return rows, self.offsets
         bounds, weights = self.bounds(rows), self.groups.weights
         if weights is not None:
             rows = rows * _as_column(torch.repeat_interleave(weights, bounds.diff()), rows)
@@ -274,6 +281,8 @@ class Voters:
 
     def sums(self, tensor: Tensor, features: int = 1, dtype: torch.dtype | None = None) -> Tensor:
         """(..., S, ..., *features) -> (E, *features): sums over each group's rows; deterministic, no atomics."""
+        if self.plain and self._singles and tensor.dim() == 1 + features and len(tensor) == self.count:
+            return tensor if dtype is None or tensor.dtype == dtype else tensor.to(dtype)
         if self.rows_vote:
             return self.rows(tensor, features).to(dtype)
         front = tensor.movedim(self.dim, 0) if self.dim else tensor

@@ -133,8 +133,8 @@ def test_marks_are_kept_by_identity():
     later.put(x, CONSTANT)
     assert later.get(x) == CONSTANT and marks.get(x).dim == 0
     # Memory of a tensor that is gone may be another's.
-    entry = marks._marks.pop(id(x))
-    marks._marks[id(y)] = entry
+    entry = marks.table.pop(id(x))
+    marks.table[id(y)] = entry
     assert marks.get(y) is None and marks.current(y, None) is None
 
 

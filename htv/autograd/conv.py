@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from htv.autograd.ledger import MARKER, Function, Slot, full_precision
+from htv.autograd.ledger import MARKER, Function, Slot
 from htv.groups import Voters
 from htv.ops.factors import ConvFactors, ConvGeometry, StackedFactors
 from htv.ops.reference import cast, compute_dtype
@@ -54,7 +54,7 @@ class _Conv(Function):
         return function(x, weight, bias, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
 
     @staticmethod
-    def backward(ctx, grad):
+    def gradients(ctx, grad):
         kernel, geometry = ctx.kernel, ctx.geometry
         make = lambda voters, x, grad: ConvFactors(x, grad, kernel, geometry, voters)
         return _gradients(ctx, grad, make, _grad_input)
@@ -65,12 +65,11 @@ def _gradients(ctx, grad: Tensor, make: Callable[..., ConvFactors], grad_input: 
     _, x, weight = ctx.saved_tensors
     weight_slot, bias_slot = ctx.slots
     geometry, voters, needs = ctx.geometry, ctx.voters, ctx.needs_input_grad
-    with full_precision(grad.device):
-        x_like, grad_x = cast(x, grad.dtype), None
-        if needs[0]:  # first: the hub that comes next then finds the interpreter in the processor's caches
-            grad_x = cast(grad_input(grad, x_like, cast(weight, grad.dtype), geometry), x.dtype)
-        grad_weight = weight_slot.grad(needs[1], make, voters, x_like, grad)
-        grad_bias = bias_slot.grad(needs[2], _bias_factors, voters, grad)
+    x_like, grad_x = cast(x, grad.dtype), None
+    if needs[0]:  # first: the hub that comes next then finds the interpreter in the processor's caches
+        grad_x = cast(grad_input(grad, x_like, cast(weight, grad.dtype), geometry), x.dtype)
+    grad_weight = weight_slot.grad(needs[1], make, voters, x_like, grad)
+    grad_bias = bias_slot.grad(needs[2], _bias_factors, voters, grad)
     return grad_x, grad_weight, grad_bias, *ctx.unused
 
 
@@ -101,7 +100,7 @@ class _ConvTranspose(Function):
         return function(x, weight, bias, g.stride, g.padding, output_padding, g.groups, g.dilation)
 
     @staticmethod
-    def backward(ctx, grad):
+    def gradients(ctx, grad):
         kernel, geometry = ctx.kernel, ctx.geometry
         make = lambda voters, x, grad: ConvFactors(grad, x, kernel, geometry, voters)
         return _gradients(ctx, grad, make, _grad_input_transposed)

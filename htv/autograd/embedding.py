@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from htv.autograd.ledger import MARKER, Function, Slot, full_precision
+from htv.autograd.ledger import MARKER, Function, Slot
 from htv.groups import Voters
 from htv.ops.factors import EmbeddingFactors
 
@@ -24,7 +24,7 @@ class _Embedding(Function):
         return F.embedding(ids, weight)
 
     @staticmethod
-    def backward(ctx, grad):
+    def gradients(ctx, grad):
         _, ids = ctx.saved_tensors
         num_embeddings, padding_idx = ctx.num_embeddings, ctx.padding_idx
 
@@ -32,6 +32,5 @@ class _Embedding(Function):
             rows, bounds = voters.grad_rows(grad)
             return EmbeddingFactors(voters.rows(ids, 0), rows, bounds, num_embeddings, padding_idx)
 
-        with full_precision(grad.device):
-            grad_weight = ctx.slot.grad(ctx.needs_input_grad[1], factors, ctx.voters, ids, grad)
+        grad_weight = ctx.slot.grad(ctx.needs_input_grad[1], factors, ctx.voters, ids, grad)
         return None, grad_weight, *ctx.unused

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from htv.autograd.derived import DerivedTensor
-from htv.autograd.ledger import MARKER, Function, Slot, full_precision
+from htv.autograd.ledger import MARKER, Function, Slot
 from htv.groups import Voters
 from htv.ops.factors import StackedFactors
 from htv.ops.reference import compute_dtype
@@ -41,11 +41,10 @@ class _Expand(Function):
         return source.reshape((1,) * (len(shape) - source.dim()) + tuple(source.shape)).expand(shape)
 
     @staticmethod
-    def backward(ctx, grad):
+    def gradients(ctx, grad):
         slot, shape = ctx.slot, tuple(ctx.slot.value.shape)
-        with full_precision(grad.device):
-            make = lambda voters, grad: StackedFactors(_contributions(grad, shape, voters))
-            slot.record(make, ctx.voters, grad.to(slot.value.dtype))
+        make = lambda voters, grad: StackedFactors(_contributions(grad, shape, voters))
+        slot.record(make, ctx.voters, grad.to(slot.value.dtype))
         return ctx.unused
 
 
@@ -71,7 +70,6 @@ class _PerUnit(Function):
         return source.view_as(source)
 
     @staticmethod
-    def backward(ctx, grad):
-        with full_precision(grad.device):
-            ctx.derived.record_by_unit(grad, ctx.voters)
+    def gradients(ctx, grad):
+        ctx.derived.record_by_unit(grad, ctx.voters)
         return ctx.unused

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -41,15 +40,16 @@ class Passes:
 
     def __init__(self) -> None:
         self.outer: dict[int, int] = {}  # the pass that another runs inside
-        self._groups: dict[int, tuple[Groups, str]] = {}  # by outermost pass, and a parameter that has them
+        self.groups: dict[int, tuple[Groups, str]] = {}  # by outermost pass, and a parameter that has them
 
     def require_same_voters(self, task: int, groups: Groups, name: str) -> None:
         """Refuse a backward that joins forwards with different voters, whichever parameters they reach."""
-        task = self._outermost(task)
-        known = self._groups.setdefault(task, (groups, name))
+        if self.outer:
+            task = self._outermost(task)
+        known = self.groups.setdefault(task, (groups, name))
         if known[0] is groups or known[0].same_voters(groups):
-            if len(self._groups) > MOST_PASSES:
-                self._groups.pop(next(iter(self._groups)))
+            if len(self.groups) > MOST_PASSES:
+                self.groups.pop(next(iter(self.groups)))
             return
         told = [f"{g.voters_told()} for {n!r}" for g, n in (known, (groups, name))]
         raise UnsupportedError(
@@ -71,28 +71,25 @@ class Passes:
             task = self.outer[task]
         return task
 
-    def forget(self) -> None:
-        """No backward is under way."""
-        self.outer.clear()
-        self._groups.clear()
-
 
 class Owner:
     """Whose contributions a ledger gathers: one parameter, with what its ledgers have in common.
 
     name:          of the parameter.
+    attached:      whether the handle still serves it.
     passes:        shared by all parameters of a handle.
     settled:       the passes this parameter's rule was applied in, as long as they matter.
     accumulation:  where contributions are gathered over several backward passes, or None.
     """
 
     name: str
+    attached: bool = True
     passes: Passes
     settled: set[int]
     accumulation: Accumulation | None = None
 
     def guard(self) -> None:
-        """Called before anything is recorded; raises if the handle is gone."""
+        """Called before anything is recorded where `attached` is false; raises."""
 
     def deliver(self, grad: Tensor | None, current: int) -> None:
         """Called with the aggregated gradient just before the hub hands it to autograd; None where it accumulates.
@@ -115,7 +112,7 @@ class Ledger:
 
     def __init__(self, rule: Rule, groups: Groups, owner: Owner, observes: bool = False):
         self.rule, self.groups, self.observes = rule, groups, observes
-        self.owner_name, self._owner = owner.name, weakref.ref(owner)
+        self.owner_name, self.owner = owner.name, weakref.ref(owner)
         self._parts: dict[int, list[Factors]] = {}  # by pass
         self.consumed = False
 
@@ -129,14 +126,20 @@ class Ledger:
         born:  the backward pass in which the use's forward ran, -1 for none: then this pass runs inside that one.
         """
         current = torch._C._current_graph_task_id()
-        owner = self._owner()
+        owner = self.owner()
         if owner is not None:  # else the model is gone, but not its graph
-            owner.guard()
-            if born not in (-1, current):
-                owner.passes.outer[current] = born
-            if owner.passes.outer:
+            if not owner.attached:
+                owner.guard()
+            passes = owner.passes
+            if born != -1 and born != current:
+                passes.outer[current] = born
+            if passes.outer:
                 self._refuse_reentry(owner, current)
-        self._parts.setdefault(current, []).append(factors)
+        parts = self._parts.get(current)
+        if parts is None:
+            self._parts[current] = [factors]
+        else:
+            parts.append(factors)
 
     def _refuse_reentry(self, owner: Owner, current: int) -> None:
         """One outermost backward may apply the rule to a parameter once."""
@@ -156,17 +159,21 @@ class Ledger:
         current, parts = self.taken()
         if not parts:
             return None
-        owner = self._owner()
+        owner = self.owner()
         if owner is None or owner.accumulation is None:
             grad = aggregate.aggregate(parts, self.rule)
+            if grad.dtype != parameter.dtype:
+                grad = grad.to(parameter.dtype)
         else:
             _refuse_autograd_grad(gradient_node)
             grad = owner.accumulation.add(current, parts, self.groups)
-        return self.delivered(current, grad, parameter)
+        if owner is not None:
+            owner.deliver(grad, current)
+        return grad
 
     @property
     def accumulates(self) -> bool:
-        owner = self._owner()
+        owner = self.owner()
         return owner is not None and owner.accumulation is not None
 
     def taken(self) -> tuple[int, list[Factors] | None]:
@@ -175,24 +182,14 @@ class Ledger:
         parts = self._parts.pop(current, None)
         if parts is not None:
             self.consumed = True
-            owner = self._owner()
+            owner = self.owner()
             if owner is not None:
-                owner.passes.require_same_voters(current, self.groups, owner.name)
+                known = owner.passes.groups.get(current)
+                if known is None or known[0] is not self.groups or owner.passes.outer:
+                    owner.passes.require_same_voters(current, self.groups, owner.name)
                 if self.observes:
                     owner.observe(parts)
         return current, parts
-
-    def delivered(self, current: int, grad: Tensor | None, parameter: Tensor) -> Tensor | None:
-        """The gradient as the hub returns it, once the owner knows of it."""
-        if grad is not None and grad.dtype != parameter.dtype:
-            grad = grad.to(parameter.dtype)
-        owner = self._owner()
-        if owner is not None:
-            if not owner.passes.outer:
-                owner.settled.clear()
-            owner.settled.add(current)
-            owner.deliver(grad, current)
-        return grad
 
 
 def settle_together(ledgers: list[Ledger], parameters: list[Tensor], gradient_nodes: list) -> list[Tensor | None]:
@@ -211,7 +208,10 @@ def settle_together(ledgers: list[Ledger], parameters: list[Tensor], gradient_no
     if ready:
         found = aggregate.aggregate_together([parts for _, _, parts in ready], ledgers[0].rule)
         for (i, current, _), grad in zip(ready, found, strict=True):
-            grads[i] = ledgers[i].delivered(current, grad, parameters[i])
+            grads[i] = grad if grad.dtype == parameters[i].dtype else grad.to(parameters[i].dtype)
+            owner = ledgers[i].owner()
+            if owner is not None:
+                owner.deliver(grads[i], current)
     return grads
 
 
@@ -234,16 +234,38 @@ def _refuse_autograd_grad(gradient_node) -> None:
 
 
 class Function(torch.autograd.Function):
-    """As torch's, but for the arguments it looks at one by one in Python, in case a functorch transform left them."""
+    """As torch's, but for the arguments it looks at one by one in Python, in case a functorch transform left them.
+
+    A subclass defines `gradients` in the place of `backward`: statistics and plain sums keep the type of their operands
+    even where backward runs under autocast.
+    """
 
     @classmethod
     def apply(cls, *args):
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if torch.compiler._is_compiling_flag or torch._C._are_functorch_transforms_active():
             return super().apply(*args)
         return super(torch.autograd.Function, cls).apply(*args)
 
+    @staticmethod
+    def backward(ctx, grad):
+        if torch.is_grad_enabled():
+            raise RuntimeError(TWICE)
+        device = grad.device.type
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return ctx._forward_cls.gradients(ctx, grad)
+        return ctx._forward_cls.gradients(ctx, grad)
 
-_AS_IT_IS = nullcontext()
+    @staticmethod
+    def gradients(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of the arguments, from the output's."""
+        raise NotImplementedError
+
+
+TWICE = (
+    "htv does not differentiate through a served backward: call backward() or torch.autograd.grad() without "
+    "create_graph=True, or detach the handle for that step"
+)
 
 
 class Hub(Function):
@@ -258,21 +280,16 @@ class Hub(Function):
     @staticmethod
     def backward(ctx, _):
         ledgers, parameters = ctx.ledgers, ctx.parameters
+        device = parameters[0].device.type
+        if torch.is_grad_enabled():
+            raise RuntimeError(TWICE)
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return Hub.backward(ctx, None)
+        if len(ledgers) == 1:
+            return None, ledgers[0].settle(parameters[0], ctx.next_functions[0][0])
         nodes = [node for node, _ in ctx.next_functions]
-        with full_precision(parameters[0].device):
-            if len(ledgers) == 1:
-                return None, ledgers[0].settle(parameters[0], nodes[0])
-            return None, *settle_together(ledgers, parameters, nodes)
-
-
-def full_precision(device: torch.device) -> AbstractContextManager:
-    """Statistics and plain sums keep the type of their operands even where backward runs under autocast."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "htv does not differentiate through a served backward: call backward() or torch.autograd.grad() without "
-            "create_graph=True, or detach the handle for that step"
-        )
-    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else _AS_IT_IS
+        return None, *settle_together(ledgers, parameters, nodes)
 
 
 class Sink:
@@ -282,20 +299,24 @@ class Sink:
     adapt:   from the factors of what the layer computes with to those of the parameter, where the two differ.
     """
 
-    __slots__ = ("_adapt", "_born", "ledger", "token")
+    __slots__ = ("_adapt", "adapts", "born", "ledger", "token")
 
     def __init__(self, token: Tensor, ledger: Ledger, adapt: Callable[[Factors], Factors] | None = None):
         self.token, self.ledger, self._adapt = token, ledger, adapt
-        self._born = torch._C._current_graph_task_id()
+        self.adapts = adapt is not None
+        self.born = torch._C._current_graph_task_id()
 
     def wanted(self) -> bool:
         """Whether the pass under way goes on to the hub: torch.autograd.grad may ask for other gradients only."""
         node = self.token.grad_fn
-        return node is None or _will_run(node)  # where torch does not tell, the hub decides
+        try:
+            return node is None or torch._C._will_engine_execute_node(node)
+        except RuntimeError:  # torch does not tell here: the hub decides
+            return True
 
     def record(self, factors: Factors) -> None:
         """In backward: record factors of what the layer computes with."""
-        self.ledger.record(factors if self._adapt is None else self._adapt(factors), self._born)
+        self.ledger.record(factors if self._adapt is None else self._adapt(factors), self.born)
 
 
 class Slot:
@@ -310,7 +331,12 @@ class Slot:
 
     def __init__(self, value: Tensor | None, sinks: list[Sink] | None = None):
         self.value, self.sinks = value, sinks
-        self.tokens = () if sinks is None else tuple([sink.token for sink in sinks])
+        if sinks is None:
+            self.tokens = ()
+        elif len(sinks) == 1:
+            self.tokens = (sinks[0].token,)
+        else:
+            self.tokens = tuple([sink.token for sink in sinks])
 
     @property
     def is_served(self) -> bool:
@@ -330,7 +356,18 @@ class Slot:
 
     def grad(self, needed: bool, make: Callable[..., Factors], voters: Voters, *tensors: Tensor) -> Tensor | None:
         """In backward: record the factors if served (no gradient here), else the plain gradient if needed."""
-        if self.sinks is not None:
-            self.record(make, voters, *tensors)
+        sinks = self.sinks
+        if sinks is not None:
+            sink = sinks[0]
+            if len(sinks) > 1 or sink.adapts or type(sink.ledger) is not Ledger:
+                self.record(make, voters, *tensors)
+                return None
+            node = sink.token.grad_fn  # one parameter as it stands
+            try:
+                wanted = node is None or torch._C._will_engine_execute_node(node)
+            except RuntimeError:  # see `Sink.wanted`
+                wanted = True
+            if wanted:
+                sink.ledger.record(make(voters, *tensors), sink.born)
             return None
         return make(voters.all_alike(), *tensors).total() if needed else None

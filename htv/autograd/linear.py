@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from htv.autograd.ledger import MARKER, Function, Slot, full_precision
+from htv.autograd.ledger import MARKER, Function, Slot
 from htv.groups import Voters
 from htv.ops.factors import BilinearFactors, LinearFactors, StackedFactors
 from htv.ops.reference import cast, compute_dtype
@@ -21,7 +21,7 @@ class _Linear(Function):
     @staticmethod
     def forward(ctx, x, weight, bias, weight_slot, bias_slot, voters, *tokens):
         ctx.slots, ctx.voters, ctx.unused = (weight_slot, bias_slot), voters, (None,) * (3 + len(tokens))
-        needs_x = weight_slot.is_served or ctx.needs_input_grad[1]
+        needs_x = weight_slot.sinks is not None or ctx.needs_input_grad[1]
         ctx.save_for_backward(MARKER, x if needs_x else None, weight if ctx.needs_input_grad[0] else None)
         ctx.x_dtype = x.dtype
         y = F.linear(x, weight, bias)
@@ -29,19 +29,19 @@ class _Linear(Function):
         return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
 
     @staticmethod
-    def backward(ctx, grad):
+    def gradients(ctx, grad):
         _, x, weight = ctx.saved_tensors
         weight_slot, bias_slot = ctx.slots
         voters, needs = ctx.voters, ctx.needs_input_grad
 
         def weight_factors(voters: Voters, x: Tensor, grad: Tensor) -> LinearFactors:
             rows, bounds = voters.grad_rows(grad)
-            return LinearFactors(voters.rows(cast(x, grad.dtype)), rows, bounds)
+            x = x if x.dtype == grad.dtype else x.to(grad.dtype)
+            return LinearFactors(voters.rows(x), rows, bounds)
 
-        with full_precision(grad.device):
-            grad_x = cast(grad @ cast(weight, grad.dtype), ctx.x_dtype) if needs[0] else None
-            grad_weight = weight_slot.grad(needs[1], weight_factors, voters, x, grad)
-            grad_bias = bias_slot.grad(needs[2], bias_factors, voters, grad)
+        grad_x = cast(grad @ cast(weight, grad.dtype), ctx.x_dtype) if needs[0] else None
+        grad_weight = weight_slot.grad(needs[1], weight_factors, voters, x, grad)
+        grad_bias = bias_slot.grad(needs[2], bias_factors, voters, grad)
         return grad_x, grad_weight, grad_bias, *ctx.unused
 
 
@@ -63,7 +63,7 @@ class _Bilinear(Function):
         return F.bilinear(left, right, weight, bias)
 
     @staticmethod
-    def backward(ctx, grad):
+    def gradients(ctx, grad):
         _, left, right, weight = ctx.saved_tensors
         weight_slot, bias_slot = ctx.slots
         voters, needs = ctx.voters, ctx.needs_input_grad
@@ -72,15 +72,12 @@ class _Bilinear(Function):
             rows, bounds = voters.grad_rows(grad)
             return BilinearFactors(voters.rows(left.to(grad.dtype)), voters.rows(right.to(grad.dtype)), rows, bounds)
 
-        with full_precision(grad.device):
-            grad_weight = weight_slot.grad(needs[2], weight_factors, voters, left, right, grad)
-            grad_bias = bias_slot.grad(needs[3], bias_factors, voters, grad)
-            mixed = "...o,oij,...j->...i", "...o,oij,...i->...j"
-            others = right, left
-            grad_left, grad_right = (
-                torch.einsum(equation, grad, weight.to(grad.dtype), other.to(grad.dtype)).to(x.dtype)
-                if needed
-                else None
-                for equation, other, x, needed in zip(mixed, others, (left, right), needs[:2], strict=True)
-            )
+        grad_weight = weight_slot.grad(needs[2], weight_factors, voters, left, right, grad)
+        grad_bias = bias_slot.grad(needs[3], bias_factors, voters, grad)
+        mixed = "...o,oij,...j->...i", "...o,oij,...i->...j"
+        others = right, left
+        grad_left, grad_right = (
+            torch.einsum(equation, grad, weight.to(grad.dtype), other.to(grad.dtype)).to(x.dtype) if needed else None
+            for equation, other, x, needed in zip(mixed, others, (left, right), needs[:2], strict=True)
+        )
         return grad_left, grad_right, grad_weight, grad_bias, *ctx.unused

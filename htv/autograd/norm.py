@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from htv.autograd.ledger import MARKER, Function, Slot, full_precision
+from htv.autograd.ledger import MARKER, Function, Slot
 from htv.groups import Voters
 from htv.ops.factors import StackedFactors
 from htv.ops.norm import group_norm_backward, norm_sums
@@ -41,17 +41,16 @@ class _LayerNorm(Function):
         return y
 
     @staticmethod
-    def backward(ctx, grad):
+    def gradients(ctx, grad):
         _, x, weight, bias, mean, rstd = ctx.saved_tensors
         shape, voters = ctx.shape, ctx.voters
-        with full_precision(grad.device):
-            sums = _sums_along_batch(grad, x, mean, rstd, len(shape), voters)
-            grads = _affine_grads(ctx, sums, lambda voters, sums: StackedFactors(_by_group(sums, shape, voters)))
-            grad_x = None
-            if ctx.needs_input_grad[0]:
-                grad_x, _, _ = torch.ops.aten.native_layer_norm_backward(
-                    grad, x, shape, mean, rstd, weight, bias, [True, False, False]
-                )
+        sums = _sums_along_batch(grad, x, mean, rstd, len(shape), voters)
+        grads = _affine_grads(ctx, sums, lambda voters, sums: StackedFactors(_by_group(sums, shape, voters)))
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x, _, _ = torch.ops.aten.native_layer_norm_backward(
+                grad, x, shape, mean, rstd, weight, bias, [True, False, False]
+            )
         return grad_x, *grads, *ctx.unused
 
 
@@ -102,11 +101,10 @@ class _GroupNorm(Function):
         return y
 
     @staticmethod
-    def backward(ctx, grad):
+    def gradients(ctx, grad):
         _, x, weight, mean, rstd = ctx.saved_tensors
-        with full_precision(grad.device):
-            grad_x, *sums = group_norm_backward(grad, x, weight, mean, rstd, ctx.needs_input_grad[0])
-            grads = _affine_grads(ctx, sums, lambda voters, sums: StackedFactors(voters.along(sums)))
+        grad_x, *sums = group_norm_backward(grad, x, weight, mean, rstd, ctx.needs_input_grad[0])
+        grads = _affine_grads(ctx, sums, lambda voters, sums: StackedFactors(voters.along(sums)))
         return grad_x, *grads, *ctx.unused
 
 

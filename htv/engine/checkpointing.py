@@ -43,16 +43,19 @@ def in_first_run() -> bool:
 
 
 class RecentForwards:
-    """The last forwards of which a checkpoint may run parts again, newest last."""
+    """The last forwards of which a checkpoint may run parts again.
+
+    modes: of them, the newest last.
+    """
 
     def __init__(self) -> None:
-        self._modes: deque[ModeLike] = deque(maxlen=MOST_FORWARDS)
+        self.modes: deque[ModeLike] = deque(maxlen=MOST_FORWARDS)
 
     def note(self, mode: ModeLike, forward: ForwardLike, args: tuple, kwargs: dict) -> None:
         """Remember what a checkpoint may ask for when it runs this part of a forward again."""
         if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
-            if mode not in self._modes:
-                self._modes.append(mode)
+            if mode not in self.modes:
+                self.modes.append(mode)
         if not torch.is_grad_enabled() and not forward.misplaced:  # a reentrant one
             leaves = pytree.tree_leaves((args, kwargs))
             forward.misplaced = any(mode.misplaced(t) for t in leaves if isinstance(t, Tensor))
@@ -67,17 +70,13 @@ class RecentForwards:
                 "model's have it, or come from parameters: which part is whose cannot be told. Call "
                 "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
             )
-        for mode in reversed(self._modes):
+        for mode in reversed(self.modes):
             if any(mode.marks.get(t) is not None for t in tensors):
                 return mode
         return None
 
     def nodes(self) -> Iterator[tuple[object, int, Mark, ModeLike]]:
         """Yield (autograd node, output, mark, forward) of what these forwards marked."""
-        for mode in self._modes:
+        for mode in self.modes:
             for node, number, mark in mode.marks.nodes():
                 yield node, number, mark, mode
-
-    def clear(self) -> None:
-        """Forget them: a later backward cannot run them again."""
-        self._modes.clear()

@@ -148,11 +148,12 @@ class ServedForward:
 
     def check(self) -> None:
         """Refuse before anything runs: replaced parameters; a BatchNorm, which counts its batches first."""
-        if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        if torch._C._get_tracing_state() or torch.compiler.is_exporting():
             raise UnsupportedError(EXPORTING.format("torch.jit.trace or torch.export"))
-        if any(members(m) != known for m, known in self._tree) and (
-            [id(p) for p in self.module.parameters()] != self.parameters
-        ):
+        changed = False
+        for module, known in self._tree:
+            changed |= [*map(id, module._parameters.values()), *map(id, module._modules.values())] != known
+        if changed and [id(p) for p in self.module.parameters()] != self.parameters:
             known = set(self.parameters)
             new = (repr(n) for n, p in self.module.named_parameters() if id(p) not in known)
             raise RuntimeError(
@@ -162,7 +163,8 @@ class ServedForward:
                 "load_state_dict(assign=True) or "
                 "functional_call was used, ...): detach and attach again"
             )
-        self.check_batch_norm()
+        if self.batch_norms:
+            self.check_batch_norm()
 
     def check_batch_norm(self) -> None:
         """Refuse a BatchNorm in train mode, unless the handle was told what to do about it."""

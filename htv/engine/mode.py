@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import is_dataclass, replace
 from functools import lru_cache
@@ -34,6 +35,18 @@ from htv.groups import Groups, Place, Voters
 
 # One tensor only lends its dtype, device or shape to the other.
 BORROWING = {"type_as", "to", "expand_as", "view_as", "reshape_as"}
+# What calls tell of a tensor, but its values: nothing has to be known of it, and nothing comes of it.
+QUESTIONS = {
+    *(getattr(Tensor, name).__get__ for name in (
+        "shape", "dtype", "device", "ndim", "requires_grad", "layout", "is_leaf", "grad_fn", "is_cuda", "is_cpu",
+        "is_meta", "is_sparse", "is_nested", "is_quantized", "_version", "output_nr", "itemsize", "nbytes",
+    )),
+    *(getattr(Tensor, name) for name in (
+        "size", "dim", "ndimension", "numel", "nelement", "stride", "element_size", "is_floating_point", "is_complex",
+        "is_contiguous", "storage_offset", "get_device", "is_inference", "__len__",
+    )),
+    torch.numel, torch.is_floating_point, torch.is_complex,
+}  # fmt: skip
 # They hand out values without a gradient, or no tensor at all.
 QUERIES = {"detach", "data", "size", "dim", "numel", "stride", "is_floating_point", "is_complex", "data_ptr"}
 
@@ -62,6 +75,7 @@ class Intercept(TorchFunctionMode):
     again:    of a part that activation checkpointing runs again, the forward it belongs to:
               tensors keep their marks.
     carried:  what earlier forwards know of tensors the model is called with, by identity.
+    voters:   who votes at which place, as far as earlier forwards of the same groups found it.
     """
 
     block = None  # a reference to the `Handle.forward` block that opened it
@@ -74,20 +88,26 @@ class Intercept(TorchFunctionMode):
         batch: Batch,
         again: Intercept | None = None,
         carried: dict[int, Mark] | None = None,
+        voters: dict | None = None,
     ):
         super().__init__()
         self.session, self.groups, self.batch, self._carried = session, groups, batch, carried or {}
-        self.marks = Marks(None if again is None else again.marks)
+        self.marks = marks = Marks(None if again is None else again.marks)
         self.task = torch._C._current_graph_task_id()  # a backward inside the forward is not its business
-        self._own = session.own_marks
-        self._voters: dict[tuple, Voters] = {}
-        for tensor in (*session.constants(), *batch.constants):
-            if self.served(tensor) is None and self.marks.get(tensor) is None:
-                self._mark_constant(tensor)
+        self.own = own = session.own_marks
+        self._voters, self._voters_of_one_batch = ({}, True) if voters is None else (voters, False)
+        self._found = session.found_before(groups)  # marks of results, by all that decides them
+        known = marks.table
+        for tensors in (session.constants(), batch.constants):
+            for tensor in tensors:
+                served = id(tensor) in own and tensor.requires_grad
+                if id(tensor) not in known and not served and (again is None or marks.get(tensor) is None):
+                    marks.put(tensor, PLAIN if tensor.requires_grad else CONSTANT)
         for name, tensor, place, sure in batch.members:
-            if self.served(tensor) is None and self.marks.get(tensor) is None:
+            served = id(tensor) in own and tensor.requires_grad
+            if id(tensor) not in known and not served and (again is None or marks.get(tensor) is None):
                 guess = "" if sure else f"{name!r}, an input of shape {tuple(tensor.shape)},"
-                self.marks.put(tensor, replace(place, guess=guess) if guess else place)
+                marks.put(tensor, replace(place, guess=guess) if guess else place)
 
     def enter(self) -> None:
         """Put the mode on torch's stack; `left_on_stack` takes it off, whatever was interrupted."""
@@ -102,13 +122,14 @@ class Intercept(TorchFunctionMode):
         """Note at what a forward returns where the batch is in it, for forwards that it is handed to."""
         knowledge = graph_reading.Knowledge(self.groups, self.spec, self.batch.source)
         leaves = [result] if isinstance(result, Tensor) else pytree.tree_leaves(result)
-        for leaf in leaves:
-            values = vars(leaf).values() if is_dataclass(leaf) else (leaf,)
-            for tensor in values:
-                if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
-                    mark = self.marks.get(tensor)
-                    if isinstance(mark, OfBatch):
-                        graph_reading.remember(tensor, knowledge, mark)
+        with torch._C.DisableTorchFunction():
+            for leaf in leaves:
+                values = vars(leaf).values() if is_dataclass(leaf) else (leaf,)
+                for tensor in values:
+                    if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
+                        mark = self.marks.get(tensor)
+                        if isinstance(mark, OfBatch):
+                            graph_reading.remember(tensor, knowledge, mark)
 
     def misplaced(self, tensor: Tensor) -> bool:
         """Whether a tensor is not what it would be taken for as an input of the model."""
@@ -118,17 +139,21 @@ class Intercept(TorchFunctionMode):
         return isinstance(mark, (Lost, Derived)) or (isinstance(mark, Constant) and self.groups.fits(tensor))
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if torch._C._current_graph_task_id() != self.task:  # a backward that the forward calls
-            return func(*args, **(kwargs or {}))
-        return self.call(func, args, kwargs or {})
+        kwargs = kwargs or {}
+        if func in QUESTIONS or torch._C._current_graph_task_id() != self.task:
+            return func(*args, **kwargs)  # no tensor comes of it, or it is of a backward that the forward calls
+        if kwargs:
+            args, kwargs = torch_ops.in_order(plain_name(func), args, kwargs)
+        handler = handlers.SERVERS.get(func)
+        if handler is not None:
+            result = handler(self, func, args, kwargs)
+            if result is not NotImplemented:
+                return result
+        return self.general(func, args, kwargs)
 
     def call(self, func, args, kwargs):
         """One torch call of the forward, served where that is needed."""
-        if kwargs:
-            args, kwargs = torch_ops.in_order(plain_name(func), args, kwargs)
-        server = handlers.SERVERS.get(func)
-        result = NotImplemented if server is None else server(self, func, args, kwargs)
-        return self.general(func, args, kwargs) if result is NotImplemented else result
+        return self.__torch_function__(func, (), args, kwargs)
 
     # -- what a tensor is ---------------------------------------------------------------------------------------------
 
@@ -145,7 +170,7 @@ class Intercept(TorchFunctionMode):
         """
         if tensor is None:
             return None
-        own = self._own.get(id(tensor))
+        own = self.own.get(id(tensor))
         if own is not None and tensor.requires_grad:
             return own
         mark = self.marks.current(tensor, self._mark_again)
@@ -209,7 +234,7 @@ class Intercept(TorchFunctionMode):
         mark = self.mark(value) if mark is None else mark
         if not isinstance(mark, Derived) or not value.requires_grad:
             return Slot(value)
-        if mark is self._own.get(id(value)):
+        if mark is self.own.get(id(value)):
             return Slot(value.detach(), [mark.parameters[0].sink(self.groups)])
         return self._derived(value, mark).slot()
 
@@ -219,6 +244,10 @@ class Intercept(TorchFunctionMode):
 
     def input(self, x: Tensor) -> tuple[Tensor, Mark | None]:
         """A layer's input as `copied_per_unit` gives it, and its `place`."""
+        entry = self.marks.table.get(id(x))
+        if entry is not None and entry[2] is not None and entry[0]() is x and self.groups.num_units > 1:
+            if entry[2] == x._version and x.requires_grad <= entry[3] and type(entry[1]) is Place:
+                return x, entry[1]  # the usual case
         mark = self.mark(x)
         if isinstance(mark, Derived):
             x = self.copied_per_unit(x)
@@ -234,10 +263,11 @@ class Intercept(TorchFunctionMode):
 
     def voters(self, place: Place) -> Voters:
         """Who votes with the indices of a tensor that has the batch there."""
-        key = (place.dim, place.outer, place.times, None if place.units is None else id(place.units))
-        found = self._voters.get(key)
+        found = self._voters.get(place)
         if found is None:
-            found = self._voters[key] = self.groups.voters(place)
+            found = self.groups.voters(place)
+            if place.units is None or self._voters_of_one_batch:
+                self._voters[place] = found
         return found
 
     def why_not_batch(self, x: Tensor, mark: Mark | None, features: int) -> str | None:
@@ -272,14 +302,83 @@ class Intercept(TorchFunctionMode):
     # -- calls that no layer serves -----------------------------------------------------------------------------------
 
     def general(self, func, args, kwargs):
-        """Run a call that no layer serves, expanding parameters where it is elementwise, and mark its results."""
-        tensors = tensors_in(args, kwargs)
-        marks = [self.mark(t) for t in tensors]
+        """Run a call that no layer serves, expanding parameters where it is elementwise, and mark its results.
+
+        Nearly all calls of a forward come here, so what is found for one is kept for those like it, and the usual case
+        makes no further call of a function.
+        """
+        table, stack_length = self.marks.table, torch._C._len_torch_function_stack()
+        tensors, marks, derived = [], [], False
+        key = None if self._found is None or stack_length else [func]
+        for value in (*args, *kwargs.values()) if kwargs else args:
+            if isinstance(value, Tensor):
+                entry = table.get(id(value))
+                if (
+                    entry is None
+                    or stack_length
+                    or entry[2] is None
+                    or entry[0]() is not value
+                    or entry[2] != value._version
+                    or value.requires_grad > entry[3]
+                ):
+                    mark = self.mark(value)
+                else:
+                    mark = entry[1]
+                tensors.append(value)
+                marks.append(mark)
+                if type(mark) is Derived:
+                    derived = True
+                elif type(mark) is Place and mark.units is not None:
+                    key = None
+                elif key is not None:
+                    key.append(mark)
+                    key.append(value.shape)
+                    key.append(value.dtype)
+                    key.append(value.requires_grad)
+            elif type(value) in (tuple, list):
+                inside = tensors_in(value, None)
+                if inside:
+                    tensors += inside
+                    marks += [self.mark(t) for t in inside]
+                    derived = derived or any(type(m) is Derived for m in marks)
+                    key = None
+                elif key is not None:
+                    key.append(tuple(value))
+            elif key is not None:
+                key.append(value)
+        if derived or _writes(func):
+            return self._slowly(func, args, kwargs, tensors, marks, derived)
+        result = func(*args, **kwargs)
+        if key is None or type(result) is not Tensor or not _is_kept(func, len(tensors)):
+            self._mark_results(func, args, kwargs, list(zip(tensors, marks, strict=True)), result)
+            return result
+        if kwargs:
+            key.append(tuple(kwargs))
+        key.append(result.shape)
+        key.append(result.requires_grad)
+        try:
+            kept = tuple(key)
+            mark = self._found.get(kept)
+        except TypeError:  # a slice, say
+            kept = mark = None
+        if mark is None:
+            self._mark_results(func, args, kwargs, list(zip(tensors, marks, strict=True)), result)
+            mark = self.marks.get(result)
+            if kept is not None and _may_be_kept(mark) and torch.is_grad_enabled():
+                self._found[kept] = mark
+        elif torch.is_grad_enabled():
+            table[id(result)] = (weakref.ref(result), mark, result._version, result.requires_grad)
+        else:
+            self._mark_results(func, args, kwargs, list(zip(tensors, marks, strict=True)), result)
+        return result
+
+    def _slowly(self, func, args, kwargs, tensors: list[Tensor], marks: list[Mark | None], derived: bool):
+        """`general` for calls that use parameters or write to a tensor."""
         if args and isinstance(args[0], Tensor) and _writes(func) and args[0]._base is not None:
             base = args[0]._base
             if self.served(base) is None:  # what it is before this write, which its view tells of
                 self.marks.put(base, self.mark(base))
-        if any(isinstance(m, Derived) for m in marks):
+        if derived:
             result = self._with_parameters(func, args, kwargs, tensors, marks)
         else:
             result = func(*args, **kwargs)
@@ -431,9 +530,6 @@ class Intercept(TorchFunctionMode):
 
     # -- marks of results ---------------------------------------------------------------------------------------------
 
-    def _mark_constant(self, tensor: Tensor) -> None:
-        self.marks.put(tensor, PLAIN if tensor.requires_grad else CONSTANT)
-
     def _mark_results(self, func, args, kwargs, operands, result) -> None:
         """Mark what a call made, or wrote to in place."""
         name = plain_name(func)
@@ -542,6 +638,24 @@ def _place_in_code() -> str:
 def _served(tensor: Tensor, mark: Mark | None) -> bool:
     """Whether contributions to a tensor go to served parameters."""
     return isinstance(mark, Derived) and tensor.requires_grad
+
+
+KEPT = torch_ops.BROADCASTING | torch_ops.EXPANDING | torch_ops.RESHAPING | torch_ops.PERMUTING
+KEPT |= torch_ops.MULTIPLYING | torch_ops.ROWWISE | set(torch_ops.REDUCING)
+KEPT |= {"unsqueeze", "einsum", "scaled_dot_product_attention", "repeat", "tile"}
+KEPT_OF_ONE = set(torch_ops.ALONG) | {"getitem", "select"}  # a second tensor would be an index, whose values matter
+
+
+@lru_cache(maxsize=4096)
+def _is_kept(func, tensors: int) -> bool:
+    """Whether the mark of a call's result follows from shapes and marks. tensors: how many are among its arguments."""
+    name = plain_name(func)
+    declared = getattr(func, graph_reading.ROWWISE, False)
+    return not declared and (name in KEPT or (tensors == 1 and name in KEPT_OF_ONE))
+
+
+def _may_be_kept(mark: Mark | None) -> bool:
+    return mark is CONSTANT or mark is PLAIN or (type(mark) is Place and mark.units is None)
 
 
 @lru_cache(maxsize=4096)

@@ -52,11 +52,11 @@ class Served(Owner):
         self.uses: set[str] = set()
         self.agreement: Agreement | None = None
         self.refusal: str | None = None  # why some use was let through plainly
-        self._deferred: str | None = None  # why a use is to be refused, if a loss reaches it
+        self.deferred: str | None = None  # why a use is to be refused, if a loss reaches it
         self._hubs = threading.local()  # .mine: references to a token and its ledger, or None
         self._delivered: dict[int, tuple[int, int]] = {}  # by backward pass
         self._twice = -1  # the last backward pass in which two hubs delivered
-        self._hook = None
+        self.hook = None
         self._given: tuple[int, int] | None = None  # the last gradient delivered: its memory and version
 
     @property
@@ -70,35 +70,38 @@ class Served(Owner):
 
     def sink(self, groups: Groups) -> Sink:
         """For one more use: uses share a hub until a backward has consumed it."""
-        hub = self._hub(groups) or self._open(groups)
-        return Sink(*hub)
-
-    def _hub(self, groups: Groups) -> tuple[Tensor, Ledger] | None:
-        """This thread's token and ledger, if they can take one more use.
-
-        They live as long as a use's graph does: what a failed backward recorded dies with it.
-        """
         hub = getattr(self._hubs, "mine", None)
-        if hub is None:
-            return None
-        token, ledger = hub[0](), hub[1]()
-        if token is None or ledger is None or ledger.consumed or not ledger.groups.same_voters(groups):
-            return None
-        return token, ledger
+        if hub is not None:
+            token, ledger = hub[0](), hub[1]()
+            if token is not None and ledger is not None and not ledger.consumed:
+                if ledger.groups is groups or ledger.groups.same_voters(groups):
+                    return Sink(token, ledger)
+        return Sink(*self._open(groups))
 
     def _may_join(self, groups: Groups) -> bool:
-        return self.parameter.requires_grad and not self._is_hooked() and self._hub(groups) is None
+        """Whether the parameter can get a hub with others: it has none that can take one more use."""
+        hub = getattr(self._hubs, "mine", None)
+        ledger = None if hub is None or hub[0]() is None else hub[1]()
+        has_hub = ledger is not None and not ledger.consumed and ledger.groups.same_voters(groups)
+        return self.parameter.requires_grad and not has_hub and not self._is_hooked()
 
     def _is_hooked(self) -> bool:
         """Whether others look at the gradient: hooks would see None where only other parameters of the hub get one."""
         p = self.parameter
-        return len(p._backward_hooks or ()) > (self._hook is not None) or bool(p._post_accumulate_grad_hooks)
+        return len(p._backward_hooks or ()) > (self.hook is not None) or bool(p._post_accumulate_grad_hooks)
 
     def _open(self, groups: Groups) -> tuple[Tensor, Ledger]:
         """A new hub, for all that shares it and has none; returns this parameter's token and ledger."""
-        sharing = (self,) if self._is_hooked() else self.session.hub_of(self, groups)
+        session = self._session()
+        sharing = (self,) if self.parameter.dim() > 1 else session.hub_of(self, groups)
+        if len(sharing) == 1 or self._is_hooked():
+            ledger = Ledger(self.rule, groups, self, session.collects_stats)
+            token = Hub.apply((ledger,), self.parameter)
+            # They live as long as a use's graph does: what a failed backward recorded dies with it.
+            self._hubs.mine = weakref.ref(token), weakref.ref(ledger)
+            return token, ledger
         members = [s for s in sharing if s is self or s._may_join(groups)]
-        ledgers = tuple([Ledger(s.rule, groups, s, self.session.collects_stats) for s in members])
+        ledgers = tuple([Ledger(s.rule, groups, s, session.collects_stats) for s in members])
         token = Hub.apply(ledgers, *[s.parameter for s in members])
         for served, ledger in zip(members, ledgers, strict=True):
             served._hubs.mine = weakref.ref(token), weakref.ref(ledger)
@@ -106,35 +109,38 @@ class Served(Owner):
 
     def defer(self, message: str) -> None:
         """Refuse a use when a gradient comes by it."""
-        self._deferred = message
+        self.deferred = message
 
     def watch(self) -> None:
         """Make gradients that come by another way than the hub an error."""
-        self._deferred = None
-        if self._hook is None and self.parameter.requires_grad:
+        self.deferred = None
+        if self.hook is None and self.parameter.requires_grad:
             reference = weakref.ref(self)
 
             def check(grad: Tensor) -> None:
                 served = reference()
-                if served is not None:
-                    served._check_gradient(grad)
+                if served is None or grad is None or served.refusal is not None:
+                    return
+                current = torch._C._current_graph_task_id()
+                if served._delivered.pop(current, None) != (grad.data_ptr(), grad._version):
+                    served.refuse_gradient(served._twice == current)
 
-            self._hook = _hook_first(self.parameter, check)
+            self.hook = _hook_first(self.parameter, check)
 
     def unwatch(self) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+        """Take the guard off: the parameter is not served any more."""
+        self.attached = False
+        if self.hook is not None:
+            self.hook.remove()
+            self.hook = None
             if not self.parameter._backward_hooks:
                 self.parameter._backward_hooks = None
 
     def guard(self) -> None:
-        session = self.session
-        if session is None or not session.attached:
-            raise RuntimeError(
-                f"backward after detach: the forward ran while parameter {self.name!r} was served, but its handle has "
-                "been detached since; run the forward again, or detach after backward"
-            )
+        raise RuntimeError(
+            f"backward after detach: the forward ran while parameter {self.name!r} was served, but its handle has "
+            "been detached since; run the forward again, or detach after backward"
+        )
 
     def observe(self, parts: list[Factors]) -> None:
         if self.session.examine is not None:
@@ -144,21 +150,23 @@ class Served(Owner):
 
     def deliver(self, grad: Tensor | None, current: int) -> None:
         # No reference is kept: autograd may then take the tensor for .grad without a copy.
+        if not self.passes.outer:
+            self.settled.clear()
+        self.settled.add(current)
         if current in self._delivered:
             self._twice = current
-        self.expect(grad, current)
+        if grad is None or len(self._delivered) >= MOST_DELIVERED:
+            self.expect(grad, current)
+        else:
+            self._delivered[current] = grad.data_ptr(), grad._version
         self._hubs.mine = None
-        session = self.session
-        session.settled()
+        session = self._session()
+        session.backward_started = True
         if grad is not None and not session.told_of_sums:
-            self._watch_for_sums(session, grad)
-
-    def _watch_for_sums(self, session: SessionLike, grad: Tensor) -> None:
-        """Warn once where a backward adds to the aggregate of an earlier one, as trainers' accumulation does."""
-        held = self.parameter.grad
-        if held is not None and self._given == (held.data_ptr(), held._version):
-            session.warn_of_sums(self)
-        self._given = grad.data_ptr(), grad._version
+            held = self.parameter.grad
+            if held is not None and self._given == (held.data_ptr(), held._version):
+                session.warn_of_sums(self)  # as trainers' accumulation does
+            self._given = grad.data_ptr(), grad._version
 
     def expect(self, grad: Tensor | None, current: int) -> None:
         """This very gradient is what reaches the parameter in a backward pass."""
@@ -180,17 +188,10 @@ class Served(Owner):
             grad = grad.to(self.parameter.dtype)
             self.parameter.grad = grad if self.parameter.grad is None else self.parameter.grad + grad
 
-    def _check_gradient(self, grad: Tensor | None) -> None:
-        if grad is None or self.refusal is not None:
-            return
-        current = torch._C._current_graph_task_id()
-        if self._delivered.pop(current, None) != (grad.data_ptr(), grad._version):
-            self.refuse_gradient(self._twice == current)
-
     def refuse_gradient(self, twice: bool) -> None:
         """The parameter got more than an aggregated gradient. twice: it got two of them."""
-        if self._deferred is not None:
-            self.session.unsupported(self._deferred, (self,))
+        if self.deferred is not None:
+            self.session.unsupported(self.deferred, (self,))
             return
         if twice:
             why = (

@@ -26,6 +26,7 @@ class ParameterLike(Protocol):
     parameter: Tensor
     rule: Rule
     refusal: str | None
+    uses: set[str]
 
     def note(self, use: str) -> None:
         """Remember a kind of use."""
@@ -56,6 +57,9 @@ class ModeSession(Protocol):
     def shares_statistics(self) -> bool:
         """Whether a contribution may include what passes through a BatchNorm's statistics."""
 
+    def found_before(self, groups: Groups) -> dict[tuple, Any] | None:
+        """Return the marks of results that earlier forwards of such a batch found; None not to keep any."""
+
     def constants(self) -> Iterable[Tensor]:
         """Return the model's tensors that are not served."""
 
@@ -76,6 +80,7 @@ class SessionLike(ModeSession, Protocol):
     """What a tracked parameter, and the stand-in for a forward, need of the session."""
 
     attached: bool
+    backward_started: bool
     batch_norm: str
     collects_stats: bool
     examine: Callable[[str, list[Factors]], None] | None
@@ -85,9 +90,6 @@ class SessionLike(ModeSession, Protocol):
 
     def hub_of(self, served: Any, groups: Groups) -> tuple:
         """Return the parameters that share a hub with this one, itself among them."""
-
-    def settled(self) -> None:
-        """Note that a backward has reached a parameter."""
 
     def warn_of_sums(self, served: Any) -> None:
         """Say once that several backwards were added up in `.grad`."""
@@ -105,7 +107,8 @@ class SessionLike(ModeSession, Protocol):
 class ModeLike(Protocol):
     """The mode a forward runs under, as handlers see it."""
 
-    handle: ModeSession
+    session: ModeSession
+    own: dict[int, Any]
     groups: Groups
     batch: Any
     marks: Any

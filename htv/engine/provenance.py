@@ -63,28 +63,35 @@ CONSTANT, PLAIN, LOST = Constant(), Plain(), Lost()
 
 
 class Marks:
-    """Marks of live tensors, by identity; does not hold them alive. Looks into `earlier` marks for those it lacks."""
+    """Marks of live tensors, by identity; does not hold them alive. Looks into `earlier` marks for those it lacks.
+
+    table:  identity -> (weak reference, mark, how often the tensor had been written to or None where torch does not
+            tell, whether it had a gradient). Read by `Mode.general` itself, which would else spend its time on calls.
+    """
 
     def __init__(self, earlier: Marks | None = None) -> None:
-        # by identity: the tensor, its mark, how often it had been written to, whether it had a
-        # gradient
-        self._marks: dict[int, tuple[weakref.ref, Mark, int | None, bool]] = {}
+        self.table: dict[int, tuple[weakref.ref, Mark, int | None, bool]] = {}
         self._earlier = earlier
 
     def get(self, tensor: Tensor) -> Mark | None:
-        entry = self._marks.get(id(tensor))
+        entry = self.table.get(id(tensor))
         if entry is not None and entry[0]() is tensor:
             return entry[1]
         return None if self._earlier is None else self._earlier.get(tensor)
 
     def put(self, tensor: Tensor, mark: Mark) -> None:
-        self._marks[id(tensor)] = (weakref.ref(tensor), mark, *_state(tensor))
+        if type(mark) is Place and mark.units is None and not mark.is_the_one:
+            mark = interned(mark)
+        if type(tensor) in PLAIN_TYPES and not torch._C._len_torch_function_stack() and not tensor.is_inference():
+            self.table[id(tensor)] = (weakref.ref(tensor), mark, tensor._version, tensor.requires_grad)
+        else:
+            self.table[id(tensor)] = (weakref.ref(tensor), mark, *_state(tensor))
 
     def nodes(self) -> Iterator[tuple[object, int, Mark]]:
         """The autograd nodes of the marked tensors that are alive, as (node, output, mark)."""
-        for reference, mark, version, graded in list(self._marks.values()):
+        for reference, mark, version, graded in list(self.table.values()):
             tensor = reference()
-            if graded and tensor is not None and tensor.grad_fn is not None and _version(tensor) == version:
+            if graded and tensor is not None and tensor.grad_fn is not None and _state(tensor)[0] == version:
                 yield tensor.grad_fn, tensor.output_nr, mark
         if self._earlier is not None:
             yield from self._earlier.nodes()
@@ -92,7 +99,7 @@ class Marks:
     def current(self, tensor: Tensor, again: Callable[[Tensor], Mark]) -> Mark | None:
         """`get`; of a tensor that was written to since, or got a graph, by a call nobody saw or through its base or
         another view, what `again` says."""
-        entry = self._marks.get(id(tensor))
+        entry = self.table.get(id(tensor))
         if entry is None or entry[0]() is not tensor:
             return None if self._earlier is None else self._earlier.get(tensor)
         version, graded = _state(tensor)
@@ -111,9 +118,32 @@ def _state(tensor: Tensor) -> tuple[int | None, bool]:
     if torch._C._len_torch_function_stack():  # a mode is on, and would take this for a call of the forward
         with torch._C.DisableTorchFunction():
             return _version(tensor), tensor.requires_grad
+    if type(tensor) in PLAIN_TYPES and not tensor.is_inference():
+        return tensor._version, tensor.requires_grad
     return _version(tensor), tensor.requires_grad
 
 
 def _version(tensor: Tensor) -> int | None:
     told = type(tensor) in PLAIN_TYPES or tensor._is_view()
     return tensor._version if told and not tensor.is_inference() else None
+
+
+_places: dict[tuple, Place] = {}
+MOST_PLACES = 4096
+
+
+def interned(mark: Mark) -> Mark:
+    """The one object that stands for all equal places without numbers of their own; any other mark as it is.
+
+    What was found for a call with such marks once holds for every later one, so it can be looked up.
+    """
+    if type(mark) is not Place or mark.units is not None or mark.is_the_one:
+        return mark
+    key = (mark.dim, mark.outer, mark.times, mark.guess)
+    found = _places.get(key)
+    if found is None:
+        if len(_places) >= MOST_PLACES:
+            _places.clear()
+        found = _places[key] = mark
+        object.__setattr__(mark, "is_the_one", True)
+    return found

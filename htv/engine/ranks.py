@@ -51,6 +51,14 @@ def refuse_data_parallel() -> None:
         _refuse_ranks(active, "DistributedDataParallel")
 
 
+def vote_alone() -> bool:
+    """Tell whether there are several ranks; raise where DistributedDataParallel would average their votes."""
+    if DistributedDataParallel._active_ddp_module is not None:
+        refuse_data_parallel()
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and world_size() > 1
+
+
 def _refuse_ranks(module: DistributedDataParallel, kind: str) -> None:
     ranks = module.process_group.size()
     if ranks > 1:

@@ -8,7 +8,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -26,13 +26,15 @@ from htv.engine.mode import Intercept, left_on_stack
 from htv.engine.parameter import Served, share_hubs
 from htv.engine.provenance import Derived, Lost, Mark
 from htv.errors import UnsupportedError
-from htv.groups import Groups
+from htv.groups import Groups, Place, Voters
 from htv.ops.factors import Factors
 from htv.rules import Mean, Rule
 
 __all__ = ["ForwardBlock", "Session", "Settings"]
 
 MOST_HUB_PLANS = 16
+top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+MOST_SIZES, MOST_KEPT = 16, 1 << 16  # of batches, and of results whose marks are kept
 _sessions: weakref.WeakSet[Session] = weakref.WeakSet()  # those attached
 
 
@@ -122,7 +124,9 @@ class Session:
         self._last_spec: Voting | None = None
         self._specs: list[Voting | None] = []  # since the last backward; at most two different
         self._sizes: set[int] = set()  # of the batches since the last backward
-        self._differentiated = self.accumulates = False
+        self.accumulates = False
+        # Whether a backward has reached a parameter: the forwards before it are done with then.
+        self.backward_started = False
         self._recent = RecentForwards()
 
         parameters = dict(model.named_parameters())
@@ -132,6 +136,9 @@ class Session:
             if rules[name] is not None
         }
         self.own_marks = {k: Derived((s,), s.parameter) for k, s in self._served.items()}
+        self._plans: dict[tuple, _Plan] = {}  # who votes, by how the forward was called
+        self._enough: set[int] = set()  # numbers of groups that suffice for all rules
+        self._found: dict[tuple, dict[tuple, Mark]] = {}  # marks of results, by size of the batch
         # By the number of groups: who shares a hub.
         self._hubs: dict[int, dict[Served, tuple[Served, ...]]] = {}
         self.rules = {served.rule for served in self._served.values()}
@@ -178,7 +185,7 @@ class Session:
         for forward in self._forwards:
             forward.let_go()
         self._forwards, self.root, self.thread = [], None, threading.local()
-        self._recent.clear()
+        self._recent.modes.clear()
 
     def require_attached(self, method: str) -> None:
         """Raise where a method of a detached handle is called."""
@@ -272,16 +279,26 @@ class Session:
         """Return all served parameters."""
         return list(self._served.values())
 
+    def found_before(self, groups: Groups) -> dict[tuple, Mark]:
+        """Return the marks of results that earlier forwards of such a batch found."""
+        key = groups.num_units, groups.rows_vote
+        found = self._found.setdefault(key, {})
+        if len(self._found) > MOST_SIZES or len(found) > MOST_KEPT:
+            self._found = {key: {}}
+        return self._found[key]
+
     def constants(self) -> Iterator[Tensor]:
         """Yield the model's tensors that are not served.
 
         Buffers, plain tensor attributes, frozen and excluded parameters.
         """
         for module in self._modules:
-            yield from (b for b in module._buffers.values() if b is not None)
+            yield from module._buffers.values()
         yield from self._attributes
         yield from self._plain
-        yield from (s.parameter for s in self._served.values() if not s.parameter.requires_grad)
+        for served in self._served.values():
+            if not served.parameter.requires_grad:
+                yield served.parameter
 
     @property
     def shares_statistics(self) -> bool:
@@ -321,10 +338,6 @@ class Session:
         """Remember where the batch was lost, once a parameter came to need it."""
         self.losses[lost] = None
 
-    def settled(self) -> None:
-        """Note that a backward has reached a parameter: the forwards before it are done with."""
-        self._differentiated = True
-
     def require_several(self, count: int, source: str) -> None:
         """Refuse a batch of one group under a rule that needs several."""
         if count != 1 or self.settings.allow_single:
@@ -351,40 +364,48 @@ class Session:
         )
 
     def _warn_of_ranks(self) -> None:
-        if not self._told_of_ranks and ranks.world_size() > 1:
-            self._told_of_ranks = True
-            warnings.warn(
-                f"{ranks.world_size()} ranks are initialised, but the examples of each vote by "
-                "themselves: averaging .grad over ranks would average votes. Use htv.Mean() "
-                "there, or train in one process",
-                stacklevel=4,
-            )
+        self._told_of_ranks = True
+        warnings.warn(
+            f"{ranks.world_size()} ranks are initialised, but the examples of each vote by "
+            "themselves: averaging .grad over ranks would average votes. Use htv.Mean() there, or "
+            "train in one process",
+            stacklevel=4,
+        )
 
     # -- a forward --------------------------------------------------------------------------------
 
     def run(self, forward: ServedForward, args: tuple, kwargs: dict):
         """Run a module's forward, under the mode if it is the outermost one and gradients are on."""
-        running = self.running()
+        running = getattr(self.thread, "running", None)
+        if running is not None:
+            running = self.running()
         if running is True:
             return forward.inner(*args, **kwargs)
         if running is not None and running.task == torch._C._current_graph_task_id():
-            self._recent.note(running, forward, args, kwargs)
+            if top_hooks(True) is not None or not torch.is_grad_enabled():  # checkpoints
+                self._recent.note(running, forward, args, kwargs)
             return forward.inner(*args, **kwargs)
         if not torch.is_grad_enabled() or not self._served:
             self._begin(graph=False)
             with forward.frozen_statistics():
                 return forward.inner(*args, **kwargs)
-        mode = None
+        mode, frozen = None, []
         try:
             mode = self.thread.running = self.open(forward, args, kwargs)
-            self._recent.note(mode, forward, args, kwargs)
-            mode.enter()
-            with forward.frozen_statistics():
-                result = forward.inner(*args, **kwargs)
+            if top_hooks(True) is not None or not torch.is_grad_enabled():  # checkpoints
+                self._recent.note(mode, forward, args, kwargs)
+            if forward.batch_norms:
+                forward.freeze(frozen)
+            torch._C._push_on_torch_function_stack(mode)
+            result = forward.inner(*args, **kwargs)
             mode.remember(result)
             return result
         finally:
-            self.close(mode, running)
+            try:
+                self.close(mode, running)
+            finally:
+                if frozen:
+                    thaw(frozen)
 
     def run_compiled(self, forward: ServedForward, args: tuple, kwargs: dict):
         """Run a module's forward while torch.compile traces it."""
@@ -424,37 +445,60 @@ class Session:
 
         names: of the positional arguments, where they are not those of the forward.
         """
-        left_on_stack(lambda mode: mode.is_stale())
+        if torch._C._len_torch_function_stack():
+            left_on_stack(lambda mode: mode.is_stale())
         forward.check()
-        if not self.only_means:
-            ranks.refuse_data_parallel()
+        if not self.only_means and ranks.vote_alone() and not self._told_of_ranks:
             self._warn_of_ranks()
-        tensors = inputs.named_tensors(forward.names if names is None else names, args, kwargs)
-        plain = [t for _, t in tensors if isinstance(t, Tensor)]
-        again = self._recent.run_again(forward, plain)
-        carried: dict[int, Mark] = {}
-        if again is None:
-            spec = self._begin(graph=True)
-            wanted = self._wanted(forward, tensors, names)
-            groups, batch, carried = self._who_votes(spec, tensors, wanted)
+        again, carried, spec, voters = None, {}, None, None
+        key = None if kwargs or names is not None or self.spec is not None else _shapes(forward, args)
+        plan = None if key is None else self._plans.get(key)
+        if plan is not None:
+            self._begin(graph=True)
+            groups, batch, voters = plan.groups, plan.of(args), plan.voters
         else:
-            spec, groups = again.spec, again.groups
-            source = again.batch.source
-            batch = inputs.fitting(groups.num_units, groups.home.dim, tensors, source)
+            own = forward.names if names is None else names
+            tensors = inputs.named_tensors(own, args, kwargs)
+            plain = [t for _, t in tensors if isinstance(t, Tensor)]
+            again = self._recent.run_again(forward, plain)
+            if again is None:
+                spec = self._begin(graph=True)
+                wanted = self._wanted(forward, tensors, names)
+                groups, batch, carried = self._who_votes(spec, tensors, wanted)
+                if key is not None:
+                    self._keep_plan(key, groups, batch, args)
+            else:
+                spec, groups = again.spec, again.groups
+                source = again.batch.source
+                batch = inputs.fitting(groups.num_units, groups.home.dim, tensors, source)
         for served in self._served.values():
-            served.watch()
+            served.deferred = None
+            if served.hook is None:
+                served.watch()
         self.batch_source = batch.source
         self._sizes.add(groups.num_units)
-        if not groups.rows_vote and not self.accumulates:
+        if not groups.rows_vote and not self.accumulates and groups.count not in self._enough:
             self.require_enough(groups.count, batch.source)
-        mode = Intercept(self, groups, batch, again, carried)
+            self._enough.add(groups.count)
+        mode = Intercept(self, groups, batch, again, carried, voters)
         mode.spec = spec
         return mode
+
+    def _keep_plan(self, key: tuple, groups: Groups, batch: Batch, args: tuple) -> None:
+        """Keep who votes in a forward for those that are called alike."""
+        if len(self._plans) >= MOST_SIZES:
+            self._plans.clear()
+        self._plans[key] = _Plan.for_call(groups, batch, args)
 
     def close(self, mode: Intercept | None, outer: Intercept | bool | None) -> None:
         """End a forward. outer: the one around it, or None."""
         self.thread.running = outer
-        if mode is not None:
+        if mode is None:
+            return
+        count = torch._C._len_torch_function_stack()
+        if count and torch._C._get_function_stack_at(count - 1) is mode:
+            torch._C._pop_torch_function_stack()
+        elif count:
             left_on_stack(lambda other: other is mode)
 
     def require_enough(self, count: int, source: str) -> None:
@@ -510,7 +554,7 @@ class Session:
         graph: whether gradients are on. A reentrant checkpoint runs its first forward without, as
                an evaluation does.
         """
-        if in_backward():
+        if torch._C._current_graph_task_id() != -1:
             if len(self._specs) > 1 and in_reentrant_checkpoint():
                 raise RuntimeError(
                     "a reentrant activation checkpoint runs a forward again, but since the last "
@@ -520,19 +564,80 @@ class Session:
                 )
             return self._last_spec
         if graph:
-            self.passes.forget()
-        if self._differentiated:
-            self._specs, self._differentiated, self._last_spec = [], False, None
+            self.passes.outer.clear()
+            self.passes.groups.clear()
+        if self.backward_started:
+            self._specs, self.backward_started, self._last_spec = [], False, None
             self._sizes = set()
-            self._recent.clear()
-        if graph or self.spec is not None:
-            self._last_spec = self.spec
-            if len(self._specs) < 2 and not any(same_spec(self.spec, s) for s in self._specs):
-                self._specs.append(self.spec)
-        return self.spec
+            self._recent.modes.clear()
+        spec = self.spec
+        if graph or spec is not None:
+            self._last_spec = spec
+            known = self._specs
+            if not known:
+                known.append(spec)
+            elif len(known) < 2 and spec is not known[0] and not same_spec(spec, known[0]):
+                known.append(spec)
+        return spec
 
 
 PASSES.add(Session.run.__code__)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Who votes in a forward that gets such arguments.
+
+    members:    (argument, its name, place, sure) of those that hold examples; see `Batch`.
+    constants:  the other arguments that are tensors.
+    """
+
+    groups: Groups
+    home: Place
+    source: str
+    members: tuple[tuple[int, str, Place, bool], ...]
+    constants: tuple[int, ...]
+    voters: dict[Place, Voters] = field(default_factory=dict)
+
+    @staticmethod
+    def for_call(groups: Groups, batch: Batch, args: tuple) -> _Plan:
+        numbers = {id(value): i for i, value in enumerate(args)}
+        members = tuple((numbers[id(t)], name, p, sure) for name, t, p, sure in batch.members)
+        constants = tuple(numbers[id(t)] for t in batch.constants)
+        return _Plan(groups, batch.home, batch.source, members, constants)
+
+    def of(self, args: tuple) -> Batch:
+        """Return the batch of a call with such arguments."""
+        batch = Batch(self.groups.num_units, self.home, source=self.source)
+        for number, name, place, sure in self.members:
+            batch.members.append((name, args[number], place, sure))
+        for number in self.constants:
+            batch.constants.append(args[number])
+        return batch
+
+
+def _shapes(forward: ServedForward, args: tuple) -> tuple | None:
+    """Return all that decides who votes in a call of plain tensors; None for other calls.
+
+    Tensors with a graph may come from earlier forwards, a backward runs parts of one again.
+    """
+    if torch._C._current_graph_task_id() != -1:
+        return None
+    key: list[object] = [forward]
+    tensors = set()
+    for value in args:
+        if type(value) is Tensor and not value.is_nested and value.layout is torch.strided:
+            if value.grad_fn is not None:
+                return None
+            key.append(value.shape)
+            if id(value) in tensors:
+                return None
+            tensors.add(id(value))
+        elif value is None or type(value) in (int, float, bool, str):
+            key.append(value)
+        else:
+            return None
+    return tuple(key)
 
 
 def refuse_shared(model: nn.Module, rules: dict[str, Rule | None]) -> None:

@@ -16,7 +16,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from htv.autograd.later import Later, later_refusal
-from htv.autograd.ledger import Hub, Ledger, Owner, Passes, Sink, full_precision
+from htv.autograd.ledger import Hub, Ledger, Owner, Passes, Sink
 from htv.engine.forward import ServedForward
 from htv.engine.group_spec import StaticVoting
 from htv.engine.guard_state import keys
@@ -52,13 +52,11 @@ class EachIndex(Voters):
 
     def __init__(self, groups: TracedGroups, place: Place):
         self.groups, self.place, self.dim, self.order = groups, place, place.dim, None
+        self.rows_vote, self.plain = groups.rows_vote, False
+        self.count = place.size(groups.num_units)
 
     def all_alike(self) -> EachIndex:
         return self
-
-    @property
-    def count(self) -> int:
-        return self.place.size(self.groups.num_units)
 
     @property
     def offsets(self) -> Tensor:
@@ -109,7 +107,7 @@ class TracedServed(Owner):
     def __init__(self, served: Served, parameter: Tensor):
         self.served, self.parameter, self.name, self.rule = served, parameter, served.name, served.rule
         self.passes, self.settled = Passes(), set()
-        self.note, self.defer = served.note, served.defer
+        self.note, self.defer, self.uses = served.note, served.defer, served.uses
         self._hub = lambda: None, lambda: None
         self.delivered: list[Tensor] = []
         check = weakref.WeakMethod(self._check_gradient)
@@ -170,6 +168,9 @@ class TracedSession:
     def served_parameter(self, tensor: Tensor) -> TracedServed | None:
         return self._served.get(id(tensor))
 
+    def found_before(self, groups: Groups) -> None:
+        """Nothing is kept of tensors without values."""
+
     def constants(self) -> list[Tensor]:
         return self._constants
 
@@ -217,8 +218,9 @@ class Settlement:
     def run(self, tensors: Iterator[Tensor], value: Tensor | None) -> Tensor:
         served, parameter, groups = self.served, self.served.parameter, self.plan.groups(value)
         ledger = Ledger(served.rule, groups, served, served.session.collects_stats)
-        with torch.no_grad(), full_precision(parameter.device):
-            served.guard()
+        with torch.no_grad(), torch.autocast(parameter.device.type, enabled=False):
+            if not served.attached:
+                served.guard()
             for recipe, count in self.recipes:
                 ledger.record(recipe(groups, parameter, list(itertools.islice(tensors, count))))
             if not served.session.accumulates and not groups.rows_vote:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import types
 
 import torch.nn.functional as F
 
-from htv.engine.handlers.call import Operands, serves
+from htv.engine.handlers.call import Operands, Signature, serves
 from htv.engine.protocols import ModeLike
 from htv.engine.provenance import OfBatch
 from htv.groups import Place
@@ -21,9 +20,12 @@ _in_python = types.FunctionType(
 )
 
 
+_MULTI_HEAD = Signature.of(F.multi_head_attention_forward)
+
+
 @serves(F.multi_head_attention_forward)
 def _multi_head_attention(mode: ModeLike, func, args, kwargs):
-    bound = inspect.signature(func).bind(*args, **kwargs).arguments
+    bound = _MULTI_HEAD.bind(args, kwargs)
     tensors = (bound[name] for name in ("query", "key", "value"))
     if not any(isinstance(mode.mark(t), OfBatch) for t in tensors):
         return NotImplemented

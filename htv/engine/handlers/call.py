@@ -42,16 +42,26 @@ class Call:
 
     def __init__(self, mode: ModeLike, kind: str, signature: Signature, args, kwargs, x: str, *parameters: str):
         self.mode, self.kind = mode, kind
-        self.arguments = signature.bind(args, kwargs)
-        self.x, self.place = mode.input(self.arguments[x])
+        if kwargs or len(args) != len(signature.names):
+            self.arguments = arguments = signature.bind(args, kwargs)
+        else:
+            self.arguments = arguments = dict(zip(signature.names, args, strict=True))
+        self.x, self.place = mode.input(arguments[x])
         self._uses: list[tuple[str, Tensor | None, Mark | None, tuple[ParameterLike, ...]]] = []
         self.served: tuple[ParameterLike, ...] = ()
+        own = mode.own
         for name in parameters:
-            parameter = self.arguments[name]
-            mark = None if parameter is None else mode.mark(parameter)
-            owners = _owners(parameter, mark)
+            parameter, mark, owners = arguments[name], None, ()
+            if parameter is not None:
+                mark = own.get(id(parameter))
+                if mark is None or not parameter.requires_grad:
+                    mark = mode.mark(parameter)
+                if type(mark) is Derived and parameter.requires_grad:
+                    owners = mark.parameters
+                    for owner in owners:
+                        if owner not in self.served:
+                            self.served += (owner,)
             self._uses.append((name, parameter, mark, owners))
-            self.served += tuple([owner for owner in owners if owner not in self.served])
         self.applicable = bool(self.served and torch.is_grad_enabled() and isinstance(self.place, OfBatch))
 
     def __getitem__(self, name: str):
@@ -71,28 +81,43 @@ class Call:
         features:  how many dims at the end the layer mixes; all but the first where it takes (S, C, *space).
         rows:      whether its input consists of rows that could vote one by one.
         """
+        groups, place = self.mode.groups, self.place
+        known = type(place) is Place and place.dim < self.x.dim() - features
+        if not (known and (rows or not groups.rows_vote)) and not self._may_enter(features, rows):
+            return None
+        slots = []
+        for name, parameter, mark, owners in self._uses:
+            if not owners:
+                slots.append(Slot(parameter))
+                continue
+            is_own = parameter is owners[0].parameter
+            if name == "bias" and "norm" not in self.kind:
+                use = f"{self.kind} bias"
+            elif is_own:
+                use = self.kind
+            else:
+                use = f"{self.kind} (computed)"
+            for owner in owners:
+                owner.uses.add(use)
+            if is_own:
+                slots.append(Slot(parameter.detach(), [owners[0].sink(groups)]))
+            else:
+                slots.append(self.mode.slot(parameter, mark))
+        return slots
+
+    def _may_enter(self, features: int, rows: bool) -> bool:
+        """Refuse the use, or tell whether it is served. False: it is passed on plainly."""
         problem = self.mode.why_not_batch(self.x, self.place, features)
         if problem is None and not rows and self.mode.groups.rows_vote:
             problem = "it has no rows that could vote by themselves, as tokens() asks"
-        if problem is not None:
-            names = ", ".join(repr(s.name) for s in self.served)
-            message = f"{self.kind} with parameter {names}: {problem}. Remedy: keep examples apart, or exclude={names}"
-            if not self.mode.session.passes_plainly:
-                raise UnsupportedError(message)
-            self.mode.session.unsupported(message, self.served)
-            return None
-        return [self._slot(*use) for use in self._uses]
-
-    def _slot(self, name: str, parameter: Tensor | None, mark: Mark | None, owners: tuple[ParameterLike, ...]) -> Slot:
-        if not owners:
-            return Slot(parameter)
-        is_bias, is_own = name == "bias" and "norm" not in self.kind, parameter is owners[0].parameter
-        use = f"{self.kind} bias" if is_bias else self.kind if is_own else f"{self.kind} (computed)"
-        for owner in owners:
-            owner.note(use)
-        if is_own:
-            return Slot(parameter.detach(), [owners[0].sink(self.mode.groups)])
-        return self.mode.slot(parameter, mark)
+        if problem is None:
+            return True
+        names = ", ".join(repr(s.name) for s in self.served)
+        message = f"{self.kind} with parameter {names}: {problem}. Remedy: keep examples apart, or exclude={names}"
+        if not self.mode.session.passes_plainly:
+            raise UnsupportedError(message)
+        self.mode.session.unsupported(message, self.served)
+        return False
 
     def done(self, result: Tensor, place: Place | None = None) -> Tensor:
         """Mark the layer's result: the batch is where it was in the input, unless said otherwise."""
@@ -113,7 +138,7 @@ class Signature:
     """The parameters of a torch function."""
 
     def __init__(self, full: inspect.Signature):
-        self._full, self._names = full, tuple(full.parameters)
+        self._full, self.names = full, tuple(full.parameters)
         self._defaults = {p.name: p.default for p in full.parameters.values() if p.default is not p.empty}
 
     @staticmethod
@@ -122,11 +147,11 @@ class Signature:
 
     def bind(self, args: tuple, kwargs: dict) -> dict:
         """The arguments by name, defaults included; what `inspect.Signature.bind` gives, at a tenth of its price."""
-        if len(args) == len(self._names) and not kwargs:
-            return dict(zip(self._names, args, strict=True))
-        arguments = {**self._defaults, **dict(zip(self._names, args, strict=False)), **kwargs}
-        twice = kwargs and not kwargs.keys().isdisjoint(self._names[: len(args)])
-        if twice or len(arguments) != len(self._names) or len(args) > len(self._names):
+        if len(args) == len(self.names) and not kwargs:
+            return dict(zip(self.names, args, strict=True))
+        arguments = {**self._defaults, **dict(zip(self.names, args, strict=False)), **kwargs}
+        twice = kwargs and not kwargs.keys().isdisjoint(self.names[: len(args)])
+        if twice or len(arguments) != len(self.names) or len(args) > len(self.names):
             return self._full.bind(*args, **kwargs).arguments  # raises TypeError
         return arguments
 

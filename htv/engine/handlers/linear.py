@@ -20,7 +20,7 @@ _BILINEAR = signature("input1, input2, weight, bias=None")
 @serves(F.linear)
 def _linear(mode: ModeLike, func, args, kwargs):
     call = Call(mode, "linear", _LINEAR, args, kwargs, "input", "weight", "bias")
-    if call.served and torch.is_grad_enabled() and isinstance(mode.mark(call.x), Constant):
+    if call.served and isinstance(call.place, Constant) and torch.is_grad_enabled():
         y = mode.general(func, args, kwargs)
         if isinstance(mode.mark(y), Derived) and all(stands_alone(mode, p) for p in call.parameters):
             mode.marks.put(y, Derived(call.served, y, Projection(call.x, bool(behind(mode, call["weight"])))))
@@ -30,7 +30,7 @@ def _linear(mode: ModeLike, func, args, kwargs):
         y = mode.call(F.linear, (row, call["weight"], call["bias"]), {})
         return mode.call(torch.Tensor.squeeze, (y, 0), {})
     slots = call.enter(features=1) if call.applicable else None
-    return NotImplemented if slots is None else call.done(linear(call.x, *slots, call.voters))
+    return NotImplemented if slots is None else call.done(linear(call.x, *slots, mode.voters(call.place)))
 
 
 @serves(F.bilinear)
