@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad
 from torch.func import vmap as torch_vmap
 
-from htv.tools.timing import Step
 from htv.rules import Rule
+from htv.tools.timing import Step
 
 Contributions = Callable[[], Iterator[tuple[nn.Parameter, Tensor]]]
 

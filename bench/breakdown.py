@@ -19,8 +19,8 @@ import torch
 import typer
 from torch.profiler import ProfilerActivity, profile
 
-from htv.tools import env_info
 from htv.bench.workloads import WORKLOADS
+from htv.tools import env_info
 from htv.tools.files import replace_text
 from htv.tools.timing import Step, milliseconds
 

@@ -20,13 +20,13 @@ import typer
 from torch import Tensor
 
 import htv
-from htv.tools import env_info
-from htv.tools.files import replace_text
 from htv.groups import Groups, Place, Voters
-from htv.tools.timing import Step, take_turns
 from htv.ops import aggregate, schema
 from htv.ops.factors import ConvFactors, ConvGeometry, EmbeddingFactors
 from htv.rules import Rule
+from htv.tools import env_info
+from htv.tools.files import replace_text
+from htv.tools.timing import Step, take_turns
 
 # Operations on one value beside its product; what an implementation with the same idea cannot do without.
 VOTE = 5  # add, two comparisons, two counts

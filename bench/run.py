@@ -19,10 +19,10 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from htv.tools import env_info
 from htv.bench import baselines, plots, report
 from htv.bench.rows import bandwidth, times_over
 from htv.bench.workloads import Workload
+from htv.tools import env_info
 from htv.tools.files import replace_text
 from htv.tools.timing import Step, Timing, in_own_process, milliseconds, one_line, take_turns
 

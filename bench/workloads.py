@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 import htv
 from htv.bench import baselines, models
-from htv.tools.timing import Step
 from htv.ops.functional import apply_rule
 from htv.rules import Rule
+from htv.tools.timing import Step
 
 TAU = 0.4
 RULES = ("plain", "mean", "and-mask", "median", "winsorized")

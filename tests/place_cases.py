@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 import htv
-from htv.groups import Place
 from htv.engine.provenance import Lost
 from htv.engine.torch_ops import plain_name
+from htv.groups import Place
 
 TRIALS = 24  # of other values: comparisons and choices do not change with every one
 

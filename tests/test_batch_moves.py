@@ -16,9 +16,9 @@ from place_cases import (
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from htv.engine import torch_ops
-from htv.groups import Place
 from htv.engine.probing import WRITING
 from htv.engine.provenance import LOST
+from htv.groups import Place
 
 SIZES = [(3, 3), (3, 5), (4, 2)]  # examples and positions: as many, more, fewer
 

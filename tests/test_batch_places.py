@@ -21,8 +21,8 @@ from place_cases import (
 from torch import Tensor
 
 from htv.engine import torch_ops
-from htv.groups import Place
 from htv.engine.provenance import LOST
+from htv.groups import Place
 
 SIZES = [(3, 3), (3, 5), (4, 2)]  # examples and positions: as many, more, fewer
 

@@ -7,8 +7,8 @@ from torch import nn
 
 import htv
 from htv.bench.models import mlp, whole_models
-from htv.tools.check import aggregated
 from htv.ops import aggregate
+from htv.tools.check import aggregated
 from oracles import RULES, by_name
 
 

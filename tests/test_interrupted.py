@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import htv
-from htv.attach import ForwardBlock, Handle
 from htv.bench.models import mlp
+from htv.engine.session import ForwardBlock, Session
 
 
 def step(model, x):
@@ -48,7 +48,7 @@ def interrupted_at(code, line, call):
 
 
 PLACES = [
-    Handle.run, Handle._open, Handle._close,
+    Session.run, Session.open, Session._begin, Session.close,
     ForwardBlock.__enter__, ForwardBlock.__exit__,
 ]  # fmt: skip
 

@@ -19,8 +19,8 @@ from htv.autograd.derived import DerivedTensor
 from htv.autograd.expand import expand
 from htv.autograd.ledger import Hub, Ledger, Owner, Passes, Sink
 from htv.bench.models import mlp
-from htv.tools.check import aggregated
 from htv.groups import Groups, Voters
+from htv.tools.check import aggregated
 
 
 class Bystander(Owner):

@@ -6,8 +6,8 @@ from place_cases import Probe, case, data, given, marks_of, require, same_place,
 from torch import nn
 
 import htv
-from htv.groups import Place
 from htv.engine.provenance import CONSTANT, LOST, Lost, Marks
+from htv.groups import Place
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,10 @@ import subprocess
 
 import torch
 
-from htv.tools import env_info
 from htv.bench.gpu import step
 from htv.bench.gpu.build import nvcc
 from htv.ops import backend
+from htv.tools import env_info
 
 
 def save(job: step.Job) -> None:

@@ -19,10 +19,10 @@ from htv.bench.gpu.clock import clock, synchronise
 from htv.bench.rows import bandwidth, times_over
 from htv.bench.workloads import Stacked
 from htv.groups import Groups, Place, Voters
-from htv.tools.timing import Step, Timing, one_line, take_turns
 from htv.ops import aggregate
 from htv.ops.factors import ConvFactors, ConvGeometry, EmbeddingFactors
 from htv.rules import Rule
+from htv.tools.timing import Step, Timing, one_line, take_turns
 
 RULES = {"and-mask": htv.AndMask(0.4), "median": htv.Median()}
 SECONDS = 1.5  # for the turns of a problem

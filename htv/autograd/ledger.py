@@ -112,7 +112,7 @@ class Ledger:
 
     def __init__(self, rule: Rule, groups: Groups, owner: Owner, observes: bool = False):
         self.rule, self.groups, self.observes = rule, groups, observes
-        self.owner_name, self.owner = owner.name, weakref.ref(owner)
+        self.owner_name, self._owner = owner.name, weakref.ref(owner)
         self._parts: dict[int, list[Factors]] = {}  # by pass
         self.consumed = False
 
@@ -126,7 +126,7 @@ class Ledger:
         born:  the backward pass in which the use's forward ran, -1 for none: then this pass runs inside that one.
         """
         current = torch._C._current_graph_task_id()
-        owner = self.owner()
+        owner = self._owner()
         if owner is not None:  # else the model is gone, but not its graph
             if not owner.attached:
                 owner.guard()
@@ -159,21 +159,17 @@ class Ledger:
         current, parts = self.taken()
         if not parts:
             return None
-        owner = self.owner()
+        owner = self._owner()
         if owner is None or owner.accumulation is None:
             grad = aggregate.aggregate(parts, self.rule)
-            if grad.dtype != parameter.dtype:
-                grad = grad.to(parameter.dtype)
         else:
             _refuse_autograd_grad(gradient_node)
             grad = owner.accumulation.add(current, parts, self.groups)
-        if owner is not None:
-            owner.deliver(grad, current)
-        return grad
+        return self.delivered(current, grad, parameter)
 
     @property
     def accumulates(self) -> bool:
-        owner = self.owner()
+        owner = self._owner()
         return owner is not None and owner.accumulation is not None
 
     def taken(self) -> tuple[int, list[Factors] | None]:
@@ -182,7 +178,7 @@ class Ledger:
         parts = self._parts.pop(current, None)
         if parts is not None:
             self.consumed = True
-            owner = self.owner()
+            owner = self._owner()
             if owner is not None:
                 known = owner.passes.groups.get(current)
                 if known is None or known[0] is not self.groups or owner.passes.outer:
@@ -190,6 +186,19 @@ class Ledger:
                 if self.observes:
                     owner.observe(parts)
         return current, parts
+
+    def delivered(self, current: int, grad: Tensor | None, parameter: Tensor) -> Tensor | None:
+        """The gradient as the hub returns it, once the owner knows of it."""
+        if grad is not None and grad.dtype != parameter.dtype:
+            grad = grad.to(parameter.dtype)
+        owner = self._owner()
+        if owner is not None:
+            if owner.passes.outer:
+                owner.settled.add(current)
+            else:
+                owner.settled = {current}
+            owner.deliver(grad, current)
+        return grad
 
 
 def settle_together(ledgers: list[Ledger], parameters: list[Tensor], gradient_nodes: list) -> list[Tensor | None]:
@@ -208,10 +217,7 @@ def settle_together(ledgers: list[Ledger], parameters: list[Tensor], gradient_no
     if ready:
         found = aggregate.aggregate_together([parts for _, _, parts in ready], ledgers[0].rule)
         for (i, current, _), grad in zip(ready, found, strict=True):
-            grads[i] = grad if grad.dtype == parameters[i].dtype else grad.to(parameters[i].dtype)
-            owner = ledgers[i].owner()
-            if owner is not None:
-                owner.deliver(grads[i], current)
+            grads[i] = ledgers[i].delivered(current, grad, parameters[i])
     return grads
 
 

@@ -100,6 +100,8 @@ class Intercept(TorchFunctionMode):
         known = marks.table
         for tensors in (session.constants(), batch.constants):
             for tensor in tensors:
+                if tensor is None:  # a norm without running statistics
+                    continue
                 served = id(tensor) in own and tensor.requires_grad
                 if id(tensor) not in known and not served and (again is None or marks.get(tensor) is None):
                     marks.put(tensor, PLAIN if tensor.requires_grad else CONSTANT)

@@ -150,9 +150,6 @@ class Served(Owner):
 
     def deliver(self, grad: Tensor | None, current: int) -> None:
         # No reference is kept: autograd may then take the tensor for .grad without a copy.
-        if not self.passes.outer:
-            self.settled.clear()
-        self.settled.add(current)
         if current in self._delivered:
             self._twice = current
         if grad is None or len(self._delivered) >= MOST_DELIVERED:

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import htv
-from htv.tools.check import aggregated, one_group_at_a_time
 from htv.methods import MemorizationAwareLoss, calibration_matrix, class_prior_shift, shifted_cross_entropy
+from htv.tools.check import aggregated, one_group_at_a_time
 
 N, K = 12, 3
 
