@@ -320,7 +320,7 @@ def test_a_carried_library_takes_the_place_of_a_build(monkeypatch, tmp_path):
 
 def test_time_by_the_wall(monkeypatch):
     now = [7.0]
-    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     assert clock.clock("cpu", alone=True)(lambda: now.__setitem__(0, 9.5)) == 2500.0
 
 

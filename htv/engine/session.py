@@ -185,6 +185,7 @@ class Session:
         for forward in self._forwards:
             forward.let_go()
         self._forwards, self.root, self.thread = [], None, threading.local()
+        self._plans, self._found, self._hubs = {}, {}, {}
         self._recent.modes.clear()
 
     def require_attached(self, method: str) -> None:

@@ -11,7 +11,7 @@ from htv.tools import timing
 def test_steps_take_turns_and_slow_ones_leave(monkeypatch):
     calls = []
     clock = iter(range(100_000))  # a second per look
-    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     steps = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
     times = timing.take_turns(steps, seconds=1, rounds=(5, 100), leave_after={"b": 3.0})
     assert "".join(calls) == 3 * "ab" + 2 * "a"
@@ -20,7 +20,7 @@ def test_steps_take_turns_and_slow_ones_leave(monkeypatch):
 
 def test_as_many_rounds_as_the_time_allows(monkeypatch):
     clock = iter(range(100_000))
-    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     steps = {"a": lambda: None, "b": lambda: None}
     assert timing.take_turns(steps, seconds=7, rounds=(2, 100))["a"].runs == 4  # two seconds a round
     assert timing.take_turns(steps, seconds=7, rounds=(2, 3))["a"].runs == 3
