@@ -216,9 +216,10 @@ def hang(monkeypatch, tmp_path):
     def lasting(seconds):
         class Clock:
             def __init__(self, dry, process=None):
-                self.process, self.before = process, path.exists()
+                self.process, self.before = process, process is None and path.exists()
 
             def spent(self):
+                """A process may hang before its clock is made; the job's clock is made before all of them."""
                 concerned = path.exists() and self.process in (None, int(path.read_text() or 0))
                 return seconds if concerned and not self.before else 0.0
 
