@@ -65,14 +65,13 @@ inline void check_memory(const std::string& op, const char* argument, const Tens
                   " bytes: was it freed or resized?");
 }
 
-inline bool is_order(Statistic statistic) { return statistic >= Statistic::median; }
+inline bool is_order(Statistic statistic) { return kind_of(statistic) == StatisticKind::order; }
 
-// Statistics travel as their position here and in htv.ops.reference.STATISTICS: a string argument would cost an
-// allocation, which the stable ABI does not give back, at every call.
-inline Statistic statistic_of(const std::string& op, int64_t code) {
-  STD_TORCH_CHECK(code >= 0 && code <= static_cast<int64_t>(Statistic::median_of_means), op, ": unknown statistic ",
-                  code);
-  return static_cast<Statistic>(code);
+// Statistics travel by number (HTV_STATISTICS): a string argument would cost an allocation, which the
+// stable ABI does not give back, at every call.
+inline Statistic statistic_of(const std::string& op, int64_t number) {
+  STD_TORCH_CHECK(is_statistic(number), op, ": unknown statistic ", number);
+  return static_cast<Statistic>(number);
 }
 
 inline Dtype dtype_of(const std::string& op, const char* argument, const Tensor& tensor) {

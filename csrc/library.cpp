@@ -27,6 +27,15 @@ Tensor shifted_cross_entropy_grad(Tensor grad, Tensor logits, Tensor targets, Te
                                   Tensor peak, Tensor log_sum);
 }  // namespace htv::cpu
 
+// The statistics this library was built with, "mean=0 and_mask=1 ...", each once, by single spaces. To
+// be read and compared by whoever passes numbers to the ops; lives as long as the library.
+extern "C" __attribute__((visibility("default"))) const char* htv_statistics() {
+#define HTV_USE(name, number, kind) " " #name "=" #number
+  static const char table[] = HTV_STATISTICS(HTV_USE);
+#undef HTV_USE
+  return table + 1;  // without the first space
+}
+
 STABLE_TORCH_LIBRARY_IMPL(htv, CPU, m) {
   m.impl("stacked", TORCH_BOX(&htv::cpu::stacked));
   m.impl("norm_sums", TORCH_BOX(&htv::cpu::norm_sums));

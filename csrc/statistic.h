@@ -28,19 +28,51 @@
 
 namespace htv {
 
+// Name, number and kind of every statistic, once: the enumeration, what it knows and the exported
+// names (`htv_statistics` in library.cpp) are made from this table. Python speaks in these numbers, so
+// one that is given stays; a new statistic takes a new one, in any row.
+#define HTV_STATISTICS(use)           \
+  use(mean, 0, streaming)             \
+  use(and_mask, 1, streaming)         \
+  use(xor_mask, 2, streaming)         \
+  use(geometric_mean, 3, streaming)   \
+  use(sand_mask, 4, streaming)        \
+  use(sign_sum, 5, streaming)         \
+  use(sign_agreement, 6, streaming)   \
+  use(median, 7, order)               \
+  use(trimmed_mean, 8, order)         \
+  use(winsorized_mean, 9, order)      \
+  use(median_of_means, 10, order)
+
+// Streaming ones need one pass over the contributions and little state; order statistics rank them.
+enum class StatisticKind { streaming, order };
+
 enum class Statistic {
-  mean,
-  and_mask,
-  xor_mask,
-  geometric_mean,
-  sand_mask,
-  sign_sum,
-  sign_agreement,
-  median,
-  trimmed_mean,
-  winsorized_mean,
-  median_of_means,
+#define HTV_USE(name, number, kind) name = number,
+  HTV_STATISTICS(HTV_USE)
+#undef HTV_USE
 };
+
+// Whether a number is a statistic's.
+constexpr bool is_statistic(int64_t number) {
+  switch (number) {
+#define HTV_USE(name, number, kind) \
+  case number: return true;
+    HTV_STATISTICS(HTV_USE)
+#undef HTV_USE
+    default: return false;
+  }
+}
+
+constexpr StatisticKind kind_of(Statistic statistic) {
+  switch (statistic) {
+#define HTV_USE(name, number, kind) \
+  case Statistic::name: return StatisticKind::kind;
+    HTV_STATISTICS(HTV_USE)
+#undef HTV_USE
+  }
+  __builtin_unreachable();
+}
 
 struct Parameters {
   int64_t groups;  // E
