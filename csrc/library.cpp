@@ -4,7 +4,7 @@
 #include <tuple>
 #include <vector>
 
-#include "contract.h"
+#include "op_checks.h"
 
 namespace htv::cpu {
 std::tuple<Tensor, Tensor> stacked(Tensor grads, int64_t statistic, int64_t count, double votes, double k);

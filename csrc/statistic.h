@@ -21,9 +21,9 @@
 #define HTV_INLINE inline __attribute__((always_inline))
 #endif
 
-// Code compiled once per instruction set lives in a namespace of that name, so that the linker never merges levels.
-#if !defined(HTV_LEVEL)
-#define HTV_LEVEL generic
+// Code compiled once per instruction set lives in a namespace of that name, so that the linker never merges them.
+#if !defined(HTV_ISA)
+#define HTV_ISA generic
 #endif
 
 namespace htv {
@@ -81,7 +81,7 @@ struct Parameters {
   double k;
 };
 
-namespace HTV_LEVEL {
+namespace HTV_ISA {
 
 constexpr double kSandUndefined = 1e-17;  // the soft mask where variance and excess agreement are both 0
 constexpr double kLogOffset = 1e-10;      // keeps the logarithm of the geometric mean finite
@@ -387,5 +387,5 @@ HTV_HOST_DEVICE bool with_streaming(Statistic statistic, const F& f) {
   }
 }
 
-}  // namespace HTV_LEVEL
+}  // namespace HTV_ISA
 }  // namespace htv

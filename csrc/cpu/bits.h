@@ -7,7 +7,7 @@
 
 #include "lanes.h"
 
-namespace htv::HTV_LEVEL {
+namespace htv::HTV_ISA {
 
 // How many bits of each lane are set. C: a register of int32_t or int64_t.
 template <class C>
@@ -42,4 +42,4 @@ C popcount(C bits) {
 #endif
 }
 
-}  // namespace htv::HTV_LEVEL
+}  // namespace htv::HTV_ISA

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../dtype.h"
-#include "level.h"
+#include "isa.h"
 
 namespace htv {
 
@@ -18,12 +18,12 @@ struct ChannelsLastTask {
 };
 
 // Copies samples first <= s < last.
-HTV_DECLARE_PER_LEVEL(void channels_last_kernel(const ChannelsLastTask& task, int64_t first, int64_t last))
+HTV_DECLARE_PER_ISA(void channels_last_kernel(const ChannelsLastTask& task, int64_t first, int64_t last))
 
 // The same for images without padding whose channels go apart in panels of `width`, the last one filled up with zeros:
 // channel c of position p of sample s goes to to + c / width * panel_stride + (s * positions + p) * width + c % width.
 // width: a power of two that is at most 8. `at` and `copied_sample` are not looked at.
-HTV_DECLARE_PER_LEVEL(void panels_kernel(const ChannelsLastTask& task, int64_t width, int64_t panel_stride, int64_t first,
+HTV_DECLARE_PER_ISA(void panels_kernel(const ChannelsLastTask& task, int64_t width, int64_t panel_stride, int64_t first,
                                          int64_t last))
 
 }  // namespace htv

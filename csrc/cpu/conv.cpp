@@ -6,7 +6,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../contract.h"
+#include "../op_checks.h"
 #include "channels_last.h"
 #include "depthwise.h"
 #include "parallel.h"
@@ -125,7 +125,7 @@ Rows rows_of(const Images& images, const Sizes& padding, int64_t first, int64_t 
                               at.data(),
                               area * stride,
                               area != images.positions};
-  const auto kernel = HTV_PER_LEVEL(channels_last_kernel);
+  const auto kernel = HTV_PER_ISA(channels_last_kernel);
   parallel_chunks(images.samples, images.positions * channels, 0,
                   [&](int64_t begin, int64_t last, void*) { kernel(task, begin, last); });
   return rows;
@@ -141,7 +141,7 @@ struct Panels {
         stride(panel(images)),
         part(panels(channels) * stride) {
     const int64_t element = bytes_of(images.dtype);
-    const auto kernel = HTV_PER_LEVEL(panels_kernel);
+    const auto kernel = HTV_PER_ISA(panels_kernel);
     parallel_chunks(parts * images.samples, images.positions * channels, 0, [&](int64_t begin, int64_t end, void*) {
       for (int64_t unit = begin; unit < end; ++unit) {
         const int64_t group = unit / images.samples, sample = unit % images.samples;
@@ -273,7 +273,7 @@ double depthwise(const Images& images, const Images& grads, const Geometry& geom
   while (task.units() < threads && task.chunk > 1) task.chunk = (task.chunk + 1) / 2;
   std::vector<double> mask_sums(task.units());
   task.mask_sums = mask_sums.data();
-  const auto kernel = HTV_PER_LEVEL(depthwise_kernel);
+  const auto kernel = HTV_PER_ISA(depthwise_kernel);
   const int64_t columns = task.chunk * kMostTaps;
   const int64_t work = images.samples * (images.positions + grads.positions * columns) + parameters.groups * columns;
   parallel_chunks(task.units(), work, DepthwiseScratch(task).bytes(task),

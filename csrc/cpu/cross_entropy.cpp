@@ -3,7 +3,7 @@
 #include <optional>
 #include <tuple>
 
-#include "../contract.h"
+#include "../op_checks.h"
 #include "cross_entropy_kernel.h"
 #include "parallel.h"
 
@@ -85,7 +85,7 @@ std::tuple<Tensor, Tensor, Tensor> shifted_cross_entropy(Tensor logits, Tensor t
   const auto empty = [&] { return torch::stable::new_empty(logits, {logits.size(0)}, compute_type(task.dtype)); };
   Tensor loss = empty(), peak = empty(), log_sum = empty();
   const CrossEntropyRows rows{loss.mutable_data_ptr(), peak.mutable_data_ptr(), log_sum.mutable_data_ptr()};
-  const auto kernel = HTV_PER_LEVEL(cross_entropy_kernel);
+  const auto kernel = HTV_PER_ISA(cross_entropy_kernel);
   parallel_chunks(logits.size(0), work_of(task), 0,
                   [&](int64_t first, int64_t last, void*) { kernel(task, rows, first, last); });
   return {loss, peak, log_sum};
@@ -105,7 +105,7 @@ Tensor shifted_cross_entropy_grad(Tensor grad, Tensor logits, Tensor targets, Te
   Tensor grad_logits = torch::stable::new_empty(logits, {rows, task.classes});
   const CrossEntropyGrad given{grad.const_data_ptr(), grad.stride(0), peak.const_data_ptr(), log_sum.const_data_ptr(),
                                grad_logits.mutable_data_ptr()};
-  const auto kernel = HTV_PER_LEVEL(cross_entropy_grad_kernel);
+  const auto kernel = HTV_PER_ISA(cross_entropy_grad_kernel);
   parallel_chunks(rows, work_of(task), 0,
                   [&](int64_t first, int64_t last, void*) { kernel(task, given, first, last); });
   return grad_logits;

@@ -1,9 +1,9 @@
-// Cross-entropies of shifted logits, row by row: hot loops, compiled once per CPU level.
+// Cross-entropies of shifted logits, row by row: hot loops, compiled once per instruction set.
 #include "cross_entropy_kernel.h"
 
 #include "exponential.h"
 
-namespace htv::HTV_LEVEL {
+namespace htv::HTV_ISA {
 namespace {
 
 constexpr int64_t kChunk = 512;  // shifted logits at a time: they stay in the first-level cache between max and exp
@@ -181,4 +181,4 @@ void cross_entropy_grad_kernel(const CrossEntropyTask& task, const CrossEntropyG
   });
 }
 
-}  // namespace htv::HTV_LEVEL
+}  // namespace htv::HTV_ISA

@@ -1,8 +1,8 @@
-// What the shifted_cross_entropy ops hand to the kernel of a CPU level.
+// What the shifted_cross_entropy ops hand to the kernel of an instruction set.
 #pragma once
 
 #include "../dtype.h"
-#include "level.h"
+#include "isa.h"
 
 namespace htv {
 
@@ -36,7 +36,7 @@ struct CrossEntropyGrad {
 };
 
 // Computes rows first <= row < last.
-HTV_DECLARE_PER_LEVEL(void cross_entropy_kernel(const CrossEntropyTask& task, const CrossEntropyRows& rows,
+HTV_DECLARE_PER_ISA(void cross_entropy_kernel(const CrossEntropyTask& task, const CrossEntropyRows& rows,
                                                 int64_t first, int64_t last);
                       void cross_entropy_grad_kernel(const CrossEntropyTask& task, const CrossEntropyGrad& grad,
                                                      int64_t first, int64_t last))

@@ -3,7 +3,7 @@
 
 #include "../dtype.h"
 #include "../statistic.h"
-#include "level.h"
+#include "isa.h"
 #include "ranking.h"
 
 namespace htv {
@@ -74,6 +74,6 @@ struct DepthwiseScratch {
 };
 
 // Computes units first <= u < last; scratch is aligned to 64 bytes.
-HTV_DECLARE_PER_LEVEL(void depthwise_kernel(const DepthwiseTask& task, int64_t first, int64_t last, void* scratch))
+HTV_DECLARE_PER_ISA(void depthwise_kernel(const DepthwiseTask& task, int64_t first, int64_t last, void* scratch))
 
 }  // namespace htv

@@ -1,5 +1,5 @@
 // Statistics of contributions to convolutions with few channels per group, output channels side by side in registers:
-// compiled once per CPU level.
+// compiled once per instruction set.
 #include "depthwise.h"
 
 #include <optional>
@@ -8,7 +8,7 @@
 #include "tally.h"
 #include "transpose.h"
 
-namespace htv::HTV_LEVEL {
+namespace htv::HTV_ISA {
 namespace {
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -285,4 +285,4 @@ void depthwise_kernel(const DepthwiseTask& task, int64_t first, int64_t last, vo
                                                         : unit_of<Register<float>>(task, sizes, unit, scratch);
 }
 
-}  // namespace htv::HTV_LEVEL
+}  // namespace htv::HTV_ISA

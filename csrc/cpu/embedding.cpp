@@ -4,7 +4,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../contract.h"
+#include "../op_checks.h"
 #include "embedding_kernel.h"
 #include "parallel.h"
 
@@ -67,7 +67,7 @@ std::tuple<Tensor, Tensor> embedding(Tensor grad_output, Tensor ids, Tensor vote
   task.mask_sums = mask_sums.data();
   const int64_t tokens = std::max<int64_t>(1, num_embeddings);
   const int64_t work = (rows / tokens + 1) * kEmbeddingTokens * std::min(features, kEmbeddingFeatures) / 8;
-  const auto kernel = HTV_PER_LEVEL(embedding_kernel);
+  const auto kernel = HTV_PER_ISA(embedding_kernel);
   parallel_chunks(task.chunks(), work, 0, [&](int64_t first, int64_t last, void*) { kernel(task, first, last); });
   return {value, sum_in_order(grad_output, mask_sums)};
 }

@@ -1,9 +1,9 @@
-// Statistics of what groups contribute to the rows of a table: compiled once per CPU level.
+// Statistics of what groups contribute to the rows of a table: compiled once per instruction set.
 #include "embedding_kernel.h"
 
 #include "tally.h"
 
-namespace htv::HTV_LEVEL {
+namespace htv::HTV_ISA {
 namespace {
 
 constexpr int kTogether = 4;  // registers of features, so that a row's lines are read in one go
@@ -75,4 +75,4 @@ void embedding_kernel(const EmbeddingTask& task, int64_t first, int64_t last) {
   });
 }
 
-}  // namespace htv::HTV_LEVEL
+}  // namespace htv::HTV_ISA

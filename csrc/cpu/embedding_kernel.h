@@ -1,9 +1,9 @@
-// What the embedding op hands to the kernel of a CPU level.
+// What the embedding op hands to the kernel of an instruction set.
 #pragma once
 
 #include "../dtype.h"
 #include "../statistic.h"
-#include "level.h"
+#include "isa.h"
 
 namespace htv {
 
@@ -27,6 +27,6 @@ struct EmbeddingTask {
 };
 
 // Computes chunks first <= chunk < last.
-HTV_DECLARE_PER_LEVEL(void embedding_kernel(const EmbeddingTask& task, int64_t first, int64_t last))
+HTV_DECLARE_PER_ISA(void embedding_kernel(const EmbeddingTask& task, int64_t first, int64_t last))
 
 }  // namespace htv

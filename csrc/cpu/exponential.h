@@ -3,7 +3,7 @@
 
 #include "lanes.h"
 
-namespace htv::HTV_LEVEL {
+namespace htv::HTV_ISA {
 
 // e^v to about one unit in the last place, denormal results too; NaN for NaN.
 template <class V>
@@ -105,4 +105,4 @@ HTV_INLINE void store_as(T* to, V v, int64_t n) {
   }
 }
 
-}  // namespace htv::HTV_LEVEL
+}  // namespace htv::HTV_ISA

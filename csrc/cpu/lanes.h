@@ -1,4 +1,4 @@
-// SIMD registers as plain types: GCC/Clang vector extensions, as wide as the level this file is compiled for.
+// SIMD registers as plain types: GCC/Clang vector extensions, as wide as the instruction set this file is compiled for.
 #pragma once
 
 #include <string.h>
@@ -11,7 +11,7 @@
 #include "../dtype.h"
 #include "../statistic.h"
 
-namespace htv::HTV_LEVEL {
+namespace htv::HTV_ISA {
 
 #if defined(__AVX512F__)
 constexpr int kRegisterBytes = 64, kRegisters = 32;
@@ -61,7 +61,7 @@ struct Lane<Register<double>> : RegisterLane<Register<double>, double> {};
 
 // ---- arithmetic that operators do not say ----
 
-// a * b + c, rounded once where the level can.
+// a * b + c, rounded once where the instruction set can.
 template <class V>
 V multiply_add(V a, V b, V c) {
 #if defined(__AVX512F__)
@@ -192,4 +192,4 @@ void store(Real<V>* to, V v, int64_t n) {
 #endif
 }
 
-}  // namespace htv::HTV_LEVEL
+}  // namespace htv::HTV_ISA

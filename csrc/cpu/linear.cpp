@@ -4,7 +4,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../contract.h"
+#include "../op_checks.h"
 #include "parallel.h"
 #include "rank_one.h"
 #include "tile.h"
@@ -21,7 +21,7 @@ struct Signs {
   Signs(const Tensor& matrix, Dtype dtype)
       : memory(planes_bytes(dtype, matrix.size(0), matrix.size(1))),
         planes(planes_in(memory.get(), dtype, matrix.size(0), matrix.size(1))) {
-    const auto kernel = HTV_PER_LEVEL(sign_planes_kernel);
+    const auto kernel = HTV_PER_ISA(sign_planes_kernel);
     parallel_chunks(planes.words, 32 * matrix.size(1), 0, [&](int64_t first, int64_t last, void*) {
       kernel(matrix.const_data_ptr(), dtype, matrix.size(0), matrix.size(1), planes, first, last);
     });
@@ -34,7 +34,7 @@ int64_t least_exponent(const Tensor& matrix) {
   const int64_t n = matrix.numel(), chunks = (n + chunk - 1) / chunk;
   const uint16_t* const values = static_cast<const uint16_t*>(matrix.const_data_ptr());
   std::vector<uint16_t> least(chunks + 1, 0x7fff);
-  const auto kernel = HTV_PER_LEVEL(least_magnitude);
+  const auto kernel = HTV_PER_ISA(least_magnitude);
   parallel_chunks(chunks, chunk / 16, 0, [&](int64_t first, int64_t last, void*) {
     for (int64_t c = first; c < last; ++c) least[c] = kernel(values + c * chunk, std::min(chunk, n - c * chunk));
   });
@@ -88,7 +88,7 @@ void rank_rows(const Tensor& x, const Tensor& grad_output, Dtype dtype, const Ra
   const Signs signs_x(x, dtype), signs_g(grad_output, dtype);
   const RankOneTask task{x.const_data_ptr(), grad_output.const_data_ptr(), dtype, x.size(0), x.size(1),
                          grad_output.size(1), &ranking, signs_x.planes, signs_g.planes, value.mutable_data_ptr()};
-  const auto kernel = HTV_PER_LEVEL(rank_one_kernel);
+  const auto kernel = HTV_PER_ISA(rank_one_kernel);
   const int64_t work = kRankOneOut * rank_one_width(dtype) / 16 * ranking.ranked * select_work(ranking);
   parallel_chunks(rank_one_tiles(task), work, rank_one_scratch_bytes(task),
                   [&](int64_t first, int64_t last, void* scratch) { kernel(task, first, last, scratch); });
@@ -103,7 +103,7 @@ double count_votes(const Tensor& x, const Tensor& grad_output, Dtype dtype, Stat
                  statistic, parameters, signs_x.planes, signs_g.planes, value.mutable_data_ptr(), nullptr};
   std::vector<int64_t> kept(task.tiles());
   task.kept = kept.data();
-  const auto kernel = HTV_PER_LEVEL(votes_kernel);
+  const auto kernel = HTV_PER_ISA(votes_kernel);
   parallel_chunks(task.tiles(), (signs_x.planes.words + 1) * kVotesOut * kVotesIn / 4, 0,
                   [&](int64_t first, int64_t last, void*) { kernel(task, first, last); });
   return double(std::accumulate(kept.begin(), kept.end(), int64_t(0)));

@@ -4,7 +4,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../contract.h"
+#include "../op_checks.h"
 #include "parallel.h"
 
 namespace htv::cpu {
@@ -39,7 +39,7 @@ std::tuple<Tensor, Tensor> norm_sums(Tensor grad, Tensor x, Tensor mean, Tensor 
   const NormTask task{grad.const_data_ptr(), x.const_data_ptr(),       dtype,
                       rows,                  features,                 mean.const_data_ptr(),
                       rstd.const_data_ptr(), scale.mutable_data_ptr(), shift.mutable_data_ptr()};
-  const auto kernel = HTV_PER_LEVEL(norm_kernel);
+  const auto kernel = HTV_PER_ISA(norm_kernel);
   const int64_t work = (rows + 1) * (features < kNormChunk ? features : kNormChunk);
   parallel_chunks(samples * chunks, work, 0, [&](int64_t first, int64_t last, void*) { kernel(task, first, last); });
   return {scale, shift};
@@ -82,7 +82,7 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_backward(Tensor grad, Tensor x, Te
                            needs_x ? grad_x.mutable_data_ptr() : nullptr,
                            scale.mutable_data_ptr(),
                            shift.mutable_data_ptr()};
-  const auto kernel = HTV_PER_LEVEL(group_norm_kernel);
+  const auto kernel = HTV_PER_ISA(group_norm_kernel);
   const int64_t scratch = group_norm_scratch(task);
   parallel_chunks(samples * groups, 2 * (task.channels * space + task.channels), scratch,
                   [&](int64_t first, int64_t last, void* memory) { kernel(task, first, last, memory); });

@@ -1,10 +1,10 @@
 // What every sample contributes to the scale and shift of a normalisation, and the gradient of a group normalisation's
-// input: hot loops, compiled once per CPU level.
+// input: hot loops, compiled once per instruction set.
 #include "norm_kernel.h"
 
 #include "lanes.h"
 
-namespace htv::HTV_LEVEL {
+namespace htv::HTV_ISA {
 namespace {
 
 // A sum of sums of this many rows rounds less than one long sum, and the memory of as many rows is read at a time.
@@ -185,4 +185,4 @@ void norm_kernel(const NormTask& task, int64_t first, int64_t last) {
     with_dtype(task.dtype, [&](auto element) { chunk_of<decltype(element)>(task, chunk); });
 }
 
-}  // namespace htv::HTV_LEVEL
+}  // namespace htv::HTV_ISA

@@ -1,8 +1,8 @@
-// What the ops on normalisations hand to the kernels of a CPU level.
+// What the ops on normalisations hand to the kernels of an instruction set.
 #pragma once
 
 #include "../dtype.h"
-#include "level.h"
+#include "isa.h"
 
 namespace htv {
 
@@ -23,7 +23,7 @@ struct NormTask {
 inline int64_t norm_chunks(int64_t features) { return (features + kNormChunk - 1) / kNormChunk; }
 
 // Computes chunks first <= chunk < last, those of a sample beside each other.
-HTV_DECLARE_PER_LEVEL(void norm_kernel(const NormTask& task, int64_t first, int64_t last))
+HTV_DECLARE_PER_ISA(void norm_kernel(const NormTask& task, int64_t first, int64_t last))
 
 // One group of one sample's channels is the unit of work.
 struct GroupNormTask {
@@ -45,6 +45,6 @@ inline int64_t group_norm_scratch(const GroupNormTask& task) {
 }
 
 // Computes units first <= unit < last, those of a sample beside each other.
-HTV_DECLARE_PER_LEVEL(void group_norm_kernel(const GroupNormTask& task, int64_t first, int64_t last, void* scratch))
+HTV_DECLARE_PER_ISA(void group_norm_kernel(const GroupNormTask& task, int64_t first, int64_t last, void* scratch))
 
 }  // namespace htv

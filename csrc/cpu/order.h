@@ -1,17 +1,17 @@
 // Order-preserving integers, NaN, and the statistics of values few enough to be sorted in registers.
 #pragma once
 
-#include "../keys.h"
-#include "../network.h"
+#include "../order_keys.h"
+#include "../sorting_network.h"
 #include "lanes.h"
 #include "ranking.h"
 
-namespace htv::HTV_LEVEL {
+namespace htv::HTV_ISA {
 
 template <class V>
 using Bits = Register<std::make_unsigned_t<typename Lane<V>::Int>>;
 
-// Networks compare integers where the level has min and max of them: twice the rate of floats on AMD.
+// Networks compare integers where the instruction set has min and max of them: twice the rate of floats on AMD.
 #if defined(__AVX512F__)
 template <class V>
 constexpr bool kIntegerOrder = sizeof(Real<V>) == 4;
@@ -146,4 +146,4 @@ void few_statistics(const Ranking& ranking, int64_t registers, const Source& sou
                          [&](auto n) { statistics_of_few<V, n()>(ranking, registers, source, sink); });
 }
 
-}  // namespace htv::HTV_LEVEL
+}  // namespace htv::HTV_ISA

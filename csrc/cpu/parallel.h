@@ -7,7 +7,7 @@
 #include <utility>
 #include <vector>
 
-#include "../contract.h"
+#include "../op_checks.h"
 
 namespace htv::cpu {
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../dtype.h"
-#include "level.h"
+#include "isa.h"
 #include "ranking.h"
 #include "sign_planes.h"
 
@@ -37,6 +37,6 @@ inline int64_t rank_one_scratch_bytes(const RankOneTask& task) {
 }
 
 // Computes tiles first <= tile < last; scratch is aligned to 64 bytes.
-HTV_DECLARE_PER_LEVEL(void rank_one_kernel(const RankOneTask& task, int64_t first, int64_t last, void* scratch))
+HTV_DECLARE_PER_ISA(void rank_one_kernel(const RankOneTask& task, int64_t first, int64_t last, void* scratch))
 
 }  // namespace htv

@@ -1,5 +1,5 @@
 // Order statistics of a linear layer's contributions g[o] * x[i] where no group has more than one row: compiled once per
-// CPU level. Sign planes tell which coordinates are 0 whatever the sizes of their contributions: under ReLU most are.
+// instruction set. Sign planes tell which coordinates are 0 whatever the sizes of their contributions: under ReLU most are.
 #include "rank_one.h"
 
 #include <string.h>
@@ -8,14 +8,14 @@
 #include "lanes.h"
 #include "select.h"
 
-namespace htv::HTV_LEVEL {
+namespace htv::HTV_ISA {
 namespace {
 
 template <class V, class T>
 class RankOneTile {
   using R = Real<V>;
   using Int = typename Lane<V>::Int;
-  static constexpr int kWide = 64 / kRegisterBytes;  // a tile has the same columns at every level
+  static constexpr int kWide = 64 / kRegisterBytes;  // a tile has the same columns for any instruction set
   static constexpr int64_t kLanesOf = kLanes<V>, kPanels = kRankOneRegisters * kWide;
 
   const RankOneTask& task_;
@@ -145,4 +145,4 @@ void rank_one_kernel(const RankOneTask& task, int64_t first, int64_t last, void*
     });
 }
 
-}  // namespace htv::HTV_LEVEL
+}  // namespace htv::HTV_ISA

@@ -4,7 +4,7 @@
 #include "lanes.h"
 #include "ranking.h"
 
-namespace htv::HTV_LEVEL {
+namespace htv::HTV_ISA {
 
 // values[k * stride + c]: value 0 <= k < ranking.ranked of register 0 <= c < columns of coordinates.
 // result[c]: the statistic, NaN where a value is NaN. scratch: select_scratch_bytes(ranking), aligned to 64 bytes.
@@ -19,4 +19,4 @@ void order_statistics(const Ranking& ranking, const V* values, int64_t stride, v
 extern template void order_statistics(const Ranking&, const Register<float>*, int64_t, int, void*, Register<float>*);
 extern template void order_statistics(const Ranking&, const Register<double>*, int64_t, int, void*, Register<double>*);
 
-}  // namespace htv::HTV_LEVEL
+}  // namespace htv::HTV_ISA

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "../dtype.h"
-#include "level.h"
+#include "isa.h"
 
 namespace htv {
 
@@ -29,7 +29,7 @@ inline int64_t plane_words(Dtype dtype, int64_t rows) {
   return (rows + bits - 1) / bits;
 }
 
-// Columns of a plane, padded to whole registers of every level.
+// Columns of a plane, padded to whole registers of every instruction set.
 inline int64_t plane_stride(int64_t columns) { return (columns + 15) / 16 * 16; }
 
 inline int64_t planes_bytes(Dtype dtype, int64_t rows, int64_t columns) {
@@ -43,7 +43,7 @@ inline SignPlanes planes_in(void* memory, Dtype dtype, int64_t rows, int64_t col
 }
 
 // Fills words first <= word < last of the planes of a contiguous matrix.
-HTV_DECLARE_PER_LEVEL(void sign_planes_kernel(const void* matrix, Dtype dtype, int64_t rows, int64_t columns,
+HTV_DECLARE_PER_ISA(void sign_planes_kernel(const void* matrix, Dtype dtype, int64_t rows, int64_t columns,
                                               const SignPlanes& planes, int64_t first, int64_t last))
 
 }  // namespace htv

@@ -5,7 +5,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../contract.h"
+#include "../op_checks.h"
 #include "parallel.h"
 
 namespace htv::cpu {
@@ -26,7 +26,7 @@ std::tuple<Tensor, Tensor> stacked(Tensor grads, int64_t code, int64_t count, do
                          mask_sums.data(), ranking ? &*ranking : nullptr};
   const int64_t scratch_bytes = ranking ? stacked_scratch_bytes(*ranking) : 0;
   const int64_t work = parameters.groups * (ranking ? select_work(*ranking) : 1);
-  const auto kernel = HTV_PER_LEVEL(stacked_kernel);
+  const auto kernel = HTV_PER_ISA(stacked_kernel);
   parallel_chunks(chunks, work * kStackedChunk, scratch_bytes,
                   [&](int64_t first, int64_t last, void* scratch) { kernel(task, first, last, scratch); });
   return {value, sum_in_order(grads, mask_sums)};

@@ -1,10 +1,10 @@
-// The statistic of stacked contributions over groups: hot loops, compiled once per CPU level.
+// The statistic of stacked contributions over groups: hot loops, compiled once per instruction set.
 #include "stacked_kernel.h"
 
 #include "order.h"
 #include "select.h"
 
-namespace htv::HTV_LEVEL {
+namespace htv::HTV_ISA {
 namespace {
 
 template <class T>
@@ -12,7 +12,7 @@ T least(T a, T b) {
   return a < b ? a : b;
 }
 
-// One value per coordinate, summed in double in an order that is the same at every level.
+// One value per coordinate, summed in double in an order that is the same for every instruction set.
 template <class T>
 double sum_in_double(const T* values, int64_t n) {
   constexpr int ways = 8;
@@ -176,4 +176,4 @@ void stacked_kernel(const StackedTask& task, int64_t first, int64_t last, void* 
     with_dtype(task.dtype, [&](auto element) { chunk_of<decltype(element)>(task, chunk, scratch); });
 }
 
-}  // namespace htv::HTV_LEVEL
+}  // namespace htv::HTV_ISA

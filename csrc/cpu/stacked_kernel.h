@@ -1,9 +1,9 @@
-// What the stacked op hands to the kernel of a CPU level.
+// What the stacked op hands to the kernel of an instruction set.
 #pragma once
 
 #include "../dtype.h"
 #include "../statistic.h"
-#include "level.h"
+#include "isa.h"
 #include "ranking.h"
 
 namespace htv {
@@ -35,6 +35,6 @@ inline int64_t stacked_scratch_bytes(const Ranking& ranking) {
 }
 
 // Computes chunks first <= chunk < last; scratch is aligned to 64 bytes.
-HTV_DECLARE_PER_LEVEL(void stacked_kernel(const StackedTask& task, int64_t first, int64_t last, void* scratch))
+HTV_DECLARE_PER_ISA(void stacked_kernel(const StackedTask& task, int64_t first, int64_t last, void* scratch))
 
 }  // namespace htv

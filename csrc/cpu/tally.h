@@ -3,7 +3,7 @@
 
 #include "lanes.h"
 
-namespace htv::HTV_LEVEL {
+namespace htv::HTV_ISA {
 
 // State of the statistics that know sum and votes only. Votes are small integers, or NaN where a contribution is.
 template <class V>
@@ -87,4 +87,4 @@ inline bool has_mask(Statistic statistic) {
          statistic == Statistic::geometric_mean || statistic == Statistic::sand_mask;
 }
 
-}  // namespace htv::HTV_LEVEL
+}  // namespace htv::HTV_ISA

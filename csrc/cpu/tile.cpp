@@ -95,7 +95,7 @@ double TilePlan::run(int64_t tile_in) {
   task.mask_sums = mask_sums.data();
   const int64_t rows = (task.blocks_end - 1)->end;
   const int64_t work = (rows + task.parameters.groups) * task.tile_out * task.tile_in / 16;
-  const auto kernel = HTV_PER_LEVEL(tile_kernel);
+  const auto kernel = HTV_PER_ISA(tile_kernel);
   parallel_chunks(task.tiles(), work, tile_scratch_bytes(task),
                   [&](int64_t first, int64_t last, void* scratch) { kernel(task, first, last, scratch); });
   task.tile_in = chosen.tile_in;

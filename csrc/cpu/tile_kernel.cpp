@@ -1,4 +1,4 @@
-// Statistics of grouped products, tile by tile: compiled once per CPU level.
+// Statistics of grouped products, tile by tile: compiled once per instruction set.
 //
 // Blocks of rows are packed into panels, those of x unless they can be read where they lie. For each register tile
 // ("cell") of coordinates the rows of one group after the other are multiplied; a streaming statistic takes in the product while it is in registers, an order statistic
@@ -12,7 +12,7 @@
 #include "tally.h"
 #include "transpose.h"
 
-namespace htv::HTV_LEVEL {
+namespace htv::HTV_ISA {
 namespace {
 
 // The cell: kRows x kColumns registers, as many rows at a time as leave registers for factors, and, where groups have few
@@ -512,4 +512,4 @@ uint16_t least_magnitude(const void* values, int64_t n) {
 #endif
 }
 
-}  // namespace htv::HTV_LEVEL
+}  // namespace htv::HTV_ISA

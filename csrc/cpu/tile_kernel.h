@@ -1,4 +1,4 @@
-// What tile.cpp hands to the kernel of a CPU level: a statistic of grouped products, tile by tile.
+// What tile.cpp hands to the kernel of an instruction set: a statistic of grouped products, tile by tile.
 //
 // The coordinates are a matrix (out, in), and row r of grad_output and x contributes grad_output[r, :, None] * x[r, None, :]
 // to the group that owns it. A row of x need not lie in one piece: a convolution's is the window seen by one position.
@@ -6,7 +6,7 @@
 
 #include "../dtype.h"
 #include "../statistic.h"
-#include "level.h"
+#include "isa.h"
 #include "ranking.h"
 
 namespace htv {
@@ -29,7 +29,7 @@ struct RowBlock {
 
 // The largest tile; every tile is a unit of work: one thread sees all its groups, in order.
 constexpr int64_t kMostTileOut = 64, kMostTileIn = 288;
-// Tiles are multiples of these, those of a register tile at any level.
+// Tiles are multiples of these, those of a register tile of any instruction set.
 constexpr int64_t kTileOutStep = 8, kTileInStep = 32;
 
 // The widest register, in bytes.
@@ -100,9 +100,9 @@ inline int64_t tile_scratch_bytes(const TileTask& task) {
 }
 
 // The least magnitude among values of bfloat16 that are not 0, as bits; 0 where rows cannot be multiplied in pairs.
-HTV_DECLARE_PER_LEVEL(uint16_t least_magnitude(const void* values, int64_t n))
+HTV_DECLARE_PER_ISA(uint16_t least_magnitude(const void* values, int64_t n))
 
 // Computes tiles first <= tile < last; scratch is aligned to 64 bytes.
-HTV_DECLARE_PER_LEVEL(void tile_kernel(const TileTask& task, int64_t first, int64_t last, void* scratch))
+HTV_DECLARE_PER_ISA(void tile_kernel(const TileTask& task, int64_t first, int64_t last, void* scratch))
 
 }  // namespace htv

@@ -3,7 +3,7 @@
 
 #include "../dtype.h"
 #include "../statistic.h"
-#include "level.h"
+#include "isa.h"
 #include "sign_planes.h"
 
 namespace htv {
@@ -27,6 +27,6 @@ struct VotesTask {
 };
 
 // Computes tiles first <= tile < last.
-HTV_DECLARE_PER_LEVEL(void votes_kernel(const VotesTask& task, int64_t first, int64_t last))
+HTV_DECLARE_PER_ISA(void votes_kernel(const VotesTask& task, int64_t first, int64_t last))
 
 }  // namespace htv

@@ -1,12 +1,12 @@
 // Masks and sign sums of a linear layer's contributions g[o] * x[i] where no group has more than one row: compiled once
-// per CPU level. The sum of contributions is a matrix product; the sign of one is the product of its factors' signs, so
+// per instruction set. The sum of contributions is a matrix product; the sign of one is the product of its factors' signs, so
 // votes are counted on sign planes and no contribution is formed. (A product too small for its type still votes.)
 #include "votes.h"
 
 #include "bits.h"
 #include "lanes.h"
 
-namespace htv::HTV_LEVEL {
+namespace htv::HTV_ISA {
 namespace {
 
 constexpr int kTogether = kRegisters == 32 ? 8 : 4;  // outputs whose votes are counted at once
@@ -116,4 +116,4 @@ void votes_kernel(const VotesTask& task, int64_t first, int64_t last) {
     });
 }
 
-}  // namespace htv::HTV_LEVEL
+}  // namespace htv::HTV_ISA

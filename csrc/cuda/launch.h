@@ -4,7 +4,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
-#include "../contract.h"
+#include "../op_checks.h"
 #include "device.h"
 
 #if !defined(HTV_EMULATED)

@@ -3,7 +3,7 @@
 
 #include <tuple>
 
-#include "../contract.h"
+#include "../op_checks.h"
 
 namespace htv::cuda {
 

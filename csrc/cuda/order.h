@@ -1,7 +1,7 @@
 // Order statistics of few values per coordinate, by networks in a thread's registers.
 #pragma once
 
-#include "../network.h"
+#include "../sorting_network.h"
 #include "words.h"
 
 namespace htv::cuda {

@@ -15,7 +15,7 @@
 
 #include <type_traits>
 
-#include "../keys.h"
+#include "../order_keys.h"
 #include "device.h"
 
 namespace htv::cuda {

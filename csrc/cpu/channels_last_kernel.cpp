@@ -1,9 +1,9 @@
-// Transposes blocks of channels and positions in registers: compiled once per CPU level.
+// Transposes blocks of channels and positions in registers: compiled once per instruction set.
 #include "channels_last.h"
 
 #include "transpose.h"
 
-namespace htv::HTV_LEVEL {
+namespace htv::HTV_ISA {
 namespace {
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -82,4 +82,4 @@ void channels_last_kernel(const ChannelsLastTask& task, int64_t first, int64_t l
   });
 }
 
-}  // namespace htv::HTV_LEVEL
+}  // namespace htv::HTV_ISA

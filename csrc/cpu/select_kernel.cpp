@@ -1,4 +1,4 @@
-// Order statistics of registers of coordinates, whose values lie in L1 or L2: compiled once per CPU level.
+// Order statistics of registers of coordinates, whose values lie in L1 or L2: compiled once per instruction set.
 //
 // Few values are sorted by a network in registers. Of more, ranks are found in a few sorted runs, and means trimmed by a
 // small `count` keep the count + 1 smallest and largest while values stream by. From some number on any rank is found bit
@@ -12,7 +12,7 @@
 
 #include "order.h"
 
-namespace htv::HTV_LEVEL {
+namespace htv::HTV_ISA {
 namespace {
 
 // ---- where each way of selecting ends ----
@@ -492,4 +492,4 @@ void order_statistics(const Ranking& ranking, const V* values, int64_t stride, i
 template void order_statistics(const Ranking&, const Register<float>*, int64_t, int, void*, Register<float>*);
 template void order_statistics(const Ranking&, const Register<double>*, int64_t, int, void*, Register<double>*);
 
-}  // namespace htv::HTV_LEVEL
+}  // namespace htv::HTV_ISA

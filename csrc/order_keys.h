@@ -3,7 +3,7 @@
 
 #include "statistic.h"
 
-namespace htv::HTV_LEVEL {
+namespace htv::HTV_ISA {
 
 template <class V>
 constexpr int kBits = 8 * sizeof(Real<V>);
@@ -23,4 +23,4 @@ HTV_INLINE V value_of(Count<V> key) {
   return Lane<V>::from_bits(((key ^ sign) - sign) | (sign & ~kMagnitude<V>));
 }
 
-}  // namespace htv::HTV_LEVEL
+}  // namespace htv::HTV_ISA

@@ -1,11 +1,11 @@
-// Packing of sign planes, compiled once per CPU level.
+// Packing of sign planes, compiled once per instruction set.
 #include "sign_planes.h"
 
 #include <string.h>
 
 #include "lanes.h"
 
-namespace htv::HTV_LEVEL {
+namespace htv::HTV_ISA {
 namespace {
 
 template <class V>
@@ -46,4 +46,4 @@ void sign_planes_kernel(const void* matrix, Dtype dtype, int64_t rows, int64_t c
   });
 }
 
-}  // namespace htv::HTV_LEVEL
+}  // namespace htv::HTV_ISA

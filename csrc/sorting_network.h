@@ -11,7 +11,7 @@
 
 #include "statistic.h"
 
-namespace htv::HTV_LEVEL {
+namespace htv::HTV_ISA {
 
 struct CompareExchange {
   int low, high;
@@ -89,4 +89,4 @@ HTV_INLINE void sort_bitonic(W (&v)[n]) {
 }
 #endif
 
-}  // namespace htv::HTV_LEVEL
+}  // namespace htv::HTV_ISA
