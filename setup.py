@@ -145,7 +145,7 @@ class BuildExtensions(build_ext):
         sanitize = choice("HTV_SANITIZE", ("0", "1")) == "1"
         cpu = [*COMMON, *(SANITIZED if sanitize else []), *x86_define]
         isa_object = compiled("cpu/isa.cpp", cpu)  # for both libraries
-        objects = [isa_object, compiled("library.cpp", [*cpu, *torch_flags])]
+        objects = [isa_object, compiled("library.cpp", cpu)]
         # Kernels are compiled once per instruction set, what calls them once.
         for source in sorted(CSRC.glob("cpu/*.cpp")):
             name = f"cpu/{source.name}"

@@ -3,6 +3,7 @@
 // the convolution have few channels, those of all groups lie side by side in registers instead.
 #include <algorithm>
 #include <optional>
+#include <torch/csrc/stable/library.h>
 #include <tuple>
 #include <vector>
 
@@ -423,3 +424,7 @@ std::tuple<Tensor, Tensor> conv(Tensor x, Tensor grad_output, Tensor offsets, Si
 }
 
 }  // namespace htv::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(htv, CPU, m) {
+  m.impl("conv", TORCH_BOX(&htv::cpu::conv));
+}

@@ -1,6 +1,7 @@
 // htv::shifted_cross_entropy and its gradient on the CPU: checks and threads. The loops are in cross_entropy_kernel.cpp.
 #include <algorithm>
 #include <optional>
+#include <torch/csrc/stable/library.h>
 #include <tuple>
 
 #include "../op_checks.h"
@@ -112,3 +113,8 @@ Tensor shifted_cross_entropy_grad(Tensor grad, Tensor logits, Tensor targets, Te
 }
 
 }  // namespace htv::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(htv, CPU, m) {
+  m.impl("shifted_cross_entropy", TORCH_BOX(&htv::cpu::shifted_cross_entropy));
+  m.impl("shifted_cross_entropy_grad", TORCH_BOX(&htv::cpu::shifted_cross_entropy_grad));
+}

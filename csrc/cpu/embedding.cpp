@@ -1,6 +1,7 @@
 // htv::embedding on the CPU: checks, rows sorted by token, threads. The loops are in embedding_kernel.cpp.
 #include <algorithm>
 #include <numeric>
+#include <torch/csrc/stable/library.h>
 #include <tuple>
 #include <vector>
 
@@ -73,3 +74,7 @@ std::tuple<Tensor, Tensor> embedding(Tensor grad_output, Tensor ids, Tensor vote
 }
 
 }  // namespace htv::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(htv, CPU, m) {
+  m.impl("embedding", TORCH_BOX(&htv::cpu::embedding));
+}

@@ -1,6 +1,7 @@
 // htv::linear on the CPU: checks, and which kernel serves.
 #include <algorithm>
 #include <numeric>
+#include <torch/csrc/stable/library.h>
 #include <tuple>
 #include <vector>
 
@@ -145,3 +146,7 @@ std::tuple<Tensor, Tensor> linear(Tensor x, Tensor grad_output, Tensor offsets, 
 }
 
 }  // namespace htv::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(htv, CPU, m) {
+  m.impl("linear", TORCH_BOX(&htv::cpu::linear));
+}

@@ -1,6 +1,7 @@
 // htv::norm_sums and htv::group_norm_backward on the CPU: checks and threads. The loops are in norm_kernel.cpp.
 #include "norm_kernel.h"
 
+#include <torch/csrc/stable/library.h>
 #include <tuple>
 #include <vector>
 
@@ -90,3 +91,8 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_backward(Tensor grad, Tensor x, Te
 }
 
 }  // namespace htv::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(htv, CPU, m) {
+  m.impl("norm_sums", TORCH_BOX(&htv::cpu::norm_sums));
+  m.impl("group_norm_backward", TORCH_BOX(&htv::cpu::group_norm_backward));
+}

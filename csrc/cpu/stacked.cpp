@@ -2,6 +2,7 @@
 #include "stacked_kernel.h"
 
 #include <optional>
+#include <torch/csrc/stable/library.h>
 #include <tuple>
 #include <vector>
 
@@ -33,3 +34,7 @@ std::tuple<Tensor, Tensor> stacked(Tensor grads, int64_t code, int64_t count, do
 }
 
 }  // namespace htv::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(htv, CPU, m) {
+  m.impl("stacked", TORCH_BOX(&htv::cpu::stacked));
+}
