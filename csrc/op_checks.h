@@ -65,8 +65,6 @@ inline void check_memory(const std::string& op, const char* argument, const Tens
                   " bytes: was it freed or resized?");
 }
 
-inline bool is_order(Statistic statistic) { return kind_of(statistic) == StatisticKind::order; }
-
 // Statistics travel by number (HTV_STATISTICS): a string argument would cost an allocation, which the
 // stable ABI does not give back, at every call.
 inline Statistic statistic_of(const std::string& op, int64_t number) {

@@ -28,27 +28,28 @@
 
 namespace htv {
 
-// Name, number and kind of every statistic, once: the enumeration, what it knows and the exported
-// names (`htv_statistics` in library.cpp) are made from this table. Python speaks in these numbers, so
-// one that is given stays; a new statistic takes a new one, in any row.
-#define HTV_STATISTICS(use)           \
-  use(mean, 0, streaming)             \
-  use(and_mask, 1, streaming)         \
-  use(xor_mask, 2, streaming)         \
-  use(geometric_mean, 3, streaming)   \
-  use(sand_mask, 4, streaming)        \
-  use(sign_sum, 5, streaming)         \
-  use(sign_agreement, 6, streaming)   \
-  use(median, 7, order)               \
-  use(trimmed_mean, 8, order)         \
-  use(winsorized_mean, 9, order)      \
-  use(median_of_means, 10, order)
+// Every statistic: its name, its number, its kind and whether it has a mask. From this table come the
+// enumeration, what is known of its values and what the library exports (`htv_statistics` in
+// library.cpp). Python speaks in these numbers, so one that is given stays; a new statistic takes a new
+// one, in any row.
+#define HTV_STATISTICS(use)                \
+  use(mean, 0, streaming, false)           \
+  use(and_mask, 1, streaming, true)        \
+  use(xor_mask, 2, streaming, true)        \
+  use(geometric_mean, 3, streaming, true)  \
+  use(sand_mask, 4, streaming, true)       \
+  use(sign_sum, 5, streaming, false)       \
+  use(sign_agreement, 6, streaming, false) \
+  use(median, 7, order, false)             \
+  use(trimmed_mean, 8, order, false)       \
+  use(winsorized_mean, 9, order, false)    \
+  use(median_of_means, 10, order, false)
 
-// Streaming ones need one pass over the contributions and little state; order statistics rank them.
+// Streaming ones take one pass over the contributions and little state; order statistics rank them.
 enum class StatisticKind { streaming, order };
 
 enum class Statistic {
-#define HTV_USE(name, number, kind) name = number,
+#define HTV_USE(name, number, kind, masks) name = number,
   HTV_STATISTICS(HTV_USE)
 #undef HTV_USE
 };
@@ -56,7 +57,7 @@ enum class Statistic {
 // Whether a number is a statistic's.
 constexpr bool is_statistic(int64_t number) {
   switch (number) {
-#define HTV_USE(name, number, kind) \
+#define HTV_USE(name, number, kind, masks) \
   case number: return true;
     HTV_STATISTICS(HTV_USE)
 #undef HTV_USE
@@ -66,12 +67,29 @@ constexpr bool is_statistic(int64_t number) {
 
 constexpr StatisticKind kind_of(Statistic statistic) {
   switch (statistic) {
-#define HTV_USE(name, number, kind) \
+#define HTV_USE(name, number, kind, masks) \
   case Statistic::name: return StatisticKind::kind;
     HTV_STATISTICS(HTV_USE)
 #undef HTV_USE
   }
   __builtin_unreachable();
+}
+
+constexpr bool is_order(Statistic statistic) { return kind_of(statistic) == StatisticKind::order; }
+
+constexpr bool has_mask(Statistic statistic) {
+  switch (statistic) {
+#define HTV_USE(name, number, kind, masks) \
+  case Statistic::name: return masks;
+    HTV_STATISTICS(HTV_USE)
+#undef HTV_USE
+  }
+  __builtin_unreachable();
+}
+
+// Whether it is a mean of the ranked values whose tails are cut or replaced.
+constexpr bool is_ranked_mean(Statistic statistic) {
+  return statistic == Statistic::trimmed_mean || statistic == Statistic::winsorized_mean;
 }
 
 struct Parameters {

@@ -1,12 +1,10 @@
 // Transposes blocks of channels and positions in registers: compiled once per instruction set.
-#include "channels_last.h"
+#include "channels_last_kernel.h"
 
 #include "transpose.h"
 
 namespace htv::HTV_ISA {
 namespace {
-
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 template <class V, class T>
 void copy_sample(const ChannelsLastTask& task, const T* from, Real<V>* to) {

@@ -8,8 +8,8 @@
 #include <vector>
 
 #include "../op_checks.h"
-#include "channels_last.h"
-#include "depthwise.h"
+#include "channels_last_kernel.h"
+#include "depthwise_kernel.h"
 #include "parallel.h"
 #include "tile.h"
 
@@ -96,7 +96,7 @@ int64_t stride_of(int64_t channels, int64_t line, bool spread) {
 }
 
 Rows rows_of(const Images& images, const Sizes& padding, int64_t first, int64_t channels, bool spread) {
-  const int64_t element = bytes_of(images.dtype), compute = images.dtype == Dtype::float64 ? 8 : 4;
+  const int64_t element = bytes_of(images.dtype), compute = compute_bytes(images.dtype);
   Rows rows;
   if (!copied(images, padding)) {
     rows.data = images.data + first * element;
@@ -138,7 +138,7 @@ struct Panels {
   int64_t stride, part;  // elements from one panel, and from one group, to the next
 
   Panels(const Images& images, int64_t first, int64_t channels, int64_t parts)
-      : memory(parts * panels(channels) * panel(images) * compute(images)),
+      : memory(parts * panels(channels) * panel(images) * compute_bytes(images.dtype)),
         stride(panel(images)),
         part(panels(channels) * stride) {
     const int64_t element = bytes_of(images.dtype);
@@ -153,7 +153,7 @@ struct Panels {
                                     images.step,
                                     channels,
                                     images.positions,
-                                    static_cast<char*>(memory.get()) + group * part * compute(images),
+                                    static_cast<char*>(memory.get()) + group * part * compute_bytes(images.dtype),
                                     nullptr,
                                     0,
                                     false};
@@ -163,7 +163,6 @@ struct Panels {
   }
 
  private:
-  static int64_t compute(const Images& images) { return images.dtype == Dtype::float64 ? 8 : 4; }
   static int64_t panels(int64_t channels) { return (channels + kTileOutStep - 1) / kTileOutStep; }
   static int64_t panel(const Images& images) {
     return (images.samples * images.positions + kPanelGap) * kTileOutStep;
@@ -335,7 +334,7 @@ std::tuple<Tensor, Tensor> conv(Tensor x, Tensor grad_output, Tensor offsets, Si
   Sizes shape{grads.channels, width};
   shape.insert(shape.end(), kernel.begin(), kernel.end());
   Tensor value = torch::stable::new_empty(x, shape, compute_type(images.dtype));
-  const Dtype compute = images.dtype == Dtype::float64 ? Dtype::float64 : Dtype::float32;
+  const Dtype compute = compute_dtype(images.dtype);
   const int64_t element = bytes_of(compute);
   if (value.numel() == 0) return {value, sum_in_order(x, {})};
 

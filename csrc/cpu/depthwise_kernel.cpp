@@ -1,6 +1,6 @@
 // Statistics of contributions to convolutions with few channels per group, output channels side by side in registers:
 // compiled once per instruction set.
-#include "depthwise.h"
+#include "depthwise_kernel.h"
 
 #include <optional>
 
@@ -10,8 +10,6 @@
 
 namespace htv::HTV_ISA {
 namespace {
-
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 template <class V>
 class Depthwise {

@@ -33,8 +33,6 @@ class Chunk {
   }
 
  private:
-  static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
   // K registers of features; n: lanes of the last. Groups without the token contribute zeros, which change no state.
   template <int K>
   void features(int64_t token, int64_t at, int64_t n) {

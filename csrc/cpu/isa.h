@@ -2,6 +2,8 @@
 // into a namespace of its name.
 #pragma once
 
+#include <stdint.h>
+
 #include <initializer_list>
 
 // Calls use(isa, ...) for every instruction set, each of which has all that those before it have.
@@ -28,6 +30,8 @@ enum class Isa {
   HTV_EVERY_ISA(HTV_USE)
 #undef HTV_USE
 };
+
+constexpr int64_t kWidestRegister = 64;  // bytes, of any instruction set
 
 // The best one that was compiled for, that this CPU has and that the environment variable
 // HTV_CPU_CAPABILITY (one of these names; read at every call) allows. Throws std::runtime_error for any

@@ -31,6 +31,8 @@ using Register = typename RegisterOf<T, kRegisterBytes>::type;
 template <class V>
 constexpr int kLanes = sizeof(V) / sizeof(Real<V>);
 
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
 // A comparison of registers is an integer register of 0 and -1, which counts and selects alike.
 template <class V, class T>
 struct RegisterLane {

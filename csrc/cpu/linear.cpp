@@ -7,9 +7,9 @@
 
 #include "../op_checks.h"
 #include "parallel.h"
-#include "rank_one.h"
+#include "rank_one_kernel.h"
 #include "tile.h"
-#include "votes.h"
+#include "votes_kernel.h"
 
 namespace htv::cpu {
 namespace {

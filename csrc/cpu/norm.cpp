@@ -27,7 +27,7 @@ void check_like(const std::string& op, const char* argument, const Tensor& tenso
 
 std::tuple<Tensor, Tensor> norm_sums(Tensor grad, Tensor x, Tensor mean, Tensor rstd) {
   const std::string op = "htv::norm_sums";
-  const Dtype dtype = dtype_of(op, "x", x), computed = dtype == Dtype::float64 ? dtype : Dtype::float32;
+  const Dtype dtype = dtype_of(op, "x", x), computed = compute_dtype(dtype);
   STD_TORCH_CHECK(x.dim() == 3, op, ": x must have 3 dimensions, got ", x.dim());
   check_like(op, "x", x, dtype, x, 3);
   check_like(op, "grad", grad, dtype, x, 3);
@@ -49,7 +49,7 @@ std::tuple<Tensor, Tensor> norm_sums(Tensor grad, Tensor x, Tensor mean, Tensor 
 std::tuple<Tensor, Tensor, Tensor> group_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor mean, Tensor rstd,
                                                        bool needs_x) {
   const std::string op = "htv::group_norm_backward";
-  const Dtype dtype = dtype_of(op, "x", x), computed = dtype == Dtype::float64 ? dtype : Dtype::float32;
+  const Dtype dtype = dtype_of(op, "x", x), computed = compute_dtype(dtype);
   STD_TORCH_CHECK(x.dim() >= 2, op, ": x must have at least 2 dimensions, got ", x.dim());
   STD_TORCH_CHECK(mean.dim() == 2, op, ": mean must have 2 dimensions, got ", mean.dim());
   check_like(op, "x", x, dtype, x, x.dim());

@@ -41,7 +41,7 @@ struct GroupNormTask {
 
 // What each thread needs as scratch: two values for each of a group's.
 inline int64_t group_norm_scratch(const GroupNormTask& task) {
-  return 2 * task.channels * task.space * bytes_of(task.dtype == Dtype::float64 ? task.dtype : Dtype::float32);
+  return 2 * task.channels * task.space * compute_bytes(task.dtype);
 }
 
 // Computes units first <= unit < last, those of a sample beside each other.

@@ -1,6 +1,6 @@
 // Order statistics of a linear layer's contributions g[o] * x[i] where no group has more than one row: compiled once per
 // instruction set. Sign planes tell which coordinates are 0 whatever the sizes of their contributions: under ReLU most are.
-#include "rank_one.h"
+#include "rank_one_kernel.h"
 
 #include <string.h>
 
@@ -15,7 +15,7 @@ template <class V, class T>
 class RankOneTile {
   using R = Real<V>;
   using Int = typename Lane<V>::Int;
-  static constexpr int kWide = 64 / kRegisterBytes;  // a tile has the same columns for any instruction set
+  static constexpr int kWide = kWidestRegister / kRegisterBytes;  // a tile has the same columns for any instruction set
   static constexpr int64_t kLanesOf = kLanes<V>, kPanels = kRankOneRegisters * kWide;
 
   const RankOneTask& task_;
@@ -28,7 +28,6 @@ class RankOneTile {
   bool finite_x_[kPanels];      // no NaN or infinity in the panel
   bool finite_g_[kRankOneOut];  // nor in the output's column
 
-  static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
   static int64_t tiles_in(const RankOneTask& task) {
     const int64_t width = rank_one_width(task.dtype);
     return (task.in + width - 1) / width;

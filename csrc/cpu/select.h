@@ -1,8 +1,8 @@
 // Order statistics of registers of coordinates, whose values lie in L1 or L2, registers side by side.
 #pragma once
 
+#include "../ranking.h"
 #include "lanes.h"
-#include "ranking.h"
 
 namespace htv::HTV_ISA {
 

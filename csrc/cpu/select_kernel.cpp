@@ -10,7 +10,7 @@
 #include <immintrin.h>
 #endif
 
-#include "order.h"
+#include "sort_registers.h"
 
 namespace htv::HTV_ISA {
 namespace {
@@ -154,7 +154,7 @@ V statistic_of_runs(const Strided<V>& values, const Ranking& ranking, bool four)
     if (ranking.high != ranking.low) high = rank_of_two(lists[0], size, lists[1], size, ranking.high);
   }
   const Ends<V> ends = {O::value(low), O::value(high)};
-  if (is_mean(ranking)) return nan.poison(mean_between<V>(values, ranking, ends));
+  if (is_ranked_mean(ranking.statistic)) return nan.poison(mean_between<V>(values, ranking, ends));
   return nan.poison(ranking.low == ranking.high ? ends.low : midpoint(ends.low, ends.high));
 }
 
@@ -445,7 +445,7 @@ void select_by_bits(const Ranking& ranking, const V* values, int64_t stride, voi
   }
   for (int c = 0; c < columns; ++c) {
     const Ends<V> ends = {found[0][c], found[1][c]};
-    result[c] = nan[c].poison(is_mean(ranking) ? mean_between<V>(Strided<V>{values + c, stride}, ranking, ends)
+    result[c] = nan[c].poison(is_ranked_mean(ranking.statistic) ? mean_between<V>(Strided<V>{values + c, stride}, ranking, ends)
                                                : midpoint(ends.low, ends.high));
   }
 }
@@ -455,7 +455,7 @@ void select_by_bits(const Ranking& ranking, const V* values, int64_t stride, voi
 template <class V>
 void order_statistics(const Ranking& ranking, const V* values, int64_t stride, int columns, void* scratch, V* result) {
   const int64_t n = ranking.ranked, count = ranking.parameters.count;
-  const bool trims = is_mean(ranking), four = n > kMostRuns / 2;
+  const bool trims = is_ranked_mean(ranking.statistic), four = n > kMostRuns / 2;
   const auto each = [&](const auto& statistic) {
     for (int c = 0; c < columns; ++c) result[c] = statistic(Strided<V>{values + c, stride});
   };

@@ -1,5 +1,5 @@
 // Packing of sign planes, compiled once per instruction set.
-#include "sign_planes.h"
+#include "sign_planes_kernel.h"
 
 #include <string.h>
 

@@ -1,16 +1,11 @@
 // The statistic of stacked contributions over groups: hot loops, compiled once per instruction set.
 #include "stacked_kernel.h"
 
-#include "order.h"
+#include "sort_registers.h"
 #include "select.h"
 
 namespace htv::HTV_ISA {
 namespace {
-
-template <class T>
-T least(T a, T b) {
-  return a < b ? a : b;
-}
 
 // One value per coordinate, summed in double in an order that is the same for every instruction set.
 template <class T>

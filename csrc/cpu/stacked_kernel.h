@@ -4,7 +4,7 @@
 #include "../dtype.h"
 #include "../statistic.h"
 #include "isa.h"
-#include "ranking.h"
+#include "select_cost.h"
 
 namespace htv {
 

@@ -82,9 +82,4 @@ class MaskSum {
   }
 };
 
-inline bool has_mask(Statistic statistic) {
-  return statistic == Statistic::and_mask || statistic == Statistic::xor_mask ||
-         statistic == Statistic::geometric_mean || statistic == Statistic::sand_mask;
-}
-
 }  // namespace htv::HTV_ISA

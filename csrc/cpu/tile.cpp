@@ -30,7 +30,7 @@ TilePlan::TilePlan(Statistic statistic, const Parameters& parameters, Dtype dtyp
   task.few_rows = rows <= (in_place ? kFewRowsInPlace : kFewRows) * groups;
   if (is_order(statistic)) {
     task.ranking = &ranking_.emplace(ranking_of(statistic, parameters));
-    const int64_t element = dtype == Dtype::float64 ? 8 : 4;
+    const int64_t element = compute_bytes(dtype);
     const int64_t area = kRankedBytes / (element * groups);
     task.tile_out = std::clamp(area / 96 / kTileOutStep * kTileOutStep, kTileOutStep, kMostTileOut);
     task.tile_in = std::clamp(area / task.tile_out / kTileInStep * kTileInStep, kTileInStep, kMostTileIn);

@@ -25,8 +25,6 @@ constexpr int kCell = kRows * kColumns;
 constexpr int kRanked = 4;  // registers that are ranked at a time
 static_assert(kRows % kManyRows == 0 && kTileInStep % (kColumns * kLanes<Register<float>>) == 0);
 
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // The columns of a cell, row by row: packed, or where they lie.
 template <class V>
 struct Packed {

@@ -7,7 +7,7 @@
 #include "../dtype.h"
 #include "../statistic.h"
 #include "isa.h"
-#include "ranking.h"
+#include "select_cost.h"
 
 namespace htv {
 
@@ -32,8 +32,8 @@ constexpr int64_t kMostTileOut = 64, kMostTileIn = 288;
 // Tiles are multiples of these, those of a register tile of any instruction set.
 constexpr int64_t kTileOutStep = 8, kTileInStep = 32;
 
-// The widest register, in bytes.
-constexpr int64_t kRunStep = 64;
+// Where runs are read in place, they begin at multiples of so many bytes of columns.
+constexpr int64_t kRunStep = kWidestRegister;
 
 // Rows left free between panels, which would else lie a power of two apart and compete for the same lines of a cache.
 constexpr int64_t kPanelGap = 3;
@@ -86,7 +86,7 @@ inline int64_t row_table_bytes(const TileTask& task) {
 // Scratch of one thread, in bytes.
 inline int64_t tile_scratch_bytes(const TileTask& task) {
   constexpr int64_t most_states = 5;  // registers of a streaming statistic
-  const int64_t element = task.dtype == Dtype::float64 ? 8 : 4;
+  const int64_t element = compute_bytes(task.dtype);
   const int64_t width = (task.tile_in + kTileInStep - 1) / kTileInStep * kTileInStep;
   const int64_t height = (task.tile_out + kTileOutStep - 1) / kTileOutStep * kTileOutStep;
   const bool one_block = task.blocks_end - task.blocks == 1;

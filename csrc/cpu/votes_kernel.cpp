@@ -1,7 +1,7 @@
 // Masks and sign sums of a linear layer's contributions g[o] * x[i] where no group has more than one row: compiled once
 // per instruction set. The sum of contributions is a matrix product; the sign of one is the product of its factors' signs, so
 // votes are counted on sign planes and no contribution is formed. (A product too small for its type still votes.)
-#include "votes.h"
+#include "votes_kernel.h"
 
 #include "bits.h"
 #include "lanes.h"
@@ -20,8 +20,6 @@ class VotesTile {
 
   const VotesTask& task_;
   const int64_t tile_, out_, in_, height_, width_;
-
-  static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
  public:
   VotesTile(const VotesTask& task, int64_t tile)

@@ -60,12 +60,12 @@ __global__ void __launch_bounds__(threads) sum_parts(const double* parts, int64_
 }
 
 // A mask's sum, added up by blocks first: `parts` has a place for each of them, or none where there is no mask.
-class MaskSum {
+class PartialMaskSums {
   Tensor parts_, total_;
   int64_t blocks_;
 
  public:
-  MaskSum(const Tensor& like, int64_t blocks)
+  PartialMaskSums(const Tensor& like, int64_t blocks)
       : parts_(torch::stable::new_empty(like, {blocks}, torch::headeronly::ScalarType::Double)),
         total_(torch::stable::new_zeros(like, {}, torch::headeronly::ScalarType::Double)),
         blocks_(blocks) {}
@@ -77,10 +77,5 @@ class MaskSum {
     return total_;
   }
 };
-
-inline bool has_mask(Statistic statistic) {
-  return statistic == Statistic::and_mask || statistic == Statistic::xor_mask ||
-         statistic == Statistic::geometric_mean || statistic == Statistic::sand_mask;
-}
 
 }  // namespace htv::cuda

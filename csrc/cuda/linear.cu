@@ -77,12 +77,12 @@ std::tuple<Tensor, Tensor> linear(Tensor x, Tensor grad_output, Tensor offsets, 
   const bool sums = !ranks && statistic != Statistic::sign_sum;
   Tensor value = sums ? add_up(x, grad_output, dtype) : torch::stable::new_empty(x, {out, in}, compute_type(dtype));
   STD_TORCH_CHECK(value.is_contiguous(), op, ": torch's product is not contiguous");
-  if (statistic == Statistic::mean || value.numel() == 0) return {value, MaskSum(x, 0).total(stream)};
+  if (statistic == Statistic::mean || value.numel() == 0) return {value, PartialMaskSums(x, 0).total(stream)};
 
   const Signs of_x(x, dtype, stream), of_g(grad_output, dtype, stream);
   LinearTask task{x.const_data_ptr(), grad_output.const_data_ptr(), rows, in, out, statistic, parameters,
                   of_x.matrix, of_g.matrix, value.mutable_data_ptr(), nullptr};
-  MaskSum mask(x, has_mask(statistic) ? task.tiles() : 0);
+  PartialMaskSums mask(x, has_mask(statistic) ? task.tiles() : 0);
   task.mask_sums = mask.parts();
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);

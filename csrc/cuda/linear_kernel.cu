@@ -15,9 +15,9 @@
 #include <type_traits>
 
 #include "../ranking.h"
-#include "count.h"
+#include "counting_kernels.h"
 #include "launch.h"
-#include "order.h"
+#include "rank_by_network.h"
 
 namespace htv::cuda {
 namespace {

@@ -24,7 +24,7 @@ std::tuple<Tensor, Tensor> stacked(Tensor grads, int64_t code, int64_t count, do
   Tensor mask_sum;
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
-    MaskSum mask(grads, stacked_mask_parts<T>(task));
+    PartialMaskSums mask(grads, stacked_mask_parts<T>(task));
     task.mask_sums = mask.parts();
     if (coordinates > 0) run_stacked<T>(task, device.stream());
     mask_sum = mask.total(device.stream());

@@ -4,7 +4,7 @@
 #include "../dtype.h"
 #include "../statistic.h"
 #include "isa.h"
-#include "ranking.h"
+#include "select_cost.h"
 
 namespace htv {
 
@@ -51,11 +51,11 @@ struct DepthwiseTask {
     return run / runs_of_input() * tap_count + run % runs_of_input() * tap_count / runs_of_input();
   }
   int64_t chunks() const { return (runs() + chunk - 1) / chunk; }
-  int64_t unit_channels() const { return 64 / (dtype == Dtype::float64 ? 8 : 4); }
+  int64_t unit_channels() const { return kWidestRegister / compute_bytes(dtype); }
   int64_t units() const { return (grad_output.channels + unit_channels() - 1) / unit_channels() * chunks(); }
 };
 
-// Registers of scratch, by what is kept in them; a thread needs 64 bytes for each, and what selection needs.
+// Registers of scratch, by what is kept in them; a thread needs the widest for each, and what selection needs.
 struct DepthwiseScratch {
   int64_t seen = 0, positions = 0, products, kept;
 
@@ -69,7 +69,7 @@ struct DepthwiseScratch {
     kept = products * (task.ranking ? task.parameters.groups : most_states);
   }
   int64_t bytes(const DepthwiseTask& task) const {
-    return 64 * (seen + positions + products + kept) + (task.ranking ? select_scratch_bytes(*task.ranking) : 0);
+    return kWidestRegister * (seen + positions + products + kept) + (task.ranking ? select_scratch_bytes(*task.ranking) : 0);
   }
 };
 

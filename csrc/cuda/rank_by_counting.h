@@ -23,13 +23,13 @@ namespace htv::cuda {
 using namespace htv::generic;
 
 template <class Key>
-struct Ends {
+struct Extremes {
   Key least, greatest;
 };
 
 template <class Key>
 struct Survey {
-  Ends<Key> ends;
+  Extremes<Key> extremes;
   int negative, not_positive;
 };
 
@@ -56,7 +56,7 @@ template <class V, class Values, class Key = typename Lane<V>::Int>
 __device__ Key search(const Values& values, const Survey<Key>& survey, int rank) {
   using Unsigned = std::make_unsigned_t<Key>;
   if (survey.negative <= rank && rank < survey.not_positive) return 0;
-  Key low = survey.ends.least, high = survey.ends.greatest + 1;  // the key lies in [low, high)
+  Key low = survey.extremes.least, high = survey.extremes.greatest + 1;  // the key lies in [low, high)
   int below_low = 0, below_high = values.size;                   // so many keys are smaller
   if (rank < survey.negative) {
     if (high > 0) high = 0, below_high = survey.negative;
@@ -65,8 +65,8 @@ __device__ Key search(const Values& values, const Survey<Key>& survey, int rank)
   }
   for (int pass = 0; Unsigned(high) - Unsigned(low) > 1; ++pass) {
     if (below_low == rank || below_high == rank + 1 || pass % 4 == 3) {
-      const Ends<Key> ends = values.around(low, high);
-      low = ends.least, high = ends.greatest + 1;
+      const Extremes<Key> left = values.around(low, high);
+      low = left.least, high = left.greatest + 1;
       if (below_low == rank) return low;
       if (below_high == rank + 1) return high - 1;
       continue;
@@ -87,7 +87,7 @@ __device__ V select_statistic(const Values& values, Statistic statistic, const P
   const auto survey = values.survey();
   const int count = int(p.count);
   const auto ranked = [&](int rank) { return search<V>(values, survey, rank); };
-  if (statistic == Statistic::trimmed_mean || statistic == Statistic::winsorized_mean) {
+  if (is_ranked_mean(statistic)) {
     const V low = value_of<V>(ranked(count)), high = value_of<V>(ranked(values.size - 1 - count));
     if (low == high) return low;
     const Inside<V> inside = values.sum_inside(low, high);
@@ -102,7 +102,7 @@ __device__ V select_statistic(const Values& values, Statistic statistic, const P
   V high = low;
   if (lower < higher && interpolation == 0) {
     const Key next = key_of(low) + 1;  // the higher one, unless more keys than the lower one's rank say are its own
-    if (values.below(next) <= higher) high = value_of<V>(values.around(next, survey.ends.greatest + 1).least);
+    if (values.below(next) <= higher) high = value_of<V>(values.around(next, survey.extremes.greatest + 1).least);
   }
   return median<V>([&](int64_t rank) { return rank == lower ? low : high; }, values.size, interpolation);
 }

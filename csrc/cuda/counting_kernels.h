@@ -4,7 +4,7 @@
 #pragma once
 
 #include "launch.h"
-#include "select.h"
+#include "rank_by_counting.h"
 
 namespace htv::cuda {
 
@@ -60,7 +60,7 @@ struct Counted {
     for (int i = first; i < size; i += step) count += key(i) < pivot;
     return team.sum(count);
   }
-  __device__ Ends<Key> around(Key low, Key high) const {
+  __device__ Extremes<Key> around(Key low, Key high) const {
     Key least = kLargest, greatest = -kLargest;
 #pragma unroll 4
     for (int i = first; i < size; i += step) {
@@ -114,10 +114,10 @@ struct Alone {
 };
 
 // Coordinates of a block, and how far apart the keys of two lie: banks of shared memory that they are written to differ.
-struct Tile {
+struct KeyTile {
   int coordinates, stride;
 
-  __host__ __device__ static Tile of(int coordinates, int size) {
+  __host__ __device__ static KeyTile of(int coordinates, int size) {
     return {coordinates, (size + 31) / 32 * 32 + 32 / coordinates};
   }
   template <class Key>
@@ -134,7 +134,7 @@ struct Tile {
 //     scaled(v)               the result, given the statistic
 template <class Source>
 __global__ void __launch_bounds__(kCountThreads, 1) by_counting(typename Source::Task task, int64_t coordinates,
-                                                                Tile tile) {
+                                                                KeyTile tile) {
   using V = typename Source::V;
   using Key = typename Lane<V>::Int;
   __shared__ int undefined[32];
@@ -194,7 +194,7 @@ void launch_counting(const typename Source::Task& task, int64_t coordinates, int
   using Key = typename Lane<typename Source::V>::Int;
   const int64_t most = most_shared_bytes() - 1024, comfortable = most / 2 < (96 << 10) ? most / 2 : 96 << 10;
   for (const int width : {32, 16, 8}) {  // the fewer, the less of a row is read at once: 32 bytes at least
-    const Tile tile = Tile::of(width, size);
+    const KeyTile tile = KeyTile::of(width, size);
     const int64_t bytes = tile.bytes<Key>();
     if (bytes <= comfortable || (width == 8 && bytes <= most)) {
       launch(by_counting<Source>, blocks_for(coordinates, width), kCountThreads, bytes, stream, task, coordinates,

@@ -33,7 +33,7 @@ inline int64_t plane_words(Dtype dtype, int64_t rows) {
 inline int64_t plane_stride(int64_t columns) { return (columns + 15) / 16 * 16; }
 
 inline int64_t planes_bytes(Dtype dtype, int64_t rows, int64_t columns) {
-  return 2 * plane_words(dtype, rows) * plane_stride(columns) * (dtype == Dtype::float64 ? 8 : 4);
+  return 2 * plane_words(dtype, rows) * plane_stride(columns) * compute_bytes(dtype);
 }
 
 // The planes of a matrix, laid out in memory of `planes_bytes`, aligned to 64 bytes.

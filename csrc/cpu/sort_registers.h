@@ -2,9 +2,9 @@
 #pragma once
 
 #include "../order_keys.h"
+#include "../ranking.h"
 #include "../sorting_network.h"
 #include "lanes.h"
-#include "ranking.h"
 
 namespace htv::HTV_ISA {
 
@@ -120,7 +120,7 @@ HTV_INLINE V mean_of_few(const Values& values, const Ranking& ranking) {
 template <class V, int n, class Source, class Sink>
 __attribute__((noinline)) void statistics_of_few(const Ranking& ranking, int64_t registers, const Source& source,
                                                  const Sink& sink) {
-  if (is_mean(ranking)) {
+  if (is_ranked_mean(ranking.statistic)) {
     for (int64_t j = 0; j < registers; ++j) sink(j, mean_of_few<V, n>(source(j), ranking));
   } else if (ranking.statistic == Statistic::median && ranking.parameters.count != 0) {
     const int64_t interpolation = ranking.parameters.count;

@@ -3,8 +3,8 @@
 
 #include "../dtype.h"
 #include "isa.h"
-#include "ranking.h"
-#include "sign_planes.h"
+#include "select_cost.h"
+#include "sign_planes_kernel.h"
 
 namespace htv {
 
@@ -21,7 +21,9 @@ struct RankOneTask {
   void* value;  // (out, in)
 };
 
-inline int64_t rank_one_width(Dtype dtype) { return kRankOneRegisters * 64 / (dtype == Dtype::float64 ? 8 : 4); }
+inline int64_t rank_one_width(Dtype dtype) {
+  return kRankOneRegisters * kWidestRegister / compute_bytes(dtype);
+}
 
 inline int64_t rank_one_tiles(const RankOneTask& task) {
   const int64_t width = rank_one_width(task.dtype);
@@ -30,9 +32,8 @@ inline int64_t rank_one_tiles(const RankOneTask& task) {
 
 // Scratch of one thread, in bytes: packed x, values of two registers of coordinates, packed g and one column of it.
 inline int64_t rank_one_scratch_bytes(const RankOneTask& task) {
-  constexpr int64_t widest_register = 64;
   const int64_t ranked = task.ranking->ranked;
-  return widest_register * (kRankOneRegisters * task.rows + 2 * ranked) + select_scratch_bytes(*task.ranking) +
+  return kWidestRegister * (kRankOneRegisters * task.rows + 2 * ranked) + select_scratch_bytes(*task.ranking) +
          8 * (kRankOneOut + 1) * task.rows;
 }
 

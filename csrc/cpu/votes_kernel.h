@@ -4,7 +4,7 @@
 #include "../dtype.h"
 #include "../statistic.h"
 #include "isa.h"
-#include "sign_planes.h"
+#include "sign_planes_kernel.h"
 
 namespace htv {
 
