@@ -373,50 +373,57 @@ std::tuple<Tensor, Tensor> conv(Tensor x, Tensor grad_output, Tensor offsets, Si
   const Columns spaced = columns_of(columns, block, geometry.taps, stride_of(parts * columns, line, true), line);
   const bool in_place = copied(images, padding) && spaced.count() <= kMostHoles * columns * taps;
   const int64_t step = in_place ? line : 1;
-  TilePlan plan(statistic, parameters, compute, bounds, grads.positions, in_place);
-  TileTask& task = plan.task;
+  TileProblem problem = tile_problem(statistic, parameters, compute);
+  problem.parts = parts;
+  const TileBlocks blocks(problem, bounds, grads.positions, in_place);
+  const int64_t widest_in = taps * block <= kMostTileIn ? taps * block : 256;
+  TileBuffers buffers{};
+  buffers.value_stride = width * taps;
+  buffers.value_part = height * width * taps;
+  buffers.tap_channels = block;
   const Sizes no_padding(dims, 0);
   double mask_sum = 0;
   for (int64_t group = 0; group < conv_groups; group += parts)
     for (int64_t top = 0; top < height; top += outputs) {
-      const int64_t out = std::min(outputs, height - top);
+      problem.out = std::min(outputs, height - top);
+      const int64_t first_out = group * height + top;
       std::optional<Panels> panels;
-      if (in_place) panels.emplace(grads, group * height + top, out, parts);
-      const Rows g = in_place ? Rows{} : rows_of(grads, no_padding, group * height + top, parts * out, false);
+      std::optional<Rows> rows;
       if (in_place) {
-        task.grad_output = panels->memory.get();
-        task.grad_stride = panels->stride;
-        task.grad_part = panels->part;
+        panels.emplace(grads, first_out, problem.out, parts);
+        problem.grad_output = {.data = panels->memory.get(),
+                               .end = nullptr,
+                               .stride = panels->stride,
+                               .part = panels->part};
       } else {
-        task.grad_output = g.data;
-        task.grad_end = g.end;
-        task.grad_stride = g.stride;
-        task.grad_part = height;
+        rows.emplace(rows_of(grads, no_padding, first_out, parts * problem.out, false));
+        problem.grad_output = {.data = rows->data,
+                               .end = rows->end,
+                               .stride = rows->stride,
+                               .part = height};
       }
       for (int64_t left = 0; left < width; left += columns) {
         const int64_t channels = std::min(columns, width - left);
-        const Rows seen = rows_of(images, padding, group * width + left, parts * channels, in_place);
+        const Rows seen =
+            rows_of(images, padding, group * width + left, parts * channels, in_place);
         const Columns seen_columns = columns_of(channels, block, geometry.taps, seen.stride, step);
+        const std::vector<Run>& runs = seen_columns.runs;
         Sizes at(geometry.windows);
         for (int64_t& window : at) window *= seen.stride;
-        task.x = seen.data;
-        task.x_end = seen.end;
-        task.at = at.data();
-        task.positions = std::max<int64_t>(1, grads.positions);
-        task.sample = area * seen.stride;
-        task.runs = seen_columns.runs.data();
-        task.runs_end = task.runs + seen_columns.runs.size();
-        task.out = out;
-        task.in = seen_columns.count();
-        task.parts = parts;
-        task.x_part = width;
-        task.value_part = height * width * taps;
-        task.value = static_cast<char*>(value.mutable_data_ptr()) + ((group * height + top) * width + left) * taps * element;
-        task.value_stride = width * taps;
-        task.place = taps == 1 ? nullptr : seen_columns.place.data();
-        task.taps = task.in == channels * taps ? taps : 0;
-        task.tap_channels = block;
-        mask_sum += plan.run(taps * block <= kMostTileIn ? taps * block : 256);
+        problem.in = seen_columns.count();
+        problem.x = {.data = seen.data,
+                     .end = seen.end,
+                     .at = at.data(),
+                     .positions = std::max<int64_t>(1, grads.positions),
+                     .sample = area * seen.stride,
+                     .part = width,
+                     .runs = runs.data(),
+                     .runs_end = runs.data() + runs.size()};
+        buffers.value = static_cast<char*>(value.mutable_data_ptr()) +
+                        (first_out * width + left) * taps * element;
+        buffers.place = taps == 1 ? nullptr : seen_columns.place.data();
+        buffers.taps = problem.in == channels * taps ? taps : 0;
+        mask_sum += run_tiles(problem, blocks.plan, buffers, widest_in);
       }
     }
   return {value, sum_in_order(x, {mask_sum})};

@@ -57,25 +57,29 @@ double by_tiles(const Tensor& x, const Tensor& grad_output, const int64_t* offse
                 const Parameters& parameters, Tensor& value) {
   const int64_t rows = x.size(0), in = x.size(1), out = grad_output.size(1), start = 0;
   const int64_t element = bytes_of(dtype);
+  const auto end = [&](const void* data, int64_t columns) {
+    return static_cast<const char*>(data) + rows * columns * element;
+  };
+  const void *const of_x = x.const_data_ptr(), *const of_grad = grad_output.const_data_ptr();
   const Run whole{0, 0, in};
-  TilePlan plan(statistic, parameters, dtype, offsets, 1);
-  TileTask& task = plan.task;
-  task.x = x.const_data_ptr();
-  task.x_end = static_cast<const char*>(task.x) + rows * in * element;
-  task.at = &start;
-  task.positions = 1;
-  task.sample = in;
-  task.runs = &whole;
-  task.runs_end = task.runs + 1;
-  task.grad_output = grad_output.const_data_ptr();
-  task.grad_end = static_cast<const char*>(task.grad_output) + rows * out * element;
-  task.grad_stride = out;
-  task.out = out;
-  task.in = in;
-  task.value = value.mutable_data_ptr();
-  task.value_stride = in;
-  task.paired = dtype == Dtype::bfloat16 && may_pair(x, grad_output, offsets, parameters.groups);
-  return plan.run();
+  TileProblem problem = tile_problem(statistic, parameters, dtype);
+  problem.out = out;
+  problem.in = in;
+  problem.x = {.data = of_x,
+               .end = end(of_x, in),
+               .at = &start,
+               .positions = 1,
+               .sample = in,
+               .part = 0,
+               .runs = &whole,
+               .runs_end = &whole + 1};
+  problem.grad_output = {.data = of_grad, .end = end(of_grad, out), .stride = out, .part = 0};
+  TileBlocks blocks(problem, offsets, 1);
+  blocks.plan.paired = dtype == Dtype::bfloat16 && may_pair(x, grad_output, offsets, parameters.groups);
+  TileBuffers buffers{};
+  buffers.value = value.mutable_data_ptr();
+  buffers.value_stride = in;
+  return run_tiles(problem, blocks.plan, buffers);
 }
 
 // The plain sum: all rows are one group then.
