@@ -117,7 +117,7 @@ inline Parameters parameters_for(const std::string& op, Statistic statistic, int
       STD_TORCH_CHECK(-1 <= count && count <= 1, op, ": count must be -1, 0 or 1 for the median, got ", count);
       break;
     default:
-      count = count < 0 ? 0 : count > groups ? groups + 1 : count;  // |sum of signs| lies in 0..groups
+      count = std::clamp<int64_t>(count, 0, groups + 1);  // |sum of signs| lies in 0..groups
   }
   return {groups, count, votes, k};
 }

@@ -101,7 +101,8 @@ struct Parameters {
 
 namespace HTV_ISA {
 
-constexpr double kSandUndefined = 1e-17;  // the soft mask where variance and excess agreement are both 0
+// The soft mask where variance and excess agreement are both 0.
+constexpr double kSandUndefined = 1e-17;
 constexpr double kLogOffset = 1e-10;      // keeps the logarithm of the geometric mean finite
 
 template <class V>

@@ -7,7 +7,9 @@
 namespace htv {
 
 struct ChannelsLastTask {
-  const void* from;  // channel c of position p of a sample is at from + sample * sample_stride + c * channel_stride + p * step
+  // Channel c of position p of a sample is at
+  // from + sample * sample_stride + c * channel_stride + p * step,
+  const void* from;
   Dtype dtype;
   int64_t sample_stride, channel_stride, step;  // channel_stride or step is 1
   int64_t channels, positions;

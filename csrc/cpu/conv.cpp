@@ -18,13 +18,16 @@ namespace {
 
 using Sizes = std::vector<int64_t>;
 
-constexpr int64_t kCopyBytes = 8 << 20;  // what a copy of x or grad_output may take; more for few channels only
+// What a copy of x or grad_output may take; more for few channels only.
+constexpr int64_t kCopyBytes = 8 << 20;
 constexpr int64_t kLeastChannels = 16;   // of a copy
 
-constexpr int64_t kMostHoles = 2;        // columns multiplied per column there is, where windows are read in place
+// Columns multiplied per column there is, where windows are read in place.
+constexpr int64_t kMostHoles = 2;
 
 // Channels side by side:
-constexpr int64_t kFewWeights = 64;         // inputs x outputs per group up to which that is faster than tiles (measured)
+// Inputs x outputs per group up to which that is faster than tiles (measured).
+constexpr int64_t kFewWeights = 64;
 constexpr int64_t kStripBytes = 128 << 10;  // what x and grad_output of a strip may take in L2
 constexpr int64_t kMostRuns = 14;           // of a unit of work
 
@@ -361,7 +364,8 @@ std::tuple<Tensor, Tensor> conv(Tensor x, Tensor grad_output, Tensor offsets, Si
 
   // All groups of the convolution at once, or each by itself and some of its channels at a time.
   const int64_t image_bytes = images.samples * area * element, grad_bytes = grads.samples * grads.positions * element;
-  const int64_t block = std::max<int64_t>(kMostTileIn / taps / kTileInStep, 1) * kTileInStep;  // channels side by side
+  // Channels side by side.
+  const int64_t block = std::max<int64_t>(kMostTileIn / taps / kTileInStep, 1) * kTileInStep;
   const bool at_once = images.channels <= fitting(images.channels, image_bytes, 1) &&
                        grads.channels <= fitting(grads.channels, grad_bytes, 1);
   const int64_t parts = at_once ? conv_groups : 1;

@@ -6,7 +6,8 @@
 namespace htv::HTV_ISA {
 namespace {
 
-constexpr int64_t kChunk = 512;  // shifted logits at a time: they stay in the first-level cache between max and exp
+// Shifted logits at a time: they stay in the first-level cache between max and exp.
+constexpr int64_t kChunk = 512;
 
 // One row of the task: T are the logits, S the shift.
 template <class T, class S>

@@ -19,7 +19,8 @@ struct Strip {
   int64_t first, last;                // positions of the output
   int64_t origin, size;               // of the piece, in positions of the padded image
   int64_t seen_first, seen_last;      // positions of x that lie in it
-  int64_t inner_first, inner_last;    // where they do, from the piece's first position: the rest is padding
+  // Where they do, from the piece's first position: the rest is padding.
+  int64_t inner_first, inner_last;
 };
 
 // Output channels lie side by side in registers. A column is an input channel of their group and a tap of the kernel: one
@@ -33,7 +34,8 @@ struct DepthwiseTask {
   int64_t width, height;          // input and output channels of a group of the convolution
   const Strip *strips, *strips_end;
   const int64_t *at;              // where each position of x lies in the padded image
-  const int64_t *windows, *taps;  // positions of the padded image: where windows start, and taps lie in them
+  // Positions of the padded image: where windows start, and taps lie in them.
+  const int64_t *windows, *taps;
   int64_t tap_count;
   const int64_t* offsets;  // group e owns samples offsets[e] <= s < offsets[e + 1]
   Statistic statistic;

@@ -16,7 +16,8 @@ HTV_INLINE V exponential(V v) {
   v = vanishes ? V{} : smaller(splat<V>(highest), v);
   // v = n log 2 + rest: added to 1.5 * 2^mantissa, n is what the lowest bits hold.
   constexpr R rounder = single ? R(0x1.8p23) : R(0x1.8p52);
-  constexpr R log2_high = single ? R(0x1.62ep-1) : R(0x1.62e42feep-1);  // few digits: n times it is exact
+  // Few digits: n times it is exact.
+  constexpr R log2_high = single ? R(0x1.62ep-1) : R(0x1.62e42feep-1);
   constexpr R log2_low = R(0x1.62e42fefa39efp-1 - log2_high + (single ? 0 : 0x1.abc9e3b39803fp-56));
   const V rounded = multiply_add(v, splat<V>(R(1.44269504088896340736)), splat<V>(rounder)), n = rounded - rounder;
   const V rest = multiply_add(n, splat<V>(-log2_low), multiply_add(n, splat<V>(-log2_high), v));
@@ -77,7 +78,8 @@ HTV_INLINE auto narrowed(V v) {
     return (Bits)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
 #else
     const Words normal = (size - (112u << 23) + 0xfffu + ((size >> 13) & 1u)) >> 13;
-    const Words denormal = (Words)((V)size + 0.5f) - 0x3f000000u;  // a unit of 0.5 is the smallest denormal
+    // A unit of 0.5 is the smallest denormal.
+    const Words denormal = (Words)((V)size + 0.5f) - 0x3f000000u;
     Words half = size < (113u << 23) ? denormal : normal;
     half = size >= 0x477ff000u ? Words{} + 0x7c00u : half;
     half = size > 0x7f800000u ? Words{} + 0x7e00u : half;

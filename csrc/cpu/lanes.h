@@ -89,7 +89,8 @@ V unit(V v) {
   else
     return (V)_mm512_fixupimm_pd((__m512d)v, (__m512d)v, _mm512_set1_epi64(table), 0);
 #else
-  constexpr Real<V> large = sizeof(Real<V>) == 4 ? 0x1p127 : 0x1p1023;  // twice, as even the smallest number must reach 1
+  // Twice, as even the smallest number must reach 1.
+  constexpr Real<V> large = sizeof(Real<V>) == 4 ? 0x1p127 : 0x1p1023;
   return smaller(splat<V>(1), larger(splat<V>(-1), v * large * large));
 #endif
 }

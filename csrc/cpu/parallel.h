@@ -40,7 +40,8 @@ class KeptBlocks {
   }
 
  private:
-  static constexpr size_t kMostBytes = (8 << 20) + 4096;  // the copies convolutions make of their operands
+  // The copies convolutions make of their operands.
+  static constexpr size_t kMostBytes = (8 << 20) + 4096;
   static std::array<Block, 3>& kept() {
     thread_local std::array<Block, 3> blocks;
     return blocks;

@@ -15,7 +15,8 @@ template <class V, class T>
 class RankOneTile {
   using R = Real<V>;
   using Int = typename Lane<V>::Int;
-  static constexpr int kWide = kWidestRegister / kRegisterBytes;  // a tile has the same columns for any instruction set
+  // A tile has the same columns for any instruction set.
+  static constexpr int kWide = kWidestRegister / kRegisterBytes;
   static constexpr int64_t kLanesOf = kLanes<V>, kPanels = kRankOneRegisters * kWide;
 
   const RankOneTask& task_;

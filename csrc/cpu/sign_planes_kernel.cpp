@@ -9,13 +9,15 @@ namespace htv::HTV_ISA {
 namespace {
 
 template <class V>
-using Plane = Register<std::make_unsigned_t<typename Lane<V>::Int>>;  // signed integers must not overflow
+// Signed integers must not overflow.
+using Plane = Register<std::make_unsigned_t<typename Lane<V>::Int>>;
 
 template <class V, class T>
 void pack_word(const T* matrix, int64_t rows, int64_t columns, Plane<V>* negative, Plane<V>* nonzero) {
   constexpr int lanes = kLanes<V>;
   const int64_t registers = (columns + lanes - 1) / lanes;
-  for (int64_t r = 0; r < rows; ++r, matrix += columns)  // a row at a time: the planes' word stays in L1
+  // A row at a time: the planes' word stays in L1.
+  for (int64_t r = 0; r < rows; ++r, matrix += columns)
     for (int64_t j = 0; j < registers; ++j) {
       const V v = load<V>(matrix + j * lanes, columns - j * lanes);
       negative[j] = negative[j] + negative[j] - (Plane<V>)(v < 0);

@@ -11,7 +11,8 @@ constexpr int64_t kBlockRows = 128;              // rows packed at a time, unles
 constexpr int64_t kSumTileIn = 160;              // columns of a tile of plain sums
 constexpr int64_t kInPlaceRows = 256;            // at a time where nothing of x is packed
 constexpr int64_t kPackedBytes = 256 << 10;      // what all packed rows of a tile may take in L2
-constexpr int64_t kFewRows = 32;                 // rows per group up to which states are worth their registers
+// Rows per group up to which states are worth their registers.
+constexpr int64_t kFewRows = 32;
 constexpr int64_t kFewRowsInPlace = 8;
 
 int64_t up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }

@@ -92,14 +92,17 @@ class Tile {
   const int64_t height_, width_;          // coordinates in the tile
   const int64_t panels_out_, panels_in_;  // cells needed for them
   const int64_t panel_rows_;
-  int64_t* const at_;                     // where the rows of the block lie, if they are read there, in the place of:
+  // Where the rows of the block lie, if they are read there, in the place of packed ones.
+  int64_t* const at_;
   V* const packed_x_;                     // [panel][row][kColumns]
   R* const packed_g_;                     // [panel][row][kRows]
   const int64_t joined_width_;
   R* const joined_;                       // some rows of x whose runs are no whole registers
   R* const staged_;                       // [row][column], values whose places are not side by side
-  V* const kept_;                         // of each cell, between blocks: states, and products of unfinished groups
-  V* const unfinished_;                   // or the values to rank: [kCell / kRanked][group][kRanked]
+  // Of each cell, between blocks: states, and products of unfinished groups; or, in kept_ alone, the
+  // values to rank: [kCell / kRanked][group][kRanked].
+  V* const kept_;
+  V* const unfinished_;
   void* const select_scratch_;
   MaskSum<V> mask_sum_;
   std::vector<Run> runs_;  // of the tile's columns

@@ -76,7 +76,7 @@ struct TilePlan {
   int64_t block_rows;  // of the largest block
   bool long_groups;    // a group reaches into several blocks
   bool few_rows;       // groups are so short that their states should stay in registers
-  bool paired;         // rows of bfloat16 are multiplied two at a time; all groups have an even number
+  bool paired;         // rows of bfloat16 are multiplied in twos: all groups have an even number
   // Rows are multiplied where they lie instead of packed. Those of x are then in the compute type, whole
   // registers may be read from where a run begins, and every run begins at a multiple of kRunStep bytes
   // of columns; columns between runs are no coordinates. Those of grad_output lie in panels of

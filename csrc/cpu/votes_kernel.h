@@ -19,7 +19,8 @@ struct VotesTask {
   Statistic statistic;  // and_mask, xor_mask or sign_sum
   Parameters parameters;
   SignPlanes signs_x, signs_g;
-  void* value;    // (out, in): the sum of all contributions, to be replaced by E times the statistic
+  // (out, in): the sum of all contributions, to be replaced by E times the statistic.
+  void* value;
   int64_t* kept;  // coordinates the mask keeps, one number per tile
 
   int64_t tiles_in() const { return (in + kVotesIn - 1) / kVotesIn; }

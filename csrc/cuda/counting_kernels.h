@@ -193,7 +193,8 @@ template <class Source>
 void launch_counting(const typename Source::Task& task, int64_t coordinates, int size, cudaStream_t stream) {
   using Key = typename Lane<typename Source::V>::Int;
   const int64_t most = most_shared_bytes() - 1024, comfortable = most / 2 < (96 << 10) ? most / 2 : 96 << 10;
-  for (const int width : {32, 16, 8}) {  // the fewer, the less of a row is read at once: 32 bytes at least
+  // The fewer, the less of a row is read at once: 32 bytes at least.
+  for (const int width : {32, 16, 8}) {
     const KeyTile tile = KeyTile::of(width, size);
     const int64_t bytes = tile.bytes<Key>();
     if (bytes <= comfortable || (width == 8 && bytes <= most)) {

@@ -46,7 +46,8 @@ HTV_HOST_DEVICE Key interpolated(Key low, Key high, int below_low, int below_hig
   const V from = value_of<V>(low), to = value_of<V>(Key(high - 1));
   const V share = (V(rank - below_low) + V(0.5)) / V(below_high - below_low);
   const V guess = from + (to - from) * share;
-  if (!(guess - guess == 0)) return low + Key((Unsigned(high) - Unsigned(low)) / 2);  // infinite or NaN
+  // Infinite or NaN
+  if (!(guess - guess == 0)) return low + Key((Unsigned(high) - Unsigned(low)) / 2);
   const Key key = key_of(guess);
   return key <= low ? low + 1 : key >= high ? high - 1 : key;
 }
@@ -56,7 +57,8 @@ template <class V, class Values, class Key = typename Lane<V>::Int>
 __device__ Key search(const Values& values, const Survey<Key>& survey, int rank) {
   using Unsigned = std::make_unsigned_t<Key>;
   if (survey.negative <= rank && rank < survey.not_positive) return 0;
-  Key low = survey.extremes.least, high = survey.extremes.greatest + 1;  // the key lies in [low, high)
+  // The key lies in [low, high).
+  Key low = survey.extremes.least, high = survey.extremes.greatest + 1;
   int below_low = 0, below_high = values.size;                   // so many keys are smaller
   if (rank < survey.negative) {
     if (high > 0) high = 0, below_high = survey.negative;
@@ -101,7 +103,8 @@ __device__ V select_statistic(const Values& values, Statistic statistic, const P
   const V low = value_of<V>(ranked(interpolation > 0 ? higher : lower));
   V high = low;
   if (lower < higher && interpolation == 0) {
-    const Key next = key_of(low) + 1;  // the higher one, unless more keys than the lower one's rank say are its own
+    // The higher one, unless more keys than the lower one's rank say are its own.
+    const Key next = key_of(low) + 1;
     if (values.below(next) <= higher) high = value_of<V>(values.around(next, survey.extremes.greatest + 1).least);
   }
   return median<V>([&](int64_t rank) { return rank == lower ? low : high; }, values.size, interpolation);

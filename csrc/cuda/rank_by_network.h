@@ -28,7 +28,8 @@ __device__ __forceinline__ void rank_words(Word (&v)[n], int present, Statistic 
                                            V (&result)[Word::coordinates]) {
   sort(v);
   const int below = (n - present) / 2;           // padding
-  const int mirror = 2 * below + present - 1;    // v[i] and v[mirror - i] are as far from the ends: n - 1 or n - 2
+  // v[i] and v[mirror - i] are as far from the ends: n - 1 or n - 2.
+  const int mirror = 2 * below + present - 1;
   static_assert(n % 2 == 0 || n == 3);           // of 3, all are present
 #pragma unroll
   for (int k = 0; k < Word::coordinates; ++k) {

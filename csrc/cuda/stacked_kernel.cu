@@ -20,9 +20,11 @@ namespace {
 // ---- streaming ----
 
 constexpr int kStreamThreads = 256;
-constexpr int kStreamSlices = 8;             // of the groups, where there are many groups and few coordinates
+// Of the groups, where there are many groups and few coordinates.
+constexpr int kStreamSlices = 8;
 constexpr int64_t kFewShares = 64 * 1024;    // too few threads to draw all the bandwidth
-constexpr int kBatch = 16;                   // groups: a sum of batches' sums rounds less than one long sum
+// Groups: a sum of batches' sums rounds less than one long sum.
+constexpr int kBatch = 16;
 
 template <class State, class T, int bytes>
 struct Streaming {
