@@ -26,5 +26,6 @@ PYBIND11_MODULE(_host, m) {
   m.def("build_info", &build_info, "Compiler, flags, instruction sets, torch version and CUDA architectures of this build.");
   m.def(
       "cpu_capability", [] { return htv::name(htv::current_isa()); },
-      "The instruction set the CPU kernels use: baseline, avx2, avx512, icelake or zen4. HTV_CPU_CAPABILITY can lower it.");
+      "The instruction set the CPU kernels use: baseline, avx2, avx512, icelake or zen4."
+      " HTV_CPU_CAPABILITY can lower it.");
 }

@@ -65,7 +65,8 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_backward(Tensor grad, Tensor x, Te
     space = Checked(op).product(space, x.size(d));
   }
   STD_TORCH_CHECK(mean.size(0) == samples && weight.size(0) == channels && groups >= 1 && channels % groups == 0, op,
-                  ": mean must be (samples, groups) and weight (channels) of x, with channels a multiple of groups; ",
+                  ": mean must be (samples, groups) and weight (channels) of x,"
+                  " with channels a multiple of groups; ",
                   "got ", mean.size(0), " x ", groups, " and ", weight.size(0), " for ", samples, " x ", channels);
   Tensor scale = torch::stable::new_empty(mean, {samples, channels});
   Tensor shift = torch::stable::new_empty(mean, {samples, channels});

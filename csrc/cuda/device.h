@@ -57,7 +57,8 @@ __device__ __forceinline__ void load_matrices(uint32_t (&words)[4], const void* 
 
 // sums (16 x 8, int32) += a (16 x 32, int8) b (32 x 8, int8), spread over the lanes as mma.m16n8k32 says.
 __device__ __forceinline__ void multiply_signs(int32_t (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32"
+      " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }

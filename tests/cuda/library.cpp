@@ -6,7 +6,8 @@
 STABLE_TORCH_LIBRARY(htv_emulated, m) {
   m.def("stacked(Tensor grads, int statistic, int count, float votes, float k) -> (Tensor, Tensor)");
   m.def(
-      "linear(Tensor x, Tensor grad_output, Tensor offsets, int statistic, int count, float votes, float k)"
+      "linear(Tensor x, Tensor grad_output, Tensor offsets, int statistic, int count, float votes,"
+      " float k)"
       " -> (Tensor, Tensor)");
 }
 
