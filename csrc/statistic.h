@@ -5,7 +5,7 @@
 //
 //     update(v, nth)        take in the nth (1-based) group's contribution
 //     merge(other, n, m)    join the states of n groups here and m others there
-//     finalize(parameters)  the value, without the factor E, and the mask where the rule has one (`masks`)
+//     finalize(parameters)  the value, without the factor E, and the mask if there is one (`masks`)
 //
 // An order statistic is a function of the ranked values of a coordinate.
 #pragma once
@@ -32,6 +32,7 @@ namespace htv {
 // enumeration, what is known of its values and what the library exports (`htv_statistics` in
 // library.cpp). Python speaks in these numbers, so one that is given stays; a new statistic takes a new
 // one, in any row.
+// clang-format off
 #define HTV_STATISTICS(use)                \
   use(mean, 0, streaming, false)           \
   use(and_mask, 1, streaming, true)        \
@@ -44,6 +45,7 @@ namespace htv {
   use(trimmed_mean, 8, order, false)       \
   use(winsorized_mean, 9, order, false)    \
   use(median_of_means, 10, order, false)
+// clang-format on
 
 // Streaming ones take one pass over the contributions and little state; order statistics rank them.
 enum class StatisticKind { streaming, order };

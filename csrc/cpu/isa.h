@@ -9,12 +9,14 @@
 // Calls use(isa, ...) for every instruction set, each of which has all that those before it have.
 // icelake: AVX-512 as Intel has it since Ice Lake, with VPOPCNTDQ, VBMI and GFNI.
 // zen4: the same with products of bfloat16, as AMD has it since Zen 4 and Intel since Sapphire Rapids.
+// clang-format off
 #define HTV_EVERY_ISA(use, ...) \
   use(baseline, __VA_ARGS__)    \
   use(avx2, __VA_ARGS__)        \
   use(avx512, __VA_ARGS__)      \
   use(icelake, __VA_ARGS__)     \
   use(zen4, __VA_ARGS__)
+// clang-format on
 
 // The same for those that kernels are compiled for.
 #if defined(HTV_X86)
