@@ -3,10 +3,12 @@
 // Neighbouring threads work on neighbouring coordinates, each on as many as 16 bytes hold.
 //
 //     streaming statistics   one pass over the groups, states in registers
-//     few values             networks in registers (rank_by_network.h); all values of a thread are read at once
-//     more                   the values of some coordinates wait in shared memory while a warp counts through those of
-//                            one (rank_by_counting.h)
-//     more than fit there    the same by a thread for each coordinate, which reads them again in every pass
+//     few values             networks in registers (rank_by_network.h); all values of a thread are
+//                            read at once
+//     more                   the values of some coordinates wait in shared memory while a warp
+//                            counts through those of one (rank_by_counting.h)
+//     more than fit there    the same by a thread for each coordinate, which reads them again in
+//                            every pass
 #include <string.h>
 
 #include "counting_kernels.h"
