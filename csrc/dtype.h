@@ -39,9 +39,7 @@ inline int64_t bytes_of(Dtype dtype) {
   }
 }
 
-inline Dtype compute_dtype(Dtype dtype) {
-  return dtype == Dtype::float64 ? dtype : Dtype::float32;
-}
+inline Dtype compute_dtype(Dtype dtype) { return dtype == Dtype::float64 ? dtype : Dtype::float32; }
 
 inline int64_t compute_bytes(Dtype dtype) { return bytes_of(compute_dtype(dtype)); }
 

@@ -23,7 +23,8 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_host, m) {
   m.doc() = "Build information and CPU capability of the compiled part of htv.";
-  m.def("build_info", &build_info, "Compiler, flags, instruction sets, torch version and CUDA architectures of this build.");
+  m.def("build_info", &build_info,
+        "Compiler, flags, instruction sets, torch version and CUDA architectures of this build.");
   m.def(
       "cpu_capability", [] { return htv::name(htv::current_isa()); },
       "The instruction set the CPU kernels use: baseline, avx2, avx512, icelake or zen4."

@@ -14,7 +14,7 @@ constexpr typename Lane<V>::Int kMagnitude = ~(typename Lane<V>::Int(1) << (kBit
 template <class V>
 HTV_INLINE Count<V> key_of(V v) {
   const Count<V> bits = Lane<V>::bits(v), sign = bits >> (kBits<V> - 1);
-  return ((bits & kMagnitude<V>) ^ sign) - sign;
+  return ((bits & kMagnitude<V>)^sign) - sign;
 }
 
 template <class V>

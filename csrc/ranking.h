@@ -8,7 +8,7 @@ namespace htv {
 struct Ranking {
   Statistic statistic;
   Parameters parameters;
-  int64_t ranked;     // values of a coordinate: contributions, or the means of buckets of them
+  int64_t ranked;  // values of a coordinate: contributions, or the means of buckets of them
   // The ranks it depends on, from 0: both middle ones, or the ends of what is not trimmed.
   int64_t low, high;
 };

@@ -1,7 +1,8 @@
 // The maths of every rule, shared by host and device code.
 //
-// `V` is what a kernel holds per coordinate: a scalar on a GPU thread, a SIMD register of coordinates on a CPU.
-// `Lane<V>` says how to do on either what operators cannot. A streaming statistic is a small state with
+// `V` is what a kernel holds per coordinate: a scalar on a GPU thread, a SIMD register of
+// coordinates on a CPU. `Lane<V>` says how to do on either what operators cannot. A streaming
+// statistic is a small state with
 //
 //     update(v, nth)        take in the nth (1-based) group's contribution
 //     merge(other, n, m)    join the states of n groups here and m others there
@@ -21,17 +22,18 @@
 #define HTV_INLINE inline __attribute__((always_inline))
 #endif
 
-// Code compiled once per instruction set lives in a namespace of that name, so that the linker never merges them.
+// Code compiled once per instruction set lives in a namespace of that name, so that the linker
+// never merges them.
 #if !defined(HTV_ISA)
 #define HTV_ISA generic
 #endif
 
 namespace htv {
 
-// Every statistic: its name, its number, its kind and whether it has a mask. From this table come the
-// enumeration, what is known of its values and what the library exports (`htv_statistics` in
-// library.cpp). Python speaks in these numbers, so one that is given stays; a new statistic takes a new
-// one, in any row.
+// Every statistic: its name, its number, its kind and whether it has a mask. From this table come
+// the enumeration, what is known of its values and what the library exports (`htv_statistics` in
+// library.cpp). Python speaks in these numbers, so one that is given stays; a new statistic takes a
+// new one, in any row.
 // clang-format off
 #define HTV_STATISTICS(use)                \
   use(mean, 0, streaming, false)           \
@@ -105,7 +107,7 @@ namespace HTV_ISA {
 
 // The soft mask where variance and excess agreement are both 0.
 constexpr double kSandUndefined = 1e-17;
-constexpr double kLogOffset = 1e-10;      // keeps the logarithm of the geometric mean finite
+constexpr double kLogOffset = 1e-10;  // keeps the logarithm of the geometric mean finite
 
 template <class V>
 struct Lane;
@@ -204,7 +206,9 @@ struct Votes {
     nan |= other.nan;
   }
   HTV_HOST_DEVICE Count<V> size() const { return absolute(net); }
-  HTV_HOST_DEVICE Mask<V> reach(int64_t count) const { return size() >= typename Lane<V>::Int(count); }
+  HTV_HOST_DEVICE Mask<V> reach(int64_t count) const {
+    return size() >= typename Lane<V>::Int(count);
+  }
   HTV_HOST_DEVICE Outcome<V> poison(V value, V mask) const {
     return {nan ? splat<V>(Real<V>(NAN)) : value, nan ? V{} : mask};
   }
@@ -253,7 +257,8 @@ using AndMask = Masked<V, true>;
 template <class V>
 using XorMask = Masked<V, false>;
 
-// The product of all |v| + 1e-10, as mantissa * 2^exponent: one logarithm per coordinate instead of one per value.
+// The product of all |v| + 1e-10, as mantissa * 2^exponent: one logarithm per coordinate instead of
+// one per value.
 template <class V>
 struct Product {
   V mantissa = splat<V>(1);
@@ -262,8 +267,10 @@ struct Product {
   HTV_HOST_DEVICE void multiply(V v) {
     using L = Lane<V>;
     using Int = typename L::Int;
-    constexpr Int one = Int(L::kExponentBias) << L::kMantissaBits, field = (Int(1) << L::kMantissaBits) - 1;
-    const auto finite = v <= Real<V>(sizeof(Int) == 4 ? 3.4028234663852886e38 : 1.7976931348623157e308);
+    constexpr Int one = Int(L::kExponentBias) << L::kMantissaBits,
+                  field = (Int(1) << L::kMantissaBits) - 1;
+    const auto finite =
+        v <= Real<V>(sizeof(Int) == 4 ? 3.4028234663852886e38 : 1.7976931348623157e308);
     const Count<V> bits = L::bits(v);
     exponent += finite ? (bits >> L::kMantissaBits) - L::kExponentBias : Count<V>{};
     mantissa *= finite ? L::from_bits((bits & field) | one) : v;  // inf and NaN go through
@@ -275,7 +282,8 @@ struct Product {
   }
   HTV_HOST_DEVICE V root(int64_t n) const {
     using R = Real<V>;
-    const V logarithm = Lane<V>::map([](R x) { return log2(x); }, mantissa) + Lane<V>::real(exponent);
+    const V logarithm =
+        Lane<V>::map([](R x) { return log2(x); }, mantissa) + Lane<V>::real(exponent);
     return Lane<V>::map([](R x) { return exp2(x); }, logarithm / R(n));
   }
 };
@@ -301,7 +309,8 @@ struct GeometricMean {
     const V sum = kept.total.sum;
     const V sign = sum != sum ? sum : Lane<V>::real(Lane<V>::sign(sum));
     const Mask<V> agreed = kept.votes.reach(p.count);
-    return kept.votes.poison(agreed ? sign * product.root(p.groups) : V{}, agreed ? splat<V>(1) : V{});
+    return kept.votes.poison(agreed ? sign * product.root(p.groups) : V{},
+                             agreed ? splat<V>(1) : V{});
   }
 };
 
@@ -350,7 +359,8 @@ HTV_HOST_DEVICE V midpoint(V a, V b) {
   return a == b ? a : half * a + half * b;
 }
 
-// Of the median of contributions or of buckets' means: 0 the midpoint, less than 0 the lower middle, else the higher.
+// Of the median of contributions or of buckets' means: 0 the midpoint, less than 0 the lower
+// middle, else the higher.
 HTV_HOST_DEVICE int64_t interpolation_of(Statistic statistic, const Parameters& p) {
   return statistic == Statistic::median ? p.count : 0;
 }
@@ -361,7 +371,8 @@ HTV_HOST_DEVICE V median(const Ranked& ranked, int64_t n, int64_t interpolation)
   return interpolation == 0 ? midpoint(lower, higher) : interpolation < 0 ? lower : higher;
 }
 
-// Ranks count to n - 1 - count, summed from both ends inwards: opposite tails cancel before they can round.
+// Ranks count to n - 1 - count, summed from both ends inwards: opposite tails cancel before they
+// can round.
 template <class V, class Ranked>
 HTV_HOST_DEVICE V inner_sum(const Ranked& ranked, int64_t n, int64_t count) {
   V sum{};
@@ -387,13 +398,15 @@ HTV_HOST_DEVICE V order_statistic(Statistic statistic, const Ranked& ranked, con
   switch (statistic) {
     case Statistic::trimmed_mean: return trimmed_mean(inner_sum<V>(ranked, n, count), n, count);
     case Statistic::winsorized_mean:
-      return winsorized_mean<V>(inner_sum<V>(ranked, n, count), ranked(count), ranked(n - 1 - count), n, count);
+      return winsorized_mean<V>(inner_sum<V>(ranked, n, count), ranked(count),
+                                ranked(n - 1 - count), n, count);
     case Statistic::median_of_means: return median<V>(ranked, count, 0);
     default: return median<V>(ranked, n, count);
   }
 }
 
-// Calls f(State<V>{}) with the streaming statistic named at run time; false if it is an order statistic.
+// Calls f(State<V>{}) with the streaming statistic named at run time; false if it is an order
+// statistic.
 template <class V, class F>
 HTV_HOST_DEVICE bool with_streaming(Statistic statistic, const F& f) {
   switch (statistic) {

@@ -1,6 +1,7 @@
-// htv::conv on the CPU: every position of the output is a row whose columns are the window of x seen from there. Windows
-// are never stored: tiles read them in a copy of x that has its channels last and its padding around it. Where groups of
-// the convolution have few channels, those of all groups lie side by side in registers instead.
+// htv::conv on the CPU: every position of the output is a row whose columns are the window of x
+// seen from there. Windows are never stored: tiles read them in a copy of x that has its channels
+// last and its padding around it. Where groups of the convolution have few channels, those of all
+// groups lie side by side in registers instead.
 #include <algorithm>
 #include <optional>
 #include <torch/csrc/stable/library.h>
@@ -20,7 +21,7 @@ using Sizes = std::vector<int64_t>;
 
 // What a copy of x or grad_output may take; more for few channels only.
 constexpr int64_t kCopyBytes = 8 << 20;
-constexpr int64_t kLeastChannels = 16;   // of a copy
+constexpr int64_t kLeastChannels = 16;  // of a copy
 
 // Columns multiplied per column there is, where windows are read in place.
 constexpr int64_t kMostHoles = 2;
@@ -73,13 +74,15 @@ Sizes padded_places(const Sizes& space, const Sizes& padding) {
   for (size_t d = 0; d < padding.size(); ++d) {
     Sizes inner;
     for (const int64_t outer : at)
-      for (int64_t i = 0; i < space[d]; ++i) inner.push_back(outer * (space[d] + 2 * padding[d]) + i + padding[d]);
+      for (int64_t i = 0; i < space[d]; ++i)
+        inner.push_back(outer * (space[d] + 2 * padding[d]) + i + padding[d]);
     at = inner;
   }
   return at;
 }
 
-// Some channels of images with the channels last, in the compute type; a copy unless they lie like that.
+// Some channels of images with the channels last, in the compute type; a copy unless they lie like
+// that.
 struct Rows {
   std::optional<Scratch> memory;
   const char *data, *end;
@@ -92,13 +95,15 @@ bool copied(const Images& images, const Sizes& padding) {
   return images.channel_stride != 1 || padded || bytes_of(images.dtype) < 4;
 }
 
-// Elements from position to position of a copy. spread: where positions take lines of a cache each, they lie an odd number
-// of them apart, so that the same channels of many positions do not compete for places in it.
+// Elements from position to position of a copy. spread: where positions take lines of a cache each,
+// they lie an odd number of them apart, so that the same channels of many positions do not compete
+// for places in it.
 int64_t stride_of(int64_t channels, int64_t line, bool spread) {
   return spread && channels >= line ? ((channels + line - 1) / line | 1) * line : channels;
 }
 
-Rows rows_of(const Images& images, const Sizes& padding, int64_t first, int64_t channels, bool spread) {
+Rows rows_of(const Images& images, const Sizes& padding, int64_t first, int64_t channels,
+             bool spread) {
   const int64_t element = bytes_of(images.dtype), compute = compute_bytes(images.dtype);
   Rows rows;
   if (!copied(images, padding)) {
@@ -135,7 +140,8 @@ Rows rows_of(const Images& images, const Sizes& padding, int64_t first, int64_t 
   return rows;
 }
 
-// Some channels in panels, for each of `parts` groups of the convolution: as tiles read them in place.
+// Some channels in panels, for each of `parts` groups of the convolution: as tiles read them in
+// place.
 struct Panels {
   Scratch memory;
   int64_t stride, part;  // elements from one panel, and from one group, to the next
@@ -146,23 +152,26 @@ struct Panels {
         part(panels(channels) * stride) {
     const int64_t element = bytes_of(images.dtype);
     const auto kernel = HTV_PER_ISA(panels_kernel);
-    parallel_chunks(parts * images.samples, images.positions * channels, 0, [&](int64_t begin, int64_t end, void*) {
-      for (int64_t unit = begin; unit < end; ++unit) {
-        const int64_t group = unit / images.samples, sample = unit % images.samples;
-        const ChannelsLastTask task{images.data + (first + group * channels) * images.channel_stride * element,
-                                    images.dtype,
-                                    images.channels * images.positions,
-                                    images.channel_stride,
-                                    images.step,
-                                    channels,
-                                    images.positions,
-                                    static_cast<char*>(memory.get()) + group * part * compute_bytes(images.dtype),
-                                    nullptr,
-                                    0,
-                                    false};
-        kernel(task, kTileOutStep, stride, sample, sample + 1);
-      }
-    });
+    parallel_chunks(
+        parts * images.samples, images.positions * channels, 0,
+        [&](int64_t begin, int64_t end, void*) {
+          for (int64_t unit = begin; unit < end; ++unit) {
+            const int64_t group = unit / images.samples, sample = unit % images.samples;
+            const ChannelsLastTask task{
+                images.data + (first + group * channels) * images.channel_stride * element,
+                images.dtype,
+                images.channels * images.positions,
+                images.channel_stride,
+                images.step,
+                channels,
+                images.positions,
+                static_cast<char*>(memory.get()) + group * part * compute_bytes(images.dtype),
+                nullptr,
+                0,
+                false};
+            kernel(task, kTileOutStep, stride, sample, sample + 1);
+          }
+        });
   }
 
  private:
@@ -172,13 +181,15 @@ struct Panels {
   }
 };
 
-// The most channels whose copy is small enough, of `channels`; whole multiples of `step` if not all.
+// The most channels whose copy is small enough, of `channels`; whole multiples of `step` if not
+// all.
 int64_t fitting(int64_t channels, int64_t bytes_each, int64_t step) {
   const int64_t fit = std::max(kCopyBytes / std::max<int64_t>(1, bytes_each), kLeastChannels);
   return fit >= channels ? channels : fit >= step ? fit / step * step : kLeastChannels;
 }
 
-// Which columns rows have, in the order (block of channels, tap, channel), so that a tile holds all taps of some channels.
+// Which columns rows have, in the order (block of channels, tap, channel), so that a tile holds all
+// taps of some channels.
 struct Columns {
   std::vector<Run> runs;
   Sizes place;  // where a column goes in the value of an output channel; -1 for those between runs
@@ -187,13 +198,15 @@ struct Columns {
 };
 
 // taps: in positions, `stride` elements apart; every run begins at a multiple of `step` columns.
-Columns columns_of(int64_t channels, int64_t block, const Sizes& taps, int64_t stride, int64_t step) {
+Columns columns_of(int64_t channels, int64_t block, const Sizes& taps, int64_t stride,
+                   int64_t step) {
   Columns columns;
   for (int64_t from = 0; from < channels; from += block) {
     const int64_t length = std::min(block, channels - from);
     for (size_t tap = 0; tap < taps.size(); ++tap) {
       const int64_t offset = taps[tap] * stride + from;
-      if (!columns.runs.empty() && columns.runs.back().offset + columns.runs.back().length == offset) {
+      if (!columns.runs.empty() &&
+          columns.runs.back().offset + columns.runs.back().length == offset) {
         columns.runs.back().length += length;
       } else {
         columns.place.resize((columns.count() + step - 1) / step * step, -1);
@@ -214,27 +227,38 @@ struct Geometry {
 
 ImageView view_of(const Images& images) {
   const int64_t sample = images.channels * images.positions;
-  return {images.data, images.data + images.samples * sample * bytes_of(images.dtype), images.channels, sample,
+  return {images.data,           images.data + images.samples * sample * bytes_of(images.dtype),
+          images.channels,       sample,
           images.channel_stride, images.step};
 }
 
 // Cuts the output along its first dim, so that what a strip sees stays in L2.
-std::vector<Strip> strips_of(const Images& images, const Images& grads, const Geometry& geometry, const Sizes& at) {
+std::vector<Strip> strips_of(const Images& images, const Images& grads, const Geometry& geometry,
+                             const Sizes& at) {
   constexpr int64_t budget = kStripBytes / 64;  // positions, a register each
   std::vector<Strip> strips;
   if (grads.positions == 0) return strips;
   const int64_t height = grads.space[0], below = grads.positions / height;
   const int64_t size = images.space[0] + 2 * geometry.padding[0], plane = geometry.area / size;
-  const int64_t step = geometry.stride[0], reach = (geometry.kernel[0] - 1) * geometry.dilation[0] + 1;
+  const int64_t step = geometry.stride[0],
+                reach = (geometry.kernel[0] - 1) * geometry.dilation[0] + 1;
   const int64_t fit = (budget - (reach - step) * plane) / (step * plane + below);
   const int64_t count = (height + std::max<int64_t>(fit, 1) - 1) / std::max<int64_t>(fit, 1);
   const int64_t x_plane = images.positions / std::max<int64_t>(1, images.space[0]);
   for (int64_t i = 0; i < count; ++i) {
     const int64_t first = height * i / count, last = height * (i + 1) / count;
     const int64_t top = first * step, bottom = (last - 1) * step + reach;
-    const auto in_image = [&](int64_t row) { return std::clamp<int64_t>(row - geometry.padding[0], 0, images.space[0]); };
-    Strip strip{first * below, last * below, top * plane, (bottom - top) * plane, in_image(top) * x_plane,
-                in_image(bottom) * x_plane, 0, 0};
+    const auto in_image = [&](int64_t row) {
+      return std::clamp<int64_t>(row - geometry.padding[0], 0, images.space[0]);
+    };
+    Strip strip{first * below,
+                last * below,
+                top * plane,
+                (bottom - top) * plane,
+                in_image(top) * x_plane,
+                in_image(bottom) * x_plane,
+                0,
+                0};
     if (strip.seen_first < strip.seen_last) {
       strip.inner_first = at[strip.seen_first] - strip.origin;
       strip.inner_last = at[strip.seen_last - 1] + 1 - strip.origin;
@@ -245,8 +269,9 @@ std::vector<Strip> strips_of(const Images& images, const Images& grads, const Ge
 }
 
 // Output channels of all groups side by side. Returns the sum of the mask.
-double depthwise(const Images& images, const Images& grads, const Geometry& geometry, int64_t conv_groups,
-                 const int64_t* offsets, Statistic statistic, const Parameters& parameters, Tensor& value) {
+double depthwise(const Images& images, const Images& grads, const Geometry& geometry,
+                 int64_t conv_groups, const int64_t* offsets, Statistic statistic,
+                 const Parameters& parameters, Tensor& value) {
   check_countable(images.dtype, parameters.groups);
   const Sizes at = padded_places(images.space, geometry.padding);
   const std::vector<Strip> strips = strips_of(images, grads, geometry, at);
@@ -271,16 +296,19 @@ double depthwise(const Images& images, const Images& grads, const Geometry& geom
   task.value = value.mutable_data_ptr();
   const int64_t most = ranking ? kRankedBytes / (64 * parameters.groups * kMostTaps) : kMostRuns;
   task.chunk = std::min(task.runs(), std::clamp<int64_t>(most, 1, kMostRuns));
-  // Smaller ones where threads would else have none; a sum of masks that are no integers must not depend on that.
+  // Smaller ones where threads would else have none; a sum of masks that are no integers must not
+  // depend on that.
   const int64_t threads = statistic == Statistic::sand_mask ? 8 : torch::stable::get_num_threads();
   while (task.units() < threads && task.chunk > 1) task.chunk = (task.chunk + 1) / 2;
   std::vector<double> mask_sums(task.units());
   task.mask_sums = mask_sums.data();
   const auto kernel = HTV_PER_ISA(depthwise_kernel);
   const int64_t columns = task.chunk * kMostTaps;
-  const int64_t work = images.samples * (images.positions + grads.positions * columns) + parameters.groups * columns;
-  parallel_chunks(task.units(), work, DepthwiseScratch(task).bytes(task),
-                  [&](int64_t first, int64_t last, void* scratch) { kernel(task, first, last, scratch); });
+  const int64_t work =
+      images.samples * (images.positions + grads.positions * columns) + parameters.groups * columns;
+  parallel_chunks(
+      task.units(), work, DepthwiseScratch(task).bytes(task),
+      [&](int64_t first, int64_t last, void* scratch) { kernel(task, first, last, scratch); });
   double mask_sum = 0;
   for (const double sum : mask_sums) mask_sum += sum;
   return mask_sum;
@@ -288,24 +316,27 @@ double depthwise(const Images& images, const Images& grads, const Geometry& geom
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> conv(Tensor x, Tensor grad_output, Tensor offsets, Sizes kernel, Sizes stride, Sizes padding,
-                                Sizes dilation, int64_t conv_groups, int64_t code, int64_t count, double votes,
-                                double k) {
+std::tuple<Tensor, Tensor> conv(Tensor x, Tensor grad_output, Tensor offsets, Sizes kernel,
+                                Sizes stride, Sizes padding, Sizes dilation, int64_t conv_groups,
+                                int64_t code, int64_t count, double votes, double k) {
   const std::string op = "htv::conv";
   const size_t dims = kernel.size();
-  STD_TORCH_CHECK(dims >= 1 && stride.size() == dims && padding.size() == dims && dilation.size() == dims, op,
-                  ": kernel, stride, padding and dilation must have one entry per spatial dim");
+  STD_TORCH_CHECK(
+      dims >= 1 && stride.size() == dims && padding.size() == dims && dilation.size() == dims, op,
+      ": kernel, stride, padding and dilation must have one entry per spatial dim");
   STD_TORCH_CHECK(x.dim() == int64_t(dims) + 2 && grad_output.dim() == x.dim(), op,
-                  ": x and grad_output must be (samples, channels, *space) with ", dims, " spatial dims");
+                  ": x and grad_output must be (samples, channels, *space) with ", dims,
+                  " spatial dims");
   STD_TORCH_CHECK(grad_output.is_cpu(), op, ": grad_output must be on the CPU, as x is");
   const Statistic statistic = statistic_of(op, code);
   check_factored(op, statistic);
   const Images images(op, "x", x), grads(op, "grad_output", grad_output);
   STD_TORCH_CHECK(images.dtype == grads.dtype, op, ": x and grad_output must have one dtype");
-  STD_TORCH_CHECK(images.samples == grads.samples, op, ": x has ", images.samples, " samples, grad_output ",
-                  grads.samples);
-  STD_TORCH_CHECK(conv_groups >= 1 && images.channels % conv_groups == 0 && grads.channels % conv_groups == 0, op,
-                  ": channels must be divisible by the groups of the convolution, ", conv_groups);
+  STD_TORCH_CHECK(images.samples == grads.samples, op, ": x has ", images.samples,
+                  " samples, grad_output ", grads.samples);
+  STD_TORCH_CHECK(
+      conv_groups >= 1 && images.channels % conv_groups == 0 && grads.channels % conv_groups == 0,
+      op, ": channels must be divisible by the groups of the convolution, ", conv_groups);
   const Checked checked(op);
   int64_t area = 1;
   for (size_t d = 0; d < dims; ++d) {
@@ -356,14 +387,18 @@ std::tuple<Tensor, Tensor> conv(Tensor x, Tensor grad_output, Tensor offsets, Si
     }
     return at;
   };
-  const Geometry geometry{kernel, stride, padding, dilation, places(grads.space, stride), places(kernel, dilation), area};
+  const Geometry geometry{
+      kernel, stride, padding, dilation, places(grads.space, stride), places(kernel, dilation),
+      area};
   if (conv_groups > 1 && width * height <= kFewWeights) {
-    const double sum = depthwise(images, grads, geometry, conv_groups, bounds, statistic, parameters, value);
+    const double sum =
+        depthwise(images, grads, geometry, conv_groups, bounds, statistic, parameters, value);
     return {value, sum_in_order(x, {sum})};
   }
 
   // All groups of the convolution at once, or each by itself and some of its channels at a time.
-  const int64_t image_bytes = images.samples * area * element, grad_bytes = grads.samples * grads.positions * element;
+  const int64_t image_bytes = images.samples * area * element,
+                grad_bytes = grads.samples * grads.positions * element;
   // Channels side by side.
   const int64_t block = std::max<int64_t>(kMostTileIn / taps / kTileInStep, 1) * kTileInStep;
   const bool at_once = images.channels <= fitting(images.channels, image_bytes, 1) &&
@@ -374,7 +409,8 @@ std::tuple<Tensor, Tensor> conv(Tensor x, Tensor grad_output, Tensor offsets, Si
 
   // Windows are read where they lie, if their pieces fill registers well enough.
   const int64_t line = kRunStep / element;
-  const Columns spaced = columns_of(columns, block, geometry.taps, stride_of(parts * columns, line, true), line);
+  const Columns spaced =
+      columns_of(columns, block, geometry.taps, stride_of(parts * columns, line, true), line);
   const bool in_place = copied(images, padding) && spaced.count() <= kMostHoles * columns * taps;
   const int64_t step = in_place ? line : 1;
   TileProblem problem = tile_problem(statistic, parameters, compute);
@@ -401,10 +437,8 @@ std::tuple<Tensor, Tensor> conv(Tensor x, Tensor grad_output, Tensor offsets, Si
                                .part = panels->part};
       } else {
         rows.emplace(rows_of(grads, no_padding, first_out, parts * problem.out, false));
-        problem.grad_output = {.data = rows->data,
-                               .end = rows->end,
-                               .stride = rows->stride,
-                               .part = height};
+        problem.grad_output = {
+            .data = rows->data, .end = rows->end, .stride = rows->stride, .part = height};
       }
       for (int64_t left = 0; left < width; left += columns) {
         const int64_t channels = std::min(columns, width - left);
@@ -435,6 +469,4 @@ std::tuple<Tensor, Tensor> conv(Tensor x, Tensor grad_output, Tensor offsets, Si
 
 }  // namespace htv::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(htv, CPU, m) {
-  m.impl("conv", TORCH_BOX(&htv::cpu::conv));
-}
+STABLE_TORCH_LIBRARY_IMPL(htv, CPU, m) { m.impl("conv", TORCH_BOX(&htv::cpu::conv)); }

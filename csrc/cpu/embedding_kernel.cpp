@@ -26,20 +26,23 @@ class Chunk {
     const int64_t end = least(begin + kEmbeddingFeatures, task_.features);
     for (int64_t token = first; token < least(first + kEmbeddingTokens, task_.tokens); ++token) {
       int64_t at = begin;
-      for (; at + kTogether * kWidth <= end; at += kTogether * kWidth) features<kTogether>(token, at, kWidth);
+      for (; at + kTogether * kWidth <= end; at += kTogether * kWidth)
+        features<kTogether>(token, at, kWidth);
       for (; at < end; at += kWidth) features<1>(token, at, least(kWidth, end - at));
     }
     return mask_sum_.total();
   }
 
  private:
-  // K registers of features; n: lanes of the last. Groups without the token contribute zeros, which change no state.
+  // K registers of features; n: lanes of the last. Groups without the token contribute zeros, which
+  // change no state.
   template <int K>
   void features(int64_t token, int64_t at, int64_t n) {
     const T* const grad = static_cast<const T*>(task_.grad_output) + at;
     State states[K] = {};
     V sums[K] = {};
-    const int64_t *row = task_.rows + task_.starts[token], *const end = task_.rows + task_.starts[token + 1];
+    const int64_t *row = task_.rows + task_.starts[token], *const end =
+                                                               task_.rows + task_.starts[token + 1];
     for (; row != end; ++row) {
       for (int k = 0; k < K; ++k) {
         const T* const from = grad + *row * task_.features + k * kWidth;
@@ -68,8 +71,9 @@ void embedding_kernel(const EmbeddingTask& task, int64_t first, int64_t last) {
     using T = decltype(element);
     using V = Register<Compute<T>>;
     for (int64_t chunk = first; chunk < last; ++chunk)
-      task.mask_sums[chunk] = task.statistic == Statistic::mean ? Chunk<T, OnlySum<V>>(task).run(chunk)
-                                                                : Chunk<T, Tally<V>>(task).run(chunk);
+      task.mask_sums[chunk] = task.statistic == Statistic::mean
+                                  ? Chunk<T, OnlySum<V>>(task).run(chunk)
+                                  : Chunk<T, Tally<V>>(task).run(chunk);
   });
 }
 

@@ -19,11 +19,13 @@ struct EmbeddingTask {
   const int64_t* voter;   // by row: its group
   Statistic statistic;    // one of sum and votes
   Parameters parameters;
-  void* value;  // (tokens, features) in the compute type
+  void* value;        // (tokens, features) in the compute type
   double* mask_sums;  // one per chunk
 
   int64_t chunks_along() const { return (features + kEmbeddingFeatures - 1) / kEmbeddingFeatures; }
-  int64_t chunks() const { return (tokens + kEmbeddingTokens - 1) / kEmbeddingTokens * chunks_along(); }
+  int64_t chunks() const {
+    return (tokens + kEmbeddingTokens - 1) / kEmbeddingTokens * chunks_along();
+  }
 };
 
 // Computes chunks first <= chunk < last.

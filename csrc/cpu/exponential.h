@@ -1,4 +1,5 @@
-// exp of registers, and registers as half precision: what normalised exponentials need beyond csrc/cpu/lanes.h.
+// exp of registers, and registers as half precision: what normalised exponentials need beyond
+// csrc/cpu/lanes.h.
 #pragma once
 
 #include "lanes.h"
@@ -10,7 +11,8 @@ template <class V>
 HTV_INLINE V exponential(V v) {
   using R = Real<V>;
   constexpr bool single = sizeof(R) == 4;
-  // Beyond these results are 0 and infinity. Zeros are chosen, not computed: to underflow takes many times as long.
+  // Beyond these results are 0 and infinity. Zeros are chosen, not computed: to underflow takes
+  // many times as long.
   constexpr R lowest = single ? R(-104) : R(-746), highest = single ? R(89) : R(710);
   const auto vanishes = v < lowest;
   v = vanishes ? V{} : smaller(splat<V>(highest), v);
@@ -19,17 +21,21 @@ HTV_INLINE V exponential(V v) {
   // Few digits: n times it is exact.
   constexpr R log2_high = single ? R(0x1.62ep-1) : R(0x1.62e42feep-1);
   constexpr R log2_low = R(0x1.62e42fefa39efp-1 - log2_high + (single ? 0 : 0x1.abc9e3b39803fp-56));
-  const V rounded = multiply_add(v, splat<V>(R(1.44269504088896340736)), splat<V>(rounder)), n = rounded - rounder;
+  const V rounded = multiply_add(v, splat<V>(R(1.44269504088896340736)), splat<V>(rounder)),
+          n = rounded - rounder;
   const V rest = multiply_add(n, splat<V>(-log2_low), multiply_add(n, splat<V>(-log2_high), v));
   // |rest| <= log(2) / 2, where so many terms of the series are enough.
   constexpr int terms = single ? 7 : 13;
-  constexpr double factorials[] = {1,     1,      2,       6,        24,        120,        720,
-                                   5040., 40320., 362880., 3628800., 39916800., 479001600., 6227020800.};
+  constexpr double factorials[] = {1,        1,         2,          6,          24,
+                                   120,      720,       5040.,      40320.,     362880.,
+                                   3628800., 39916800., 479001600., 6227020800.};
   V sum = splat<V>(R(1 / factorials[terms]));
 #pragma GCC unroll 16
-  for (int k = terms - 1; k >= 0; --k) sum = multiply_add(sum, rest, splat<V>(R(1 / factorials[k])));
+  for (int k = terms - 1; k >= 0; --k)
+    sum = multiply_add(sum, rest, splat<V>(R(1 / factorials[k])));
   // 2^n in two factors, none of which leaves the range.
-  const Count<V> power = Lane<V>::bits(rounded) - Lane<V>::bits(splat<V>(rounder)), half = power >> 1;
+  const Count<V> power = Lane<V>::bits(rounded) - Lane<V>::bits(splat<V>(rounder)),
+                 half = power >> 1;
   const auto power_of_two = [](Count<V> p) {
     return Lane<V>::from_bits((p + Lane<V>::kExponentBias) << Lane<V>::kMantissaBits);
   };

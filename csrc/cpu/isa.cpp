@@ -62,7 +62,8 @@ Isa current_isa() {
   if (wanted == nullptr || *wanted == '\0') return best;
   const auto* const found = std::find(std::begin(kNames), std::end(kNames), std::string(wanted));
   if (found == std::end(kNames))
-    throw std::runtime_error("HTV_CPU_CAPABILITY must be " + listed_names() + ", got '" + wanted + "'");
+    throw std::runtime_error("HTV_CPU_CAPABILITY must be " + listed_names() + ", got '" + wanted +
+                             "'");
   return std::min(static_cast<Isa>(found - std::begin(kNames)), best);
 }
 

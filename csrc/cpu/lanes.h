@@ -1,4 +1,5 @@
-// SIMD registers as plain types: GCC/Clang vector extensions, as wide as the instruction set this file is compiled for.
+// SIMD registers as plain types: GCC/Clang vector extensions, as wide as the instruction set this
+// file is compiled for.
 #pragma once
 
 #include <string.h>
@@ -81,13 +82,14 @@ V multiply_add(V a, V b, V c) {
 template <class V>
 V unit(V v) {
 #if defined(__AVX512F__)
-  // What each class of numbers becomes, from the lowest digit: NaN twice, 0, 1, -inf, inf, negative, positive.
+  // What each class of numbers becomes, from the lowest digit: NaN twice, 0, 1, -inf, inf,
+  // negative, positive.
   constexpr unsigned nan = 1, zero = 8, minus = 9, plus = 10;
-  constexpr unsigned table = nan | nan << 4 | zero << 8 | plus << 12 | minus << 16 | plus << 20 | minus << 24 | plus << 28;
+  constexpr unsigned table =
+      nan | nan << 4 | zero << 8 | plus << 12 | minus << 16 | plus << 20 | minus << 24 | plus << 28;
   if constexpr (sizeof(Real<V>) == 4)
     return (V)_mm512_fixupimm_ps((__m512)v, (__m512)v, _mm512_set1_epi32(int(table)), 0);
-  else
-    return (V)_mm512_fixupimm_pd((__m512d)v, (__m512d)v, _mm512_set1_epi64(table), 0);
+  else return (V)_mm512_fixupimm_pd((__m512d)v, (__m512d)v, _mm512_set1_epi64(table), 0);
 #else
   // Twice, as even the smallest number must reach 1.
   constexpr Real<V> large = sizeof(Real<V>) == 4 ? 0x1p127 : 0x1p1023;
@@ -120,7 +122,8 @@ V load(const T* from) {
 #elif defined(__F16C__)
       return (V)_mm256_cvtph_ps((__m128i)bits);
 #else
-      // Exponent and mantissa moved into place are the value times 2^-112; inf and NaN then need the full exponent.
+      // Exponent and mantissa moved into place are the value times 2^-112; inf and NaN then need
+      // the full exponent.
       const Register<uint32_t> wide = __builtin_convertvector(bits, Register<uint32_t>);
       const Register<uint32_t> size = (wide & 0x7fffu) << 13;
       const Register<uint32_t> scaled = (Register<uint32_t>)((V)size * 0x1p112f);
@@ -150,7 +153,8 @@ V load_pair(const BFloat16* first, const BFloat16* second, int64_t n) {
   return load_pair<V>(padded[0], padded[1]);
 }
 
-// sum + g's first * x's first + g's second * x's second, with x and g as `load_pair` gives them. Denormals count as 0.
+// sum + g's first * x's first + g's second * x's second, with x and g as `load_pair` gives them.
+// Denormals count as 0.
 template <class V>
 V multiply_add_pair(const float* g, V x, V sum) {
   int both;

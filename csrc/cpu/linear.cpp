@@ -29,7 +29,8 @@ struct Signs {
   }
 };
 
-// The least exponent, as stored, of values of bfloat16 that are not 0; 0 where there is no arithmetic for them.
+// The least exponent, as stored, of values of bfloat16 that are not 0; 0 where there is no
+// arithmetic for them.
 int64_t least_exponent(const Tensor& matrix) {
   constexpr int64_t chunk = 1 << 16;
   const int64_t n = matrix.numel(), chunks = (n + chunk - 1) / chunk;
@@ -37,24 +38,27 @@ int64_t least_exponent(const Tensor& matrix) {
   std::vector<uint16_t> least(chunks + 1, 0x7fff);
   const auto kernel = HTV_PER_ISA(least_magnitude);
   parallel_chunks(chunks, chunk / 16, 0, [&](int64_t first, int64_t last, void*) {
-    for (int64_t c = first; c < last; ++c) least[c] = kernel(values + c * chunk, std::min(chunk, n - c * chunk));
+    for (int64_t c = first; c < last; ++c)
+      least[c] = kernel(values + c * chunk, std::min(chunk, n - c * chunk));
   });
   return *std::min_element(least.begin(), least.end()) >> 7;
 }
 
-// Whether products of bfloat16 may be added up by the instruction that takes them in pairs: it takes denormals for 0, so
-// neither factors nor sums may be any. Products are multiples of 2^(sum of exponents - 14), and so are their sums.
+// Whether products of bfloat16 may be added up by the instruction that takes them in pairs: it
+// takes denormals for 0, so neither factors nor sums may be any. Products are multiples of 2^(sum
+// of exponents - 14), and so are their sums.
 bool may_pair(const Tensor& x, const Tensor& grad_output, const int64_t* offsets, int64_t groups) {
   constexpr int64_t bias = 127, least_normal = -126;
-  if (!std::all_of(offsets, offsets + groups + 1, [](int64_t row) { return row % 2 == 0; })) return false;
+  if (!std::all_of(offsets, offsets + groups + 1, [](int64_t row) { return row % 2 == 0; }))
+    return false;
   const int64_t a = least_exponent(x), b = a > 0 ? least_exponent(grad_output) : 0;
   return a > 0 && b > 0 && a + b - 2 * bias - 14 >= least_normal;
 }
 
 // Groups of any number of rows: their products tile by tile.
 // Returns the sum of the mask.
-double by_tiles(const Tensor& x, const Tensor& grad_output, const int64_t* offsets, Dtype dtype, Statistic statistic,
-                const Parameters& parameters, Tensor& value) {
+double by_tiles(const Tensor& x, const Tensor& grad_output, const int64_t* offsets, Dtype dtype,
+                Statistic statistic, const Parameters& parameters, Tensor& value) {
   const int64_t rows = x.size(0), in = x.size(1), out = grad_output.size(1), start = 0;
   const int64_t element = bytes_of(dtype);
   const auto end = [&](const void* data, int64_t columns) {
@@ -75,7 +79,8 @@ double by_tiles(const Tensor& x, const Tensor& grad_output, const int64_t* offse
                .runs_end = &whole + 1};
   problem.grad_output = {.data = of_grad, .end = end(of_grad, out), .stride = out, .part = 0};
   TileBlocks blocks(problem, offsets, 1);
-  blocks.plan.paired = dtype == Dtype::bfloat16 && may_pair(x, grad_output, offsets, parameters.groups);
+  blocks.plan.paired =
+      dtype == Dtype::bfloat16 && may_pair(x, grad_output, offsets, parameters.groups);
   TileBuffers buffers{};
   buffers.value = value.mutable_data_ptr();
   buffers.value_stride = in;
@@ -89,14 +94,18 @@ void add_up(const Tensor& x, const Tensor& grad_output, Dtype dtype, Tensor& val
 }
 
 // Order statistics of groups of at most one row.
-void rank_rows(const Tensor& x, const Tensor& grad_output, Dtype dtype, const Ranking& ranking, Tensor& value) {
+void rank_rows(const Tensor& x, const Tensor& grad_output, Dtype dtype, const Ranking& ranking,
+               Tensor& value) {
   const Signs signs_x(x, dtype), signs_g(grad_output, dtype);
-  const RankOneTask task{x.const_data_ptr(), grad_output.const_data_ptr(), dtype, x.size(0), x.size(1),
-                         grad_output.size(1), &ranking, signs_x.planes, signs_g.planes, value.mutable_data_ptr()};
+  const RankOneTask task{x.const_data_ptr(), grad_output.const_data_ptr(), dtype,    x.size(0),
+                         x.size(1),          grad_output.size(1),          &ranking, signs_x.planes,
+                         signs_g.planes,     value.mutable_data_ptr()};
   const auto kernel = HTV_PER_ISA(rank_one_kernel);
-  const int64_t work = kRankOneOut * rank_one_width(dtype) / 16 * ranking.ranked * select_work(ranking);
-  parallel_chunks(rank_one_tiles(task), work, rank_one_scratch_bytes(task),
-                  [&](int64_t first, int64_t last, void* scratch) { kernel(task, first, last, scratch); });
+  const int64_t work =
+      kRankOneOut * rank_one_width(dtype) / 16 * ranking.ranked * select_work(ranking);
+  parallel_chunks(
+      rank_one_tiles(task), work, rank_one_scratch_bytes(task),
+      [&](int64_t first, int64_t last, void* scratch) { kernel(task, first, last, scratch); });
 }
 
 // Masks and sign sums of groups of at most one row. Returns how many coordinates the mask keeps.
@@ -104,8 +113,18 @@ double count_votes(const Tensor& x, const Tensor& grad_output, Dtype dtype, Stat
                    const Parameters& parameters, Tensor& value) {
   add_up(x, grad_output, dtype, value);
   const Signs signs_x(x, dtype), signs_g(grad_output, dtype);
-  VotesTask task{x.const_data_ptr(), grad_output.const_data_ptr(), dtype, x.size(0), x.size(1), grad_output.size(1),
-                 statistic, parameters, signs_x.planes, signs_g.planes, value.mutable_data_ptr(), nullptr};
+  VotesTask task{x.const_data_ptr(),
+                 grad_output.const_data_ptr(),
+                 dtype,
+                 x.size(0),
+                 x.size(1),
+                 grad_output.size(1),
+                 statistic,
+                 parameters,
+                 signs_x.planes,
+                 signs_g.planes,
+                 value.mutable_data_ptr(),
+                 nullptr};
   std::vector<int64_t> kept(task.tiles());
   task.kept = kept.data();
   const auto kernel = HTV_PER_ISA(votes_kernel);
@@ -116,8 +135,8 @@ double count_votes(const Tensor& x, const Tensor& grad_output, Dtype dtype, Stat
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> linear(Tensor x, Tensor grad_output, Tensor offsets, int64_t code, int64_t count,
-                                  double votes, double k) {
+std::tuple<Tensor, Tensor> linear(Tensor x, Tensor grad_output, Tensor offsets, int64_t code,
+                                  int64_t count, double votes, double k) {
   const std::string op = "htv::linear";
   check_matrix(op, "x", x);
   check_matrix(op, "grad_output", grad_output);
@@ -125,9 +144,11 @@ std::tuple<Tensor, Tensor> linear(Tensor x, Tensor grad_output, Tensor offsets, 
   const Statistic statistic = statistic_of(op, code);
   check_factored(op, statistic);
   const Dtype dtype = dtype_of(op, "x", x);
-  STD_TORCH_CHECK(dtype_of(op, "grad_output", grad_output) == dtype, op, ": x and grad_output must have one dtype");
+  STD_TORCH_CHECK(dtype_of(op, "grad_output", grad_output) == dtype, op,
+                  ": x and grad_output must have one dtype");
   const int64_t rows = x.size(0), in = x.size(1), out = grad_output.size(1);
-  STD_TORCH_CHECK(grad_output.size(0) == rows, op, ": x has ", rows, " rows, grad_output ", grad_output.size(0));
+  STD_TORCH_CHECK(grad_output.size(0) == rows, op, ": x has ", rows, " rows, grad_output ",
+                  grad_output.size(0));
   const int64_t longest = longest_group(op, offsets, rows), groups = offsets.size(0) - 1;
   const Parameters parameters = parameters_for(op, statistic, groups, count, votes, k);
 
@@ -151,6 +172,4 @@ std::tuple<Tensor, Tensor> linear(Tensor x, Tensor grad_output, Tensor offsets, 
 
 }  // namespace htv::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(htv, CPU, m) {
-  m.impl("linear", TORCH_BOX(&htv::cpu::linear));
-}
+STABLE_TORCH_LIBRARY_IMPL(htv, CPU, m) { m.impl("linear", TORCH_BOX(&htv::cpu::linear)); }

@@ -1,4 +1,5 @@
-// htv::norm_sums and htv::group_norm_backward on the CPU: checks and threads. The loops are in norm_kernel.cpp.
+// htv::norm_sums and htv::group_norm_backward on the CPU: checks and threads. The loops are in
+// norm_kernel.cpp.
 #include "norm_kernel.h"
 
 #include <torch/csrc/stable/library.h>
@@ -11,16 +12,17 @@
 namespace htv::cpu {
 namespace {
 
-void check_like(const std::string& op, const char* argument, const Tensor& tensor, Dtype dtype, const Tensor& x,
-                int64_t dims) {
+void check_like(const std::string& op, const char* argument, const Tensor& tensor, Dtype dtype,
+                const Tensor& x, int64_t dims) {
   STD_TORCH_CHECK(tensor.is_cpu() && dtype_of(op, argument, tensor) == dtype, op, ": ", argument,
                   " must be on the CPU, in the type the contract says");
   check_memory(op, argument, tensor);
-  STD_TORCH_CHECK(tensor.dim() == dims && tensor.is_contiguous(), op, ": ", argument, " must have ", dims,
-                  " dimensions and be contiguous");
+  STD_TORCH_CHECK(tensor.dim() == dims && tensor.is_contiguous(), op, ": ", argument, " must have ",
+                  dims, " dimensions and be contiguous");
   for (int64_t d = 0; d < dims; ++d)
-    STD_TORCH_CHECK(tensor.size(d) == x.size(d), op, ": ", argument, " must have the shape of x, or its first ", dims,
-                    " dims; in dim ", d, " it has ", tensor.size(d), " and x ", x.size(d));
+    STD_TORCH_CHECK(tensor.size(d) == x.size(d), op, ": ", argument,
+                    " must have the shape of x, or its first ", dims, " dims; in dim ", d,
+                    " it has ", tensor.size(d), " and x ", x.size(d));
 }
 
 }  // namespace
@@ -33,21 +35,29 @@ std::tuple<Tensor, Tensor> norm_sums(Tensor grad, Tensor x, Tensor mean, Tensor 
   check_like(op, "grad", grad, dtype, x, 3);
   check_like(op, "mean", mean, computed, x, 2);
   check_like(op, "rstd", rstd, computed, x, 2);
-  const int64_t samples = x.size(0), rows = x.size(1), features = x.size(2), chunks = norm_chunks(features);
+  const int64_t samples = x.size(0), rows = x.size(1), features = x.size(2),
+                chunks = norm_chunks(features);
   Tensor scale = torch::stable::new_empty(mean, {samples, features});
   Tensor shift = torch::stable::new_empty(mean, {samples, features});
   if (scale.numel() == 0) return {scale, shift};
-  const NormTask task{grad.const_data_ptr(), x.const_data_ptr(),       dtype,
-                      rows,                  features,                 mean.const_data_ptr(),
-                      rstd.const_data_ptr(), scale.mutable_data_ptr(), shift.mutable_data_ptr()};
+  const NormTask task{grad.const_data_ptr(),
+                      x.const_data_ptr(),
+                      dtype,
+                      rows,
+                      features,
+                      mean.const_data_ptr(),
+                      rstd.const_data_ptr(),
+                      scale.mutable_data_ptr(),
+                      shift.mutable_data_ptr()};
   const auto kernel = HTV_PER_ISA(norm_kernel);
   const int64_t work = (rows + 1) * (features < kNormChunk ? features : kNormChunk);
-  parallel_chunks(samples * chunks, work, 0, [&](int64_t first, int64_t last, void*) { kernel(task, first, last); });
+  parallel_chunks(samples * chunks, work, 0,
+                  [&](int64_t first, int64_t last, void*) { kernel(task, first, last); });
   return {scale, shift};
 }
 
-std::tuple<Tensor, Tensor, Tensor> group_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor mean, Tensor rstd,
-                                                       bool needs_x) {
+std::tuple<Tensor, Tensor, Tensor> group_norm_backward(Tensor grad, Tensor x, Tensor weight,
+                                                       Tensor mean, Tensor rstd, bool needs_x) {
   const std::string op = "htv::group_norm_backward";
   const Dtype dtype = dtype_of(op, "x", x), computed = compute_dtype(dtype);
   STD_TORCH_CHECK(x.dim() >= 2, op, ": x must have at least 2 dimensions, got ", x.dim());
@@ -64,10 +74,13 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_backward(Tensor grad, Tensor x, Te
     shape.push_back(x.size(d));
     space = Checked(op).product(space, x.size(d));
   }
-  STD_TORCH_CHECK(mean.size(0) == samples && weight.size(0) == channels && groups >= 1 && channels % groups == 0, op,
+  STD_TORCH_CHECK(mean.size(0) == samples && weight.size(0) == channels && groups >= 1 &&
+                      channels % groups == 0,
+                  op,
                   ": mean must be (samples, groups) and weight (channels) of x,"
                   " with channels a multiple of groups; ",
-                  "got ", mean.size(0), " x ", groups, " and ", weight.size(0), " for ", samples, " x ", channels);
+                  "got ", mean.size(0), " x ", groups, " and ", weight.size(0), " for ", samples,
+                  " x ", channels);
   Tensor scale = torch::stable::new_empty(mean, {samples, channels});
   Tensor shift = torch::stable::new_empty(mean, {samples, channels});
   Tensor grad_x = torch::stable::new_empty(mean, shape);
@@ -86,8 +99,9 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_backward(Tensor grad, Tensor x, Te
                            shift.mutable_data_ptr()};
   const auto kernel = HTV_PER_ISA(group_norm_kernel);
   const int64_t scratch = group_norm_scratch(task);
-  parallel_chunks(samples * groups, 2 * (task.channels * space + task.channels), scratch,
-                  [&](int64_t first, int64_t last, void* memory) { kernel(task, first, last, memory); });
+  parallel_chunks(
+      samples * groups, 2 * (task.channels * space + task.channels), scratch,
+      [&](int64_t first, int64_t last, void* memory) { kernel(task, first, last, memory); });
   return {grad_x, scale, shift};
 }
 

@@ -45,6 +45,7 @@ inline int64_t group_norm_scratch(const GroupNormTask& task) {
 }
 
 // Computes units first <= unit < last, those of a sample beside each other.
-HTV_DECLARE_PER_ISA(void group_norm_kernel(const GroupNormTask& task, int64_t first, int64_t last, void* scratch))
+HTV_DECLARE_PER_ISA(void group_norm_kernel(const GroupNormTask& task, int64_t first, int64_t last,
+                                           void* scratch))
 
 }  // namespace htv

@@ -11,8 +11,9 @@
 
 namespace htv::cpu {
 
-// Blocks of memory a thread keeps for its next call: fresh ones cost a page fault every 4 KB, which took as long as what
-// was done in them. From malloc, and aligned by hand: glibc before 2.38 seldom reuses what aligned_alloc gave.
+// Blocks of memory a thread keeps for its next call: fresh ones cost a page fault every 4 KB, which
+// took as long as what was done in them. From malloc, and aligned by hand: glibc before 2.38 seldom
+// reuses what aligned_alloc gave.
 class KeptBlocks {
  public:
   struct Block {

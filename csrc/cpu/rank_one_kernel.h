@@ -30,14 +30,16 @@ inline int64_t rank_one_tiles(const RankOneTask& task) {
   return (task.out + kRankOneOut - 1) / kRankOneOut * ((task.in + width - 1) / width);
 }
 
-// Scratch of one thread, in bytes: packed x, values of two registers of coordinates, packed g and one column of it.
+// Scratch of one thread, in bytes: packed x, values of two registers of coordinates, packed g and
+// one column of it.
 inline int64_t rank_one_scratch_bytes(const RankOneTask& task) {
   const int64_t ranked = task.ranking->ranked;
-  return kWidestRegister * (kRankOneRegisters * task.rows + 2 * ranked) + select_scratch_bytes(*task.ranking) +
-         8 * (kRankOneOut + 1) * task.rows;
+  return kWidestRegister * (kRankOneRegisters * task.rows + 2 * ranked) +
+         select_scratch_bytes(*task.ranking) + 8 * (kRankOneOut + 1) * task.rows;
 }
 
 // Computes tiles first <= tile < last; scratch is aligned to 64 bytes.
-HTV_DECLARE_PER_ISA(void rank_one_kernel(const RankOneTask& task, int64_t first, int64_t last, void* scratch))
+HTV_DECLARE_PER_ISA(void rank_one_kernel(const RankOneTask& task, int64_t first, int64_t last,
+                                         void* scratch))
 
 }  // namespace htv

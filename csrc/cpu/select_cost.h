@@ -1,5 +1,5 @@
-// What order statistics cost on the CPU, for whoever provides scratch and threads; select.h computes
-// them.
+// What order statistics cost on the CPU, for whoever provides scratch and threads; select.h
+// computes them.
 #pragma once
 
 #include <stdint.h>
@@ -9,8 +9,8 @@
 
 namespace htv {
 
-// Memory order_statistics (select.h) needs beside the values, in bytes: the bit planes of two registers of coordinates
-// and the candidates for two ranks.
+// Memory order_statistics (select.h) needs beside the values, in bytes: the bit planes of two
+// registers of coordinates and the candidates for two ranks.
 inline int64_t select_scratch_bytes(const Ranking& ranking) {
   constexpr int64_t columns = 2, ranks = 2;
   const int64_t values = (ranking.ranked + 63) / 64 * 64, words = values / 32;

@@ -13,7 +13,8 @@ template <class V>
 using Plane = Register<std::make_unsigned_t<typename Lane<V>::Int>>;
 
 template <class V, class T>
-void pack_word(const T* matrix, int64_t rows, int64_t columns, Plane<V>* negative, Plane<V>* nonzero) {
+void pack_word(const T* matrix, int64_t rows, int64_t columns, Plane<V>* negative,
+               Plane<V>* nonzero) {
   constexpr int lanes = kLanes<V>;
   const int64_t registers = (columns + lanes - 1) / lanes;
   // A row at a time: the planes' word stays in L1.
@@ -26,7 +27,8 @@ void pack_word(const T* matrix, int64_t rows, int64_t columns, Plane<V>* negativ
 }
 
 template <class T>
-void pack_words(const T* matrix, int64_t rows, int64_t columns, const SignPlanes& planes, int64_t first, int64_t last) {
+void pack_words(const T* matrix, int64_t rows, int64_t columns, const SignPlanes& planes,
+                int64_t first, int64_t last) {
   using V = Register<Compute<T>>;
   using Int = typename Lane<V>::Int;
   constexpr int64_t bits = 8 * sizeof(Int);
@@ -41,8 +43,8 @@ void pack_words(const T* matrix, int64_t rows, int64_t columns, const SignPlanes
 
 }  // namespace
 
-void sign_planes_kernel(const void* matrix, Dtype dtype, int64_t rows, int64_t columns, const SignPlanes& planes,
-                        int64_t first, int64_t last) {
+void sign_planes_kernel(const void* matrix, Dtype dtype, int64_t rows, int64_t columns,
+                        const SignPlanes& planes, int64_t first, int64_t last) {
   with_dtype(dtype, [&](auto element) {
     pack_words(static_cast<const decltype(element)*>(matrix), rows, columns, planes, first, last);
   });

@@ -1,5 +1,5 @@
-// Signs of a matrix as bits, packed once: a product of two signs is then an exclusive or, and a sum of them a population
-// count over as many rows as an integer has bits.
+// Signs of a matrix as bits, packed once: a product of two signs is then an exclusive or, and a sum
+// of them a population count over as many rows as an integer has bits.
 #pragma once
 
 #include "../dtype.h"
@@ -7,8 +7,8 @@
 
 namespace htv {
 
-// Bit planes of a (rows, columns) matrix, each [word][column] of integers as wide as the matrix' compute type; bits of
-// rows that are not there are 0.
+// Bit planes of a (rows, columns) matrix, each [word][column] of integers as wide as the matrix'
+// compute type; bits of rows that are not there are 0.
 struct SignPlanes {
   void* negative;  // v < 0
   void* nonzero;   // v != 0, NaN included
@@ -43,7 +43,8 @@ inline SignPlanes planes_in(void* memory, Dtype dtype, int64_t rows, int64_t col
 }
 
 // Fills words first <= word < last of the planes of a contiguous matrix.
-HTV_DECLARE_PER_ISA(void sign_planes_kernel(const void* matrix, Dtype dtype, int64_t rows, int64_t columns,
-                                              const SignPlanes& planes, int64_t first, int64_t last))
+HTV_DECLARE_PER_ISA(void sign_planes_kernel(const void* matrix, Dtype dtype, int64_t rows,
+                                            int64_t columns, const SignPlanes& planes,
+                                            int64_t first, int64_t last))
 
 }  // namespace htv

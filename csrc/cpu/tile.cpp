@@ -7,10 +7,10 @@
 namespace htv::cpu {
 namespace {
 
-constexpr int64_t kBlockRows = 128;              // rows packed at a time, unless all fit
-constexpr int64_t kSumTileIn = 160;              // columns of a tile of plain sums
-constexpr int64_t kInPlaceRows = 256;            // at a time where nothing of x is packed
-constexpr int64_t kPackedBytes = 256 << 10;      // what all packed rows of a tile may take in L2
+constexpr int64_t kBlockRows = 128;          // rows packed at a time, unless all fit
+constexpr int64_t kSumTileIn = 160;          // columns of a tile of plain sums
+constexpr int64_t kInPlaceRows = 256;        // at a time where nothing of x is packed
+constexpr int64_t kPackedBytes = 256 << 10;  // what all packed rows of a tile may take in L2
 // Rows per group up to which states are worth their registers.
 constexpr int64_t kFewRows = 32;
 constexpr int64_t kFewRowsInPlace = 8;
@@ -40,14 +40,14 @@ TileBlocks::TileBlocks(const TileProblem& problem, const int64_t* offsets, int64
   plan.block_rows = in_place ? kInPlaceRows : kBlockRows;
   if (is_order(problem.statistic)) {
     const int64_t element = compute_bytes(problem.dtype), area = kRankedBytes / (element * groups);
-    plan.tile_out =
-        std::clamp(area / 96 / kTileOutStep * kTileOutStep, kTileOutStep, kMostTileOut);
+    plan.tile_out = std::clamp(area / 96 / kTileOutStep * kTileOutStep, kTileOutStep, kMostTileOut);
     plan.tile_in =
         std::clamp(area / plan.tile_out / kTileInStep * kTileInStep, kTileInStep, kMostTileIn);
     const int64_t fit = kPackedBytes / (element * (plan.tile_out + (in_place ? 0 : plan.tile_in)));
     if (rows <= fit) plan.block_rows = std::max<int64_t>(rows, 1);
   } else if (problem.statistic == Statistic::mean && !in_place) {
-    // Sums need no whole groups, and are kept for a whole tile: as little as serves of an MLP's memory.
+    // Sums need no whole groups, and are kept for a whole tile: as little as serves of an MLP's
+    // memory.
     plan.tile_in = kSumTileIn;
     plan.block_rows = kBlockRows / 2;
   }
@@ -81,11 +81,13 @@ TileBlocks::TileBlocks(const TileProblem& problem, const int64_t* offsets, int64
   plan.blocks_end = plan.blocks + blocks_.size();
 }
 
-double run_tiles(const TileProblem& problem, TilePlan plan, TileBuffers buffers, int64_t widest_in) {
+double run_tiles(const TileProblem& problem, TilePlan plan, TileBuffers buffers,
+                 int64_t widest_in) {
   if (problem.out == 0 || problem.in == 0) return 0;
   plan.tile_in = std::min({widest_in, plan.tile_in, up(problem.in, kTileInStep)});
   plan.tile_out = std::min(plan.tile_out, up(problem.out, kTileOutStep));
-  // Smaller ones where threads would else have none; a sum of masks that are no integers must not depend on that.
+  // Smaller ones where threads would else have none; a sum of masks that are no integers must not
+  // depend on that.
   const int64_t threads =
       problem.statistic == Statistic::sand_mask ? 8 : torch::stable::get_num_threads();
   const auto uneven = [&](int64_t tiles) {

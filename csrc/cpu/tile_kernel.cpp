@@ -1,8 +1,10 @@
 // Statistics of grouped products, tile by tile: compiled once per instruction set.
 //
-// Blocks of rows are packed into panels, those of x unless they can be read where they lie. For each register tile
-// ("cell") of coordinates the rows of one group after the other are multiplied; a streaming statistic takes in the product while it is in registers, an order statistic
-// stores it and ranks the cell's values in cache when all groups have passed.
+// Blocks of rows are packed into panels, those of x unless they can be read where they lie. For
+// each register tile
+// ("cell") of coordinates the rows of one group after the other are multiplied; a streaming
+// statistic takes in the product while it is in registers, an order statistic stores it and ranks
+// the cell's values in cache when all groups have passed.
 #include "tile_kernel.h"
 
 #include <vector>
@@ -15,8 +17,8 @@
 namespace htv::HTV_ISA {
 namespace {
 
-// The cell: kRows x kColumns registers, as many rows at a time as leave registers for factors, and, where groups have few
-// rows, for the states.
+// The cell: kRows x kColumns registers, as many rows at a time as leave registers for factors, and,
+// where groups have few rows, for the states.
 constexpr int kColumns = 2;
 constexpr int kRows = kTileOutStep;
 constexpr int kManyRows = kRegisters == 32 ? 8 : 4;
@@ -49,7 +51,8 @@ struct InPlace {
 
 // sum = sum over rows of g[row][i] * x[row][j]; or over pairs of rows, packed into one.
 template <class V, int K, bool paired, class X>
-inline __attribute__((always_inline)) void product(const Real<V>* g, const X& x, int64_t rows, V (&sum)[K][kColumns]) {
+inline __attribute__((always_inline)) void product(const Real<V>* g, const X& x, int64_t rows,
+                                                   V (&sum)[K][kColumns]) {
 #pragma GCC unroll 8
   for (int i = 0; i < K; ++i)
 #pragma GCC unroll 2
@@ -63,8 +66,7 @@ inline __attribute__((always_inline)) void product(const Real<V>* g, const X& x,
 #pragma GCC unroll 2
       for (int j = 0; j < kColumns; ++j) {
 #if defined(__AVX512BF16__)
-        if constexpr (paired)
-          sum[i][j] = multiply_add_pair(g + i, columns[j], sum[i][j]);
+        if constexpr (paired) sum[i][j] = multiply_add_pair(g + i, columns[j], sum[i][j]);
         else
 #endif
           sum[i][j] = multiply_add(splat<V>(g[i]), columns[j], sum[i][j]);
@@ -94,21 +96,22 @@ class Tile {
   const int64_t panel_rows_;
   // Where the rows of the block lie, if they are read there, in the place of packed ones.
   int64_t* const at_;
-  V* const packed_x_;                     // [panel][row][kColumns]
-  R* const packed_g_;                     // [panel][row][kRows]
+  V* const packed_x_;  // [panel][row][kColumns]
+  R* const packed_g_;  // [panel][row][kRows]
   const int64_t joined_width_;
-  R* const joined_;                       // some rows of x whose runs are no whole registers
-  R* const staged_;                       // [row][column], values whose places are not side by side
-  // Of each cell, between blocks: states, and products of unfinished groups; or, in kept_ alone, the
-  // values to rank: [kCell / kRanked][group][kRanked].
+  R* const joined_;  // some rows of x whose runs are no whole registers
+  R* const staged_;  // [row][column], values whose places are not side by side
+  // Of each cell, between blocks: states, and products of unfinished groups; or, in kept_ alone,
+  // the values to rank: [kCell / kRanked][group][kRanked].
   V* const kept_;
   V* const unfinished_;
   void* const select_scratch_;
   MaskSum<V> mask_sum_;
   std::vector<Run> runs_;  // of the tile's columns
-  // Of its registers of columns: where they lie in a row that is read in place, and how many coordinates they hold.
+  // Of its registers of columns: where they lie in a row that is read in place, and how many
+  // coordinates they hold.
   std::vector<int64_t> offsets_, valid_;
-  int64_t reach_ = 0;      // elements from a row's start to the end of its last register
+  int64_t reach_ = 0;  // elements from a row's start to the end of its last register
   bool whole_registers_ = true;
 
  public:
@@ -168,7 +171,8 @@ class Tile {
  private:
   // What follows the row table or the packed rows of x.
   R* behind_rows(const TilePlan& plan) const {
-    if (!plan.in_place) return reinterpret_cast<R*>(packed_x_ + panel_rows_ * panels_in_ * kColumns);
+    if (!plan.in_place)
+      return reinterpret_cast<R*>(packed_x_ + panel_rows_ * panels_in_ * kColumns);
     return reinterpret_cast<R*>(reinterpret_cast<char*>(at_) + row_table_bytes(plan.block_rows));
   }
   static V* aligned(R* p) {
@@ -192,13 +196,18 @@ class Tile {
     return static_cast<const T*>(problem_.grad_output.data) + part_ * problem_.grad_output.part;
   }
 
-  V* panel_x(int64_t panel, int64_t row) const { return packed_x_ + (panel * panel_rows_ + row) * kColumns; }
-  R* panel_g(int64_t panel, int64_t row) const { return packed_g_ + (panel * panel_rows_ + row) * kRows; }
+  V* panel_x(int64_t panel, int64_t row) const {
+    return packed_x_ + (panel * panel_rows_ + row) * kColumns;
+  }
+  R* panel_g(int64_t panel, int64_t row) const {
+    return packed_g_ + (panel * panel_rows_ + row) * kRows;
+  }
   const R* panel_g(const RowBlock& block, int64_t panel) const {
     if (!plan_.in_place) return panel_g(panel, 0);
     return grad<R>() + (out_ / kRows + panel) * problem_.grad_output.stride + block.begin * kRows;
   }
-  // Where a cell is in memory that is kept from block to block; with one block all cells share a place.
+  // Where a cell is in memory that is kept from block to block; with one block all cells share a
+  // place.
   int64_t cell(int64_t o, int64_t i) const { return plan_.one_block() ? 0 : i * panels_out_ + o; }
 
   // f(block, rows of a cell at a time, panel -> its columns) with the block packed
@@ -246,8 +255,8 @@ class Tile {
     }
   }
 
-  // While the cells of a panel of columns are multiplied, each brings a share of what comes next nearer: of the rows that the
-  // next block packs,
+  // While the cells of a panel of columns are multiplied, each brings a share of what comes next
+  // nearer: of the rows that the next block packs,
   void prefetch(const RowBlock& block, int64_t o, int64_t i, const Packed<V>&) const {
     const int64_t share = i * panels_out_ + o;
     const RowBlock& next = *(&block + 1);
@@ -262,7 +271,8 @@ class Tile {
     const auto touch = [](const char* from, int64_t bytes) {
       for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
     };
-    for (int64_t r = next.begin + rows * share / shares; r < next.begin + rows * (share + 1) / shares; ++r) {
+    for (int64_t r = next.begin + rows * share / shares;
+         r < next.begin + rows * (share + 1) / shares; ++r) {
       const char* const row =
           x + (r / input.positions * input.sample + input.at[r % input.positions]) * element;
       for (const Run& run : runs_) touch(row + run.offset * element, run.length * element);
@@ -275,7 +285,8 @@ class Tile {
     if (i + 1 == panels_in_) return;
     const int64_t rows = block.end - block.begin;
     for (int j = 0; j < kColumns; ++j) {
-      const R* const next = columns.x[j] + offsets_[(i + 1) * kColumns + j] - offsets_[i * kColumns + j];
+      const R* const next =
+          columns.x[j] + offsets_[(i + 1) * kColumns + j] - offsets_[i * kColumns + j];
       for (int64_t r = rows * o / panels_out_; r < rows * (o + 1) / panels_out_; ++r)
         __builtin_prefetch(next + at_[r], 0, 3);
     }
@@ -304,7 +315,9 @@ class Tile {
       return row;
     };
     const int64_t rows = (block.end - block.begin) / kTogether;
-    const auto place = [&](int64_t column, int64_t r) { return panel_x(column / kWidth, r) + column % kWidth / lanes; };
+    const auto place = [&](int64_t column, int64_t r) {
+      return panel_x(column / kWidth, r) + column % kWidth / lanes;
+    };
     for (int64_t r = 0; r < rows; ++r) {
       const T *const row = next_row(), *const other = paired ? next_row() : row;
       // what registers hold beyond a run is overwritten or not stored
@@ -338,9 +351,12 @@ class Tile {
       const T* const other = row + (kTogether - 1) * problem_.grad_output.stride;
       for (int64_t i = 0; i < filled; i += lanes) {
         const bool inside = end - other >= i + lanes;
-        const V v = inside || i < height_ ? values_at(row + i, other + i, inside ? lanes : height_ - i) : V{};
+        const V v = inside || i < height_
+                        ? values_at(row + i, other + i, inside ? lanes : height_ - i)
+                        : V{};
         for (int k = 0; k < lanes && i + k < filled; k += together)
-          memcpy(panel_g((i + k) / kRows, r) + (i + k) % kRows, reinterpret_cast<const R*>(&v) + k, together * sizeof(R));
+          memcpy(panel_g((i + k) / kRows, r) + (i + k) % kRows, reinterpret_cast<const R*>(&v) + k,
+                 together * sizeof(R));
       }
     }
   }
@@ -351,7 +367,8 @@ class Tile {
       for (int64_t i = 0; i < panels_in_; ++i)
         for (int64_t o = 0; o < panels_out_; ++o) {
           prefetch(block, o, i, x(i));
-          for (int top = 0; top < kRows; top += rows()) stream_cell<State, rows()>(block, o, i, top, x(i));
+          for (int top = 0; top < kRows; top += rows())
+            stream_cell<State, rows()>(block, o, i, top, x(i));
         }
     });
   }
@@ -384,8 +401,8 @@ class Tile {
   }
 
   template <class State, int K, class X>
-  inline __attribute__((always_inline)) void take_in(const RowBlock& block, const R* g, const X& x, State* states,
-                                                     V* unfinished) const {
+  inline __attribute__((always_inline)) void take_in(const RowBlock& block, const R* g, const X& x,
+                                                     State* states, V* unfinished) const {
     for (const Piece* piece = block.pieces; piece != block.pieces_end; ++piece) {
       V p[K][kColumns];
       const int64_t first = piece->first / kTogether, rows = piece->last / kTogether - first;
@@ -406,7 +423,8 @@ class Tile {
 #pragma GCC unroll 8
       for (int a = 0; a < K; ++a)
 #pragma GCC unroll 2
-        for (int b = 0; b < kColumns; ++b) states[a * kColumns + b].update(p[a][b], piece->group + 1);
+        for (int b = 0; b < kColumns; ++b)
+          states[a * kColumns + b].update(p[a][b], piece->group + 1);
     }
   }
 
@@ -434,7 +452,8 @@ class Tile {
            (out_ + row) * buffers_.value_stride;
   }
 
-  // Puts the tile's values in their places, a row at a time, so that every line of memory is touched once.
+  // Puts the tile's values in their places, a row at a time, so that every line of memory is
+  // touched once.
   void scatter() const {
     const int64_t* const place = buffers_.place + in_;
     const int64_t whole = buffers_.taps * buffers_.tap_channels;
@@ -488,7 +507,8 @@ class Tile {
                                        select_scratch_, result);
           for (int c = 0; c < kRanked; ++c) {
             const int n = at + c;
-            write(o * kRows + n / kColumns, i * kWidth + n % kColumns * kLanes<V>, result[c] * R(groups), V{});
+            write(o * kRows + n / kColumns, i * kWidth + n % kColumns * kLanes<V>,
+                  result[c] * R(groups), V{});
           }
         }
       }

@@ -1,7 +1,9 @@
-// What tile.cpp hands to the kernel of an instruction set: a statistic of grouped products, tile by tile.
+// What tile.cpp hands to the kernel of an instruction set: a statistic of grouped products, tile by
+// tile.
 //
-// The coordinates are a matrix (out, in), and row r of grad_output and x contributes grad_output[r, :, None] * x[r, None, :]
-// to the group that owns it. A row of x need not lie in one piece: a convolution's is the window seen by one position.
+// The coordinates are a matrix (out, in), and row r of grad_output and x contributes grad_output[r,
+// :, None] * x[r, None, :] to the group that owns it. A row of x need not lie in one piece: a
+// convolution's is the window seen by one position.
 #pragma once
 
 #include "../dtype.h"
@@ -35,11 +37,12 @@ constexpr int64_t kTileOutStep = 8, kTileInStep = 32;
 // Where runs are read in place, they begin at multiples of so many bytes of columns.
 constexpr int64_t kRunStep = kWidestRegister;
 
-// Rows left free between panels, which would else lie a power of two apart and compete for the same lines of a cache.
+// Rows left free between panels, which would else lie a power of two apart and compete for the same
+// lines of a cache.
 constexpr int64_t kPanelGap = 3;
 
-// Rows of runs that are no whole registers are put together this many at a time: read back at once, a row would wait for
-// each of its stores.
+// Rows of runs that are no whole registers are put together this many at a time: read back at once,
+// a row would wait for each of its stores.
 constexpr int64_t kJoinedRows = 16;
 
 // The rows of x, in elements: row r of part p begins at
@@ -77,18 +80,20 @@ struct TilePlan {
   bool long_groups;    // a group reaches into several blocks
   bool few_rows;       // groups are so short that their states should stay in registers
   bool paired;         // rows of bfloat16 are multiplied in twos: all groups have an even number
-  // Rows are multiplied where they lie instead of packed. Those of x are then in the compute type, whole
-  // registers may be read from where a run begins, and every run begins at a multiple of kRunStep bytes
-  // of columns; columns between runs are no coordinates. Those of grad_output lie in panels of
-  // kTileOutStep outputs, the last one filled up with zeros: output o of row r of part p is at
-  // data + p * part + o / kTileOutStep * stride + r * kTileOutStep + o % kTileOutStep.
+  // Rows are multiplied where they lie instead of packed. Those of x are then in the compute type,
+  // whole registers may be read from where a run begins, and every run begins at a multiple of
+  // kRunStep bytes of columns; columns between runs are no coordinates. Those of grad_output lie in
+  // panels of kTileOutStep outputs, the last one filled up with zeros: output o of row r of part p
+  // is at data + p * part + o / kTileOutStep * stride + r * kTileOutStep + o % kTileOutStep.
   bool in_place;
   int64_t tile_out, tile_in;
 
   int64_t tiles_out(const TileProblem& problem) const {
     return (problem.out + tile_out - 1) / tile_out;
   }
-  int64_t tiles_in(const TileProblem& problem) const { return (problem.in + tile_in - 1) / tile_in; }
+  int64_t tiles_in(const TileProblem& problem) const {
+    return (problem.in + tile_in - 1) / tile_in;
+  }
   int64_t tiles(const TileProblem& problem) const {
     return problem.parts * tiles_out(problem) * tiles_in(problem);
   }
@@ -131,7 +136,8 @@ inline int64_t tile_scratch_bytes(const TileProblem& problem, const TilePlan& pl
          (ranks ? select_scratch_bytes(problem.ranking) + kWidestRegister : 0);
 }
 
-// The least magnitude among values of bfloat16 that are not 0, as bits; 0 where rows cannot be multiplied in pairs.
+// The least magnitude among values of bfloat16 that are not 0, as bits; 0 where rows cannot be
+// multiplied in pairs.
 HTV_DECLARE_PER_ISA(uint16_t least_magnitude(const void* values, int64_t n))
 
 // Computes tiles first <= tile < last.

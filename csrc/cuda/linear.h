@@ -61,8 +61,10 @@ struct LinearTask {
 };
 
 template <class T>
-void pack_signs(const void* matrix, int64_t rows, int64_t columns, const SignMatrix& to, cudaStream_t stream);
-// Writes E times the statistic: a mask of the sum of contributions, which `value` holds before, or the sum of signs.
+void pack_signs(const void* matrix, int64_t rows, int64_t columns, const SignMatrix& to,
+                cudaStream_t stream);
+// Writes E times the statistic: a mask of the sum of contributions, which `value` holds before, or
+// the sum of signs.
 template <class T>
 void apply_votes(const LinearTask& task, cudaStream_t stream);
 // Order statistics. Nothing for 16-bit types, whose factors are converted first.

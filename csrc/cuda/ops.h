@@ -7,9 +7,10 @@
 
 namespace htv::cuda {
 
-std::tuple<Tensor, Tensor> stacked(Tensor grads, int64_t statistic, int64_t count, double votes, double k);
+std::tuple<Tensor, Tensor> stacked(Tensor grads, int64_t statistic, int64_t count, double votes,
+                                   double k);
 // Groups of at most one row.
-std::tuple<Tensor, Tensor> linear(Tensor x, Tensor grad_output, Tensor offsets, int64_t statistic, int64_t count,
-                                  double votes, double k);
+std::tuple<Tensor, Tensor> linear(Tensor x, Tensor grad_output, Tensor offsets, int64_t statistic,
+                                  int64_t count, double votes, double k);
 
 }  // namespace htv::cuda

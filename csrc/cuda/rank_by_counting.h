@@ -1,8 +1,10 @@
-// Order statistics of any number of values per coordinate: ranks are found by counting, in passes over the values.
+// Order statistics of any number of values per coordinate: ranks are found by counting, in passes
+// over the values.
 //
-// Values are searched as integer keys. A pass counts the keys below a pivot; pivots come from linear interpolation
-// between the counts known so far, which takes some 5 to 10 passes, and from bisection where that does not help. Now and
-// then the ends of what is left are moved to keys that are there, which ends searches among ties.
+// Values are searched as integer keys. A pass counts the keys below a pivot; pivots come from
+// linear interpolation between the counts known so far, which takes some 5 to 10 passes, and from
+// bisection where that does not help. Now and then the ends of what is left are moved to keys that
+// are there, which ends searches among ties.
 //
 // `Values` of the functions below are the passes a kernel can make over the keys of one coordinate:
 //
@@ -59,7 +61,7 @@ __device__ Key search(const Values& values, const Survey<Key>& survey, int rank)
   if (survey.negative <= rank && rank < survey.not_positive) return 0;
   // The key lies in [low, high).
   Key low = survey.extremes.least, high = survey.extremes.greatest + 1;
-  int below_low = 0, below_high = values.size;                   // so many keys are smaller
+  int below_low = 0, below_high = values.size;  // so many keys are smaller
   if (rank < survey.negative) {
     if (high > 0) high = 0, below_high = survey.negative;
   } else if (low < 1) {
@@ -95,8 +97,9 @@ __device__ V select_statistic(const Values& values, Statistic statistic, const P
     const Inside<V> inside = values.sum_inside(low, high);
     const V ends = V(inside.at_most_low - count) * low + V(inside.at_least_high - count) * high;
     const V inner = inside.sum + ends;
-    return statistic == Statistic::trimmed_mean ? trimmed_mean(inner, p.groups, p.count)
-                                                : winsorized_mean(inner, low, high, p.groups, p.count);
+    return statistic == Statistic::trimmed_mean
+               ? trimmed_mean(inner, p.groups, p.count)
+               : winsorized_mean(inner, low, high, p.groups, p.count);
   }
   const int64_t interpolation = interpolation_of(statistic, p);
   const int lower = (values.size - 1) / 2, higher = values.size / 2;
@@ -105,9 +108,11 @@ __device__ V select_statistic(const Values& values, Statistic statistic, const P
   if (lower < higher && interpolation == 0) {
     // The higher one, unless more keys than the lower one's rank say are its own.
     const Key next = key_of(low) + 1;
-    if (values.below(next) <= higher) high = value_of<V>(values.around(next, survey.extremes.greatest + 1).least);
+    if (values.below(next) <= higher)
+      high = value_of<V>(values.around(next, survey.extremes.greatest + 1).least);
   }
-  return median<V>([&](int64_t rank) { return rank == lower ? low : high; }, values.size, interpolation);
+  return median<V>([&](int64_t rank) { return rank == lower ? low : high; }, values.size,
+                   interpolation);
 }
 
 }  // namespace htv::cuda
