@@ -77,13 +77,19 @@ bench: $(VENV)/.peers
 	$(BIN)/python -m htv.bench.breakdown resnet18 --out bench/results
 	$(BIN)/python docs/fill_readme.py
 
+# One version of clang-format: others break lines elsewhere.
+FORMATTERS := ruff clang-format==23.1.5
+CXX_FILES := $(shell find csrc tests/cuda -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+
 lint: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet ruff
+	$(BIN)/python -m pip install --quiet $(FORMATTERS)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 
 format: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet ruff
+	$(BIN)/python -m pip install --quiet $(FORMATTERS)
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
 
 clean:
 	rm -rf $(VENV) .venv-oldest .venv-pure build dist *.egg-info htv/*.so

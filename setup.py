@@ -35,16 +35,12 @@ EXACT = "-ffp-contract=off"  # a * b + c is rounded once only where a kernel say
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 ICELAKE = [*AVX512, *(f"-m{f}" for f in ("avx512vpopcntdq", "avx512vbmi", "avx512vbmi2", "avx512bitalg", "gfni"))]
-NOISE = ["-Wno-maybe-uninitialized"]  # from the intrinsics of these levels in GCC 12
+NOISE = ["-Wno-maybe-uninitialized"]  # from the intrinsics of these in GCC 12
 ZEN4 = [*ICELAKE, "-mavx512bf16"]
-LEVELS = {"baseline": [], "avx2": AVX2} | {
+# In the order of csrc/cpu/isa.h, by its names.
+ISAS = {"baseline": [], "avx2": AVX2} | {
     name: [*flags, *NOISE] for name, flags in {"avx512": AVX512, "icelake": ICELAKE, "zen4": ZEN4}.items()
 }
-# compiled once per level, from csrc/cpu
-HOT = [
-    "norm_kernel", "select", "stacked_kernel", "rank_one_kernel", "sign_planes", "tile_kernel", "votes_kernel",
-    "channels_last", "depthwise_kernel", "embedding_kernel", "cross_entropy_kernel",
-]  # fmt: skip
 
 NVCC = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-fmad=false", "-DUSE_CUDA"]  # -fmad as EXACT
 ELEMENTS = ("double", "float", "BFloat16", "Float16")  # cuda/*_kernel.cu are compiled once for each
@@ -130,8 +126,8 @@ class BuildExtensions(build_ext):
         from torch.utils.cpp_extension import include_paths
 
         x86 = platform.machine().lower() in ("x86_64", "amd64")
-        levels = LEVELS if x86 else {"baseline": []}
-        level_defines = ["-DHTV_X86_LEVELS"] if x86 else []
+        isas = ISAS if x86 else {"baseline": []}
+        x86_define = ["-DHTV_X86"] if x86 else []
         nvcc = wanted_nvcc()
         cxx = os.environ.get("CXX") or shutil.which("g++") or "c++"
         torch_flags = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
@@ -147,16 +143,18 @@ class BuildExtensions(build_ext):
             return ninja.build((out or source) + ".o", rule, [(CSRC / source).resolve()], flags)
 
         sanitize = choice("HTV_SANITIZE", ("0", "1")) == "1"
-        cpu = [*COMMON, *(SANITIZED if sanitize else []), *level_defines]
-        level_object = compiled("cpu/level.cpp", cpu)
-        objects = [level_object]
-        cpu_ops = ("stacked", "linear", "conv", "norm", "embedding", "cross_entropy", "tile")
-        for source in ("library", *(f"cpu/{name}" for name in cpu_ops)):
-            objects.append(compiled(f"{source}.cpp", [*cpu, *torch_flags]))
-        for name in HOT:
-            for level, flags in levels.items():
-                flags = [*cpu, *flags, f"-DHTV_LEVEL={level}", EXACT]
-                objects.append(compiled(f"cpu/{name}.cpp", flags, f"cpu/{name}.{level}"))
+        cpu = [*COMMON, *(SANITIZED if sanitize else []), *x86_define]
+        isa_object = compiled("cpu/isa.cpp", cpu)  # for both libraries
+        objects = [isa_object, compiled("library.cpp", cpu)]
+        # Kernels are compiled once per instruction set, what calls them once.
+        for source in sorted(CSRC.glob("cpu/*.cpp")):
+            name = f"cpu/{source.name}"
+            if source.stem.endswith("_kernel"):
+                for isa, flags in isas.items():
+                    flags = [*cpu, *flags, f"-DHTV_ISA={isa}", EXACT]
+                    objects.append(compiled(name, flags, f"cpu/{source.stem}.{isa}"))
+            elif source.stem != "isa":
+                objects.append(compiled(name, [*cpu, *torch_flags]))
 
         archs = cuda_archs() if nvcc else []
         # libtorch.so, though it holds nothing itself, is what brings torch's CUDA symbols into scope
@@ -179,7 +177,7 @@ class BuildExtensions(build_ext):
         strings = {
             "HTV_COMPILER": first_line([*shlex.split(cxx), "--version"]),
             "HTV_FLAGS": shlex.join(COMMON),
-            "HTV_CPU_LEVELS": " ".join(levels),
+            "HTV_CPU_ISAS": " ".join(isas),
             "HTV_TORCH_VERSION": torch.__version__,
             "HTV_TORCH_TARGET": TORCH_TARGET,
             "HTV_CUDA_ARCHS": " ".join(archs),
@@ -187,7 +185,7 @@ class BuildExtensions(build_ext):
         defines = [f'-D{name}="{value}"' for name, value in strings.items()] + [f"-DHTV_WITH_CUDA={int(bool(nvcc))}"]
         includes = [flag for path in pybind11_includes() for flag in ("-isystem", path)]
         includes += ["-isystem", sysconfig.get_path("include")]
-        host_objects = [compiled("host.cpp", [*cpu, *defines, *includes]), level_object]
+        host_objects = [compiled("host.cpp", [*cpu, *defines, *includes]), isa_object]
 
         ops, host = (Path(self.get_ext_fullpath(ext.name)).resolve() for ext in self.extensions)
         for path in (ops, host):

@@ -31,7 +31,17 @@ struct ComputeOf<double> {
 template <class T>
 using Compute = typename ComputeOf<T>::type;
 
-inline int64_t bytes_of(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
+inline int64_t bytes_of(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::float64: return 8;
+    case Dtype::float32: return 4;
+    default: return 2;
+  }
+}
+
+inline Dtype compute_dtype(Dtype dtype) { return dtype == Dtype::float64 ? dtype : Dtype::float32; }
+
+inline int64_t compute_bytes(Dtype dtype) { return bytes_of(compute_dtype(dtype)); }
 
 // Calls f(T{}) with the element type named at run time.
 template <class F>

@@ -1,7 +1,7 @@
 // htv._host: what was built and what is in force. Loads without torch.
 #include <pybind11/pybind11.h>
 
-#include "cpu/level.h"
+#include "cpu/isa.h"
 
 namespace py = pybind11;
 
@@ -11,7 +11,7 @@ py::dict build_info() {
   py::dict info;
   info["compiler"] = HTV_COMPILER;
   info["flags"] = HTV_FLAGS;
-  info["cpu_levels"] = py::str(HTV_CPU_LEVELS).attr("split")();
+  info["cpu_levels"] = py::str(HTV_CPU_ISAS).attr("split")();
   info["torch"] = HTV_TORCH_VERSION;
   info["torch_target"] = HTV_TORCH_TARGET;
   info["cuda"] = bool(HTV_WITH_CUDA);
@@ -23,8 +23,10 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_host, m) {
   m.doc() = "Build information and CPU capability of the compiled part of htv.";
-  m.def("build_info", &build_info, "Compiler, flags, CPU levels, torch version and CUDA architectures of this build.");
+  m.def("build_info", &build_info,
+        "Compiler, flags, instruction sets, torch version and CUDA architectures of this build.");
   m.def(
-      "cpu_capability", [] { return htv::name(htv::level()); },
-      "The level the CPU kernels run at: baseline, avx2, avx512 or icelake. HTV_CPU_CAPABILITY can lower it.");
+      "cpu_capability", [] { return htv::name(htv::current_isa()); },
+      "The instruction set the CPU kernels use: baseline, avx2, avx512, icelake or zen4."
+      " HTV_CPU_CAPABILITY can lower it.");
 }

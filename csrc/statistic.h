@@ -1,11 +1,12 @@
 // The maths of every rule, shared by host and device code.
 //
-// `V` is what a kernel holds per coordinate: a scalar on a GPU thread, a SIMD register of coordinates on a CPU.
-// `Lane<V>` says how to do on either what operators cannot. A streaming statistic is a small state with
+// `V` is what a kernel holds per coordinate: a scalar on a GPU thread, a SIMD register of
+// coordinates on a CPU. `Lane<V>` says how to do on either what operators cannot. A streaming
+// statistic is a small state with
 //
 //     update(v, nth)        take in the nth (1-based) group's contribution
 //     merge(other, n, m)    join the states of n groups here and m others there
-//     finalize(parameters)  the value, without the factor E, and the mask where the rule has one (`masks`)
+//     finalize(parameters)  the value, without the factor E, and the mask if there is one (`masks`)
 //
 // An order statistic is a function of the ranked values of a coordinate.
 #pragma once
@@ -21,26 +22,79 @@
 #define HTV_INLINE inline __attribute__((always_inline))
 #endif
 
-// Code compiled once per instruction set lives in a namespace of that name, so that the linker never merges levels.
-#if !defined(HTV_LEVEL)
-#define HTV_LEVEL generic
+// Code compiled once per instruction set lives in a namespace of that name, so that the linker
+// never merges them.
+#if !defined(HTV_ISA)
+#define HTV_ISA generic
 #endif
 
 namespace htv {
 
+// Every statistic: its name, its number, its kind and whether it has a mask. From this table come
+// the enumeration, what is known of its values and what the library exports (`htv_statistics` in
+// library.cpp). Python speaks in these numbers, so one that is given stays; a new statistic takes a
+// new one, in any row.
+// clang-format off
+#define HTV_STATISTICS(use)                \
+  use(mean, 0, streaming, false)           \
+  use(and_mask, 1, streaming, true)        \
+  use(xor_mask, 2, streaming, true)        \
+  use(geometric_mean, 3, streaming, true)  \
+  use(sand_mask, 4, streaming, true)       \
+  use(sign_sum, 5, streaming, false)       \
+  use(sign_agreement, 6, streaming, false) \
+  use(median, 7, order, false)             \
+  use(trimmed_mean, 8, order, false)       \
+  use(winsorized_mean, 9, order, false)    \
+  use(median_of_means, 10, order, false)
+// clang-format on
+
+// Streaming ones take one pass over the contributions and little state; order statistics rank them.
+enum class StatisticKind { streaming, order };
+
 enum class Statistic {
-  mean,
-  and_mask,
-  xor_mask,
-  geometric_mean,
-  sand_mask,
-  sign_sum,
-  sign_agreement,
-  median,
-  trimmed_mean,
-  winsorized_mean,
-  median_of_means,
+#define HTV_USE(name, number, kind, masks) name = number,
+  HTV_STATISTICS(HTV_USE)
+#undef HTV_USE
 };
+
+// Whether a number is a statistic's.
+constexpr bool is_statistic(int64_t number) {
+  switch (number) {
+#define HTV_USE(name, number, kind, masks) \
+  case number: return true;
+    HTV_STATISTICS(HTV_USE)
+#undef HTV_USE
+    default: return false;
+  }
+}
+
+constexpr StatisticKind kind_of(Statistic statistic) {
+  switch (statistic) {
+#define HTV_USE(name, number, kind, masks) \
+  case Statistic::name: return StatisticKind::kind;
+    HTV_STATISTICS(HTV_USE)
+#undef HTV_USE
+  }
+  __builtin_unreachable();
+}
+
+constexpr bool is_order(Statistic statistic) { return kind_of(statistic) == StatisticKind::order; }
+
+constexpr bool has_mask(Statistic statistic) {
+  switch (statistic) {
+#define HTV_USE(name, number, kind, masks) \
+  case Statistic::name: return masks;
+    HTV_STATISTICS(HTV_USE)
+#undef HTV_USE
+  }
+  __builtin_unreachable();
+}
+
+// Whether it is a mean of the ranked values whose tails are cut or replaced.
+constexpr bool is_ranked_mean(Statistic statistic) {
+  return statistic == Statistic::trimmed_mean || statistic == Statistic::winsorized_mean;
+}
 
 struct Parameters {
   int64_t groups;  // E
@@ -49,10 +103,11 @@ struct Parameters {
   double k;
 };
 
-namespace HTV_LEVEL {
+namespace HTV_ISA {
 
-constexpr double kSandUndefined = 1e-17;  // the soft mask where variance and excess agreement are both 0
-constexpr double kLogOffset = 1e-10;      // keeps the logarithm of the geometric mean finite
+// The soft mask where variance and excess agreement are both 0.
+constexpr double kSandUndefined = 1e-17;
+constexpr double kLogOffset = 1e-10;  // keeps the logarithm of the geometric mean finite
 
 template <class V>
 struct Lane;
@@ -151,7 +206,9 @@ struct Votes {
     nan |= other.nan;
   }
   HTV_HOST_DEVICE Count<V> size() const { return absolute(net); }
-  HTV_HOST_DEVICE Mask<V> reach(int64_t count) const { return size() >= typename Lane<V>::Int(count); }
+  HTV_HOST_DEVICE Mask<V> reach(int64_t count) const {
+    return size() >= typename Lane<V>::Int(count);
+  }
   HTV_HOST_DEVICE Outcome<V> poison(V value, V mask) const {
     return {nan ? splat<V>(Real<V>(NAN)) : value, nan ? V{} : mask};
   }
@@ -200,7 +257,8 @@ using AndMask = Masked<V, true>;
 template <class V>
 using XorMask = Masked<V, false>;
 
-// The product of all |v| + 1e-10, as mantissa * 2^exponent: one logarithm per coordinate instead of one per value.
+// The product of all |v| + 1e-10, as mantissa * 2^exponent: one logarithm per coordinate instead of
+// one per value.
 template <class V>
 struct Product {
   V mantissa = splat<V>(1);
@@ -209,8 +267,10 @@ struct Product {
   HTV_HOST_DEVICE void multiply(V v) {
     using L = Lane<V>;
     using Int = typename L::Int;
-    constexpr Int one = Int(L::kExponentBias) << L::kMantissaBits, field = (Int(1) << L::kMantissaBits) - 1;
-    const auto finite = v <= Real<V>(sizeof(Int) == 4 ? 3.4028234663852886e38 : 1.7976931348623157e308);
+    constexpr Int one = Int(L::kExponentBias) << L::kMantissaBits,
+                  field = (Int(1) << L::kMantissaBits) - 1;
+    const auto finite =
+        v <= Real<V>(sizeof(Int) == 4 ? 3.4028234663852886e38 : 1.7976931348623157e308);
     const Count<V> bits = L::bits(v);
     exponent += finite ? (bits >> L::kMantissaBits) - L::kExponentBias : Count<V>{};
     mantissa *= finite ? L::from_bits((bits & field) | one) : v;  // inf and NaN go through
@@ -222,7 +282,8 @@ struct Product {
   }
   HTV_HOST_DEVICE V root(int64_t n) const {
     using R = Real<V>;
-    const V logarithm = Lane<V>::map([](R x) { return log2(x); }, mantissa) + Lane<V>::real(exponent);
+    const V logarithm =
+        Lane<V>::map([](R x) { return log2(x); }, mantissa) + Lane<V>::real(exponent);
     return Lane<V>::map([](R x) { return exp2(x); }, logarithm / R(n));
   }
 };
@@ -248,7 +309,8 @@ struct GeometricMean {
     const V sum = kept.total.sum;
     const V sign = sum != sum ? sum : Lane<V>::real(Lane<V>::sign(sum));
     const Mask<V> agreed = kept.votes.reach(p.count);
-    return kept.votes.poison(agreed ? sign * product.root(p.groups) : V{}, agreed ? splat<V>(1) : V{});
+    return kept.votes.poison(agreed ? sign * product.root(p.groups) : V{},
+                             agreed ? splat<V>(1) : V{});
   }
 };
 
@@ -297,7 +359,8 @@ HTV_HOST_DEVICE V midpoint(V a, V b) {
   return a == b ? a : half * a + half * b;
 }
 
-// Of the median of contributions or of buckets' means: 0 the midpoint, less than 0 the lower middle, else the higher.
+// Of the median of contributions or of buckets' means: 0 the midpoint, less than 0 the lower
+// middle, else the higher.
 HTV_HOST_DEVICE int64_t interpolation_of(Statistic statistic, const Parameters& p) {
   return statistic == Statistic::median ? p.count : 0;
 }
@@ -308,7 +371,8 @@ HTV_HOST_DEVICE V median(const Ranked& ranked, int64_t n, int64_t interpolation)
   return interpolation == 0 ? midpoint(lower, higher) : interpolation < 0 ? lower : higher;
 }
 
-// Ranks count to n - 1 - count, summed from both ends inwards: opposite tails cancel before they can round.
+// Ranks count to n - 1 - count, summed from both ends inwards: opposite tails cancel before they
+// can round.
 template <class V, class Ranked>
 HTV_HOST_DEVICE V inner_sum(const Ranked& ranked, int64_t n, int64_t count) {
   V sum{};
@@ -334,13 +398,15 @@ HTV_HOST_DEVICE V order_statistic(Statistic statistic, const Ranked& ranked, con
   switch (statistic) {
     case Statistic::trimmed_mean: return trimmed_mean(inner_sum<V>(ranked, n, count), n, count);
     case Statistic::winsorized_mean:
-      return winsorized_mean<V>(inner_sum<V>(ranked, n, count), ranked(count), ranked(n - 1 - count), n, count);
+      return winsorized_mean<V>(inner_sum<V>(ranked, n, count), ranked(count),
+                                ranked(n - 1 - count), n, count);
     case Statistic::median_of_means: return median<V>(ranked, count, 0);
     default: return median<V>(ranked, n, count);
   }
 }
 
-// Calls f(State<V>{}) with the streaming statistic named at run time; false if it is an order statistic.
+// Calls f(State<V>{}) with the streaming statistic named at run time; false if it is an order
+// statistic.
 template <class V, class F>
 HTV_HOST_DEVICE bool with_streaming(Statistic statistic, const F& f) {
   switch (statistic) {
@@ -355,5 +421,5 @@ HTV_HOST_DEVICE bool with_streaming(Statistic statistic, const F& f) {
   }
 }
 
-}  // namespace HTV_LEVEL
+}  // namespace HTV_ISA
 }  // namespace htv

@@ -71,8 +71,8 @@ def counts_per_side(groups):
     return [c for c in (0, 1, 2, 3, 4, 7, 8, 15, 16, 40, (groups - 1) // 2) if 2 * c < groups]
 
 
-# Where kernels change their ways, on a GPU: every network and both sides of where it ends (csrc/cuda/order.h), then
-# counting.
+# Where kernels change their ways, on a GPU: every network and both sides of where it ends
+# (csrc/cuda/rank_by_network.h), then counting.
 NETWORKS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 16, 17, 24, 25, 32, 33, 48, 49, 63, 64)
 COUNTING = (65, 96, 257)
 

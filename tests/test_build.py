@@ -80,3 +80,25 @@ def test_a_wheel_without_compiled_code(tree, tmp_path):
 def test_wrong_settings_say_so(tree, settings, message):
     done = run(tree, "setup.py", "--version", **settings)
     assert done.returncode != 0 and message in done.stderr
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler")
+def test_new_kernels_and_ops_are_found_by_their_names(tree, tmp_path):
+    pytest.importorskip("setuptools")
+    (tree / "csrc" / "cpu" / "new_kernel.cpp").touch()
+    (tree / "csrc" / "cpu" / "new.cpp").touch()
+    ninja = tmp_path / "bin" / "ninja"  # so that nothing is compiled
+    ninja.parent.mkdir()
+    ninja.write_text("#!/bin/sh\nexit 1\n")
+    ninja.chmod(0o755)
+    path = f"{ninja.parent}{os.pathsep}{os.environ['PATH']}"
+    done = run(tree, "setup.py", "build_ext", HTV_BUILD="1", HTV_CUDA="0", PATH=path)
+    (written,) = tree.glob("build/*/build.ninja")
+    assert f"the commands stand in {written}" in done.stderr
+    edges = [line.split()[1] for line in written.read_text().splitlines() if line[:6] == "build "]
+    known = {edge.split(".")[1] for edge in edges if edge.startswith("cpu/select_kernel.")}
+    assert "baseline" in known
+    assert {edge for edge in edges if edge.startswith("cpu/new")} == {
+        "cpu/new.cpp.o:",
+        *(f"cpu/new_kernel.{isa}.o:" for isa in known),
+    }

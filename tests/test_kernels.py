@@ -1,5 +1,6 @@
 """What the compiled part says about itself: one ops library, its build info, the CPU level in force."""
 
+import ctypes
 import importlib
 from pathlib import Path
 
@@ -7,7 +8,8 @@ import pytest
 import torch
 
 import htv
-from htv.ops import backend
+from htv.ops import backend, reference
+from htv.rules import Statistic
 
 LEVELS = ("baseline", "avx2", "avx512", "icelake", "zen4")
 
@@ -27,6 +29,39 @@ def test_one_ops_library_serves_every_python():
 def test_kernels_are_registered_for_the_cpu():
     for op in ("htv::stacked", "htv::linear", "htv::norm_sums"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(op, "CPU"), op
+
+
+def exported_statistics() -> dict[str, int]:
+    """Return the numbers of statistics by name, as the compiled library lists them."""
+    (library,) = Path(htv.__file__).parent.glob("_C*.so")
+    listed = ctypes.CDLL(str(library)).htv_statistics
+    listed.restype = ctypes.c_char_p
+    pairs = [entry.split("=") for entry in listed().decode().split(" ")]
+    assert len({name for name, _ in pairs}) == len({number for _, number in pairs}) == len(pairs)
+    return {name: int(number) for name, number in pairs}
+
+
+def test_the_library_lists_its_statistics():
+    assert set(exported_statistics()) == set(reference.STATISTICS)
+
+
+def test_a_listed_number_is_that_statistic():
+    grads = torch.randn(9, 500, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    values = {}
+    for name, number in exported_statistics().items():
+        statistic = Statistic(name, count=0 if name == "median" else 3, votes=3.5, k=0.5)
+        arguments = (statistic.count, statistic.votes, statistic.k)
+        values[name], _ = torch.ops.htv.stacked(grads, number, *arguments)
+        torch.testing.assert_close(values[name], reference.stacked(grads, statistic)[0])
+    for name, value in values.items():  # so that none passes for another
+        assert not any(torch.equal(value, values[other]) for other in values.keys() - {name}), name
+
+
+def test_numbers_of_no_statistic_are_refused():
+    numbers = exported_statistics().values()
+    for number in (min(numbers) - 1, max(numbers) + 1, 2**32):
+        with pytest.raises((RuntimeError, ValueError), match=f"unknown statistic {number}"):
+            torch.ops.htv.stacked(torch.ones(3, 2), number, 1, 0.0, 0.0)
 
 
 def test_build_info(host):
@@ -57,7 +92,6 @@ def test_an_unknown_level_is_an_error(host, monkeypatch):
 
 def test_calls_leave_no_memory_behind():
     """Not even a few bytes a call: they would keep the heap from giving back what lies between them."""
-    ctypes = pytest.importorskip("ctypes")
     status = Path("/proc/self/status")
     if not status.is_file():
         pytest.skip("needs /proc")

@@ -7,7 +7,7 @@
 
 #include "lanes.h"
 
-namespace htv::HTV_LEVEL {
+namespace htv::HTV_ISA {
 
 // How many bits of each lane are set. C: a register of int32_t or int64_t.
 template <class C>
@@ -25,10 +25,12 @@ C popcount(C bits) {
   const Unsigned low = v & bytes * 15, high = v >> 4 & bytes * 15;
 #if defined(__AVX512BW__)
   const __m512i tables = _mm512_broadcast_i32x4(table);
-  v = (Unsigned)_mm512_shuffle_epi8(tables, (__m512i)low) + (Unsigned)_mm512_shuffle_epi8(tables, (__m512i)high);
+  v = (Unsigned)_mm512_shuffle_epi8(tables, (__m512i)low) +
+      (Unsigned)_mm512_shuffle_epi8(tables, (__m512i)high);
 #else
   const __m256i tables = _mm256_broadcastsi128_si256(table);
-  v = (Unsigned)_mm256_shuffle_epi8(tables, (__m256i)low) + (Unsigned)_mm256_shuffle_epi8(tables, (__m256i)high);
+  v = (Unsigned)_mm256_shuffle_epi8(tables, (__m256i)low) +
+      (Unsigned)_mm256_shuffle_epi8(tables, (__m256i)high);
 #endif
 #else
   v -= v >> 1 & bytes * 0x55;
@@ -42,4 +44,4 @@ C popcount(C bits) {
 #endif
 }
 
-}  // namespace htv::HTV_LEVEL
+}  // namespace htv::HTV_ISA

@@ -1,14 +1,16 @@
-// htv::conv on the CPU: every position of the output is a row whose columns are the window of x seen from there. Windows
-// are never stored: tiles read them in a copy of x that has its channels last and its padding around it. Where groups of
-// the convolution have few channels, those of all groups lie side by side in registers instead.
+// htv::conv on the CPU: every position of the output is a row whose columns are the window of x
+// seen from there. Windows are never stored: tiles read them in a copy of x that has its channels
+// last and its padding around it. Where groups of the convolution have few channels, those of all
+// groups lie side by side in registers instead.
 #include <algorithm>
 #include <optional>
+#include <torch/csrc/stable/library.h>
 #include <tuple>
 #include <vector>
 
-#include "../contract.h"
-#include "channels_last.h"
-#include "depthwise.h"
+#include "../op_checks.h"
+#include "channels_last_kernel.h"
+#include "depthwise_kernel.h"
 #include "parallel.h"
 #include "tile.h"
 
@@ -17,13 +19,16 @@ namespace {
 
 using Sizes = std::vector<int64_t>;
 
-constexpr int64_t kCopyBytes = 8 << 20;  // what a copy of x or grad_output may take; more for few channels only
-constexpr int64_t kLeastChannels = 16;   // of a copy
+// What a copy of x or grad_output may take; more for few channels only.
+constexpr int64_t kCopyBytes = 8 << 20;
+constexpr int64_t kLeastChannels = 16;  // of a copy
 
-constexpr int64_t kMostHoles = 2;        // columns multiplied per column there is, where windows are read in place
+// Columns multiplied per column there is, where windows are read in place.
+constexpr int64_t kMostHoles = 2;
 
 // Channels side by side:
-constexpr int64_t kFewWeights = 64;         // inputs x outputs per group up to which that is faster than tiles (measured)
+// Inputs x outputs per group up to which that is faster than tiles (measured).
+constexpr int64_t kFewWeights = 64;
 constexpr int64_t kStripBytes = 128 << 10;  // what x and grad_output of a strip may take in L2
 constexpr int64_t kMostRuns = 14;           // of a unit of work
 
@@ -69,13 +74,15 @@ Sizes padded_places(const Sizes& space, const Sizes& padding) {
   for (size_t d = 0; d < padding.size(); ++d) {
     Sizes inner;
     for (const int64_t outer : at)
-      for (int64_t i = 0; i < space[d]; ++i) inner.push_back(outer * (space[d] + 2 * padding[d]) + i + padding[d]);
+      for (int64_t i = 0; i < space[d]; ++i)
+        inner.push_back(outer * (space[d] + 2 * padding[d]) + i + padding[d]);
     at = inner;
   }
   return at;
 }
 
-// Some channels of images with the channels last, in the compute type; a copy unless they lie like that.
+// Some channels of images with the channels last, in the compute type; a copy unless they lie like
+// that.
 struct Rows {
   std::optional<Scratch> memory;
   const char *data, *end;
@@ -88,14 +95,16 @@ bool copied(const Images& images, const Sizes& padding) {
   return images.channel_stride != 1 || padded || bytes_of(images.dtype) < 4;
 }
 
-// Elements from position to position of a copy. spread: where positions take lines of a cache each, they lie an odd number
-// of them apart, so that the same channels of many positions do not compete for places in it.
+// Elements from position to position of a copy. spread: where positions take lines of a cache each,
+// they lie an odd number of them apart, so that the same channels of many positions do not compete
+// for places in it.
 int64_t stride_of(int64_t channels, int64_t line, bool spread) {
   return spread && channels >= line ? ((channels + line - 1) / line | 1) * line : channels;
 }
 
-Rows rows_of(const Images& images, const Sizes& padding, int64_t first, int64_t channels, bool spread) {
-  const int64_t element = bytes_of(images.dtype), compute = images.dtype == Dtype::float64 ? 8 : 4;
+Rows rows_of(const Images& images, const Sizes& padding, int64_t first, int64_t channels,
+             bool spread) {
+  const int64_t element = bytes_of(images.dtype), compute = compute_bytes(images.dtype);
   Rows rows;
   if (!copied(images, padding)) {
     rows.data = images.data + first * element;
@@ -125,57 +134,62 @@ Rows rows_of(const Images& images, const Sizes& padding, int64_t first, int64_t 
                               at.data(),
                               area * stride,
                               area != images.positions};
-  const auto kernel = HTV_PER_LEVEL(channels_last_kernel);
+  const auto kernel = HTV_PER_ISA(channels_last_kernel);
   parallel_chunks(images.samples, images.positions * channels, 0,
                   [&](int64_t begin, int64_t last, void*) { kernel(task, begin, last); });
   return rows;
 }
 
-// Some channels in panels, for each of `parts` groups of the convolution: as tiles read them in place.
+// Some channels in panels, for each of `parts` groups of the convolution: as tiles read them in
+// place.
 struct Panels {
   Scratch memory;
   int64_t stride, part;  // elements from one panel, and from one group, to the next
 
   Panels(const Images& images, int64_t first, int64_t channels, int64_t parts)
-      : memory(parts * panels(channels) * panel(images) * compute(images)),
+      : memory(parts * panels(channels) * panel(images) * compute_bytes(images.dtype)),
         stride(panel(images)),
         part(panels(channels) * stride) {
     const int64_t element = bytes_of(images.dtype);
-    const auto kernel = HTV_PER_LEVEL(panels_kernel);
-    parallel_chunks(parts * images.samples, images.positions * channels, 0, [&](int64_t begin, int64_t end, void*) {
-      for (int64_t unit = begin; unit < end; ++unit) {
-        const int64_t group = unit / images.samples, sample = unit % images.samples;
-        const ChannelsLastTask task{images.data + (first + group * channels) * images.channel_stride * element,
-                                    images.dtype,
-                                    images.channels * images.positions,
-                                    images.channel_stride,
-                                    images.step,
-                                    channels,
-                                    images.positions,
-                                    static_cast<char*>(memory.get()) + group * part * compute(images),
-                                    nullptr,
-                                    0,
-                                    false};
-        kernel(task, kTileOutStep, stride, sample, sample + 1);
-      }
-    });
+    const auto kernel = HTV_PER_ISA(panels_kernel);
+    parallel_chunks(
+        parts * images.samples, images.positions * channels, 0,
+        [&](int64_t begin, int64_t end, void*) {
+          for (int64_t unit = begin; unit < end; ++unit) {
+            const int64_t group = unit / images.samples, sample = unit % images.samples;
+            const ChannelsLastTask task{
+                images.data + (first + group * channels) * images.channel_stride * element,
+                images.dtype,
+                images.channels * images.positions,
+                images.channel_stride,
+                images.step,
+                channels,
+                images.positions,
+                static_cast<char*>(memory.get()) + group * part * compute_bytes(images.dtype),
+                nullptr,
+                0,
+                false};
+            kernel(task, kTileOutStep, stride, sample, sample + 1);
+          }
+        });
   }
 
  private:
-  static int64_t compute(const Images& images) { return images.dtype == Dtype::float64 ? 8 : 4; }
   static int64_t panels(int64_t channels) { return (channels + kTileOutStep - 1) / kTileOutStep; }
   static int64_t panel(const Images& images) {
     return (images.samples * images.positions + kPanelGap) * kTileOutStep;
   }
 };
 
-// The most channels whose copy is small enough, of `channels`; whole multiples of `step` if not all.
+// The most channels whose copy is small enough, of `channels`; whole multiples of `step` if not
+// all.
 int64_t fitting(int64_t channels, int64_t bytes_each, int64_t step) {
   const int64_t fit = std::max(kCopyBytes / std::max<int64_t>(1, bytes_each), kLeastChannels);
   return fit >= channels ? channels : fit >= step ? fit / step * step : kLeastChannels;
 }
 
-// Which columns rows have, in the order (block of channels, tap, channel), so that a tile holds all taps of some channels.
+// Which columns rows have, in the order (block of channels, tap, channel), so that a tile holds all
+// taps of some channels.
 struct Columns {
   std::vector<Run> runs;
   Sizes place;  // where a column goes in the value of an output channel; -1 for those between runs
@@ -184,13 +198,15 @@ struct Columns {
 };
 
 // taps: in positions, `stride` elements apart; every run begins at a multiple of `step` columns.
-Columns columns_of(int64_t channels, int64_t block, const Sizes& taps, int64_t stride, int64_t step) {
+Columns columns_of(int64_t channels, int64_t block, const Sizes& taps, int64_t stride,
+                   int64_t step) {
   Columns columns;
   for (int64_t from = 0; from < channels; from += block) {
     const int64_t length = std::min(block, channels - from);
     for (size_t tap = 0; tap < taps.size(); ++tap) {
       const int64_t offset = taps[tap] * stride + from;
-      if (!columns.runs.empty() && columns.runs.back().offset + columns.runs.back().length == offset) {
+      if (!columns.runs.empty() &&
+          columns.runs.back().offset + columns.runs.back().length == offset) {
         columns.runs.back().length += length;
       } else {
         columns.place.resize((columns.count() + step - 1) / step * step, -1);
@@ -211,27 +227,38 @@ struct Geometry {
 
 ImageView view_of(const Images& images) {
   const int64_t sample = images.channels * images.positions;
-  return {images.data, images.data + images.samples * sample * bytes_of(images.dtype), images.channels, sample,
+  return {images.data,           images.data + images.samples * sample * bytes_of(images.dtype),
+          images.channels,       sample,
           images.channel_stride, images.step};
 }
 
 // Cuts the output along its first dim, so that what a strip sees stays in L2.
-std::vector<Strip> strips_of(const Images& images, const Images& grads, const Geometry& geometry, const Sizes& at) {
+std::vector<Strip> strips_of(const Images& images, const Images& grads, const Geometry& geometry,
+                             const Sizes& at) {
   constexpr int64_t budget = kStripBytes / 64;  // positions, a register each
   std::vector<Strip> strips;
   if (grads.positions == 0) return strips;
   const int64_t height = grads.space[0], below = grads.positions / height;
   const int64_t size = images.space[0] + 2 * geometry.padding[0], plane = geometry.area / size;
-  const int64_t step = geometry.stride[0], reach = (geometry.kernel[0] - 1) * geometry.dilation[0] + 1;
+  const int64_t step = geometry.stride[0],
+                reach = (geometry.kernel[0] - 1) * geometry.dilation[0] + 1;
   const int64_t fit = (budget - (reach - step) * plane) / (step * plane + below);
   const int64_t count = (height + std::max<int64_t>(fit, 1) - 1) / std::max<int64_t>(fit, 1);
   const int64_t x_plane = images.positions / std::max<int64_t>(1, images.space[0]);
   for (int64_t i = 0; i < count; ++i) {
     const int64_t first = height * i / count, last = height * (i + 1) / count;
     const int64_t top = first * step, bottom = (last - 1) * step + reach;
-    const auto in_image = [&](int64_t row) { return std::clamp<int64_t>(row - geometry.padding[0], 0, images.space[0]); };
-    Strip strip{first * below, last * below, top * plane, (bottom - top) * plane, in_image(top) * x_plane,
-                in_image(bottom) * x_plane, 0, 0};
+    const auto in_image = [&](int64_t row) {
+      return std::clamp<int64_t>(row - geometry.padding[0], 0, images.space[0]);
+    };
+    Strip strip{first * below,
+                last * below,
+                top * plane,
+                (bottom - top) * plane,
+                in_image(top) * x_plane,
+                in_image(bottom) * x_plane,
+                0,
+                0};
     if (strip.seen_first < strip.seen_last) {
       strip.inner_first = at[strip.seen_first] - strip.origin;
       strip.inner_last = at[strip.seen_last - 1] + 1 - strip.origin;
@@ -242,8 +269,9 @@ std::vector<Strip> strips_of(const Images& images, const Images& grads, const Ge
 }
 
 // Output channels of all groups side by side. Returns the sum of the mask.
-double depthwise(const Images& images, const Images& grads, const Geometry& geometry, int64_t conv_groups,
-                 const int64_t* offsets, Statistic statistic, const Parameters& parameters, Tensor& value) {
+double depthwise(const Images& images, const Images& grads, const Geometry& geometry,
+                 int64_t conv_groups, const int64_t* offsets, Statistic statistic,
+                 const Parameters& parameters, Tensor& value) {
   check_countable(images.dtype, parameters.groups);
   const Sizes at = padded_places(images.space, geometry.padding);
   const std::vector<Strip> strips = strips_of(images, grads, geometry, at);
@@ -268,16 +296,19 @@ double depthwise(const Images& images, const Images& grads, const Geometry& geom
   task.value = value.mutable_data_ptr();
   const int64_t most = ranking ? kRankedBytes / (64 * parameters.groups * kMostTaps) : kMostRuns;
   task.chunk = std::min(task.runs(), std::clamp<int64_t>(most, 1, kMostRuns));
-  // Smaller ones where threads would else have none; a sum of masks that are no integers must not depend on that.
+  // Smaller ones where threads would else have none; a sum of masks that are no integers must not
+  // depend on that.
   const int64_t threads = statistic == Statistic::sand_mask ? 8 : torch::stable::get_num_threads();
   while (task.units() < threads && task.chunk > 1) task.chunk = (task.chunk + 1) / 2;
   std::vector<double> mask_sums(task.units());
   task.mask_sums = mask_sums.data();
-  const auto kernel = HTV_PER_LEVEL(depthwise_kernel);
+  const auto kernel = HTV_PER_ISA(depthwise_kernel);
   const int64_t columns = task.chunk * kMostTaps;
-  const int64_t work = images.samples * (images.positions + grads.positions * columns) + parameters.groups * columns;
-  parallel_chunks(task.units(), work, DepthwiseScratch(task).bytes(task),
-                  [&](int64_t first, int64_t last, void* scratch) { kernel(task, first, last, scratch); });
+  const int64_t work =
+      images.samples * (images.positions + grads.positions * columns) + parameters.groups * columns;
+  parallel_chunks(
+      task.units(), work, DepthwiseScratch(task).bytes(task),
+      [&](int64_t first, int64_t last, void* scratch) { kernel(task, first, last, scratch); });
   double mask_sum = 0;
   for (const double sum : mask_sums) mask_sum += sum;
   return mask_sum;
@@ -285,24 +316,27 @@ double depthwise(const Images& images, const Images& grads, const Geometry& geom
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> conv(Tensor x, Tensor grad_output, Tensor offsets, Sizes kernel, Sizes stride, Sizes padding,
-                                Sizes dilation, int64_t conv_groups, int64_t code, int64_t count, double votes,
-                                double k) {
+std::tuple<Tensor, Tensor> conv(Tensor x, Tensor grad_output, Tensor offsets, Sizes kernel,
+                                Sizes stride, Sizes padding, Sizes dilation, int64_t conv_groups,
+                                int64_t code, int64_t count, double votes, double k) {
   const std::string op = "htv::conv";
   const size_t dims = kernel.size();
-  STD_TORCH_CHECK(dims >= 1 && stride.size() == dims && padding.size() == dims && dilation.size() == dims, op,
-                  ": kernel, stride, padding and dilation must have one entry per spatial dim");
+  STD_TORCH_CHECK(
+      dims >= 1 && stride.size() == dims && padding.size() == dims && dilation.size() == dims, op,
+      ": kernel, stride, padding and dilation must have one entry per spatial dim");
   STD_TORCH_CHECK(x.dim() == int64_t(dims) + 2 && grad_output.dim() == x.dim(), op,
-                  ": x and grad_output must be (samples, channels, *space) with ", dims, " spatial dims");
+                  ": x and grad_output must be (samples, channels, *space) with ", dims,
+                  " spatial dims");
   STD_TORCH_CHECK(grad_output.is_cpu(), op, ": grad_output must be on the CPU, as x is");
   const Statistic statistic = statistic_of(op, code);
   check_factored(op, statistic);
   const Images images(op, "x", x), grads(op, "grad_output", grad_output);
   STD_TORCH_CHECK(images.dtype == grads.dtype, op, ": x and grad_output must have one dtype");
-  STD_TORCH_CHECK(images.samples == grads.samples, op, ": x has ", images.samples, " samples, grad_output ",
-                  grads.samples);
-  STD_TORCH_CHECK(conv_groups >= 1 && images.channels % conv_groups == 0 && grads.channels % conv_groups == 0, op,
-                  ": channels must be divisible by the groups of the convolution, ", conv_groups);
+  STD_TORCH_CHECK(images.samples == grads.samples, op, ": x has ", images.samples,
+                  " samples, grad_output ", grads.samples);
+  STD_TORCH_CHECK(
+      conv_groups >= 1 && images.channels % conv_groups == 0 && grads.channels % conv_groups == 0,
+      op, ": channels must be divisible by the groups of the convolution, ", conv_groups);
   const Checked checked(op);
   int64_t area = 1;
   for (size_t d = 0; d < dims; ++d) {
@@ -334,7 +368,7 @@ std::tuple<Tensor, Tensor> conv(Tensor x, Tensor grad_output, Tensor offsets, Si
   Sizes shape{grads.channels, width};
   shape.insert(shape.end(), kernel.begin(), kernel.end());
   Tensor value = torch::stable::new_empty(x, shape, compute_type(images.dtype));
-  const Dtype compute = images.dtype == Dtype::float64 ? Dtype::float64 : Dtype::float32;
+  const Dtype compute = compute_dtype(images.dtype);
   const int64_t element = bytes_of(compute);
   if (value.numel() == 0) return {value, sum_in_order(x, {})};
 
@@ -353,15 +387,20 @@ std::tuple<Tensor, Tensor> conv(Tensor x, Tensor grad_output, Tensor offsets, Si
     }
     return at;
   };
-  const Geometry geometry{kernel, stride, padding, dilation, places(grads.space, stride), places(kernel, dilation), area};
+  const Geometry geometry{
+      kernel, stride, padding, dilation, places(grads.space, stride), places(kernel, dilation),
+      area};
   if (conv_groups > 1 && width * height <= kFewWeights) {
-    const double sum = depthwise(images, grads, geometry, conv_groups, bounds, statistic, parameters, value);
+    const double sum =
+        depthwise(images, grads, geometry, conv_groups, bounds, statistic, parameters, value);
     return {value, sum_in_order(x, {sum})};
   }
 
   // All groups of the convolution at once, or each by itself and some of its channels at a time.
-  const int64_t image_bytes = images.samples * area * element, grad_bytes = grads.samples * grads.positions * element;
-  const int64_t block = std::max<int64_t>(kMostTileIn / taps / kTileInStep, 1) * kTileInStep;  // channels side by side
+  const int64_t image_bytes = images.samples * area * element,
+                grad_bytes = grads.samples * grads.positions * element;
+  // Channels side by side.
+  const int64_t block = std::max<int64_t>(kMostTileIn / taps / kTileInStep, 1) * kTileInStep;
   const bool at_once = images.channels <= fitting(images.channels, image_bytes, 1) &&
                        grads.channels <= fitting(grads.channels, grad_bytes, 1);
   const int64_t parts = at_once ? conv_groups : 1;
@@ -370,56 +409,64 @@ std::tuple<Tensor, Tensor> conv(Tensor x, Tensor grad_output, Tensor offsets, Si
 
   // Windows are read where they lie, if their pieces fill registers well enough.
   const int64_t line = kRunStep / element;
-  const Columns spaced = columns_of(columns, block, geometry.taps, stride_of(parts * columns, line, true), line);
+  const Columns spaced =
+      columns_of(columns, block, geometry.taps, stride_of(parts * columns, line, true), line);
   const bool in_place = copied(images, padding) && spaced.count() <= kMostHoles * columns * taps;
   const int64_t step = in_place ? line : 1;
-  TilePlan plan(statistic, parameters, compute, bounds, grads.positions, in_place);
-  TileTask& task = plan.task;
+  TileProblem problem = tile_problem(statistic, parameters, compute);
+  problem.parts = parts;
+  const TileBlocks blocks(problem, bounds, grads.positions, in_place);
+  const int64_t widest_in = taps * block <= kMostTileIn ? taps * block : 256;
+  TileBuffers buffers{};
+  buffers.value_stride = width * taps;
+  buffers.value_part = height * width * taps;
+  buffers.tap_channels = block;
   const Sizes no_padding(dims, 0);
   double mask_sum = 0;
   for (int64_t group = 0; group < conv_groups; group += parts)
     for (int64_t top = 0; top < height; top += outputs) {
-      const int64_t out = std::min(outputs, height - top);
+      problem.out = std::min(outputs, height - top);
+      const int64_t first_out = group * height + top;
       std::optional<Panels> panels;
-      if (in_place) panels.emplace(grads, group * height + top, out, parts);
-      const Rows g = in_place ? Rows{} : rows_of(grads, no_padding, group * height + top, parts * out, false);
+      std::optional<Rows> rows;
       if (in_place) {
-        task.grad_output = panels->memory.get();
-        task.grad_stride = panels->stride;
-        task.grad_part = panels->part;
+        panels.emplace(grads, first_out, problem.out, parts);
+        problem.grad_output = {.data = panels->memory.get(),
+                               .end = nullptr,
+                               .stride = panels->stride,
+                               .part = panels->part};
       } else {
-        task.grad_output = g.data;
-        task.grad_end = g.end;
-        task.grad_stride = g.stride;
-        task.grad_part = height;
+        rows.emplace(rows_of(grads, no_padding, first_out, parts * problem.out, false));
+        problem.grad_output = {
+            .data = rows->data, .end = rows->end, .stride = rows->stride, .part = height};
       }
       for (int64_t left = 0; left < width; left += columns) {
         const int64_t channels = std::min(columns, width - left);
-        const Rows seen = rows_of(images, padding, group * width + left, parts * channels, in_place);
+        const Rows seen =
+            rows_of(images, padding, group * width + left, parts * channels, in_place);
         const Columns seen_columns = columns_of(channels, block, geometry.taps, seen.stride, step);
+        const std::vector<Run>& runs = seen_columns.runs;
         Sizes at(geometry.windows);
         for (int64_t& window : at) window *= seen.stride;
-        task.x = seen.data;
-        task.x_end = seen.end;
-        task.at = at.data();
-        task.positions = std::max<int64_t>(1, grads.positions);
-        task.sample = area * seen.stride;
-        task.runs = seen_columns.runs.data();
-        task.runs_end = task.runs + seen_columns.runs.size();
-        task.out = out;
-        task.in = seen_columns.count();
-        task.parts = parts;
-        task.x_part = width;
-        task.value_part = height * width * taps;
-        task.value = static_cast<char*>(value.mutable_data_ptr()) + ((group * height + top) * width + left) * taps * element;
-        task.value_stride = width * taps;
-        task.place = taps == 1 ? nullptr : seen_columns.place.data();
-        task.taps = task.in == channels * taps ? taps : 0;
-        task.tap_channels = block;
-        mask_sum += plan.run(taps * block <= kMostTileIn ? taps * block : 256);
+        problem.in = seen_columns.count();
+        problem.x = {.data = seen.data,
+                     .end = seen.end,
+                     .at = at.data(),
+                     .positions = std::max<int64_t>(1, grads.positions),
+                     .sample = area * seen.stride,
+                     .part = width,
+                     .runs = runs.data(),
+                     .runs_end = runs.data() + runs.size()};
+        buffers.value = static_cast<char*>(value.mutable_data_ptr()) +
+                        (first_out * width + left) * taps * element;
+        buffers.place = taps == 1 ? nullptr : seen_columns.place.data();
+        buffers.taps = problem.in == channels * taps ? taps : 0;
+        mask_sum += run_tiles(problem, blocks.plan, buffers, widest_in);
       }
     }
   return {value, sum_in_order(x, {mask_sum})};
 }
 
 }  // namespace htv::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(htv, CPU, m) { m.impl("conv", TORCH_BOX(&htv::cpu::conv)); }

@@ -1,12 +1,13 @@
-// Cross-entropies of shifted logits, row by row: hot loops, compiled once per CPU level.
+// Cross-entropies of shifted logits, row by row: hot loops, compiled once per instruction set.
 #include "cross_entropy_kernel.h"
 
 #include "exponential.h"
 
-namespace htv::HTV_LEVEL {
+namespace htv::HTV_ISA {
 namespace {
 
-constexpr int64_t kChunk = 512;  // shifted logits at a time: they stay in the first-level cache between max and exp
+// Shifted logits at a time: they stay in the first-level cache between max and exp.
+constexpr int64_t kChunk = 512;
 
 // One row of the task: T are the logits, S the shift.
 template <class T, class S>
@@ -36,7 +37,9 @@ struct Row {
   R target_weight() const { return weight == nullptr ? R(1) : weight[target]; }
 
   // n lanes from class `at` on; the others are 0.
-  V shifted(int64_t at, int64_t n) const { return load<V>(logits + at, n) + load<V>(shift + at, n) * scale; }
+  V shifted(int64_t at, int64_t n) const {
+    return load<V>(logits + at, n) + load<V>(shift + at, n) * scale;
+  }
   V weights_at(int64_t at, int64_t n) const {
     return weight == nullptr ? splat<V>(R(1)) : load<V>(weight + at, n);
   }
@@ -95,7 +98,9 @@ void loss_of(const Row<T, S>& row, Compute<T>* loss, Compute<T>* peak, Compute<T
   *peak = found.peak;
   if constexpr (sizeof(R) == 4) *log_sum = ::logf(found.sum);
   if constexpr (sizeof(R) == 8) *log_sum = ::log(found.sum);
-  const auto surprise = [&](int64_t at, int64_t n) { return (*peak - row.shifted(at, n)) + *log_sum; };
+  const auto surprise = [&](int64_t at, int64_t n) {
+    return (*peak - row.shifted(at, n)) + *log_sum;
+  };
   *loss = row.target_weight() * surprise(row.target, 1)[0];
   if (row.smoothing == 0) return;
   double everywhere = 0;
@@ -111,13 +116,16 @@ void loss_of(const Row<T, S>& row, Compute<T>* loss, Compute<T>* peak, Compute<T
 }
 
 template <class T, class S>
-void gradient_of(const Row<T, S>& row, Compute<T> grad, Compute<T> peak, Compute<T> log_sum, T* to) {
+void gradient_of(const Row<T, S>& row, Compute<T> grad, Compute<T> peak, Compute<T> log_sum,
+                 T* to) {
   using R = Compute<T>;
   using V = Register<R>;
   constexpr int64_t lanes = kLanes<V>;
   const R own = row.kept * row.target_weight();
   const R total = own + row.smoothing * row.weights;
-  const auto softmax = [&](int64_t at, int64_t n) { return exponential((row.shifted(at, n) - peak) - log_sum) * total; };
+  const auto softmax = [&](int64_t at, int64_t n) {
+    return exponential((row.shifted(at, n) - peak) - log_sum) * total;
+  };
   if (row.smoothing == 0) {
     for (int64_t at = 0; at < row.classes; at += lanes) {
       const int64_t n = row.within(at);
@@ -147,7 +155,8 @@ void with_types(const CrossEntropyTask& task, const F& f) {
 
 }  // namespace
 
-void cross_entropy_kernel(const CrossEntropyTask& task, const CrossEntropyRows& rows, int64_t first, int64_t last) {
+void cross_entropy_kernel(const CrossEntropyTask& task, const CrossEntropyRows& rows, int64_t first,
+                          int64_t last) {
   with_types(task, [&](auto logit, auto shift) {
     using T = decltype(logit);
     using R = Compute<T>;
@@ -163,22 +172,24 @@ void cross_entropy_kernel(const CrossEntropyTask& task, const CrossEntropyRows& 
   });
 }
 
-void cross_entropy_grad_kernel(const CrossEntropyTask& task, const CrossEntropyGrad& grad, int64_t first,
-                               int64_t last) {
+void cross_entropy_grad_kernel(const CrossEntropyTask& task, const CrossEntropyGrad& grad,
+                               int64_t first, int64_t last) {
   with_types(task, [&](auto logit, auto shift) {
     using T = decltype(logit);
     using R = Compute<T>;
     const R* const of_loss = static_cast<const R*>(grad.grad);
-    const R *const peak = static_cast<const R*>(grad.peak), *const log_sum = static_cast<const R*>(grad.log_sum);
+    const R *const peak = static_cast<const R*>(grad.peak), *const log_sum =
+                                                                static_cast<const R*>(grad.log_sum);
     for (int64_t r = first; r < last; ++r) {
       T* const to = static_cast<T*>(grad.grad_logits) + r * task.classes;
       if (task.targets[r] == task.ignored) {
         memset(to, 0, task.classes * sizeof(T));
       } else {
-        gradient_of(Row<T, decltype(shift)>(task, r), of_loss[r * grad.grad_stride], peak[r], log_sum[r], to);
+        gradient_of(Row<T, decltype(shift)>(task, r), of_loss[r * grad.grad_stride], peak[r],
+                    log_sum[r], to);
       }
     }
   });
 }
 
-}  // namespace htv::HTV_LEVEL
+}  // namespace htv::HTV_ISA

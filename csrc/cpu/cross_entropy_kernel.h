@@ -1,23 +1,24 @@
-// What the shifted_cross_entropy ops hand to the kernel of a CPU level.
+// What the shifted_cross_entropy ops hand to the kernel of an instruction set.
 #pragma once
 
 #include "../dtype.h"
-#include "level.h"
+#include "isa.h"
 
 namespace htv {
 
-// Rows are the unit of work, so results do not depend on the threads. The compute type is that of the logits.
+// Rows are the unit of work, so results do not depend on the threads. The compute type is that of
+// the logits.
 struct CrossEntropyTask {
   int64_t classes;
   const void* logits;  // (rows, classes), stride 1 along the classes
   Dtype dtype;
-  int64_t stride;  // of its rows
+  int64_t stride;     // of its rows
   const void* shift;  // the same; float64 if and only if the logits are
   Dtype shift_dtype;
   int64_t shift_stride;
   const int64_t* targets;  // (rows,), each a class or `ignored`
   int64_t ignored;
-  double scale;  // of the shift
+  double scale;        // of the shift
   const void* weight;  // (classes,) in the compute type, or null: all 1
   double weights;      // their sum
   double smoothing;
@@ -36,9 +37,11 @@ struct CrossEntropyGrad {
 };
 
 // Computes rows first <= row < last.
-HTV_DECLARE_PER_LEVEL(void cross_entropy_kernel(const CrossEntropyTask& task, const CrossEntropyRows& rows,
-                                                int64_t first, int64_t last);
-                      void cross_entropy_grad_kernel(const CrossEntropyTask& task, const CrossEntropyGrad& grad,
-                                                     int64_t first, int64_t last))
+HTV_DECLARE_PER_ISA(void cross_entropy_kernel(const CrossEntropyTask& task,
+                                              const CrossEntropyRows& rows, int64_t first,
+                                              int64_t last);
+                    void cross_entropy_grad_kernel(const CrossEntropyTask& task,
+                                                   const CrossEntropyGrad& grad, int64_t first,
+                                                   int64_t last))
 
 }  // namespace htv

@@ -1,6 +1,6 @@
-// Statistics of contributions to convolutions with few channels per group, output channels side by side in registers:
-// compiled once per CPU level.
-#include "depthwise.h"
+// Statistics of contributions to convolutions with few channels per group, output channels side by
+// side in registers: compiled once per instruction set.
+#include "depthwise_kernel.h"
 
 #include <optional>
 
@@ -8,10 +8,8 @@
 #include "tally.h"
 #include "transpose.h"
 
-namespace htv::HTV_LEVEL {
+namespace htv::HTV_ISA {
 namespace {
-
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 template <class V>
 class Depthwise {
@@ -30,7 +28,8 @@ class Depthwise {
   MaskSum<V> mask_sum_;
 
  public:
-  Depthwise(const DepthwiseTask& task, const DepthwiseScratch& sizes, int64_t channel, int64_t run, void* scratch)
+  Depthwise(const DepthwiseTask& task, const DepthwiseScratch& sizes, int64_t channel, int64_t run,
+            void* scratch)
       : task_(task),
         channel_(channel),
         lanes_(least(task.grad_output.channels - channel, kWide)),
@@ -73,7 +72,9 @@ class Depthwise {
 
   void rank() {
     const int64_t groups = task_.parameters.groups;
-    each_group([&](int64_t e) { memcpy(static_cast<void*>(kept_ + e * count_), products_, count_ * sizeof(V)); });
+    each_group([&](int64_t e) {
+      memcpy(static_cast<void*>(kept_ + e * count_), products_, count_ * sizeof(V));
+    });
     order_statistics<V>(*task_.ranking, kept_, count_, int(count_), select_scratch_, products_);
     for (int64_t i = 0; i < count_; ++i) write(i, products_[i] * R(groups));
   }
@@ -89,19 +90,21 @@ class Depthwise {
     for (int64_t e = 0; e < task_.parameters.groups; ++e) {
       for (int64_t i = 0; i < count_; ++i) products_[i] = V{};
       for (int64_t sample = task_.offsets[e]; sample < task_.offsets[e + 1]; ++sample)
-        for (const Strip* strip = task_.strips; strip != task_.strips_end; ++strip) add_products(sample, *strip);
+        for (const Strip* strip = task_.strips; strip != task_.strips_end; ++strip)
+          add_products(sample, *strip);
       f(e);
     }
   }
 
-  // Brings what the next strip packs nearer while this one is multiplied: memory comes far too late on demand.
+  // Brings what the next strip packs nearer while this one is multiplied: memory comes far too late
+  // on demand.
   class Ahead {
     struct Rows {
       const char* data;
       int64_t count, bytes, stride, done = 0;
 
-      Rows(const ImageView& image, int64_t element, int64_t sample, int64_t channel, int64_t channels, int64_t first,
-           int64_t last)
+      Rows(const ImageView& image, int64_t element, int64_t sample, int64_t channel,
+           int64_t channels, int64_t first, int64_t last)
           : data(static_cast<const char*>(image.data) +
                  (sample * image.sample + channel * image.channel + first * image.step) * element),
             count(image.step == 1 ? channels : last - first),
@@ -126,11 +129,13 @@ class Depthwise {
       const bool wraps = &strip + 1 == task.strips_end;
       if (wraps && sample + 1 == task.offsets[task.parameters.groups]) return;
       const Strip& next = wraps ? *task.strips : *(&strip + 1);
-      const int64_t groups = (unit.channel_ + unit.lanes_ - 1) / task.height - unit.channel_ / task.height + 1;
+      const int64_t groups =
+          (unit.channel_ + unit.lanes_ - 1) / task.height - unit.channel_ / task.height + 1;
       const int64_t element = bytes_of(task.dtype);
-      g_.emplace(task.grad_output, element, sample + wraps, unit.channel_, unit.lanes_, next.first, next.last);
-      x_.emplace(task.x, element, sample + wraps, unit.channel_ / task.height * task.width, groups * task.width,
-                 next.seen_first, next.seen_last);
+      g_.emplace(task.grad_output, element, sample + wraps, unit.channel_, unit.lanes_, next.first,
+                 next.last);
+      x_.emplace(task.x, element, sample + wraps, unit.channel_ / task.height * task.width,
+                 groups * task.width, next.seen_first, next.seen_last);
     }
     // The share of as many columns.
     void fetch(int64_t columns) {
@@ -147,7 +152,8 @@ class Depthwise {
     });
     Ahead ahead(*this, sample, strip);
     for (int64_t run = run_; run < runs_end_; ++run) {
-      const int64_t column = task_.column(run), input = column / task_.tap_count, tap = column % task_.tap_count;
+      const int64_t column = task_.column(run), input = column / task_.tap_count,
+                    tap = column % task_.tap_count;
       if (run == run_ || tap == 0)
         with_dtype(task_.dtype, [&](auto element) {
           using T = decltype(element);
@@ -161,8 +167,9 @@ class Depthwise {
 
   template <class T>
   void pack_g(int64_t sample, const Strip& strip) const {
-    pack<T>(task_.grad_output, sample, strip.first, strip.last, channel_, [](int64_t o) { return o; },
-            [&](int64_t p) { return g_ + p - strip.first; });
+    pack<T>(
+        task_.grad_output, sample, strip.first, strip.last, channel_, [](int64_t o) { return o; },
+        [&](int64_t p) { return g_ + p - strip.first; });
   }
 
   // x as input channel `input` of every output channel's group, among zeros where it is padded.
@@ -183,16 +190,20 @@ class Depthwise {
     }
   }
 
-  // *to(position) = channels of(channel_), of(channel_ + 1) ... ; those of an image with its channels last lie side by
-  // side from `adjacent` on, unless that is negative. Lanes beyond the last channel repeat it.
+  // *to(position) = channels of(channel_), of(channel_ + 1) ... ; those of an image with its
+  // channels last lie side by side from `adjacent` on, unless that is negative. Lanes beyond the
+  // last channel repeat it.
   template <class T, class Of, class To>
-  void pack(const ImageView& image, int64_t sample, int64_t first, int64_t last, int64_t adjacent, const Of& of,
-            const To& to) const {
+  void pack(const ImageView& image, int64_t sample, int64_t first, int64_t last, int64_t adjacent,
+            const Of& of, const To& to) const {
     const T* const from = static_cast<const T*>(image.data) + sample * image.sample;
     const T* const end = static_cast<const T*>(image.end);
-    const auto inside = [&](const T* at, int64_t n) { return end - at >= kWide ? load<V>(at) : load<V>(at, n); };
+    const auto inside = [&](const T* at, int64_t n) {
+      return end - at >= kWide ? load<V>(at) : load<V>(at, n);
+    };
     if (image.channel == 1 && adjacent >= 0) {
-      for (int64_t p = first; p < last; ++p) *to(p) = inside(from + p * image.step + adjacent, lanes_);
+      for (int64_t p = first; p < last; ++p)
+        *to(p) = inside(from + p * image.step + adjacent, lanes_);
       return;
     }
     const T* channels[kWide];
@@ -259,17 +270,19 @@ class Depthwise {
   }
 
   template <int K>
-  static inline __attribute__((always_inline)) void add_position(const V* const (&at)[K], V g, int64_t window,
-                                                                 V (&sums)[K]) {
+  static inline __attribute__((always_inline)) void add_position(const V* const (&at)[K], V g,
+                                                                 int64_t window, V (&sums)[K]) {
 #pragma GCC unroll 9
     for (int k = 0; k < K; ++k) sums[k] = multiply_add(g, at[k][window], sums[k]);
   }
 };
 
 template <class V>
-double unit_of(const DepthwiseTask& task, const DepthwiseScratch& sizes, int64_t unit, void* scratch) {
+double unit_of(const DepthwiseTask& task, const DepthwiseScratch& sizes, int64_t unit,
+               void* scratch) {
   double mask_sum = 0;
-  const int64_t begin = unit / task.chunks() * task.unit_channels(), run = unit % task.chunks() * task.chunk;
+  const int64_t begin = unit / task.chunks() * task.unit_channels(),
+                run = unit % task.chunks() * task.chunk;
   const int64_t end = least(begin + task.unit_channels(), task.grad_output.channels);
   for (int64_t channel = begin; channel < end; channel += kLanes<V>)
     mask_sum += Depthwise<V>(task, sizes, channel, run, scratch).run();
@@ -281,8 +294,9 @@ double unit_of(const DepthwiseTask& task, const DepthwiseScratch& sizes, int64_t
 void depthwise_kernel(const DepthwiseTask& task, int64_t first, int64_t last, void* scratch) {
   const DepthwiseScratch sizes(task);
   for (int64_t unit = first; unit < last; ++unit)
-    task.mask_sums[unit] = task.dtype == Dtype::float64 ? unit_of<Register<double>>(task, sizes, unit, scratch)
-                                                        : unit_of<Register<float>>(task, sizes, unit, scratch);
+    task.mask_sums[unit] = task.dtype == Dtype::float64
+                               ? unit_of<Register<double>>(task, sizes, unit, scratch)
+                               : unit_of<Register<float>>(task, sizes, unit, scratch);
 }
 
-}  // namespace htv::HTV_LEVEL
+}  // namespace htv::HTV_ISA

@@ -1,9 +1,9 @@
-// Statistics of what groups contribute to the rows of a table: compiled once per CPU level.
+// Statistics of what groups contribute to the rows of a table: compiled once per instruction set.
 #include "embedding_kernel.h"
 
 #include "tally.h"
 
-namespace htv::HTV_LEVEL {
+namespace htv::HTV_ISA {
 namespace {
 
 constexpr int kTogether = 4;  // registers of features, so that a row's lines are read in one go
@@ -26,22 +26,23 @@ class Chunk {
     const int64_t end = least(begin + kEmbeddingFeatures, task_.features);
     for (int64_t token = first; token < least(first + kEmbeddingTokens, task_.tokens); ++token) {
       int64_t at = begin;
-      for (; at + kTogether * kWidth <= end; at += kTogether * kWidth) features<kTogether>(token, at, kWidth);
+      for (; at + kTogether * kWidth <= end; at += kTogether * kWidth)
+        features<kTogether>(token, at, kWidth);
       for (; at < end; at += kWidth) features<1>(token, at, least(kWidth, end - at));
     }
     return mask_sum_.total();
   }
 
  private:
-  static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-  // K registers of features; n: lanes of the last. Groups without the token contribute zeros, which change no state.
+  // K registers of features; n: lanes of the last. Groups without the token contribute zeros, which
+  // change no state.
   template <int K>
   void features(int64_t token, int64_t at, int64_t n) {
     const T* const grad = static_cast<const T*>(task_.grad_output) + at;
     State states[K] = {};
     V sums[K] = {};
-    const int64_t *row = task_.rows + task_.starts[token], *const end = task_.rows + task_.starts[token + 1];
+    const int64_t *row = task_.rows + task_.starts[token], *const end =
+                                                               task_.rows + task_.starts[token + 1];
     for (; row != end; ++row) {
       for (int k = 0; k < K; ++k) {
         const T* const from = grad + *row * task_.features + k * kWidth;
@@ -70,9 +71,10 @@ void embedding_kernel(const EmbeddingTask& task, int64_t first, int64_t last) {
     using T = decltype(element);
     using V = Register<Compute<T>>;
     for (int64_t chunk = first; chunk < last; ++chunk)
-      task.mask_sums[chunk] = task.statistic == Statistic::mean ? Chunk<T, OnlySum<V>>(task).run(chunk)
-                                                                : Chunk<T, Tally<V>>(task).run(chunk);
+      task.mask_sums[chunk] = task.statistic == Statistic::mean
+                                  ? Chunk<T, OnlySum<V>>(task).run(chunk)
+                                  : Chunk<T, Tally<V>>(task).run(chunk);
   });
 }
 
-}  // namespace htv::HTV_LEVEL
+}  // namespace htv::HTV_ISA

@@ -1,9 +1,9 @@
-// What the embedding op hands to the kernel of a CPU level.
+// What the embedding op hands to the kernel of an instruction set.
 #pragma once
 
 #include "../dtype.h"
 #include "../statistic.h"
-#include "level.h"
+#include "isa.h"
 
 namespace htv {
 
@@ -19,14 +19,16 @@ struct EmbeddingTask {
   const int64_t* voter;   // by row: its group
   Statistic statistic;    // one of sum and votes
   Parameters parameters;
-  void* value;  // (tokens, features) in the compute type
+  void* value;        // (tokens, features) in the compute type
   double* mask_sums;  // one per chunk
 
   int64_t chunks_along() const { return (features + kEmbeddingFeatures - 1) / kEmbeddingFeatures; }
-  int64_t chunks() const { return (tokens + kEmbeddingTokens - 1) / kEmbeddingTokens * chunks_along(); }
+  int64_t chunks() const {
+    return (tokens + kEmbeddingTokens - 1) / kEmbeddingTokens * chunks_along();
+  }
 };
 
 // Computes chunks first <= chunk < last.
-HTV_DECLARE_PER_LEVEL(void embedding_kernel(const EmbeddingTask& task, int64_t first, int64_t last))
+HTV_DECLARE_PER_ISA(void embedding_kernel(const EmbeddingTask& task, int64_t first, int64_t last))
 
 }  // namespace htv

@@ -1,34 +1,41 @@
-// exp of registers, and registers as half precision: what normalised exponentials need beyond csrc/cpu/lanes.h.
+// exp of registers, and registers as half precision: what normalised exponentials need beyond
+// csrc/cpu/lanes.h.
 #pragma once
 
 #include "lanes.h"
 
-namespace htv::HTV_LEVEL {
+namespace htv::HTV_ISA {
 
 // e^v to about one unit in the last place, denormal results too; NaN for NaN.
 template <class V>
 HTV_INLINE V exponential(V v) {
   using R = Real<V>;
   constexpr bool single = sizeof(R) == 4;
-  // Beyond these results are 0 and infinity. Zeros are chosen, not computed: to underflow takes many times as long.
+  // Beyond these results are 0 and infinity. Zeros are chosen, not computed: to underflow takes
+  // many times as long.
   constexpr R lowest = single ? R(-104) : R(-746), highest = single ? R(89) : R(710);
   const auto vanishes = v < lowest;
   v = vanishes ? V{} : smaller(splat<V>(highest), v);
   // v = n log 2 + rest: added to 1.5 * 2^mantissa, n is what the lowest bits hold.
   constexpr R rounder = single ? R(0x1.8p23) : R(0x1.8p52);
-  constexpr R log2_high = single ? R(0x1.62ep-1) : R(0x1.62e42feep-1);  // few digits: n times it is exact
+  // Few digits: n times it is exact.
+  constexpr R log2_high = single ? R(0x1.62ep-1) : R(0x1.62e42feep-1);
   constexpr R log2_low = R(0x1.62e42fefa39efp-1 - log2_high + (single ? 0 : 0x1.abc9e3b39803fp-56));
-  const V rounded = multiply_add(v, splat<V>(R(1.44269504088896340736)), splat<V>(rounder)), n = rounded - rounder;
+  const V rounded = multiply_add(v, splat<V>(R(1.44269504088896340736)), splat<V>(rounder)),
+          n = rounded - rounder;
   const V rest = multiply_add(n, splat<V>(-log2_low), multiply_add(n, splat<V>(-log2_high), v));
   // |rest| <= log(2) / 2, where so many terms of the series are enough.
   constexpr int terms = single ? 7 : 13;
-  constexpr double factorials[] = {1,     1,      2,       6,        24,        120,        720,
-                                   5040., 40320., 362880., 3628800., 39916800., 479001600., 6227020800.};
+  constexpr double factorials[] = {1,        1,         2,          6,          24,
+                                   120,      720,       5040.,      40320.,     362880.,
+                                   3628800., 39916800., 479001600., 6227020800.};
   V sum = splat<V>(R(1 / factorials[terms]));
 #pragma GCC unroll 16
-  for (int k = terms - 1; k >= 0; --k) sum = multiply_add(sum, rest, splat<V>(R(1 / factorials[k])));
+  for (int k = terms - 1; k >= 0; --k)
+    sum = multiply_add(sum, rest, splat<V>(R(1 / factorials[k])));
   // 2^n in two factors, none of which leaves the range.
-  const Count<V> power = Lane<V>::bits(rounded) - Lane<V>::bits(splat<V>(rounder)), half = power >> 1;
+  const Count<V> power = Lane<V>::bits(rounded) - Lane<V>::bits(splat<V>(rounder)),
+                 half = power >> 1;
   const auto power_of_two = [](Count<V> p) {
     return Lane<V>::from_bits((p + Lane<V>::kExponentBias) << Lane<V>::kMantissaBits);
   };
@@ -77,7 +84,8 @@ HTV_INLINE auto narrowed(V v) {
     return (Bits)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
 #else
     const Words normal = (size - (112u << 23) + 0xfffu + ((size >> 13) & 1u)) >> 13;
-    const Words denormal = (Words)((V)size + 0.5f) - 0x3f000000u;  // a unit of 0.5 is the smallest denormal
+    // A unit of 0.5 is the smallest denormal.
+    const Words denormal = (Words)((V)size + 0.5f) - 0x3f000000u;
     Words half = size < (113u << 23) ? denormal : normal;
     half = size >= 0x477ff000u ? Words{} + 0x7c00u : half;
     half = size > 0x7f800000u ? Words{} + 0x7e00u : half;
@@ -105,4 +113,4 @@ HTV_INLINE void store_as(T* to, V v, int64_t n) {
   }
 }
 
-}  // namespace htv::HTV_LEVEL
+}  // namespace htv::HTV_ISA

@@ -1,4 +1,5 @@
-// SIMD registers as plain types: GCC/Clang vector extensions, as wide as the level this file is compiled for.
+// SIMD registers as plain types: GCC/Clang vector extensions, as wide as the instruction set this
+// file is compiled for.
 #pragma once
 
 #include <string.h>
@@ -11,7 +12,7 @@
 #include "../dtype.h"
 #include "../statistic.h"
 
-namespace htv::HTV_LEVEL {
+namespace htv::HTV_ISA {
 
 #if defined(__AVX512F__)
 constexpr int kRegisterBytes = 64, kRegisters = 32;
@@ -30,6 +31,8 @@ using Register = typename RegisterOf<T, kRegisterBytes>::type;
 
 template <class V>
 constexpr int kLanes = sizeof(V) / sizeof(Real<V>);
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // A comparison of registers is an integer register of 0 and -1, which counts and selects alike.
 template <class V, class T>
@@ -61,7 +64,7 @@ struct Lane<Register<double>> : RegisterLane<Register<double>, double> {};
 
 // ---- arithmetic that operators do not say ----
 
-// a * b + c, rounded once where the level can.
+// a * b + c, rounded once where the instruction set can.
 template <class V>
 V multiply_add(V a, V b, V c) {
 #if defined(__AVX512F__)
@@ -79,15 +82,17 @@ V multiply_add(V a, V b, V c) {
 template <class V>
 V unit(V v) {
 #if defined(__AVX512F__)
-  // What each class of numbers becomes, from the lowest digit: NaN twice, 0, 1, -inf, inf, negative, positive.
+  // What each class of numbers becomes, from the lowest digit: NaN twice, 0, 1, -inf, inf,
+  // negative, positive.
   constexpr unsigned nan = 1, zero = 8, minus = 9, plus = 10;
-  constexpr unsigned table = nan | nan << 4 | zero << 8 | plus << 12 | minus << 16 | plus << 20 | minus << 24 | plus << 28;
+  constexpr unsigned table =
+      nan | nan << 4 | zero << 8 | plus << 12 | minus << 16 | plus << 20 | minus << 24 | plus << 28;
   if constexpr (sizeof(Real<V>) == 4)
     return (V)_mm512_fixupimm_ps((__m512)v, (__m512)v, _mm512_set1_epi32(int(table)), 0);
-  else
-    return (V)_mm512_fixupimm_pd((__m512d)v, (__m512d)v, _mm512_set1_epi64(table), 0);
+  else return (V)_mm512_fixupimm_pd((__m512d)v, (__m512d)v, _mm512_set1_epi64(table), 0);
 #else
-  constexpr Real<V> large = sizeof(Real<V>) == 4 ? 0x1p127 : 0x1p1023;  // twice, as even the smallest number must reach 1
+  // Twice, as even the smallest number must reach 1.
+  constexpr Real<V> large = sizeof(Real<V>) == 4 ? 0x1p127 : 0x1p1023;
   return smaller(splat<V>(1), larger(splat<V>(-1), v * large * large));
 #endif
 }
@@ -117,7 +122,8 @@ V load(const T* from) {
 #elif defined(__F16C__)
       return (V)_mm256_cvtph_ps((__m128i)bits);
 #else
-      // Exponent and mantissa moved into place are the value times 2^-112; inf and NaN then need the full exponent.
+      // Exponent and mantissa moved into place are the value times 2^-112; inf and NaN then need
+      // the full exponent.
       const Register<uint32_t> wide = __builtin_convertvector(bits, Register<uint32_t>);
       const Register<uint32_t> size = (wide & 0x7fffu) << 13;
       const Register<uint32_t> scaled = (Register<uint32_t>)((V)size * 0x1p112f);
@@ -147,7 +153,8 @@ V load_pair(const BFloat16* first, const BFloat16* second, int64_t n) {
   return load_pair<V>(padded[0], padded[1]);
 }
 
-// sum + g's first * x's first + g's second * x's second, with x and g as `load_pair` gives them. Denormals count as 0.
+// sum + g's first * x's first + g's second * x's second, with x and g as `load_pair` gives them.
+// Denormals count as 0.
 template <class V>
 V multiply_add_pair(const float* g, V x, V sum) {
   int both;
@@ -192,4 +199,4 @@ void store(Real<V>* to, V v, int64_t n) {
 #endif
 }
 
-}  // namespace htv::HTV_LEVEL
+}  // namespace htv::HTV_ISA

@@ -1,14 +1,15 @@
 // htv::linear on the CPU: checks, and which kernel serves.
 #include <algorithm>
 #include <numeric>
+#include <torch/csrc/stable/library.h>
 #include <tuple>
 #include <vector>
 
-#include "../contract.h"
+#include "../op_checks.h"
 #include "parallel.h"
-#include "rank_one.h"
+#include "rank_one_kernel.h"
 #include "tile.h"
-#include "votes.h"
+#include "votes_kernel.h"
 
 namespace htv::cpu {
 namespace {
@@ -21,60 +22,69 @@ struct Signs {
   Signs(const Tensor& matrix, Dtype dtype)
       : memory(planes_bytes(dtype, matrix.size(0), matrix.size(1))),
         planes(planes_in(memory.get(), dtype, matrix.size(0), matrix.size(1))) {
-    const auto kernel = HTV_PER_LEVEL(sign_planes_kernel);
+    const auto kernel = HTV_PER_ISA(sign_planes_kernel);
     parallel_chunks(planes.words, 32 * matrix.size(1), 0, [&](int64_t first, int64_t last, void*) {
       kernel(matrix.const_data_ptr(), dtype, matrix.size(0), matrix.size(1), planes, first, last);
     });
   }
 };
 
-// The least exponent, as stored, of values of bfloat16 that are not 0; 0 where there is no arithmetic for them.
+// The least exponent, as stored, of values of bfloat16 that are not 0; 0 where there is no
+// arithmetic for them.
 int64_t least_exponent(const Tensor& matrix) {
   constexpr int64_t chunk = 1 << 16;
   const int64_t n = matrix.numel(), chunks = (n + chunk - 1) / chunk;
   const uint16_t* const values = static_cast<const uint16_t*>(matrix.const_data_ptr());
   std::vector<uint16_t> least(chunks + 1, 0x7fff);
-  const auto kernel = HTV_PER_LEVEL(least_magnitude);
+  const auto kernel = HTV_PER_ISA(least_magnitude);
   parallel_chunks(chunks, chunk / 16, 0, [&](int64_t first, int64_t last, void*) {
-    for (int64_t c = first; c < last; ++c) least[c] = kernel(values + c * chunk, std::min(chunk, n - c * chunk));
+    for (int64_t c = first; c < last; ++c)
+      least[c] = kernel(values + c * chunk, std::min(chunk, n - c * chunk));
   });
   return *std::min_element(least.begin(), least.end()) >> 7;
 }
 
-// Whether products of bfloat16 may be added up by the instruction that takes them in pairs: it takes denormals for 0, so
-// neither factors nor sums may be any. Products are multiples of 2^(sum of exponents - 14), and so are their sums.
+// Whether products of bfloat16 may be added up by the instruction that takes them in pairs: it
+// takes denormals for 0, so neither factors nor sums may be any. Products are multiples of 2^(sum
+// of exponents - 14), and so are their sums.
 bool may_pair(const Tensor& x, const Tensor& grad_output, const int64_t* offsets, int64_t groups) {
   constexpr int64_t bias = 127, least_normal = -126;
-  if (!std::all_of(offsets, offsets + groups + 1, [](int64_t row) { return row % 2 == 0; })) return false;
+  if (!std::all_of(offsets, offsets + groups + 1, [](int64_t row) { return row % 2 == 0; }))
+    return false;
   const int64_t a = least_exponent(x), b = a > 0 ? least_exponent(grad_output) : 0;
   return a > 0 && b > 0 && a + b - 2 * bias - 14 >= least_normal;
 }
 
 // Groups of any number of rows: their products tile by tile.
 // Returns the sum of the mask.
-double by_tiles(const Tensor& x, const Tensor& grad_output, const int64_t* offsets, Dtype dtype, Statistic statistic,
-                const Parameters& parameters, Tensor& value) {
+double by_tiles(const Tensor& x, const Tensor& grad_output, const int64_t* offsets, Dtype dtype,
+                Statistic statistic, const Parameters& parameters, Tensor& value) {
   const int64_t rows = x.size(0), in = x.size(1), out = grad_output.size(1), start = 0;
   const int64_t element = bytes_of(dtype);
+  const auto end = [&](const void* data, int64_t columns) {
+    return static_cast<const char*>(data) + rows * columns * element;
+  };
+  const void *const of_x = x.const_data_ptr(), *const of_grad = grad_output.const_data_ptr();
   const Run whole{0, 0, in};
-  TilePlan plan(statistic, parameters, dtype, offsets, 1);
-  TileTask& task = plan.task;
-  task.x = x.const_data_ptr();
-  task.x_end = static_cast<const char*>(task.x) + rows * in * element;
-  task.at = &start;
-  task.positions = 1;
-  task.sample = in;
-  task.runs = &whole;
-  task.runs_end = task.runs + 1;
-  task.grad_output = grad_output.const_data_ptr();
-  task.grad_end = static_cast<const char*>(task.grad_output) + rows * out * element;
-  task.grad_stride = out;
-  task.out = out;
-  task.in = in;
-  task.value = value.mutable_data_ptr();
-  task.value_stride = in;
-  task.paired = dtype == Dtype::bfloat16 && may_pair(x, grad_output, offsets, parameters.groups);
-  return plan.run();
+  TileProblem problem = tile_problem(statistic, parameters, dtype);
+  problem.out = out;
+  problem.in = in;
+  problem.x = {.data = of_x,
+               .end = end(of_x, in),
+               .at = &start,
+               .positions = 1,
+               .sample = in,
+               .part = 0,
+               .runs = &whole,
+               .runs_end = &whole + 1};
+  problem.grad_output = {.data = of_grad, .end = end(of_grad, out), .stride = out, .part = 0};
+  TileBlocks blocks(problem, offsets, 1);
+  blocks.plan.paired =
+      dtype == Dtype::bfloat16 && may_pair(x, grad_output, offsets, parameters.groups);
+  TileBuffers buffers{};
+  buffers.value = value.mutable_data_ptr();
+  buffers.value_stride = in;
+  return run_tiles(problem, blocks.plan, buffers);
 }
 
 // The plain sum: all rows are one group then.
@@ -84,14 +94,18 @@ void add_up(const Tensor& x, const Tensor& grad_output, Dtype dtype, Tensor& val
 }
 
 // Order statistics of groups of at most one row.
-void rank_rows(const Tensor& x, const Tensor& grad_output, Dtype dtype, const Ranking& ranking, Tensor& value) {
+void rank_rows(const Tensor& x, const Tensor& grad_output, Dtype dtype, const Ranking& ranking,
+               Tensor& value) {
   const Signs signs_x(x, dtype), signs_g(grad_output, dtype);
-  const RankOneTask task{x.const_data_ptr(), grad_output.const_data_ptr(), dtype, x.size(0), x.size(1),
-                         grad_output.size(1), &ranking, signs_x.planes, signs_g.planes, value.mutable_data_ptr()};
-  const auto kernel = HTV_PER_LEVEL(rank_one_kernel);
-  const int64_t work = kRankOneOut * rank_one_width(dtype) / 16 * ranking.ranked * select_work(ranking);
-  parallel_chunks(rank_one_tiles(task), work, rank_one_scratch_bytes(task),
-                  [&](int64_t first, int64_t last, void* scratch) { kernel(task, first, last, scratch); });
+  const RankOneTask task{x.const_data_ptr(), grad_output.const_data_ptr(), dtype,    x.size(0),
+                         x.size(1),          grad_output.size(1),          &ranking, signs_x.planes,
+                         signs_g.planes,     value.mutable_data_ptr()};
+  const auto kernel = HTV_PER_ISA(rank_one_kernel);
+  const int64_t work =
+      kRankOneOut * rank_one_width(dtype) / 16 * ranking.ranked * select_work(ranking);
+  parallel_chunks(
+      rank_one_tiles(task), work, rank_one_scratch_bytes(task),
+      [&](int64_t first, int64_t last, void* scratch) { kernel(task, first, last, scratch); });
 }
 
 // Masks and sign sums of groups of at most one row. Returns how many coordinates the mask keeps.
@@ -99,11 +113,21 @@ double count_votes(const Tensor& x, const Tensor& grad_output, Dtype dtype, Stat
                    const Parameters& parameters, Tensor& value) {
   add_up(x, grad_output, dtype, value);
   const Signs signs_x(x, dtype), signs_g(grad_output, dtype);
-  VotesTask task{x.const_data_ptr(), grad_output.const_data_ptr(), dtype, x.size(0), x.size(1), grad_output.size(1),
-                 statistic, parameters, signs_x.planes, signs_g.planes, value.mutable_data_ptr(), nullptr};
+  VotesTask task{x.const_data_ptr(),
+                 grad_output.const_data_ptr(),
+                 dtype,
+                 x.size(0),
+                 x.size(1),
+                 grad_output.size(1),
+                 statistic,
+                 parameters,
+                 signs_x.planes,
+                 signs_g.planes,
+                 value.mutable_data_ptr(),
+                 nullptr};
   std::vector<int64_t> kept(task.tiles());
   task.kept = kept.data();
-  const auto kernel = HTV_PER_LEVEL(votes_kernel);
+  const auto kernel = HTV_PER_ISA(votes_kernel);
   parallel_chunks(task.tiles(), (signs_x.planes.words + 1) * kVotesOut * kVotesIn / 4, 0,
                   [&](int64_t first, int64_t last, void*) { kernel(task, first, last); });
   return double(std::accumulate(kept.begin(), kept.end(), int64_t(0)));
@@ -111,8 +135,8 @@ double count_votes(const Tensor& x, const Tensor& grad_output, Dtype dtype, Stat
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> linear(Tensor x, Tensor grad_output, Tensor offsets, int64_t code, int64_t count,
-                                  double votes, double k) {
+std::tuple<Tensor, Tensor> linear(Tensor x, Tensor grad_output, Tensor offsets, int64_t code,
+                                  int64_t count, double votes, double k) {
   const std::string op = "htv::linear";
   check_matrix(op, "x", x);
   check_matrix(op, "grad_output", grad_output);
@@ -120,9 +144,11 @@ std::tuple<Tensor, Tensor> linear(Tensor x, Tensor grad_output, Tensor offsets, 
   const Statistic statistic = statistic_of(op, code);
   check_factored(op, statistic);
   const Dtype dtype = dtype_of(op, "x", x);
-  STD_TORCH_CHECK(dtype_of(op, "grad_output", grad_output) == dtype, op, ": x and grad_output must have one dtype");
+  STD_TORCH_CHECK(dtype_of(op, "grad_output", grad_output) == dtype, op,
+                  ": x and grad_output must have one dtype");
   const int64_t rows = x.size(0), in = x.size(1), out = grad_output.size(1);
-  STD_TORCH_CHECK(grad_output.size(0) == rows, op, ": x has ", rows, " rows, grad_output ", grad_output.size(0));
+  STD_TORCH_CHECK(grad_output.size(0) == rows, op, ": x has ", rows, " rows, grad_output ",
+                  grad_output.size(0));
   const int64_t longest = longest_group(op, offsets, rows), groups = offsets.size(0) - 1;
   const Parameters parameters = parameters_for(op, statistic, groups, count, votes, k);
 
@@ -145,3 +171,5 @@ std::tuple<Tensor, Tensor> linear(Tensor x, Tensor grad_output, Tensor offsets, 
 }
 
 }  // namespace htv::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(htv, CPU, m) { m.impl("linear", TORCH_BOX(&htv::cpu::linear)); }

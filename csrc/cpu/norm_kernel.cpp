@@ -1,13 +1,14 @@
-// What every sample contributes to the scale and shift of a normalisation, and the gradient of a group normalisation's
-// input: hot loops, compiled once per CPU level.
+// What every sample contributes to the scale and shift of a normalisation, and the gradient of a
+// group normalisation's input: hot loops, compiled once per instruction set.
 #include "norm_kernel.h"
 
 #include "lanes.h"
 
-namespace htv::HTV_LEVEL {
+namespace htv::HTV_ISA {
 namespace {
 
-// A sum of sums of this many rows rounds less than one long sum, and the memory of as many rows is read at a time.
+// A sum of sums of this many rows rounds less than one long sum, and the memory of as many rows is
+// read at a time.
 constexpr int64_t kBatchRows = 16;
 
 // Some features of one sample.
@@ -20,7 +21,8 @@ struct Features {
 
 // Adds the rows [begin, end) of some registers of features to the sums; of the last, n lanes.
 template <class V, int columns, class T>
-void add_rows(const Features<T>& f, int64_t stride, int64_t begin, int64_t end, int64_t at, int64_t n) {
+void add_rows(const Features<T>& f, int64_t stride, int64_t begin, int64_t end, int64_t at,
+              int64_t n) {
   constexpr int lanes = kLanes<V>;
   const auto within = [n](int c) { return c == columns - 1 ? n : lanes; };
   V scale[columns] = {}, shift[columns] = {};
@@ -56,7 +58,8 @@ void chunk_of(const NormTask& task, int64_t chunk) {
   for (int64_t r = 0; r < task.rows; r += kBatchRows) {
     const int64_t end = r + kBatchRows < task.rows ? r + kBatchRows : task.rows;
     int64_t at = 0;
-    for (; at + 4 * lanes <= width; at += 4 * lanes) add_rows<V, 4>(features, stride, r, end, at, lanes);
+    for (; at + 4 * lanes <= width; at += 4 * lanes)
+      add_rows<V, 4>(features, stride, r, end, at, lanes);
     for (; at < width; at += lanes) {
       const int64_t n = width - at;
       add_rows<V, 1>(features, stride, r, end, at, n < lanes ? n : lanes);
@@ -119,7 +122,8 @@ struct ChannelGroup {
     return (weights * load<V>(grad + at, n) - (normalised(at, n) * along + constant)) * rstd;
   }
 
-  // The gradient loses what would change the group's mean (its part that is constant) and variance (along x_hat).
+  // The gradient loses what would change the group's mean (its part that is constant) and variance
+  // (along x_hat).
   void grad_x(const R* scale, const R* shift, R* to, R* scratch) const {
     R along = 0, constant = 0;
     for (int64_t c = 0; c < channels; ++c) {
@@ -166,11 +170,10 @@ void group_of(const GroupNormTask& task, int64_t unit, void* scratch_memory) {
                            static_cast<const R*>(task.rstd)[unit]};
   R* const scale = static_cast<R*>(task.scale) + unit * task.channels;
   R* const shift = static_cast<R*>(task.shift) + unit * task.channels;
-  if (task.space >= of.lanes)
-    of.sums_along_space(scale, shift);
-  else
-    of.sums_across_channels(scale, shift, scratch);
-  if (task.grad_x != nullptr) of.grad_x(scale, shift, static_cast<R*>(task.grad_x) + unit * values, scratch);
+  if (task.space >= of.lanes) of.sums_along_space(scale, shift);
+  else of.sums_across_channels(scale, shift, scratch);
+  if (task.grad_x != nullptr)
+    of.grad_x(scale, shift, static_cast<R*>(task.grad_x) + unit * values, scratch);
 }
 
 }  // namespace
@@ -185,4 +188,4 @@ void norm_kernel(const NormTask& task, int64_t first, int64_t last) {
     with_dtype(task.dtype, [&](auto element) { chunk_of<decltype(element)>(task, chunk); });
 }
 
-}  // namespace htv::HTV_LEVEL
+}  // namespace htv::HTV_ISA

@@ -1,8 +1,8 @@
-// What the ops on normalisations hand to the kernels of a CPU level.
+// What the ops on normalisations hand to the kernels of an instruction set.
 #pragma once
 
 #include "../dtype.h"
-#include "level.h"
+#include "isa.h"
 
 namespace htv {
 
@@ -23,7 +23,7 @@ struct NormTask {
 inline int64_t norm_chunks(int64_t features) { return (features + kNormChunk - 1) / kNormChunk; }
 
 // Computes chunks first <= chunk < last, those of a sample beside each other.
-HTV_DECLARE_PER_LEVEL(void norm_kernel(const NormTask& task, int64_t first, int64_t last))
+HTV_DECLARE_PER_ISA(void norm_kernel(const NormTask& task, int64_t first, int64_t last))
 
 // One group of one sample's channels is the unit of work.
 struct GroupNormTask {
@@ -41,10 +41,11 @@ struct GroupNormTask {
 
 // What each thread needs as scratch: two values for each of a group's.
 inline int64_t group_norm_scratch(const GroupNormTask& task) {
-  return 2 * task.channels * task.space * bytes_of(task.dtype == Dtype::float64 ? task.dtype : Dtype::float32);
+  return 2 * task.channels * task.space * compute_bytes(task.dtype);
 }
 
 // Computes units first <= unit < last, those of a sample beside each other.
-HTV_DECLARE_PER_LEVEL(void group_norm_kernel(const GroupNormTask& task, int64_t first, int64_t last, void* scratch))
+HTV_DECLARE_PER_ISA(void group_norm_kernel(const GroupNormTask& task, int64_t first, int64_t last,
+                                           void* scratch))
 
 }  // namespace htv

@@ -7,12 +7,13 @@
 #include <utility>
 #include <vector>
 
-#include "../contract.h"
+#include "../op_checks.h"
 
 namespace htv::cpu {
 
-// Blocks of memory a thread keeps for its next call: fresh ones cost a page fault every 4 KB, which took as long as what
-// was done in them. From malloc, and aligned by hand: glibc before 2.38 seldom reuses what aligned_alloc gave.
+// Blocks of memory a thread keeps for its next call: fresh ones cost a page fault every 4 KB, which
+// took as long as what was done in them. From malloc, and aligned by hand: glibc before 2.38 seldom
+// reuses what aligned_alloc gave.
 class KeptBlocks {
  public:
   struct Block {
@@ -40,7 +41,8 @@ class KeptBlocks {
   }
 
  private:
-  static constexpr size_t kMostBytes = (8 << 20) + 4096;  // the copies convolutions make of their operands
+  // The copies convolutions make of their operands.
+  static constexpr size_t kMostBytes = (8 << 20) + 4096;
   static std::array<Block, 3>& kept() {
     thread_local std::array<Block, 3> blocks;
     return blocks;

@@ -1,6 +1,7 @@
-// Order statistics of a linear layer's contributions g[o] * x[i] where no group has more than one row: compiled once per
-// CPU level. Sign planes tell which coordinates are 0 whatever the sizes of their contributions: under ReLU most are.
-#include "rank_one.h"
+// Order statistics of a linear layer's contributions g[o] * x[i] where no group has more than one
+// row: compiled once per instruction set. Sign planes tell which coordinates are 0 whatever the
+// sizes of their contributions: under ReLU most are.
+#include "rank_one_kernel.h"
 
 #include <string.h>
 
@@ -8,27 +9,27 @@
 #include "lanes.h"
 #include "select.h"
 
-namespace htv::HTV_LEVEL {
+namespace htv::HTV_ISA {
 namespace {
 
 template <class V, class T>
 class RankOneTile {
   using R = Real<V>;
   using Int = typename Lane<V>::Int;
-  static constexpr int kWide = 64 / kRegisterBytes;  // a tile has the same columns at every level
+  // A tile has the same columns for any instruction set.
+  static constexpr int kWide = kWidestRegister / kRegisterBytes;
   static constexpr int64_t kLanesOf = kLanes<V>, kPanels = kRankOneRegisters * kWide;
 
   const RankOneTask& task_;
   const int64_t out_, in_, height_, panels_;
-  V* const packed_x_;     // [panel][row]
-  V* const values_;       // [row][column], one or two
+  V* const packed_x_;  // [panel][row]
+  V* const values_;    // [row][column], one or two
   void* const selection_;
-  R* const packed_g_;     // [row][output]
-  R* const g_;            // [row], of one output
+  R* const packed_g_;           // [row][output]
+  R* const g_;                  // [row], of one output
   bool finite_x_[kPanels];      // no NaN or infinity in the panel
   bool finite_g_[kRankOneOut];  // nor in the output's column
 
-  static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
   static int64_t tiles_in(const RankOneTask& task) {
     const int64_t width = rank_one_width(task.dtype);
     return (task.in + width - 1) / width;
@@ -44,7 +45,8 @@ class RankOneTile {
         packed_x_(static_cast<V*>(scratch)),
         values_(packed_x_ + kPanels * task.rows),
         selection_(values_ + 2 * kWide * task.ranking->ranked),
-        packed_g_(reinterpret_cast<R*>(static_cast<char*>(selection_) + select_scratch_bytes(*task.ranking))),
+        packed_g_(reinterpret_cast<R*>(static_cast<char*>(selection_) +
+                                       select_scratch_bytes(*task.ranking))),
         g_(packed_g_ + kRankOneOut * task.rows) {}
 
   void run() {
@@ -97,14 +99,17 @@ class RankOneTile {
     for (int64_t r = 0; r < task_.rows; ++r) g_[r] = packed_g_[r * kRankOneOut + o - out_];
   }
 
-  // Whether every rank that is read is 0 in all of a panel's coordinates, by the signs of the factors alone: where those
-  // are finite no product is NaN, and one too small for its type only is one more 0.
+  // Whether every rank that is read is 0 in all of a panel's coordinates, by the signs of the
+  // factors alone: where those are finite no product is NaN, and one too small for its type only is
+  // one more 0.
   bool decided_zero(int64_t o, int64_t column) const {
     Count<V> nonzero{}, negative{};
     for (int64_t word = 0; word < task_.signs_x.words; ++word) {
       const SignPlanes &of_x = task_.signs_x, &of_g = task_.signs_g;
-      const Count<V> both = read<Count<V>>(of_x.nonzero_at<Int>(word, column)) & *of_g.nonzero_at<Int>(word, o);
-      const Count<V> differ = read<Count<V>>(of_x.negative_at<Int>(word, column)) ^ *of_g.negative_at<Int>(word, o);
+      const Count<V> both =
+          read<Count<V>>(of_x.nonzero_at<Int>(word, column)) & *of_g.nonzero_at<Int>(word, o);
+      const Count<V> differ =
+          read<Count<V>>(of_x.negative_at<Int>(word, column)) ^ *of_g.negative_at<Int>(word, o);
       nonzero += popcount(both);
       negative += popcount(differ & both);
     }
@@ -116,11 +121,14 @@ class RankOneTile {
   template <int columns>
   void rank(int64_t o, const int64_t* panels) {
     for (int64_t r = 0; r < task_.rows; ++r)
-      for (int c = 0; c < columns; ++c) values_[r * columns + c] = g_[r] * packed_x_[panels[c] * task_.rows + r];
-    for (int64_t i = task_.rows * columns; i < task_.ranking->ranked * columns; ++i) values_[i] = V{};
+      for (int c = 0; c < columns; ++c)
+        values_[r * columns + c] = g_[r] * packed_x_[panels[c] * task_.rows + r];
+    for (int64_t i = task_.rows * columns; i < task_.ranking->ranked * columns; ++i)
+      values_[i] = V{};
     V result[columns];
     order_statistics<V, columns>(*task_.ranking, values_, columns, selection_, result);
-    for (int c = 0; c < columns; ++c) write(o, panels[c], result[c] * R(task_.ranking->parameters.groups));
+    for (int c = 0; c < columns; ++c)
+      write(o, panels[c], result[c] * R(task_.ranking->parameters.groups));
   }
 
   void write(int64_t o, int64_t panel, V v) const {
@@ -145,4 +153,4 @@ void rank_one_kernel(const RankOneTask& task, int64_t first, int64_t last, void*
     });
 }
 
-}  // namespace htv::HTV_LEVEL
+}  // namespace htv::HTV_ISA

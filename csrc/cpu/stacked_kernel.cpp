@@ -1,18 +1,14 @@
-// The statistic of stacked contributions over groups: hot loops, compiled once per CPU level.
+// The statistic of stacked contributions over groups: hot loops, compiled once per instruction set.
 #include "stacked_kernel.h"
 
-#include "order.h"
 #include "select.h"
+#include "sort_registers.h"
 
-namespace htv::HTV_LEVEL {
+namespace htv::HTV_ISA {
 namespace {
 
-template <class T>
-T least(T a, T b) {
-  return a < b ? a : b;
-}
-
-// One value per coordinate, summed in double in an order that is the same at every level.
+// One value per coordinate, summed in double in an order that is the same for every instruction
+// set.
 template <class T>
 double sum_in_double(const T* values, int64_t n) {
   constexpr int ways = 8;
@@ -28,11 +24,13 @@ double sum_in_double(const T* values, int64_t n) {
 
 // ---- streaming: the states of a chunk stay in L1 while its rows pass by ----
 
-// Rows are taken in a batch at a time: states travel less, and a sum of batch sums rounds less than one long sum.
+// Rows are taken in a batch at a time: states travel less, and a sum of batch sums rounds less than
+// one long sum.
 constexpr int64_t kBatchRows = 16;
 
 template <class State, class V, class T>
-void merge_rows(State* states, const T* grads, int64_t stride, int64_t width, int64_t before, int64_t rows) {
+void merge_rows(State* states, const T* grads, int64_t stride, int64_t width, int64_t before,
+                int64_t rows) {
   constexpr int lanes = kLanes<V>;
   const int64_t full = width / lanes, rest = width % lanes;
   for (int64_t j = 0; j < full; ++j) {
@@ -42,7 +40,8 @@ void merge_rows(State* states, const T* grads, int64_t stride, int64_t width, in
   }
   if (rest > 0) {
     State batch{};
-    for (int64_t r = 0; r < rows; ++r) batch.update(load<V>(grads + r * stride + full * lanes, rest), r + 1);
+    for (int64_t r = 0; r < rows; ++r)
+      batch.update(load<V>(grads + r * stride + full * lanes, rest), r + 1);
     states[full].merge(batch, before, rows);
   }
 }
@@ -51,14 +50,16 @@ template <class State, class V, class T>
 void streaming_chunk(const StackedTask& task, int64_t chunk) {
   using R = Real<V>;
   constexpr int lanes = kLanes<V>;
-  const int64_t begin = chunk * kStackedChunk, stride = task.coordinates, groups = task.parameters.groups;
+  const int64_t begin = chunk * kStackedChunk, stride = task.coordinates,
+                groups = task.parameters.groups;
   const int64_t width = least(kStackedChunk, stride - begin);
   const T* const grads = static_cast<const T*>(task.grads) + begin;
   R* const value = static_cast<R*>(task.value) + begin;
 
   State states[kStackedChunk / lanes] = {};
   for (int64_t e = 0; e < groups; e += kBatchRows)
-    merge_rows<State, V>(states, grads + e * stride, stride, width, e, least(kBatchRows, groups - e));
+    merge_rows<State, V>(states, grads + e * stride, stride, width, e,
+                         least(kBatchRows, groups - e));
 
   alignas(kRegisterBytes) R mask[kStackedChunk];
   for (int64_t j = 0; j * lanes < width; ++j) {
@@ -91,8 +92,9 @@ void each_register(const StackedTask& task, int64_t k, int64_t begin, int64_t wi
   if (full * lanes < width) f(full, load<V>(row + full * lanes, width - full * lanes));
 }
 
-// values[k * stride + j]: contribution k of register j of coordinates. Some rows are read side by side, for what a row
-// read alone waits for, its page and its first lines, several rows wait for together.
+// values[k * stride + j]: contribution k of register j of coordinates. Some rows are read side by
+// side, for what a row read alone waits for, its page and its first lines, several rows wait for
+// together.
 template <class V, class T>
 void gather(const StackedTask& task, int64_t begin, int64_t width, V* values, int64_t stride) {
   constexpr int together = 8, lanes = kLanes<V>;
@@ -106,7 +108,8 @@ void gather(const StackedTask& task, int64_t begin, int64_t width, V* values, in
         values[(k + r) * stride + j] = load<V>(rows + r * task.coordinates + j * lanes);
     if (full * lanes < width)
       for (int r = 0; r < together; ++r)
-        values[(k + r) * stride + full] = load<V>(rows + r * task.coordinates + full * lanes, width - full * lanes);
+        values[(k + r) * stride + full] =
+            load<V>(rows + r * task.coordinates + full * lanes, width - full * lanes);
   }
   for (; k < groups; ++k)
     each_register<V, T>(task, k, begin, width, [&](int64_t j, V v) { values[k * stride + j] = v; });
@@ -143,7 +146,8 @@ void order_chunk(const StackedTask& task, int64_t chunk, void* scratch) {
     direct = (end - begin) / lanes * lanes;
     const T* const grads = static_cast<const T*>(task.grads) + begin;
     few_statistics<V, kMostDirect>(
-        ranking, direct / lanes, [&](int64_t j) { return Rows<V, T>{grads + j * lanes, task.coordinates}; },
+        ranking, direct / lanes,
+        [&](int64_t j) { return Rows<V, T>{grads + j * lanes, task.coordinates}; },
         [&](int64_t j, V v) { store<V>(value + begin + j * lanes, v, lanes); });
   }
   V* const values = static_cast<V*>(scratch);
@@ -154,7 +158,8 @@ void order_chunk(const StackedTask& task, int64_t chunk, void* scratch) {
     const int64_t stride = count + 1;
     if (buckets) gather_buckets<V, T>(task, at, width, values, stride);
     else gather<V, T>(task, at, width, values, stride);
-    order_statistics<V>(ranking, values, stride, count, static_cast<char*>(scratch) + values_bytes, result);
+    order_statistics<V>(ranking, values, stride, count, static_cast<char*>(scratch) + values_bytes,
+                        result);
     for (int64_t j = 0; j < count; ++j)
       store<V>(value + at + j * lanes, result[j], width - j * lanes);
   }
@@ -173,7 +178,8 @@ void chunk_of(const StackedTask& task, int64_t chunk, void* scratch) {
 
 void stacked_kernel(const StackedTask& task, int64_t first, int64_t last, void* scratch) {
   for (int64_t chunk = first; chunk < last; ++chunk)
-    with_dtype(task.dtype, [&](auto element) { chunk_of<decltype(element)>(task, chunk, scratch); });
+    with_dtype(task.dtype,
+               [&](auto element) { chunk_of<decltype(element)>(task, chunk, scratch); });
 }
 
-}  // namespace htv::HTV_LEVEL
+}  // namespace htv::HTV_ISA

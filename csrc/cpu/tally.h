@@ -1,11 +1,13 @@
-// Streaming statistics of products as kernels hold them in registers: they finish with E times the statistic.
+// Streaming statistics of products as kernels hold them in registers: they finish with E times the
+// statistic.
 #pragma once
 
 #include "lanes.h"
 
-namespace htv::HTV_LEVEL {
+namespace htv::HTV_ISA {
 
-// State of the statistics that know sum and votes only. Votes are small integers, or NaN where a contribution is.
+// State of the statistics that know sum and votes only. Votes are small integers, or NaN where a
+// contribution is.
 template <class V>
 struct Tally {
   V sum{}, votes{};
@@ -52,7 +54,8 @@ void with_tally(Statistic statistic, const F& f) {
   }
 }
 
-// Sums of masks, one per lane: in double, but for stretches of additions that are exact enough without.
+// Sums of masks, one per lane: in double, but for stretches of additions that are exact enough
+// without.
 template <class V>
 class MaskSum {
   static constexpr int kStretch = 256;
@@ -82,9 +85,4 @@ class MaskSum {
   }
 };
 
-inline bool has_mask(Statistic statistic) {
-  return statistic == Statistic::and_mask || statistic == Statistic::xor_mask ||
-         statistic == Statistic::geometric_mean || statistic == Statistic::sand_mask;
-}
-
-}  // namespace htv::HTV_LEVEL
+}  // namespace htv::HTV_ISA

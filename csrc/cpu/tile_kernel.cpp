@@ -1,8 +1,10 @@
-// Statistics of grouped products, tile by tile: compiled once per CPU level.
+// Statistics of grouped products, tile by tile: compiled once per instruction set.
 //
-// Blocks of rows are packed into panels, those of x unless they can be read where they lie. For each register tile
-// ("cell") of coordinates the rows of one group after the other are multiplied; a streaming statistic takes in the product while it is in registers, an order statistic
-// stores it and ranks the cell's values in cache when all groups have passed.
+// Blocks of rows are packed into panels, those of x unless they can be read where they lie. For
+// each register tile
+// ("cell") of coordinates the rows of one group after the other are multiplied; a streaming
+// statistic takes in the product while it is in registers, an order statistic stores it and ranks
+// the cell's values in cache when all groups have passed.
 #include "tile_kernel.h"
 
 #include <vector>
@@ -12,11 +14,11 @@
 #include "tally.h"
 #include "transpose.h"
 
-namespace htv::HTV_LEVEL {
+namespace htv::HTV_ISA {
 namespace {
 
-// The cell: kRows x kColumns registers, as many rows at a time as leave registers for factors, and, where groups have few
-// rows, for the states.
+// The cell: kRows x kColumns registers, as many rows at a time as leave registers for factors, and,
+// where groups have few rows, for the states.
 constexpr int kColumns = 2;
 constexpr int kRows = kTileOutStep;
 constexpr int kManyRows = kRegisters == 32 ? 8 : 4;
@@ -24,8 +26,6 @@ constexpr int kFewRows = 4;
 constexpr int kCell = kRows * kColumns;
 constexpr int kRanked = 4;  // registers that are ranked at a time
 static_assert(kRows % kManyRows == 0 && kTileInStep % (kColumns * kLanes<Register<float>>) == 0);
-
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // The columns of a cell, row by row: packed, or where they lie.
 template <class V>
@@ -51,7 +51,8 @@ struct InPlace {
 
 // sum = sum over rows of g[row][i] * x[row][j]; or over pairs of rows, packed into one.
 template <class V, int K, bool paired, class X>
-inline __attribute__((always_inline)) void product(const Real<V>* g, const X& x, int64_t rows, V (&sum)[K][kColumns]) {
+inline __attribute__((always_inline)) void product(const Real<V>* g, const X& x, int64_t rows,
+                                                   V (&sum)[K][kColumns]) {
 #pragma GCC unroll 8
   for (int i = 0; i < K; ++i)
 #pragma GCC unroll 2
@@ -65,8 +66,7 @@ inline __attribute__((always_inline)) void product(const Real<V>* g, const X& x,
 #pragma GCC unroll 2
       for (int j = 0; j < kColumns; ++j) {
 #if defined(__AVX512BF16__)
-        if constexpr (paired)
-          sum[i][j] = multiply_add_pair(g + i, columns[j], sum[i][j]);
+        if constexpr (paired) sum[i][j] = multiply_add_pair(g + i, columns[j], sum[i][j]);
         else
 #endif
           sum[i][j] = multiply_add(splat<V>(g[i]), columns[j], sum[i][j]);
@@ -87,52 +87,61 @@ class Tile {
   static constexpr int64_t kTogether = paired ? 2 : 1;  // rows
   static constexpr int kWidth = kColumns * kLanes<V>;
 
-  const TileTask& task_;
+  const TileProblem& problem_;
+  const TilePlan& plan_;
+  const TileBuffers& buffers_;
   const int64_t part_, out_, in_;         // first coordinate
   const int64_t height_, width_;          // coordinates in the tile
   const int64_t panels_out_, panels_in_;  // cells needed for them
   const int64_t panel_rows_;
-  int64_t* const at_;                     // where the rows of the block lie, if they are read there, in the place of:
-  V* const packed_x_;                     // [panel][row][kColumns]
-  R* const packed_g_;                     // [panel][row][kRows]
+  // Where the rows of the block lie, if they are read there, in the place of packed ones.
+  int64_t* const at_;
+  V* const packed_x_;  // [panel][row][kColumns]
+  R* const packed_g_;  // [panel][row][kRows]
   const int64_t joined_width_;
-  R* const joined_;                       // some rows of x whose runs are no whole registers
-  R* const staged_;                       // [row][column], values whose places are not side by side
-  V* const kept_;                         // of each cell, between blocks: states, and products of unfinished groups
-  V* const unfinished_;                   // or the values to rank: [kCell / kRanked][group][kRanked]
+  R* const joined_;  // some rows of x whose runs are no whole registers
+  R* const staged_;  // [row][column], values whose places are not side by side
+  // Of each cell, between blocks: states, and products of unfinished groups; or, in kept_ alone,
+  // the values to rank: [kCell / kRanked][group][kRanked].
+  V* const kept_;
+  V* const unfinished_;
   void* const select_scratch_;
   MaskSum<V> mask_sum_;
   std::vector<Run> runs_;  // of the tile's columns
-  // Of its registers of columns: where they lie in a row that is read in place, and how many coordinates they hold.
+  // Of its registers of columns: where they lie in a row that is read in place, and how many
+  // coordinates they hold.
   std::vector<int64_t> offsets_, valid_;
-  int64_t reach_ = 0;      // elements from a row's start to the end of its last register
+  int64_t reach_ = 0;  // elements from a row's start to the end of its last register
   bool whole_registers_ = true;
 
  public:
-  Tile(const TileTask& task, int64_t tile, void* scratch)
-      : task_(task),
-        part_(tile / (task.tiles_out() * task.tiles_in())),
-        out_(tile / task.tiles_in() % task.tiles_out() * task.tile_out),
-        in_(tile % task.tiles_in() * task.tile_in),
-        height_(least(task.tile_out, task.out - out_)),
-        width_(least(task.tile_in, task.in - in_)),
+  Tile(const TileProblem& problem, const TilePlan& plan, const TileBuffers& buffers, int64_t tile)
+      : problem_(problem),
+        plan_(plan),
+        buffers_(buffers),
+        part_(tile / (plan.tiles_out(problem) * plan.tiles_in(problem))),
+        out_(tile / plan.tiles_in(problem) % plan.tiles_out(problem) * plan.tile_out),
+        in_(tile % plan.tiles_in(problem) * plan.tile_in),
+        height_(least(plan.tile_out, problem.out - out_)),
+        width_(least(plan.tile_in, problem.in - in_)),
         panels_out_((height_ + kRows - 1) / kRows),
         panels_in_((width_ + kWidth - 1) / kWidth),
-        panel_rows_(task.block_rows + kPanelGap),
-        at_(static_cast<int64_t*>(scratch)),
-        packed_x_(static_cast<V*>(scratch)),
-        packed_g_(task.in_place ? reinterpret_cast<R*>(static_cast<char*>(scratch) + row_table_bytes(task))
-                                : reinterpret_cast<R*>(packed_x_ + panel_rows_ * panels_in_ * kColumns)),
-        joined_width_(task.in_place ? 0 : width_ + kLanes<V>),
-        joined_(packed_g_ + (task.in_place ? 0 : panel_rows_ * panels_out_ * kRows)),
+        panel_rows_(plan.block_rows + kPanelGap),
+        at_(static_cast<int64_t*>(buffers.scratch)),
+        packed_x_(static_cast<V*>(buffers.scratch)),
+        packed_g_(behind_rows(plan)),
+        joined_width_(plan.in_place ? 0 : width_ + kLanes<V>),
+        joined_(packed_g_ + (plan.in_place ? 0 : panel_rows_ * panels_out_ * kRows)),
         staged_(joined_ + kJoinedRows * joined_width_),
-        kept_(reinterpret_cast<V*>(aligned(staged_ + (task.place ? task.tile_out * task.tile_in : 0)))),
-        unfinished_(kept_ + (one_block() ? 1 : panels_out_ * panels_in_) * kCell * kept_per_coordinate()),
+        kept_(aligned(staged_ + (buffers.place ? plan.tile_out * plan.tile_in : 0))),
+        unfinished_(kept_ + (plan.one_block() ? 1 : panels_out_ * panels_in_) * kCell *
+                                kept_per_coordinate()),
         select_scratch_(unfinished_),
         offsets_(panels_in_ * kColumns),
         valid_(panels_in_ * kColumns) {
-    for (int64_t i = 0; i < width_ && !task.in_place; i += kLanes<V>) valid_[i / kLanes<V>] = least(kLanes<V>, width_ - i);
-    for (const Run* run = task.runs; run != task.runs_end; ++run) {
+    for (int64_t i = 0; i < width_ && !plan.in_place; i += kLanes<V>)
+      valid_[i / kLanes<V>] = least(kLanes<V>, width_ - i);
+    for (const Run* run = problem.x.runs; run != problem.x.runs_end; ++run) {
       const int64_t begin = run->column < in_ ? in_ : run->column;
       const int64_t end = least(run->column + run->length, in_ + width_);
       if (begin >= end) continue;
@@ -141,7 +150,7 @@ class Tile {
       whole_registers_ &= mine.column % kLanes<V> == 0;
       const int64_t reach = mine.offset + (mine.length + kLanes<V> - 1) / kLanes<V> * kLanes<V>;
       reach_ = reach > reach_ ? reach : reach_;
-      if (!task.in_place) continue;
+      if (!plan.in_place) continue;
       for (int64_t i = 0; i < mine.length; i += kLanes<V>) {
         offsets_[(mine.column + i) / kLanes<V>] = mine.offset + i;
         valid_[(mine.column + i) / kLanes<V>] = least(kLanes<V>, mine.length - i);
@@ -150,60 +159,82 @@ class Tile {
   }
 
   void run(int64_t tile) {
-    if (task_.ranking) {
+    if (is_order(problem_.statistic)) {
       each_block([&](const RowBlock& block, auto rows, auto x) { rank_cells<rows()>(block, x); });
     } else {
-      with_tally<V>(task_.statistic, [&](auto state) { stream<decltype(state)>(); });
+      with_tally<V>(problem_.statistic, [&](auto state) { stream<decltype(state)>(); });
     }
-    if (task_.place) scatter();
-    task_.mask_sums[tile] = mask_sum_.total();
+    if (buffers_.place) scatter();
+    buffers_.mask_sums[tile] = mask_sum_.total();
   }
 
  private:
-  static void* aligned(R* p) { return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(p) + 63) / 64 * 64); }
-  bool one_block() const { return task_.blocks_end - task_.blocks == 1; }
+  // What follows the row table or the packed rows of x.
+  R* behind_rows(const TilePlan& plan) const {
+    if (!plan.in_place)
+      return reinterpret_cast<R*>(packed_x_ + panel_rows_ * panels_in_ * kColumns);
+    return reinterpret_cast<R*>(reinterpret_cast<char*>(at_) + row_table_bytes(plan.block_rows));
+  }
+  static V* aligned(R* p) {
+    constexpr uintptr_t step = kWidestRegister;
+    return reinterpret_cast<V*>((reinterpret_cast<uintptr_t>(p) + step - 1) / step * step);
+  }
   int64_t kept_per_coordinate() const {
-    if (task_.ranking) return task_.parameters.groups;
+    if (is_order(problem_.statistic)) return problem_.parameters.groups;
     int64_t registers = 0;
-    with_tally<V>(task_.statistic, [&](auto state) { registers = sizeof state / sizeof(V); });
+    with_tally<V>(problem_.statistic, [&](auto state) { registers = sizeof state / sizeof(V); });
     return registers;
   }
 
-  V* panel_x(int64_t panel, int64_t row) const { return packed_x_ + (panel * panel_rows_ + row) * kColumns; }
-  R* panel_g(int64_t panel, int64_t row) const { return packed_g_ + (panel * panel_rows_ + row) * kRows; }
-  const R* panel_g(const RowBlock& block, int64_t panel) const {
-    if (!task_.in_place) return panel_g(panel, 0);
-    const R* const g = static_cast<const R*>(task_.grad_output) + part_ * task_.grad_part;
-    return g + (out_ / kRows + panel) * task_.grad_stride + block.begin * kRows;
+  // The first rows of the tile's part.
+  template <class T>
+  const T* x() const {
+    return static_cast<const T*>(problem_.x.data) + part_ * problem_.x.part;
   }
-  // Where a cell is in memory that is kept from block to block; with one block all cells share a place.
-  int64_t cell(int64_t o, int64_t i) const { return one_block() ? 0 : i * panels_out_ + o; }
+  template <class T>
+  const T* grad() const {
+    return static_cast<const T*>(problem_.grad_output.data) + part_ * problem_.grad_output.part;
+  }
+
+  V* panel_x(int64_t panel, int64_t row) const {
+    return packed_x_ + (panel * panel_rows_ + row) * kColumns;
+  }
+  R* panel_g(int64_t panel, int64_t row) const {
+    return packed_g_ + (panel * panel_rows_ + row) * kRows;
+  }
+  const R* panel_g(const RowBlock& block, int64_t panel) const {
+    if (!plan_.in_place) return panel_g(panel, 0);
+    return grad<R>() + (out_ / kRows + panel) * problem_.grad_output.stride + block.begin * kRows;
+  }
+  // Where a cell is in memory that is kept from block to block; with one block all cells share a
+  // place.
+  int64_t cell(int64_t o, int64_t i) const { return plan_.one_block() ? 0 : i * panels_out_ + o; }
 
   // f(block, rows of a cell at a time, panel -> its columns) with the block packed
   template <class F>
   void each_block(const F& f) {
     const auto serve = [&](const RowBlock& block, const auto& x) {
-      if (task_.few_rows) {
+      if (plan_.few_rows) {
         f(block, std::integral_constant<int, kFewRows>{}, x);
       } else {
         f(block, std::integral_constant<int, kManyRows>{}, x);
       }
     };
-    for (const RowBlock* block = task_.blocks; block != task_.blocks_end; ++block) {
+    for (const RowBlock* block = plan_.blocks; block != plan_.blocks_end; ++block) {
       if constexpr (paired) {
         pack_x<BFloat16>(*block);
         pack_g<BFloat16>(*block);
-      } else if (task_.in_place) {
+      } else if (plan_.in_place) {
         find_rows(*block);
-        const R* const x = static_cast<const R*>(task_.x) + part_ * task_.x_part;
+        const R* const rows = x<R>();
         serve(*block, [&](int64_t panel) {
           InPlace<V> columns{{}, at_};
-          for (int j = 0; j < kColumns; ++j) columns.x[j] = x + offsets_[panel * kColumns + j];
+          for (int j = 0; j < kColumns; ++j) columns.x[j] = rows + offsets_[panel * kColumns + j];
           return columns;
         });
         continue;
       } else {
-        with_dtype(task_.dtype, [&](auto element) {
+        with_dtype(problem_.dtype, [&](auto element) {
           using T = decltype(element);
           if constexpr (sizeof(Compute<T>) == sizeof(R)) {
             pack_x<T>(*block);
@@ -216,29 +247,36 @@ class Tile {
   }
 
   void find_rows(const RowBlock& block) {
-    int64_t sample = block.begin / task_.positions, position = block.begin % task_.positions;
+    const TileInput& input = problem_.x;
+    int64_t sample = block.begin / input.positions, position = block.begin % input.positions;
     for (int64_t r = 0; r < block.end - block.begin; ++r) {
-      at_[r] = sample * task_.sample + task_.at[position];
-      if (++position == task_.positions) ++sample, position = 0;
+      at_[r] = sample * input.sample + input.at[position];
+      if (++position == input.positions) ++sample, position = 0;
     }
   }
 
-  // While the cells of a panel of columns are multiplied, each brings a share of what comes next nearer: of the rows that the
-  // next block packs,
+  // While the cells of a panel of columns are multiplied, each brings a share of what comes next
+  // nearer: of the rows that the next block packs,
   void prefetch(const RowBlock& block, int64_t o, int64_t i, const Packed<V>&) const {
     const int64_t share = i * panels_out_ + o;
     const RowBlock& next = *(&block + 1);
-    if (&next == task_.blocks_end) return;
-    const int64_t rows = next.end - next.begin, shares = panels_in_ * panels_out_, element = bytes_of(task_.dtype);
-    const char* const x = static_cast<const char*>(task_.x) + part_ * task_.x_part * element;
-    const char* const g = static_cast<const char*>(task_.grad_output) + (part_ * task_.grad_part + out_) * element;
+    if (&next == plan_.blocks_end) return;
+    const TileInput& input = problem_.x;
+    const TileGrad& grad = problem_.grad_output;
+    const int64_t rows = next.end - next.begin, shares = panels_in_ * panels_out_;
+    const int64_t element = bytes_of(problem_.dtype);
+    const char* const x = static_cast<const char*>(input.data) + part_ * input.part * element;
+    const char* const g =
+        static_cast<const char*>(grad.data) + (part_ * grad.part + out_) * element;
     const auto touch = [](const char* from, int64_t bytes) {
       for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
     };
-    for (int64_t r = next.begin + rows * share / shares; r < next.begin + rows * (share + 1) / shares; ++r) {
-      const char* const row = x + (r / task_.positions * task_.sample + task_.at[r % task_.positions]) * element;
+    for (int64_t r = next.begin + rows * share / shares;
+         r < next.begin + rows * (share + 1) / shares; ++r) {
+      const char* const row =
+          x + (r / input.positions * input.sample + input.at[r % input.positions]) * element;
       for (const Run& run : runs_) touch(row + run.offset * element, run.length * element);
-      touch(g + r * task_.grad_stride * element, height_ * element);
+      touch(g + r * grad.stride * element, height_ * element);
     }
   }
 
@@ -247,7 +285,8 @@ class Tile {
     if (i + 1 == panels_in_) return;
     const int64_t rows = block.end - block.begin;
     for (int j = 0; j < kColumns; ++j) {
-      const R* const next = columns.x[j] + offsets_[(i + 1) * kColumns + j] - offsets_[i * kColumns + j];
+      const R* const next =
+          columns.x[j] + offsets_[(i + 1) * kColumns + j] - offsets_[i * kColumns + j];
       for (int64_t r = rows * o / panels_out_; r < rows * (o + 1) / panels_out_; ++r)
         __builtin_prefetch(next + at_[r], 0, 3);
     }
@@ -265,17 +304,20 @@ class Tile {
   template <class T>
   void pack_x(const RowBlock& block) {
     constexpr int lanes = kLanes<V>;
-    const T* const x = static_cast<const T*>(task_.x) + part_ * task_.x_part;
-    const T* const end = static_cast<const T*>(task_.x_end);
+    const TileInput& input = problem_.x;
+    const T* const x = this->x<T>();
+    const T* const end = static_cast<const T*>(input.end);
     const int64_t filled = (width_ + lanes - 1) / lanes * lanes;
-    int64_t sample = block.begin / task_.positions, position = block.begin % task_.positions;
+    int64_t sample = block.begin / input.positions, position = block.begin % input.positions;
     const auto next_row = [&] {
-      const T* const row = x + sample * task_.sample + task_.at[position];
-      if (++position == task_.positions) ++sample, position = 0;
+      const T* const row = x + sample * input.sample + input.at[position];
+      if (++position == input.positions) ++sample, position = 0;
       return row;
     };
     const int64_t rows = (block.end - block.begin) / kTogether;
-    const auto place = [&](int64_t column, int64_t r) { return panel_x(column / kWidth, r) + column % kWidth / lanes; };
+    const auto place = [&](int64_t column, int64_t r) {
+      return panel_x(column / kWidth, r) + column % kWidth / lanes;
+    };
     for (int64_t r = 0; r < rows; ++r) {
       const T *const row = next_row(), *const other = paired ? next_row() : row;
       // what registers hold beyond a run is overwritten or not stored
@@ -301,17 +343,20 @@ class Tile {
   template <class T>
   void pack_g(const RowBlock& block) {
     constexpr int lanes = kLanes<V>, together = lanes < kRows ? lanes : kRows;
-    const T* const g = static_cast<const T*>(task_.grad_output) + part_ * task_.grad_part + out_;
-    const T* const end = static_cast<const T*>(task_.grad_end);
+    const T* const g = grad<T>() + out_;
+    const T* const end = static_cast<const T*>(problem_.grad_output.end);
     const int64_t filled = panels_out_ * kRows;
     for (int64_t r = 0; r < (block.end - block.begin) / kTogether; ++r) {
-      const T* const row = g + (block.begin + r * kTogether) * task_.grad_stride;
-      const T* const other = row + (kTogether - 1) * task_.grad_stride;
+      const T* const row = g + (block.begin + r * kTogether) * problem_.grad_output.stride;
+      const T* const other = row + (kTogether - 1) * problem_.grad_output.stride;
       for (int64_t i = 0; i < filled; i += lanes) {
         const bool inside = end - other >= i + lanes;
-        const V v = inside || i < height_ ? values_at(row + i, other + i, inside ? lanes : height_ - i) : V{};
+        const V v = inside || i < height_
+                        ? values_at(row + i, other + i, inside ? lanes : height_ - i)
+                        : V{};
         for (int k = 0; k < lanes && i + k < filled; k += together)
-          memcpy(panel_g((i + k) / kRows, r) + (i + k) % kRows, reinterpret_cast<const R*>(&v) + k, together * sizeof(R));
+          memcpy(panel_g((i + k) / kRows, r) + (i + k) % kRows, reinterpret_cast<const R*>(&v) + k,
+                 together * sizeof(R));
       }
     }
   }
@@ -322,7 +367,8 @@ class Tile {
       for (int64_t i = 0; i < panels_in_; ++i)
         for (int64_t o = 0; o < panels_out_; ++o) {
           prefetch(block, o, i, x(i));
-          for (int top = 0; top < kRows; top += rows()) stream_cell<State, rows()>(block, o, i, top, x(i));
+          for (int top = 0; top < kRows; top += rows())
+            stream_cell<State, rows()>(block, o, i, top, x(i));
         }
     });
   }
@@ -330,7 +376,7 @@ class Tile {
   template <class State, int K, class X>
   void stream_cell(const RowBlock& block, int64_t o, int64_t i, int top, const X& x) {
     constexpr int n = K * kColumns, state_registers = sizeof(State) / sizeof(V);
-    const bool first = &block == task_.blocks, last = &block + 1 == task_.blocks_end;
+    const bool first = &block == plan_.blocks, last = &block + 1 == plan_.blocks_end;
     const int64_t at = cell(o, i) * kCell + top * kColumns;
     State* const kept = reinterpret_cast<State*>(kept_) + at;
     V* const unfinished = unfinished_ + at;
@@ -355,8 +401,8 @@ class Tile {
   }
 
   template <class State, int K, class X>
-  inline __attribute__((always_inline)) void take_in(const RowBlock& block, const R* g, const X& x, State* states,
-                                                     V* unfinished) const {
+  inline __attribute__((always_inline)) void take_in(const RowBlock& block, const R* g, const X& x,
+                                                     State* states, V* unfinished) const {
     for (const Piece* piece = block.pieces; piece != block.pieces_end; ++piece) {
       V p[K][kColumns];
       const int64_t first = piece->first / kTogether, rows = piece->last / kTogether - first;
@@ -377,7 +423,8 @@ class Tile {
 #pragma GCC unroll 8
       for (int a = 0; a < K; ++a)
 #pragma GCC unroll 2
-        for (int b = 0; b < kColumns; ++b) states[a * kColumns + b].update(p[a][b], piece->group + 1);
+        for (int b = 0; b < kColumns; ++b)
+          states[a * kColumns + b].update(p[a][b], piece->group + 1);
     }
   }
 
@@ -385,7 +432,8 @@ class Tile {
   void finish(const State* states, int64_t o, int64_t i, int top) {
     for (int a = 0; a < K; ++a)
       for (int b = 0; b < kColumns; ++b) {
-        const Outcome<V> outcome = states[a * kColumns + b].finalize(task_.statistic, task_.parameters);
+        const Outcome<V> outcome =
+            states[a * kColumns + b].finalize(problem_.statistic, problem_.parameters);
         write(o * kRows + top + a, i * kWidth + b * kLanes<V>, outcome.value, outcome.mask);
       }
   }
@@ -394,22 +442,25 @@ class Tile {
   void write(int64_t row, int64_t column, V value, V mask) {
     const int64_t n = valid_[column / kLanes<V>];
     if (row >= height_ || n == 0) return;
-    R* const to = task_.place ? staged_ + row * task_.tile_in : value_row(row) + in_;
+    R* const to = buffers_.place ? staged_ + row * plan_.tile_in : value_row(row) + in_;
     store<V>(to + column, value, n);
-    if (has_mask(task_.statistic)) mask_sum_.add(mask, n);
+    if (has_mask(problem_.statistic)) mask_sum_.add(mask, n);
   }
 
   R* value_row(int64_t row) const {
-    return static_cast<R*>(task_.value) + part_ * task_.value_part + (out_ + row) * task_.value_stride;
+    return static_cast<R*>(buffers_.value) + part_ * buffers_.value_part +
+           (out_ + row) * buffers_.value_stride;
   }
 
-  // Puts the tile's values in their places, a row at a time, so that every line of memory is touched once.
+  // Puts the tile's values in their places, a row at a time, so that every line of memory is
+  // touched once.
   void scatter() const {
-    const int64_t* const place = task_.place + in_;
-    const bool tap_by_tap = task_.taps > 0 && task_.tile_in == task_.taps * task_.tap_channels;
+    const int64_t* const place = buffers_.place + in_;
+    const int64_t whole = buffers_.taps * buffers_.tap_channels;
+    const bool tap_by_tap = buffers_.taps > 0 && plan_.tile_in == whole;
     for (int64_t row = 0; row < height_; ++row) {
       R* const to = value_row(row);
-      const R* const from = staged_ + row * task_.tile_in;
+      const R* const from = staged_ + row * plan_.tile_in;
       if (tap_by_tap) {
         channel_by_channel(from, to + place[0]);
       } else {
@@ -422,7 +473,7 @@ class Tile {
   // to (channels, taps) = from (taps, channels), four by four.
   void channel_by_channel(const R* from, R* to) const {
     using Four = typename RegisterOf<R, 4 * sizeof(R)>::type;
-    const int64_t taps = task_.taps, channels = width_ / taps;
+    const int64_t taps = buffers_.taps, channels = width_ / taps;
     int64_t c = 0;
     for (; c + 4 <= channels; c += 4, to += 4 * taps) {
       int64_t t = 0;
@@ -441,8 +492,8 @@ class Tile {
 
   template <int K, class Columns>
   void rank_cells(const RowBlock& block, const Columns& x) {
-    const bool last = &block + 1 == task_.blocks_end;
-    const int64_t groups = task_.parameters.groups;
+    const bool last = &block + 1 == plan_.blocks_end;
+    const int64_t groups = problem_.parameters.groups;
     for (int64_t i = 0; i < panels_in_; ++i)
       for (int64_t o = 0; o < panels_out_; ++o) {
         prefetch(block, o, i, x(i));
@@ -452,10 +503,12 @@ class Tile {
         if (!last) continue;
         for (int at = 0; at < kCell; at += kRanked) {
           V result[kRanked];
-          order_statistics<V, kRanked>(*task_.ranking, values + at * groups, kRanked, select_scratch_, result);
+          order_statistics<V, kRanked>(problem_.ranking, values + at * groups, kRanked,
+                                       select_scratch_, result);
           for (int c = 0; c < kRanked; ++c) {
             const int n = at + c;
-            write(o * kRows + n / kColumns, i * kWidth + n % kColumns * kLanes<V>, result[c] * R(groups), V{});
+            write(o * kRows + n / kColumns, i * kWidth + n % kColumns * kLanes<V>,
+                  result[c] * R(groups), V{});
           }
         }
       }
@@ -463,7 +516,7 @@ class Tile {
 
   template <int K, class X>
   void collect(const RowBlock& block, const R* g, const X& x, V* values) const {
-    const int64_t groups = task_.parameters.groups;
+    const int64_t groups = problem_.parameters.groups;
     for (const Piece* piece = block.pieces; piece != block.pieces_end; ++piece) {
       V p[K][kColumns];
       const int64_t first = piece->first / kTogether, rows = piece->last / kTogether - first;
@@ -482,18 +535,19 @@ class Tile {
 
 }  // namespace
 
-void tile_kernel(const TileTask& task, int64_t first, int64_t last, void* scratch) {
+void tile_kernel(const TileProblem& problem, const TilePlan& plan, const TileBuffers& buffers,
+                 int64_t first, int64_t last) {
   for (int64_t tile = first; tile < last; ++tile) {
 #if defined(__AVX512BF16__)
-    if (task.paired) {
-      Tile<Register<float>, true>(task, tile, scratch).run(tile);
+    if (plan.paired) {
+      Tile<Register<float>, true>(problem, plan, buffers, tile).run(tile);
       continue;
     }
 #endif
-    if (task.dtype == Dtype::float64) {
-      Tile<Register<double>, false>(task, tile, scratch).run(tile);
+    if (problem.dtype == Dtype::float64) {
+      Tile<Register<double>, false>(problem, plan, buffers, tile).run(tile);
     } else {
-      Tile<Register<float>, false>(task, tile, scratch).run(tile);
+      Tile<Register<float>, false>(problem, plan, buffers, tile).run(tile);
     }
   }
 }
@@ -512,4 +566,4 @@ uint16_t least_magnitude(const void* values, int64_t n) {
 #endif
 }
 
-}  // namespace htv::HTV_LEVEL
+}  // namespace htv::HTV_ISA

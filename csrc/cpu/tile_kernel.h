@@ -1,13 +1,15 @@
-// What tile.cpp hands to the kernel of a CPU level: a statistic of grouped products, tile by tile.
+// What tile.cpp hands to the kernel of an instruction set: a statistic of grouped products, tile by
+// tile.
 //
-// The coordinates are a matrix (out, in), and row r of grad_output and x contributes grad_output[r, :, None] * x[r, None, :]
-// to the group that owns it. A row of x need not lie in one piece: a convolution's is the window seen by one position.
+// The coordinates are a matrix (out, in), and row r of grad_output and x contributes grad_output[r,
+// :, None] * x[r, None, :] to the group that owns it. A row of x need not lie in one piece: a
+// convolution's is the window seen by one position.
 #pragma once
 
 #include "../dtype.h"
 #include "../statistic.h"
-#include "level.h"
-#include "ranking.h"
+#include "isa.h"
+#include "select_cost.h"
 
 namespace htv {
 
@@ -29,80 +31,117 @@ struct RowBlock {
 
 // The largest tile; every tile is a unit of work: one thread sees all its groups, in order.
 constexpr int64_t kMostTileOut = 64, kMostTileIn = 288;
-// Tiles are multiples of these, those of a register tile at any level.
+// Tiles are multiples of these, those of a register tile of any instruction set.
 constexpr int64_t kTileOutStep = 8, kTileInStep = 32;
 
-// The widest register, in bytes.
-constexpr int64_t kRunStep = 64;
+// Where runs are read in place, they begin at multiples of so many bytes of columns.
+constexpr int64_t kRunStep = kWidestRegister;
 
-// Rows left free between panels, which would else lie a power of two apart and compete for the same lines of a cache.
+// Rows left free between panels, which would else lie a power of two apart and compete for the same
+// lines of a cache.
 constexpr int64_t kPanelGap = 3;
 
-// Rows of runs that are no whole registers are put together this many at a time: read back at once, a row would wait for
-// each of its stores.
+// Rows of runs that are no whole registers are put together this many at a time: read back at once,
+// a row would wait for each of its stores.
 constexpr int64_t kJoinedRows = 16;
 
-struct TileTask {
-  const void *x, *x_end;  // row r is at x + r / positions * sample + at[r % positions], in elements
+// The rows of x, in elements: row r of part p begins at
+// data + p * part + r / positions * sample + at[r % positions].
+struct TileInput {
+  const void *data, *end;
   const int64_t* at;
-  int64_t positions, sample;
-  // Rows are multiplied where they lie instead of packed. Those of x are then in the compute type, whole registers may be
-  // read from where a run begins, and every run begins at a multiple of kRunStep bytes of columns; columns between runs are
-  // no coordinates. Those of grad_output lie in panels of kTileOutStep outputs, the last one filled up with zeros: output o
-  // of row r is at grad_output + o / kTileOutStep * grad_stride + r * kTileOutStep + o % kTileOutStep.
-  bool in_place;
+  int64_t positions, sample, part;
   const Run *runs, *runs_end;  // of all columns, in order
-  const void *grad_output, *grad_end;
-  int64_t grad_stride;
-  Dtype dtype;
-  int64_t out, in;
-  // Independent problems side by side (groups of a convolution), and what lies between them.
-  int64_t parts, x_part, grad_part, value_part;
-  const RowBlock *blocks, *blocks_end;
-  int64_t block_rows;  // of the largest block
-  bool long_groups;  // a group reaches into several blocks
-  bool few_rows;     // groups are so short that their states should stay in registers
-  bool paired;       // rows of bfloat16 are multiplied two at a time; all groups have an even number of them
+};
+
+// The rows of grad_output, in elements: row r of part p begins at data + p * part + r * stride, but
+// for plans that read rows in place.
+struct TileGrad {
+  const void *data, *end;
+  int64_t stride, part;
+};
+
+// What is asked.
+struct TileProblem {
   Statistic statistic;
   Parameters parameters;
-  const Ranking* ranking;  // of order statistics
-  int64_t tile_out, tile_in;
-  void* value;  // (out, in): column i of row o is at value + o * value_stride + (place ? place[i] : i)
-  int64_t value_stride;
-  const int64_t* place;  // -1 for columns that are no coordinates
-  int64_t taps, tap_channels;  // columns come tap by tap for so many channels, then for the next; 0: in another order
-  double* mask_sums;  // one per tile
+  Ranking ranking;  // of order statistics
+  Dtype dtype;
+  int64_t out, in;
+  int64_t parts;  // independent problems side by side: groups of a convolution
+  TileInput x;
+  TileGrad grad_output;
+};
 
-  int64_t tiles_out() const { return (out + tile_out - 1) / tile_out; }
-  int64_t tiles_in() const { return (in + tile_in - 1) / tile_in; }
-  int64_t tiles() const { return parts * tiles_out() * tiles_in(); }
+// How it is cut and multiplied.
+struct TilePlan {
+  const RowBlock *blocks, *blocks_end;
+  int64_t block_rows;  // of the largest block
+  bool long_groups;    // a group reaches into several blocks
+  bool few_rows;       // groups are so short that their states should stay in registers
+  bool paired;         // rows of bfloat16 are multiplied in twos: all groups have an even number
+  // Rows are multiplied where they lie instead of packed. Those of x are then in the compute type,
+  // whole registers may be read from where a run begins, and every run begins at a multiple of
+  // kRunStep bytes of columns; columns between runs are no coordinates. Those of grad_output lie in
+  // panels of kTileOutStep outputs, the last one filled up with zeros: output o of row r of part p
+  // is at data + p * part + o / kTileOutStep * stride + r * kTileOutStep + o % kTileOutStep.
+  bool in_place;
+  int64_t tile_out, tile_in;
+
+  int64_t tiles_out(const TileProblem& problem) const {
+    return (problem.out + tile_out - 1) / tile_out;
+  }
+  int64_t tiles_in(const TileProblem& problem) const {
+    return (problem.in + tile_in - 1) / tile_in;
+  }
+  int64_t tiles(const TileProblem& problem) const {
+    return problem.parts * tiles_out(problem) * tiles_in(problem);
+  }
+  bool one_block() const { return blocks_end - blocks == 1; }
+};
+
+// Where results and scratch lie.
+struct TileBuffers {
+  // In elements: column i of row o of part p is at
+  // value + p * value_part + o * value_stride + (place ? place[i] : i).
+  void* value;
+  int64_t value_stride, value_part;
+  const int64_t* place;  // -1 for columns that are no coordinates
+  // Columns come tap by tap for so many channels, then for the next; taps 0: in another order.
+  int64_t taps, tap_channels;
+  double* mask_sums;  // one per tile
+  void* scratch;      // of one thread: tile_scratch_bytes, aligned to 64 bytes
 };
 
 // Where the rows of a block lie.
-inline int64_t row_table_bytes(const TileTask& task) {
-  return (int64_t(sizeof(int64_t)) * task.block_rows + kRunStep - 1) / kRunStep * kRunStep;
+inline int64_t row_table_bytes(int64_t block_rows) {
+  return (int64_t(sizeof(int64_t)) * block_rows + kRunStep - 1) / kRunStep * kRunStep;
 }
 
-// Scratch of one thread, in bytes.
-inline int64_t tile_scratch_bytes(const TileTask& task) {
+// Scratch of one thread, in bytes. places: whether values are put in places (TileBuffers).
+inline int64_t tile_scratch_bytes(const TileProblem& problem, const TilePlan& plan, bool places) {
   constexpr int64_t most_states = 5;  // registers of a streaming statistic
-  const int64_t element = task.dtype == Dtype::float64 ? 8 : 4;
-  const int64_t width = (task.tile_in + kTileInStep - 1) / kTileInStep * kTileInStep;
-  const int64_t height = (task.tile_out + kTileOutStep - 1) / kTileOutStep * kTileOutStep;
-  const bool one_block = task.blocks_end - task.blocks == 1;
-  const int64_t kept = one_block ? kTileOutStep * kTileInStep : height * width;
-  const int64_t per_coordinate = task.ranking ? task.parameters.groups : most_states + task.long_groups;
-  const int64_t packed_x = (task.block_rows + kPanelGap) * width + kJoinedRows * (width + kTileInStep);
-  const int64_t packed_g = (task.block_rows + kPanelGap) * height;
-  const int64_t elements = (task.place ? height * width : 0) + kept * per_coordinate;
-  return element * elements + (task.in_place ? row_table_bytes(task) : element * (packed_x + packed_g)) +
-         (task.ranking ? select_scratch_bytes(*task.ranking) + 64 : 0);
+  const bool ranks = is_order(problem.statistic);
+  const int64_t element = compute_bytes(problem.dtype);
+  const int64_t width = (plan.tile_in + kTileInStep - 1) / kTileInStep * kTileInStep;
+  const int64_t height = (plan.tile_out + kTileOutStep - 1) / kTileOutStep * kTileOutStep;
+  const int64_t kept = plan.one_block() ? kTileOutStep * kTileInStep : height * width;
+  const int64_t per_coordinate = ranks ? problem.parameters.groups : most_states + plan.long_groups;
+  const int64_t packed_x =
+      (plan.block_rows + kPanelGap) * width + kJoinedRows * (width + kTileInStep);
+  const int64_t packed_g = (plan.block_rows + kPanelGap) * height;
+  const int64_t elements = (places ? height * width : 0) + kept * per_coordinate;
+  return element * elements +
+         (plan.in_place ? row_table_bytes(plan.block_rows) : element * (packed_x + packed_g)) +
+         (ranks ? select_scratch_bytes(problem.ranking) + kWidestRegister : 0);
 }
 
-// The least magnitude among values of bfloat16 that are not 0, as bits; 0 where rows cannot be multiplied in pairs.
-HTV_DECLARE_PER_LEVEL(uint16_t least_magnitude(const void* values, int64_t n))
+// The least magnitude among values of bfloat16 that are not 0, as bits; 0 where rows cannot be
+// multiplied in pairs.
+HTV_DECLARE_PER_ISA(uint16_t least_magnitude(const void* values, int64_t n))
 
-// Computes tiles first <= tile < last; scratch is aligned to 64 bytes.
-HTV_DECLARE_PER_LEVEL(void tile_kernel(const TileTask& task, int64_t first, int64_t last, void* scratch))
+// Computes tiles first <= tile < last.
+HTV_DECLARE_PER_ISA(void tile_kernel(const TileProblem& problem, const TilePlan& plan,
+                                     const TileBuffers& buffers, int64_t first, int64_t last))
 
 }  // namespace htv

@@ -3,7 +3,7 @@
 
 #include "lanes.h"
 
-namespace htv::HTV_LEVEL {
+namespace htv::HTV_ISA {
 
 // rows[i][j] becomes rows[j][i], by exchanging ever larger squares. rows: as many as V has lanes.
 template <class V>
@@ -26,4 +26,4 @@ inline __attribute__((always_inline)) void transpose(V* rows) {
   }
 }
 
-}  // namespace htv::HTV_LEVEL
+}  // namespace htv::HTV_ISA

@@ -1,12 +1,13 @@
-// Masks and sign sums of a linear layer's contributions g[o] * x[i] where no group has more than one row: compiled once
-// per CPU level. The sum of contributions is a matrix product; the sign of one is the product of its factors' signs, so
-// votes are counted on sign planes and no contribution is formed. (A product too small for its type still votes.)
-#include "votes.h"
+// Masks and sign sums of a linear layer's contributions g[o] * x[i] where no group has more than
+// one row: compiled once per instruction set. The sum of contributions is a matrix product; the
+// sign of one is the product of its factors' signs, so votes are counted on sign planes and no
+// contribution is formed. (A product too small for its type still votes.)
+#include "votes_kernel.h"
 
 #include "bits.h"
 #include "lanes.h"
 
-namespace htv::HTV_LEVEL {
+namespace htv::HTV_ISA {
 namespace {
 
 constexpr int kTogether = kRegisters == 32 ? 8 : 4;  // outputs whose votes are counted at once
@@ -20,8 +21,6 @@ class VotesTile {
 
   const VotesTask& task_;
   const int64_t tile_, out_, in_, height_, width_;
-
-  static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
  public:
   VotesTile(const VotesTask& task, int64_t tile)
@@ -38,13 +37,15 @@ class VotesTile {
       for (int64_t o = out_; o < out_ + height_; o += kTogether) {
         Count<V> net[kTogether];
         count(o, column, net);
-        for (int64_t a = 0; a < least(kTogether, out_ + height_ - o); ++a) kept += apply(net[a], o + a, column);
+        for (int64_t a = 0; a < least(kTogether, out_ + height_ - o); ++a)
+          kept += apply(net[a], o + a, column);
       }
     task_.kept[tile_] = kept;
   }
 
  private:
-  // Agreeing less dissenting votes of the rows whose factors are both not 0. Planes are padded beyond the last output.
+  // Agreeing less dissenting votes of the rows whose factors are both not 0. Planes are padded
+  // beyond the last output.
   void count(int64_t o, int64_t column, Count<V> (&net)[kTogether]) const {
     const SignPlanes &of_g = task_.signs_g, &of_x = task_.signs_x;
     Count<V> cast[kTogether] = {}, dissent[kTogether] = {};
@@ -86,8 +87,8 @@ class VotesTile {
     return kept;
   }
 
-  // Which coordinates had a NaN contribution. A NaN sum may also be inf - inf, which a mask does hide:
-  // the few such coordinates are computed again, one by one.
+  // Which coordinates had a NaN contribution. A NaN sum may also be inf - inf, which a mask does
+  // hide: the few such coordinates are computed again, one by one.
   Mask<V> nan_contributions(V sum, int64_t o, int64_t column, int64_t n) const {
     Mask<V> suspects = sum != sum;
     for (int64_t lane = 0; lane < n; ++lane)
@@ -116,4 +117,4 @@ void votes_kernel(const VotesTask& task, int64_t first, int64_t last) {
     });
 }
 
-}  // namespace htv::HTV_LEVEL
+}  // namespace htv::HTV_ISA

@@ -4,12 +4,13 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
-#include "../contract.h"
+#include "../op_checks.h"
 #include "device.h"
 
 #if !defined(HTV_EMULATED)
 // Weak: it lives in torch's CUDA library, and this file must also load beside a torch without one.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device,
+                                                                                   void** stream);
 #endif
 
 namespace htv::cuda {
@@ -32,7 +33,9 @@ class OnDevice {
 #endif
 };
 
-constexpr int64_t blocks_for(int64_t items, int64_t per_block) { return (items + per_block - 1) / per_block; }
+constexpr int64_t blocks_for(int64_t items, int64_t per_block) {
+  return (items + per_block - 1) / per_block;
+}
 
 // ---- sums in a fixed order ----
 
@@ -51,7 +54,8 @@ __device__ double block_sum(double term) {
 constexpr int kSumThreads = 1024;
 
 template <int threads = kSumThreads>
-__global__ void __launch_bounds__(threads) sum_parts(const double* parts, int64_t n, double* total) {
+__global__ void __launch_bounds__(threads)
+    sum_parts(const double* parts, int64_t n, double* total) {
   double mine = 0;
 #pragma unroll 8
   for (int64_t i = threadIdx.x; i < n; i += threads) mine += parts[i];
@@ -59,13 +63,14 @@ __global__ void __launch_bounds__(threads) sum_parts(const double* parts, int64_
   if (threadIdx.x == 0) *total = sum;
 }
 
-// A mask's sum, added up by blocks first: `parts` has a place for each of them, or none where there is no mask.
-class MaskSum {
+// A mask's sum, added up by blocks first: `parts` has a place for each of them, or none where there
+// is no mask.
+class PartialMaskSums {
   Tensor parts_, total_;
   int64_t blocks_;
 
  public:
-  MaskSum(const Tensor& like, int64_t blocks)
+  PartialMaskSums(const Tensor& like, int64_t blocks)
       : parts_(torch::stable::new_empty(like, {blocks}, torch::headeronly::ScalarType::Double)),
         total_(torch::stable::new_zeros(like, {}, torch::headeronly::ScalarType::Double)),
         blocks_(blocks) {}
@@ -73,14 +78,10 @@ class MaskSum {
   double* parts() { return static_cast<double*>(parts_.mutable_data_ptr()); }
   Tensor total(cudaStream_t stream) {
     if (blocks_ > 0)
-      launch(sum_parts<>, 1, kSumThreads, 0, stream, parts(), blocks_, static_cast<double*>(total_.mutable_data_ptr()));
+      launch(sum_parts<>, 1, kSumThreads, 0, stream, parts(), blocks_,
+             static_cast<double*>(total_.mutable_data_ptr()));
     return total_;
   }
 };
-
-inline bool has_mask(Statistic statistic) {
-  return statistic == Statistic::and_mask || statistic == Statistic::xor_mask ||
-         statistic == Statistic::geometric_mean || statistic == Statistic::sand_mask;
-}
 
 }  // namespace htv::cuda

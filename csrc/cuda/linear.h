@@ -9,7 +9,8 @@ namespace htv::cuda {
 
 // ---- signs of a matrix, transposed and padded, as bytes that tensor cores multiply ----
 
-constexpr int kSignTile = 128;   // columns are padded to a multiple, as the tile of coordinates of a block is so wide
+// Columns are padded to a multiple, as the tile of coordinates of a block is so wide.
+constexpr int kSignTile = 128;
 constexpr int kSignDepth = 128;  // rows, too: as many are multiplied between two barriers
 
 constexpr int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -42,7 +43,8 @@ struct SignMatrix {
   HTV_HOST_DEVICE int64_t tiles() const { return width / kSignTile; }
 };
 
-constexpr int kOpen = 1;  // in `value`, where an order statistic is not known to be 0 and not known yet
+// In `value`, where an order statistic is not known to be 0 and not known yet.
+constexpr int kOpen = 1;
 
 struct LinearTask {
   const void* x;            // (rows, in)
@@ -59,8 +61,10 @@ struct LinearTask {
 };
 
 template <class T>
-void pack_signs(const void* matrix, int64_t rows, int64_t columns, const SignMatrix& to, cudaStream_t stream);
-// Writes E times the statistic: a mask of the sum of contributions, which `value` holds before, or the sum of signs.
+void pack_signs(const void* matrix, int64_t rows, int64_t columns, const SignMatrix& to,
+                cudaStream_t stream);
+// Writes E times the statistic: a mask of the sum of contributions, which `value` holds before, or
+// the sum of signs.
 template <class T>
 void apply_votes(const LinearTask& task, cudaStream_t stream);
 // Order statistics. Nothing for 16-bit types, whose factors are converted first.

@@ -1,13 +1,15 @@
-// The linear op's kernels for one element type, HTV_ELEMENT, where no group has more than one row: this file is compiled
-// once for each.
+// The linear op's kernels for one element type, HTV_ELEMENT, where no group has more than one row:
+// this file is compiled once for each.
 //
-// A contribution is g[o] x[i], its sign the product of theirs: net votes are the product of two matrices of signs, which
-// tensor cores do exactly in int8 at twice the rate of bf16. Nothing is formed and nothing is rounded. Where the product
-// of floats would say something else (it vanishes, or is inf * 0), what is known of the columns tells, and the few such
-// coordinates are counted again.
+// A contribution is g[o] x[i], its sign the product of theirs: net votes are the product of two
+// matrices of signs, which tensor cores do exactly in int8 at twice the rate of bf16. Nothing is
+// formed and nothing is rounded. Where the product of floats would say something else (it vanishes,
+// or is inf * 0), what is known of the columns tells, and the few such coordinates are counted
+// again.
 //
-// Order statistics: the same product, and one of magnitudes, count negative and positive contributions, which under
-// ReLU decides most coordinates: they are 0. The others are ranked like stacked values, which are recomputed as read.
+// Order statistics: the same product, and one of magnitudes, count negative and positive
+// contributions, which under ReLU decides most coordinates: they are 0. The others are ranked like
+// stacked values, which are recomputed as read.
 #include "linear.h"
 
 #include <string.h>
@@ -15,9 +17,9 @@
 #include <type_traits>
 
 #include "../ranking.h"
-#include "count.h"
+#include "counting_kernels.h"
 #include "launch.h"
-#include "order.h"
+#include "rank_by_network.h"
 
 namespace htv::cuda {
 namespace {
@@ -27,7 +29,8 @@ namespace {
 constexpr int kPackThreads = 256, kPackColumns = 32, kPackRows = 16;
 
 template <class T>
-__global__ void __launch_bounds__(kPackThreads, 1) pack(const T* matrix, int64_t rows, int64_t columns, SignMatrix to) {
+__global__ void __launch_bounds__(kPackThreads, 1)
+    pack(const T* matrix, int64_t rows, int64_t columns, SignMatrix to) {
   using V = Compute<T>;
   constexpr int warps = kPackThreads / 32;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -41,9 +44,11 @@ __global__ void __launch_bounds__(kPackThreads, 1) pack(const T* matrix, int64_t
       const V v = load(matrix + (begin + r) * columns + column), size = absolute(v);
       words[r / 4] |= uint32_t(uint8_t(Lane<V>::sign(v))) << (r % 4 * 8);
       if (size > 0) found.least = generic::smaller(size, found.least);
-      found.flags |= (v != v ? kHasNan : 0u) | (size == V(INFINITY) ? kHasInfinity : 0u) | (v == 0 ? kHasZero : 0u);
+      found.flags |= (v != v ? kHasNan : 0u) | (size == V(INFINITY) ? kHasInfinity : 0u) |
+                     (v == 0 ? kHasZero : 0u);
     }
-    *reinterpret_cast<uint4*>(to.signs + column * to.depth + begin) = {words[0], words[1], words[2], words[3]};
+    *reinterpret_cast<uint4*>(to.signs + column * to.depth + begin) = {words[0], words[1], words[2],
+                                                                       words[3]};
   }
   __shared__ Column<V> all[warps][kPackColumns];
   all[warp][lane] = found;
@@ -59,26 +64,29 @@ __global__ void __launch_bounds__(kPackThreads, 1) pack(const T* matrix, int64_t
 // ---- the product of signs ----
 
 constexpr int kVoteThreads = 256;
-constexpr int kStages = 3;                            // of copies under way
-constexpr int kWarpRows = 64, kWarpColumns = 32;      // of a warp's part of the tile: 2 x 4 warps
+constexpr int kStages = 3;                        // of copies under way
+constexpr int kWarpRows = 64, kWarpColumns = 32;  // of a warp's part of the tile: 2 x 4 warps
 constexpr int kRowTiles = kWarpRows / 16, kColumnTiles = kWarpColumns / 8;
 constexpr int kSideBytes = kSignTile * kSignDepth, kStageBytes = 2 * kSideBytes;
 constexpr int64_t kVoteBytes = int64_t(kStages) * kStageBytes;
 
 using Sums = int32_t[kRowTiles][kColumnTiles][4];
 
-// Where 16 bytes lie within a side of a stage: rows of 8 x 16 bytes, in an order that differs from row to row, so that
-// 8 rows' pieces of the same columns are in different banks.
-__device__ __forceinline__ int piece(int row, int place) { return row * kSignDepth + ((place ^ (row & 7)) * 16); }
+// Where 16 bytes lie within a side of a stage: rows of 8 x 16 bytes, in an order that differs from
+// row to row, so that 8 rows' pieces of the same columns are in different banks.
+__device__ __forceinline__ int piece(int row, int place) {
+  return row * kSignDepth + ((place ^ (row & 7)) * 16);
+}
 
-__device__ __forceinline__ void copy_stage(const LinearTask& task, int64_t tile_o, int64_t tile_i, int64_t begin,
-                                           int8_t* stage) {
+__device__ __forceinline__ void copy_stage(const LinearTask& task, int64_t tile_o, int64_t tile_i,
+                                           int64_t begin, int8_t* stage) {
   constexpr int pieces = kSignDepth / 16;
 #pragma unroll
   for (int n = 0; n < kSignTile * pieces / kVoteThreads; ++n) {
     const int at = n * kVoteThreads + threadIdx.x, row = at / pieces, place = at % pieces;
     const int64_t from = begin + place * 16;
-    copy_async(stage + piece(row, place), task.of_g.signs + (tile_o * kSignTile + row) * task.of_g.depth + from);
+    copy_async(stage + piece(row, place),
+               task.of_g.signs + (tile_o * kSignTile + row) * task.of_g.depth + from);
     copy_async(stage + kSideBytes + piece(row, place),
                task.of_x.signs + (tile_i * kSignTile + row) * task.of_x.depth + from);
   }
@@ -86,15 +94,16 @@ __device__ __forceinline__ void copy_stage(const LinearTask& task, int64_t tile_
 
 // A tile's net votes and, if asked for, how many contributions are not 0.
 template <bool counts_nonzero>
-__device__ __forceinline__ void multiply_tile(const LinearTask& task, int64_t tile_o, int64_t tile_i, Sums& net,
-                                              Sums& nonzero) {
+__device__ __forceinline__ void multiply_tile(const LinearTask& task, int64_t tile_o,
+                                              int64_t tile_i, Sums& net, Sums& nonzero) {
   int8_t* const stages = dynamic_shared<int8_t>();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int warp_row = warp / 4 * kWarpRows, warp_column = warp % 4 * kWarpColumns;
   const int64_t steps = task.of_x.depth / kSignDepth;
 #pragma unroll
   for (int s = 0; s < kStages - 1; ++s) {
-    if (s < steps) copy_stage(task, tile_o, tile_i, int64_t(s) * kSignDepth, stages + s * kStageBytes);
+    if (s < steps)
+      copy_stage(task, tile_o, tile_i, int64_t(s) * kSignDepth, stages + s * kStageBytes);
     commit_copies();
   }
   int current = 0, next = kStages - 1;
@@ -102,7 +111,8 @@ __device__ __forceinline__ void multiply_tile(const LinearTask& task, int64_t ti
     wait_copies<kStages - 2>();
     __syncthreads();
     if (step + kStages - 1 < steps)
-      copy_stage(task, tile_o, tile_i, (step + kStages - 1) * kSignDepth, stages + next * kStageBytes);
+      copy_stage(task, tile_o, tile_i, (step + kStages - 1) * kSignDepth,
+                 stages + next * kStageBytes);
     commit_copies();
     const int8_t* const of_g = stages + current * kStageBytes;
     const int8_t* const of_x = of_g + kSideBytes;
@@ -115,7 +125,8 @@ __device__ __forceinline__ void multiply_tile(const LinearTask& task, int64_t ti
 #pragma unroll
       for (int n = 0; n < kColumnTiles; n += 2) {
         uint32_t words[4];
-        load_matrices(words, of_x + piece(warp_column + n * 8 + lane / 16 * 8 + lane % 8, 2 * part + lane / 8 % 2));
+        load_matrices(words, of_x + piece(warp_column + n * 8 + lane / 16 * 8 + lane % 8,
+                                          2 * part + lane / 8 % 2));
         b[n][0] = words[0], b[n][1] = words[1];
         b[n + 1][0] = words[2], b[n + 1][1] = words[3];
       }
@@ -142,8 +153,8 @@ __device__ __forceinline__ void multiply_tile(const LinearTask& task, int64_t ti
   }
 }
 
-// Which output and which column of a tile a thread's sum [m][n][i] is of, i being 2 half + k: columns k = 0, 1 are
-// neighbours.
+// Which output and which column of a tile a thread's sum [m][n][i] is of, i being 2 half + k:
+// columns k = 0, 1 are neighbours.
 __device__ __forceinline__ int row_of(int m, int half) {
   return threadIdx.x / 32 / 4 * kWarpRows + m * 16 + threadIdx.x % 32 / 4 + 8 * half;
 }
@@ -157,7 +168,8 @@ struct ColumnsOfX {
   Column<V> at[kColumnTiles][2];
 
   __device__ ColumnsOfX(const LinearTask& task, int64_t tile_i) {
-    const Column<V>* const of_x = static_cast<const Column<V>*>(task.of_x.columns) + tile_i * kSignTile;
+    const Column<V>* const of_x =
+        static_cast<const Column<V>*>(task.of_x.columns) + tile_i * kSignTile;
 #pragma unroll
     for (int n = 0; n < kColumnTiles; ++n)
 #pragma unroll
@@ -165,8 +177,8 @@ struct ColumnsOfX {
   }
 };
 
-// A thread's coordinates in one row of a tile of `value`: kColumnTiles pairs of neighbours, read together and written
-// together.
+// A thread's coordinates in one row of a tile of `value`: kColumnTiles pairs of neighbours, read
+// together and written together.
 template <class V>
 struct RowOfTile {
   V at[kColumnTiles][2];
@@ -215,22 +227,26 @@ struct RowOfTile {
 
 // E times the statistic, of which one group with all votes and the whole sum is the mean.
 template <class V, bool keep>
-__device__ __forceinline__ Outcome<V> finish(Masked<V, keep> state, V sum, const Votes<V>& votes, Parameters p) {
+__device__ __forceinline__ Outcome<V> finish(Masked<V, keep> state, V sum, const Votes<V>& votes,
+                                             Parameters p) {
   state.total.sum = sum;
   state.votes = votes;
   p.groups = 1;
   return state.finalize(p);
 }
 template <class V>
-__device__ __forceinline__ Outcome<V> finish(SignSum<V> state, V, const Votes<V>& votes, Parameters p) {
+__device__ __forceinline__ Outcome<V> finish(SignSum<V> state, V, const Votes<V>& votes,
+                                             Parameters p) {
   static_cast<Votes<V>&>(state) = votes;
   p.groups = 1;
   return state.finalize(p);
 }
 
-// Two blocks share a multiprocessor: one multiplies while the other reads and writes sums. (Of doubles, one.)
+// Two blocks share a multiprocessor: one multiplies while the other reads and writes sums. (Of
+// doubles, one.)
 template <class State, class T>
-__global__ void __launch_bounds__(kVoteThreads, sizeof(Compute<T>) == 8 ? 1 : 2) vote(LinearTask task) {
+__global__ void __launch_bounds__(kVoteThreads, sizeof(Compute<T>) == 8 ? 1 : 2)
+    vote(LinearTask task) {
   using V = Compute<T>;
   const int64_t tile_o = blockIdx.x / task.of_x.tiles(), tile_i = blockIdx.x % task.of_x.tiles();
   Sums net = {}, unused;
@@ -268,12 +284,15 @@ __global__ void __launch_bounds__(kVoteThreads, sizeof(Compute<T>) == 8 ? 1 : 2)
     }
   for (int which = 0; which < 64 && doubtful >> which != 0; ++which) {
     if ((doubtful >> which & 1) == 0) continue;
-    const int m = which / 4 / kColumnTiles, half = which / 2 / kColumnTiles % 2, n = which / 2 % kColumnTiles;
-    const int64_t o = tile_o * kSignTile + row_of(m, half), column = tile_i * kSignTile + column_of(n, which % 2);
+    const int m = which / 4 / kColumnTiles, half = which / 2 / kColumnTiles % 2,
+              n = which / 2 % kColumnTiles;
+    const int64_t o = tile_o * kSignTile + row_of(m, half),
+                  column = tile_i * kSignTile + column_of(n, which % 2);
     const T* const g = static_cast<const T*>(task.grad_output) + o;
     const T* const x = static_cast<const T*>(task.x) + column;
     Votes<V> votes;
-    for (int64_t r = 0; r < task.rows; ++r) votes.update(load(g + r * task.out) * load(x + r * task.in), r + 1);
+    for (int64_t r = 0; r < task.rows; ++r)
+      votes.update(load(g + r * task.out) * load(x + r * task.in), r + 1);
     V* const at = static_cast<V*>(task.value) + o * task.in + column;
     const V sum = std::is_same_v<State, SignSum<V>> ? V{} : *at;
     const Outcome<V> outcome = finish(State{}, sum, votes, task.parameters);
@@ -288,8 +307,8 @@ __global__ void __launch_bounds__(kVoteThreads, sizeof(Compute<T>) == 8 ? 1 : 2)
 
 // ---- order statistics ----
 
-// Writes 0 where signs decide that every rank the statistic reads is 0: no product of finite factors is NaN, and one
-// that vanishes is only one more 0. Elsewhere kOpen.
+// Writes 0 where signs decide that every rank the statistic reads is 0: no product of finite
+// factors is NaN, and one that vanishes is only one more 0. Elsewhere kOpen.
 template <class V>
 __global__ void __launch_bounds__(kVoteThreads, 1) decide(LinearTask task, int low, int high) {
   const int64_t tile_o = blockIdx.x / task.of_x.tiles(), tile_i = blockIdx.x % task.of_x.tiles();
@@ -309,8 +328,10 @@ __global__ void __launch_bounds__(kVoteThreads, 1) decide(LinearTask task, int l
       for (int n = 0; n < kColumnTiles; ++n)
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
-          const int any = nonzero[m][n][2 * half + k], negative = (any - net[m][n][2 * half + k]) / 2;
-          const bool finite = ((of_g[o].flags | of_x.at[n][k].flags) & (kHasNan | kHasInfinity)) == 0;
+          const int any = nonzero[m][n][2 * half + k],
+                    negative = (any - net[m][n][2 * half + k]) / 2;
+          const bool finite =
+              ((of_g[o].flags | of_x.at[n][k].flags) & (kHasNan | kHasInfinity)) == 0;
           row.at[n][k] = finite && negative <= low && any - negative <= above ? 0 : kOpen;
         }
       row.write();
@@ -325,7 +346,8 @@ struct RankOne {
   const Task& task;
   int size, rows;
 
-  __device__ explicit RankOne(const Task& t) : task(t), size(int(t.parameters.groups)), rows(int(t.rows)) {}
+  __device__ explicit RankOne(const Task& t)
+      : task(t), size(int(t.parameters.groups)), rows(int(t.rows)) {}
 
   __device__ bool decided(int64_t at) const { return static_cast<const V*>(task.value)[at] == 0; }
   __device__ V scaled(V v) const { return v * V(size); }
@@ -345,7 +367,8 @@ struct RankOne {
 constexpr int kRankThreads = 128;
 
 template <class V, int n, int least, bool means>
-__global__ void __launch_bounds__(kRankThreads, sizeof(V) == 8 ? 1 : 3) rank_by_network(LinearTask task) {
+__global__ void __launch_bounds__(kRankThreads, sizeof(V) == 8 ? 1 : 3)
+    rank_by_network(LinearTask task) {
   const int64_t blocks = blocks_for(task.in, kRankThreads), o = blockIdx.x / blocks;
   const int64_t column = blockIdx.x % blocks * kRankThreads + threadIdx.x;
   if (column >= task.in) return;
@@ -371,8 +394,10 @@ void launch_network(const LinearTask& task, cudaStream_t stream) {
 }  // namespace
 
 template <class T>
-void pack_signs(const void* matrix, int64_t rows, int64_t columns, const SignMatrix& to, cudaStream_t stream) {
-  launch(pack<T>, to.width / kPackColumns, kPackThreads, 0, stream, static_cast<const T*>(matrix), rows, columns, to);
+void pack_signs(const void* matrix, int64_t rows, int64_t columns, const SignMatrix& to,
+                cudaStream_t stream) {
+  launch(pack<T>, to.width / kPackColumns, kPackThreads, 0, stream, static_cast<const T*>(matrix),
+         rows, columns, to);
 }
 
 template <class T>
@@ -388,7 +413,8 @@ template <class T>
 void rank_products(const LinearTask& task, cudaStream_t stream) {
   if constexpr (std::is_same_v<T, Compute<T>>) {
     const Ranking ranking = ranking_of(task.statistic, task.parameters);
-    launch(decide<T>, task.tiles(), kVoteThreads, kVoteBytes, stream, task, int(ranking.low), int(ranking.high));
+    launch(decide<T>, task.tiles(), kVoteThreads, kVoteBytes, stream, task, int(ranking.low),
+           int(ranking.high));
     const int groups = int(task.parameters.groups);
 #define HTV_LAUNCH(n, least) \
   if (groups <= n) return launch_network<T, n, least>(task, stream);
@@ -398,7 +424,8 @@ void rank_products(const LinearTask& task, cudaStream_t stream) {
   }
 }
 
-template void pack_signs<HTV_ELEMENT>(const void*, int64_t, int64_t, const SignMatrix&, cudaStream_t);
+template void pack_signs<HTV_ELEMENT>(const void*, int64_t, int64_t, const SignMatrix&,
+                                      cudaStream_t);
 template void apply_votes<HTV_ELEMENT>(const LinearTask&, cudaStream_t);
 template void rank_products<HTV_ELEMENT>(const LinearTask&, cudaStream_t);
 

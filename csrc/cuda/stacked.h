@@ -17,7 +17,8 @@ struct StackedTask {
   int64_t longer;
 };
 
-// How many partial sums of the mask the kernel for elements T writes; then the launch of it, for a coordinate or more.
+// How many partial sums of the mask the kernel for elements T writes; then the launch of it, for a
+// coordinate or more.
 template <class T>
 int64_t stacked_mask_parts(const StackedTask& task);
 template <class T>

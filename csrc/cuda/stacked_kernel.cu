@@ -3,15 +3,17 @@
 // Neighbouring threads work on neighbouring coordinates, each on as many as 16 bytes hold.
 //
 //     streaming statistics   one pass over the groups, states in registers
-//     few values             networks in registers (order.h); all values of a thread are read at once
-//     more                   the values of some coordinates wait in shared memory while a warp counts through those of
-//                            one (select.h)
-//     more than fit there    the same by a thread for each coordinate, which reads them again in every pass
+//     few values             networks in registers (rank_by_network.h); all values of a thread are
+//                            read at once
+//     more                   the values of some coordinates wait in shared memory while a warp
+//                            counts through those of one (rank_by_counting.h)
+//     more than fit there    the same by a thread for each coordinate, which reads them again in
+//                            every pass
 #include <string.h>
 
-#include "count.h"
+#include "counting_kernels.h"
 #include "launch.h"
-#include "order.h"
+#include "rank_by_network.h"
 #include "stacked.h"
 
 namespace htv::cuda {
@@ -20,9 +22,11 @@ namespace {
 // ---- streaming ----
 
 constexpr int kStreamThreads = 256;
-constexpr int kStreamSlices = 8;             // of the groups, where there are many groups and few coordinates
-constexpr int64_t kFewShares = 64 * 1024;    // too few threads to draw all the bandwidth
-constexpr int kBatch = 16;                   // groups: a sum of batches' sums rounds less than one long sum
+// Of the groups, where there are many groups and few coordinates.
+constexpr int kStreamSlices = 8;
+constexpr int64_t kFewShares = 64 * 1024;  // too few threads to draw all the bandwidth
+// Groups: a sum of batches' sums rounds less than one long sum.
+constexpr int kBatch = 16;
 
 template <class State, class T, int bytes>
 struct Streaming {
@@ -48,7 +52,8 @@ struct Streaming {
   }
 };
 
-// Blocks of a multiprocessor that registers must allow. A product of mantissas and exponents takes more of them.
+// Blocks of a multiprocessor that registers must allow. A product of mantissas and exponents takes
+// more of them.
 template <class State>
 constexpr int kStreamBlocks = 2;
 template <class V>
@@ -56,18 +61,20 @@ constexpr int kStreamBlocks<GeometricMean<V>> = 1;
 
 // slices: 1, or kStreamSlices warps that share the groups of a warp's coordinates.
 template <class State, class T, int bytes, int slices>
-__global__ void __launch_bounds__(kStreamThreads, kStreamBlocks<State>) streaming(StackedTask task) {
+__global__ void __launch_bounds__(kStreamThreads, kStreamBlocks<State>)
+    streaming(StackedTask task) {
   using S = Share<T, bytes>;
   using V = Compute<T>;
   constexpr int shares = kStreamThreads / slices;
   const int slice = threadIdx.x / shares, lane = threadIdx.x % shares;
-  const int64_t at = (int64_t(blockIdx.x) * shares + lane) * S::coordinates, left = task.coordinates - at;
+  const int64_t at = (int64_t(blockIdx.x) * shares + lane) * S::coordinates,
+                left = task.coordinates - at;
   const int64_t groups = task.parameters.groups, each = (groups + slices - 1) / slices;
   const int64_t first = slice * each, last = first + each < groups ? first + each : groups;
   State states[S::coordinates] = {};
   if (left > 0)
-    Streaming<State, T, bytes>::run(static_cast<const T*>(task.grads) + at, left, task.coordinates, first, last,
-                                    states);
+    Streaming<State, T, bytes>::run(static_cast<const T*>(task.grads) + at, left, task.coordinates,
+                                    first, last, states);
   if constexpr (slices > 1) {
     __shared__ State theirs[slices - 1][shares][S::coordinates];
 #pragma unroll
@@ -101,7 +108,9 @@ __global__ void __launch_bounds__(kStreamThreads, kStreamBlocks<State>) streamin
 // Whether rows can be read `bytes` at a time.
 template <class T>
 bool aligned(const StackedTask& task, int bytes) {
-  return (reinterpret_cast<uintptr_t>(task.grads) | uintptr_t(task.coordinates) * sizeof(T)) % bytes == 0;
+  return (reinterpret_cast<uintptr_t>(task.grads) | uintptr_t(task.coordinates) * sizeof(T)) %
+             bytes ==
+         0;
 }
 
 template <class T>
@@ -115,17 +124,21 @@ struct StreamingPlan {
 template <class T>
 StreamingPlan streaming_plan(const StackedTask& task) {
   const bool vectors = aligned<T>(task, 16);
-  const int64_t each = vectors ? Share<T, 16>::coordinates : Share<T, kElementBytes<T>>::coordinates;
+  const int64_t each =
+      vectors ? Share<T, 16>::coordinates : Share<T, kElementBytes<T>>::coordinates;
   const int64_t shares = blocks_for(task.coordinates, each);
   const bool slices = shares < kFewShares && task.parameters.groups >= 4 * kStreamSlices;
-  return {blocks_for(shares, slices ? kStreamThreads / kStreamSlices : kStreamThreads), vectors, slices};
+  return {blocks_for(shares, slices ? kStreamThreads / kStreamSlices : kStreamThreads), vectors,
+          slices};
 }
 
 template <class State, class T>
 void launch_streaming(const StackedTask& task, const StreamingPlan& plan, cudaStream_t stream) {
-  const auto kernel = plan.vectors ? (plan.slices ? streaming<State, T, 16, kStreamSlices> : streaming<State, T, 16, 1>)
-                      : plan.slices ? streaming<State, T, kElementBytes<T>, kStreamSlices>
-                                    : streaming<State, T, kElementBytes<T>, 1>;
+  const auto kernel =
+      plan.vectors
+          ? (plan.slices ? streaming<State, T, 16, kStreamSlices> : streaming<State, T, 16, 1>)
+      : plan.slices ? streaming<State, T, kElementBytes<T>, kStreamSlices>
+                    : streaming<State, T, kElementBytes<T>, 1>;
   launch(kernel, plan.blocks, kStreamThreads, 0, stream, task);
 }
 
@@ -171,7 +184,9 @@ struct Contributions {
   int size;
 
   __device__ explicit Contributions(const StackedTask& task)
-      : grads(static_cast<const T*>(task.grads)), stride(task.coordinates), size(int(task.parameters.groups)) {}
+      : grads(static_cast<const T*>(task.grads)),
+        stride(task.coordinates),
+        size(int(task.parameters.groups)) {}
 
   __device__ static bool decided(int64_t) { return false; }
   __device__ static V scaled(V v) { return v; }
@@ -187,9 +202,13 @@ struct Contributions {
 
 constexpr int kNetworkThreads = 128;
 
-// What a thread of a network for n values reads at once: as much as leaves all of them in registers.
+// What a thread of a network for n values reads at once: as much as leaves all of them in
+// registers.
 template <class T, int n>
-constexpr int kNetworkBytes = sizeof(T) == 8 ? (n <= 8 ? 16 : 8) : n <= 16 ? 16 : n <= 32 ? 8 : 4;
+constexpr int kNetworkBytes = sizeof(T) == 8 ? (n <= 8 ? 16 : 8)
+                              : n <= 16      ? 16
+                              : n <= 32      ? 8
+                                             : 4;
 
 template <class T, int bytes, int n, int least, bool means>
 __global__ void __launch_bounds__(kNetworkThreads, 1) by_network(StackedTask task) {
@@ -237,11 +256,13 @@ void launch_network(const StackedTask& task, cudaStream_t stream) {
   const bool means = task.statistic != Statistic::median;
   constexpr int wide = kNetworkBytes<T, n>, narrow = kElementBytes<T>;
   const bool vectors = aligned<T>(task, wide);
-  const auto kernel = vectors ? (means ? by_network<T, wide, n, least, true> : by_network<T, wide, n, least, false>)
-                      : means ? by_network<T, narrow, n, least, true>
-                              : by_network<T, narrow, n, least, false>;
+  const auto kernel =
+      vectors ? (means ? by_network<T, wide, n, least, true> : by_network<T, wide, n, least, false>)
+      : means ? by_network<T, narrow, n, least, true>
+              : by_network<T, narrow, n, least, false>;
   const int64_t each = vectors ? Share<T, wide>::coordinates : Share<T, narrow>::coordinates;
-  launch(kernel, blocks_for(task.coordinates, kNetworkThreads * each), kNetworkThreads, 0, stream, task);
+  launch(kernel, blocks_for(task.coordinates, kNetworkThreads * each), kNetworkThreads, 0, stream,
+         task);
 }
 
 // ---- by number of values ----

@@ -1,4 +1,5 @@
-// What a thread holds of a row: 4 or 8 bytes with one coordinate or, of 16-bit types, two. Several words are read at once.
+// What a thread holds of a row: 4 or 8 bytes with one coordinate or, of 16-bit types, two. Several
+// words are read at once.
 #pragma once
 
 #include "../dtype.h"
@@ -20,7 +21,9 @@ struct Single {
   static constexpr int coordinates = 1;
   R value;
 
-  __device__ static Single infinity(bool negative) { return {negative ? R(-INFINITY) : R(INFINITY)}; }
+  __device__ static Single infinity(bool negative) {
+    return {negative ? R(-INFINITY) : R(INFINITY)};
+  }
   __device__ R at(int) const { return value; }
 };
 template <class R>
@@ -100,8 +103,8 @@ struct RawOf<4> {
   using type = uint32_t;
 };
 
-// A thread's share of a row, read `bytes` at a time, to which rows must be aligned. The least serves any row: 2 bytes
-// are half a word, which takes two reads.
+// A thread's share of a row, read `bytes` at a time, to which rows must be aligned. The least
+// serves any row: 2 bytes are half a word, which takes two reads.
 template <class T, int bytes>
 struct Share {
   using Word = typename WordOf<T>::type;
@@ -132,7 +135,8 @@ struct Share {
 // Stores a thread's results; those beyond the row's end are dropped.
 template <int n, class R>
 __device__ __forceinline__ void store(R* to, const R (&values)[n], int64_t left) {
-  constexpr int bytes = n * int(sizeof(R)) < 16 ? n * int(sizeof(R)) : 16, step = bytes / int(sizeof(R));
+  constexpr int bytes = n * int(sizeof(R)) < 16 ? n * int(sizeof(R)) : 16,
+                step = bytes / int(sizeof(R));
   if (left >= n && reinterpret_cast<uintptr_t>(to) % bytes == 0) {
     using Raw = typename RawOf<bytes>::type;
 #pragma unroll

@@ -1,9 +1,11 @@
-// Runs CUDA kernels on the CPU, as they stand: what csrc/cuda/device.h offers, for a plain C++ compiler.
+// Runs CUDA kernels on the CPU, as they stand: what csrc/cuda/device.h offers, for a plain C++
+// compiler.
 //
-// The threads of a block are fibers of one OS thread. One runs until it waits at a barrier or for the other lanes of its
-// warp; those of a warp or block go on when all have arrived. A warp goes as far as it can before the next one starts, in
-// ascending order, or in descending order in every other launch: a missing barrier shows as wrong results. Shared memory is
-// full of NaN when a block starts.
+// The threads of a block are fibers of one OS thread. One runs until it waits at a barrier or for
+// the other lanes of its warp; those of a warp or block go on when all have arrived. A warp goes as
+// far as it can before the next one starts, in ascending order, or in descending order in every
+// other launch: a missing barrier shows as wrong results. Shared memory is full of NaN when a block
+// starts.
 #pragma once
 
 #include <math.h>
@@ -218,7 +220,8 @@ namespace htv::cuda {
 
 template <class T>
 T* dynamic_shared() {
-  return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(emulated::block().shared.data()) + 127) / 128 * 128);
+  return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(emulated::block().shared.data()) + 127) /
+                              128 * 128);
 }
 
 inline float min_nan(float a, float b) { return a != a || a < b ? a : b; }
@@ -247,16 +250,26 @@ uint32_t choose_halves(uint32_t a, uint32_t b) {
   }
   return chosen;
 }
-inline uint32_t min_nan_f16x2(uint32_t a, uint32_t b) { return choose_halves<half_to_float, true>(a, b); }
-inline uint32_t max_nan_f16x2(uint32_t a, uint32_t b) { return choose_halves<half_to_float, false>(a, b); }
-inline uint32_t min_nan_bf16x2(uint32_t a, uint32_t b) { return choose_halves<bfloat_to_float, true>(a, b); }
-inline uint32_t max_nan_bf16x2(uint32_t a, uint32_t b) { return choose_halves<bfloat_to_float, false>(a, b); }
+inline uint32_t min_nan_f16x2(uint32_t a, uint32_t b) {
+  return choose_halves<half_to_float, true>(a, b);
+}
+inline uint32_t max_nan_f16x2(uint32_t a, uint32_t b) {
+  return choose_halves<half_to_float, false>(a, b);
+}
+inline uint32_t min_nan_bf16x2(uint32_t a, uint32_t b) {
+  return choose_halves<bfloat_to_float, true>(a, b);
+}
+inline uint32_t max_nan_bf16x2(uint32_t a, uint32_t b) {
+  return choose_halves<bfloat_to_float, false>(a, b);
+}
 
-// ldmatrix.x4: lane 8 j + r names row r of matrix j; a lane gets word lane % 4 of row lane / 4 of each.
+// ldmatrix.x4: lane 8 j + r names row r of matrix j; a lane gets word lane % 4 of row lane / 4 of
+// each.
 inline void load_matrices(uint32_t (&words)[4], const void* row) {
   const auto of = emulated::exchange(row);
   const int lane = threadIdx.x % 32;
-  for (int j = 0; j < 4; ++j) words[j] = static_cast<const uint32_t*>(of(8 * j + lane / 4))[lane % 4];
+  for (int j = 0; j < 4; ++j)
+    words[j] = static_cast<const uint32_t*>(of(8 * j + lane / 4))[lane % 4];
 }
 
 // mma.m16n8k32.s8: a's and b's words lie as the PTX manual says; sums += a b.
@@ -277,7 +290,8 @@ inline void multiply_signs(int32_t (&sums)[4], const uint32_t (&a)[4], const uin
   }
 }
 
-// Copies are done at once, but what was not waited for stays poisoned: they land when their group is waited for.
+// Copies are done at once, but what was not waited for stays poisoned: they land when their group
+// is waited for.
 struct Copy {
   void* to;
   const void* from;
@@ -289,7 +303,9 @@ inline std::vector<Copies>& copies() {
   static std::vector<Copies> of_thread(2048);
   return of_thread;
 }
-inline void copy_async(void* to, const void* from) { copies()[threadIdx.x].groups.back().push_back({to, from}); }
+inline void copy_async(void* to, const void* from) {
+  copies()[threadIdx.x].groups.back().push_back({to, from});
+}
 inline void commit_copies() { copies()[threadIdx.x].groups.emplace_back(); }
 template <int pending>
 void wait_copies() {
@@ -301,8 +317,8 @@ void wait_copies() {
 }
 
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes, cudaStream_t,
-            const Arguments&... arguments) {
+void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes,
+            cudaStream_t, const Arguments&... arguments) {
   emulated::Block& b = emulated::block();
   std::tuple<Parameters...> values{arguments...};
   struct Call {

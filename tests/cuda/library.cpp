@@ -1,12 +1,15 @@
-// The CUDA ops on the CPU, for tests: their sources compiled with the emulator, and registered by another name.
+// The CUDA ops on the CPU, for tests: their sources compiled with the emulator, and registered by
+// another name.
 #include <torch/csrc/stable/library.h>
 
 #include "cuda/ops.h"
 
 STABLE_TORCH_LIBRARY(htv_emulated, m) {
-  m.def("stacked(Tensor grads, int statistic, int count, float votes, float k) -> (Tensor, Tensor)");
   m.def(
-      "linear(Tensor x, Tensor grad_output, Tensor offsets, int statistic, int count, float votes, float k)"
+      "stacked(Tensor grads, int statistic, int count, float votes, float k) -> (Tensor, Tensor)");
+  m.def(
+      "linear(Tensor x, Tensor grad_output, Tensor offsets, int statistic, int count, float votes,"
+      " float k)"
       " -> (Tensor, Tensor)");
 }
 

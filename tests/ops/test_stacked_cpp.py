@@ -19,7 +19,8 @@ pytestmark = [
 ]
 
 GROUPS = (1, 2, 3, 4, 5, 8, 17, 33, 64, 100, 257, 1000)
-# Every way of ranking and both sides of where it ends (csrc/cpu/order.h, select.cpp, stacked_kernel.cpp)
+# Every way of ranking and both sides of where it ends (in csrc/cpu: sort_registers.h,
+# select_kernel.cpp, stacked_kernel.cpp)
 READ_IN_PLACE = (1, 2, 3, 7, 8)
 ONE_NETWORK = (9, 15, 16)
 TWO_RUNS = (17, 18, 31, 32)

@@ -3,7 +3,7 @@
 
 #include "statistic.h"
 
-namespace htv::HTV_LEVEL {
+namespace htv::HTV_ISA {
 
 template <class V>
 constexpr int kBits = 8 * sizeof(Real<V>);
@@ -14,7 +14,7 @@ constexpr typename Lane<V>::Int kMagnitude = ~(typename Lane<V>::Int(1) << (kBit
 template <class V>
 HTV_INLINE Count<V> key_of(V v) {
   const Count<V> bits = Lane<V>::bits(v), sign = bits >> (kBits<V> - 1);
-  return ((bits & kMagnitude<V>) ^ sign) - sign;
+  return ((bits & kMagnitude<V>)^sign) - sign;
 }
 
 template <class V>
@@ -23,4 +23,4 @@ HTV_INLINE V value_of(Count<V> key) {
   return Lane<V>::from_bits(((key ^ sign) - sign) | (sign & ~kMagnitude<V>));
 }
 
-}  // namespace htv::HTV_LEVEL
+}  // namespace htv::HTV_ISA

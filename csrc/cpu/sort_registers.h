@@ -1,17 +1,19 @@
-// Order-preserving integers, NaN, and the statistics of values few enough to be sorted in registers.
+// Order-preserving integers, NaN, and the statistics of values few enough to be sorted in
+// registers.
 #pragma once
 
-#include "../keys.h"
-#include "../network.h"
+#include "../order_keys.h"
+#include "../ranking.h"
+#include "../sorting_network.h"
 #include "lanes.h"
-#include "ranking.h"
 
-namespace htv::HTV_LEVEL {
+namespace htv::HTV_ISA {
 
 template <class V>
 using Bits = Register<std::make_unsigned_t<typename Lane<V>::Int>>;
 
-// Networks compare integers where the level has min and max of them: twice the rate of floats on AMD.
+// Networks compare integers where the instruction set has min and max of them: twice the rate of
+// floats on AMD.
 #if defined(__AVX512F__)
 template <class V>
 constexpr bool kIntegerOrder = sizeof(Real<V>) == 4;
@@ -72,10 +74,11 @@ struct Strided {
 
 constexpr int kMostSorted = 16;  // values sorted by one network
 
-// Sorted keys of n values. As integers, NaN lie beyond the infinities: the ends tell whether there are any, which is less
-// work than to look at each of many values.
+// Sorted keys of n values. As integers, NaN lie beyond the infinities: the ends tell whether there
+// are any, which is less work than to look at each of many values.
 template <class V, int n, class Values>
-HTV_INLINE void sorted_keys(const Values& values, NanSeen<V>& nan, typename Order<V>::Key (&keys)[n]) {
+HTV_INLINE void sorted_keys(const Values& values, NanSeen<V>& nan,
+                            typename Order<V>::Key (&keys)[n]) {
   using O = Order<V>;
   constexpr bool by_ends = kIntegerOrder<V> && n >= 8;
 #pragma GCC unroll 16
@@ -114,13 +117,14 @@ HTV_INLINE V mean_of_few(const Values& values, const Ranking& ranking) {
   sort(v);
   V sorted[n];
   memcpy(sorted, v, sizeof v);
-  return nan.poison(order_statistic<V>(ranking.statistic, [&](int64_t r) { return sorted[r]; }, ranking.parameters));
+  return nan.poison(order_statistic<V>(
+      ranking.statistic, [&](int64_t r) { return sorted[r]; }, ranking.parameters));
 }
 
 template <class V, int n, class Source, class Sink>
-__attribute__((noinline)) void statistics_of_few(const Ranking& ranking, int64_t registers, const Source& source,
-                                                 const Sink& sink) {
-  if (is_mean(ranking)) {
+__attribute__((noinline)) void statistics_of_few(const Ranking& ranking, int64_t registers,
+                                                 const Source& source, const Sink& sink) {
+  if (is_ranked_mean(ranking.statistic)) {
     for (int64_t j = 0; j < registers; ++j) sink(j, mean_of_few<V, n>(source(j), ranking));
   } else if (ranking.statistic == Statistic::median && ranking.parameters.count != 0) {
     const int64_t interpolation = ranking.parameters.count;
@@ -138,12 +142,13 @@ HTV_INLINE void with_constant(int64_t n, const F& f) {
   }(std::make_integer_sequence<int, last - first + 1>{});
 }
 
-// The statistic of ranking.ranked <= most <= kMostSorted values in each of many registers of coordinates:
-// sink(j, statistic of the values source(j)).
+// The statistic of ranking.ranked <= most <= kMostSorted values in each of many registers of
+// coordinates: sink(j, statistic of the values source(j)).
 template <class V, int most, class Source, class Sink>
-void few_statistics(const Ranking& ranking, int64_t registers, const Source& source, const Sink& sink) {
-  with_constant<1, most>(ranking.ranked,
-                         [&](auto n) { statistics_of_few<V, n()>(ranking, registers, source, sink); });
+void few_statistics(const Ranking& ranking, int64_t registers, const Source& source,
+                    const Sink& sink) {
+  with_constant<1, most>(
+      ranking.ranked, [&](auto n) { statistics_of_few<V, n()>(ranking, registers, source, sink); });
 }
 
-}  // namespace htv::HTV_LEVEL
+}  // namespace htv::HTV_ISA

@@ -1,18 +1,20 @@
-// Order statistics of registers of coordinates, whose values lie in L1 or L2: compiled once per CPU level.
+// Order statistics of registers of coordinates, whose values lie in L1 or L2: compiled once per
+// instruction set.
 //
-// Few values are sorted by a network in registers. Of more, ranks are found in a few sorted runs, and means trimmed by a
-// small `count` keep the count + 1 smallest and largest while values stream by. From some number on any rank is found bit
-// by bit: the order-preserving integer keys of 32 (64) values are transposed, so that plane b holds bit b of all of them as
-// one integer per coordinate, and population counts of the planes tell which values remain candidates.
+// Few values are sorted by a network in registers. Of more, ranks are found in a few sorted runs,
+// and means trimmed by a small `count` keep the count + 1 smallest and largest while values stream
+// by. From some number on any rank is found bit by bit: the order-preserving integer keys of 32
+// (64) values are transposed, so that plane b holds bit b of all of them as one integer per
+// coordinate, and population counts of the planes tell which values remain candidates.
 #include "select.h"
 
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
-#include "order.h"
+#include "sort_registers.h"
 
-namespace htv::HTV_LEVEL {
+namespace htv::HTV_ISA {
 namespace {
 
 // ---- where each way of selecting ends ----
@@ -25,9 +27,12 @@ constexpr int kManyExtremes = 8;   // and four
 // The value of rank r of two sorted lists.
 template <class W>
 W rank_of_two(const W* a, int64_t size_a, const W* b, int64_t size_b, int64_t r) {
-  // max(a[i - 1], b[r - i]) where i of the r + 1 smallest are a's, with lists bounded by what changes nothing
+  // max(a[i - 1], b[r - i]) where i of the r + 1 smallest are a's, with lists bounded by what
+  // changes nothing
   const int64_t first = r + 1 > size_b ? r + 1 - size_b : 0, last = r + 1 < size_a ? r + 1 : size_a;
-  const auto at = [&](int64_t i) { return i == 0 ? b[r] : i == r + 1 ? a[r] : larger(a[i - 1], b[r - i]); };
+  const auto at = [&](int64_t i) {
+    return i == 0 ? b[r] : i == r + 1 ? a[r] : larger(a[i - 1], b[r - i]);
+  };
   W best = at(first);
   for (int64_t i = first + 1; i <= last; ++i) best = smaller(best, at(i));
   return best;
@@ -103,7 +108,8 @@ HTV_INLINE V sum_of(int64_t n, const Term& term) {
 // All values, those beyond the ends replaced by them.
 template <class V, class Values>
 V clamped_mean(const Values& values, const Ranking& ranking, Ends<V> ends) {
-  const V sum = sum_of<V>(ranking.ranked, [&](int64_t k) { return smaller(larger(values(k), ends.low), ends.high); });
+  const V sum = sum_of<V>(
+      ranking.ranked, [&](int64_t k) { return smaller(larger(values(k), ends.low), ends.high); });
   return sum / Real<V>(ranking.ranked);
 }
 
@@ -133,7 +139,8 @@ V mean_between(const Values& values, const Ranking& ranking, Ends<V> ends) {
                                                       : clamped_mean<V>(values, ranking, ends);
 }
 
-// Of n values in two lists of `run` (n is 2 * run or one less), or in four (4 * run or up to 3 less), merged to two.
+// Of n values in two lists of `run` (n is 2 * run or one less), or in four (4 * run or up to 3
+// less), merged to two.
 template <class V, int run>
 V statistic_of_runs(const Strided<V>& values, const Ranking& ranking, bool four) {
   using O = Order<V>;
@@ -142,8 +149,8 @@ V statistic_of_runs(const Strided<V>& values, const Ranking& ranking, bool four)
   NanSeen<V> nan;
   Key lists[2][2 * run];
   for (int part = 0; part < 2 * parts; ++part)
-    sort_run<V, run>(values.from(part * run), ranking.ranked - part * run, nan, lists[part / parts] + part % parts,
-                     parts);
+    sort_run<V, run>(values.from(part * run), ranking.ranked - part * run, nan,
+                     lists[part / parts] + part % parts, parts);
   if (four)
     for (Key* list : lists) merge_runs<2 * run>(list);
   Key low, high;
@@ -151,10 +158,11 @@ V statistic_of_runs(const Strided<V>& values, const Ranking& ranking, bool four)
     middle_of_two(lists[0], lists[1], size, low, high);
   } else {
     low = high = rank_of_two(lists[0], size, lists[1], size, ranking.low);
-    if (ranking.high != ranking.low) high = rank_of_two(lists[0], size, lists[1], size, ranking.high);
+    if (ranking.high != ranking.low)
+      high = rank_of_two(lists[0], size, lists[1], size, ranking.high);
   }
   const Ends<V> ends = {O::value(low), O::value(high)};
-  if (is_mean(ranking)) return nan.poison(mean_between<V>(values, ranking, ends));
+  if (is_ranked_mean(ranking.statistic)) return nan.poison(mean_between<V>(values, ranking, ends));
   return nan.poison(ranking.low == ranking.high ? ends.low : midpoint(ends.low, ends.high));
 }
 
@@ -172,12 +180,15 @@ __attribute__((noinline)) V mean_by_extremes(const Strided<V>& values, const Ran
   for (int64_t k = 0; k < ranking.ranked; k += kept) {
     const int64_t present = ranking.ranked - k;
     Key block[kept];
-    sorted_keys<V, kept>(padded<V, kept>(values.from(k), present, splat<V>(Real<V>(INFINITY)), buffer), nan, block);
+    sorted_keys<V, kept>(
+        padded<V, kept>(values.from(k), present, splat<V>(Real<V>(INFINITY)), buffer), nan, block);
 #pragma GCC unroll 16
     for (int i = 0; i < kept; ++i) low[i] = smaller(low[i], block[kept - 1 - i]);
     sort_bitonic(low);
     if (present < kept) {
-      sorted_keys<V, kept>(padded<V, kept>(values.from(k), present, -splat<V>(Real<V>(INFINITY)), buffer), nan, block);
+      sorted_keys<V, kept>(
+          padded<V, kept>(values.from(k), present, -splat<V>(Real<V>(INFINITY)), buffer), nan,
+          block);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < kept; ++i) high[i] = larger(high[i], block[kept - 1 - i]);
@@ -199,7 +210,8 @@ HTV_INLINE B choose(B a, B b, B mask) {
   return b ^ ((a ^ b) & mask);
 }
 
-// Steps of transposing bits: registers d apart exchange the bits j apart, for d = count / 2, ..., 1 and j = top, ...
+// Steps of transposing bits: registers d apart exchange the bits j apart, for d = count / 2, ..., 1
+// and j = top, ...
 template <int count, class B, class Word>
 HTV_INLINE void exchange_bits(B (&x)[count], Word top) {
   Word j = top;
@@ -218,18 +230,20 @@ HTV_INLINE void exchange_bits(B (&x)[count], Word top) {
 
 // The key as an unsigned integer of the same order; the least one for values that are not there.
 template <class V, class Values>
-HTV_INLINE Bits<V> ordered_bits(const Values& values, int64_t k, int64_t present, int64_t begin, NanSeen<V>& nan) {
+HTV_INLINE Bits<V> ordered_bits(const Values& values, int64_t k, int64_t present, int64_t begin,
+                                NanSeen<V>& nan) {
   if (k >= present) return Bits<V>{};
   const V v = values(begin + k);
   nan.add(v);
   return (Bits<V>)key_of(v) ^ std::make_unsigned_t<typename Lane<V>::Int>(~kMagnitude<V>);
 }
 
-// planes[w - 1 - b]: bit b of the keys of values begin <= k < begin + w, where w is the bits of a key. Which bit of the
-// plane is which value's is not defined, but the same for all planes. Values that are not there have the least key.
+// planes[w - 1 - b]: bit b of the keys of values begin <= k < begin + w, where w is the bits of a
+// key. Which bit of the plane is which value's is not defined, but the same for all planes. Values
+// that are not there have the least key.
 template <class V, class Values>
-__attribute__((noinline)) void make_planes(const Values& values, int64_t begin, int64_t present, NanSeen<V>& nan,
-                                           Bits<V>* planes) {
+__attribute__((noinline)) void make_planes(const Values& values, int64_t begin, int64_t present,
+                                           NanSeen<V>& nan, Bits<V>* planes) {
   using B = Bits<V>;
   using Word = std::make_unsigned_t<typename Lane<V>::Int>;
   constexpr int w = kBits<V>, high = 8, low = w / high;
@@ -252,8 +266,9 @@ __attribute__((noinline)) void make_planes(const Values& values, int64_t begin, 
 }
 
 #if defined(__GFNI__) && defined(__AVX512BW__)
-// a and b become the bytes of both, taken in turn, of the lower and the upper half of every 16 bytes. Of the four bits
-// that number a byte in 16, the uppermost goes to the register's number, whose bit becomes the lowest.
+// a and b become the bytes of both, taken in turn, of the lower and the upper half of every 16
+// bytes. Of the four bits that number a byte in 16, the uppermost goes to the register's number,
+// whose bit becomes the lowest.
 template <class B>
 HTV_INLINE void interleave_bytes(B& a, B& b) {
   const __m512i x = (__m512i)a, y = (__m512i)b;
@@ -267,13 +282,15 @@ HTV_INLINE B transpose_bits(B bytes) {
   return (B)_mm512_gf2p8affine_epi64_epi8(_mm512_set1_epi64(0x8040201008040201), (__m512i)bytes, 0);
 }
 
-// The same for keys of 32 bits. Registers are numbered by value, e4 e3 e2 e1 e0; within 16 bytes of one are coordinate
-// and byte of the key, d1 d0 j1 j0, within a byte the bit of the key, i2 i1 i0. Seven interleavings, of the registers
-// whose numbers differ in one bit, and a transposition of bits in between leave the coordinates where they were, the
-// values within (e3 e4 and e0 to e2), and the key's bits in the registers' numbers: i0 i1 j1 i2 j0.
+// The same for keys of 32 bits. Registers are numbered by value, e4 e3 e2 e1 e0; within 16 bytes of
+// one are coordinate and byte of the key, d1 d0 j1 j0, within a byte the bit of the key, i2 i1 i0.
+// Seven interleavings, of the registers whose numbers differ in one bit, and a transposition of
+// bits in between leave the coordinates where they were, the values within (e3 e4 and e0 to e2),
+// and the key's bits in the registers' numbers: i0 i1 j1 i2 j0.
 template <class Values>
 __attribute__((noinline)) void make_planes(const Values& values, int64_t begin, int64_t present,
-                                           NanSeen<Register<float>>& nan, Bits<Register<float>>* planes) {
+                                           NanSeen<Register<float>>& nan,
+                                           Bits<Register<float>>* planes) {
   using V = Register<float>;
   using B = Bits<V>;
   B part[32];
@@ -310,7 +327,8 @@ __attribute__((noinline)) void make_planes(const Values& values, int64_t begin, 
     interleave_bytes(x[1], x[3]);
 #pragma GCC unroll 4
     for (int h = 0; h < 4; ++h) {
-      const int bit = 16 * (r >> 2 & 1) + 8 * (r & 1) + 4 * (r >> 1 & 1) + 2 * (h & 1) + (h >> 1 & 1);
+      const int bit =
+          16 * (r >> 2 & 1) + 8 * (r & 1) + 4 * (r >> 1 & 1) + 2 * (h & 1) + (h >> 1 & 1);
       planes[31 - bit] = x[h];
     }
   }
@@ -325,7 +343,8 @@ class BitCount {
 
  public:
   HTV_INLINE void add(B word) {
-    total_ += sizeof(word[0]) == 4 ? (B)_mm512_popcnt_epi32((__m512i)word) : (B)_mm512_popcnt_epi64((__m512i)word);
+    total_ += sizeof(word[0]) == 4 ? (B)_mm512_popcnt_epi32((__m512i)word)
+                                   : (B)_mm512_popcnt_epi64((__m512i)word);
   }
   HTV_INLINE B total() const { return total_; }
 #else
@@ -334,15 +353,19 @@ class BitCount {
 
   static HTV_INLINE B count_bytes(B word) {
 #if defined(__AVX512BW__)
-    const __m512i table = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
+    const __m512i table =
+        _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
     const __m512i nibble = _mm512_set1_epi8(15), x = (__m512i)word;
-    return (B)_mm512_add_epi8(_mm512_shuffle_epi8(table, _mm512_and_si512(x, nibble)),
-                              _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(x, 4), nibble)));
+    return (B)_mm512_add_epi8(
+        _mm512_shuffle_epi8(table, _mm512_and_si512(x, nibble)),
+        _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(x, 4), nibble)));
 #elif defined(__AVX2__)
-    const __m256i table = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
+    const __m256i table =
+        _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
     const __m256i nibble = _mm256_set1_epi8(15), x = (__m256i)word;
-    return (B)_mm256_add_epi8(_mm256_shuffle_epi8(table, _mm256_and_si256(x, nibble)),
-                              _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(x, 4), nibble)));
+    return (B)_mm256_add_epi8(
+        _mm256_shuffle_epi8(table, _mm256_and_si256(x, nibble)),
+        _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(x, 4), nibble)));
 #else
     using Word = std::remove_reference_t<decltype(word[0])>;
     constexpr Word all = ~Word(0), pairs = all / 3, nibbles = all / 5, bytes = all / 17;
@@ -425,7 +448,8 @@ __attribute__((noinline)) void descend(const Bits<V>* planes, int64_t words, Bit
 }
 
 template <class V, int columns>
-void select_by_bits(const Ranking& ranking, const V* values, int64_t stride, void* scratch, V* result) {
+void select_by_bits(const Ranking& ranking, const V* values, int64_t stride, void* scratch,
+                    V* result) {
   using B = Bits<V>;
   constexpr int w = kBits<V>;
   const int64_t n = ranking.ranked, words = (n + w - 1) / w;
@@ -434,7 +458,8 @@ void select_by_bits(const Ranking& ranking, const V* values, int64_t stride, voi
   NanSeen<V> nan[columns];
   for (int c = 0; c < columns; ++c)
     for (int64_t k = 0; k < words; ++k)
-      make_planes(Strided<V>{values + c, stride}, k * w, n - k * w, nan[c], planes + (c * words + k) * w);
+      make_planes(Strided<V>{values + c, stride}, k * w, n - k * w, nan[c],
+                  planes + (c * words + k) * w);
   const int64_t from_top[2] = {n - 1 - ranking.low, n - 1 - ranking.high};
   V found[2][columns];
   if (ranking.low == ranking.high) {
@@ -445,17 +470,19 @@ void select_by_bits(const Ranking& ranking, const V* values, int64_t stride, voi
   }
   for (int c = 0; c < columns; ++c) {
     const Ends<V> ends = {found[0][c], found[1][c]};
-    result[c] = nan[c].poison(is_mean(ranking) ? mean_between<V>(Strided<V>{values + c, stride}, ranking, ends)
-                                               : midpoint(ends.low, ends.high));
+    result[c] = nan[c].poison(is_ranked_mean(ranking.statistic)
+                                  ? mean_between<V>(Strided<V>{values + c, stride}, ranking, ends)
+                                  : midpoint(ends.low, ends.high));
   }
 }
 
 }  // namespace
 
 template <class V>
-void order_statistics(const Ranking& ranking, const V* values, int64_t stride, int columns, void* scratch, V* result) {
+void order_statistics(const Ranking& ranking, const V* values, int64_t stride, int columns,
+                      void* scratch, V* result) {
   const int64_t n = ranking.ranked, count = ranking.parameters.count;
-  const bool trims = is_mean(ranking), four = n > kMostRuns / 2;
+  const bool trims = is_ranked_mean(ranking.statistic), four = n > kMostRuns / 2;
   const auto each = [&](const auto& statistic) {
     for (int c = 0; c < columns; ++c) result[c] = statistic(Strided<V>{values + c, stride});
   };
@@ -464,9 +491,12 @@ void order_statistics(const Ranking& ranking, const V* values, int64_t stride, i
         ranking, columns, [&](int64_t c) { return Strided<V>{values + c, stride}; },
         [&](int64_t c, V v) { result[c] = v; });
   } else if (n <= kMostRuns && (!trims || count >= (four ? kManyExtremes : kFewExtremes))) {
-    with_constant<kMostSorted / 2 + 1, kMostSorted>(four ? (n + 3) / 4 : (n + 1) / 2, [&](auto run) {
-      each([&](const Strided<V>& column) { return statistic_of_runs<V, run()>(column, ranking, four); });
-    });
+    with_constant<kMostSorted / 2 + 1, kMostSorted>(
+        four ? (n + 3) / 4 : (n + 1) / 2, [&](auto run) {
+          each([&](const Strided<V>& column) {
+            return statistic_of_runs<V, run()>(column, ranking, four);
+          });
+        });
   } else if (trims && count == 0) {
     const Ends<V> all = {-splat<V>(Real<V>(INFINITY)), splat<V>(Real<V>(INFINITY))};
     each([&](const Strided<V>& column) {
@@ -476,7 +506,9 @@ void order_statistics(const Ranking& ranking, const V* values, int64_t stride, i
     });
   } else if (trims && count < kMostExtremes) {
     const auto kept = [&](auto constant) {
-      each([&](const Strided<V>& column) { return mean_by_extremes<V, constant()>(column, ranking); });
+      each([&](const Strided<V>& column) {
+        return mean_by_extremes<V, constant()>(column, ranking);
+      });
     };
     if (count < 2) kept(std::integral_constant<int, 2>{});
     else if (count < 4) kept(std::integral_constant<int, 4>{});
@@ -484,12 +516,15 @@ void order_statistics(const Ranking& ranking, const V* values, int64_t stride, i
     else kept(std::integral_constant<int, 16>{});
   } else {
     int c = 0;
-    for (; c + 2 <= columns; c += 2) select_by_bits<V, 2>(ranking, values + c, stride, scratch, result + c);
+    for (; c + 2 <= columns; c += 2)
+      select_by_bits<V, 2>(ranking, values + c, stride, scratch, result + c);
     if (c < columns) select_by_bits<V, 1>(ranking, values + c, stride, scratch, result + c);
   }
 }
 
-template void order_statistics(const Ranking&, const Register<float>*, int64_t, int, void*, Register<float>*);
-template void order_statistics(const Ranking&, const Register<double>*, int64_t, int, void*, Register<double>*);
+template void order_statistics(const Ranking&, const Register<float>*, int64_t, int, void*,
+                               Register<float>*);
+template void order_statistics(const Ranking&, const Register<double>*, int64_t, int, void*,
+                               Register<double>*);
 
-}  // namespace htv::HTV_LEVEL
+}  // namespace htv::HTV_ISA

@@ -21,8 +21,9 @@ class Checked {
   const std::string& op_;
 
   int64_t held(bool overflows, int64_t result) const {
-    STD_TORCH_CHECK(!overflows, op_,
-                    ": sizes, strides or paddings are too large: their product does not fit 64 bits");
+    STD_TORCH_CHECK(
+        !overflows, op_,
+        ": sizes, strides or paddings are too large: their product does not fit 64 bits");
     return result;
   }
 
@@ -65,14 +66,11 @@ inline void check_memory(const std::string& op, const char* argument, const Tens
                   " bytes: was it freed or resized?");
 }
 
-inline bool is_order(Statistic statistic) { return statistic >= Statistic::median; }
-
-// Statistics travel as their position here and in htv.ops.reference.STATISTICS: a string argument would cost an
-// allocation, which the stable ABI does not give back, at every call.
-inline Statistic statistic_of(const std::string& op, int64_t code) {
-  STD_TORCH_CHECK(code >= 0 && code <= static_cast<int64_t>(Statistic::median_of_means), op, ": unknown statistic ",
-                  code);
-  return static_cast<Statistic>(code);
+// Statistics travel by number (HTV_STATISTICS): a string argument would cost an allocation, which
+// the stable ABI does not give back, at every call.
+inline Statistic statistic_of(const std::string& op, int64_t number) {
+  STD_TORCH_CHECK(is_statistic(number), op, ": unknown statistic ", number);
+  return static_cast<Statistic>(number);
 }
 
 inline Dtype dtype_of(const std::string& op, const char* argument, const Tensor& tensor) {
@@ -82,45 +80,50 @@ inline Dtype dtype_of(const std::string& op, const char* argument, const Tensor&
     case ScalarType::Float: return Dtype::float32;
     case ScalarType::BFloat16: return Dtype::bfloat16;
     case ScalarType::Half: return Dtype::float16;
-    default: STD_TORCH_CHECK(false, op, ": ", argument, " must be float64, float32, bfloat16 or float16");
+    default:
+      STD_TORCH_CHECK(false, op, ": ", argument, " must be float64, float32, bfloat16 or float16");
   }
 }
 
 inline torch::headeronly::ScalarType compute_type(Dtype dtype) {
-  return dtype == Dtype::float64 ? torch::headeronly::ScalarType::Double : torch::headeronly::ScalarType::Float;
+  return dtype == Dtype::float64 ? torch::headeronly::ScalarType::Double
+                                 : torch::headeronly::ScalarType::Float;
 }
 
 inline void check_matrix(const std::string& op, const char* argument, const Tensor& tensor) {
-  STD_TORCH_CHECK(tensor.dim() == 2, op, ": ", argument, " must have 2 dimensions, got ", tensor.dim());
+  STD_TORCH_CHECK(tensor.dim() == 2, op, ": ", argument, " must have 2 dimensions, got ",
+                  tensor.dim());
   check_memory(op, argument, tensor);
   STD_TORCH_CHECK(tensor.is_contiguous(), op, ": ", argument, " must be contiguous");
 }
 
 // Statistics that ops on factors serve.
 inline void check_factored(const std::string& op, Statistic statistic) {
-  STD_TORCH_CHECK(statistic != Statistic::sign_agreement && statistic != Statistic::median_of_means, op,
-                  ": does not serve statistic ", static_cast<int64_t>(statistic));
+  STD_TORCH_CHECK(statistic != Statistic::sign_agreement && statistic != Statistic::median_of_means,
+                  op, ": does not serve statistic ", static_cast<int64_t>(statistic));
 }
 
 // The statistic with its integer parameter checked against the number of groups.
-inline Parameters parameters_for(const std::string& op, Statistic statistic, int64_t groups, int64_t count,
-                                 double votes, double k) {
+inline Parameters parameters_for(const std::string& op, Statistic statistic, int64_t groups,
+                                 int64_t count, double votes, double k) {
   STD_TORCH_CHECK(groups >= 1, op, ": needs at least one group");
   STD_TORCH_CHECK(groups < (int64_t(1) << 31), op, ": more than 2^31 - 1 groups");
   switch (statistic) {
     case Statistic::trimmed_mean:
     case Statistic::winsorized_mean:
       STD_TORCH_CHECK(0 <= count && count <= (groups - 1) / 2, op,
-                      ": count must satisfy 0 <= 2 * count < groups, got count = ", count, " of ", groups, " groups");
+                      ": count must satisfy 0 <= 2 * count < groups, got count = ", count, " of ",
+                      groups, " groups");
       break;
     case Statistic::median_of_means:
-      STD_TORCH_CHECK(1 <= count && count <= groups, op, ": count must be 1 to ", groups, " buckets, got ", count);
+      STD_TORCH_CHECK(1 <= count && count <= groups, op, ": count must be 1 to ", groups,
+                      " buckets, got ", count);
       break;
     case Statistic::median:
-      STD_TORCH_CHECK(-1 <= count && count <= 1, op, ": count must be -1, 0 or 1 for the median, got ", count);
+      STD_TORCH_CHECK(-1 <= count && count <= 1, op,
+                      ": count must be -1, 0 or 1 for the median, got ", count);
       break;
-    default:
-      count = count < 0 ? 0 : count > groups ? groups + 1 : count;  // |sum of signs| lies in 0..groups
+    default: count = std::clamp<int64_t>(count, 0, groups + 1);  // |sum of signs| lies in 0..groups
   }
   return {groups, count, votes, k};
 }
@@ -128,23 +131,27 @@ inline Parameters parameters_for(const std::string& op, Statistic statistic, int
 // Floats, which count some votes, must hold them.
 inline void check_countable(Dtype dtype, int64_t groups) {
   STD_TORCH_CHECK(dtype == Dtype::float64 || groups <= int64_t(1) << 24,
-                  "votes of more than 2^24 groups are counted in float64 only, got ", groups, " groups");
+                  "votes of more than 2^24 groups are counted in float64 only, got ", groups,
+                  " groups");
 }
 
 // The longest group, after checking that the groups cover the rows in order.
 inline int64_t longest_group(const std::string& op, const Tensor& offsets, int64_t rows) {
   STD_TORCH_CHECK(offsets.is_cpu(), op, ": offsets must be on the CPU");
-  STD_TORCH_CHECK(offsets.scalar_type() == torch::headeronly::ScalarType::Long, op, ": offsets must be int64");
+  STD_TORCH_CHECK(offsets.scalar_type() == torch::headeronly::ScalarType::Long, op,
+                  ": offsets must be int64");
   STD_TORCH_CHECK(offsets.dim() == 1 && offsets.size(0) >= 2 && offsets.is_contiguous(), op,
                   ": offsets must be a contiguous vector of groups + 1 entries, at least 2");
   check_memory(op, "offsets", offsets);
   const int64_t* const at = static_cast<const int64_t*>(offsets.const_data_ptr());
   const int64_t groups = offsets.size(0) - 1;
-  STD_TORCH_CHECK(at[0] == 0 && at[groups] == rows, op, ": offsets must run from 0 to the number of rows, ", rows,
-                  "; got ", at[0], " to ", at[groups]);
+  STD_TORCH_CHECK(at[0] == 0 && at[groups] == rows, op,
+                  ": offsets must run from 0 to the number of rows, ", rows, "; got ", at[0],
+                  " to ", at[groups]);
   int64_t longest = 0;
   for (int64_t e = 0; e < groups; ++e) {
-    STD_TORCH_CHECK(at[e] <= at[e + 1], op, ": offsets must not decrease, as they do after entry ", e);
+    STD_TORCH_CHECK(at[e] <= at[e + 1], op, ": offsets must not decrease, as they do after entry ",
+                    e);
     longest = std::max(longest, at[e + 1] - at[e]);
   }
   return longest;

@@ -1,10 +1,10 @@
-// Kernels for order statistics of many values per coordinate, wherever the values come from: those of some coordinates
-// wait as keys in shared memory while a warp counts through those of one; where they do not fit, a thread for each
-// coordinate reads them again in every pass.
+// Kernels for order statistics of many values per coordinate, wherever the values come from: those
+// of some coordinates wait as keys in shared memory while a warp counts through those of one; where
+// they do not fit, a thread for each coordinate reads them again in every pass.
 #pragma once
 
 #include "launch.h"
-#include "select.h"
+#include "rank_by_counting.h"
 
 namespace htv::cuda {
 
@@ -31,8 +31,8 @@ __device__ __forceinline__ int64_t warp_min(int64_t v) {
 }
 __device__ __forceinline__ int64_t warp_max(int64_t v) { return -1 - warp_min(-1 - v); }
 
-// The keys of one coordinate, over which its passes go: key(i) for i = first, first + step, ...; all(x) joins the
-// results of those who share the passes.
+// The keys of one coordinate, over which its passes go: key(i) for i = first, first + step, ...;
+// all(x) joins the results of those who share the passes.
 template <class V, class Reader, class Team>
 struct Counted {
   using Key = typename Lane<V>::Int;
@@ -60,7 +60,7 @@ struct Counted {
     for (int i = first; i < size; i += step) count += key(i) < pivot;
     return team.sum(count);
   }
-  __device__ Ends<Key> around(Key low, Key high) const {
+  __device__ Extremes<Key> around(Key low, Key high) const {
     Key least = kLargest, greatest = -kLargest;
 #pragma unroll 4
     for (int i = first; i < size; i += step) {
@@ -113,11 +113,12 @@ struct Alone {
   }
 };
 
-// Coordinates of a block, and how far apart the keys of two lie: banks of shared memory that they are written to differ.
-struct Tile {
+// Coordinates of a block, and how far apart the keys of two lie: banks of shared memory that they
+// are written to differ.
+struct KeyTile {
   int coordinates, stride;
 
-  __host__ __device__ static Tile of(int coordinates, int size) {
+  __host__ __device__ static KeyTile of(int coordinates, int size) {
     return {coordinates, (size + 31) / 32 * 32 + 32 / coordinates};
   }
   template <class Key>
@@ -133,22 +134,24 @@ struct Tile {
 //     decided(at)             whether the result is already there
 //     scaled(v)               the result, given the statistic
 template <class Source>
-__global__ void __launch_bounds__(kCountThreads, 1) by_counting(typename Source::Task task, int64_t coordinates,
-                                                                Tile tile) {
+__global__ void __launch_bounds__(kCountThreads, 1)
+    by_counting(typename Source::Task task, int64_t coordinates, KeyTile tile) {
   using V = typename Source::V;
   using Key = typename Lane<V>::Int;
   __shared__ int undefined[32];
   Key* const keys = dynamic_shared<Key>();
   const Source source(task);
   const int64_t begin = int64_t(blockIdx.x) * tile.coordinates;
-  const int width = coordinates - begin < tile.coordinates ? int(coordinates - begin) : tile.coordinates;
+  const int width =
+      coordinates - begin < tile.coordinates ? int(coordinates - begin) : tile.coordinates;
   if (threadIdx.x < 32) undefined[threadIdx.x] = 0;
   __syncthreads();
   const int column = threadIdx.x % tile.coordinates;
   if (column < width && !source.decided(begin + column)) {
     bool mine = false;
 #pragma unroll 8
-    for (int i = threadIdx.x / tile.coordinates; i < source.size; i += kCountThreads / tile.coordinates)
+    for (int i = threadIdx.x / tile.coordinates; i < source.size;
+         i += kCountThreads / tile.coordinates)
       keys[column * tile.stride + i] = key_of(source(i, begin + column, mine));
     if (mine) undefined[column] = 1;  // by whichever thread
   }
@@ -168,8 +171,8 @@ __global__ void __launch_bounds__(kCountThreads, 1) by_counting(typename Source:
 }
 
 template <class Source>
-__global__ void __launch_bounds__(kCountThreads, 1) by_counting_alone(typename Source::Task task,
-                                                                      int64_t coordinates) {
+__global__ void __launch_bounds__(kCountThreads, 1)
+    by_counting_alone(typename Source::Task task, int64_t coordinates) {
   using V = typename Source::V;
   const int64_t at = int64_t(blockIdx.x) * kCountThreads + threadIdx.x;
   if (at >= coordinates) return;
@@ -190,20 +193,23 @@ __global__ void __launch_bounds__(kCountThreads, 1) by_counting_alone(typename S
 }
 
 template <class Source>
-void launch_counting(const typename Source::Task& task, int64_t coordinates, int size, cudaStream_t stream) {
+void launch_counting(const typename Source::Task& task, int64_t coordinates, int size,
+                     cudaStream_t stream) {
   using Key = typename Lane<typename Source::V>::Int;
-  const int64_t most = most_shared_bytes() - 1024, comfortable = most / 2 < (96 << 10) ? most / 2 : 96 << 10;
-  for (const int width : {32, 16, 8}) {  // the fewer, the less of a row is read at once: 32 bytes at least
-    const Tile tile = Tile::of(width, size);
+  const int64_t most = most_shared_bytes() - 1024,
+                comfortable = most / 2 < (96 << 10) ? most / 2 : 96 << 10;
+  // The fewer, the less of a row is read at once: 32 bytes at least.
+  for (const int width : {32, 16, 8}) {
+    const KeyTile tile = KeyTile::of(width, size);
     const int64_t bytes = tile.bytes<Key>();
     if (bytes <= comfortable || (width == 8 && bytes <= most)) {
-      launch(by_counting<Source>, blocks_for(coordinates, width), kCountThreads, bytes, stream, task, coordinates,
-             tile);
+      launch(by_counting<Source>, blocks_for(coordinates, width), kCountThreads, bytes, stream,
+             task, coordinates, tile);
       return;
     }
   }
-  launch(by_counting_alone<Source>, blocks_for(coordinates, kCountThreads), kCountThreads, 0, stream, task,
-         coordinates);
+  launch(by_counting_alone<Source>, blocks_for(coordinates, kCountThreads), kCountThreads, 0,
+         stream, task, coordinates);
 }
 
 }  // namespace htv::cuda

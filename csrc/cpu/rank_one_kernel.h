@@ -2,9 +2,9 @@
 #pragma once
 
 #include "../dtype.h"
-#include "level.h"
-#include "ranking.h"
-#include "sign_planes.h"
+#include "isa.h"
+#include "select_cost.h"
+#include "sign_planes_kernel.h"
 
 namespace htv {
 
@@ -21,22 +21,25 @@ struct RankOneTask {
   void* value;  // (out, in)
 };
 
-inline int64_t rank_one_width(Dtype dtype) { return kRankOneRegisters * 64 / (dtype == Dtype::float64 ? 8 : 4); }
+inline int64_t rank_one_width(Dtype dtype) {
+  return kRankOneRegisters * kWidestRegister / compute_bytes(dtype);
+}
 
 inline int64_t rank_one_tiles(const RankOneTask& task) {
   const int64_t width = rank_one_width(task.dtype);
   return (task.out + kRankOneOut - 1) / kRankOneOut * ((task.in + width - 1) / width);
 }
 
-// Scratch of one thread, in bytes: packed x, values of two registers of coordinates, packed g and one column of it.
+// Scratch of one thread, in bytes: packed x, values of two registers of coordinates, packed g and
+// one column of it.
 inline int64_t rank_one_scratch_bytes(const RankOneTask& task) {
-  constexpr int64_t widest_register = 64;
   const int64_t ranked = task.ranking->ranked;
-  return widest_register * (kRankOneRegisters * task.rows + 2 * ranked) + select_scratch_bytes(*task.ranking) +
-         8 * (kRankOneOut + 1) * task.rows;
+  return kWidestRegister * (kRankOneRegisters * task.rows + 2 * ranked) +
+         select_scratch_bytes(*task.ranking) + 8 * (kRankOneOut + 1) * task.rows;
 }
 
 // Computes tiles first <= tile < last; scratch is aligned to 64 bytes.
-HTV_DECLARE_PER_LEVEL(void rank_one_kernel(const RankOneTask& task, int64_t first, int64_t last, void* scratch))
+HTV_DECLARE_PER_ISA(void rank_one_kernel(const RankOneTask& task, int64_t first, int64_t last,
+                                         void* scratch))
 
 }  // namespace htv

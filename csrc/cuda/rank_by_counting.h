@@ -1,8 +1,10 @@
-// Order statistics of any number of values per coordinate: ranks are found by counting, in passes over the values.
+// Order statistics of any number of values per coordinate: ranks are found by counting, in passes
+// over the values.
 //
-// Values are searched as integer keys. A pass counts the keys below a pivot; pivots come from linear interpolation
-// between the counts known so far, which takes some 5 to 10 passes, and from bisection where that does not help. Now and
-// then the ends of what is left are moved to keys that are there, which ends searches among ties.
+// Values are searched as integer keys. A pass counts the keys below a pivot; pivots come from
+// linear interpolation between the counts known so far, which takes some 5 to 10 passes, and from
+// bisection where that does not help. Now and then the ends of what is left are moved to keys that
+// are there, which ends searches among ties.
 //
 // `Values` of the functions below are the passes a kernel can make over the keys of one coordinate:
 //
@@ -15,7 +17,7 @@
 
 #include <type_traits>
 
-#include "../keys.h"
+#include "../order_keys.h"
 #include "device.h"
 
 namespace htv::cuda {
@@ -23,13 +25,13 @@ namespace htv::cuda {
 using namespace htv::generic;
 
 template <class Key>
-struct Ends {
+struct Extremes {
   Key least, greatest;
 };
 
 template <class Key>
 struct Survey {
-  Ends<Key> ends;
+  Extremes<Key> extremes;
   int negative, not_positive;
 };
 
@@ -46,7 +48,8 @@ HTV_HOST_DEVICE Key interpolated(Key low, Key high, int below_low, int below_hig
   const V from = value_of<V>(low), to = value_of<V>(Key(high - 1));
   const V share = (V(rank - below_low) + V(0.5)) / V(below_high - below_low);
   const V guess = from + (to - from) * share;
-  if (!(guess - guess == 0)) return low + Key((Unsigned(high) - Unsigned(low)) / 2);  // infinite or NaN
+  // Infinite or NaN
+  if (!(guess - guess == 0)) return low + Key((Unsigned(high) - Unsigned(low)) / 2);
   const Key key = key_of(guess);
   return key <= low ? low + 1 : key >= high ? high - 1 : key;
 }
@@ -56,8 +59,9 @@ template <class V, class Values, class Key = typename Lane<V>::Int>
 __device__ Key search(const Values& values, const Survey<Key>& survey, int rank) {
   using Unsigned = std::make_unsigned_t<Key>;
   if (survey.negative <= rank && rank < survey.not_positive) return 0;
-  Key low = survey.ends.least, high = survey.ends.greatest + 1;  // the key lies in [low, high)
-  int below_low = 0, below_high = values.size;                   // so many keys are smaller
+  // The key lies in [low, high).
+  Key low = survey.extremes.least, high = survey.extremes.greatest + 1;
+  int below_low = 0, below_high = values.size;  // so many keys are smaller
   if (rank < survey.negative) {
     if (high > 0) high = 0, below_high = survey.negative;
   } else if (low < 1) {
@@ -65,8 +69,8 @@ __device__ Key search(const Values& values, const Survey<Key>& survey, int rank)
   }
   for (int pass = 0; Unsigned(high) - Unsigned(low) > 1; ++pass) {
     if (below_low == rank || below_high == rank + 1 || pass % 4 == 3) {
-      const Ends<Key> ends = values.around(low, high);
-      low = ends.least, high = ends.greatest + 1;
+      const Extremes<Key> left = values.around(low, high);
+      low = left.least, high = left.greatest + 1;
       if (below_low == rank) return low;
       if (below_high == rank + 1) return high - 1;
       continue;
@@ -87,24 +91,28 @@ __device__ V select_statistic(const Values& values, Statistic statistic, const P
   const auto survey = values.survey();
   const int count = int(p.count);
   const auto ranked = [&](int rank) { return search<V>(values, survey, rank); };
-  if (statistic == Statistic::trimmed_mean || statistic == Statistic::winsorized_mean) {
+  if (is_ranked_mean(statistic)) {
     const V low = value_of<V>(ranked(count)), high = value_of<V>(ranked(values.size - 1 - count));
     if (low == high) return low;
     const Inside<V> inside = values.sum_inside(low, high);
     const V ends = V(inside.at_most_low - count) * low + V(inside.at_least_high - count) * high;
     const V inner = inside.sum + ends;
-    return statistic == Statistic::trimmed_mean ? trimmed_mean(inner, p.groups, p.count)
-                                                : winsorized_mean(inner, low, high, p.groups, p.count);
+    return statistic == Statistic::trimmed_mean
+               ? trimmed_mean(inner, p.groups, p.count)
+               : winsorized_mean(inner, low, high, p.groups, p.count);
   }
   const int64_t interpolation = interpolation_of(statistic, p);
   const int lower = (values.size - 1) / 2, higher = values.size / 2;
   const V low = value_of<V>(ranked(interpolation > 0 ? higher : lower));
   V high = low;
   if (lower < higher && interpolation == 0) {
-    const Key next = key_of(low) + 1;  // the higher one, unless more keys than the lower one's rank say are its own
-    if (values.below(next) <= higher) high = value_of<V>(values.around(next, survey.ends.greatest + 1).least);
+    // The higher one, unless more keys than the lower one's rank say are its own.
+    const Key next = key_of(low) + 1;
+    if (values.below(next) <= higher)
+      high = value_of<V>(values.around(next, survey.extremes.greatest + 1).least);
   }
-  return median<V>([&](int64_t rank) { return rank == lower ? low : high; }, values.size, interpolation);
+  return median<V>([&](int64_t rank) { return rank == lower ? low : high; }, values.size,
+                   interpolation);
 }
 
 }  // namespace htv::cuda

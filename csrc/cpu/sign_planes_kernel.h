@@ -1,14 +1,14 @@
-// Signs of a matrix as bits, packed once: a product of two signs is then an exclusive or, and a sum of them a population
-// count over as many rows as an integer has bits.
+// Signs of a matrix as bits, packed once: a product of two signs is then an exclusive or, and a sum
+// of them a population count over as many rows as an integer has bits.
 #pragma once
 
 #include "../dtype.h"
-#include "level.h"
+#include "isa.h"
 
 namespace htv {
 
-// Bit planes of a (rows, columns) matrix, each [word][column] of integers as wide as the matrix' compute type; bits of
-// rows that are not there are 0.
+// Bit planes of a (rows, columns) matrix, each [word][column] of integers as wide as the matrix'
+// compute type; bits of rows that are not there are 0.
 struct SignPlanes {
   void* negative;  // v < 0
   void* nonzero;   // v != 0, NaN included
@@ -29,11 +29,11 @@ inline int64_t plane_words(Dtype dtype, int64_t rows) {
   return (rows + bits - 1) / bits;
 }
 
-// Columns of a plane, padded to whole registers of every level.
+// Columns of a plane, padded to whole registers of every instruction set.
 inline int64_t plane_stride(int64_t columns) { return (columns + 15) / 16 * 16; }
 
 inline int64_t planes_bytes(Dtype dtype, int64_t rows, int64_t columns) {
-  return 2 * plane_words(dtype, rows) * plane_stride(columns) * (dtype == Dtype::float64 ? 8 : 4);
+  return 2 * plane_words(dtype, rows) * plane_stride(columns) * compute_bytes(dtype);
 }
 
 // The planes of a matrix, laid out in memory of `planes_bytes`, aligned to 64 bytes.
@@ -43,7 +43,8 @@ inline SignPlanes planes_in(void* memory, Dtype dtype, int64_t rows, int64_t col
 }
 
 // Fills words first <= word < last of the planes of a contiguous matrix.
-HTV_DECLARE_PER_LEVEL(void sign_planes_kernel(const void* matrix, Dtype dtype, int64_t rows, int64_t columns,
-                                              const SignPlanes& planes, int64_t first, int64_t last))
+HTV_DECLARE_PER_ISA(void sign_planes_kernel(const void* matrix, Dtype dtype, int64_t rows,
+                                            int64_t columns, const SignPlanes& planes,
+                                            int64_t first, int64_t last))
 
 }  // namespace htv

@@ -1,12 +1,10 @@
-// Transposes blocks of channels and positions in registers: compiled once per CPU level.
-#include "channels_last.h"
+// Transposes blocks of channels and positions in registers: compiled once per instruction set.
+#include "channels_last_kernel.h"
 
 #include "transpose.h"
 
-namespace htv::HTV_LEVEL {
+namespace htv::HTV_ISA {
 namespace {
-
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 template <class V, class T>
 void copy_sample(const ChannelsLastTask& task, const T* from, Real<V>* to) {
@@ -15,11 +13,13 @@ void copy_sample(const ChannelsLastTask& task, const T* from, Real<V>* to) {
   if (task.channel_stride == 1) {
     for (int64_t p = 0; p < task.positions; ++p)
       for (int64_t c = 0; c < task.channels; c += lanes)
-        store<V>(to + task.at[p] + c, load<V>(from + p * task.step + c, task.channels - c), task.channels - c);
+        store<V>(to + task.at[p] + c, load<V>(from + p * task.step + c, task.channels - c),
+                 task.channels - c);
     return;
   }
-  // A register of channels at a time is as many streams of memory. Lanes without a channel are 0: where all channels are in one
-  // register they may be stored over what follows in the sample, padding or a position to come.
+  // A register of channels at a time is as many streams of memory. Lanes without a channel are 0:
+  // where all channels are in one register they may be stored over what follows in the sample,
+  // padding or a position to come.
   for (int64_t c = 0; c < task.channels; c += lanes)
     for (int64_t p = 0; p < task.positions; p += lanes) {
       V block[lanes] = {};
@@ -37,7 +37,8 @@ void copy_sample(const ChannelsLastTask& task, const T* from, Real<V>* to) {
 
 // Into panels; `to` is where the sample's first position goes in the first.
 template <class V, class T>
-void copy_panels(const ChannelsLastTask& task, int64_t width, int64_t panel_stride, const T* from, Real<V>* to) {
+void copy_panels(const ChannelsLastTask& task, int64_t width, int64_t panel_stride, const T* from,
+                 Real<V>* to) {
   constexpr int lanes = kLanes<V>;
   const int64_t piece = least(width, lanes), filled = (task.channels + width - 1) / width * width;
   for (int64_t c = 0; c < filled; c += lanes)
@@ -55,19 +56,22 @@ void copy_panels(const ChannelsLastTask& task, int64_t width, int64_t panel_stri
       for (int64_t k = c; k < least(c + lanes, filled); k += piece) {
         Real<V>* const panel = to + k / width * panel_stride + p * width + k % width;
         for (int64_t i = 0; i < positions; ++i)
-          memcpy(panel + i * width, reinterpret_cast<const Real<V>*>(&block[i]) + (k - c), piece * sizeof(Real<V>));
+          memcpy(panel + i * width, reinterpret_cast<const Real<V>*>(&block[i]) + (k - c),
+                 piece * sizeof(Real<V>));
       }
     }
 }
 
 }  // namespace
 
-void panels_kernel(const ChannelsLastTask& task, int64_t width, int64_t panel_stride, int64_t first, int64_t last) {
+void panels_kernel(const ChannelsLastTask& task, int64_t width, int64_t panel_stride, int64_t first,
+                   int64_t last) {
   with_dtype(task.dtype, [&](auto element) {
     using T = decltype(element);
     using R = Compute<T>;
     for (int64_t s = first; s < last; ++s)
-      copy_panels<Register<R>>(task, width, panel_stride, static_cast<const T*>(task.from) + s * task.sample_stride,
+      copy_panels<Register<R>>(task, width, panel_stride,
+                               static_cast<const T*>(task.from) + s * task.sample_stride,
                                static_cast<R*>(task.to) + s * task.positions * width);
   });
 }
@@ -82,4 +86,4 @@ void channels_last_kernel(const ChannelsLastTask& task, int64_t first, int64_t l
   });
 }
 
-}  // namespace htv::HTV_LEVEL
+}  // namespace htv::HTV_ISA

@@ -3,8 +3,8 @@
 
 #include "../dtype.h"
 #include "../statistic.h"
-#include "level.h"
-#include "sign_planes.h"
+#include "isa.h"
+#include "sign_planes_kernel.h"
 
 namespace htv {
 
@@ -19,7 +19,8 @@ struct VotesTask {
   Statistic statistic;  // and_mask, xor_mask or sign_sum
   Parameters parameters;
   SignPlanes signs_x, signs_g;
-  void* value;    // (out, in): the sum of all contributions, to be replaced by E times the statistic
+  // (out, in): the sum of all contributions, to be replaced by E times the statistic.
+  void* value;
   int64_t* kept;  // coordinates the mask keeps, one number per tile
 
   int64_t tiles_in() const { return (in + kVotesIn - 1) / kVotesIn; }
@@ -27,6 +28,6 @@ struct VotesTask {
 };
 
 // Computes tiles first <= tile < last.
-HTV_DECLARE_PER_LEVEL(void votes_kernel(const VotesTask& task, int64_t first, int64_t last))
+HTV_DECLARE_PER_ISA(void votes_kernel(const VotesTask& task, int64_t first, int64_t last))
 
 }  // namespace htv

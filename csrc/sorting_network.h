@@ -1,6 +1,6 @@
-// Sorting networks: a fixed list of compare-exchanges sorts any input, so whole registers of coordinates
-// (on a GPU, those of a warp) are sorted at once, without a branch. Lists are made and unrolled by the compiler, which
-// drops whatever no result depends on.
+// Sorting networks: a fixed list of compare-exchanges sorts any input, so whole registers of
+// coordinates (on a GPU, those of a warp) are sorted at once, without a branch. Lists are made and
+// unrolled by the compiler, which drops whatever no result depends on.
 #pragma once
 
 #include <stddef.h>
@@ -11,14 +11,15 @@
 
 #include "statistic.h"
 
-namespace htv::HTV_LEVEL {
+namespace htv::HTV_ISA {
 
 struct CompareExchange {
   int low, high;
 };
 
-// Calls f(low, high) for each step of Batcher's merge exchange for n values (Knuth, TAOCP 3, 5.2.2, algorithm M),
-// or only for those of its last phase, which merge the sorted values at even with the sorted values at odd places.
+// Calls f(low, high) for each step of Batcher's merge exchange for n values (Knuth, TAOCP 3, 5.2.2,
+// algorithm M), or only for those of its last phase, which merge the sorted values at even with the
+// sorted values at odd places.
 template <class F>
 constexpr void each_step(int n, bool merge_only, const F& f) {
   int top = 1;
@@ -89,4 +90,4 @@ HTV_INLINE void sort_bitonic(W (&v)[n]) {
 }
 #endif
 
-}  // namespace htv::HTV_LEVEL
+}  // namespace htv::HTV_ISA
