@@ -7,13 +7,13 @@ import math
 import torch
 from torch import Tensor
 
-from htv.ops import backend, limits, reference
+from htv.ops import backend, limits, reference, registry
 from htv.ops.reference import cast, compute_dtype
 
 
 def norm_sums(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     """The op `norm_sums` of `htv.ops.schema`; where no kernel serves, some samples at a time: small temporaries."""
-    if _has_kernels(x):
+    if _has_kernel("norm_sums", x):
         return torch.ops.htv.norm_sums.default(grad, x, mean, rstd)
     step = max(1, limits.SCRATCH_BYTES // max(1, math.prod(x.shape[1:]) * 4))
     pieces = [reference.norm_sums(*some) for some in zip(*(t.split(step) for t in (grad, x, mean, rstd)), strict=True)]
@@ -31,7 +31,7 @@ def group_norm_backward(
     dtype = compute_dtype(x.dtype)
     weight = mean.new_ones(x.shape[1]) if weight is None else weight
     weight, mean, rstd = cast(weight, dtype), cast(mean, dtype), cast(rstd, dtype)
-    if _has_kernels(x) and x.is_contiguous():
+    if _has_kernel("group_norm_backward", x) and x.is_contiguous():
         operands = grad.contiguous(), x, weight, mean, rstd, needs_x
         grad_x, scale, shift = torch.ops.htv.group_norm_backward.default(*operands)
     else:
@@ -59,5 +59,14 @@ def _group_norm_backward_by_torch(grad, x, weight, mean, rstd, needs_x):
     return grad_x, scale.view(samples, channels), shift.view(samples, channels)
 
 
-def _has_kernels(x: Tensor) -> bool:
-    return x.device.type == "cpu" and backend.NOT_BUILT is None and backend.named() in (None, "cpp")
+_has_kernels = registry.kept_choices()
+
+
+def _has_kernel(op: str, x: Tensor) -> bool:
+    key = op, x.device, x.dtype, *backend.setting()
+    found = _has_kernels.get(key)
+    if found is None:
+        problem = backend.Problem(op, "", x.device, compute_dtype(x.dtype))
+        found = backend.named() in (None, "cpp") and backend.why_not("cpp", problem) is None
+        backend.keep(_has_kernels, key, found, x.device)
+    return found
