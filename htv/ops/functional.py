@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from htv.ops import backend, reference, schema
+from htv.ops import backend, open_rules, reference, schema, statistics
 from htv.rules import (
     AndMask,
     GeometricMean,
@@ -43,6 +43,9 @@ MASK_OFFSET = 1e-10  # keeps the division by the kept fraction finite when nothi
 
 def stacked(grads: Tensor, statistic: Statistic) -> tuple[Tensor, Tensor]:
     """The op `stacked` of `htv.ops.schema` for any (E, *shape), by the backend that serves it."""
+    if statistic.reduce is not None:
+        values = reference.cast(grads, reference.compute_dtype(grads.dtype))
+        return open_rules.reduced(values, statistic), open_rules.no_mask(grads.device)
     if grads.numel() == 0:
         return reference.stacked(grads, Statistic("mean"))
     flat = grads.reshape(len(grads), -1).contiguous()
@@ -86,8 +89,11 @@ def _apply(grads: Tensor, statistic: Statistic) -> Tensor:
 
 
 def apply_rule(grads: Tensor, rule: Rule) -> Tensor:
-    """stat({g_e}) by any rule. grads: (E, *shape) -> (*shape), same dtype."""
-    return _apply(grads, rule.statistic(check_stacked(grads)))
+    """Return stat({g_e}) by any rule, your own too. grads: (E, *shape) -> (*shape), same dtype.
+
+    Raises TypeError for a rule that names no statistic htv has, and what `htv.Rule.reduce` raises.
+    """
+    return _apply(grads, statistics.resolve(rule, check_stacked(grads)))
 
 
 def sign_agreement(grads: Tensor) -> Tensor:
