@@ -3,6 +3,7 @@
 from importlib import metadata as _metadata
 from pathlib import Path as _Path
 
+from htv import rules as _rules
 from htv.attach import Handle, attach
 from htv.batchnorm import replace_batchnorm
 from htv.check import CheckReport, check
@@ -23,19 +24,7 @@ from htv.ops.functional import (
     winsorized_mean,
     xor_mask,
 )
-from htv.rules import (
-    AndMask,
-    GeometricMean,
-    Mean,
-    Median,
-    MedianOfMeans,
-    Rule,
-    SandMask,
-    SignSum,
-    TrimmedMean,
-    WinsorizedMean,
-    XorMask,
-)
+from htv.rules import *  # noqa: F403 -- every rule there is: a new one is public by its own __all__
 
 try:
     __version__ = _metadata.version("hard-to-vary")
@@ -48,22 +37,11 @@ if (_source / "setup.py").is_file():  # there bench/ and triton_kernels/ lie bes
 
 __all__ = [
     "Agreement",
-    "AndMask",
     "CheckError",
     "CheckReport",
     "Explanation",
-    "GeometricMean",
     "Handle",
-    "Mean",
-    "Median",
-    "MedianOfMeans",
-    "Rule",
-    "SandMask",
-    "SignSum",
-    "TrimmedMean",
     "UnsupportedError",
-    "WinsorizedMean",
-    "XorMask",
     "and_mask",
     "attach",
     "check",
@@ -81,3 +59,4 @@ __all__ = [
     "winsorized_mean",
     "xor_mask",
 ]
+__all__ += _rules.__all__

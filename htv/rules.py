@@ -31,7 +31,6 @@ __all__ = [
     "Rule",
     "SandMask",
     "SignSum",
-    "Statistic",
     "TrimmedMean",
     "WinsorizedMean",
     "XorMask",
