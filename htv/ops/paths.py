@@ -142,9 +142,9 @@ def extra_work(part: Factors, rule: Rule) -> float:
         return extra_work(part.inner, rule)
     statistic, groups = statistics.resolve(rule, part.count), part.count
     operations = 4.0 if _streams(statistic.name) else math.log2(max(2, groups))
-    style = route(part, statistic.name, part.device).style
-    if style == "stacked":
+    if isinstance(part, StackedFactors):
         return operations
+    style = route(part, statistic.name, part.device).style
     if isinstance(part, EmbeddingFactors):
         rows, sizes = max(1, len(part.lookups[0])), part.pairs.touched[1]
         if _streams(statistic.name):
