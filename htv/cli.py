@@ -310,7 +310,7 @@ def info() -> None:
     from rich.table import Table
 
     from htv import machine
-    from htv.ops import backend
+    from htv.ops import backend, registry
 
     facts = Table.grid(padding=(0, 2))
     built = machine.build()
@@ -326,9 +326,12 @@ def info() -> None:
     backends = Table("backend", "serves", "why", title="Backends", title_justify="left")
     for name, serves, reason in backend.report():
         backends.add_row(name, "yes" if serves else "no", reason)
+    kernels = Table("op", *registry.DEVICES, title="Kernels: statistics they have", title_justify="left")
+    for op, of_backends in registry.by_op().items():
+        kernels.add_row(op, *of_backends.values())
     console = Console()
-    console.print(facts, highlight=False)
-    console.print(backends, highlight=False)
+    for part in (facts, backends, kernels):
+        console.print(part, highlight=False)
 
 
 def _split(given: list[str] | None) -> list[str] | None:

@@ -50,6 +50,17 @@ class Kernel:
             return f"no kernel for {dtype}, but for {', '.join(self.types())}"
         return None
 
+    def row(self) -> tuple[str, ...]:
+        """Return what it serves in words, by `COLUMNS`."""
+        names = self.statistics
+        told = "-" if names is None else ", ".join(names)
+        without = [name for name in statistics.names() if names is not None and name not in names]
+        if names is not None and len(without) < len(names):
+            told = "all" if not without else f"all but {', '.join(without)}"
+        if self.longest is not None:
+            told += f"; groups of at most {self.longest} row{'s' * (self.longest > 1)}"
+        return self.backend, self.op, told, ", ".join(self.types()), self.reason
+
     def types(self) -> tuple[str, ...]:
         """Return the names of the types its operands may have."""
         found = [str(dtype).removeprefix("torch.") for dtype in self.dtypes]
@@ -58,6 +69,7 @@ class Kernel:
         return tuple(found)
 
 
+COLUMNS = ("backend", "op", "statistics", "types", "why")
 _kernels: dict[tuple[str, str], Kernel] = {}  # by op and backend
 
 
@@ -112,6 +124,21 @@ def kernels() -> tuple[Kernel, ...]:
 def ops(backend: str) -> tuple[str, ...]:
     """Return the ops that a backend has kernels for."""
     return tuple(k.op for k in kernels() if k.backend == backend)
+
+
+def by_op() -> dict[str, dict[str, str]]:
+    """Return op -> backend -> "all" statistics, "9 of 11", "yes" where an op has none, "-" for none."""
+    total = len(statistics.names())
+
+    def told(found: Kernel | None) -> str:
+        if found is None:
+            return "-"
+        if found.statistics is None:
+            return "yes"
+        have = len(found.statistics)
+        return "all" if have == total else f"{have} of {total}"
+
+    return {op: {backend: told(kernel(op, backend)) for backend in DEVICES} for op in schema.OPS}
 
 
 def statistics_of(*backends: str) -> tuple[str, ...]:
