@@ -1,4 +1,5 @@
-"""Fill README.md, docs/performance.md, docs/methods and bench/results/cpu.md from the committed records.
+"""Fill README.md, docs/performance.md, docs/methods and bench/results/cpu.md from the committed records, and
+docs/extending.md from the registry of kernels.
 
 A block stands between <!-- NAME --> and <!-- /NAME -->; tests/test_docs.py checks them all.
 """
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from htv.bench import breakdown, floors, plots, report
 from htv.experiments import report as experiments
+from htv.ops import registry
 from htv.tools.files import replace_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,9 +89,16 @@ def experiment_blocks(*names: str) -> tuple:
     return tuple((name.replace("/", "-"), record, partial(experiment_block, name)) for name, record in records.items())
 
 
+def kernels_block() -> str:
+    """Every kernel there is, from their registry."""
+    rows = [registry.COLUMNS, ("---",) * len(registry.COLUMNS), *(k.row() for k in registry.kernels())]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 BLOCKS = {
     "README.md": (("demo", DEMO, demo_block), ("bench", BENCH, bench_block)),
     "docs/performance.md": (("floors", FLOORS, floors_block), ("breakdown", BREAKDOWN, breakdown_block)),
+    "docs/extending.md": (("kernels", ROOT / "htv/ops/registry.py", kernels_block),),
     "docs/methods/ilc.md": experiment_blocks("linear", "spirals", "correlation"),
     "docs/methods/coherence.md": experiment_blocks(
         "memorisation", "digits/memorisation", "winsorized", "rolling", "attribution", "coherence", "difficulty"

@@ -2,6 +2,7 @@
 
 from importlib import metadata as _metadata
 
+from htv import rules as _rules
 from htv.attach import Handle, attach
 from htv.engine.graph_reading import declare_rowwise as rowwise
 from htv.errors import CheckError, UnsupportedError
@@ -19,19 +20,7 @@ from htv.ops.functional import (
     winsorized_mean,
     xor_mask,
 )
-from htv.rules import (
-    AndMask,
-    GeometricMean,
-    Mean,
-    Median,
-    MedianOfMeans,
-    Rule,
-    SandMask,
-    SignSum,
-    TrimmedMean,
-    WinsorizedMean,
-    XorMask,
-)
+from htv.rules import *  # noqa: F403 -- every rule there is: a new one is public by its own __all__
 from htv.tools.batchnorm import replace_batchnorm
 from htv.tools.check import CheckReport, check
 from htv.tools.explain import Explanation, explain
@@ -43,22 +32,11 @@ except _metadata.PackageNotFoundError:
 
 __all__ = [
     "Agreement",
-    "AndMask",
     "CheckError",
     "CheckReport",
     "Explanation",
-    "GeometricMean",
     "Handle",
-    "Mean",
-    "Median",
-    "MedianOfMeans",
-    "Rule",
-    "SandMask",
-    "SignSum",
-    "TrimmedMean",
     "UnsupportedError",
-    "WinsorizedMean",
-    "XorMask",
     "and_mask",
     "attach",
     "check",
@@ -76,3 +54,4 @@ __all__ = [
     "winsorized_mean",
     "xor_mask",
 ]
+__all__ += _rules.__all__

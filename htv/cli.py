@@ -309,7 +309,7 @@ def info() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from htv.ops import backend
+    from htv.ops import backend, registry
     from htv.tools import env_info
 
     facts = Table.grid(padding=(0, 2))
@@ -326,9 +326,12 @@ def info() -> None:
     backends = Table("backend", "serves", "why", title="Backends", title_justify="left")
     for name, serves, reason in backend.report():
         backends.add_row(name, "yes" if serves else "no", reason)
+    kernels = Table("op", *registry.DEVICES, title="Kernels: statistics they have", title_justify="left")
+    for op, of_backends in registry.by_op().items():
+        kernels.add_row(op, *of_backends.values())
     console = Console()
-    console.print(facts, highlight=False)
-    console.print(backends, highlight=False)
+    for part in (facts, backends, kernels):
+        console.print(part, highlight=False)
 
 
 def _split(given: list[str] | None) -> list[str] | None:

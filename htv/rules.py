@@ -1,7 +1,8 @@
 """The aggregation rules: what `.grad` holds instead of the plain sum.
 
-A rule is a frozen dataclass. It is validated when it is made, prints as the call that makes it, can be pickled,
-and resolves itself for a given number of groups into a `Statistic`, the form kernels understand.
+htv's own rules are frozen dataclasses. They are validated when they are made, print as the call that
+makes them, can be pickled, and resolve themselves for a given number of groups into a `Statistic`,
+the form kernels understand. Rules of your own subclass `Rule` and define `reduce`.
 
 Scale convention: the aggregated gradient is ``E * stat({c_e})`` over the contributions ``c_e`` of E groups, so that
 ``Mean()`` is what plain autograd puts in `.grad`, for mean- and sum-reduced losses alike.
@@ -12,9 +13,14 @@ from __future__ import annotations
 import math
 import sys
 import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from htv.errors import UnsupportedError
 
 __all__ = [
     "AndMask",
@@ -25,7 +31,6 @@ __all__ = [
     "Rule",
     "SandMask",
     "SignSum",
-    "Statistic",
     "TrimmedMean",
     "WinsorizedMean",
     "XorMask",
@@ -36,13 +41,14 @@ __all__ = [
 class Statistic:
     """The kernel-side form of a rule, resolved for one number of groups.
 
-    name:       which statistic; the names are those of `htv.ops.reference.STATISTICS`.
+    name:       which statistic: a name of `htv.ops.statistics`, or `OPEN` for a rule of the user's own.
     count:      its integer parameter: least |sum of signs| that is kept (masks), values per side (trimmed and
                 winsorized mean), number of buckets (median of means), -1 / 0 / +1 for the lower / midpoint /
                 higher median; 0 where a statistic has none.
     votes:      `sand_mask` only: tau * E, the |sum of signs| at which the soft mask opens.
     k:          `sand_mask` only: its steepness, in units of the contributions' variance.
     normalise:  divide the result by ``1e-10 + mean(mask)`` over the coordinates of one parameter.
+    reduce:     of a rule of the user's own, its method; None for all others.
     """
 
     name: str
@@ -50,22 +56,98 @@ class Statistic:
     votes: float = 0.0
     k: float = 0.0
     normalise: bool = False
+    reduce: Callable[[Tensor], Tensor] | None = None
 
 
-@dataclass(frozen=True)
+OPEN = "reduce"  # the name of the statistic of rules that define reduce()
+
+
 class Rule:
-    """Base of all rules. `streaming` rules hold a fixed state per coordinate; order rules need all E values."""
+    """Base of all rules. Subclass it and define `reduce` to aggregate by a function of your own:
+
+        class Clipped(htv.Rule):
+            def reduce(self, contributions):
+                return contributions.clamp(-1, 1).mean(dim=0)
+
+        handle = htv.attach(model, Clipped())
+
+    Such a rule serves every layer, on every device, wherever a rule is taken: `htv.attach`,
+    `htv.linear_grad`, `htv.check`. It may be a plain class, compared by identity, or a dataclass
+    with fields. It is refused under torch.compile, inside `handle.accumulate()` and on several ranks.
+
+    streaming:  whether a fixed state per coordinate is enough; order rules, and rules of your own,
+                need all E values.
+    is_open:    whether the class is a rule of the user's own, that is, defines `reduce`.
+    """
 
     streaming: ClassVar[bool] = True
+    is_open: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.is_open = cls.reduce is not Rule.reduce
+        if cls.is_open:
+            cls.streaming = False
+
+    def __new__(cls, *args, **kwargs):
+        if not cls.is_open and cls.statistic is Rule.statistic:
+            raise TypeError(
+                f"{cls.__name__} is not a complete rule: define {cls.__name__}.reduce(self, "
+                "contributions), which takes contributions (E, *box) and returns (*box); see htv.Rule"
+            )
+        return super().__new__(cls)
+
+    def __repr__(self) -> str:
+        fields = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
+        return f"{type(self).__name__}({fields})"
 
     @property
     def needs_several(self) -> bool:
         """Whether one group alone makes the rule meaningless: its result would be the plain gradient."""
         return True
 
+    def reduce(self, contributions: Tensor) -> Tensor:
+        """Return what becomes of E groups' contributions to some coordinates of one parameter.
+
+        contributions:  (E, *box), what each group adds to the plain gradient there, in the order of
+                        the groups; float32 for half precision, else of the parameter's type. They
+                        may be written to, but not kept.
+
+        Returns (*box), of the same dtype and device. `.grad` holds E times that, as for all rules,
+        so that ``contributions.mean(dim=0)`` is plain training.
+
+        The box has as many dims as the parameter and holds a part of its coordinates, so that all
+        contributions to it fit into a few MB. Where it is cut is not promised: the result at a
+        coordinate should follow from the E values there, or at least make sense for any box. The
+        norm over a whole parameter, for one, cannot be taken. Where no group contributes (rows of an
+        embedding that nobody looks up) the values are zeros, and the result need not be.
+
+        Gradients are off, and autocast too. NaN and infinity come as they are: to return NaN where
+        there is any is what htv's own rules do.
+        """
+        raise TypeError(f"{type(self).__name__} does not define reduce()")
+
     def statistic(self, num_groups: int) -> Statistic:
-        """Resolve for `num_groups` groups; raises ValueError where the rule is undefined for so few."""
-        raise TypeError(f"{type(self).__name__} is not a complete rule: subclass it and define statistic()")
+        """Resolve for `num_groups` groups; raises ValueError where the rule is undefined for so few.
+
+        A rule of your own has no need to define it.
+        """
+        _check_groups(num_groups, 1, self, "there is nothing to reduce")
+        return Statistic(OPEN, reduce=self.reduce)
+
+
+def refuse_open(rules: Iterable[Rule], where: str, remedy: str) -> None:
+    """Raise UnsupportedError for the first of some rules that is of the user's own.
+
+    where:   what cannot serve it: "a compiled model".
+    remedy:  what to do instead.
+    """
+    for rule in rules:
+        if rule.is_open:
+            raise UnsupportedError(
+                f"{type(rule).__name__} is a rule of your own, and {where} cannot call its reduce(). "
+                f"Remedy: {remedy}"
+            )
 
 
 def _check_groups(num_groups: int, least: int, rule: Rule, why: str) -> None:

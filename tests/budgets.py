@@ -6,9 +6,7 @@ leave the others nothing.
 
 import torch
 
-from htv.ops import reference
-
-ORDER = tuple(reference.ORDER)
+from htv.ops import reference, statistics
 
 
 def growth(terms: int | torch.Tensor) -> torch.Tensor:
@@ -35,7 +33,7 @@ def statistic_budget(contributions, statistic, dtype, error=0.0):
     least = 8 * eps * exact + torch.finfo(dtype).tiny
     moved = error + eps * growth(groups) * contributions.abs() + torch.finfo(dtype).tiny
     moved = moved.nan_to_num(0, 0)  # an infinite contribution is not rounded
-    if statistic.name in ORDER:
+    if not statistics.of(statistic.name).streams:
         return moved.amax(dim=0) + least
     if statistic.name == "geometric_mean":
         sizes = contributions.abs() + reference.LOG_OFFSET

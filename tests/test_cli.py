@@ -57,7 +57,7 @@ def test_info_lists_versions_and_backends():
     result = invoke("info")
     assert result.exit_code == 0
     assert torch.__version__ in result.output
-    for word in ("CPU kernels", "CUDA", "cpp", "cuda", "triton", "reference"):
+    for word in ("CPU kernels", "CUDA", "cpp", "cuda", "triton", "reference", "Kernels", "norm_sums"):
         assert word in result.output
 
 

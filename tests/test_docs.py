@@ -27,6 +27,7 @@ def fill_readme():
 DOCUMENTS = [
     "README.md",
     "docs/performance.md",
+    "docs/extending.md",
     *(f"docs/methods/{name}.md" for name in ("ilc", "coherence", "connectivity", "memorization")),
 ]
 

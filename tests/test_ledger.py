@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import htv
-from htv.autograd import ledger as module
 from htv.autograd.ledger import (
     Function,
     Hub,
@@ -69,7 +68,8 @@ def test_what_was_recorded_is_aggregated_once(task):
 
 
 def test_several_uses_are_summed_by_group_before_the_rule(task):
-    ledger = Ledger(htv.Median(), GROUPS, owner := Parameter())
+    owner = Parameter()
+    ledger = Ledger(htv.Median(), GROUPS, owner)
     ledger.record(rows(1.0, 2.0, 9.0))
     ledger.record(rows(4.0, 0.0, 0.0))
     assert ledger.settle(P, None).tolist() == [15.0]  # the median of 5, 2, 9
@@ -272,7 +272,7 @@ def test_only_what_a_pass_goes_on_to_is_recorded():
     first, second = slot(p, a), slot(q, b)
     out = Use.apply(X, first, *first.tokens) + Use.apply(X, second, *second.tokens)
     (grad,) = torch.autograd.grad(out.sum(), p)
-    assert grad.tolist() == [6.0] and not b._parts and not b.consumed
+    assert grad.tolist() == [6.0] and not owner.delivered and not b._parts
 
 
 def test_one_derived_value_makes_its_factors_once(task, monkeypatch):

@@ -142,9 +142,26 @@ def choose(problem: Problem, most_splits: int = MOST_SPLITS, entries: tuple | No
     """A configuration and the number of splits of the groups, at most `most_splits`.
 
     entries: of a tuned table, instead of those of the one in force.
+
+    Steps ask for the same again and again: what was chosen is kept, as long as the table stays.
     """
+    entries = tuned() if entries is None else entries
     most_splits = max(1, min(most_splits, problem.groups, MOST_SPLITS))
-    found = nearest(tuned() if entries is None else entries, problem)
+    key = problem, most_splits, id(entries)
+    kept = _choices.get(key)
+    if kept is None:
+        if len(_choices) >= MOST_CHOICES:
+            _choices.clear()
+        kept = _choices[key] = entries, _choose(problem, most_splits, entries)  # so that its id stays its own
+    return kept[1]
+
+
+MOST_CHOICES = 4096  # kept at a time
+_choices: dict[tuple, tuple[tuple, tuple[Config, int]]] = {}
+
+
+def _choose(problem: Problem, most_splits: int, entries: tuple) -> tuple[Config, int]:
+    found = nearest(entries, problem)
     if found is not None:
         return found[0], min(found[1], most_splits)
     choices = ((config, splits) for splits in range(1, most_splits + 1) for config in candidates(problem))
@@ -163,15 +180,25 @@ def tuned() -> tuple[dict, ...]:
     named = os.environ.get("HTV_TUNED")
     if named is not None:
         return load(Path(named)) if named else ()
-    for path in (user_table(), Path(__file__).with_name("tuned.json")):
-        if path.is_file():
+    for path, name in (_user_table(*map(os.environ.get, _HOMES)), _OWN_TABLE):
+        if os.access(name, os.F_OK) and path.is_file():  # at every call: the first is what is cheap
             return load(path)
     return ()
 
 
+_OWN_TABLE = Path(__file__).with_name("tuned.json"), str(Path(__file__).with_name("tuned.json"))
+_HOMES = "XDG_CACHE_HOME", "HOME"  # what the place of a user's table depends on
+
+
+@functools.lru_cache
+def _user_table(cache: str | None, home: str | None) -> tuple[Path, str]:
+    path = Path(cache or Path.home() / ".cache") / "htv" / "tuned.json"
+    return path, str(path)
+
+
 def user_table() -> Path:
     """Where a user's own tuned table is looked for."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "htv" / "tuned.json"
+    return _user_table(*map(os.environ.get, _HOMES))[0]
 
 
 def nearest(entries: tuple[dict, ...], problem: Problem) -> tuple[Config, int] | None:

@@ -216,6 +216,20 @@ STREAMING = {
     "sign_sum": Streaming(init_one, update_votes, finalize_mean, merge_sums, 1),
     "sign_agreement": Streaming(init_one, update_votes, finalize_sign_agreement, merge_sums, 1),
 }
+# The numbers of htv/ops/statistics.py, which are compared with these at the first call of a kernel.
+NUMBERS = {
+    "mean": 0,
+    "and_mask": 1,
+    "xor_mask": 2,
+    "geometric_mean": 3,
+    "sand_mask": 4,
+    "sign_sum": 5,
+    "sign_agreement": 6,
+    "median": 7,
+    "trimmed_mean": 8,
+    "winsorized_mean": 9,
+    "median_of_means": 10,
+}
 MOST_EXTREMES = 2  # values per side that are kept in registers
 
 

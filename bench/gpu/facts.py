@@ -9,7 +9,7 @@ import torch
 
 from htv.bench.gpu import step
 from htv.bench.gpu.build import nvcc
-from htv.ops import backend
+from htv.ops import backend, registry
 from htv.tools import env_info
 
 
@@ -21,7 +21,8 @@ def save(job: step.Job) -> None:
 
 
 def facts(dry: bool) -> dict:
-    gpu = {"name": "none", "cuda_ops": sorted(backend.CUDA_OPS), "not_built": backend.NOT_BUILT}
+    built = sorted(registry.ops("cuda")) if backend.CUDA_BUILT else []
+    gpu = {"name": "none", "cuda_ops": built, "not_built": backend.NOT_BUILT}
     if not dry:
         properties = torch.cuda.get_device_properties(0)
         gpu |= {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from htv.groups import Groups
-from htv.ops import aggregate, functional, reference
+from htv.ops import aggregate, functional, reference, statistics
 from htv.ops.factors import Factors
 from htv.ops.reference import Summary
 from htv.rules import MedianOfMeans, Rule, Statistic
@@ -19,6 +19,12 @@ MANY = 1 << 30  # groups: what a statistic needs to know of contributions does n
 
 def refuse_unless_streaming(rule: Rule, name: str) -> None:
     """Raise for rules that need the contributions of all micro-batches at once."""
+    if rule.is_open:
+        raise ValueError(
+            f"{type(rule).__name__}, the rule of parameter {name!r}, is one of your own: its reduce() "
+            "needs all contributions at once and cannot be accumulated over micro-batches. Remedy: "
+            f"one batch, exclude={name!r}, or MedianOfMeans(k) or a mask, which accumulate"
+        )
     if not rule.streaming and not isinstance(rule, MedianOfMeans):
         raise ValueError(
             f"{rule}, the rule of parameter {name!r}, needs all contributions at once and cannot be accumulated over "
@@ -103,7 +109,7 @@ class Accumulation:
         if isinstance(self.rule, MedianOfMeans):
             self._means.append(sum(part.total().to(part.dtype) for part in parts) / groups.count)
             return
-        summary = aggregate.summarise(parts, self.rule.statistic(MANY))
+        summary = aggregate.summarise(parts, statistics.resolve(self.rule, MANY))
         self._summary = summary if self._summary is None else self._summary + summary
 
     def result(self) -> Tensor | None:
@@ -113,7 +119,7 @@ class Accumulation:
         if self._summary is None:
             return None
         missing = self.batches.count - self._summary.count  # micro-batches that did not reach the parameter
-        statistic = self.rule.statistic(self.batches.count)
+        statistic = statistics.resolve(self.rule, self.batches.count)
         summary = self._summary
         if missing:
             summary = summary + Summary.of_zeros(missing, summary)

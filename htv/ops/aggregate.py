@@ -4,19 +4,67 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from htv.groups import Groups, Place, Voters
-from htv.ops import backend, blocks, functional, limits, paths, reference, schema, sliced, sparse
-from htv.ops.factors import ConvFactors, EmbeddingFactors, Factors, GroupwiseFactors, LinearFactors, StackedFactors
-from htv.ops.reference import STREAMING, Summary
+from htv.ops import (
+    backend,
+    blocks,
+    functional,
+    limits,
+    paths,
+    reference,
+    registry,
+    schema,
+    sliced,
+    sparse,
+    statistics,
+)
+from htv.ops.factors import (
+    ConvFactors,
+    EmbeddingFactors,
+    Factors,
+    GroupwiseFactors,
+    LinearFactors,
+    StackedFactors,
+    ViewFactors,
+)
+from htv.ops.reference import Summary
 from htv.rules import Mean, Rule, Statistic
 
 __all__ = ["aggregate", "linear_grad", "summarise"]
 
 TIED_WINDOW_BYTES = 128 << 20  # on a GPU, what the picked columns of a tied head's gradient may take
+
+
+class _Resolved(NamedTuple):
+    """A rule resolved for a number of groups; it holds the rule, so that its id stays its own."""
+
+    rule: Rule
+    statistic: Statistic
+    numbers: tuple[int, int, float, float] | None  # as ops take it; None for a rule of one's own
+
+
+MOST_RESOLVED = 256
+_resolutions: dict[tuple[int, int], _Resolved] = {}  # by the rule's id and the number of groups
+
+
+def _resolved(rule: Rule, count: int) -> _Resolved:
+    """Resolve a rule, and keep that for the next time if it cannot come out otherwise then."""
+    statistic = statistics.resolve(rule, count)
+    numbers = None if statistic.reduce is not None else schema.numbers(statistic)
+    found = _Resolved(rule, statistic, numbers)
+    frozen = getattr(type(rule), "__dataclass_params__", None)
+    if frozen is not None and frozen.frozen:
+        if len(_resolutions) >= MOST_RESOLVED:
+            _resolutions.clear()
+        _resolutions[id(rule), count] = found
+    return found
 
 
 def aggregate(parts: list[Factors], rule: Rule) -> Tensor:
@@ -26,38 +74,46 @@ def aggregate(parts: list[Factors], rule: Rule) -> Tensor:
     Returns the parameter's shape, in the parts' compute dtype (for `Mean`, in the dtype of the factors).
     """
     first = parts[0]
-    blocks.require_same_voters(parts)
+    if len(parts) > 1:
+        blocks.require_same_voters(parts)
     if 0 in first.shape:
         return torch.zeros(first.shape, dtype=first.dtype, device=first.device)
-    if isinstance(rule, Mean):
-        return sum(part.total() for part in parts[1:]) + first.total() if len(parts) > 1 else first.total()
-    statistic = _resolved(rule, first.count)
-    value, mask_sum = by_blocks(parts, statistic)
-    return functional.normalise(value, mask_sum, statistic)
+    if type(rule) is Mean:
+        return sum([part.total() for part in parts[1:]], first.total())
+    resolved = _resolutions.get((id(rule), first.count)) or _resolved(rule, first.count)
+    if len(parts) == 1:
+        value, mask_sum = _one_use(first, *resolved[1:])
+    else:
+        value, mask_sum = by_blocks(parts, resolved.statistic)
+    if resolved.statistic.normalise:
+        return functional.normalise(value, mask_sum, resolved.statistic)
+    return value
 
 
 def aggregate_together(contributions: list[list[Factors]], rule: Rule) -> list[Tensor]:
     """`aggregate` of the parts of several parameters; those with one stack of contributions each in one call."""
-    firsts = [parts[0] for parts in contributions]
-    statistic = None if isinstance(rule, Mean) else _resolved(rule, firsts[0].count)
-    kinds = {(type(first), first.count, first.dtype, first.device) for first in firsts}
-    alone = all(
-        len(parts) == 1 and parts[0].values.numel() for parts in contributions if type(parts[0]) is StackedFactors
-    )
-    if statistic is None or statistic.normalise or len(kinds) > 1 or type(firsts[0]) is not StackedFactors or not alone:
+    if type(rule) is Mean or len(contributions) == 1:
         return [aggregate(parts, rule) for parts in contributions]
-    count, dtype = firsts[0].count, firsts[0].dtype
-    stacks = torch.cat([first.values.reshape(count, -1) for first in firsts], dim=1).to(dtype)
-    value, _ = functional.stacked(stacks, statistic)
-    grads = torch._foreach_mul(value.split([math.prod(first.shape) for first in firsts]), count)  # tensors of their own
+    first = contributions[0][0]
+    count, dtype, device = first.count, first.dtype, first.device
+    resolved = _resolutions.get((id(rule), count)) or _resolved(rule, count)
+    values = []
+    for parts in contributions:
+        part = parts[0]
+        alike = type(part) is StackedFactors and part.count == count and part.dtype == dtype
+        if not alike or len(parts) > 1 or part.device != device or 0 in part.shape:
+            break
+        values.append(part.values if part.values.dim() == 2 else part.values.reshape(count, -1))
+    together = len(values) == len(contributions)
+    if not together or resolved.statistic.normalise or resolved.statistic.reduce is not None:
+        return [aggregate(parts, rule) for parts in contributions]
+    value, _ = _one_use(StackedFactors(torch.cat(values, dim=1)), *resolved[1:])
+    grads = torch.split_with_sizes_copy(value, [v.shape[1] for v in values])  # tensors of their own
+    shapes = [parts[0].shape for parts in contributions]
     return [
-        grad if len(first.shape) == 1 else grad.view(first.shape) for grad, first in zip(grads, firsts, strict=True)
+        grad if len(shape) == 1 else grad.view(shape)
+        for grad, shape in zip(grads, shapes, strict=True)
     ]
-
-
-@functools.lru_cache(maxsize=256)
-def _resolved(rule: Rule, count: int) -> Statistic:
-    return rule.statistic(count)
 
 
 def summarise(parts: list[Factors], statistic: Statistic) -> Summary:
@@ -66,7 +122,7 @@ def summarise(parts: list[Factors], statistic: Statistic) -> Summary:
     blocks.require_same_voters(parts)
     if all(isinstance(part, EmbeddingFactors) for part in parts):
         return sparse.summary_of_table(EmbeddingFactors.joined(parts), statistic.name)
-    if math.prod(first.shape) == 0 or statistic.name not in ("geometric_mean", "sand_mask"):
+    if math.prod(first.shape) == 0 or not statistics.of(statistic.name).state:
         total = sum(part.total().to(first.dtype) for part in parts)
         votes = by_blocks(parts, Statistic("sign_sum"))[0] if total.numel() else total
         return Summary(first.count, total, votes)
@@ -89,39 +145,120 @@ def by_blocks(parts: list[Factors], statistic: Statistic) -> tuple[Tensor, Tenso
         return _one_block(parts, statistic)
     first = parts[0]
     value = first.placed(torch.zeros(first.inner.shape, dtype=first.dtype, device=first.device))
-    mask_sum, seen = torch.zeros((), dtype=torch.float64, device=first.device), 0
+    mask_sum = torch.zeros((), dtype=torch.float64, device=first.device)
+    covered = sum(math.prod(block[0].inner.shape) for block in views)
+    if covered < value.numel():
+        others, mask = sliced.of_zeros(first, statistic)
+        value.copy_(others)
+        mask_sum = mask * (value.numel() - covered)
     for block in views:
         block_value, block_mask = _one_block([part.inner for part in block], statistic)
         block[0].shown(value).copy_(block_value)
-        mask_sum, seen = mask_sum + block_mask, seen + block_value.numel()
-    return value, mask_sum + sliced.mask_of_zeros(first, statistic) * (value.numel() - seen)
+        mask_sum = mask_sum + block_mask
+    return value, mask_sum
 
 
 def _one_block(parts: list[Factors], statistic: Statistic) -> tuple[Tensor, Tensor]:
     parts = blocks.joined(parts)
-    first = parts[0]
-    if len(parts) == 1:
-        if isinstance(first, StackedFactors):
-            value, mask_sum = functional.stacked(reference.cast(first.values, first.dtype), statistic)
-            return value.mul_(first.count), mask_sum
-        if isinstance(first, EmbeddingFactors):
-            return sparse.table(first, statistic)
-        style, op, server = paths.route(first, statistic.name, first.device)
-        if style == "fused":
-            if op == "conv":
-                return _fused_conv(first, statistic, server)
-            serve = _conv_by_linear if isinstance(first, ConvFactors) else _fused_linear
-            return serve(first, statistic, server)
-        if style == "by group":
-            return _by_group(parts, statistic)
+    if len(parts) == 1 and not isinstance(parts[0], ViewFactors):
+        numbers = None if statistic.reduce is not None else schema.numbers(statistic)
+        return _one_use(parts[0], statistic, numbers)
+    if statistic.reduce is not None:
+        return sliced.sliced(parts, statistic)
     tied = len(parts) == 2 and {type(part) for part in parts} == {LinearFactors, EmbeddingFactors}
     if tied:
         linear, embedding = sorted(parts, key=lambda part: isinstance(part, EmbeddingFactors))
         if paths.route(linear, statistic.name, linear.device).style == "fused":
             return _tied(linear, embedding, statistic)
-    if statistic.name in STREAMING and any(isinstance(part, GroupwiseFactors) for part in parts):
+    streams = statistics.of(statistic.name).streams
+    if streams and any(isinstance(part, GroupwiseFactors) for part in parts):
         return _by_group(parts, statistic)
     return sliced.sliced(parts, statistic)
+
+
+# -- one use: which way is decided once ------------------------------------------------------------
+
+Numbers = tuple[int, int, float, float] | None
+_ways = registry.kept_choices()
+
+
+def _one_use(part: Factors, statistic: Statistic, numbers: Numbers) -> tuple[Tensor, Tensor]:
+    """E * stat of the contributions of one use, not yet normalised, and the sum of the mask.
+
+    numbers: those of the statistic, as ops take them.
+    """
+    facts = part.facts() if part.sized else None
+    key = type(part), statistic.name, part.dtype, part.device, facts, backend.setting()
+    way = _ways.get(key)
+    if way is None:
+        way = _way(part, statistic)
+        backend.keep(_ways, key, way, part.device)
+    return way(part, statistic, numbers)
+
+
+def _way(part: Factors, statistic: Statistic) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return what computes `_one_use` of all parts that are alike."""
+    if isinstance(part, ViewFactors):
+        return _by_view
+    if isinstance(part, EmbeddingFactors):
+        return _table
+    if statistic.reduce is not None:
+        return _sliced
+    if isinstance(part, StackedFactors):
+        server = paths.server("stacked", part, statistic.name, part.device)
+        if server == "reference":
+            return _stacked_by_reference
+        return functools.partial(_stacked, operator=backend.operator("stacked", server))
+    style, op, server = paths.route(part, statistic.name, part.device)
+    if style == "by group":
+        return _alone_by_group
+    if style != "fused":
+        return _sliced
+    if op == "conv":
+        serve = _fused_conv
+    elif isinstance(part, ConvFactors):
+        serve = _conv_by_linear
+    else:
+        serve = _fused_linear
+    return functools.partial(serve, operator=backend.operator(op, server))
+
+
+def _by_view(part: ViewFactors, statistic: Statistic, numbers: Numbers):
+    return by_blocks([part], statistic)
+
+
+def _table(part: EmbeddingFactors, statistic: Statistic, numbers: Numbers):
+    return sparse.table(part, statistic)
+
+
+def _sliced(part: Factors, statistic: Statistic, numbers: Numbers):
+    return sliced.sliced([part], statistic)
+
+
+def _alone_by_group(part: Factors, statistic: Statistic, numbers: Numbers):
+    return _by_group([part], statistic)
+
+
+def _stacked_by_reference(part: StackedFactors, statistic: Statistic, numbers: Numbers):
+    value, mask_sum = functional.stacked(reference.cast(part.values, part.dtype), statistic)
+    return value.mul_(part.count), mask_sum
+
+
+def _stacked(part: StackedFactors, statistic: Statistic, numbers: Numbers, operator: Callable):
+    values = part.values
+    if _transforms() is not None or forward_ad._current_level >= 0 or values.requires_grad:
+        return _stacked_by_reference(part, statistic, numbers)
+    if values.dtype != part.dtype:
+        values = values.to(part.dtype)
+    if values.dim() != 2 or not values.is_contiguous():
+        values = values.reshape(part.count, -1).contiguous()
+    with torch._C._AutoDispatchBelowAutograd():  # written in Python, and as slow as a small op
+        value, mask_sum = operator(values, *numbers)
+    value.mul_(part.count)
+    return value if len(part.shape) == 1 else value.view(part.shape), mask_sum
+
+
+_transforms = torch._C._functorch.peek_interpreter_stack  # of torch.func, under way
 
 
 def _by_group(parts: list[Factors], statistic: Statistic) -> tuple[Tensor, Tensor]:
@@ -129,29 +266,24 @@ def _by_group(parts: list[Factors], statistic: Statistic) -> tuple[Tensor, Tenso
     return value * parts[0].count, mask_sum
 
 
-def _fused_linear(part: LinearFactors, statistic: Statistic, server: str) -> tuple[Tensor, Tensor]:
-    return _fused(part.x, part.grad_output, part.bounds, statistic, server)
+def _fused_linear(part: LinearFactors, statistic: Statistic, numbers: Numbers, operator: Callable):
+    return operator(part.x.contiguous(), part.grad_output.contiguous(), part.bounds, *numbers)
 
 
-def _fused(x: Tensor, grad_output: Tensor, bounds: Tensor, statistic: Statistic, server: str) -> tuple[Tensor, Tensor]:
-    x, grad_output = x.contiguous(), grad_output.contiguous()
-    return backend.operator("linear", server)(x, grad_output, bounds, *schema.numbers(statistic))
-
-
-def _fused_conv(part: ConvFactors, statistic: Statistic, server: str) -> tuple[Tensor, Tensor]:
+def _fused_conv(part: ConvFactors, statistic: Statistic, numbers: Numbers, operator: Callable):
     g = part.geometry
     sizes = part.kernel, g.stride, g.padding, g.dilation, g.groups
-    factors = _dense(part.x), _dense(part.grad_output), part.bounds
-    return backend.operator("conv", server)(*factors, *sizes, *schema.numbers(statistic))
+    return operator(_dense(part.x), _dense(part.grad_output), part.bounds, *sizes, *numbers)
 
 
-def _conv_by_linear(part: ConvFactors, statistic: Statistic, server: str) -> tuple[Tensor, Tensor]:
+def _conv_by_linear(part: ConvFactors, statistic: Statistic, numbers: Numbers, operator: Callable):
     """Block by block as linear layers of the windows that positions see."""
     value = torch.zeros(part.shape, dtype=part.dtype, device=part.device)
     mask_sum = torch.zeros((), dtype=torch.float64, device=part.device)
     bounds = part.row_bounds
     for rows, columns, x, grad_output in part.as_linear():
-        block, block_mask = _fused(x, grad_output, bounds, statistic, server)
+        windows = x.contiguous(), grad_output.contiguous()
+        block, block_mask = operator(*windows, bounds, *numbers)
         value[rows, columns] = part.from_linear(block)
         mask_sum += block_mask
     return value, mask_sum

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from htv.ops import aggregate, blocks, functional, sliced
+from htv.ops import aggregate, blocks, functional, sliced, statistics
 from htv.ops.factors import Factors
 from htv.rules import Rule, Statistic
 
@@ -40,7 +40,7 @@ def agreement(parts: list[Factors], rule: Rule) -> Agreement:
     blocks.require_same_voters(parts)
     if math.prod(first.shape) == 0:
         return Agreement(math.nan, math.nan, math.nan)
-    statistic = rule.statistic(first.count)
+    statistic = statistics.resolve(rule, first.count)
     apart = [blocks.joined(block) for block in blocks.blocks(parts)]
     tally = _tally_apart if all(len(block) == 1 for block in apart) else _tally_sliced
     agreeing, kept, total_energy, energy = tally(parts, apart, statistic)
@@ -65,7 +65,8 @@ def projections(parts: list[Factors], direction: Tensor) -> Tensor:
     return sum(part.projections(direction.to(part.dtype)) for part in parts)
 
 
-_MASKED = ("and_mask", "xor_mask", "geometric_mean", "sand_mask")
+def _masks(statistic: Statistic) -> bool:
+    return statistic.reduce is None and statistics.of(statistic.name).masks
 
 
 def _tally_apart(
@@ -73,12 +74,12 @@ def _tally_apart(
 ) -> tuple[float, float, float, float]:
     """Sums over coordinates: |votes|, mask, squared sum of contributions, squared contributions."""
     votes = aggregate.by_blocks(parts, Statistic("sign_sum"))[0].abs()
-    if statistic.name == "sand_mask":
-        kept = aggregate.by_blocks(parts, statistic)[1].item()
-    elif statistic.name == "xor_mask":
-        kept = (votes < statistic.count).sum().item()
+    if not _masks(statistic):
+        kept = votes.numel()
+    elif (mask_of_votes := statistics.of(statistic.name).mask_of_votes) is not None:
+        kept = mask_of_votes(votes, statistic).sum().item()
     else:
-        kept = (votes >= statistic.count).sum().item() if statistic.name in _MASKED else votes.numel()
+        kept = aggregate.by_blocks(parts, statistic)[1].item()
     agreeing = votes.nan_to_num_(0).sum(dtype=torch.float64).item()  # a NaN agrees with nothing
     del votes
     total_energy = sum(block[0].total().double().square().sum().item() for block in apart)
@@ -98,6 +99,8 @@ def _tally_sliced(
         wide = contributions.double()
         energy += wide.square().sum().item()
         total_energy += wide.sum(dim=0).square().sum().item()
-        masked = statistic.name in _MASKED
-        kept += functional.stacked(contributions, statistic)[1].item() if masked else contributions.shape[1]
+        if _masks(statistic):
+            kept += functional.stacked(contributions, statistic)[1].item()
+        else:
+            kept += contributions.shape[1]
     return agreeing, kept, total_energy, energy

@@ -10,10 +10,14 @@ does one without a kernel for a stacked statistic. What it has no kernel for amo
 per group on CUDA, float64 in Triton) goes through the general paths, whose stacked statistics then come from it.
 
 The choice looks at shapes, dtype and device alone: it may be traced, and never waits for a device.
+Which kernels there are is told by `htv.ops.kernels`; of two that serve a problem, the first of
+`NAMES` is taken. A choice is made once and kept, as long as nothing it depends on changes
+(`setting`).
 """
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
@@ -23,38 +27,75 @@ from typing import NamedTuple
 
 import torch
 
-from htv.ops import schema
+from htv.ops import kernels, registry, statistics
+from htv.ops.registry import BACKENDS as NAMES
+from htv.ops.registry import DEVICES, forget_choices
 
-NAMES = ("cpp", "cuda", "triton", "reference")
+__all__ = [
+    "NAMES",
+    "NOT_BUILT",
+    "TRITON_INSTALLED",
+    "Problem",
+    "choose",
+    "forget_choices",
+    "kernels",
+    "named",
+    "operator",
+    "report",
+    "setting",
+    "use_backend",
+    "why_not",
+]
+
 _PACKAGE = Path(__file__).resolve().parent.parent
 _named: list[str] = []  # the innermost `use_backend` last
 
 
 def _load() -> str | None:
-    """Load the compiled ops. Returns None, or why there are none; a library that is there but broken raises."""
+    """Load the compiled ops. Returns None, or why there are none.
+
+    A library that is there but broken raises, and ImportError says to rebuild one that knows
+    statistics by other numbers.
+    """
     if os.environ.get("HTV_BUILD") == "0":
         return "HTV_BUILD=0 is set: compiled kernels are not used even where they were built"
     libraries = sorted(_PACKAGE.glob("_C*.so"))
     if not libraries:
         return "the package was installed without compiled kernels (HTV_BUILD=0, or run from the source folder)"
+    needed = registry.statistics_of("cpp", "cuda")
+    statistics.require_agreement(_exported_statistics(libraries[0]), needed, str(libraries[0]))
     torch.ops.load_library(str(libraries[0]))
     return None
 
 
-def _ops_for(key: str) -> frozenset[str]:
-    """The ops that the loaded library has kernels of for a dispatch key."""
-    return frozenset(op for op in schema.OPS if torch._C._dispatch_has_kernel_for_dispatch_key(f"htv::{op}", key))
+def _exported_statistics(library: Path) -> dict[str, int]:
+    """Return the numbers by which a compiled library knows statistics, as it exports them."""
+    try:
+        listed = ctypes.CDLL(str(library)).htv_statistics
+    except AttributeError:
+        raise ImportError(
+            f"{library} is older than this version of htv: it does not tell by which numbers it "
+            f"knows statistics. Remedy: {statistics.REBUILD}"
+        ) from None
+    listed.restype = ctypes.c_char_p
+    return statistics.parsed(listed().decode())
+
+
+def _has_cuda() -> bool:
+    """Tell whether the loaded library has the CUDA kernels that are registered."""
+    found = [torch._C._dispatch_has_kernel_for_dispatch_key(f"htv::{op}", "CUDA") for op in registry.ops("cuda")]
+    return all(found)
 
 
 NOT_BUILT = _load()  # None, or the reason there are no compiled kernels
-CUDA_OPS = _ops_for("CUDA")
+CUDA_BUILT = _has_cuda()
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 class Problem(NamedTuple):
     """What a choice depends on.
 
-    statistic:  its name.
+    statistic:  its name; of no account for an op without one.
     dtype:      that contributions are computed in: float32 for half precision.
     longest:    the most rows that a group of a linear layer has; None stands for many. Matters on CUDA devices alone.
     """
@@ -64,25 +105,6 @@ class Problem(NamedTuple):
     device: torch.device
     dtype: torch.dtype = torch.float32
     longest: int | None = None
-
-
-def preferred(problem: Problem) -> tuple[str, ...]:
-    """The backends for a problem, the best first. Counts and bytes behind each line are in docs/performance.md."""
-    one_row = problem.longest is not None and problem.longest <= 1
-    match problem.device.type, problem.op:
-        case "cpu", _:
-            return ("cpp",)
-        case "cuda", "stacked":
-            return "cuda", "triton"  # the same bytes; beyond 64 groups values are read once, where Triton reads 8 times
-        case "cuda", "linear" if one_row:
-            return "cuda", "triton"  # votes are int8 products and ranks recomputed; Triton pads every row to 16
-        case "cuda", "linear" | "conv":
-            return ("triton",)  # products in half precision, statistics in registers: contributions are never stored
-        case "cuda", "embedding":
-            return ("triton",)  # sorted once, a program per token; PyTorch's sums by pairs wait for the device
-        case "cuda", "shifted_cross_entropy" | "shifted_cross_entropy_grad":
-            return ("triton",)  # logits are read once each way, and nothing of their size is stored but the gradient
-    return ()
 
 
 def _too_old(device: torch.device) -> str | None:
@@ -101,7 +123,7 @@ def _absent(backend: str, device: torch.device) -> str | None:
         return None
     if backend == "cpp":
         return NOT_BUILT or (None if device.type == "cpu" else f"it serves the CPU, not {device.type}")
-    if backend == "cuda" and (NOT_BUILT or not CUDA_OPS):
+    if backend == "cuda" and (NOT_BUILT or not CUDA_BUILT):
         return NOT_BUILT or "there are no CUDA kernels in this build (HTV_CUDA=1 builds them)"
     if backend == "triton" and not TRITON_INSTALLED:
         return "Triton is not installed"
@@ -112,24 +134,12 @@ def _absent(backend: str, device: torch.device) -> str | None:
 
 def _lacks(backend: str, problem: Problem) -> str | None:
     """None where `backend` has a kernel for a problem, else what it has none for."""
-    op, statistic = problem.op, problem.statistic
     if backend == "reference":
         return None
-    if op in ("linear", "conv") and statistic not in schema.FUSED[backend]:
-        return f"no fused kernel for {statistic}; the sliced path serves it"
-    if op == "embedding" and backend != "triton" and statistic not in schema.COUNTED:
-        return f"no kernel for {statistic}; PyTorch's sums by token serve it"
-    if backend == "cuda":
-        if op not in CUDA_OPS:
-            return f"there is no CUDA kernel for {op}"
-        if op == "linear" and (problem.longest is None or problem.longest > 1):
-            return "no kernel for groups of several rows; the sliced path serves them"
-    if backend == "triton":
-        if op not in schema.TRITON:
-            return f"there is no Triton kernel for {op}"
-        if problem.dtype != torch.float32:
-            return f"no kernel for {problem.dtype}, but for float32, bfloat16 and float16"
-    return None
+    kernel = registry.kernel(problem.op, backend)
+    if kernel is None:
+        return f"there is no {backend} kernel for {problem.op}"
+    return kernel.lacks(problem.statistic, problem.dtype, problem.longest)
 
 
 def why_not(backend: str, problem: Problem) -> str | None:
@@ -145,12 +155,53 @@ def named() -> str | None:
     return None if name == "auto" else name
 
 
+# The process's environment itself: what depends on it is asked at every step, and os.environ.get
+# takes as long as a small operator.
+_environment = getattr(os.environ, "_data", os.environ)
+_VARIABLES = ("HTV_BACKEND", "TRITON_INTERPRET")
+if _environment is not os.environ:
+    _VARIABLES = tuple(os.environ.encodekey(name) for name in _VARIABLES)
+
+
+def setting() -> tuple:
+    """Return what choices depend on beside the problem: the backend that is named, and how.
+
+    Whoever keeps a choice keeps it by this, in a dict of `htv.ops.registry.kept_choices`.
+    """
+    backend, interpret = _VARIABLES
+    inner = _named[-1] if _named else None
+    return inner, _environment.get(backend), _environment.get(interpret)
+
+
+_choices = registry.kept_choices()
+
+
+def keep(kept: dict, key: tuple, choice: object, device: torch.device) -> None:
+    """Keep a decision that concerns a device, unless it may still change."""
+    if device.type == "cuda" and not torch.cuda.is_initialized():
+        return  # nothing is known of this GPU yet
+    if len(kept) >= registry.MOST_CHOICES:
+        kept.clear()
+    kept[key] = choice
+
+
 def choose(problem: Problem) -> str:
     """The backend that serves a problem here. Raises RuntimeError if a named one cannot."""
+    if torch.compiler.is_compiling():
+        return _choose(problem)
+    key = problem, setting()
+    found = _choices.get(key)
+    if found is None:
+        found = _choose(problem)
+        keep(_choices, key, found, problem.device)
+    return found
+
+
+def _choose(problem: Problem) -> str:
     name = named()
     if name is None:
-        for backend in preferred(problem):
-            if why_not(backend, problem) is None:
+        for backend, device in DEVICES.items():
+            if device == problem.device.type and why_not(backend, problem) is None:
                 return backend
         return "reference"
     reason = _absent(name, problem.device)
@@ -184,9 +235,9 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 _SERVES = {
-    "cpp": "serves the CPU",
-    "cuda": "not yet run on hardware: serves stacked statistics, and linear layers with one row per group",
-    "triton": "not yet run on hardware: serves layers, embeddings and losses; stacked statistics without cuda",
+    "cpp": "serves {} on the CPU",
+    "cuda": "not yet run on hardware: serves {}; linear layers with one row per group",
+    "triton": "not yet run on hardware: serves {}; what cuda does not",
     "reference": "serves any device, and what no other backend serves",
 }
 
@@ -201,5 +252,6 @@ def report() -> list[tuple[str, bool, str]]:
         reason = _absent(name, torch.device("cuda" if on_gpu else "cpu"))
         if reason is None and on_gpu and not torch.cuda.is_available():
             reason = "no CUDA device is present"
-        rows.append((name, reason is None, reason or _SERVES[name]))
+        told = _SERVES[name].format(", ".join(registry.ops(name)))
+        rows.append((name, reason is None, reason or told))
     return rows

@@ -9,10 +9,12 @@ inputs are computed in float32. A NaN among the E values of a coordinate gives N
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from htv.ops import backend, reference, schema
+from htv.ops import backend, open_rules, reference, registry, schema, statistics
 from htv.rules import (
     AndMask,
     GeometricMean,
@@ -43,21 +45,40 @@ MASK_OFFSET = 1e-10  # keeps the division by the kept fraction finite when nothi
 
 def stacked(grads: Tensor, statistic: Statistic) -> tuple[Tensor, Tensor]:
     """The op `stacked` of `htv.ops.schema` for any (E, *shape), by the backend that serves it."""
+    if statistic.reduce is not None:
+        values = reference.cast(grads, reference.compute_dtype(grads.dtype))
+        return open_rules.reduced(values, statistic), open_rules.no_mask(grads.device)
     if grads.numel() == 0:
         return reference.stacked(grads, Statistic("mean"))
+    compiling = torch.compiler.is_compiling()
+    operator = _operator(statistic.name, grads, compiling)
     flat = grads.reshape(len(grads), -1).contiguous()
-    server = backend.choose(
-        backend.Problem("stacked", statistic.name, grads.device, reference.compute_dtype(grads.dtype))
-    )
-    operator, compiling = backend.operator("stacked", server), torch.compiler.is_compiling()
-    if server == "reference" or (not compiling and schema.transformed(grads)):
+    if operator is None or (not compiling and schema.transformed(grads)):
         value, mask_sum = reference.stacked(flat, statistic)
     elif (grads.requires_grad and torch.is_grad_enabled()) or compiling:
         value, mask_sum = operator(flat, *schema.numbers(statistic))
     else:
-        with torch._C._AutoDispatchBelowAutograd():  # which is written in Python and takes as long as a small op
+        with torch._C._AutoDispatchBelowAutograd():  # written in Python, and as slow as a small op
             value, mask_sum = operator(flat, *schema.numbers(statistic))
     return value.reshape(grads.shape[1:]), mask_sum
+
+
+_operators = registry.kept_choices()
+
+
+def _operator(name: str, grads: Tensor, compiling: bool) -> Callable | None:
+    """Return the operator that serves a stacked statistic of such contributions, or None for the reference."""
+    key = None
+    if not compiling:
+        key = name, grads.dtype, grads.device, backend.setting()
+        if key in _operators:
+            return _operators[key]
+    dtype = reference.compute_dtype(grads.dtype)
+    server = backend.choose(backend.Problem("stacked", name, grads.device, dtype))
+    found = None if server == "reference" else backend.operator("stacked", server)
+    if not compiling:
+        backend.keep(_operators, key, found, grads.device)
+    return found
 
 
 def normalise(value: Tensor, mask_sum: Tensor, statistic: Statistic) -> Tensor:
@@ -86,8 +107,11 @@ def _apply(grads: Tensor, statistic: Statistic) -> Tensor:
 
 
 def apply_rule(grads: Tensor, rule: Rule) -> Tensor:
-    """stat({g_e}) by any rule. grads: (E, *shape) -> (*shape), same dtype."""
-    return _apply(grads, rule.statistic(check_stacked(grads)))
+    """Return stat({g_e}) by any rule, your own too. grads: (E, *shape) -> (*shape), same dtype.
+
+    Raises TypeError for a rule that names no statistic htv has, and what `htv.Rule.reduce` raises.
+    """
+    return _apply(grads, statistics.resolve(rule, check_stacked(grads)))
 
 
 def sign_agreement(grads: Tensor) -> Tensor:

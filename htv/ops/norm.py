@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from htv.ops import backend, limits, reference
+from htv.ops import backend, limits, reference, registry
 from htv.ops.reference import cast, compute_dtype
 
 
 def norm_sums(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     """The op `norm_sums` of `htv.ops.schema`; where no kernel serves, some samples at a time: small temporaries."""
-    if _has_kernels(x):
-        return torch.ops.htv.norm_sums.default(grad, x, mean, rstd)
+    operator = _operator("norm_sums", x)
+    if operator is not None:
+        return operator(grad, x, mean, rstd)
     step = max(1, limits.SCRATCH_BYTES // max(1, math.prod(x.shape[1:]) * 4))
     pieces = [reference.norm_sums(*some) for some in zip(*(t.split(step) for t in (grad, x, mean, rstd)), strict=True)]
     scale, shift = zip(*pieces, strict=True)
@@ -31,9 +33,10 @@ def group_norm_backward(
     dtype = compute_dtype(x.dtype)
     weight = mean.new_ones(x.shape[1]) if weight is None else weight
     weight, mean, rstd = cast(weight, dtype), cast(mean, dtype), cast(rstd, dtype)
-    if _has_kernels(x) and x.is_contiguous():
+    operator = _operator("group_norm_backward", x)
+    if operator is not None and x.is_contiguous():
         operands = grad.contiguous(), x, weight, mean, rstd, needs_x
-        grad_x, scale, shift = torch.ops.htv.group_norm_backward.default(*operands)
+        grad_x, scale, shift = operator(*operands)
     else:
         grad_x, scale, shift = _group_norm_backward_by_torch(grad, x, weight, mean, rstd, needs_x)
     return cast(grad_x, x.dtype) if needs_x else None, scale, shift
@@ -59,5 +62,16 @@ def _group_norm_backward_by_torch(grad, x, weight, mean, rstd, needs_x):
     return grad_x, scale.view(samples, channels), shift.view(samples, channels)
 
 
-def _has_kernels(x: Tensor) -> bool:
-    return x.device.type == "cpu" and backend.NOT_BUILT is None and backend.named() in (None, "cpp")
+_operators = registry.kept_choices()
+
+
+def _operator(op: str, x: Tensor) -> Callable | None:
+    """Return the operator that serves an op for such inputs, or None where none does."""
+    key = op, x.dtype, x.device, backend.setting()
+    if key in _operators:
+        return _operators[key]
+    problem = backend.Problem(op, "", x.device, compute_dtype(x.dtype))
+    server = backend.choose(problem)
+    found = None if server == "reference" else backend.operator(op, server)
+    backend.keep(_operators, key, found, x.device)
+    return found

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from htv.ops import backend, blocks, sparse
+from htv.ops import backend, blocks, sparse, statistics
 from htv.ops.factors import (
     BilinearFactors,
     ConvFactors,
@@ -18,9 +18,9 @@ from htv.ops.factors import (
     StackedFactors,
     ViewFactors,
 )
-from htv.ops.reference import STREAMING
-from htv.rules import Mean, Rule
+from htv.rules import OPEN, Mean, Rule
 
+MANY = 1 << 30  # groups: which statistic a rule names does not depend on how many there are
 FEW_OUTPUTS = 16  # per group of a convolution: below, without a kernel of its own, groups are sliced, folded into one
 
 
@@ -30,15 +30,20 @@ def path(kind: type[Factors] | Factors, rule: Rule, device: torch.device) -> str
     kind: factors, or their class, which stands for sizes that are not extreme (a convolution that is not depthwise).
     Returns "plain sum", "stacked (...)", "fused (...)", "sliced (...)", "sparse", "sparse (...)", "sparse, sliced
     (...)" or "by group"; of a class of linear layers both ways, where one row per group is served otherwise than many.
+    A rule of the user's own stands in the place of the backend: "sliced (reduce)".
     """
-    if isinstance(rule, Mean):
+    if type(rule) is Mean:
         return "plain sum"
-    name = rule.statistic(1 << 30).name  # which statistic does not depend on the number of groups
+    name = statistics.resolve(rule, MANY).name
     found = _path(kind, name, device)
     if isinstance(kind, type) and issubclass(kind, LinearFactors):
         one_row = _path(_OneRow, name, device)
         return found if one_row == found else f"{found}; one row per group: {one_row}"
     return found
+
+
+def _streams(name: str) -> bool:
+    return name != OPEN and statistics.of(name).streams
 
 
 class _OneRow(LinearFactors):
@@ -51,11 +56,12 @@ def _path(kind: type[Factors] | Factors, name: str, device: torch.device) -> str
         return f"fused ({by})"
     if style == "by group":
         return style
-    if style == "sparse":
+    if style == "sparse" and name != OPEN:
         by = server("embedding", kind, name, device)
-        if by != "reference" or name in STREAMING:
+        if by != "reference" or _streams(name):
             return "sparse" if by == "reference" else f"sparse ({by})"
-    return f"{'sparse, sliced' if style == 'sparse' else style} ({server('stacked', kind, name, device)})"
+    by = name if name == OPEN else server("stacked", kind, name, device)
+    return f"{'sparse, sliced' if style == 'sparse' else style} ({by})"
 
 
 def server(op: str, part: type[Factors] | Factors, name: str, device: torch.device) -> str:
@@ -89,6 +95,8 @@ def route(part: type[Factors] | Factors, name: str, device: torch.device) -> Rou
     if isinstance(part, ViewFactors):
         return route(part.inner, name, device)
     kind = part if isinstance(part, type) else type(part)
+    if name == OPEN:
+        return _SPARSE if issubclass(kind, EmbeddingFactors) else _SLICED
     if issubclass(kind, ConvFactors):
         return _conv_route(part, name, device)
     if issubclass(kind, LinearFactors):
@@ -98,7 +106,7 @@ def route(part: type[Factors] | Factors, name: str, device: torch.device) -> Rou
         return _STACKED
     if issubclass(kind, EmbeddingFactors):
         return _SPARSE
-    return _BY_GROUP if issubclass(kind, GroupwiseFactors) and name in STREAMING else _SLICED
+    return _BY_GROUP if issubclass(kind, GroupwiseFactors) and _streams(name) else _SLICED
 
 
 def _conv_route(part: type[ConvFactors] | ConvFactors, name: str, device: torch.device) -> Route:
@@ -108,7 +116,7 @@ def _conv_route(part: type[ConvFactors] | ConvFactors, name: str, device: torch.
     sized, by = isinstance(part, ConvFactors), server("linear", part, name, device)
     if sized and part.geometry.groups > 1 and part.outputs < (FEW_OUTPUTS if part.folds_well else 4):
         return _SLICED
-    if name not in STREAMING:
+    if not _streams(name):
         return _SLICED
     fits = by != "reference" and (not sized or part.fits_linear)
     return Route("fused", "linear", by) if fits else _BY_GROUP
@@ -128,19 +136,21 @@ def extra_work(part: Factors, rule: Rule) -> float:
         sparse     P n / R with P pairs of token and group; order rules E (1 + n) T / R for the T tokens that matter
         stacked    n, in units of summing the stored contributions
     """
-    if isinstance(rule, Mean):
+    if type(rule) is Mean:
         return 0.0
     if isinstance(part, ViewFactors):
         return extra_work(part.inner, rule)
-    statistic, groups = rule.statistic(part.count), part.count
-    operations = 4.0 if statistic.name in STREAMING else math.log2(max(2, groups))
-    style = route(part, statistic.name, part.device).style
-    if style == "stacked":
+    statistic, groups = statistics.resolve(rule, part.count), part.count
+    operations = 4.0 if _streams(statistic.name) else math.log2(max(2, groups))
+    if isinstance(part, StackedFactors):
         return operations
+    style = route(part, statistic.name, part.device).style
     if isinstance(part, EmbeddingFactors):
         rows, sizes = max(1, len(part.lookups[0])), part.pairs.touched[1]
-        if statistic.name in STREAMING:
+        if _streams(statistic.name):
             return operations * len(part.pairs.tokens) / rows
+        if statistic.reduce is not None:
+            return groups * (1 + operations) * len(sizes) / rows
         return groups * (1 + operations) * int((sizes > sparse.outvoted(statistic, groups)).sum()) / rows
     if isinstance(part, GroupwiseFactors):
         return float(groups)
@@ -149,7 +159,7 @@ def extra_work(part: Factors, rule: Rule) -> float:
     if style != "fused":
         return groups * (1 + operations) / (flops * rows)
     copies = 1 / (2 * part.outputs) if isinstance(part, ConvFactors) else 0.0
-    return copies + groups * (1.0 if statistic.name in STREAMING else operations) / (2 * rows)
+    return copies + groups * (1.0 if _streams(statistic.name) else operations) / (2 * rows)
 
 
 def plan(parts: list[Factors], rule: Rule) -> tuple[str, float | None]:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from htv.ops import statistics
+from htv.ops.statistics import order, streaming
 from htv.rules import Statistic
 
 SAND_UNDEFINED = 1e-17  # the soft mask where variance and excess agreement are both 0, as its authors chose
@@ -36,9 +38,10 @@ def stacked(grads: Tensor, statistic: Statistic) -> tuple[Tensor, Tensor]:
     inf - inf makes the mean of a bucket, or a variance, NaN: no rank and no mask hides it.
     """
     values = grads.to(compute_dtype(grads.dtype))
-    if statistic.name in STREAMING:
+    definition = statistics.of(statistic.name)
+    if definition.streams:
         return finish(Summary.of(values, statistic.name), statistic)
-    return _finished(ORDER[statistic.name](values, statistic), None, values.isnan().any(dim=0))
+    return _finished(definition.function(values, statistic), None, values.isnan().any(dim=0))
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,9 @@ class Summary:
     count:  how many groups.
     total:  (*shape), the sum of contributions.
     votes:  (*shape), the sum of their signs, in the same floating-point type; NaN where a contribution is NaN.
-    spread: (*shape), the sum of squared deviations from the mean, for `sand_mask`; else None.
-    logs:   (*shape), the sum of logarithms of magnitudes, for `geometric_mean`; else None.
+    spread: (*shape), the sum of squared deviations from the mean, where the statistic's `state`
+            names it; else None.
+    logs:   (*shape), the sum of logarithms of magnitudes, likewise.
     """
 
     count: int
@@ -61,13 +65,13 @@ class Summary:
     @staticmethod
     def of(values: Tensor, name: str) -> Summary:
         """Of stacked contributions (E, *shape), for the streaming statistic of this name."""
-        return Summary(
-            len(values),
-            values.sum(dim=0),
-            torch.where(values.isnan().any(dim=0), torch.nan, values.sign().sum(dim=0)),
-            (values - values.mean(dim=0)).square().sum(dim=0) if name == "sand_mask" else None,
-            (values.abs() + LOG_OFFSET).log().sum(dim=0) if name == "geometric_mean" else None,
-        )
+        state, spread, logs = statistics.of(name).state, None, None
+        votes = torch.where(values.isnan().any(dim=0), torch.nan, values.sign().sum(dim=0))
+        if "spread" in state:
+            spread = (values - values.mean(dim=0)).square().sum(dim=0)
+        if "logs" in state:
+            logs = (values.abs() + LOG_OFFSET).log().sum(dim=0)
+        return Summary(len(values), values.sum(dim=0), votes, spread, logs)
 
     @staticmethod
     def of_zeros(count: int, like: Summary) -> Summary:
@@ -93,7 +97,8 @@ class Summary:
 
 def finish(summary: Summary, statistic: Statistic) -> tuple[Tensor, Tensor]:
     """A streaming statistic of all contributions a summary is of; returns what `stacked` returns."""
-    return _finished(*STREAMING[statistic.name](summary, statistic), summary.votes.isnan())
+    value, mask = statistics.of(statistic.name).function(summary, statistic)
+    return _finished(value, mask, summary.votes.isnan())
 
 
 def _finished(value: Tensor, mask: Tensor | None, has_nan: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,26 +108,52 @@ def _finished(value: Tensor, mask: Tensor | None, has_nan: Tensor) -> tuple[Tens
     return value, torch.where(has_nan, 0, mask).sum(dtype=torch.float64)
 
 
+# -- the statistics --------------------------------------------------------------------------------
+# Their numbers are those of csrc/statistic.h. What the decorators take: htv/ops/statistics.py.
+
+
+def _agrees(votes: Tensor, statistic: Statistic) -> Tensor:
+    return votes.abs() >= statistic.count
+
+
+def _disagrees(votes: Tensor, statistic: Statistic) -> Tensor:
+    return votes.abs() < statistic.count
+
+
+@streaming("mean", number=0)
 def _mean(s: Summary, statistic: Statistic):
     return s.total / s.count, None
 
 
+@streaming("and_mask", number=1, mask_of_votes=_agrees, by_sign=True)
 def _and_mask(s: Summary, statistic: Statistic):
-    keep = s.votes.abs() >= statistic.count
+    keep = _agrees(s.votes, statistic)
     return torch.where(keep, s.total / s.count, 0), keep
 
 
+@streaming("xor_mask", number=2, mask_of_votes=_disagrees, by_sign=True)
 def _xor_mask(s: Summary, statistic: Statistic):
-    drop = s.votes.abs() < statistic.count
+    drop = _disagrees(s.votes, statistic)
     return torch.where(drop, s.total / s.count, 0), drop
 
 
+@streaming(
+    "geometric_mean",
+    number=3,
+    state=("logs",),
+    mask_of_votes=_agrees,
+    by_sign=True,
+    steep=True,
+)
 def _geometric_mean(s: Summary, statistic: Statistic):
-    keep = s.votes.abs() >= statistic.count
+    keep = _agrees(s.votes, statistic)
     sign = torch.where(s.total.isnan(), s.total, s.total.sign())  # whose sign of NaN is 0
     return torch.where(keep, sign * (s.logs / s.count).exp(), 0), keep
 
 
+@streaming(
+    "sand_mask", number=4, state=("spread",), masks=True, by_sign=True, steep=True, least=2
+)
 def _sand_mask(s: Summary, statistic: Statistic):
     excess = (s.votes.abs() - statistic.votes) / s.count
     mask = torch.tanh(statistic.k / (s.spread / (s.count - 1)) * excess).clamp(min=0)
@@ -132,10 +163,12 @@ def _sand_mask(s: Summary, statistic: Statistic):
     return value, torch.where(lost, 0, mask)
 
 
+@streaming("sign_sum", number=5, by_sign=True)
 def _sign_sum(s: Summary, statistic: Statistic):
     return s.votes / s.count, None
 
 
+@streaming("sign_agreement", number=6, by_sign=True)
 def _sign_agreement(s: Summary, statistic: Statistic):
     return s.votes.abs() / s.count, None
 
@@ -145,46 +178,52 @@ def midpoint(lower: Tensor, higher: Tensor) -> Tensor:
     return torch.where(lower == higher, lower, 0.5 * lower + 0.5 * higher)
 
 
+def _fewer_than_half(groups: int) -> tuple[int, int]:
+    return 0, (groups - 1) // 2
+
+
+def _per_side(statistic: Statistic, groups: int) -> int:
+    return statistic.count
+
+
+@order(
+    "median",
+    number=7,
+    counts=lambda groups: (-1, 1),
+    outvoted=lambda statistic, groups: (groups - 1) // 2,
+)
 def _median(values: Tensor, statistic: Statistic):
     ranked = values.sort(dim=0).values
     lower, higher = ranked[(len(values) - 1) // 2], ranked[len(values) // 2]
-    return midpoint(lower, higher) if statistic.count == 0 else lower if statistic.count < 0 else higher
+    if statistic.count == 0:
+        return midpoint(lower, higher)
+    return lower if statistic.count < 0 else higher
 
 
+@order("trimmed_mean", number=8, counts=_fewer_than_half, outvoted=_per_side)
 def _trimmed_mean(values: Tensor, statistic: Statistic):
     count = statistic.count
     return values.sort(dim=0).values[count : len(values) - count].mean(dim=0)
 
 
+@order("winsorized_mean", number=9, counts=_fewer_than_half, outvoted=_per_side)
 def _winsorized_mean(values: Tensor, statistic: Statistic):
     ranked = values.sort(dim=0).values
     low, high = ranked[statistic.count], ranked[len(values) - 1 - statistic.count]
     return torch.minimum(torch.maximum(ranked, low), high).mean(dim=0)
 
 
+@order(
+    "median_of_means",
+    number=10,
+    counts=lambda groups: (1, groups),
+    outvoted=lambda statistic, groups: (statistic.count - 1) // 2,
+    ranks_sums=True,
+)
 def _median_of_means(values: Tensor, statistic: Statistic):
     means = torch.stack([bucket.mean(dim=0) for bucket in values.tensor_split(statistic.count)])
     lost = means.isnan().any(dim=0)  # by inf - inf; NaN would rank last
     return torch.where(lost, torch.nan, _median(means, Statistic("median")))
-
-
-# In the order of their numbers for kernels.
-STREAMING = {
-    "mean": _mean,
-    "and_mask": _and_mask,
-    "xor_mask": _xor_mask,
-    "geometric_mean": _geometric_mean,
-    "sand_mask": _sand_mask,
-    "sign_sum": _sign_sum,
-    "sign_agreement": _sign_agreement,
-}
-ORDER = {
-    "median": _median,
-    "trimmed_mean": _trimmed_mean,
-    "winsorized_mean": _winsorized_mean,
-    "median_of_means": _median_of_means,
-}
-STATISTICS = (*STREAMING, *ORDER)
 
 
 def linear(x: Tensor, grad_output: Tensor, offsets: Tensor, statistic: Statistic) -> tuple[Tensor, Tensor]:

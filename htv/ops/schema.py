@@ -4,7 +4,7 @@
         grads     (E, P) contiguous, float64 / float32 / bfloat16 / float16, E >= 1
         value     (P,) in `compute_dtype(grads)`; without the factor E, not normalised
         mask_sum  () float64, sum of the mask over coordinates, 0 for statistics without one
-        Serves every statistic of `htv.ops.reference.STATISTICS`.
+        The reference serves every statistic of `htv.ops.statistics`.
 
     linear(x, grad_output, offsets, statistic, count, votes, k) -> (value, mask_sum)
         x            (R, I) contiguous, the layer's input rows, ordered by group
@@ -12,7 +12,7 @@
         offsets      (E + 1,) int64 on the CPU; group e owns rows offsets[e]:offsets[e + 1]
         value        (O, I) in `compute_dtype(x)`; E * stat of the contributions sum_r grad_output[r, o] * x[r, i]
         mask_sum     as above
-        Kernels serve what `FUSED` says of their backend, CUDA's only groups of at most one row; the sliced path serves
+        Kernels serve what they are registered for (`htv.ops.kernels`); the sliced path serves
         the rest.
 
     norm_sums(grad, x, mean, rstd) -> (scale, shift)
@@ -35,15 +35,15 @@
         kernel, stride, padding, dilation: one entry per spatial dim; groups: of the convolution
         value        (O, C / groups, *kernel) in `compute_dtype(x)`; E * stat of the contributions to the weight
         mask_sum     as above
-        Serves what `linear` serves.
+        Kernels serve what they are registered for.
 
     embedding(grad_output, ids, voter, num_embeddings, groups, statistic, count, votes, k) -> (value, mask_sum)
         grad_output  (R, D) contiguous
         ids, voter   (R,) int64 contiguous: the row of the table that was looked up, and the group that did
         value        (num_embeddings, D) in `compute_dtype(grad_output)`; E * stat of the groups' contributions
         mask_sum     as above
-        Kernels serve the statistics of `COUNTED`, Triton's all that `linear` has. An id outside of the table raises
-        on the CPU; in Triton its row takes no part, for looking at ids would wait for the device.
+        Kernels serve what they are registered for. An id outside of the table raises on the CPU;
+        in Triton its row takes no part, for looking at ids would wait for the device.
 
     embedding_contributions(grad_output, ids, voter, tokens, num_embeddings, groups) -> contributions
         tokens         (N,) int64, in 0 to num_embeddings - 1; the others as for `embedding`
@@ -65,58 +65,50 @@
 The Triton kernels' are the ops `stacked_triton`, `linear_triton` and so on, of the same contracts, for float32,
 bfloat16 and float16: they share devices with the kernels above, and `htv.ops.backend` decides between them.
 
-`statistic` is the `code` of a `htv.rules.Statistic`'s name; `count`, `votes` and `k` are its fields.
+`statistic` is the number of a `htv.rules.Statistic`'s name in `htv.ops.statistics`; `count`,
+`votes` and `k` are its fields.
 """
 
 from __future__ import annotations
 
-import importlib
 import itertools
+from collections.abc import Callable
 
 import torch
 from torch.autograd import forward_ad
 
-from htv.ops import reference
+from htv.ops import reference, statistics
 from htv.rules import Statistic
 
 MOST_GROUPS = 2**31 - 1  # of any op
 
-# Those that sum and votes decide.
-COUNTED = ("mean", "and_mask", "xor_mask", "sign_sum")
-_RANKED = ("median", "trimmed_mean", "winsorized_mean")
-# The statistics of factors that each backend has a fused kernel for.
-FUSED = {"cpp": (*COUNTED, "geometric_mean", "sand_mask", *_RANKED), "cuda": (*COUNTED, *_RANKED)}
-FUSED["triton"] = (*FUSED["cpp"], "median_of_means")
-
-_NAMES = tuple(reference.STATISTICS)  # csrc/statistic.h lists them in this order
-
 
 def code(name: str) -> int:
-    """The number by which kernels know a statistic."""
-    return _NAMES.index(name)
+    """Return the number by which kernels know a statistic."""
+    return statistics.of(name).number
 
 
 def numbers(statistic: Statistic) -> tuple[int, int, float, float]:
-    """A statistic as ops take it."""
+    """Return a statistic as ops take it. Raises ValueError for that of a rule of the user's own."""
     return code(statistic.name), statistic.count, statistic.votes, statistic.k
 
 
-def checked(op: str, statistic: int, count: int, votes: float, k: float, groups: int) -> Statistic:
+def checked(
+    op: str, statistic: int, count: int, votes: float, k: float, groups: int
+) -> Statistic:
     """Return the statistic an op was given for so many groups; raises ValueError if there is none."""
-    if not 0 <= statistic < len(_NAMES):
-        raise ValueError(f"htv::{op}: unknown statistic {statistic}, have 0 to {len(_NAMES) - 1}")
+    try:
+        found = statistics.by_number(statistic)
+    except ValueError as error:
+        raise ValueError(f"htv::{op}: {error}") from None
     if not 1 <= groups <= MOST_GROUPS:
         raise ValueError(f"htv::{op}: needs 1 to {MOST_GROUPS} groups, got {groups}")
-    name = _NAMES[statistic]
-    low, high = {
-        "median": (-1, 1),
-        "median_of_means": (1, groups),
-        "trimmed_mean": (0, (groups - 1) // 2),
-        "winsorized_mean": (0, (groups - 1) // 2),
-    }.get(name, (-(2**63), 2**63 - 1))
+    low, high = found.counts(groups)
     if not low <= count <= high:
-        raise ValueError(f"htv::{op}: count must be {low} to {high} for {name} of {groups} groups, got {count}")
-    return Statistic(name, count, votes, k)
+        raise ValueError(
+            f"htv::{op}: count must be {low} to {high} for {found.name} of {groups} groups, got {count}"
+        )
+    return Statistic(found.name, count, votes, k)
 
 
 def require_one_device(op: str, first: torch.Tensor, *others: torch.Tensor | None) -> None:
@@ -158,26 +150,31 @@ _SIGNATURES = {
     "shifted_cross_entropy_grad": f"(Tensor grad, {_CROSS_ENTROPY}, Tensor peak, Tensor log_sum) -> Tensor",
 }
 OPS = tuple(_SIGNATURES)
-_OF_A_STATISTIC = ("stacked", "linear", "conv", "embedding")
-_OF_CROSS_ENTROPY = ("shifted_cross_entropy", "shifted_cross_entropy_grad")
-TRITON = (*_OF_A_STATISTIC, "embedding_contributions", *_OF_CROSS_ENTROPY)  # ops that Triton has kernels for
 
 library = torch.library.Library("htv", "DEF")
 for _op, _signature in _SIGNATURES.items():
     library.define(_op + _signature)
-for _op in TRITON:
-    library.define(f"{_op}_triton{_SIGNATURES[_op]}")
+
+_fakes: dict[str, Callable] = {}
 
 
-@torch.library.register_fake("htv::stacked")
-@torch.library.register_fake("htv::stacked_triton")
+def _fake(op: str) -> Callable[[Callable], Callable]:
+    """Register what an op returns of tensors without values."""
+
+    def register(function: Callable) -> Callable:
+        _fakes[op] = function
+        return torch.library.register_fake(f"htv::{op}", function)
+
+    return register
+
+
+@_fake("stacked")
 def _stacked_fake(grads, statistic, count, votes, k):
     value = grads.new_empty(grads.shape[1:], dtype=reference.compute_dtype(grads.dtype))
     return value, grads.new_empty((), dtype=torch.float64)
 
 
-@torch.library.register_fake("htv::linear")
-@torch.library.register_fake("htv::linear_triton")
+@_fake("linear")
 def _linear_fake(x, grad_output, offsets, statistic, count, votes, k):
     require_one_device("linear", x, grad_output, None if offsets.is_cpu else offsets)
     shape = (grad_output.shape[1], x.shape[1])
@@ -185,22 +182,21 @@ def _linear_fake(x, grad_output, offsets, statistic, count, votes, k):
     return value, x.new_empty((), dtype=torch.float64)
 
 
-@torch.library.register_fake("htv::norm_sums")
+@_fake("norm_sums")
 def _norm_sums_fake(grad, x, mean, rstd):
     require_one_device("norm_sums", x, grad, mean, rstd)
     shape = (x.shape[0], x.shape[2])
     return mean.new_empty(shape), mean.new_empty(shape)
 
 
-@torch.library.register_fake("htv::group_norm_backward")
+@_fake("group_norm_backward")
 def _group_norm_backward_fake(grad, x, weight, mean, rstd, needs_x):
     require_one_device("group_norm_backward", x, grad, weight, mean, rstd)
     shape = x.shape[:2]
     return mean.new_empty(shape[0] if needs_x else 0, *x.shape[1:]), mean.new_empty(shape), mean.new_empty(shape)
 
 
-@torch.library.register_fake("htv::conv")
-@torch.library.register_fake("htv::conv_triton")
+@_fake("conv")
 def _conv_fake(x, grad_output, offsets, kernel, stride, padding, dilation, groups, statistic, count, votes, k):
     require_one_device("conv", x, grad_output, None if offsets.is_cpu else offsets)
     shape = (grad_output.shape[1], x.shape[1] // groups, *kernel)
@@ -208,8 +204,7 @@ def _conv_fake(x, grad_output, offsets, kernel, stride, padding, dilation, group
     return value, x.new_empty((), dtype=torch.float64)
 
 
-@torch.library.register_fake("htv::embedding")
-@torch.library.register_fake("htv::embedding_triton")
+@_fake("embedding")
 def _embedding_fake(grad_output, ids, voter, num_embeddings, groups, statistic, count, votes, k):
     require_one_device("embedding", grad_output, ids, voter)
     shape = (num_embeddings, grad_output.shape[1])
@@ -217,24 +212,21 @@ def _embedding_fake(grad_output, ids, voter, num_embeddings, groups, statistic, 
     return value, grad_output.new_empty((), dtype=torch.float64)
 
 
-@torch.library.register_fake("htv::embedding_contributions")
-@torch.library.register_fake("htv::embedding_contributions_triton")
+@_fake("embedding_contributions")
 def _embedding_contributions_fake(grad_output, ids, voter, tokens, num_embeddings, groups):
     require_one_device("embedding_contributions", grad_output, ids, voter, tokens)
     shape = (groups, tokens.shape[0], grad_output.shape[1])
     return grad_output.new_empty(shape, dtype=reference.compute_dtype(grad_output.dtype))
 
 
-@torch.library.register_fake("htv::shifted_cross_entropy")
-@torch.library.register_fake("htv::shifted_cross_entropy_triton")
+@_fake("shifted_cross_entropy")
 def _shifted_cross_entropy_fake(logits, targets, shift, temperature, weight, *numbers):
     require_one_device("shifted_cross_entropy", logits, targets, shift, weight)
     rows = logits.shape[0]
     return tuple(logits.new_empty(rows, dtype=reference.compute_dtype(logits.dtype)) for _ in range(3))
 
 
-@torch.library.register_fake("htv::shifted_cross_entropy_grad")
-@torch.library.register_fake("htv::shifted_cross_entropy_grad_triton")
+@_fake("shifted_cross_entropy_grad")
 def _shifted_cross_entropy_grad_fake(
     grad, logits, targets, shift, temperature, weight, ignore_index, label_smoothing, peak, log_sum
 ):
@@ -330,32 +322,29 @@ library.impl("shifted_cross_entropy", _shifted_cross_entropy_reference, "Composi
 library.impl("shifted_cross_entropy_grad", _shifted_cross_entropy_grad_reference, "CompositeExplicitAutograd")
 
 
-def _groups_of(op: str, factors) -> int:
+def define_beside(op: str, backend: str, implementation: Callable) -> None:
+    """Define the op `{op}_{backend}`, of the contract of `op`, for any device.
+
+    implementation: takes what the op takes and returns what it returns.
+    """
+    name = f"{op}_{backend}"
+    library.define(name + _SIGNATURES[op])
+    torch.library.register_fake(f"htv::{name}", _fakes[op], lib=library)
+    library.impl(name, implementation, "CompositeExplicitAutograd")
+    if op == "stacked":
+        library.impl(name, _differentiable(name), "Autograd")
+
+
+def takes_a_statistic(op: str) -> bool:
+    """Tell whether an op's last arguments are the numbers of a statistic."""
+    return _NUMBERS in _SIGNATURES[op]
+
+
+def groups_of(op: str, factors: tuple) -> int:
+    """Return E of the arguments of an op up to the statistic's numbers."""
     if op == "stacked":
         return len(factors[0])
     return factors[4] if op == "embedding" else len(factors[2]) - 1
-
-
-def _triton_kernel(module: str, op: str, of_a_statistic: bool):
-    def kernel(*arguments):
-        if of_a_statistic:
-            *factors, statistic, count, votes, k = arguments
-            arguments = *factors, checked(op, statistic, count, votes, k, _groups_of(op, factors))
-        # At the first call: Triton may not be installed.
-        return getattr(importlib.import_module(f"htv.triton_kernels.{module}"), op)(*arguments)
-
-    return kernel
-
-
-for _op in _OF_A_STATISTIC:
-    library.impl(f"{_op}_triton", _triton_kernel(_op, _op, True), "CompositeExplicitAutograd")
-library.impl(
-    "embedding_contributions_triton",
-    _triton_kernel("embedding", "embedding_contributions", False),
-    "CompositeExplicitAutograd",
-)
-for _op in _OF_CROSS_ENTROPY:
-    library.impl(f"{_op}_triton", _triton_kernel("cross_entropy", _op, False), "CompositeExplicitAutograd")
 
 
 def transformed(tensor: torch.Tensor) -> bool:
@@ -370,7 +359,7 @@ class _Stacked(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, operator, grads, statistic, *numbers):
-        ctx.statistic = Statistic(_NAMES[statistic], *numbers)
+        ctx.statistic = Statistic(statistics.by_number(statistic).name, *numbers)
         ctx.save_for_backward(grads)
         with torch._C._AutoDispatchBelowAutograd():
             return operator(grads, statistic, *numbers)
@@ -406,5 +395,4 @@ def _differentiable(op: str):
     return autograd
 
 
-for _op in ("stacked", "stacked_triton"):
-    library.impl(_op, _differentiable(_op), "Autograd")
+library.impl("stacked", _differentiable("stacked"), "Autograd")

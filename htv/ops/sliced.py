@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from htv.ops import factors, functional
+from htv.ops import factors, functional, open_rules
 from htv.ops.factors import Factors
 from htv.rules import Statistic
 
@@ -20,10 +20,23 @@ def sliced(parts: list[Factors], statistic: Statistic) -> tuple[Tensor, Tensor]:
     value = torch.empty(height, width, *first.shape[2:], dtype=first.dtype, device=first.device)
     mask_sum = torch.zeros((), dtype=torch.float64, device=first.device)
     for rows, columns, contributions in slices(parts):
-        box, box_mask = functional.stacked(contributions, statistic)
+        if statistic.reduce is None:
+            box, box_mask = functional.stacked(contributions, statistic)
+            mask_sum += box_mask
+        else:
+            box = _reduced_box(contributions, len(first.shape), statistic)
         value[rows, columns] = box
-        mask_sum += box_mask
     return value.mul_(first.count).reshape(first.shape), mask_sum
+
+
+def _reduced_box(contributions: Tensor, dims: int, statistic: Statistic) -> Tensor:
+    """By the user's own rule, who sees boxes of as many dims as the parameter has.
+
+    contributions: (E, r, c, *rest) -> (r, c, *rest)
+    """
+    box = contributions.shape[1:]
+    seen = contributions.view(len(contributions), *box[:dims])
+    return open_rules.reduced(seen, statistic).reshape(box)
 
 
 def slices(parts: list[Factors]) -> Iterator[tuple[slice, slice, Tensor]]:
@@ -34,26 +47,65 @@ def slices(parts: list[Factors]) -> Iterator[tuple[slice, slice, Tensor]]:
     """
     first = parts[0]
     count, rest = first.count, first.shape[2:]
-    height, width = factors.two_dims(first.shape)
-    itemsize = torch.finfo(first.dtype).bits // 8
-    budget = max(1, max(part.scratch for part in parts) // (count * math.prod(rest) * itemsize))
+    coordinates, boxes = _boxes(first, max(part.scratch for part in parts))
+    size = count * coordinates
+    scratch = [torch.empty(size, dtype=first.dtype, device=first.device) for _ in range(min(2, len(parts)))]
+    for box in boxes:
+        shape = (count, box[0].stop - box[0].start, box[1].stop - box[1].start, *rest)
+        contributions, *other = (s[: math.prod(shape)].view(shape) for s in scratch)
+        first.write(*box, contributions)
+        for part in parts[1:]:
+            part.write(*box, other[0])
+            contributions += other[0]
+        yield *box, contributions
+
+
+def _boxes(like: Factors, scratch: int) -> tuple[int, Iterator[tuple[slice, slice]]]:
+    """Return the coordinates of the largest box, and (rows, columns) of each.
+
+    The contributions to one take at most `scratch` bytes, unless those to one element of dims 0 and
+    1 take more.
+    """
+    rest, (height, width) = math.prod(like.shape[2:]), factors.two_dims(like.shape)
+    itemsize = torch.finfo(like.dtype).bits // 8
+    budget = max(1, scratch // (like.count * rest * itemsize))
     columns = min(width, max(math.isqrt(budget), budget // height, 1))
     rows = min(height, max(1, budget // columns))
-    size = count * rows * columns * math.prod(rest)
-    scratch = [torch.empty(size, dtype=first.dtype, device=first.device) for _ in range(min(2, len(parts)))]
-    for top in range(0, height, rows):
-        for left in range(0, width, columns):
-            box = slice(top, min(top + rows, height)), slice(left, min(left + columns, width))
-            shape = (count, box[0].stop - box[0].start, box[1].stop - box[1].start, *rest)
-            contributions, *other = (s[: math.prod(shape)].view(shape) for s in scratch)
-            first.write(*box, contributions)
-            for part in parts[1:]:
-                part.write(*box, other[0])
-                contributions += other[0]
-            yield *box, contributions
+
+    def boxes() -> Iterator[tuple[slice, slice]]:
+        for top in range(0, height, rows):
+            for left in range(0, width, columns):
+                yield slice(top, min(top + rows, height)), slice(left, min(left + columns, width))
+
+    return rows * columns * rest, boxes()
 
 
-def mask_of_zeros(like: Factors, statistic: Statistic) -> Tensor:
-    """The mask's value at a coordinate to which nobody contributes."""
+def of_zeros(like: Factors, statistic: Statistic) -> tuple[Tensor, Tensor]:
+    """Return E * stat where nobody contributes, (*shape), and the mask at each such coordinate, ().
+
+    like: factors with as many groups to a parameter of that shape.
+    """
+    if statistic.reduce is not None:
+        return _reduced_zeros(like, statistic), open_rules.no_mask(like.device)
     zeros = torch.zeros(like.count, 1, dtype=like.dtype, device=like.device)
-    return functional.stacked(zeros, statistic)[1]
+    value, mask = functional.stacked(zeros, statistic)
+    return value.mul_(like.count).expand(like.shape).clone(), mask
+
+
+def _reduced_zeros(like: Factors, statistic: Statistic) -> Tensor:
+    """By the user's own rule: one box of zeros where it gives one value for all coordinates of it.
+
+    Where they differ (it draws random numbers, say) every box is reduced.
+    """
+    height, width = factors.two_dims(like.shape)
+    value = torch.empty(height, width, *like.shape[2:], dtype=like.dtype, device=like.device)
+    coordinates, boxes = _boxes(like, like.scratch)
+    zeros = torch.empty(like.count * coordinates, dtype=like.dtype, device=like.device)
+    for number, (rows, columns) in enumerate(boxes):
+        place = value[rows, columns]
+        contributions = zeros[: like.count * place.numel()].view(like.count, *place.shape)
+        place.copy_(_reduced_box(contributions.zero_(), len(like.shape), statistic))
+        if number == 0 and open_rules.is_one_value(place):
+            value.fill_(place.flatten()[0].clone())
+            break
+    return value.mul_(like.count).reshape(like.shape)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from htv.groups import segment_sum
-from htv.ops import backend, limits, reference, schema, sliced
+from htv.ops import backend, limits, reference, schema, sliced, statistics
 from htv.ops.factors import EmbeddingFactors, Factors
-from htv.ops.reference import STREAMING, Summary
+from htv.ops.reference import Summary
 from htv.rules import Statistic
 
 
@@ -21,13 +21,25 @@ def _server(part: EmbeddingFactors, statistic: Statistic) -> str:
 
 def table(part: EmbeddingFactors, statistic: Statistic) -> tuple[Tensor, Tensor]:
     """E * stat of the contributions to an embedding table, and the sum of the mask."""
+    if statistic.reduce is not None:
+        return _reduced_table(part, statistic)
     server = _server(part, statistic)
     if server == "reference":
-        return (streaming if statistic.name in STREAMING else order)(part, statistic)
+        by_pairs = streaming if statistics.of(statistic.name).streams else order
+        return by_pairs(part, statistic)
     # Triton passes over the rows of a padding_idx: to leave them out would wait for the device.
     ids, voter, grad = part.lookups if server == "cpp" else (part.ids, part.voter, part.grad_output)
     rows = grad.contiguous(), ids.long().contiguous(), voter.contiguous()
     return backend.operator("embedding", server)(*rows, part.shape[0], part.count, *schema.numbers(statistic))
+
+
+def _reduced_table(part: EmbeddingFactors, statistic: Statistic) -> tuple[Tensor, Tensor]:
+    """By a rule of the user's own: the rows that lookups touch, and all others as zeros."""
+    value, mask_sum = sliced.of_zeros(part, statistic)
+    tokens = part.pairs.touched[0]
+    if len(tokens):
+        value[tokens], _ = sliced.sliced([part.compact(tokens)], statistic)
+    return value, mask_sum
 
 
 def touched_rows(part: EmbeddingFactors, statistic: Statistic) -> tuple[Tensor, Tensor]:
@@ -67,9 +79,9 @@ class _TableRows(Factors):
 
 def streaming(part: EmbeddingFactors, statistic: Statistic) -> tuple[Tensor, Tensor]:
     """Streaming statistics from pairs of token and group, and everything else counted as the zeros it is."""
-    value = torch.zeros(part.shape, dtype=part.dtype, device=part.device)
     tokens = part.pairs.touched[0]
-    mask_sum = sliced.mask_of_zeros(part, statistic) * ((part.shape[0] - len(tokens)) * part.shape[1])
+    value, mask = sliced.of_zeros(part, statistic)
+    mask_sum = mask * ((part.shape[0] - len(tokens)) * part.shape[1])
     for columns, summary in _touched_summaries(part, statistic.name):
         rows, rows_mask = reference.finish(summary, statistic)
         value[tokens, columns] = rows * part.count
@@ -94,7 +106,7 @@ def _tensors(summary: Summary) -> list[Tensor]:
 
 def _touched_summaries(part: EmbeddingFactors, name: str) -> Iterator[tuple[slice, Summary]]:
     """Ranges of columns and the summary (touched tokens, columns) of all groups' contributions there."""
-    pairs, groups = part.pairs, part.count
+    pairs, groups, state = part.pairs, part.count, statistics.of(name).state
     sizes = pairs.touched[1]
     if len(sizes) == 0:
         return
@@ -107,10 +119,10 @@ def _touched_summaries(part: EmbeddingFactors, name: str) -> Iterator[tuple[slic
         total, votes = segment_sum(values, bounds), segment_sum(values.sign(), bounds)
         votes = votes.masked_fill_(segment_sum(values.isnan().to(values.dtype), bounds) > 0, torch.nan)
         spread = logs = None
-        if name == "sand_mask":
+        if "spread" in state:
             mean = total / groups
             spread = segment_sum((values - mean[row_of]).square(), bounds) + others * mean.square()
-        elif name == "geometric_mean":
+        if "logs" in state:
             logs = segment_sum((values.abs() + reference.LOG_OFFSET).log(), bounds)
             logs += others * math.log(reference.LOG_OFFSET)
         yield columns, Summary(groups, total, votes, spread, logs)
@@ -122,13 +134,12 @@ def _zeros(count: int, like: Factors, name: str) -> Summary:
 
 
 def order(part: EmbeddingFactors, statistic: Statistic) -> tuple[Tensor, Tensor]:
-    """Order statistics: rows of tokens that enough groups have are ranked, all others are zero."""
+    """Order statistics: rows of tokens that enough groups have are ranked, all others are as zeros."""
     pairs = part.pairs
-    value = torch.zeros(part.shape, dtype=part.dtype, device=part.device)
+    value, mask_sum = sliced.of_zeros(part, statistic)
     tokens, sizes = pairs.touched
-    mask_sum = torch.zeros((), dtype=torch.float64, device=part.device)
     matter = sizes > outvoted(statistic, part.count)
-    if statistic.name == "median_of_means":  # where a bucket's sum may overflow, or be inf - inf
+    if statistics.of(statistic.name).ranks_sums:  # where one may overflow, or be inf - inf
         small = (pairs.values.abs() <= torch.finfo(part.dtype).max / part.count).all(dim=1)
         matter[torch.repeat_interleave(sizes)[~small]] = True
     matter = tokens[matter]
@@ -141,8 +152,5 @@ def order(part: EmbeddingFactors, statistic: Statistic) -> tuple[Tensor, Tensor]
 
 def outvoted(statistic: Statistic, count: int) -> int:
     """How many of E values may be other than zero without the order statistic being so."""
-    if statistic.name == "median":
-        return (count - 1) // 2
-    if statistic.name == "median_of_means":
-        return (statistic.count - 1) // 2
-    return statistic.count  # values cut or clipped per side
+    found = statistics.of(statistic.name).outvoted
+    return 0 if found is None else found(statistic, count)

@@ -16,14 +16,12 @@ from htv.engine.forward import parameter_names
 from htv.engine.inputs import choose, named_tensors
 from htv.errors import CheckError
 from htv.groups import Groups
-from htv.ops import functional, reference
+from htv.ops import functional, open_rules, reference, statistics
 from htv.rules import Rule
 
 __all__ = ["CheckReport", "check", "one_group_at_a_time"]
 
 MOVES = 3  # how often rounding is drawn anew
-SIGN_RULES = ("and_mask", "xor_mask", "geometric_mean", "sand_mask", "sign_sum")
-STEEP_RULES = ("geometric_mean", "sand_mask")  # those that may move more than the contribution that moved most
 EPSILON = {t: torch.finfo(t).eps for t in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 
 
@@ -36,7 +34,7 @@ class CheckReport:
     batch:       which argument was taken for the batch.
     error:       largest difference, as a share of the largest contribution in the model.
     ambiguous:   share of coordinates left out because a contribution is rounding noise (its sign means nothing, as for
-                 a key bias under softmax); only rules that look at signs leave any out.
+                 a key bias under softmax); only rules that look at signs leave any out, and your own.
     """
 
     parameters: int
@@ -69,8 +67,10 @@ def one_group_at_a_time(loss_of_group, parameters: dict[str, Tensor], num_groups
 
 
 def aggregated(contributions: Tensor, rule: Rule) -> Tensor:
-    """E * stat of stacked contributions, by the reference."""
-    statistic = rule.statistic(len(contributions))
+    """E * stat of stacked contributions, by the reference or by the rule's own `reduce`."""
+    statistic = statistics.resolve(rule, len(contributions))
+    if statistic.reduce is not None:
+        return open_rules.reduced(contributions.clone(), statistic) * len(contributions)
     value, mask_sum = reference.stacked(contributions, statistic)
     return functional.normalise(value * len(contributions), mask_sum, statistic)
 
@@ -303,15 +303,17 @@ def _compare(found, plain, contributions, rounded, rules, relative: float) -> Ch
         budget = groups * off + relative * expected.abs()
         if relative > 1e-9:  # sums are taken in float32 at least
             budget = budget + 4 * EPSILON[torch.float32] * stacked.abs().sum(dim=0)
-        statistic = None if rule is None else rule.statistic(groups)
-        if statistic is not None and statistic.name in SIGN_RULES:
+        by_sign, steep, normalised = _noticed(rule, groups)
+        if by_sign:
             reached = torch.stack([stacked != 0, *(r != 0 for r in low)]).any(dim=0)
             compared = ~(reached & (stacked.abs() <= off)).any(dim=0)
-            if statistic.normalise:  # signs left out still count in the kept fraction
+            if normalised:  # signs left out still count in the kept fraction
                 slack = (~compared).sum().item() / max(1, (compared & (expected != 0)).sum().item())
                 budget = budget + slack * expected.abs()
-            if statistic.name in STEEP_RULES and relative > 1e-9:
-                budget = budget + _sensitivity(stacked, off, rule)
+        if steep and rule.is_open:  # zeros that are exact stay so: a sign of theirs would be no noise
+            budget = budget + _sensitivity(stacked, off * reached, rule)
+        elif steep and relative > 1e-9:
+            budget = budget + _sensitivity(stacked, off, rule)
         error = (found[name] - expected).abs()
         wrong = compared & ~((error <= budget) | (found[name] == expected))
         if bool(wrong.any()):
@@ -326,6 +328,17 @@ def _compare(found, plain, contributions, rounded, rules, relative: float) -> Ch
         ambiguous += (~compared).sum().item()
         total += compared.numel()
     return CheckReport(len(contributions), groups, worst / scale if scale else 0.0, ambiguous / total if total else 0.0)
+
+
+def _noticed(rule: Rule | None, groups: int) -> tuple[bool, bool, bool]:
+    """Tell whether a rule looks at signs, may be steep, and normalises; one's own may do both."""
+    if rule is None:
+        return False, False, False
+    statistic = statistics.resolve(rule, groups)
+    if statistic.reduce is not None:
+        return True, True, False
+    definition = statistics.of(statistic.name)
+    return definition.by_sign, definition.steep, statistic.normalise
 
 
 def _sensitivity(stacked: Tensor, off: Tensor, rule: Rule) -> Tensor:

@@ -106,8 +106,11 @@ def tune(
 
 def fits(shape: Shape, statistic: Statistic) -> bool:
     """Whether there are groups enough."""
-    least = {"winsorized_mean": 2 * statistic.count + 1, "sand_mask": 2}
-    return shape.groups >= least.get(statistic.name, 1)
+    from htv.ops import statistics
+
+    definition = statistics.of(statistic.name)
+    low, high = definition.counts(shape.groups)
+    return shape.groups >= definition.least and low <= statistic.count <= high
 
 
 def _one(shape: Shape, dtype: torch.dtype, name: str, dry: bool) -> Result:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from device_suite import Skipped
-from htv.ops import backend, reference, schema
+from htv.ops import backend, reference, registry, schema
 from htv.rules import Statistic
 
 Found = Iterator[tuple[str, Callable[[], None]]]
@@ -185,7 +185,7 @@ def triton_conv(dry: bool) -> Found:
 
 def triton_embedding(dry: bool) -> Found:
     """Where there is such a kernel."""
-    if "embedding" not in schema.TRITON:
+    if "embedding" not in registry.ops("triton"):
         return
     from triton_table import DEVICE, assert_same, statistics
 

@@ -24,11 +24,13 @@ def present(monkeypatch):
         monkeypatch.delenv("HTV_BACKEND", raising=False)
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
         monkeypatch.setattr(backend, "NOT_BUILT", None if {"cpp", "cuda"} & {*names} else "not built")
-        monkeypatch.setattr(backend, "CUDA_OPS", frozenset({"stacked", "linear"} if "cuda" in names else ()))
+        monkeypatch.setattr(backend, "CUDA_BUILT", "cuda" in names)
         monkeypatch.setattr(backend, "TRITON_INSTALLED", "triton" in names)
         monkeypatch.setattr(backend, "_too_old", lambda device: None)
+        backend.forget_choices()
 
-    return present
+    yield present
+    backend.forget_choices()
 
 
 # op, statistic, dtype, most rows per group (None: many) -> with cuda and triton, cuda alone, triton alone

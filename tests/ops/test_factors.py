@@ -24,7 +24,7 @@ from htv.ops.factors import (
     StackedFactors,
     ViewFactors,
 )
-from htv.ops.reference import STREAMING, finish
+from htv.ops.reference import finish
 from oracles import RULES, by_name, stat
 
 E = 7
@@ -208,6 +208,30 @@ def test_any_slices(name, rule, scratch, monkeypatch):
     np.testing.assert_allclose(found, E * stat(rule, case.contributions.numpy()), rtol=1e-8, atol=1e-8)
 
 
+class Lifted(htv.Rule):
+    """The largest and a quarter: where nobody contributes it is not zero."""
+
+    def reduce(self, contributions):
+        return contributions.amax(dim=0) + 0.25
+
+
+@pytest.mark.parametrize("scratch", [None, 1, 500])
+@pytest.mark.parametrize("name", CASES)
+def test_a_rule_of_ones_own(name, scratch, monkeypatch):
+    if scratch is not None:
+        monkeypatch.setattr(limits, "SCRATCH_BYTES", scratch)
+        for kind in (Factors, GroupwiseFactors):
+            monkeypatch.setattr(kind, "scratch", scratch)
+    case = CASES[name]()
+    found = aggregate.aggregate(case.parts, Lifted())
+    expected = E * (case.contributions.amax(dim=0) + 0.25)
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
+    assert agreement(case.parts, Lifted()).kept_fraction == 1
+    for part in case.parts:
+        assert paths.path(part, Lifted(), part.device).endswith("sliced (reduce)")
+        assert math.isfinite(paths.extra_work(part, Lifted()))
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_one_total_and_norms(name):
     case = CASES[name]()
@@ -384,4 +408,3 @@ def test_extra_work_is_a_number(name):
 def test_uses_must_agree():
     with pytest.raises(ValueError, match="must agree"):
         agreement([linear_use(5, 4)[0], linear_use(4, 5)[0]], htv.Median())
-    assert set(STREAMING) >= {"mean", "and_mask"}

@@ -101,9 +101,9 @@ class Case:
         return self.torch.tensor([0, *lengths]).cumsum(0)
 
     def statistic(self, groups: int) -> dict[str, object]:
-        from htv.ops import schema
+        from htv.ops import schema, statistics
 
-        name = self.random.choice(schema._NAMES)
+        name = self.random.choice(statistics.names())
         most = max(0, (groups - 1) // 2)
         count = self.random.randint(0, groups)
         if name in ("trimmed_mean", "winsorized_mean"):

@@ -6,7 +6,7 @@ from torch import nn
 from triton_cases import DEVICE
 
 import htv
-from htv.ops import backend, schema
+from htv.ops import backend, registry, schema
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -51,7 +51,7 @@ def test_a_model(rule):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
 
 
-@pytest.mark.parametrize("op", schema.TRITON)
+@pytest.mark.parametrize("op", registry.ops("triton"))
 def test_ops_keep_their_contract(op):
     """Schema, fake and kernel of the operators agree."""
     statistic = (schema.code("and_mask"), 2, 0.0, 0.0)

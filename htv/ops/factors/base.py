@@ -16,6 +16,7 @@ class Factors:
     count:    E.
     dtype:    the type contributions are computed in: float32 for half-precision factors.
     scratch:  bytes a slice of contributions may take.
+    sized:    whether the way contributions are best gone through depends on `facts`.
     """
 
     shape: tuple[int, ...]
@@ -23,6 +24,11 @@ class Factors:
     dtype: torch.dtype
     device: torch.device
     scratch = limits.SCRATCH_BYTES
+    sized = False
+
+    def facts(self) -> tuple:
+        """Return what decides the way they are gone through, beside kind, dtype and device."""
+        return ()
 
     def write(self, rows: slice, columns: slice, out: Tensor) -> None:
         """Write the contributions of a box of coordinates. out: (E, r, c, *shape[2:]) in `dtype`, contiguous."""

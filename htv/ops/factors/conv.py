@@ -24,6 +24,11 @@ class ConvFactors(Factors):
     a row of a linear layer whose input is the window of x seen from there: L rows for each sample.
     """
 
+    sized = True
+
+    def facts(self) -> tuple:
+        return self.x.shape, self.grad_output.shape, self.kernel, self.geometry.groups, self.x.dtype
+
     def __init__(self, x: Tensor, grad_output: Tensor, kernel: tuple[int, ...], geometry: ConvGeometry, voters: Voters):
         """x: (S, C, *space) and grad_output: (S, O, *out_space), same dtype, their samples where `voters` says."""
         self.x, self.grad_output, self.bounds = voters.front(x), voters.front(grad_output), voters.offsets

@@ -22,6 +22,10 @@ class LinearFactors(Factors):
         self.x, self.grad_output, self.bounds, self.count = x, grad_output, bounds, bounds.shape[0] - 1
         self.device, self.dtype = x.device, compute_dtype(x.dtype)
         self.shape = (grad_output.shape[1], x.shape[1])
+        self.sized = self.device.type == "cuda"
+
+    def facts(self) -> tuple:
+        return (self.longest <= 1,)
 
     @staticmethod
     def joined(parts: list[LinearFactors]) -> LinearFactors:
