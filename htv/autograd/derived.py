@@ -126,7 +126,7 @@ class DerivedTensor:
 
     def slot(self) -> Slot:
         """For a layer that computes with the source."""
-        adapted = [Sink(s.token, s.ledger, self._adapt(number)) for number, s in enumerate(self.sinks)]
+        adapted = [Sink(s.token, s.ledger, self._adapt(number), s.born) for number, s in enumerate(self.sinks)]
         return Slot(self.source.detach(), adapted)
 
     @property

@@ -303,14 +303,17 @@ class Sink:
 
     token:   the graph edge to the hub.
     adapt:   from the factors of what the layer computes with to those of the parameter, where the two differ.
+    born:    the backward pass in which the use's forward ran, -1 for none.
     """
 
     __slots__ = ("_adapt", "adapts", "born", "ledger", "token")
 
-    def __init__(self, token: Tensor, ledger: Ledger, adapt: Callable[[Factors], Factors] | None = None):
+    def __init__(
+        self, token: Tensor, ledger: Ledger, adapt: Callable[[Factors], Factors] | None = None, born: int = -1
+    ):
         self.token, self.ledger, self._adapt = token, ledger, adapt
         self.adapts = adapt is not None
-        self.born = torch._C._current_graph_task_id()
+        self.born = born
 
     def wanted(self) -> bool:
         """Whether the pass under way goes on to the hub: torch.autograd.grad may ask for other gradients only."""

@@ -47,6 +47,7 @@ QUESTIONS = {
     )),
     torch.numel, torch.is_floating_point, torch.is_complex,
 }  # fmt: skip
+SCALARS = {int, float, bool, str, type(None), torch.dtype, torch.device, torch.memory_format}
 # They hand out values without a gradient, or no tensor at all.
 QUERIES = {"detach", "data", "size", "dim", "numel", "stride", "is_floating_point", "is_complex", "data_ptr"}
 
@@ -237,11 +238,11 @@ class Intercept(TorchFunctionMode):
         if not isinstance(mark, Derived) or not value.requires_grad:
             return Slot(value)
         if mark is self.own.get(id(value)):
-            return Slot(value.detach(), [mark.parameters[0].sink(self.groups)])
+            return Slot(value.detach(), [mark.parameters[0].sink(self.groups, self.task)])
         return self._derived(value, mark).slot()
 
     def _derived(self, value: Tensor, mark: Derived) -> DerivedTensor:
-        parameters, sinks = zip(*((s.parameter, s.sink(self.groups)) for s in mark.parameters), strict=True)
+        parameters, sinks = zip(*((s.parameter, s.sink(self.groups, self.task)) for s in mark.parameters), strict=True)
         return DerivedTensor(value, list(parameters), list(sinks), mark.origin if value is mark.source else None)
 
     def input(self, x: Tensor) -> tuple[Tensor, Mark | None]:
@@ -309,69 +310,64 @@ class Intercept(TorchFunctionMode):
         Nearly all calls of a forward come here, so what is found for one is kept for those like it, and the usual case
         makes no further call of a function.
         """
-        table, stack_length = self.marks.table, torch._C._len_torch_function_stack()
-        tensors, marks, derived = [], [], False
-        key = None if self._found is None or stack_length else [func]
+        # Tuples are built by concatenation: calls, of append() too, are what the time goes by.
+        table = self.marks.table
+        key = None if self._found is None or torch._C._len_torch_function_stack() else (func,)
+        tensors, marks, derived = (), (), False
         for value in (*args, *kwargs.values()) if kwargs else args:
-            if isinstance(value, Tensor):
+            kind = type(value)
+            if kind in SCALARS:
+                if key is not None:
+                    key = (*key, value)
+            elif kind is Tensor or isinstance(value, Tensor):
                 entry = table.get(id(value))
                 if (
-                    entry is None
-                    or stack_length
-                    or entry[2] is None
-                    or entry[0]() is not value
-                    or entry[2] != value._version
-                    or value.requires_grad > entry[3]
+                    entry is not None
+                    and key is not None
+                    and entry[2] is not None
+                    and entry[0]() is value
+                    and entry[2] == value._version
+                    and value.requires_grad <= entry[3]
                 ):
-                    mark = self.mark(value)
-                else:
                     mark = entry[1]
-                tensors.append(value)
-                marks.append(mark)
+                else:
+                    mark = self.mark(value)
+                tensors, marks = (*tensors, value), (*marks, mark)
                 if type(mark) is Derived:
                     derived = True
                 elif type(mark) is Place and mark.units is not None:
                     key = None
                 elif key is not None:
-                    key.append(mark)
-                    key.append(value.shape)
-                    key.append(value.dtype)
-                    key.append(value.requires_grad)
-            elif type(value) in (tuple, list):
+                    key = (*key, mark, value.shape, value.dtype, value.requires_grad)
+            elif kind is tuple or kind is list:
                 inside = tensors_in(value, None)
                 if inside:
-                    tensors += inside
-                    marks += [self.mark(t) for t in inside]
-                    derived = derived or any(type(m) is Derived for m in marks)
+                    more = [self.mark(t) for t in inside]
+                    tensors, marks = (*tensors, *inside), (*marks, *more)
+                    derived = derived or any(type(m) is Derived for m in more)
                     key = None
                 elif key is not None:
-                    key.append(tuple(value))
+                    key = (*key, (*value,))
             elif key is not None:
-                key.append(value)
+                key = (*key, value)
         if derived or _writes(func):
             return self._slowly(func, args, kwargs, tensors, marks, derived)
         result = func(*args, **kwargs)
-        if key is None or type(result) is not Tensor or not _is_kept(func, len(tensors)):
+        if key is None or type(result) is not Tensor or not _is_kept(func, not tensors[1:]):
             self._mark_results(func, args, kwargs, list(zip(tensors, marks, strict=True)), result)
             return result
-        if kwargs:
-            key.append(tuple(kwargs))
-        key.append(result.shape)
-        key.append(result.requires_grad)
+        key = (*key, *kwargs, result.shape, result.requires_grad, torch.is_grad_enabled())
         try:
-            kept = tuple(key)
-            mark = self._found.get(kept)
-        except TypeError:  # a slice, say
-            kept = mark = None
-        if mark is None:
-            self._mark_results(func, args, kwargs, list(zip(tensors, marks, strict=True)), result)
-            mark = self.marks.get(result)
-            if kept is not None and _may_be_kept(mark) and torch.is_grad_enabled():
-                self._found[kept] = mark
-        elif torch.is_grad_enabled():
+            mark = self._found.get(key)
+        except TypeError:  # a slice, say, cannot be looked up
+            key = mark = None
+        if mark is not None:
             table[id(result)] = (weakref.ref(result), mark, result._version, result.requires_grad)
-        else:
-            self._mark_results(func, args, kwargs, list(zip(tensors, marks, strict=True)), result)
+            return result
+        self._mark_results(func, args, kwargs, list(zip(tensors, marks, strict=True)), result)
+        mark = self.marks.get(result)
+        if key is not None and key[-1] and _may_be_kept(mark):  # without gradients more than the key decides
+            self._found[key] = mark
         return result
 
     def _slowly(self, func, args, kwargs, tensors: list[Tensor], marks: list[Mark | None], derived: bool):
@@ -649,11 +645,11 @@ KEPT_OF_ONE = set(torch_ops.ALONG) | {"getitem", "select"}  # a second tensor wo
 
 
 @lru_cache(maxsize=4096)
-def _is_kept(func, tensors: int) -> bool:
-    """Whether the mark of a call's result follows from shapes and marks. tensors: how many are among its arguments."""
+def _is_kept(func, of_one: bool) -> bool:
+    """Whether the mark of a call's result follows from shapes and marks. of_one: it takes one tensor at most."""
     name = plain_name(func)
     declared = getattr(func, graph_reading.ROWWISE, False)
-    return not declared and (name in KEPT or (tensors == 1 and name in KEPT_OF_ONE))
+    return not declared and (name in KEPT or (of_one and name in KEPT_OF_ONE))
 
 
 def _may_be_kept(mark: Mark | None) -> bool:

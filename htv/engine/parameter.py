@@ -68,19 +68,28 @@ class Served(Owner):
         """Remember a kind of use, for `htv.explain`."""
         self.uses.add(use)
 
-    def sink(self, groups: Groups) -> Sink:
-        """For one more use: uses share a hub until a backward has consumed it."""
-        hub = getattr(self._hubs, "mine", None)
+    def sink(self, groups: Groups, born: int = -1) -> Sink:
+        """For one more use: uses share a hub until a backward has consumed it.
+
+        born: the backward pass that the use's forward runs in, or -1.
+        """
+        try:
+            hub = self._hubs.mine
+        except AttributeError:  # the first in this thread
+            hub = None
         if hub is not None:
             token, ledger = hub[0](), hub[1]()
             if token is not None and ledger is not None and not ledger.consumed:
                 if ledger.groups is groups or ledger.groups.same_voters(groups):
-                    return Sink(token, ledger)
-        return Sink(*self._open(groups))
+                    return Sink(token, ledger, None, born)
+        return Sink(*self._open(groups), None, born)
 
     def _may_join(self, groups: Groups) -> bool:
         """Whether the parameter can get a hub with others: it has none that can take one more use."""
-        hub = getattr(self._hubs, "mine", None)
+        try:
+            hub = self._hubs.mine
+        except AttributeError:
+            hub = None
         ledger = None if hub is None or hub[0]() is None else hub[1]()
         has_hub = ledger is not None and not ledger.consumed and ledger.groups.same_voters(groups)
         return self.parameter.requires_grad and not has_hub and not self._is_hooked()
@@ -152,18 +161,20 @@ class Served(Owner):
         # No reference is kept: autograd may then take the tensor for .grad without a copy.
         if current in self._delivered:
             self._twice = current
-        if grad is None or len(self._delivered) >= MOST_DELIVERED:
-            self.expect(grad, current)
-        else:
-            self._delivered[current] = grad.data_ptr(), grad._version
         self._hubs.mine = None
+        if grad is None or self._delivered:
+            self.expect(grad, current)
+        if grad is None:
+            given = None
+        else:
+            given = self._delivered[current] = grad.data_ptr(), grad._version
         session = self._session()
         session.backward_started = True
         if grad is not None and not session.told_of_sums:
             held = self.parameter.grad
             if held is not None and self._given == (held.data_ptr(), held._version):
                 session.warn_of_sums(self)  # as trainers' accumulation does
-            self._given = grad.data_ptr(), grad._version
+            self._given = given
 
     def expect(self, grad: Tensor | None, current: int) -> None:
         """This very gradient is what reaches the parameter in a backward pass."""

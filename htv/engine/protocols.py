@@ -34,7 +34,7 @@ class ParameterLike(Protocol):
     def defer(self, message: str) -> None:
         """Refuse a use when a gradient comes by it."""
 
-    def sink(self, groups: Groups) -> Sink:
+    def sink(self, groups: Groups, born: int = -1) -> Sink:
         """Return where the contributions of one more use go."""
 
 
@@ -109,6 +109,7 @@ class ModeLike(Protocol):
 
     session: ModeSession
     own: dict[int, Any]
+    task: int
     groups: Groups
     batch: Any
     marks: Any

@@ -377,9 +377,7 @@ class Session:
 
     def run(self, forward: ServedForward, args: tuple, kwargs: dict):
         """Run a module's forward, under the mode if it is the outermost one and gradients are on."""
-        running = getattr(self.thread, "running", None)
-        if running is not None:
-            running = self.running()
+        running = self.running()
         if running is True:
             return forward.inner(*args, **kwargs)
         if running is not None and running.task == torch._C._current_graph_task_id():
@@ -416,7 +414,10 @@ class Session:
 
     def running(self) -> Intercept | bool | None:
         """Return the forward under way in this thread; drop one that an interrupt left behind."""
-        running = getattr(self.thread, "running", None)
+        try:
+            running = self.thread.running
+        except AttributeError:  # the first in this thread
+            running = None
         if running is None:
             return None
         if running is not True and running.block is not None:
@@ -429,7 +430,8 @@ class Session:
         while frame is not None:
             if frame.f_code in PASSES:
                 local = frame.f_locals
-                if (local.get("self") or local.get("session")) is self:
+                owner = local["self"] if "self" in local else local.get("session")
+                if owner is self:
                     return running
             frame = frame.f_back
         self.thread.running = None

@@ -121,7 +121,7 @@ class TracedServed(Owner):
     def refusal(self, value: str) -> None:
         self.served.refusal = value
 
-    def sink(self, groups: TracedGroups) -> Sink:
+    def sink(self, groups: TracedGroups, born: int = -1) -> Sink:
         token, ledger = (reference() for reference in self._hub)
         if token is None or ledger is None or not ledger.groups.same_voters(groups):
             ledger = TracedLedger(self, groups)

@@ -100,7 +100,7 @@ class Call:
             for owner in owners:
                 owner.uses.add(use)
             if is_own:
-                slots.append(Slot(parameter.detach(), [owners[0].sink(groups)]))
+                slots.append(Slot(parameter.detach(), [owners[0].sink(groups, self.mode.task)]))
             else:
                 slots.append(self.mode.slot(parameter, mark))
         return slots
@@ -147,11 +147,11 @@ class Signature:
 
     def bind(self, args: tuple, kwargs: dict) -> dict:
         """The arguments by name, defaults included; what `inspect.Signature.bind` gives, at a tenth of its price."""
-        if len(args) == len(self.names) and not kwargs:
-            return dict(zip(self.names, args, strict=True))
-        arguments = {**self._defaults, **dict(zip(self.names, args, strict=False)), **kwargs}
-        twice = kwargs and not kwargs.keys().isdisjoint(self.names[: len(args)])
-        if twice or len(arguments) != len(self.names) or len(args) > len(self.names):
+        count = len(args)
+        positional = dict(zip(self.names, args, strict=False))
+        arguments = {**self._defaults, **positional, **kwargs}
+        twice = kwargs and not kwargs.keys().isdisjoint(positional)
+        if twice or len(arguments) != len(self.names) or count > len(self.names):
             return self._full.bind(*args, **kwargs).arguments  # raises TypeError
         return arguments
 
