@@ -298,7 +298,7 @@ def test_one_derived_value_makes_its_factors_once(task, monkeypatch):
 
 def test_a_sink_tells_in_which_pass_its_forward_ran(task):
     owner, _, ledger = served()
-    sink = Sink(P, ledger)
+    sink = Sink(P, ledger, born=7)
     task(8)
     sink.record(rows(1.0, 1.0, 1.0))
     assert owner.passes.outer == {8: 7}
