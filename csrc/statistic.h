@@ -69,26 +69,17 @@ constexpr bool is_statistic(int64_t number) {
   }
 }
 
-constexpr StatisticKind kind_of(Statistic statistic) {
-  switch (statistic) {
+constexpr bool is_order(Statistic statistic) {
 #define HTV_USE(name, number, kind, masks) \
-  case Statistic::name: return StatisticKind::kind;
-    HTV_STATISTICS(HTV_USE)
+  || (StatisticKind::kind == StatisticKind::order && statistic == Statistic::name)
+  return false HTV_STATISTICS(HTV_USE);
 #undef HTV_USE
-  }
-  __builtin_unreachable();
 }
 
-constexpr bool is_order(Statistic statistic) { return kind_of(statistic) == StatisticKind::order; }
-
 constexpr bool has_mask(Statistic statistic) {
-  switch (statistic) {
-#define HTV_USE(name, number, kind, masks) \
-  case Statistic::name: return masks;
-    HTV_STATISTICS(HTV_USE)
+#define HTV_USE(name, number, kind, masks) || (masks && statistic == Statistic::name)
+  return false HTV_STATISTICS(HTV_USE);
 #undef HTV_USE
-  }
-  __builtin_unreachable();
 }
 
 // Whether it is a mean of the ranked values whose tails are cut or replaced.
