@@ -33,7 +33,7 @@ except _metadata.PackageNotFoundError:
 
 _source = _Path(__file__).resolve().parent.parent
 if (_source / "setup.py").is_file():  # there bench/ and triton_kernels/ lie beside htv/, not within
-    __path__.append(str(_source))
+    __path__.append(str(_source))  # noqa: F405
 
 __all__ = [
     "Agreement",

@@ -21,7 +21,8 @@ def save(job: step.Job) -> None:
 
 
 def facts(dry: bool) -> dict:
-    gpu = {"name": "none", "cuda_ops": sorted(registry.ops("cuda") if backend.CUDA_BUILT else ()), "not_built": backend.NOT_BUILT}
+    ops = sorted(registry.ops("cuda")) if backend.CUDA_BUILT else []
+    gpu = {"name": "none", "cuda_ops": ops, "not_built": backend.NOT_BUILT}
     if not dry:
         properties = torch.cuda.get_device_properties(0)
         gpu |= {

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import htv
-from htv.ops import backend, functional, reference, schema, statistics
+from htv.ops import backend, functional, schema, statistics
 from htv.rules import Statistic
 from oracles import IDENTITIES, RULES, away_from_ties, by_name, stat
 
