@@ -1,5 +1,6 @@
-"""Fill README.md, docs/performance.md, docs/methods and bench/results/cpu.md from the committed records, and
-docs/extending.md from the registry of kernels.
+"""Fill README.md, docs/performance.md, docs/methods and bench/results/cpu.md from the records.
+
+docs/extending.md is filled from the registry of kernels.
 
 A block stands between <!-- NAME --> and <!-- /NAME -->; tests/test_docs.py checks them all.
 """
@@ -91,7 +92,8 @@ def experiment_blocks(*names: str) -> tuple:
 
 def kernels_block() -> str:
     """Every kernel there is, from their registry."""
-    rows = [registry.COLUMNS, ("---",) * len(registry.COLUMNS), *(k.row() for k in registry.kernels())]
+    columns = registry.COLUMNS
+    rows = [columns, ("---",) * len(columns), *(k.row() for k in registry.kernels())]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

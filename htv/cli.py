@@ -326,7 +326,8 @@ def info() -> None:
     backends = Table("backend", "serves", "why", title="Backends", title_justify="left")
     for name, serves, reason in backend.report():
         backends.add_row(name, "yes" if serves else "no", reason)
-    kernels = Table("op", *registry.DEVICES, title="Kernels: statistics they have", title_justify="left")
+    title = "Kernels, and how many statistics they have"
+    kernels = Table("op", *registry.DEVICES, title=title, title_justify="left")
     for op, of_backends in registry.by_op().items():
         kernels.add_row(op, *of_backends.values())
     console = Console()

@@ -1,8 +1,8 @@
 """The aggregation rules: what `.grad` holds instead of the plain sum.
 
-htv's own rules are frozen dataclasses. They are validated when they are made, print as the call that
-makes them, can be pickled, and resolve themselves for a given number of groups into a `Statistic`,
-the form kernels understand. Rules of your own subclass `Rule` and define `reduce`.
+htv's own rules are frozen dataclasses. They are validated when they are made, print as the call
+that makes them, can be pickled, and resolve themselves for a given number of groups into a
+`Statistic`, the form kernels understand. Rules of your own subclass `Rule` and define `reduce`.
 
 Scale convention: the aggregated gradient is ``E * stat({c_e})`` over the contributions ``c_e`` of E groups, so that
 ``Mean()`` is what plain autograd puts in `.grad`, for mean- and sum-reduced losses alike.
@@ -41,7 +41,7 @@ __all__ = [
 class Statistic:
     """The kernel-side form of a rule, resolved for one number of groups.
 
-    name:       which statistic: a name of `htv.ops.statistics`, or `OPEN` for a rule of the user's own.
+    name:       which statistic: a name of `htv.ops.statistics`, or `OPEN` for a rule of the user's.
     count:      its integer parameter: least |sum of signs| that is kept (masks), values per side (trimmed and
                 winsorized mean), number of buckets (median of means), -1 / 0 / +1 for the lower / midpoint /
                 higher median; 0 where a statistic has none.
@@ -73,7 +73,8 @@ class Rule:
 
     Such a rule serves every layer, on every device, wherever a rule is taken: `htv.attach`,
     `htv.linear_grad`, `htv.check`. It may be a plain class, compared by identity, or a dataclass
-    with fields. It is refused under torch.compile, inside `handle.accumulate()` and on several ranks.
+    with fields. It is refused under torch.compile, inside `handle.accumulate()` and on several
+    ranks.
 
     streaming:  whether a fixed state per coordinate is enough; order rules, and rules of your own,
                 need all E values.
@@ -93,7 +94,7 @@ class Rule:
         if not cls.is_open and cls.statistic is Rule.statistic:
             raise TypeError(
                 f"{cls.__name__} is not a complete rule: define {cls.__name__}.reduce(self, "
-                "contributions), which takes contributions (E, *box) and returns (*box); see htv.Rule"
+                "contributions), which takes (E, *box) and returns (*box); see htv.Rule"
             )
         return super().__new__(cls)
 
@@ -119,8 +120,8 @@ class Rule:
         The box has as many dims as the parameter and holds a part of its coordinates, so that all
         contributions to it fit into a few MB. Where it is cut is not promised: the result at a
         coordinate should follow from the E values there, or at least make sense for any box. The
-        norm over a whole parameter, for one, cannot be taken. Where no group contributes (rows of an
-        embedding that nobody looks up) the values are zeros, and the result need not be.
+        norm over a whole parameter, for one, cannot be taken. Where no group contributes (rows of
+        an embedding that nobody looks up) the values are zeros, and the result need not be.
 
         Gradients are off, and autocast too. NaN and infinity come as they are: to return NaN where
         there is any is what htv's own rules do.
@@ -128,7 +129,7 @@ class Rule:
         raise TypeError(f"{type(self).__name__} does not define reduce()")
 
     def statistic(self, num_groups: int) -> Statistic:
-        """Resolve for `num_groups` groups; raises ValueError where the rule is undefined for so few.
+        """Resolve for `num_groups` groups; raises ValueError where it is undefined for so few.
 
         A rule of your own has no need to define it.
         """
@@ -145,8 +146,8 @@ def refuse_open(rules: Iterable[Rule], where: str, remedy: str) -> None:
     for rule in rules:
         if rule.is_open:
             raise UnsupportedError(
-                f"{type(rule).__name__} is a rule of your own, and {where} cannot call its reduce(). "
-                f"Remedy: {remedy}"
+                f"{type(rule).__name__} is a rule of your own, and {where} cannot call its "
+                f"reduce(). Remedy: {remedy}"
             )
 
 

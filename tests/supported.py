@@ -98,6 +98,11 @@ TRAINING: list[Row] = [
      "test_a_failed_micro_batch_leaves_no_half_counted_votes, test_a_detached_model_is_freed_at_once"),
     ("gradient accumulation, `with handle.accumulate():`", EXACT,
      "accumulation: test_streaming_rules_equal_one_large_batch"),
+    ("rules of one's own (`htv.Rule.reduce`)", EXACT,
+     "open_rules: test_copies_of_htvs_rules_agree_with_them, "
+     "test_what_nobody_contributes_to_is_reduced_too, test_tokens_vote"),
+    ("rules of one's own over micro-batches", REFUSED,
+     "open_rules: test_accumulation_is_refused_by_name"),
     ("order rules over micro-batches", REFUSED, "accumulation: test_order_rules_are_refused_and_name_median_of_means"),
     ("torch.autograd.grad, of some parameters only", EXACT,
      "lifecycle: test_gradients_of_some_parameters_leave_no_factors_of_the_others"),

@@ -57,8 +57,9 @@ def test_info_lists_versions_and_backends():
     result = invoke("info")
     assert result.exit_code == 0
     assert torch.__version__ in result.output
-    for word in ("CPU kernels", "CUDA", "cpp", "cuda", "triton", "reference", "Kernels", "norm_sums"):
+    for word in ("CPU kernels", "CUDA", "cpp", "cuda", "triton", "reference"):
         assert word in result.output
+    assert "Kernels" in result.output and "norm_sums" in result.output
 
 
 def test_info_without_compiled_code(monkeypatch):

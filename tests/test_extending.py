@@ -1,4 +1,4 @@
-"""docs/extending.md is literal: its recipes are put into a copy of the tree, and their tests run there."""
+"""docs/extending.md is literal: its recipes are put into a copy of the tree and tested there."""
 
 import os
 import re
@@ -37,7 +37,9 @@ def recipe(heading: str) -> list[Edit]:
         rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", PAGE.read_text(), re.MULTILINE | re.DOTALL
     )
     edits = [Edit(*m.group("file", "where", "anchor", "text")) for m in EDIT.finditer(section)]
-    assert len(edits) == len(re.findall(r"^\*\*`", section, re.MULTILINE)), "an edit is not understood"
+    assert len(edits) == len(re.findall(r"^\*\*`", section, re.MULTILINE)), (
+        "an edit is not understood"
+    )
     return edits
 
 
@@ -79,7 +81,12 @@ def tree(tmp_path):
 
 def run(tree: Path, *arguments: str, **environment: str) -> str:
     """What Python prints in the copy, whose htv is the one that is imported."""
-    environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", **environment}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(tree),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        **environment,
+    }
     command = [sys.executable, *arguments]
     done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -100,7 +107,9 @@ def test_a_rule(tree):
     assert f"{tree / 'htv'}" in run(tree, "-c", program)
     tests = [edit.file for edit in edits if edit.file.startswith("tests/")]
     assert "2 passed" in run(tree, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests)
-    table = [line for line in (tree / "docs/rules.md").read_text().splitlines() if "Midrange" in line]
+    table = [
+        line for line in (tree / "docs/rules.md").read_text().splitlines() if "Midrange" in line
+    ]
     assert len(table) == 1 and table[0].count("|") == 4
 
 
@@ -125,7 +134,9 @@ def test_a_rule_of_ones_own_outside_of_htv():
     """The page's first example, as it stands."""
     import torch
 
-    (code,) = re.findall(r"^## A rule of your own.*?^```python\n(.*?)^```", PAGE.read_text(), re.M | re.S)
+    (code,) = re.findall(
+        r"^## A rule of your own.*?^```python\n(.*?)^```", PAGE.read_text(), re.M | re.S
+    )
     model = torch.nn.Linear(3, 2, bias=False)
     names = {"model": model}
     exec(code, names)

@@ -1,4 +1,4 @@
-"""Rules of one's own: a subclass of htv.Rule with reduce() is served for every layer, or refused by name."""
+"""Rules of one's own: a subclass of htv.Rule with reduce() serves every layer, or is refused."""
 
 import copy
 import pickle
@@ -49,7 +49,7 @@ by_class = {"ids": lambda rule: type(rule).__name__}
 
 
 class Sentences(nn.Module):
-    """Embeddings of tokens and of positions, of which some are left over; tied with the head, or not."""
+    """Embeddings of tokens and positions, some never looked up; tied with the head, or not."""
 
     def __init__(self, tied):
         super().__init__()
@@ -137,7 +137,7 @@ def test_a_median_is_bit_for_bit_that_of_the_same_slices(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_what_nobody_contributes_to_is_reduced_too(name):
-    """Rows of a table nobody looks up, positions beyond the longest: reduce() of zeros is 1 there."""
+    """Rows of a table nobody looks up, positions beyond the last: reduce() of zeros is 1 there."""
     model, batch = MODELS[name]()
     plain = gradients(model, batch, htv.Mean())
     found = gradients(model, batch, Shifted())
@@ -210,7 +210,9 @@ def test_boxes_stay_within_the_scratch_budget(make, batch):
         assert shape[0] == len(batch) and len(shape) == 1 + weight.dim()
         assert dtype == torch.float32 and contiguous
         assert 4 * torch.Size(shape).numel() <= limits.SCRATCH_BYTES
-    if not isinstance(model.layer, nn.Embedding):  # of a table, rows nobody looked up are not looked at twice
+    if not isinstance(
+        model.layer, nn.Embedding
+    ):  # of a table, rows nobody looked up are not looked at twice
         assert sum(torch.Size(shape[1:]).numel() for shape, _, _ in rule.seen) == weight.numel()
     plain = gradients(model, batch, htv.Mean())
     torch.testing.assert_close(found["layer.weight"], plain["layer.weight"], rtol=1e-3, atol=1e-3)
@@ -280,7 +282,9 @@ def test_nan_of_nothing_is_one_value():
 
 def test_linear_grad_and_stacked_contributions():
     x, g = torch.randn(9, 4), torch.randn(9, 3)
-    torch.testing.assert_close(htv.linear_grad(x, g, OwnMedian()), htv.linear_grad(x, g, htv.Median()))
+    torch.testing.assert_close(
+        htv.linear_grad(x, g, OwnMedian()), htv.linear_grad(x, g, htv.Median())
+    )
     grads = torch.randn(5, 2, 3, requires_grad=True)
     found = functional.apply_rule(grads, OwnAndMask(0.5))
     torch.testing.assert_close(found, htv.and_mask(grads, 0.5))
@@ -349,7 +353,9 @@ def test_a_rule_that_changes_is_followed():
     model, batch, rule = nn.Linear(4, 3), torch.randn(6, 4), Scaled(1.0)
     plain = gradients(model, batch, htv.Mean())
     for rule.scale in (1.0, 5.0):
-        torch.testing.assert_close(gradients(model, batch, rule)["weight"], rule.scale * plain["weight"])
+        torch.testing.assert_close(
+            gradients(model, batch, rule)["weight"], rule.scale * plain["weight"]
+        )
 
 
 def test_a_rule_that_resolves_itself_otherwise_every_time_is_followed():
@@ -361,7 +367,9 @@ def test_a_rule_that_resolves_itself_otherwise_every_time_is_followed():
 
     x, g, rule = torch.randn(6, 4), torch.randn(6, 3), Annealed()
     for rule.tau in (0.0, 0.7, 0.3):
-        assert torch.equal(htv.linear_grad(x, g, rule), htv.linear_grad(x, g, htv.AndMask(rule.tau)))
+        assert torch.equal(
+            htv.linear_grad(x, g, rule), htv.linear_grad(x, g, htv.AndMask(rule.tau))
+        )
 
 
 def test_a_rule_that_cannot_be_hashed():
@@ -398,17 +406,31 @@ def test_copies_and_pickles():
 
 
 def returns(value):
-    return type("Returns", (htv.Rule,), {"reduce": lambda self, contributions: value(contributions)})()
+    return type(
+        "Returns", (htv.Rule,), {"reduce": lambda self, contributions: value(contributions)}
+    )()
 
 
 @pytest.mark.parametrize(
     "value, error, message",
     [
-        (lambda c: c, ValueError, r"Returns.reduce\(\) must return \(\*box\), \(3, 4\).*\(6, 3, 4\)"),
+        (
+            lambda c: c,
+            ValueError,
+            r"Returns.reduce\(\) must return \(\*box\), \(3, 4\).*\(6, 3, 4\)",
+        ),
         (lambda c: c.mean(), ValueError, r"Returns.reduce\(\) must return .*got \(\)"),
-        (lambda c: c.mean(0).double(), TypeError, r"dtype .*float32, got torch.float64.*\.to\(cont"),
+        (
+            lambda c: c.mean(0).double(),
+            TypeError,
+            r"dtype .*float32, got torch.float64.*\.to\(cont",
+        ),
         (lambda c: c[0] > 0, TypeError, "Returns.reduce.*got torch.bool"),
-        (lambda c: c.mean(0).to("meta"), ValueError, "on cpu, as the contributions are, got one on meta"),
+        (
+            lambda c: c.mean(0).to("meta"),
+            ValueError,
+            "on cpu, as the contributions are, got one on meta",
+        ),
         (lambda c: None, TypeError, "Returns.reduce.. must return a tensor, got NoneType"),
     ],
 )
@@ -421,7 +443,9 @@ def test_an_incomplete_rule_is_refused_at_attach():
     class Incomplete(htv.Rule):
         pass
 
-    with pytest.raises(TypeError, match=r"Incomplete is not a complete rule: define Incomplete.reduce"):
+    with pytest.raises(
+        TypeError, match=r"Incomplete is not a complete rule: define Incomplete.reduce"
+    ):
         htv.attach(nn.Linear(3, 2), Incomplete())
 
 
@@ -434,24 +458,32 @@ def test_a_statistic_htv_does_not_have():
         def statistic(self, num_groups):
             return "median"
 
-    with pytest.raises(TypeError, match=r"Krum.statistic\(\) names 'krum'.*define Krum.reduce\(self"):
+    with pytest.raises(
+        TypeError, match=r"Krum.statistic\(\) names 'krum'.*define Krum.reduce\(self"
+    ):
         functional.apply_rule(torch.randn(5, 3), Krum())
     model = nn.Linear(3, 2)
     with htv.attach(model, Krum()), pytest.raises(TypeError, match="define Krum.reduce"):
         model(torch.randn(5, 3)).sum().backward()
-    with pytest.raises(TypeError, match=r"Nothing.statistic\(\) must return an htv.rules.Statistic"):
+    with pytest.raises(
+        TypeError, match=r"Nothing.statistic\(\) must return an htv.rules.Statistic"
+    ):
         functional.apply_rule(torch.randn(5, 3), Nothing())
 
 
 def test_accumulation_is_refused_by_name():
     with htv.attach(nn.Linear(3, 2), OwnMedian()) as handle:
-        with pytest.raises(ValueError, match="OwnMedian, the rule of parameter 'weight', is one of your"):
+        with pytest.raises(
+            ValueError, match="OwnMedian, the rule of parameter 'weight', is one of your"
+        ):
             handle.accumulate().__enter__()
 
 
 def test_others_refuse_by_name():
     refuse_open([htv.Median()], "a compiled model", "run it without torch.compile")
-    with pytest.raises(htv.UnsupportedError, match="OwnMedian is a rule of your own, and a compiled"):
+    with pytest.raises(
+        htv.UnsupportedError, match="OwnMedian is a rule of your own, and a compiled"
+    ):
         refuse_open([htv.Median(), OwnMedian()], "a compiled model", "run it without torch.compile")
 
 

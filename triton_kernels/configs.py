@@ -152,7 +152,8 @@ def choose(problem: Problem, most_splits: int = MOST_SPLITS, entries: tuple | No
     if kept is None:
         if len(_choices) >= MOST_CHOICES:
             _choices.clear()
-        kept = _choices[key] = entries, _choose(problem, most_splits, entries)  # so that its id stays its own
+        # The table is kept as well, so that its id stays its own.
+        kept = _choices[key] = entries, _choose(problem, most_splits, entries)
     return kept[1]
 
 

@@ -21,8 +21,9 @@ def refuse_unless_streaming(rule: Rule, name: str) -> None:
     """Raise for rules that need the contributions of all micro-batches at once."""
     if rule.is_open:
         raise ValueError(
-            f"{type(rule).__name__}, the rule of parameter {name!r}, is one of your own: its reduce() "
-            "needs all contributions at once and cannot be accumulated over micro-batches. Remedy: "
+            f"{type(rule).__name__}, the rule of parameter {name!r}, is one of your own: its "
+            "reduce() needs all contributions at once and cannot be accumulated over micro-batches."
+            " Remedy: "
             f"one batch, exclude={name!r}, or MedianOfMeans(k) or a mask, which accumulate"
         )
     if not rule.streaming and not isinstance(rule, MedianOfMeans):

@@ -39,7 +39,9 @@ from htv.rules import Mean, Rule, Statistic
 
 __all__ = ["aggregate", "linear_grad", "summarise"]
 
-TIED_WINDOW_BYTES = 128 << 20  # on a GPU, what the picked columns of a tied head's gradient may take
+TIED_WINDOW_BYTES = (
+    128 << 20
+)  # on a GPU, what the picked columns of a tied head's gradient may take
 
 
 class _Resolved(NamedTuple):
@@ -132,7 +134,9 @@ def summarise(parts: list[Factors], statistic: Statistic) -> Summary:
 def _summary_by_group(parts: list[Factors], statistic: Statistic) -> Summary:
     """One group after another, so that no more than one contribution is held."""
     summaries = (
-        Summary.of(sum((part.one(e) for part in parts[1:]), parts[0].one(e)).unsqueeze(0), statistic.name)
+        Summary.of(
+            sum((part.one(e) for part in parts[1:]), parts[0].one(e)).unsqueeze(0), statistic.name
+        )
         for e in range(parts[0].count)
     )
     return functools.reduce(Summary.__add__, summaries)
@@ -291,10 +295,16 @@ def _conv_by_linear(part: ConvFactors, statistic: Statistic, numbers: Numbers, o
 
 def _dense(images: Tensor) -> Tensor:
     """Images (S, C, *space) with their channels in dim 1 or behind the others; copied if they are neither."""
-    return images if images.is_contiguous() or images.movedim(1, -1).is_contiguous() else images.contiguous()
+    return (
+        images
+        if images.is_contiguous() or images.movedim(1, -1).is_contiguous()
+        else images.contiguous()
+    )
 
 
-def _tied(linear: LinearFactors, embedding: EmbeddingFactors, statistic: Statistic) -> tuple[Tensor, Tensor]:
+def _tied(
+    linear: LinearFactors, embedding: EmbeddingFactors, statistic: Statistic
+) -> tuple[Tensor, Tensor]:
     """An embedding table that is also a linear layer's weight: rows no token touches are the layer's alone."""
     touched, alone = sparse.touched_rows(embedding, statistic)
     value = torch.empty(linear.shape, dtype=linear.dtype, device=linear.device)
@@ -338,7 +348,10 @@ def linear_grad(
     """
     for name, tensor in (("x", x), ("grad_output", grad_output)):
         if not isinstance(tensor, Tensor) or not tensor.dtype.is_floating_point:
-            raise TypeError(f"{name} must be a floating-point tensor, got {getattr(tensor, 'dtype', type(tensor))}")
+            raise TypeError(
+                f"{name} must be a floating-point tensor, got "
+                f"{getattr(tensor, 'dtype', type(tensor))}"
+            )
     if not isinstance(rule, Rule):
         raise TypeError(f"rule must be an htv rule such as htv.AndMask(0.4), got {rule!r}")
     if x.dim() < 2 or x.shape[:-1] != grad_output.shape[:-1]:

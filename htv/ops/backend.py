@@ -83,8 +83,8 @@ def _exported_statistics(library: Path) -> dict[str, int]:
 
 def _has_cuda() -> bool:
     """Tell whether the loaded library has the CUDA kernels that are registered."""
-    found = [torch._C._dispatch_has_kernel_for_dispatch_key(f"htv::{op}", "CUDA") for op in registry.ops("cuda")]
-    return all(found)
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return all(has_kernel(f"htv::{op}", "CUDA") for op in registry.ops("cuda"))
 
 
 NOT_BUILT = _load()  # None, or the reason there are no compiled kernels

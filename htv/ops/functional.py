@@ -67,7 +67,7 @@ _operators = registry.kept_choices()
 
 
 def _operator(name: str, grads: Tensor, compiling: bool) -> Callable | None:
-    """Return the operator that serves a stacked statistic of such contributions, or None for the reference."""
+    """Return the operator that serves a stacked statistic, or None for the reference."""
     key = None
     if not compiling:
         key = name, grads.dtype, grads.device, backend.setting()
@@ -93,9 +93,13 @@ def check_stacked(grads: Tensor) -> int:
     if not isinstance(grads, Tensor):
         raise TypeError(f"grads must be a tensor of shape (E, *shape), got {type(grads).__name__}")
     if not grads.dtype.is_floating_point:
-        raise TypeError(f"grads must be floating point, got {grads.dtype}: convert with grads.float()")
+        raise TypeError(
+            f"grads must be floating point, got {grads.dtype}: convert with grads.float()"
+        )
     if grads.dim() == 0:
-        raise ValueError("grads must have shape (E, *shape) with the groups in dim 0, got a 0-dim tensor")
+        raise ValueError(
+            "grads must have shape (E, *shape) with the groups in dim 0, got a 0-dim tensor"
+        )
     if len(grads) == 0:
         raise ValueError("grads holds no groups: dim 0 has size E = 0")
     return len(grads)

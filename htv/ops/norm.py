@@ -18,7 +18,10 @@ def norm_sums(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tens
     if operator is not None:
         return operator(grad, x, mean, rstd)
     step = max(1, limits.SCRATCH_BYTES // max(1, math.prod(x.shape[1:]) * 4))
-    pieces = [reference.norm_sums(*some) for some in zip(*(t.split(step) for t in (grad, x, mean, rstd)), strict=True)]
+    pieces = [
+        reference.norm_sums(*some)
+        for some in zip(*(t.split(step) for t in (grad, x, mean, rstd)), strict=True)
+    ]
     scale, shift = zip(*pieces, strict=True)
     return torch.cat(scale), torch.cat(shift)
 

@@ -22,8 +22,8 @@ def reduced(contributions: Tensor, statistic: Statistic) -> Tensor:
         raise TypeError(f"{kind}.reduce() must return a tensor, got {type(found).__name__}")
     if found.shape != contributions.shape[1:]:
         raise ValueError(
-            f"{kind}.reduce() must return (*box), {tuple(contributions.shape[1:])}, for contributions "
-            f"(E, *box), {tuple(contributions.shape)}; got {tuple(found.shape)}"
+            f"{kind}.reduce() must return (*box), {tuple(contributions.shape[1:])}, for "
+            f"contributions (E, *box), {tuple(contributions.shape)}; got {tuple(found.shape)}"
         )
     if found.dtype != contributions.dtype:
         raise TypeError(
@@ -39,7 +39,7 @@ def reduced(contributions: Tensor, statistic: Statistic) -> Tensor:
 
 
 def is_one_value(box: Tensor) -> bool:
-    """Tell whether a tensor of several coordinates holds one value everywhere; NaN counts as one."""
+    """Tell whether a tensor of several coordinates holds one value everywhere, NaN being one."""
     if box.numel() < 2:
         return False
     first = box.flatten()[0]

@@ -116,9 +116,7 @@ def kernel(op: str, backend: str) -> Kernel | None:
 def kernels() -> tuple[Kernel, ...]:
     """Return all kernels, by backend and op."""
     place = {op: number for number, op in enumerate(schema.OPS)}
-    return tuple(
-        sorted(_kernels.values(), key=lambda k: (BACKENDS.index(k.backend), place[k.op]))
-    )
+    return tuple(sorted(_kernels.values(), key=lambda k: (BACKENDS.index(k.backend), place[k.op])))
 
 
 def ops(backend: str) -> tuple[str, ...]:
@@ -127,7 +125,7 @@ def ops(backend: str) -> tuple[str, ...]:
 
 
 def by_op() -> dict[str, dict[str, str]]:
-    """Return op -> backend -> "all" statistics, "9 of 11", "yes" where an op has none, "-" for none."""
+    """Return op -> backend -> which statistics: "all", "9 of 11", "yes", or "-" for no kernel."""
     total = len(statistics.names())
 
     def told(found: Kernel | None) -> str:
@@ -143,7 +141,9 @@ def by_op() -> dict[str, dict[str, str]]:
 
 def statistics_of(*backends: str) -> tuple[str, ...]:
     """Return the statistics that any kernel of some backends has."""
-    known = {name for k in _kernels.values() if k.backend in backends for name in k.statistics or ()}
+    known = {
+        name for k in _kernels.values() if k.backend in backends for name in k.statistics or ()
+    }
     return tuple(name for name in statistics.names() if name in known)
 
 

@@ -106,7 +106,8 @@ def checked(
     low, high = found.counts(groups)
     if not low <= count <= high:
         raise ValueError(
-            f"htv::{op}: count must be {low} to {high} for {found.name} of {groups} groups, got {count}"
+            f"htv::{op}: count must be {low} to {high} for {found.name} of {groups} groups, "
+            f"got {count}"
         )
     return Statistic(found.name, count, votes, k)
 

@@ -49,7 +49,9 @@ def slices(parts: list[Factors]) -> Iterator[tuple[slice, slice, Tensor]]:
     count, rest = first.count, first.shape[2:]
     coordinates, boxes = _boxes(first, max(part.scratch for part in parts))
     size = count * coordinates
-    scratch = [torch.empty(size, dtype=first.dtype, device=first.device) for _ in range(min(2, len(parts)))]
+    scratch = [
+        torch.empty(size, dtype=first.dtype, device=first.device) for _ in range(min(2, len(parts)))
+    ]
     for box in boxes:
         shape = (count, box[0].stop - box[0].start, box[1].stop - box[1].start, *rest)
         contributions, *other = (s[: math.prod(shape)].view(shape) for s in scratch)

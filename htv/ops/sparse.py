@@ -134,7 +134,7 @@ def _zeros(count: int, like: Factors, name: str) -> Summary:
 
 
 def order(part: EmbeddingFactors, statistic: Statistic) -> tuple[Tensor, Tensor]:
-    """Order statistics: rows of tokens that enough groups have are ranked, all others are as zeros."""
+    """Order statistics: rows of tokens that enough groups have are ranked, others are as zeros."""
     pairs = part.pairs
     value, mask_sum = sliced.of_zeros(part, statistic)
     tokens, sizes = pairs.touched

@@ -34,7 +34,8 @@ class CheckReport:
     batch:       which argument was taken for the batch.
     error:       largest difference, as a share of the largest contribution in the model.
     ambiguous:   share of coordinates left out because a contribution is rounding noise (its sign means nothing, as for
-                 a key bias under softmax); only rules that look at signs leave any out, and your own.
+                 a key bias under softmax); only rules that look at signs leave any out, and those
+                 of your own.
     """
 
     parameters: int
@@ -310,7 +311,7 @@ def _compare(found, plain, contributions, rounded, rules, relative: float) -> Ch
             if normalised:  # signs left out still count in the kept fraction
                 slack = (~compared).sum().item() / max(1, (compared & (expected != 0)).sum().item())
                 budget = budget + slack * expected.abs()
-        if steep and rule.is_open:  # zeros that are exact stay so: a sign of theirs would be no noise
+        if steep and rule.is_open:  # zeros that are exact stay so: their sign would be no noise
             budget = budget + _sensitivity(stacked, off * reached, rule)
         elif steep and relative > 1e-9:
             budget = budget + _sensitivity(stacked, off, rule)

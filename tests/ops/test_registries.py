@@ -17,7 +17,8 @@ from htv.ops.kernels import triton
 PACKAGE = Path(htv.__file__).parent
 NUMBERS = {
     "mean": 0, "and_mask": 1, "xor_mask": 2, "geometric_mean": 3, "sand_mask": 4, "sign_sum": 5,
-    "sign_agreement": 6, "median": 7, "trimmed_mean": 8, "winsorized_mean": 9, "median_of_means": 10,
+    "sign_agreement": 6, "median": 7, "trimmed_mean": 8, "winsorized_mean": 9,
+    "median_of_means": 10,
 }  # fmt: skip
 built = pytest.mark.skipif(backend.NOT_BUILT is not None, reason="built without compiled kernels")
 
@@ -52,7 +53,10 @@ def test_the_library_s_table_is_the_registry_s():
 @pytest.mark.parametrize(
     "changed, message",
     [
-        ({"median": 8, "trimmed_mean": 7}, "median is 8 there and 7 here; trimmed_mean is 7 there and 8"),
+        (
+            {"median": 8, "trimmed_mean": 7},
+            "median is 8 there and 7 here; trimmed_mean is 7 there and 8",
+        ),
         ({"mode": 11}, "mode is 11 there and unknown here"),
         ({"xor_mask": None}, "xor_mask is missing there"),
     ],
@@ -66,7 +70,7 @@ def test_a_library_of_other_numbers_is_refused(changed, message, monkeypatch):
 
 @built
 def test_a_library_that_does_not_tell_is_refused():
-    """Of another extension module: one that was built before statistics were exported has no table."""
+    """Of another extension module: like one built before statistics were exported, it has none."""
     (other,) = PACKAGE.glob("_host*.so")
     with pytest.raises(ImportError, match="does not tell by which numbers.*pip install"):
         backend._exported_statistics(other)
@@ -109,12 +113,12 @@ def test_names_and_numbers_are_taken_once(enter, name, number, message, scratch_
         enter("mode")
 
 
-NEWCOMER = '''@streaming("mean_twice", number=11)
+NEWCOMER = """@streaming("mean_twice", number=11)
 def _mean_twice(s: Summary, statistic: Statistic):
     return 2 * s.total / s.count, None
 
 
-@streaming("and_mask", number=1'''
+@streaming("and_mask", number=1"""
 
 
 def test_a_statistic_among_the_others_renumbers_none(tmp_path):
@@ -179,7 +183,8 @@ def test_nothing_is_imported_for_a_kernel_before_its_first_call():
     command = [sys.executable, "-c", program]
     before = [sys.executable, "-c", program.replace(" htv;", " torch;")]  # what torch itself brings
     found, by_torch = (
-        subprocess.run(c, capture_output=True, text=True, check=True).stdout for c in (command, before)
+        subprocess.run(c, capture_output=True, text=True, check=True).stdout
+        for c in (command, before)
     )
     assert found == by_torch and "htv.triton_kernels" not in found
 
@@ -219,7 +224,9 @@ def test_a_limit_on_rows(scratch_entries):
     kernel = registry.kernel("linear", "cuda")
     for longest, served in ((0, True), (1, True), (2, False), (None, False)):
         assert (kernel.lacks("median", torch.float32, longest) is None) == served
-    assert kernel.lacks("median", torch.float32, 2).startswith("no kernel for groups of several rows")
+    assert kernel.lacks("median", torch.float32, 2).startswith(
+        "no kernel for groups of several rows"
+    )
 
 
 # -- choices are made once -------------------------------------------------------------------------
