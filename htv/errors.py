@@ -1,6 +1,10 @@
 """The errors htv raises beside Python's own, and what their messages say of a tensor."""
 
+from importlib.util import find_spec
+
 from torch import Tensor
+
+_DISTRIBUTIONS = {"sklearn": "scikit-learn"}  # of modules that are called otherwise
 
 
 class UnsupportedError(RuntimeError):
@@ -20,6 +24,30 @@ class UnsupportedError(RuntimeError):
 
 class CheckError(AssertionError):
     """`htv.check` found a parameter whose aggregated gradient differs from the one-group-at-a-time loop."""
+
+
+class MissingExtraError(ImportError):
+    """A command or a function lacks a package that an extra brings; the message names both."""
+
+
+def require(user: str, extra: str, *modules: str) -> None:
+    """Raise `MissingExtraError` unless all modules are installed; none is imported.
+
+    user:     the command or function that needs them, as the message calls it.
+    extra:    which brings them: one of `hard-to-vary`'s extras, or several separated by commas.
+    modules:  as they are imported, such as "sklearn".
+    """
+    missing = [_DISTRIBUTIONS.get(name, name) for name in modules if not _installed(name)]
+    if missing:
+        needed = ", ".join(missing)
+        raise MissingExtraError(f'{user} needs {needed}: pip install "hard-to-vary[{extra}]"')
+
+
+def _installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # what an import hook may say
+        return False
 
 
 def described(value: object) -> str:

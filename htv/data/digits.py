@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 
 from htv.data.dataset import Dataset
+from htv.errors import require
 
 
 def digits(seed: int = 0, test_share: float = 0.2) -> Dataset:
     """1,797 images of 8 x 8 pixels, 10 classes. The split keeps the classes' shares and depends on `seed` alone."""
+    require("htv.data.digits", "cli", "sklearn")
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from htv.errors import require
 from htv.methods.connectivity.layout import Layout
 from htv.methods.connectivity.permutations import Observed, PermutationSpec, Units, permute_model
 from htv.methods.connectivity.statistics import in_eval_mode, inputs_of, require_repeatable
@@ -180,8 +181,7 @@ def _assigned(units: Units, correlations: Tensor, assign: Callable) -> Tensor:
 
 
 def _linear_sum_assignment() -> Callable:
-    try:
-        from scipy.optimize import linear_sum_assignment
-    except ImportError as error:
-        raise ImportError("matching units needs scipy: pip install 'hard-to-vary[methods]'") from error
+    require("matching units", "methods", "scipy")
+    from scipy.optimize import linear_sum_assignment
+
     return linear_sum_assignment
