@@ -8,26 +8,31 @@ _DISTRIBUTIONS = {"sklearn": "scikit-learn"}  # of modules that are called other
 
 
 class UnsupportedError(RuntimeError):
-    """A registered parameter is used in a way whose per-group contributions htv does not know how to separate.
+    """Say that a parameter is used in a way whose per-group contributions htv cannot separate.
 
-    module: the path of the innermost module in whose forward that was, "" for the model itself; None outside of any.
+    Its attribute `module` is the path of the innermost module in whose forward that was, "" for the
+    model itself; None outside of any.
     """
 
     module: str | None = None
 
     def locate(self, path: str, kind: str) -> None:
-        """Say which module it was; the first to say so is the innermost."""
+        """Note which module it was; the first call, of the innermost module, counts.
+
+        path:  of the module, "" for the model itself.
+        kind:  the name of its class.
+        """
         if self.module is None:
             self.module = path
             self.args = (f"{self} (in {f'module {path!r}, ' if path else 'the model, '}a {kind})",)
 
 
 class CheckError(AssertionError):
-    """`htv.check` found a parameter whose aggregated gradient differs from the one-group-at-a-time loop."""
+    """Say that `htv.check` found a gradient that differs from the one-group-at-a-time loop."""
 
 
 class MissingExtraError(ImportError):
-    """A command or a function lacks a package that an extra brings; the message names both."""
+    """Say that a command or a function lacks a package that an extra brings; names both."""
 
 
 def require(user: str, extra: str, *modules: str) -> None:
