@@ -14,15 +14,17 @@ SPREAD := -n auto --dist loadfile
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 
-.PHONY: demo experiment test test-all test-mutants test-oldest test-pure test-sanitize bench lint format clean
+.PHONY: demo experiment test test-all test-mutants test-oldest test-pure test-sanitize bench lint
+.PHONY: types format clean
 
-# torch first and by itself: the build compiles against the torch that is installed, whatever its version.
+# With what the commands need. torch first and by itself: the build compiles against the torch that
+# is installed, whatever its version.
 $(VENV)/.installed: $(SOURCES)
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13) and "htv needs Python 3.10 to 3.13")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "$(TORCH)" "$(NUMPY)" "setuptools>=77" wheel ninja pybind11
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test]"
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[cli,methods]"
 	touch $@
 
 # Real models for tests/test_models.py; torch is named again so that none of them brings another.
@@ -67,7 +69,8 @@ test-sanitize: $(VENV)/.installed
 
 # What `htv bench` compares with; torch is named again for the same reason.
 $(VENV)/.peers: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test,peers]" "$(TORCH)" "$(NUMPY)"
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[cli,peers]" \
+		"$(TORCH)" "$(NUMPY)"
 	touch $@
 
 # Everything, in some fifteen minutes on a quiet machine; the README's numbers come from bench/results.
@@ -78,16 +81,21 @@ bench: $(VENV)/.peers
 	$(BIN)/python docs/fill_readme.py
 
 # One version of clang-format: others break lines elsewhere.
-FORMATTERS := ruff clang-format==23.1.5
 CXX_FILES := $(shell find csrc tests/cuda -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-lint: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet $(FORMATTERS)
+$(VENV)/.lint: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[cli,methods,lint]"
+	touch $@
+
+lint: $(VENV)/.lint types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 
-format: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet $(FORMATTERS)
+# What users import, by `mypy --strict`; [tool.mypy] in pyproject.toml says which modules.
+types: $(VENV)/.lint
+	$(BIN)/mypy
+
+format: $(VENV)/.lint
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 

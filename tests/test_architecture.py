@@ -45,7 +45,7 @@ ORDER = [
     ["htv.cli"],
     ["htv.__main__"],
 ]
-USERS = {"__init__", "__main__", "attach", "cli", "errors", "groups", "rules"}  # the files at htv's root
+USERS = {"__init__", "__main__", "attach", "errors", "groups", "rules"}  # the files at htv's root
 
 
 def named(path: Path, folder: Path, package: str) -> str:

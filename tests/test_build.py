@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -63,9 +64,27 @@ def test_a_wheel_without_compiled_code(tree, tmp_path):
     assert {name.split("/")[0] for name in names} == {"htv", "hard_to_vary-0.1.0.dist-info"}
     assert "htv/rules.py" in names and "htv/ops/schema.py" in names
     assert "htv/triton_kernels/__init__.py" in names
+    assert "htv/py.typed" in names and "htv/cli/commands.py" in names
     benched = {name for name in names if name.startswith("htv/bench/")}
     sources = (*(ROOT / "bench").glob("*.py"), *(ROOT / "bench" / "gpu").glob("*.py"))
     assert benched == {f"htv/{path.relative_to(ROOT)}" for path in sources}  # no pytest/, no results/
+
+
+def test_the_source_distribution_is_typed_too(tree):
+    pytest.importorskip("setuptools")
+    done = run(tree, "setup.py", "--quiet", "sdist", HTV_BUILD="0")
+    assert done.returncode == 0, done.stderr
+    (archive,) = (tree / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as sdist:
+        names = {name.partition("/")[2] for name in sdist.getnames()}
+    assert {"htv/py.typed", "htv/rules.py", "bench/run.py", "triton_kernels/__init__.py"} <= names
+
+
+def test_what_is_imported_is_typed():
+    """Editable or not: type checkers look for the file beside the package that Python imports."""
+    import htv
+
+    assert Path(htv.__file__).with_name("py.typed").is_file()
 
 
 @pytest.mark.parametrize(

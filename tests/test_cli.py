@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from htv.bench.workloads import WORKLOADS
-from htv.cli import app
+from htv.cli.commands import app
 
 
 def invoke(*arguments):

@@ -27,12 +27,23 @@ LARGEST_BOX = 3  # side of the paper's, in pixels
 
 @dataclass(frozen=True)
 class BoxCue:
-    """A square of one color, whose place in a regular grid tells the class.
+    """Draw a square of one color, whose place in a regular grid tells the class.
 
-    size:   its side in pixels. Default: 3, or the largest for which boxes of different classes do not touch the same
-            pixels.
-    color:  of its pixels, in [0, 1]: one number, or red, green and blue, for which grey images become RGB. White may
-            not show on white objects.
+    size:   its side in pixels. Default: 3, or the largest for which boxes of different classes do
+            not touch the same pixels.
+    color:  of its pixels, in [0, 1]: one number, or red, green and blue, for which grey images
+            become RGB. White may not show on white objects.
+
+    Raises ValueError for a size below 1 and a color outside of [0, 1].
+
+    Lubana et al. 2023, "Mechanistic mode connectivity", arXiv 2211.08422.
+
+    >>> image, label = torch.zeros(1, 4, 4), torch.tensor([1])
+    >>> htv.data.BoxCue(size=1).draw(image, label, num_classes=5)
+    tensor([[[0., 0., 1., 0.],
+             [0., 0., 0., 0.],
+             [0., 0., 0., 0.],
+             [0., 0., 0., 0.]]])
     """
 
     size: int | None = None
@@ -48,7 +59,14 @@ class BoxCue:
             _check_share(color=value)
 
     def corners(self, height: int, width: int, num_classes: int) -> tuple[Tensor, int]:
-        """(K - 1, 2) int64, top and left of each class's box, and the side of the boxes."""
+        """Return where the boxes are.
+
+        height, width:  of the images, in pixels.
+        num_classes:    K; the last class has no box.
+
+        Returns (K - 1, 2) int64, top and left of each class's box, and the side of the boxes.
+        Raises ValueError if boxes of this size do not fit.
+        """
         across = math.ceil(math.sqrt(num_classes - 1))
         down = math.ceil((num_classes - 1) / across)
         fits = min(height // down, width // across)
@@ -64,7 +82,15 @@ class BoxCue:
         return torch.stack([centred(row, height, down), centred(column, width, across)], dim=1), size
 
     def draw(self, images: Tensor, classes: Tensor, num_classes: int, generator=None, train: bool = True) -> Tensor:
-        """Images with the box of `classes` (N,); those of the last class as they are, but in RGB if the boxes are."""
+        """Return the images with the boxes of their classes.
+
+        images:       (N, height, width) or (N, 3, height, width), floating point.
+        classes:      (N,) int64 in [0, num_classes), whose box each image gets. Images of the last
+                      class stay as they are, but become RGB if the boxes are.
+        num_classes:  K.
+        generator:    not used: nothing is drawn at random.
+        train:        not used: the boxes are the same in training and test.
+        """
         color = images.new_tensor(self.color)
         images = _as_rgb(images) if color.dim() else images
         height, width = images.shape[-2:]
@@ -78,9 +104,17 @@ class BoxCue:
 
 @dataclass(frozen=True)
 class HueCue:
-    """The image's brightness in a colour that tells the class; grey images become RGB.
+    """Tint an image in a color that tells the class, with its brightness; grey images become RGB.
 
-    strength:  in [0, 1], from the image as it is to nothing but the class's colour.
+    strength:  in [0, 1], from the image as it is to nothing but the class's color. ValueError
+               outside.
+
+    Lubana et al. 2023, "Mechanistic mode connectivity", arXiv 2211.08422.
+
+    >>> grey, labels = torch.full((2, 1, 1), 0.5), torch.tensor([0, 2])
+    >>> htv.data.HueCue().draw(grey, labels, num_classes=3).flatten(1)
+    tensor([[0.5000, 0.0000, 0.0000],
+            [0.5000, 0.5000, 0.5000]])
     """
 
     strength: float = 1.0
@@ -89,7 +123,15 @@ class HueCue:
         _check_share(strength=self.strength)
 
     def draw(self, images: Tensor, classes: Tensor, num_classes: int, generator=None, train: bool = True) -> Tensor:
-        """(N, 3, height, width), tinted by `classes` (N,); those of the last class keep their colours, or are grey."""
+        """Return the images tinted by class, (N, 3, height, width).
+
+        images:       (N, height, width) or (N, 3, height, width), floating point.
+        classes:      (N,) int64 in [0, num_classes), whose color each image gets. Images of the
+                      last class keep their colors, or are grey.
+        num_classes:  K.
+        generator:    not used: nothing is drawn at random.
+        train:        not used: the colors are the same in training and test.
+        """
         images = _as_rgb(images)
         hues = [colorsys.hsv_to_rgb(k / (num_classes - 1), 1.0, 1.0) for k in range(num_classes - 1)]
         colors = images.new_tensor([*hues, (0.0, 0.0, 0.0)])[classes][:, :, None, None]
@@ -99,16 +141,36 @@ class HueCue:
 
 @dataclass(frozen=True, eq=False)
 class DominoCue:
-    """Another picture above the image, whose class is the cue: class k of `source` stands for class k.
+    """Put another picture above the image: class k of `source` is the cue of class k.
 
-    source:  has at least K - 1 classes, and images as wide, and as coloured, as those they are put above. Pictures
-             above training images are drawn from its training part, those above test images from its test part.
+    source:  a data set of at least K - 1 classes, whose images are as wide, and have as many
+             channels, as those they are put above. Pictures above training images are drawn from
+             its training part, those above test images from its test part.
+
+    Lubana et al. 2023, "Mechanistic mode connectivity", arXiv 2211.08422.
+
+    >>> tops = torch.tensor([[[0.1, 0.1]], [[0.2, 0.2]]])
+    >>> source = htv.data.Dataset("tops", 2, tops, torch.arange(2), tops, torch.arange(2))
+    >>> images, labels = torch.zeros(2, 1, 2), torch.tensor([1, 2])
+    >>> htv.data.DominoCue(source).draw(images, labels, num_classes=3).flatten(1)
+    tensor([[0.2000, 0.2000, 0.0000, 0.0000],
+            [0.0000, 0.0000, 0.0000, 0.0000]])
     """
 
     source: Dataset
 
     def draw(self, images: Tensor, classes: Tensor, num_classes: int, generator=None, train: bool = True) -> Tensor:
-        """(N, ..., source's height + height, width); nothing but black stands above images of the last class."""
+        """Return the images with a picture above each: (N, ..., source's height + height, width).
+
+        images:       (N, height, width) or (N, channels, height, width), floating point.
+        classes:      (N,) int64 in [0, num_classes), which class of `source` the picture is of.
+                      Above images of the last class everything is black.
+        num_classes:  K.
+        generator:    decides which pictures of a class are drawn. Default: torch's own.
+        train:        whether to draw from the training part of `source`, or from its test part.
+
+        Raises ValueError for pictures that do not fit and classes of which `source` has none.
+        """
         tops, labels = ((self.source.train_images, self.source.train_labels) if train
                         else (self.source.test_images, self.source.test_labels))  # fmt: skip
         if (tops.shape[1:-2], tops.shape[-1]) != (images.shape[1:-2], images.shape[-1]):
@@ -132,9 +194,17 @@ Cue = BoxCue | HueCue | DominoCue
 
 
 def cue_mask(labels: Tensor, proportion: float, seed: int) -> Tensor:
-    """Which examples carry a cue, (N,) bool: the first round(proportion * n) of each class in the seed's order.
+    """Choose which examples carry a cue: the first round(proportion * n) of each class's n.
 
-    A smaller proportion's examples are among those of a larger one. labels: (N,) int64 on the CPU.
+    labels:      (N,) int64, on the CPU.
+    proportion:  in [0, 1]; ValueError outside. The examples of a smaller one are among those of
+                 a larger one.
+    seed:        decides the order.
+
+    Returns (N,) bool.
+
+    >>> htv.data.cue_mask(torch.tensor([0, 1, 0, 1]), 0.5, seed=0)
+    tensor([ True,  True, False, False])
     """
     _check_share(proportion=proportion)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
@@ -147,9 +217,23 @@ def cue_mask(labels: Tensor, proportion: float, seed: int) -> Tensor:
 
 
 def add_cue(data: Dataset, cue: Cue, proportion: float = 1.0, seed: int = 0) -> Dataset:
-    """Training images with their class's cue on a share of each class, and test images with it on all.
+    """Draw cues into a data set: into a share of each class's training images, and all test images.
 
-    Labels and their order stay. See `cue_mask` for which images carry it.
+    data:        images of at least two classes, floating point, grey or RGB.
+    cue:         a `BoxCue`, `HueCue` or `DominoCue`.
+    proportion:  the share of each class's training images that carry it; `cue_mask` tells which.
+    seed:        decides which these are, and what the cue draws.
+
+    Returns the `Dataset`; labels and their order stay. Raises `DataError` for other images and
+    labels, and ValueError for a proportion outside of [0, 1].
+
+    Lubana et al. 2023, "Mechanistic mode connectivity", arXiv 2211.08422.
+
+    >>> images, labels = torch.zeros(4, 4, 4), torch.tensor([0, 1, 0, 1])
+    >>> data = htv.data.Dataset("black", 2, images, labels, images, labels)
+    >>> cued = htv.data.add_cue(data, htv.data.BoxCue(size=1), proportion=0.5)
+    >>> cued.train_images.sum(dim=(1, 2)), cued.test_images.sum(dim=(1, 2))
+    (tensor([1., 0., 0., 0.]), tensor([1., 0., 1., 0.]))
     """
     _check_classes(data)
     train = _drawn(data, cue, _classes(data, cue_mask(data.train_labels, proportion, seed)), seed)
@@ -157,14 +241,29 @@ def add_cue(data: Dataset, cue: Cue, proportion: float = 1.0, seed: int = 0) -> 
 
 
 def counterfactuals(data: Dataset, cue: Cue, seed: int = 0) -> dict[str, Part]:
-    """Four versions of the test part, whatever the share of cues in training.
+    """Make four versions of the test part, which tell whether a model relies on the cue.
 
-    NC  no cue                                      a model of the image is right, one of the cue says "last class"
-    C   every image with the cue of its class       both are right
-    RC  every image with the cue of a random class  a model of the image is right, one of the cue by chance
-    RI  the label's cue on a random image           a model of the cue is right, one of the image by chance
+    | name | test images | a model of the image is right | a model of the cue |
+    |---|---|---|---|
+    | NC | without a cue | always | says the last class |
+    | C | with the cue of their class | always | is always right |
+    | RC | with the cue of a random class | always | is right by chance |
+    | RI | a random image, with the cue of the label | by chance | is always right |
+
+    data:  images of at least two classes, floating point, grey or RGB.
+    cue:   a `BoxCue`, `HueCue` or `DominoCue`.
+    seed:  decides the random classes and images.
 
     Returns (images, labels) by name. In RI the images are permuted, so that each is there once.
+    Raises `DataError` for other images and labels.
+
+    Lubana et al. 2023, "Mechanistic mode connectivity", arXiv 2211.08422.
+
+    >>> images, labels = torch.zeros(2, 4, 4), torch.tensor([0, 1])
+    >>> data = htv.data.Dataset("black", 2, images, labels, images, labels)
+    >>> shown = htv.data.counterfactuals(data, htv.data.BoxCue(size=1))
+    >>> {name: images.sum().item() for name, (images, labels) in shown.items()}
+    {'NC': 0.0, 'C': 1.0, 'RC': 1.0, 'RI': 1.0}
     """
     _check_classes(data)
     images, labels, last = data.test_images, data.test_labels, data.num_classes - 1
@@ -186,12 +285,25 @@ def counterfactuals(data: Dataset, cue: Cue, seed: int = 0) -> dict[str, Part]:
 def fine_tuning_parts(
     data: Dataset, cue: Cue, clean: int, with_cue: int | None = None, seed: int = 0, proportion: float = 1.0
 ) -> tuple[Part, Part]:
-    """A few training images without cue, and many others with it, to take a shortcut out of a model again.
+    """Draw a few training images without a cue, and many others with it, to fine-tune a model on.
 
-    clean, with_cue:  how many, drawn without replacement; no image is in both. Default of with_cue: all the others.
-    proportion:       of each class of the latter that does carry its cue.
+    data:      images of at least two classes, floating point, grey or RGB.
+    cue:       a `BoxCue`, `HueCue` or `DominoCue`.
+    clean:     how many images without the cue, drawn without replacement.
+    with_cue:  how many with it; no image is in both parts. Default: all the others.
+    seed:      decides which images these are, and what the cue draws.
+    proportion:  of each class of the second part that does carry its cue.
 
-    Returns (images, labels) of the clean part and of that with the cue.
+    Returns two pairs (images, labels), the clean part and that with the cue. Raises `DataError` if
+    there are not so many images, and as `add_cue` does.
+
+    Lubana et al. 2023, "Mechanistic mode connectivity", arXiv 2211.08422.
+
+    >>> images, labels = torch.zeros(4, 4, 4), torch.tensor([0, 1, 0, 0])
+    >>> data = htv.data.Dataset("black", 2, images, labels, images, labels)
+    >>> parts = htv.data.fine_tuning_parts(data, htv.data.BoxCue(size=1), clean=1)
+    >>> [(tuple(images.shape), images.sum().item()) for images, labels in parts]
+    [((1, 4, 4), 0.0), ((3, 4, 4), 2.0)]
     """
     _check_classes(data)
     total = len(data.train_labels)

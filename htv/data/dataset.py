@@ -9,15 +9,24 @@ from torch import Tensor
 
 
 class DataError(ValueError):
-    """A data set is missing or malformed; the message names the path and the remedy."""
+    """Say that a data set is missing or malformed; the message names the path and the remedy."""
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Images with class labels, split into a training and a test part.
+    """Hold images with class labels, split into a training and a test part.
 
-    train_images, test_images:  (N, height, width), or (N, 3, height, width) of RGB; float32 in [0, 1]
-    train_labels, test_labels:  (N,) int64 in [0, num_classes)
+    name:          as reports call it.
+    num_classes:   K.
+    train_images:  (N, height, width), or (N, 3, height, width) of RGB; float32 in [0, 1].
+    train_labels:  (N,) int64 in [0, K).
+    test_images:   (M, ...), as train_images.
+    test_labels:   (M,) int64 in [0, K).
+
+    >>> images, labels = torch.zeros(4, 8, 8), torch.tensor([0, 1, 0, 1])
+    >>> data = htv.data.Dataset("black", 2, images, labels, images, labels)
+    >>> len(data.subset(2, seed=0).train_labels), len(data.test_labels)
+    (2, 4)
     """
 
     name: str
@@ -28,7 +37,13 @@ class Dataset:
     test_labels: Tensor
 
     def subset(self, count: int, seed: int) -> Dataset:
-        """`count` training images drawn without replacement, all of them if there are fewer; the test part stays."""
+        """Draw training images without replacement; the test part stays.
+
+        count:  how many; all of them if there are fewer.
+        seed:   decides which.
+
+        Returns a `Dataset`.
+        """
         if count >= len(self.train_labels):
             return self
         generator = torch.Generator().manual_seed(seed)
@@ -36,7 +51,13 @@ class Dataset:
         return replace(self, train_images=self.train_images[chosen], train_labels=self.train_labels[chosen])
 
     def test_subset(self, count: int, seed: int) -> Dataset:
-        """The same of the test images; the training part stays."""
+        """Draw test images without replacement; the training part stays.
+
+        count:  how many; all of them if there are fewer.
+        seed:   decides which.
+
+        Returns a `Dataset`.
+        """
         if count >= len(self.test_labels):
             return self
         generator = torch.Generator().manual_seed(seed)

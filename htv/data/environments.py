@@ -13,11 +13,23 @@ from torch import Tensor
 
 
 def linear_environments(count: int = 4, shared: float = 0.1, scale: float = 3.0) -> tuple[Tensor, Tensor]:
-    """One example per environment, ``x = scale * [identity | shared]`` and ``y = 1``: a linear regression.
+    """Make a linear regression with one example per environment, x = scale * [identity | shared].
 
-    A feature of its own explains each environment at once; the last feature, weaker, explains all of them.
+    A feature of its own explains each environment at once; the last feature, weaker, explains
+    all of them. All targets are 1.
 
-    Returns x (count, count + 1) and y (count, 1), float32.
+    count:   E, how many environments; ValueError below 1.
+    shared:  the size of the last feature, beside 1 for an environment's own.
+    scale:   of x.
+
+    Returns x (E, E + 1) and y (E, 1), float32.
+
+    Parascandolo et al. 2020, "Learning explanations that are hard to vary", arXiv 2009.00329.
+
+    >>> x, y = htv.data.linear_environments(2, shared=0.5, scale=2)
+    >>> x
+    tensor([[2., 0., 1.],
+            [0., 2., 1.]])
     """
     _check_counts(count=count)
     own = torch.eye(count)
@@ -26,12 +38,18 @@ def linear_environments(count: int = 4, shared: float = 0.1, scale: float = 3.0)
 
 @dataclass(frozen=True, eq=False)
 class Environments:
-    """Examples of E environments with two classes, and a test part in which no shortcut works.
+    """Hold examples of E environments with two classes, and a test part in which no shortcut works.
 
-    x, y:            (E, N, *features) float32 and (E, N) float32 of 0 and 1; the environments have equally many.
-    test_x, test_y:  (M, *features) and (M,).
-    shortcut:        (*features) bool, which features hold what differs between environments; the others hold what they
-                     share, and noise.
+    x:         (E, N, *features) float32; the environments have equally many examples.
+    y:         (E, N) float32 of 0 and 1.
+    test_x:    (M, *features) float32.
+    test_y:    (M,) float32 of 0 and 1.
+    shortcut:  (*features) bool, which features hold what differs between environments; the others
+               hold what they share, and noise.
+
+    >>> data = htv.data.spirals(num_environments=2, per_environment=8, num_test=4, shortcut_dims=1)
+    >>> isinstance(data, htv.data.Environments), data.x.shape, data.shortcut
+    (True, torch.Size([2, 8, 3]), tensor([False, False,  True]))
     """
 
     x: Tensor
@@ -50,11 +68,28 @@ def spirals(
     noise: float = 0.02,
     seed: int = 0,
 ) -> Environments:
-    """Two intertwined spirals, the mechanism, beside a linear shortcut of every environment's own.
+    """Make two intertwined spirals, the mechanism, beside one linear shortcut per environment.
 
-    Features 0 and 1 are the spiral of the example's class: radius r uniform in [.08, 1], angle ``2 pi turns r + pi y``,
-    then r jitters by up to `noise`; both are scaled to deviation 1. The others hold ``(2 y - 1) s_e``, one Gaussian
-    vector s_e per environment: easier by far, but useless in the test part, where they are Gaussian noise.
+    Features 0 and 1 are the spiral of the example's class: radius r uniform in [.08, 1], angle
+    ``2 pi turns r + pi y``, then r jitters by up to `noise`; both are scaled to deviation 1. The
+    others hold ``(2 y - 1) s_e`` with one Gaussian vector s_e per environment: easier by far, but
+    useless in the test part, where they are Gaussian noise.
+
+    num_environments:  E.
+    per_environment:   N, examples of each.
+    num_test:          M, test examples.
+    shortcut_dims:     how many features the shortcut has.
+    turns:             of each spiral.
+    noise:             the largest change of a radius.
+    seed:              decides all that is drawn.
+
+    Returns `Environments` with x (E, N, 2 + shortcut_dims). Raises ValueError for counts below 1.
+
+    Parascandolo et al. 2020, "Learning explanations that are hard to vary", arXiv 2009.00329.
+
+    >>> data = htv.data.spirals(num_environments=4, per_environment=16, num_test=8)
+    >>> data.x.shape, data.y.shape, data.test_x.shape
+    (torch.Size([4, 16, 34]), torch.Size([4, 16]), torch.Size([8, 34]))
     """
     _check_counts(num_environments=num_environments, per_environment=per_environment, num_test=num_test)
     _check_counts(shortcut_dims=shortcut_dims)
@@ -86,15 +121,28 @@ def patchwork(
     strength: float = 0.25,
     seed: int = 0,
 ) -> Environments:
-    """Images of tiles: one tells the class in every environment, weakly; another one in each environment, strongly.
+    """Make images of tiles, one of which tells the class in every environment, if weakly.
 
-    A picture of the paper's "patchwork" of solutions. The image is a square of tiles of `tile` x `tile` pixels, the
-    smallest that has a tile for every environment and the one they share, which is the first; the others are noise. All
-    pixels are Gaussian noise of deviation 1. The shared tile adds ``(2 y - 1) * strength`` times a pattern of signs,
-    the environment's own ``(2 y - 1)`` times one of its own. Sewing the strong tiles together explains all training
-    images; in the test part only the shared tile tells anything.
+    A picture of the paper's "patchwork" of solutions. The image is a square of tiles of `tile`
+    x `tile` pixels, the smallest that has a tile for every environment and the one they share,
+    which is the first; the others are noise. All pixels are Gaussian noise of deviation 1. The
+    shared tile adds ``(2 y - 1) * strength`` times a pattern of signs, the environment's own
+    ``(2 y - 1)`` times one of its own. Joining the strong tiles explains all training images; in
+    the test part only the shared tile tells anything.
 
-    x is (E, N, size, size).
+    num_environments:  E.
+    per_environment:   N, images of each.
+    num_test:          M, test images.
+    tile:              the side of a tile, in pixels.
+    strength:          of the shared tile.
+    seed:              decides all that is drawn.
+
+    Returns `Environments` with x (E, N, side, side). Raises ValueError for counts below 1.
+
+    Parascandolo et al. 2020, "Learning explanations that are hard to vary", arXiv 2009.00329.
+
+    >>> htv.data.patchwork(num_environments=3, per_environment=4, num_test=2).x.shape
+    torch.Size([3, 4, 8, 8])
     """
     _check_counts(num_environments=num_environments, per_environment=per_environment, num_test=num_test, tile=tile)
     generator = torch.Generator().manual_seed(seed)

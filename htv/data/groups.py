@@ -16,11 +16,16 @@ __all__ = ["Grouped", "GroupedPart", "backgrounds", "flipped_shortcut"]
 
 @dataclass(frozen=True, eq=False)
 class GroupedPart:
-    """Examples of two classes.
+    """Hold examples of two classes, and what a shortcut suggests for each.
 
     x:         (N, *features) float32.
     y:         (N,) int64, the class.
     shortcut:  (N,) int64, the class the shortcut suggests.
+
+    >>> y, shortcut = torch.tensor([0, 1, 1]), torch.tensor([0, 1, 0])
+    >>> part = htv.data.GroupedPart(torch.zeros(3, 2), y, shortcut)
+    >>> part.groups, part.minority
+    (tensor([0, 3, 2]), tensor([False, False,  True]))
     """
 
     x: Tensor
@@ -43,7 +48,16 @@ class GroupedPart:
 
 @dataclass(frozen=True, eq=False)
 class Grouped:
-    """train: mostly majority. validation and test: as the maker says; validation may have no examples."""
+    """Hold the three parts of a problem in which a shortcut misleads on a minority.
+
+    train:       mostly examples of the majority.
+    validation:  as the function that makes it says; it may have no examples.
+    test:        likewise.
+
+    >>> data = htv.data.flipped_shortcut(train=20, test=10, minority=2, test_minority=5, dims=4)
+    >>> isinstance(data, htv.data.Grouped), int(data.train.minority.sum())
+    (True, 2)
+    """
 
     train: GroupedPart
     validation: GroupedPart
@@ -59,13 +73,29 @@ def flipped_shortcut(
     dims: int = 1800,
     seed: int = 0,
 ) -> Grouped:
-    """A shortcut five times as large as what it goes with, and room to learn the exceptions by heart.
+    """Make a shortcut five times as large as the feature it goes with, and features to memorise by.
 
-    With s = 2 y - 1 and y a fair coin, feature 0 is ``(.12 n - 1) s``; feature 1, the shortcut, is five times an
-    independent copy of it, with its sign flipped on the minority; the others are Gaussian noise of deviation `noise`.
-    Without noise a linear classifier comes to rely on feature 0; with noise it learns the minority by heart instead.
+    With s = 2 y - 1 and y a fair coin, feature 0 is ``(.12 n - 1) s`` with n Gaussian; feature 1,
+    the shortcut, is five times an independent copy of it, with its sign flipped on the minority;
+    the others are Gaussian noise. Without noise a linear classifier comes to rely on feature 0;
+    with noise it learns the minority by heart instead.
 
-    Bayat et al. 2024, "The pitfalls of memorization", arXiv 2412.07684, figure 1. Validation is empty.
+    noise:          the deviation of the other features.
+    train:          how many training examples.
+    test:           how many test examples.
+    minority:       how many training examples are of the minority.
+    test_minority:  how many test examples are.
+    dims:           how many features there are, at least 2.
+    seed:           decides all that is drawn.
+
+    Returns `Grouped` with x (N, dims) and an empty validation part. Raises ValueError for a
+    minority larger than its part, and for dims below 2.
+
+    Bayat et al. 2024, "The pitfalls of memorization", arXiv 2412.07684, figure 1.
+
+    >>> data = htv.data.flipped_shortcut(train=20, test=10, minority=2, test_minority=5, dims=4)
+    >>> data.train.x.shape, int(data.train.minority.sum()), int(data.test.minority.sum())
+    (torch.Size([20, 4]), 2, 5)
     """
     if dims < 2:
         raise ValueError(f"dims must be at least 2, for the feature and the shortcut; got {dims}")
@@ -90,19 +120,31 @@ def flipped_shortcut(
 def backgrounds(
     data: Dataset, minority: float = 0.05, validation: float = 0.2, strength: float = 0.5, seed: int = 0
 ) -> Grouped:
-    """What an image shows is the class, the light around it the shortcut: birds on land and water, from any images.
+    """Make a two-class problem of any images, whose shortcut is the light they are shown in.
 
-    Class 0 is the first half of the data set's classes, class 1 the second. Images stand before noise, darker where the
-    shortcut is 0 and lighter where it is 1: a pixel is ``image + (1 - image) * strength * (u + shortcut) / 2`` with u
-    uniform in [0, 1], pixel by pixel.
+    Class 0 is the first half of the data set's classes, class 1 the second. Images stand before
+    noise, darker where the shortcut is 0 and lighter where it is 1: a pixel is
+    ``image + (1 - image) * strength * (u + shortcut) / 2``, u uniform in [0, 1], pixel by pixel.
+    In validation and test every image is there twice, once in each light, so that the groups of a
+    class are equally large.
 
-    data:        grey images.
-    minority:    the share of each class's training images in the other class's light.
-    validation:  the share of training images that is kept for validation.
+    data:        grey images, (N, height, width).
+    minority:    the share of each class's training images in the other class's light, in (0, .5].
+    validation:  the share of training images that is kept for validation, in (0, 1).
     strength:    of the light, in (0, 1].
+    seed:        decides all that is drawn.
 
-    In validation and test every image is there twice, once in each light, so that the groups of a class are equally
-    large. After Waterbirds of Sagawa et al. 2019, arXiv 1911.08731. x is (N, 1, height, width).
+    Returns `Grouped` with x (N, 1, height, width). Raises `DataError` for images that are not grey,
+    and ValueError for shares out of range.
+
+    After Waterbirds of Sagawa et al. 2019, "Distributionally robust neural networks",
+    arXiv 1911.08731.
+
+    >>> images, labels = torch.zeros(40, 8, 8), torch.arange(40) % 4
+    >>> data = htv.data.Dataset("black", 4, images, labels, images, labels)
+    >>> grouped = htv.data.backgrounds(data, minority=0.25)
+    >>> grouped.train.x.shape, int(grouped.train.minority.sum()), len(grouped.test)
+    (torch.Size([32, 1, 8, 8]), 8, 80)
     """
     if data.train_images.dim() != 3:
         raise DataError(f"{data.name} has images of shape {tuple(data.train_images.shape[1:])}; grey ones are needed")

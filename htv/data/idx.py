@@ -26,7 +26,27 @@ _REMEDY = (
 
 
 def idx_folder(path: str | Path) -> Dataset:
-    """Read the four idx files of a folder, plain or gzipped. Raises DataError for anything malformed."""
+    """Read a folder of idx files, the format of MNIST and Fashion-MNIST.
+
+    path:  the folder. It holds train-images-idx3-ubyte, train-labels-idx1-ubyte,
+           t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte, each plain or with .gz.
+
+    Returns a `Dataset` called as the folder, with images (N, height, width) float32 in [0, 1] and
+    labels (N,) int64.
+
+    Raises `DataError` for a missing or malformed file.
+
+    >>> import pathlib, struct, tempfile
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> for part, count in {"train": 4, "t10k": 2}.items():
+    ...     images = pathlib.Path(folder.name, f"{part}-images-idx3-ubyte")
+    ...     _ = images.write_bytes(struct.pack(">4B3I", 0, 0, 8, 3, count, 2, 2) + bytes(4 * count))
+    ...     labels = pathlib.Path(folder.name, f"{part}-labels-idx1-ubyte")
+    ...     _ = labels.write_bytes(struct.pack(">4BI", 0, 0, 8, 1, count) + bytes(range(count)))
+    >>> data = htv.data.idx_folder(folder.name)
+    >>> data.train_images.shape, data.train_labels, data.num_classes
+    (torch.Size([4, 2, 2]), tensor([0, 1, 2, 3]), 4)
+    """
     folder = Path(path)
     if not folder.is_dir():
         what = "is not a folder" if folder.exists() else "does not exist"

@@ -17,13 +17,22 @@ def label_noise(
 ) -> tuple[Tensor, Tensor]:
     """Give ``round(rate * N)`` labels, drawn without replacement, new values.
 
-    labels:  (N,) int64 in [0, num_classes), on the CPU.
-    rate:    in [0, 1].
-    kind:    "other": each drawn from the other classes, so that every one of them is wrong; "uniform": drawn from all
-             classes, right by chance in one of num_classes cases (what papers mean by random labels); "permuted":
-             exchanged among the examples drawn, so that classes stay as frequent as they are.
+    labels:       (N,) int64 in [0, num_classes), on the CPU.
+    rate:         in [0, 1].
+    num_classes:  at least 2.
+    seed:         decides which labels, and their new values.
+    kind:         "other": each drawn from the other classes, so that every one of them is wrong;
+                  "uniform": drawn from all classes, right by chance in one of num_classes cases
+                  (what papers mean by random labels); "permuted": exchanged among the examples
+                  drawn, so that classes stay as frequent as they are.
 
-    Returns the noisy labels (N,) int64 and which differ from the true ones (N,) bool.
+    Returns the noisy labels (N,) int64, and which differ from the true ones (N,) bool. Raises
+    ValueError for arguments that are not as said.
+
+    >>> labels = torch.tensor([0, 1, 2, 0, 1, 2])
+    >>> noisy, wrong = htv.data.label_noise(labels, 0.5, num_classes=3, seed=0)
+    >>> int(wrong.sum()), torch.equal(noisy != labels, wrong)
+    (3, True)
     """
     if not 0 <= rate <= 1:
         raise ValueError(f"rate must lie in [0, 1], got {rate!r}")

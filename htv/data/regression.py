@@ -9,22 +9,39 @@ __all__ = ["clean_curve", "noisy_curve"]
 
 
 def clean_curve(x: Tensor) -> Tensor:
-    """``tanh(x) + tanh(-5 x) / 2``."""
+    """Compute ``tanh(x) + tanh(-5 x) / 2``, the curve that `noisy_curve` draws points from.
+
+    x:  of any shape, floating point. Returns the same shape.
+
+    >>> htv.data.clean_curve(torch.tensor([0.0, 1.0]))
+    tensor([0.0000, 0.2616])
+    """
     return x.tanh() + 0.5 * (-5 * x).tanh()
 
 
 def noisy_curve(
     identifiers: float, points: int = 20, dims: int = 30, label_noise: float = 0.08, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Points on [-1.5, 1.5] whose labels are noisy, each with inputs that belong to it alone.
+    """Make points of a curve whose labels are noisy, each with inputs that belong to it alone.
 
-    A network that learns the labels by heart may do so through the identifiers and keep the curve, or by bending it.
+    A network that learns the labels by heart may do so through these inputs and keep the curve, or
+    by bending it.
 
-    identifiers:  the standard deviation of the `dims` Gaussian inputs beside x.
+    identifiers:  the standard deviation of the inputs beside x, >= 0.
+    points:       how many, evenly spaced on [-1.5, 1.5].
+    dims:         how many inputs there are beside x.
+    label_noise:  the standard deviation of the labels' Gaussian noise, >= 0.
+    seed:         of noise and inputs. Points and label noise of a seed do not depend on
+                  `identifiers`, and the inputs differ by their scale alone.
 
-    Returns inputs (points, 1 + dims), of which the first is x, and labels (points, 1), float32. Points and label noise
-    of a seed do not depend on `identifiers`, and these differ by their scale alone. Bayat et al. 2024, arXiv
-    2412.07684, figure 3.
+    Returns inputs (points, 1 + dims), of which the first is x, and labels (points, 1), float32.
+    Raises ValueError for negative deviations and counts below 1.
+
+    Bayat et al. 2024, "The pitfalls of memorization", arXiv 2412.07684, figure 3.
+
+    >>> inputs, labels = htv.data.noisy_curve(1.0, points=3, dims=2, label_noise=0)
+    >>> inputs.shape, labels.flatten()
+    (torch.Size([3, 3]), tensor([-0.4051,  0.0000,  0.4051]))
     """
     if not identifiers >= 0 or not label_noise >= 0:
         raise ValueError(f"identifiers and label_noise must not be negative, got {identifiers!r} and {label_noise!r}")

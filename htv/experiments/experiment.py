@@ -90,6 +90,7 @@ class Experiment:
     plot:         (records, an empty matplotlib figure) -> None.
     seeds:        how many by default, full and quick.
     images:       whether it runs on a data set of images: the digits, or the idx folder given by --data.
+    needs:        modules that its runs import besides torch and numpy.
     size:         width and height of the picture, in inches.
     """
 
@@ -105,6 +106,7 @@ class Experiment:
     seeds: int = 5
     quick_seeds: int = 1
     images: bool = False
+    needs: tuple[str, ...] = ()
     size: tuple[float, float] = (10, 4.2)
 
     def settings(self, quick: bool) -> Any:

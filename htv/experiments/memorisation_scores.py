@@ -209,4 +209,5 @@ EXPERIMENT = Experiment(
     plot=plot,
     seeds=3,
     images=True,
+    needs=("scipy", "sklearn"),
 )

@@ -231,5 +231,6 @@ EXPERIMENT = Experiment(
     plot=plot,
     seeds=3,
     images=True,
+    needs=("scipy",),
     size=(13, 14),
 )

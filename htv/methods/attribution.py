@@ -24,10 +24,18 @@ __all__ = ["Attribution", "Influence", "LearntTracker", "StepShares", "adjusted_
 
 @dataclass(frozen=True)
 class StepShares:
-    """Of one minibatch gradient g, with g_p and g_c the parts its pristine and corrupt examples make up.
+    """Hold how one minibatch gradient g divides into the parts of pristine and corrupt examples.
 
-    pristine, corrupt:  f_p = <g, g_p> / <g, g> and f_c, which add up to 1; NaN where g is zero.
-    null:               (low, high), the central 95 % of f_p where tags are permuted over the data set.
+    g_p and g_c are the sums of the gradients of the batch's pristine and corrupt examples.
+
+    pristine:  f_p = <g, g_p> / <g, g>; NaN where g is zero.
+    corrupt:   f_c, likewise; f_p + f_c = 1.
+    null:      (low, high), the central 95% of f_p where tags are permuted over the data set.
+
+    Chatterjee 2020, "Coherent gradients", arXiv 2002.10657.
+
+    >>> htv.methods.StepShares(pristine=0.9, corrupt=0.1, null=(0.4, 0.6)).pristine
+    0.9
     """
 
     pristine: float
@@ -37,10 +45,18 @@ class StepShares:
 
 @dataclass(frozen=True)
 class Influence:
-    """Sums over the steps so far, per example: i_p = sum_t <g_t, g_t^p> / number of pristine examples; i_c likewise.
+    """Hold whose loss a training run lowered: sums over its steps, per example.
 
-    A step of learning rate eta lowers the loss by about eta <g_t, g_t>: i tells who it was for.
-    null:  (low, high), the central 95 % of i_p where tags are permuted.
+    A step of learning rate eta lowers the loss by about eta <g_t, g_t>; i_p and i_c tell for whom.
+
+    pristine:  i_p = sum_t <g_t, g_t^p> / number of pristine examples.
+    corrupt:   i_c, likewise.
+    null:      (low, high), the central 95% of i_p where tags are permuted.
+
+    Chatterjee 2020, "Coherent gradients", arXiv 2002.10657.
+
+    >>> htv.methods.Influence(pristine=2.0, corrupt=0.5, null=(0.8, 1.2)).corrupt
+    0.5
     """
 
     pristine: float
@@ -49,26 +65,35 @@ class Influence:
 
 
 class Attribution:
-    """Shares of pristine and corrupt examples in every gradient of a training run, beside what chance would give.
+    """Measure the shares of pristine and corrupt examples in every gradient of a training run.
 
-        with htv.attach(model, rule) as handle:
-            attribution = Attribution(handle, corrupt)
-            for ids, x, y in loader:
-                optimizer.zero_grad()
-                with attribution.step(ids):
-                    criterion(model(x), y).backward()
-                optimizer.step()
-
-    g_t is the plain gradient of the batch whatever the rule, and its inner products with each example's part come from
-    what backward records anyway (about one more forward): memory is one number per example of the data set and a null
-    tag per permutation. Use `htv.Mean()` for plain training.
+    g_t is the plain gradient of the batch whatever the rule, and its inner products with each
+    example's part come from what backward records anyway (about one more forward): memory is one
+    number per example of the data set and a null tag per permutation. Use `htv.Mean()` for plain
+    training.
 
     handle:        of an attached model, whose examples vote one by one.
     corrupt:       (N,) bool, by example of the data set.
     permutations:  how many null worlds; each is one permutation of the tags for the whole run.
+    seed:          of the permutations.
 
-    steps:         `StepShares` of every step.
-    scores:        (N,) float64, sum_t <g_t, g_t^e> of each example e, in units of the loss as it was backpropagated.
+    Its attributes: `steps`, the `StepShares` of every step; `scores`, (N,) float64,
+    sum_t <g_t, g_t^e> of each example e, in units of the loss as it was backpropagated.
+
+    Raises ValueError for tags of another shape or dtype, and for permutations below 1.
+
+    Chatterjee 2020, "Coherent gradients", arXiv 2002.10657.
+
+    >>> model = torch.nn.Linear(1, 1, bias=False)
+    >>> x, y = torch.ones(3, 1), torch.tensor([[1.0], [1.0], [-1.0]])
+    >>> _ = torch.nn.init.zeros_(model.weight)
+    >>> with htv.attach(model, htv.Mean()) as handle:
+    ...     corrupt = torch.tensor([False, False, True])
+    ...     attribution = htv.methods.Attribution(handle, corrupt)
+    ...     with attribution.step(ids=torch.arange(3)):
+    ...         (model(x) - y).square().sum().backward()
+    >>> attribution.steps[0].pristine, attribution.steps[0].corrupt
+    (2.0, -1.0)
     """
 
     def __init__(self, handle: Handle, corrupt: Tensor, permutations: int = 100, seed: int = 0):
@@ -89,9 +114,14 @@ class Attribution:
 
     @contextmanager
     def step(self, ids: Tensor) -> Iterator[None]:
-        """Forward and backward of one batch go inside, where each example votes for itself: `handle.groups` is refused.
+        """Observe the one backward that runs inside the block.
+
+        Forward and backward of one batch go inside, where each example votes for itself:
+        `handle.groups` is refused.
 
         ids:  (B,) integers in [0, N), the batch's examples in order.
+
+        Raises ValueError for other ids, and RuntimeError for no backward or a second one.
         """
         ids = require_ids(ids, len(self.corrupt))
         products = torch.zeros(len(ids), dtype=torch.float64)
@@ -119,7 +149,7 @@ class Attribution:
         self.scores.index_add_(0, ids, products)
 
     def influence(self) -> Influence:
-        """i_p and i_c of the steps so far; NaN for a tag no example has."""
+        """Return the `Influence` of the steps so far; NaN for a tag no example has."""
         pristine = ~self.corrupt
         means = [self.scores[tag].mean().item() for tag in (pristine, self.corrupt)]
         return Influence(*means, _central((~self._null).double() @ self.scores / pristine.sum()))
@@ -131,10 +161,21 @@ def _central(values: Tensor) -> tuple[float, float]:
 
 
 class LearntTracker:
-    """When each example of a data set was learnt, from repeated looks at who is classified correctly.
+    """Record when each example of a data set was learnt, from repeated looks at who is correct.
 
-    first:  (N,) int64, the step of the first look at which the example was correct; -1 if none was.
-    last:   (N,) int64, the step of the look since which it has been correct at every one; -1 if it is not correct now.
+    examples:  N, how many there are; ValueError below 1.
+
+    Its attributes: `first`, (N,) int64, the step of the first look at which the example was
+    correct, -1 if none was; `last`, (N,) int64, the step of the look since which it has been
+    correct at every one, -1 if it is not correct now.
+
+    Chatterjee 2020, "Coherent gradients", arXiv 2002.10657.
+
+    >>> tracker, everyone = htv.methods.LearntTracker(3), torch.arange(3)
+    >>> tracker.update(10, everyone, torch.tensor([True, True, False]))
+    >>> tracker.update(20, everyone, torch.tensor([True, False, False]))
+    >>> tracker.first, tracker.last
+    (tensor([10, 10, -1]), tensor([10, -1, -1]))
     """
 
     def __init__(self, examples: int):
@@ -144,9 +185,13 @@ class LearntTracker:
         self._step = -1
 
     def update(self, step: int, ids: Tensor, correct: Tensor) -> None:
-        """A look after `step` steps (never fewer than before). ids: (B,) integers; correct: (B,) bool, in their order.
+        """Note a look at some examples; those not looked at stay as they are.
 
-        Examples that are not looked at stay as they are.
+        step:     how many steps were made, never fewer than before.
+        ids:      (B,) integers in [0, N).
+        correct:  (B,) bool, in their order.
+
+        Raises ValueError for anything else.
         """
         if step < max(self._step, 0):
             raise ValueError(f"step must not be negative nor go back, got {step} after {self._step}")
@@ -161,12 +206,23 @@ class LearntTracker:
 
 
 def proper_accuracy(accuracy: float, rate: float, num_classes: int = 10, kind: str = "uniform") -> float:
-    """The training accuracy, under label noise, of a classifier that predicts the truth as often as on clean data.
+    """Compute the training accuracy, under label noise, of a classifier that memorises none of it.
 
-    accuracy:  on clean (validation) data.
-    rate:      of label noise.
-    kind:      as for `htv.data.label_noise`: "uniform" labels are right by chance in one of num_classes cases; "other"
-               ones only where the classifier errs. "permuted" ones are like uniform ones where classes are balanced.
+    That is one that predicts the true label as often as on clean data.
+
+    accuracy:     on clean (validation) data, in [0, 1].
+    rate:         of label noise, in [0, 1].
+    num_classes:  at least 2.
+    kind:         as for `htv.data.label_noise`: "uniform" labels are right by chance in one of
+                  num_classes cases; "other" ones only where the classifier errs. "permuted" ones
+                  are like uniform ones where classes are balanced.
+
+    Returns a share in [0, 1]. Raises ValueError for anything out of range.
+
+    Chatterjee 2020, "Coherent gradients", arXiv 2002.10657.
+
+    >>> htv.methods.proper_accuracy(accuracy=0.9, rate=0.5)
+    0.5
     """
     for name, value in {"accuracy": accuracy, "rate": rate}.items():
         if not 0 <= value <= 1:
@@ -182,7 +238,21 @@ def proper_accuracy(accuracy: float, rate: float, num_classes: int = 10, kind: s
 def adjusted_overfit(
     train_accuracy: float, accuracy: float, rate: float, num_classes: int = 10, kind: str = "uniform"
 ) -> float:
-    """Training accuracy beyond `proper_accuracy`: what was learnt of the noise by heart."""
+    """Compute how far training accuracy exceeds `proper_accuracy`: what was memorised of the noise.
+
+    train_accuracy:  on the noisy training labels, in [0, 1].
+    accuracy:        on clean data, in [0, 1].
+    rate:            of label noise, in [0, 1].
+    num_classes:     at least 2.
+    kind:            of noise, as for `proper_accuracy`.
+
+    Returns the difference. Raises ValueError for anything out of range.
+
+    Chatterjee 2020, "Coherent gradients", arXiv 2002.10657.
+
+    >>> round(htv.methods.adjusted_overfit(train_accuracy=0.8, accuracy=0.9, rate=0.5), 4)
+    0.3
+    """
     if not 0 <= train_accuracy <= 1:
         raise ValueError(f"train_accuracy must lie in [0, 1], got {train_accuracy!r}")
     return train_accuracy - proper_accuracy(accuracy, rate, num_classes, kind)

@@ -18,15 +18,29 @@ Sampler = Callable[[torch.Generator], Iterable[int]]
 
 @dataclass(frozen=True, eq=False)
 class Batches:
-    """The batches of a whole training run, of which step t is always the same: training can go on where it stopped.
+    """Draw the batches of a whole training run, of which step t is always the same.
 
-    dataset:     map-style, of ``(x, y)`` or ``(x, y, id)``. Without ids, an example's id is its index; given ones must
-                 name each of the N examples once, 0 to N - 1. What a random augmentation draws is not repeated.
+    So training can go on where it stopped.
+
+    dataset:     map-style, of ``(x, y)`` or ``(x, y, id)``. Without ids, an example's id is its
+                 index; given ones must name each of the N examples once, 0 to N - 1. What a random
+                 augmentation draws is not repeated.
+    epochs:      how many.
     batch_size:  the last batch of an epoch may be smaller.
-    sampler:     called with a generator that depends on seed and epoch alone, gives the indices of one epoch: some,
-                 all, or with repetitions. By default all, shuffled. For example
-                 ``lambda generator: torch.multinomial(weights, 1000, replacement=True, generator=generator)``.
+    sampler:     called with a generator that depends on seed and epoch alone, gives the indices of
+                 one epoch: some, all, or with repetitions. By default all, shuffled. For example
+                 ``lambda generator: torch.multinomial(weights, 1000, generator=generator)``.
+    seed:        decides the order.
     device:      where x goes; y and ids stay on the CPU.
+
+    Raises TypeError for a data set that is not map-style, ValueError for an empty one and for
+    epochs or batch_size below 1.
+
+    >>> x, y = torch.arange(3.0), torch.tensor([0, 1, 0])
+    >>> data = torch.utils.data.TensorDataset(x, y)
+    >>> batches = htv.methods.Batches(data, epochs=1, batch_size=2)
+    >>> [(x.tolist(), ids.tolist()) for x, y, ids in batches.from_step(1)]
+    [([1.0], [1])]
     """
 
     dataset: Dataset
@@ -45,7 +59,10 @@ class Batches:
             raise ValueError(f"epochs and batch_size must be at least 1, got {self.epochs} and {self.batch_size}")
 
     def from_step(self, step: int) -> Iterator[tuple]:
-        """(x, y, ids) of every step from this one on: y and ids (B,) int64."""
+        """Yield (x, y, ids) of every step from one on: y and ids are (B,) int64.
+
+        step:  the first one, counted from 0 over all epochs.
+        """
         for epoch in range(self.epochs):
             parts = self._order(epoch).split(self.batch_size)
             for part in parts[step:]:
@@ -53,17 +70,25 @@ class Batches:
             step = max(0, step - len(parts))
 
     def epoch(self, epoch: int) -> Iterator[tuple]:
-        """(x, y, ids) of the steps of one epoch, counted from 0."""
+        """Yield (x, y, ids) of the steps of one epoch.
+
+        epoch:  counted from 0.
+        """
         for part in self._order(epoch).split(self.batch_size):
             yield self.read(part)
 
     def in_order(self) -> Iterator[tuple]:
-        """(x, y, ids) of every example once, in the order of the data set."""
+        """Yield (x, y, ids) of every example once, in the order of the data set."""
         for part in torch.arange(len(self.dataset)).split(self.batch_size):
             yield self.read(part)
 
     def read(self, indices: Tensor) -> tuple:
-        """(x, y, ids) of the examples at these indices of the data set."""
+        """Return (x, y, ids) of some examples of the data set.
+
+        indices:  (B,) int64.
+
+        Raises ValueError if the data set does not give (x, y) or (x, y, id).
+        """
         if type(self.dataset) is TensorDataset:  # one lookup instead of one per example; a subclass may augment
             parts = tuple(tensor[indices] for tensor in self.dataset.tensors)
         else:
@@ -85,9 +110,16 @@ class Batches:
 
 
 class ExampleTable:
-    """One row for each of N examples, filled in any order: rows go by id, never by position.
+    """Collect one row for each of N examples, in any order: rows go by id, never by position.
 
-    write() takes batches however they were drawn: shuffled, weighted, with repetitions (of which the last one counts).
+    examples:  N; ValueError below 1.
+
+    >>> table = htv.methods.ExampleTable(2)
+    >>> table.write(torch.tensor([1]), torch.tensor([[0.1, 0.9]]))
+    >>> table.write(torch.tensor([0]), torch.tensor([[0.8, 0.2]]))
+    >>> table.complete()
+    tensor([[0.8000, 0.2000],
+            [0.1000, 0.9000]])
     """
 
     def __init__(self, examples: int):
@@ -97,7 +129,13 @@ class ExampleTable:
         self._written = torch.zeros(examples, dtype=torch.bool)
 
     def write(self, ids: Tensor, rows: Tensor) -> None:
-        """ids: (B,) integers in [0, N).   rows: (B, *rest), the same rest each time."""
+        """Write the rows of a batch, drawn in any way: shuffled, weighted, with repetitions.
+
+        ids:   (B,) integers in [0, N); of one that repeats the last row counts.
+        rows:  (B, *rest), the same rest each time.
+
+        Raises ValueError for anything else.
+        """
         ids = require_ids(ids, len(self._written), len(rows))
         rows = rows.detach().cpu()
         if self._rows is None:
@@ -109,7 +147,7 @@ class ExampleTable:
         self._written[ids] = True
 
     def complete(self) -> Tensor:
-        """(N, *rest) by id, on the CPU. Raises ValueError naming ids without a row."""
+        """Return (N, *rest) by id, on the CPU. Raises ValueError naming ids without a row."""
         missing = (~self._written).nonzero().flatten().tolist()
         if missing:
             named = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")

@@ -26,11 +26,18 @@ TERMS = ("barrier", "cross_entropy", "invariance")
 
 
 def barrier_loss(logits: Tensor, targets: Tensor, barrier: float = 1.0) -> Tensor:
-    """``|barrier - cross-entropy|``: how far the batch's mean loss is from where it should be.
+    """Compute ``|barrier - cross-entropy|``: how far the batch's mean loss is from a wanted one.
+    Its gradient is that of the cross-entropy, downwards where the loss is above the barrier and
+    upwards below it.
 
-    Its gradient is that of the cross-entropy, downwards where the loss is above the barrier and upwards below it.
+    logits:   (N, K), as for `torch.nn.functional.cross_entropy`.
+    targets:  (N,) int64.
+    barrier:  the loss to be reached.
 
-    logits: (N, K), targets: (N,) int64, as for `torch.nn.functional.cross_entropy`. Returns a scalar.
+    Returns a scalar. Lubana et al. 2023, "Mechanistic mode connectivity", arXiv 2211.08422.
+
+    >>> htv.methods.barrier_loss(torch.zeros(1, 2), torch.tensor([0]), barrier=1.0)
+    tensor(0.3069)
     """
     return (barrier - F.cross_entropy(logits, targets)).abs()
 
@@ -38,14 +45,27 @@ def barrier_loss(logits: Tensor, targets: Tensor, barrier: float = 1.0) -> Tenso
 def invariance_loss(
     features: Tensor, labels: Tensor, other_features: Tensor, other_labels: Tensor, num_classes: int
 ) -> Tensor:
-    """The squared distance between the directions of the two batches' class means, summed over classes, divided by K.
+    """Compare the directions of two batches' class means: squared distances, summed, divided by K.
 
-    features, other_features:  (N, D) and (M, D), without and with the cue.
-    labels, other_labels:      (N,) and (M,) int64 in [0, K).
+    features:        (N, D), without the cue.
+    labels:          (N,) int64 in [0, K).
+    other_features:  (M, D), with the cue.
+    other_labels:    (M,) int64 in [0, K).
+    num_classes:     K.
 
-    A class that is missing from either batch, or whose features are all zero in one, has no direction there and is
-    skipped: it adds 0, with no gradient. No value is read from a GPU. Half precision is accumulated in float32, under
-    autocast too. Raises ValueError for features of different sizes, and on the CPU for labels that are outside.
+    A class that is missing from either batch, or whose features are all zero in one, has no
+    direction there and is skipped: it adds 0, with no gradient. No value is read from a GPU. Half
+    precision is accumulated in float32, under autocast too.
+
+    Returns a scalar. Raises ValueError for features of different sizes, and on the CPU for labels
+    that are outside.
+
+    Lubana et al. 2023, "Mechanistic mode connectivity", arXiv 2211.08422.
+
+    >>> labels = torch.tensor([0, 1])
+    >>> a, b = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[3.0, 0.0], [1.0, 0.0]])
+    >>> htv.methods.invariance_loss(a, labels, b, labels, num_classes=2)
+    tensor(1.)
     """
     if features.dim() != 2 or other_features.dim() != 2 or features.shape[1] != other_features.shape[1]:
         raise ValueError(
@@ -73,9 +93,17 @@ def _class_sums(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
 
 
 def head_of(model: nn.Module, head: str | None = None) -> nn.Module:
-    """The module of that name; by default the last Linear among the model's modules, which is what classifies in most.
+    """Return the module that classifies.
+
+    model:  to look in.
+    head:   its name. Default: the last Linear among the model's modules, which is what classifies
+            in most.
 
     Raises ValueError if there is none.
+
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+    >>> htv.methods.head_of(model)
+    Linear(in_features=8, out_features=3, bias=True)
     """
     modules = dict(model.named_modules())
     if head is None:
@@ -90,7 +118,18 @@ def head_of(model: nn.Module, head: str | None = None) -> nn.Module:
 
 @contextmanager
 def head_inputs(head: nn.Module) -> Iterator[list[Tensor]]:
-    """Inside, a list that grows by what enters the head, (N, D) each: the penultimate features, with their graph."""
+    """Collect what enters a head inside the block: the penultimate features, with their graph.
+
+    head:  the module that classifies, such as `head_of` returns.
+
+    Yields a list that grows by (N, D) with every call of the head.
+
+    >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3))
+    >>> with htv.methods.head_inputs(model[1]) as features:
+    ...     logits = model(torch.zeros(5, 2, 2))
+    >>> [tuple(part.shape) for part in features]
+    [(5, 4)]
+    """
     seen: list[Tensor] = []
     entering = lambda module, args, kwargs: seen.append([*args, *kwargs.values()][0].flatten(1))
     hook = head.register_forward_pre_hook(entering, with_kwargs=True)
@@ -109,41 +148,51 @@ def _require_trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> None
 
 
 class CBFT:
-    """Connectivity-based fine-tuning of a model that relies on a cue, step by step.
+    """Fine-tune a model out of a mechanism it relies on: connectivity-based fine-tuning.
 
-        cbft = CBFT(model, optimizer, num_classes=10, warm_up=len(loader))
-        for clean, with_cue in pairs_of_batches:      # (x, y) each
-            losses = cbft.step(clean, with_cue)
+    A step descends three losses. theta_C are the weights the model has when this is made; theta
+    those it has now.
 
-    A step descends three losses. theta_C are the weights the model has when this is made; theta those it has now.
-
-    barrier        ``|barrier - CE|`` on the batch with the cue, at theta_t = t theta_C + (1 - t) theta for one t per
-                   step: a barrier on the straight path to the old mechanism. The chain rule's factor (1 - t) is in.
+    barrier        ``|barrier - CE|`` on the batch with the cue, at
+                   theta_t = t theta_C + (1 - t) theta for one t per step: a barrier on the straight
+                   path to the old mechanism. The chain rule's factor (1 - t) is in.
     cross_entropy  on the clean batch, at theta.
-    invariance     `invariance_loss` between the penultimate features of both batches, at theta, after the warm-up.
+    invariance     `invariance_loss` between the penultimate features of both batches, at theta,
+                   after the warm-up.
 
-    The first is one optimizer step and the other two the next, as the authors do it; ``alternate=False`` makes one step
-    of their sum. Everything goes through `model`, its `.grad` and the optimizer, so it composes with `htv.attach`:
-    under a rule each of the two gradients is aggregated by itself, and after the warm-up the examples of both batches
-    vote in the second.
+    The first is one optimizer step and the other two the next, as the authors do it;
+    ``alternate=False`` makes one step of their sum. Everything goes through `model`, its `.grad`
+    and the optimizer, so it composes with `htv.attach`: under a rule each of the two gradients is
+    aggregated by itself, and after the warm-up the examples of both batches vote in the second.
 
-    theta_t is written into the model for its forward and backward, and theta restored bit for bit. Buffers are too:
-    BatchNorm in train mode normalises theta_t by its own batch, and theta's running statistics are of theta alone (of
-    the clean batch, and after the warm-up of both batches, which pass the model together). In eval mode theta_t uses
-    theta's running statistics.
+    theta_t is written into the model for its forward and backward, and theta restored bit for bit.
+    Buffers are too: BatchNorm in train mode normalises theta_t by its own batch, and theta's
+    running statistics are of theta alone (of the clean batch, and after the warm-up of both
+    batches, which pass the model together). In eval mode theta_t uses theta's running statistics.
 
-    model:       gives logits (N, K). Its mode, train or eval, is left as it is.
-    optimizer:   over the model's parameters; one whose step needs no closure.
-    num_classes: K, as many as logits.
-    barrier:     the loss to be reached between the two.
-    warm_up:     steps before the invariance loss sets in; the authors take an epoch.
-    sampler:     (count, generator=...) -> (count,) values of t, such as those of `htv.methods.connectivity`.
-    head:        name of the module whose input the penultimate features are. Default: the last Linear.
-    terms:       which of the losses are descended, for ablations.
-    alternate:   two steps, or one of the sum.
-    seed:        of t.
+    model:        gives logits (N, K). Its mode, train or eval, is left as it is.
+    optimizer:    over the model's parameters; one whose step needs no closure.
+    num_classes:  K, as many as logits.
+    barrier:      the loss to be reached between the two.
+    warm_up:      steps before the invariance loss sets in; the authors take an epoch.
+    sampler:      (count, generator=...) -> (count,) values of t, such as `sample_clipped_normal`.
+    head:         name of the module whose input the penultimate features are. Default: the last
+                  Linear.
+    terms:        which of the losses are descended, for ablations.
+    alternate:    two steps, or one of the sum.
+    seed:         of t.
 
-    Raises ValueError for any of these out of place, and an optimizer that has no parameter of the model to train.
+    Raises ValueError for any of these out of place, and an optimizer that has no parameter of the
+    model to train.
+
+    Lubana et al. 2023, "Mechanistic mode connectivity", arXiv 2211.08422.
+
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> cbft = htv.methods.CBFT(model, optimizer, num_classes=2, warm_up=1)
+    >>> x, y = torch.ones(2, 4), torch.tensor([0, 1])
+    >>> [sorted(cbft.step(clean=(x, y), with_cue=(x, y))) for _ in range(2)]
+    [['barrier', 'cross_entropy'], ['barrier', 'cross_entropy', 'invariance']]
     """
 
     def __init__(
@@ -179,10 +228,14 @@ class CBFT:
         self.steps = 0
 
     def step(self, clean: Batch, with_cue: Batch) -> dict[str, Tensor]:
-        """One step on a batch without and one with the cue, (x, y) each; the losses by name, detached.
+        """Make one step on a batch without and one with the cue.
 
-        The batches may differ in size. At the first step after the warm-up "invariance" joins the losses. Raises
-        ValueError, before the weights change, for logits that are not (N, K).
+        clean:     (x, y), a batch without the cue.
+        with_cue:  (x, y), one with it; it may differ in size.
+
+        Returns the losses by name, detached scalars. At the first step after the warm-up
+        "invariance" joins them. Raises ValueError, before the weights change, for logits that are
+        not (N, K).
         """
         losses = {}
         self.optimizer.zero_grad()
@@ -252,12 +305,20 @@ class CBFT:
                     tensor.copy_(value)
 
     def state_dict(self) -> dict:
-        """theta_C, the number of steps and the state of t's generator; the model and optimizer have their own."""
+        """Return theta_C, the number of steps and the state of t's generator.
+
+        The model and the optimizer have their own.
+        """
         anchor = {name: value.clone() for name, value in self._anchor.items()}
         return {"anchor": anchor, "steps": self.steps, "generator": self._generator.get_state()}
 
     def load_state_dict(self, state: Mapping) -> None:
-        """Go on where another one was. Raises ValueError, before any change, for the state of another model."""
+        """Go on where another one was.
+
+        state:  what its `state_dict` returned.
+
+        Raises ValueError, before any change, for the state of another model.
+        """
         if set(state) != {"anchor", "steps", "generator"}:
             raise ValueError(f"state_dict has {sorted(state)}: it is not one of CBFT's")
         shapes = [{name: tuple(value.shape) for name, value in of.items()} for of in (state["anchor"], self._anchor)]

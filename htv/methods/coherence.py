@@ -28,14 +28,24 @@ M3 = MedianOfMeans(3)  # of a shuffled minibatch: its thirds vote, coordinate by
 
 
 def winsorized(percentile: float) -> Rule:
-    """The rule of winsorized gradient descent: clip every coordinate to its c-th and (100 - c)-th percentile.
+    """Make the rule of winsorized gradient descent: clip coordinates to their c-th percentiles.
 
-    percentile:  c in [0, 50]. 0 is `Mean()`, 50 is `Median()`; in between, percentiles are values of the batch (nearest
-                 rank, no interpolation): ``round(c / 100 * (E - 1))`` values per side, resolved when E is known. For
-                 100 examples c clips to the (c + 1)-th smallest and largest; for 32, c = 1 changes nothing.
+    percentile:  c in [0, 50], for the c-th and the (100 - c)-th. 0 is `Mean()`, 50 is `Median()`;
+                 in between, percentiles are values of the batch (nearest rank, no interpolation):
+                 ``round(c / 100 * (E - 1))`` values per side, resolved when E is known. For 100
+                 examples c clips to the (c + 1)-th smallest and largest; for 32, c = 1 changes
+                 nothing.
 
-    Ranks exactly between two values go to the even one on both sides, so that the rule stays odd. (NumPy's percentiles
-    would, for an even number of examples, take one value more on one side.)
+    Ranks exactly between two values go to the even one on both sides, so that the rule stays odd.
+    (NumPy's percentiles would, for an even number of examples, take one value more on one side.)
+
+    Returns an `htv.Rule`. Raises TypeError or ValueError for anything else than a number in
+    [0, 50].
+
+    Chatterjee 2020, "Coherent gradients", arXiv 2002.10657.
+
+    >>> htv.methods.winsorized(0), htv.methods.winsorized(10), htv.methods.winsorized(50)
+    (Mean(), WinsorizedMean(winsorize=0.1), Median(interpolation='midpoint'))
     """
     if isinstance(percentile, bool) or not isinstance(percentile, Real):
         raise TypeError(f"percentile must be a number in [0, 50], got {percentile!r}")
@@ -48,11 +58,18 @@ def winsorized(percentile: float) -> Rule:
 
 @dataclass(frozen=True)
 class Coherence:
-    """How far m gradients g_1..g_m agree, told by two sums that add up over examples and over coordinates.
+    """Tell how far m gradients g_1, ..., g_m agree, by two sums over examples and coordinates.
 
     count:         m.
     total_energy:  ||sum_i g_i||^2.
     energy:        sum_i ||g_i||^2.
+
+    Chatterjee and Zielinski 2020, "Making coherence out of nothing at all", arXiv 2008.01217.
+
+    >>> grads = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    >>> orthogonal = htv.methods.Coherence.of(grads)
+    >>> orthogonal.m_coherence, orthogonal.alpha
+    (1.0, 0.5)
     """
 
     count: int
@@ -61,7 +78,10 @@ class Coherence:
 
     @staticmethod
     def of(grads: Tensor) -> Coherence:
-        """From stacked gradients (m, *shape)."""
+        """Compute the coherence of stacked gradients.
+
+        grads:  (m, *shape), m >= 1; ValueError otherwise.
+        """
         if grads.dim() < 1 or len(grads) == 0:
             raise ValueError(f"grads must have shape (m, *shape) with m >= 1, got {tuple(grads.shape)}")
         wide = grads.reshape(len(grads), -1).double()
@@ -78,9 +98,10 @@ class Coherence:
         return self.m_coherence / self.count
 
     def of_minibatches(self, size: int) -> float:
-        """The alpha that means of `size` gradients, drawn independently, have among themselves.
-
+        """Return the alpha that means of several, independently drawn gradients have.
         It is higher, and says more about `size` than about the data: coherence is of examples.
+
+        size:  how many gradients a mean is of; ValueError below 1.
         """
         if size < 1:
             raise ValueError(f"size must be at least 1, got {size}")
@@ -97,9 +118,14 @@ class Coherence:
 
 @dataclass(frozen=True)
 class ModelCoherence:
-    """`Coherence` of a model's per-example gradients over a data set.
+    """Hold the `Coherence` of a model's per-example gradients over a data set.
 
     parameters:  by parameter name; tied ones under their first.
+
+    >>> one = htv.methods.Coherence(count=2, total_energy=2.0, energy=2.0)
+    >>> found = htv.methods.ModelCoherence({"0.weight": one, "0.bias": one})
+    >>> found.layers, found.total.energy
+    ({'0': Coherence(count=2, total_energy=4.0, energy=4.0)}, 4.0)
     """
 
     parameters: dict[str, Coherence]
@@ -160,20 +186,29 @@ def measure_coherence(
     losses: Callable[[Batch], Tensor],
     exclude: tuple[str, ...] | list[str] | str = (),
 ) -> ModelCoherence:
-    """m-coherence of the per-example gradients of a whole data set, per parameter, per layer and global, in one pass.
+    """Measure the m-coherence of the per-example gradients of a whole data set, in one pass.
 
-    Takes one forward and backward per batch, norms from the factors, and one vector of the model's size; no example's
-    gradient is formed. `.grad` stays as it is. How the data set is cut into batches does not matter.
+    Takes one forward and backward per batch, norms from the factors, and one vector of the model's
+    size; no example's gradient is formed. `.grad` stays as it is. How the data set is cut into
+    batches does not matter.
 
-    model:    not attached; for one that is, pass ``copy.deepcopy(model)``. Put it into the mode to measure in:
-              BatchNorm in train mode is refused, for it couples the examples.
+    model:    not attached; for one that is, pass ``copy.deepcopy(model)``. Put it into the mode to
+              measure in: BatchNorm in train mode is refused, for it couples the examples.
     batches:  anything to iterate over, for example a DataLoader.
-    losses:   called with each batch; runs the model and returns its losses, one per example, (N,): not their mean. For
-              example ``lambda batch: F.cross_entropy(model(batch[0]), batch[1], reduction="none")``.
+    losses:   called with each batch; runs the model and returns its losses, one per example, (N,):
+              not their mean. For cross-entropy, pass reduction="none".
     exclude:  parameters to leave out, as for `htv.attach`.
 
-    Raises ValueError if there is no batch, if what `losses` returns is not one loss per example, or if it did not run
-    this model; what `htv.attach` refuses is refused.
+    Returns a `ModelCoherence`: per parameter, per layer and over all. Raises ValueError if there is
+    no batch, if what `losses` returns is not one loss per example, or if it did not run this model;
+    what `htv.attach` refuses is refused.
+
+    Chatterjee and Zielinski 2020, "Making coherence out of nothing at all", arXiv 2008.01217.
+
+    >>> model = torch.nn.Linear(2, 1, bias=False)
+    >>> losses = lambda x: model(x).squeeze(1)
+    >>> htv.methods.measure_coherence(model, [torch.eye(2)], losses).total
+    Coherence(count=2, total_energy=2.0, energy=2.0)
     """
     with attach(model, Mean(), exclude=exclude) as handle:
         named = served_parameters(handle)
@@ -206,17 +241,26 @@ def per_example(losses: Tensor) -> Tensor:
 def generalisation_bound(
     alphas: Sequence[float], learning_rates: Sequence[float], lipschitz: float, smoothness: float, examples: int
 ) -> float:
-    """Bound on the expected gap between test and training loss after T steps of gradient descent.
+    """Bound the expected gap between test and training loss after T steps of gradient descent.
 
     ``L^2 / m * sum_t [prod_{k > t} (1 + eta_k beta)] eta_t sqrt(2 (1 - alpha(w_{t-1})))``
 
-    alphas:          (T,) alpha in [0, 1] of the weights before each step (not m-coherence: `Coherence.alpha`).
+    alphas:          (T,) alpha in [0, 1] of the weights before each step (not m-coherence:
+                     `Coherence.alpha`).
     learning_rates:  (T,) eta_t.
     lipschitz:       L, of the loss in the weights.
     smoothness:      beta, the Lipschitz constant of its gradient.
     examples:        m.
 
-    Infinite where the product overflows. Raises ValueError for anything out of range.
+    Returns a float, infinite where the product overflows. Raises ValueError for anything out of
+    range.
+
+    Chatterjee and Zielinski 2022, "On the generalization mystery in deep learning",
+    arXiv 2203.10036.
+
+    >>> bound = htv.methods.generalisation_bound([0.5], [0.1], 1.0, 1.0, examples=10)
+    >>> round(bound, 4)
+    0.01
     """
     alpha, eta = (torch.as_tensor(values, dtype=torch.float64) for values in (alphas, learning_rates))
     if alpha.dim() != 1 or alpha.shape != eta.shape:

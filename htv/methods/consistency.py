@@ -32,11 +32,19 @@ Loss = Callable[[Tensor], Tensor]  # (P,) parameters -> a scalar
 
 @dataclass(frozen=True, eq=False)
 class Inconsistency:
-    """The largest departure that was found.
+    """Hold the largest departure of a loss that `inconsistency` found.
 
-    value:        |L_e'(theta) - L_e(theta*)|.
-    within, of:   the environments e, in whose region theta lies, and e', whose loss it is.
-    theta:        (P,), where.
+    value:   |L_e'(theta) - L_e(theta*)|.
+    within:  the environment e, in whose region theta lies.
+    of:      the environment e', whose loss it is.
+    theta:   (P,), where.
+
+    Parascandolo et al. 2020, "Learning explanations that are hard to vary", arXiv 2009.00329.
+
+    >>> losses = [lambda theta: theta.square().sum()] * 2
+    >>> found = htv.methods.inconsistency(losses, torch.zeros(1), eps=0.5, steps=2)
+    >>> isinstance(found, htv.methods.Inconsistency), round(found.value, 3)
+    (True, 0.5)
     """
 
     value: float
@@ -48,12 +56,22 @@ class Inconsistency:
 def environment_losses(
     model: nn.Module, criterion: Callable[[Tensor, Tensor], Tensor], environments: Sequence[tuple[Tensor, Tensor]]
 ) -> tuple[list[Loss], Tensor]:
-    """A model's loss in every environment as a function of one vector of parameters.
+    """Express a model's loss in every environment as a function of one vector of parameters.
 
+    model:         left alone; put it in eval mode before if it has dropout or BatchNorm.
+    criterion:     (outputs, targets) -> a scalar.
     environments:  (inputs, targets) of each.
 
-    Returns the losses, and the parameters as they are, (P,) float64. The model is left alone; put it in eval mode
-    before if it has dropout or BatchNorm.
+    Returns the losses, functions of (P,), and the parameters as they are, (P,) float64.
+
+    Parascandolo et al. 2020, "Learning explanations that are hard to vary", arXiv 2009.00329.
+
+    >>> model = torch.nn.Linear(1, 1, bias=False)
+    >>> environments = [(torch.ones(1, 1), torch.zeros(1, 1))]
+    >>> criterion = torch.nn.functional.mse_loss
+    >>> (loss,), theta = htv.methods.environment_losses(model, criterion, environments)
+    >>> loss(torch.tensor([2.0])).item(), theta.shape
+    (4.0, torch.Size([1]))
     """
     named = {name: p.detach() for name, p in model.named_parameters()}
     buffers = dict(model.named_buffers())
@@ -82,18 +100,35 @@ def inconsistency(
     radius: float = 1e3,
     seed: int = 0,
 ) -> Inconsistency:
-    """Search the regions of all environments by walkers that never leave them; a lower bound of I, for small models.
+    """Search for the largest inconsistency of a minimum theta*: a lower bound, for small models.
 
-    Every walker starts at theta* and goes along straight lines, each checked at `points` places and cut off, by
-    bisection, where it leaves the region. So whatever is reached is connected with theta*, up to that resolution. Half
-    of the steps take random directions to a random place on the line; the others climb (or descend) the loss of e'
-    along the border of the region. The more parameters, the more steps it takes.
+    The region of an environment is where its loss stays within `eps` of its value at theta*, and
+    that is connected with theta*. Walkers start at theta* and go along straight lines, each checked
+    at `points` places and cut off, by bisection, where it leaves the region; so whatever is reached
+    is connected with theta*, up to that resolution. Half of the steps take random directions to a
+    random place on the line; the others climb (or descend) the loss of another environment along
+    the border of the region. The more parameters, the more steps it takes.
 
     losses:   of each environment, (P,) -> a scalar; differentiable, and fit for `torch.func.vmap`.
-    theta:    (P,), the trained parameters; float64 is best.
+    theta:    (P,), the trained parameters theta*; float64 is best.
     eps:      > 0, what the loss may change within a region.
-    radius:   no walker goes farther from theta* than this; where a region is unbounded, I is that of the part within.
+    steps:    how many each walker makes.
+    walkers:  how many there are for each pair of environments.
+    points:   places of a line that are looked at.
+    radius:   no walker goes farther from theta* than this; where a region is unbounded, the result
+              is that of the part within.
     seed:     decides the walks; torch's global generator is not touched.
+
+    Returns an `Inconsistency`. Raises ValueError for no losses, losses that are not finite scalars
+    at theta*, and anything out of range.
+
+    Parascandolo et al. 2020, "Learning explanations that are hard to vary", arXiv 2009.00329.
+
+    >>> steep, flat = (lambda t: 4 * t.square().sum()), (lambda t: t.square().sum())
+    >>> theta = torch.zeros(1, dtype=torch.float64)
+    >>> found = htv.methods.inconsistency([steep, flat], theta, eps=1.0, steps=4)
+    >>> round(found.value, 3), found.within, found.of
+    (4.0, 1, 0)
     """
     losses = list(losses)
     if not losses:
@@ -197,11 +232,22 @@ def _unit(vectors: Tensor) -> Tensor:
 
 
 def quadratic_inconsistency(hessian_a: Tensor, hessian_b: Tensor, eps: float) -> float:
-    """I of two quadratic losses with the same minimum and value: eps times the largest ratio of their curvatures.
+    """Compute the inconsistency of two quadratic losses with the same minimum and value there.
 
-    hessian_a, hessian_b:  (P,) the diagonals, >= 0, or (P, P) symmetric positive definite.
+    It is eps times the largest ratio of their curvatures.
 
-    A direction that is flat in one environment only makes it infinite; equal Hessians give eps.
+    hessian_a:  (P,) the diagonal, >= 0, or (P, P) symmetric positive definite.
+    hessian_b:  likewise, of the same shape.
+    eps:        > 0, what the loss may change within a region.
+
+    Returns a float: infinite for a direction that is flat in one environment only, eps for equal
+    Hessians. Raises ValueError for anything else.
+
+    Parascandolo et al. 2020, "Learning explanations that are hard to vary", arXiv 2009.00329.
+
+    >>> a, b = torch.tensor([1.0, 4.0]), torch.tensor([1.0, 1.0])
+    >>> htv.methods.quadratic_inconsistency(a, b, eps=0.1)
+    0.4
     """
     a, b = _pair(hessian_a, hessian_b, eps)
     if a.dim() == 1:
@@ -213,18 +259,35 @@ def quadratic_inconsistency(hessian_a: Tensor, hessian_b: Tensor, eps: float) ->
 
 
 def arithmetic_mean_hessian(hessians: Tensor) -> Tensor:
-    """The mean of Hessians, that of the pooled loss. hessians: (E, P) diagonals or (E, P, P); float64 is returned."""
+    """Compute the mean of Hessians, which is the Hessian of the pooled loss.
+
+    hessians:  (E, P) diagonals >= 0, or (E, P, P) symmetric positive definite.
+
+    Returns (P,) or (P, P) float64. Raises ValueError for other Hessians.
+
+    >>> htv.methods.arithmetic_mean_hessian(torch.tensor([[1.0, 0.0], [3.0, 4.0]]))
+    tensor([2., 2.], dtype=torch.float64)
+    """
     return _hessians(hessians).mean(dim=0)
 
 
 def geometric_mean_hessian(hessians: Tensor, tolerance: float = 1e-12, max_steps: int = 500) -> Tensor:
-    """The Karcher mean of Hessians: the symmetric positive definite matrix closest to all, in their own geometry.
+    """Compute the Karcher mean of Hessians, the matrix closest to all of them in their geometry.
 
-    It solves ``sum_e log(X^-1/2 H_e X^-1/2) = 0``; diagonal Hessians have the geometric mean of every coordinate.
+    It is the symmetric positive definite X with ``sum_e log(X^-1/2 H_e X^-1/2) = 0``; diagonal
+    Hessians have the geometric mean of every coordinate.
 
-    hessians:  (E, P) diagonals >= 0, or (E, P, P) symmetric positive definite. Returns float64.
+    hessians:   (E, P) diagonals >= 0, or (E, P, P) symmetric positive definite.
+    tolerance:  the norm of the mean logarithm, per row, at which the iteration stops.
+    max_steps:  of the iteration.
 
-    Raises RuntimeError where the iteration does not converge to `tolerance` within `max_steps`.
+    Returns (P,) or (P, P) float64. Raises ValueError for other Hessians, and RuntimeError where the
+    iteration does not converge to `tolerance` within `max_steps`.
+
+    Parascandolo et al. 2020, "Learning explanations that are hard to vary", arXiv 2009.00329.
+
+    >>> htv.methods.geometric_mean_hessian(torch.tensor([[1.0, 2.0], [4.0, 8.0]]))
+    tensor([2., 4.], dtype=torch.float64)
     """
     hessians = _hessians(hessians)
     if hessians.dim() == 2:
@@ -251,10 +314,23 @@ def geometric_mean_hessian(hessians: Tensor, tolerance: float = 1e-12, max_steps
 
 
 def inconsistency_bound(hessian_a: Tensor, hessian_b: Tensor, eps: float) -> float:
-    """An upper bound of `quadratic_inconsistency` by means: ``4 * eps * (det arithmetic / det geometric)**2``.
+    """Bound `quadratic_inconsistency` from above by the determinants of the Hessians' means.
 
-    The ratio is 1 for equal Hessians only. The factor is 4, as the square is ``(1 + r)**2 / (4 r)`` for a direction
-    with curvatures of ratio r: half of it would not do where r exceeds 1 + sqrt(2).
+    The bound is ``4 * eps * (det arithmetic / det geometric)**2``. The ratio is 1 for equal
+    Hessians only. The factor is 4, as the square is ``(1 + r)**2 / (4 r)`` for a direction with
+    curvatures of ratio r: half of it would not do where r exceeds 1 + sqrt(2).
+
+    hessian_a:  (P,) the diagonal, >= 0, or (P, P) symmetric positive definite.
+    hessian_b:  likewise, of the same shape.
+    eps:        > 0, what the loss may change within a region.
+
+    Returns a float. Raises ValueError for anything else.
+
+    Parascandolo et al. 2020, "Learning explanations that are hard to vary", arXiv 2009.00329.
+
+    >>> a, b = torch.tensor([1.0, 4.0]), torch.tensor([1.0, 1.0])
+    >>> round(htv.methods.inconsistency_bound(a, b, eps=0.1), 4)
+    0.625
     """
     a, b = _pair(hessian_a, hessian_b, eps)
     both = torch.stack([a, b])

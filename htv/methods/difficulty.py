@@ -22,13 +22,29 @@ def easy_examples(
     batch_size: int = 128,
     seed: int = 0,
 ) -> Tensor:
-    """Which examples a copy of the model classifies correctly, in eval mode, after a short training: (N,) bool.
+    """Find which examples a copy of a model classifies correctly after a short training.
 
-    Trained by SGD with momentum .9, without weight decay or augmentation; the rest of the examples are the hard ones.
+    Trained by SGD with momentum .9, without weight decay or augmentation; the rest of the examples
+    are the hard ones.
 
-    model:   not trained itself; pass one with fresh weights.
-    x:       (N, ...) inputs, on the model's device.
-    labels:  (N,) int64.
+    model:          not trained itself; pass one with fresh weights.
+    x:              (N, ...) inputs, on the model's device.
+    labels:         (N,) int64.
+    epochs:         how many.
+    learning_rate:  of SGD.
+    batch_size:     how many examples a step takes.
+    seed:           of the batches.
+
+    Returns (N,) bool, by predictions in eval mode. Raises ValueError for inputs and labels that do
+    not pair up, and counts below 1.
+
+    Chatterjee 2020, "Coherent gradients", arXiv 2002.10657.
+
+    >>> model = torch.nn.Linear(1, 2)
+    >>> x = torch.tensor([[-1.0], [1.0], [-1.0], [1.0], [1.0]])
+    >>> labels = torch.tensor([0, 1, 0, 1, 0])
+    >>> htv.methods.easy_examples(model, x, labels, epochs=50, batch_size=5)
+    tensor([ True,  True,  True,  True, False])
     """
     if len(x) != len(labels) or len(x) == 0:
         raise ValueError(f"x and labels must have one entry per example, got {len(x)} and {len(labels)}")
@@ -49,9 +65,17 @@ def easy_examples(
 
 
 def disjoint_subsets(pool: Tensor, sizes: tuple[int, ...], seed: int = 0) -> list[Tensor]:
-    """Subsets of the given sizes that share no example, drawn from one pool, so that they are alike but for chance.
+    """Draw subsets that share no example from one pool, so that they are alike but for chance.
 
-    pool:  (N,) bool over a data set, or (P,) ids of its members. Returns one tensor of ids per size.
+    pool:   (N,) bool over a data set, or (P,) ids of its members, each once.
+    sizes:  of the subsets, each at least 1.
+    seed:   decides who is drawn.
+
+    Returns one tensor of ids, int64, per size. Raises ValueError for another pool or a small one.
+
+    >>> first, second = htv.methods.disjoint_subsets(torch.arange(10), (3, 4))
+    >>> len(first), len(second), set(first.tolist()) & set(second.tolist())
+    (3, 4, set())
     """
     if not isinstance(pool, Tensor) or pool.dim() != 1 or pool.dtype.is_floating_point:
         raise ValueError(f"pool must be a tensor, (N,) bool or (P,) integers; got {described(pool)}")

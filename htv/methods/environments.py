@@ -28,9 +28,13 @@ def join_environments(batches: Sequence[Sequence[Tensor]]) -> tuple[tuple[Tensor
 
     batches:  for each of E environments its tensors, (N_e, ...) each, such as ``(x, y)``.
 
-    Returns the joined tensors, (N, ...) each, and ids (N,) int64 on the first tensor's device: the environment of every
-    example. Raises ValueError for no environments, one without examples, what is no tuple of tensors, or tensors that
-    do not pair up.
+    Returns the joined tensors, (N, ...) each, and ids (N,) int64 on the first tensor's device: the
+    environment of every example. Raises ValueError for no environments, one without examples, what
+    is no tuple of tensors, or tensors that do not pair up.
+
+    >>> joined, ids = htv.methods.join_environments([(torch.zeros(2, 3),), (torch.zeros(1, 3),)])
+    >>> joined[0].shape, ids
+    (torch.Size([3, 3]), tensor([0, 0, 1]))
     """
     batches = list(batches)
     if not batches:
@@ -65,6 +69,10 @@ def environment_batches(loaders: Sequence[Iterable]) -> Iterator[tuple[tuple[Ten
     loaders:  one per environment, each giving batches ``(x, y, ...)``.
 
     Yields what `join_environments` returns. Raises ValueError where a loader gives nothing at all.
+
+    >>> loaders = [[(torch.zeros(2),), (torch.zeros(2),)], [(torch.ones(1),)]]
+    >>> [ids.tolist() for joined, ids in htv.methods.environment_batches(loaders)]
+    [[0, 0, 1]]
     """
     loaders = list(loaders)
     if not loaders:
@@ -87,8 +95,15 @@ def environment_batches(loaders: Sequence[Iterable]) -> Iterator[tuple[tuple[Ten
 def require_environments(ids: Tensor, num_environments: int, absent: str = "error") -> None:
     """Raise ValueError unless every environment 0, ..., E - 1 is in the batch, and nothing else.
 
-    ids:     (N,) integers, the environment of every example.
-    absent:  "zero" lets environments be absent from the batch.
+    ids:               (N,) integers, the environment of every example.
+    num_environments:  E.
+    absent:            "zero" lets environments be absent from the batch, "error" does not.
+
+    >>> htv.methods.require_environments(torch.tensor([0, 1, 1]), 2)
+    >>> htv.methods.require_environments(torch.tensor([0, 0, 2]), 3)
+    Traceback (most recent call last):
+        ...
+    ValueError: environments [1] are missing from the batch: ...
     """
     if absent not in ("error", "zero"):
         raise ValueError(f"absent must be 'error' or 'zero', got {absent!r}")
@@ -117,10 +132,26 @@ def require_environments(ids: Tensor, num_environments: int, absent: str = "erro
 
 @contextmanager
 def environment_groups(handle: Handle, ids: Tensor, num_environments: int) -> Iterator[None]:
-    """``handle.groups(ids, weight="equal")``, refused unless every environment is in the batch.
+    """Let environments vote inside the block, all of which must be in the batch.
 
-    Each environment is a group, and the mean over its examples counts once, however many they are. Without the check a
-    missing environment would go unnoticed: agreement is asked of those that are there.
+    Each environment is a group, and the mean over its examples counts once, however many they are:
+    ``handle.groups(ids, weight="equal")``. Without the check a missing environment would go
+    unnoticed: agreement is asked of those that are there.
+
+    handle:            what `htv.attach` returned.
+    ids:               (N,) integers, the environment of every example.
+    num_environments:  E.
+
+    Raises ValueError where an environment is missing.
+
+    Parascandolo et al. 2020, "Learning explanations that are hard to vary", arXiv 2009.00329.
+
+    >>> model, x = torch.nn.Linear(1, 1, bias=False), torch.tensor([[1.0], [2.0], [-1.0]])
+    >>> with htv.attach(model, htv.AndMask(1.0)) as handle:
+    ...     with htv.methods.environment_groups(handle, torch.tensor([0, 0, 1]), 2):
+    ...         model(x).sum().backward()
+    >>> model.weight.grad
+    tensor([[0.]])
     """
     require_environments(ids, num_environments)
     with handle.groups(ids, weight="equal"):

@@ -34,13 +34,28 @@ def fine_tune(
     weight_decay: float = 1e-4,
     on_epoch: Callable[[int, Tensor], None] | None = None,
 ) -> None:
-    """Train all that is not frozen by SGD on the cross-entropy, the learning rate falling to 0 along a cosine.
+    """Train all that is not frozen by SGD on the cross-entropy, the learning rate falling to 0.
 
-    epochs:    0 leaves the model as it is.
-    on_epoch:  called with the number of epochs done and the last batch's loss.
+    It falls along a cosine. The model's mode is left as it is; under `htv.attach` its rule holds.
 
-    The model's mode is left as it is; under `htv.attach` its rule holds. Raises ValueError for empty `batches` or
-    epochs below 0, and TypeError for an iterator.
+    model:         gives logits (N, K).
+    batches:       (x, y) each, as many as `len` says, anew in every epoch: a list or DataLoader.
+    epochs:        0 leaves the model as it is.
+    lr:            the learning rate at the start; `NAIVE_RATES` has those of the paper.
+    momentum:      of SGD.
+    weight_decay:  of SGD.
+    on_epoch:      called with the number of epochs done and the last batch's loss.
+
+    Raises ValueError for empty `batches`, epochs below 0 and a model that is frozen, and TypeError
+    for an iterator.
+
+    Lubana et al. 2023, "Mechanistic mode connectivity", arXiv 2211.08422.
+
+    >>> model = torch.nn.Linear(1, 2)
+    >>> batches = [(torch.tensor([[-1.0], [1.0]]), torch.tensor([0, 1]))]
+    >>> htv.methods.fine_tune(model, batches, epochs=50, lr=1.0)
+    >>> model(torch.tensor([[-1.0], [1.0]])).argmax(dim=1)
+    tensor([0, 1])
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
@@ -69,15 +84,29 @@ def _check_length(batches: Loader, epochs: int) -> None:
 
 def retrain_last_layer(model: nn.Module, batches: Loader, epochs: int, lr: float = 0.01, *,
                        head: str | None = None, **options) -> None:  # fmt: skip
-    """A new last layer on the features as they are: LLRT; followed by `fine_tune`, LPFT.
+    """Train a new last layer on the features as they are: LLRT; followed by `fine_tune`, LPFT.
 
-    The head starts anew by `reset_parameters`; everything else is frozen meanwhile, and in eval mode, so that
-    running statistics stay and features are those of deployment. Other arguments are those of `fine_tune`.
+    The head starts anew by `reset_parameters`; everything else is frozen meanwhile, and in eval
+    mode, so that running statistics stay and features are those of deployment.
 
-    head:  name of the module that classifies. Default: the last Linear.
+    model:    gives logits (N, K).
+    batches:  as for `fine_tune`.
+    epochs:   likewise.
+    lr:       the learning rate at the start.
+    head:     name of the module that classifies. Default: the last Linear.
+    options:  other arguments of `fine_tune`.
 
-    Kirichenko et al. 2022, "Last layer re-training is sufficient", arXiv 2204.02937; Kumar et al. 2022, "Fine-tuning
-    can distort pretrained features", arXiv 2202.10054.
+    Raises what `fine_tune` does, and ValueError for a head that cannot start anew.
+
+    Kirichenko et al. 2022, "Last layer re-training is sufficient", arXiv 2204.02937; Kumar et al.
+    2022, "Fine-tuning can distort pretrained features", arXiv 2202.10054.
+
+    >>> model = torch.nn.Sequential(torch.nn.Linear(1, 2), torch.nn.ReLU(), torch.nn.Linear(2, 2))
+    >>> before = model[0].weight.detach().clone()
+    >>> batches = [(torch.tensor([[-1.0], [1.0]]), torch.tensor([0, 1]))]
+    >>> htv.methods.retrain_last_layer(model, batches, epochs=2)
+    >>> torch.equal(model[0].weight, before)
+    True
     """
     last = head_of(model, head)
     if not hasattr(last, "reset_parameters"):
@@ -91,8 +120,18 @@ def retrain_last_layer(model: nn.Module, batches: Loader, epochs: int, lr: float
 def reset_parameters(model: nn.Module) -> nn.Module:
     """Start every module anew, in place: training from scratch. Randomness is torch's global one.
 
-    Modules come after those inside them, as they are made: attention starts its projections in its own way. Raises
-    ValueError, before any change, for a module whose own parameters have no `reset_parameters()`.
+    Modules come after those inside them, as they are made: attention starts its projections in its
+    own way.
+
+    model:  to start anew.
+
+    Returns the model. Raises ValueError, before any change, for a module whose own parameters have
+    no `reset_parameters()`.
+
+    >>> model = torch.nn.Linear(3, 2)
+    >>> _ = torch.nn.init.zeros_(model.weight)
+    >>> bool((htv.methods.reset_parameters(model).weight != 0).all())
+    True
     """
     resets = []
     names = {module: name for name, module in model.named_modules()}

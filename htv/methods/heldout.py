@@ -38,18 +38,34 @@ MakeSchedule = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRSche
 
 
 def class_balanced_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """The sum, over the classes present, of the mean cross-entropy of their examples.
+    """Sum, over the classes present, the mean cross-entropy of their examples.
 
-    logits: (B, K) with a graph.   targets: (B,) int64 in [0, K).
+    logits:   (B, K), with a graph.
+    targets:  (B,) int64 in [0, K).
+
+    Returns a scalar.
+
+    Pezeshki et al. 2023, "Discovering environments with XRM", arXiv 2309.16748.
+
+    >>> htv.methods.class_balanced_loss(torch.zeros(3, 2), torch.tensor([0, 0, 1]))
+    tensor(1.3863)
     """
     counts = torch.bincount(targets, minlength=logits.shape[1])
     return (F.cross_entropy(logits, targets, reduction="none") / counts[targets]).sum()
 
 
 def cross_mistakes(wrong: Tensor, combine: str = "or") -> Tensor:
-    """One group bit of every example from the mistakes of two networks.
+    """Infer one group bit of every example from the mistakes of two networks.
 
-    wrong: (N, 2) bool.   combine: "or", "and" or "xor".   Returns (N,) bool.
+    wrong:    (N, 2) bool, whether each network errs.
+    combine:  "or", "and" or "xor".
+
+    Returns (N,) bool. Raises ValueError for anything else.
+
+    Pezeshki et al. 2023, "Discovering environments with XRM", arXiv 2309.16748.
+
+    >>> htv.methods.cross_mistakes(torch.tensor([[True, False], [False, False]]))
+    tensor([ True, False])
     """
     if wrong.dim() != 2 or wrong.shape[1] != 2 or wrong.dtype != torch.bool:
         raise ValueError(f"wrong must be (N, 2) boolean, got {tuple(wrong.shape)}, {wrong.dtype}")
@@ -61,12 +77,19 @@ def cross_mistakes(wrong: Tensor, combine: str = "or") -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Draw:
-    """What finished twins leave, by example id.
+    """Hold what finished `Twins` leave, by example id.
 
     targets:    (N,) int64, the labels as given.
     held_out:   (N, K), in eval mode, of the network that was not trained on the example.
     wrong:      (N, 2) bool, whether each network errs on the label as given, in eval mode.
     flip_rate:  the share of labels that had been overwritten at the end.
+
+    Pezeshki et al. 2023, "Discovering environments with XRM", arXiv 2309.16748.
+
+    >>> wrong = torch.tensor([[False, False], [True, True], [False, False]])
+    >>> draw = htv.methods.Draw(torch.tensor([0, 0, 1]), torch.zeros(3, 2), wrong, flip_rate=0.3)
+    >>> draw.groups(), draw.degenerate()
+    (tensor([0, 1, 2]), [1])
     """
 
     targets: Tensor
@@ -75,19 +98,35 @@ class Draw:
     flip_rate: float
 
     def groups(self, combine: str = "or") -> Tensor:
-        """(N,) int64: ``2 * target + mistake``, 2 K groups of which some may be empty."""
+        """Return (N,) int64: ``2 * target + mistake``, 2 K groups of which some may be empty.
+
+        combine:  how the mistakes become one bit, as for `cross_mistakes`.
+        """
         return 2 * self.targets + cross_mistakes(self.wrong, combine)
 
     def degenerate(self, combine: str = "or") -> list[int]:
-        """The classes all of whose examples are in one group: they tell nothing of a minority."""
+        """Return the classes all of whose examples are in one group, which show no minority.
+        combine:  how the mistakes become one bit, as for `cross_mistakes`.
+        """
         sizes = torch.bincount(self.groups(combine), minlength=2 * self.held_out.shape[1]).reshape(-1, 2)
         return (sizes == 0).any(dim=1).nonzero().flatten().tolist()
 
 
 def best_draw(draws: Iterable[Draw], combine: str = "or") -> Draw:
-    """The draw that overwrote most labels, of those whose classes all have both groups.
+    """Choose the draw that overwrote most labels, of those whose classes all have both groups.
 
-    Raises ValueError if every draw is degenerate, naming the classes.
+    draws:    what `Twins.draw` returned, for several seeds.
+    combine:  how mistakes become one bit, as for `cross_mistakes`.
+
+    Returns a `Draw`. Raises ValueError if every draw is degenerate, naming the classes.
+
+    Pezeshki et al. 2023, "Discovering environments with XRM", arXiv 2309.16748.
+
+    >>> wrong = torch.tensor([[False, False], [True, True], [False, False], [True, False]])
+    >>> targets, held_out = torch.tensor([0, 0, 1, 1]), torch.zeros(4, 2)
+    >>> draws = [htv.methods.Draw(targets, held_out, wrong, flip_rate) for flip_rate in (0.1, 0.3)]
+    >>> htv.methods.best_draw(draws).flip_rate
+    0.3
     """
     draws = list(draws)
     if not draws:
@@ -143,7 +182,9 @@ class _HeldOut:
 
         x:    what the networks take, on the device.
         ids:  (B,) integers, the examples' ids; they may be drawn in any way, with repetitions too.
-        y:    (B,) the labels that came with x, if at hand: refused unless they are those of the ids.
+        y:    (B,) the labels that came with x, if at hand; they must be those of the ids.
+
+        Raises ValueError for ids and labels that do not fit, and for logits that are not (B, K).
         """
         ids = require_ids(ids, self._examples, _length(x))
         if len(ids) == 0:
@@ -164,7 +205,13 @@ class _HeldOut:
         return loss.detach()
 
     def fit(self, batches: Batches, max_steps: int | None = None) -> bool:
-        """Train on from the current step, for at most `max_steps` more; returns whether the batches are used up."""
+        """Train on from the current step; returns whether the batches are used up.
+
+        batches:    of the whole data set.
+        max_steps:  make at most so many more. Default: all.
+
+        Raises ValueError for a data set of another size, and as `step` does.
+        """
         if len(batches.dataset) != self._examples:
             raise ValueError(f"targets name {self._examples} examples, the data set holds {len(batches.dataset)}")
         for done, (x, y, ids) in enumerate(batches.from_step(self.steps)):
@@ -175,22 +222,36 @@ class _HeldOut:
 
     @torch.no_grad()
     def predict(self, x) -> Tensor:
-        """(M, B, K), the logits of every network in eval mode."""
+        """Return (M, B, K), the logits of every network in eval mode.
+
+        x:  what the networks take, on the device.
+        """
         return self._run(x, training=False)
 
     def held_out(self, x, ids: Tensor) -> Tensor:
-        """(B, K), in eval mode, the logits of networks that were not trained on the example (`held_out_by`)."""
+        """Return (B, K), in eval mode, the logits of networks that were not trained on the example.
+
+        `held_out_by` tells which these are.
+
+        x:    what the networks take, on the device.
+        ids:  (B,) integers, the examples' ids.
+        """
         return self._picked(self.predict(x), require_ids(ids, self._examples, _length(x)))
 
     def held_out_table(self, batches: Batches) -> Tensor:
-        """(N, K), `held_out` of every example of the data set, by id, on the CPU."""
+        """Return (N, K), `held_out` of every example of the data set, by id, on the CPU.
+
+        batches:  of the whole data set.
+
+        Raises ValueError if some are not finite.
+        """
         table = ExampleTable(self._examples)
         for x, _, ids in batches.in_order():
             table.write(ids, self.held_out(x, ids))
         return _finite(table.complete())
 
     def state_dict(self) -> dict:
-        """Everything: with a run made by the same arguments, `load_state_dict` and `fit` go on bit for bit."""
+        """Return everything: with a run made by the same arguments, `fit` goes on bit for bit."""
         return {
             "nets": self._nets.state(),
             "optimizer": copy.deepcopy(self._optimizer.state_dict()),
@@ -202,6 +263,12 @@ class _HeldOut:
         }
 
     def load_state_dict(self, state: dict) -> None:
+        """Go on where another run was, made by the same arguments.
+
+        state:  what its `state_dict` returned.
+
+        Raises ValueError, before any change, for the state of another kind of run.
+        """
         if state.keys() != self.state_dict().keys() or len(state["nets"]) != len(self._nets):
             raise ValueError(
                 f"the state is not of a {type(self).__name__} of {len(self._nets)} networks: it has "
@@ -241,24 +308,44 @@ class _HeldOut:
 
 
 class Twins(_HeldOut):
-    """Cross-risk minimisation: two networks, each trained on a random half, whose confident mistakes become labels.
+    """Train two networks, each on a random half, whose confident mistakes become labels.
 
-    Every step both see the batch. Each is trained on the examples of its half, class by class balanced, towards labels
-    that start as given; then the label of an example becomes what the network that does not hold it says, with
-    probability ``(p - 1 / K) K / (K - 1)`` where p is its confidence. In the end examples of the majority have kept
-    their labels, those of the minority have not. An example that is in a batch more than once is overwritten once.
+    This is cross-risk minimisation. Every step both see the batch. Each is trained on the examples
+    of its half, class by class balanced, towards labels that start as given; then the label of an
+    example becomes what the network that does not hold it says, with probability
+    ``(p - 1 / K) K / (K - 1)`` where p is its confidence. In the end examples of the majority have
+    kept their labels, those of the minority have not. An example that is in a batch more than once
+    is overwritten once.
 
     factory:      () -> network, called twice; takes x, returns logits (B, K).
     targets:      (N,) int64 in [0, K), the label of every example by id. Each class must be there.
     optimizer:    parameters -> optimizer, of both networks.
     num_classes:  K, by default as the targets have it.
     schedule:     optimizer -> schedule of its learning rate, by step; by default none.
-    seed:         of halves, initial weights, dropout and overwriting. torch's own generators are left alone.
-    stacked:      one forward for both (`torch.func.vmap`): for networks without buffers and dropout, and optimizers
-                  that treat each number by itself. Equal but for rounding. On a CPU it pays for ten small networks and
-                  more (`KFold`), not for two.
+    seed:         of halves, initial weights, dropout and overwriting. torch's own generators are
+                  left alone.
+    stacked:      one forward for both (`torch.func.vmap`): for networks without buffers and
+                  dropout, and optimizers that treat each number by itself. Equal but for rounding.
+                  On a CPU it pays for ten small networks and more (`KFold`), not for two.
+    device:       where the networks are.
+
+    Its attributes: `labels`, (N,) int64, as they are now; `held_out_by`, (N,) int64, which network
+    is not trained on the example; `steps`, how many have been made.
 
     Raises ValueError for classes without examples, or what `stacked` cannot serve.
+
+    Pezeshki et al. 2023, "Discovering environments with XRM", arXiv 2309.16748; Bayat et al. 2024,
+    "The pitfalls of memorization", arXiv 2412.07684.
+
+    >>> x, y = torch.randn(20, 3), torch.arange(20) % 2
+    >>> data = torch.utils.data.TensorDataset(x, y)
+    >>> batches = htv.methods.Batches(data, epochs=2, batch_size=10)
+    >>> optimizer = lambda parameters: torch.optim.SGD(parameters, lr=0.1)
+    >>> twins = htv.methods.Twins(lambda: torch.nn.Linear(3, 2), y, optimizer)
+    >>> twins.fit(batches), twins.steps
+    (True, 4)
+    >>> twins.draw(batches).held_out.shape
+    torch.Size([20, 2])
     """
 
     def __init__(
@@ -298,13 +385,24 @@ class Twins(_HeldOut):
         self.labels[ids[chosen]] = said.cpu()[chosen]
 
     def wrong(self, x, targets: Tensor) -> Tensor:
-        """(B, 2) bool, whether each network errs, in eval mode: for validation examples too. targets: (B,) int64."""
+        """Return (B, 2) bool, whether each network errs, in eval mode: for validation examples too.
+
+        x:        what the networks take, on the device.
+        targets:  (B,) int64, the classes of the examples.
+
+        Raises ValueError for targets of another shape.
+        """
         if targets.shape != (_length(x),):
             raise ValueError(f"targets must be ({_length(x)},), a class for each example, got {tuple(targets.shape)}")
         return _errs(self.predict(x), targets)
 
     def draw(self, batches: Batches) -> Draw:
-        """Held-out logits and mistakes of every example."""
+        """Return the held-out logits and mistakes of every example, as a `Draw`.
+
+        batches:  of the whole data set.
+
+        Raises ValueError if some logits are not finite.
+        """
         held_out, wrong = ExampleTable(self._examples), ExampleTable(self._examples)
         for x, _, ids in batches.in_order():
             logits = self.predict(x)
@@ -313,19 +411,47 @@ class Twins(_HeldOut):
         return Draw(self.targets, _finite(held_out.complete()), wrong.complete(), self.flip_rate)
 
     def state_dict(self) -> dict:
+        """Return everything: with twins made by the same arguments, `fit` goes on bit for bit."""
         return {**super().state_dict(), "labels": self.labels.clone()}
 
     def load_state_dict(self, state: dict) -> None:
+        """Go on where other twins were, made by the same arguments.
+
+        state:  what their `state_dict` returned.
+
+        Raises ValueError, before any change, for the state of another kind of run.
+        """
         super().load_state_dict(state)
         self.labels = state["labels"].clone()
 
 
 class KFold(_HeldOut):
-    """Held-out logits of `folds` networks, each trained by cross-entropy on all examples but those of its fold.
+    """Train several networks, each by cross-entropy on all examples but those of its fold.
 
-    They are trained side by side, so that one pass over the data serves all; the folds are of equal size, give or take
-    one example. The other arguments are those of `Twins`. A batch without an example for some network leaves it as it
-    is; where stacked, its gradient is 0, and momentum and weight decay move it.
+    They are trained side by side, so that one pass over the data serves all; the folds are of equal
+    size, give or take one example. A batch without an example for some network leaves it as it is;
+    where stacked, its gradient is 0, and momentum and weight decay move it.
+
+    factory:      () -> network, called for every fold; takes x, returns logits (B, K).
+    targets:      (N,) int64 in [0, K), the label of every example by id. Each class must be there.
+    optimizer:    parameters -> optimizer, of all networks.
+    folds:        how many, from 2 to N.
+    num_classes:  K, by default as the targets have it.
+    schedule:     optimizer -> schedule of its learning rate, by step; by default none.
+    seed:         of folds, initial weights and dropout.
+    stacked:      one forward for all, as for `Twins`.
+    device:       where the networks are.
+
+    Its attributes: `held_out_by`, (N,) int64, the fold of every example; `steps`, how many have
+    been made. Raises what `Twins` does.
+
+    >>> x, y = torch.randn(20, 3), torch.arange(20) % 2
+    >>> data = torch.utils.data.TensorDataset(x, y)
+    >>> batches = htv.methods.Batches(data, epochs=2, batch_size=10)
+    >>> optimizer = lambda parameters: torch.optim.SGD(parameters, lr=0.1)
+    >>> networks = htv.methods.KFold(lambda: torch.nn.Linear(3, 2), y, optimizer, folds=4)
+    >>> networks.fit(batches), networks.held_out_table(batches).shape
+    (True, torch.Size([20, 2]))
     """
 
     def __init__(

@@ -14,22 +14,57 @@ __all__ = ["masked_noise", "masked_noise_bound", "mean_noise", "survival_probabi
 
 
 def survival_probability(num_groups: int, tau: float) -> float:
-    """The chance that the AND-mask keeps a coordinate of pure noise: that of d fair coins agreeing so far."""
+    """Compute the chance that the AND-mask keeps a coordinate of pure noise.
+
+    It is the chance that so many of d fair coins agree.
+
+    num_groups:  d.
+    tau:         of `htv.AndMask`.
+
+    Returns a float in [0, 1]. Raises TypeError or ValueError for what no mask is defined for.
+
+    Parascandolo et al. 2020, "Learning explanations that are hard to vary", arXiv 2009.00329.
+
+    >>> htv.methods.survival_probability(num_groups=4, tau=1.0)
+    0.125
+    """
     return sum(math.comb(num_groups, heads) for heads in _agreeing(num_groups, tau)) / 2**num_groups
 
 
 def mean_noise(num_groups: int, coordinates: int, sigma: float = 1.0) -> float:
-    """The expected squared norm of the plain mean: ``n * sigma**2 / d``."""
+    """Compute the expected squared norm of the plain mean of pure noise: ``n * sigma**2 / d``.
+
+    num_groups:   d.
+    coordinates:  n.
+    sigma:        the standard deviation of a contribution, >= 0.
+
+    Returns a float. Raises TypeError or ValueError for anything out of range.
+
+    Parascandolo et al. 2020, "Learning explanations that are hard to vary", arXiv 2009.00329.
+
+    >>> htv.methods.mean_noise(num_groups=4, coordinates=10)
+    2.5
+    """
     _check(coordinates, sigma)
     _agreeing(num_groups, 0.0)
     return coordinates * sigma**2 / num_groups
 
 
 def masked_noise(num_groups: int, coordinates: int, tau: float, sigma: float = 1.0) -> float:
-    """The expected squared norm of the masked mean, exactly.
+    """Compute the expected squared norm of the masked mean of pure noise, exactly.
 
     Of d values with k positive signs, the squared sum is on average
     ``sigma**2 * (d * (1 - 2 / pi) + (2 * k - d)**2 * 2 / pi)``.
+
+    num_groups:   d.
+    coordinates:  n.
+    tau:          of `htv.AndMask`.
+    sigma:        the standard deviation of a contribution, >= 0.
+
+    Returns a float. Raises TypeError or ValueError for anything out of range.
+
+    >>> round(htv.methods.masked_noise(num_groups=4, coordinates=10, tau=1.0), 4)
+    0.9093
     """
     _check(coordinates, sigma)
     d = num_groups
@@ -39,9 +74,23 @@ def masked_noise(num_groups: int, coordinates: int, tau: float, sigma: float = 1
 
 
 def masked_noise_bound(num_groups: int, coordinates: int, tau: float, sigma: float = 1.0) -> float:
-    """An upper bound of `masked_noise`: ``n * sigma**2 * (d - t) * C(d, t) / 2**(d - 1)``, where t signs must agree.
+    """Bound `masked_noise` from above: ``n * sigma**2 * (d - t) * C(d, t) / 2**(d - 1)``.
 
-    Where all must, t = d, the factor d - t is replaced by 1: 0 would be no bound.
+    t is how many signs must agree. Where all must, t = d, the factor d - t is replaced by 1: 0
+    would be no bound.
+
+    num_groups:   d.
+    coordinates:  n.
+    tau:          of `htv.AndMask`.
+    sigma:        the standard deviation of a contribution, >= 0.
+
+    Returns a float. Raises TypeError or ValueError for anything out of range.
+
+    Parascandolo et al. 2020, "Learning explanations that are hard to vary", arXiv 2009.00329,
+    proposition 2.
+
+    >>> htv.methods.masked_noise_bound(num_groups=4, coordinates=10, tau=1.0)
+    1.25
     """
     _check(coordinates, sigma)
     d = num_groups

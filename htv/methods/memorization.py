@@ -21,15 +21,22 @@ CALIBRATIONS = ("global", "batch", "none")
 
 
 def class_prior_shift(counts: Tensor, *, tau: float = 1.0, pseudo_count: float = 0.0) -> Tensor:
-    """The shift of logit adjustment, ``tau * log(share of the class)``, for `shifted_cross_entropy`.
+    """Compute the shift of logit adjustment, ``tau * log(share of the class)``.
+
+    It is for `shifted_cross_entropy`.
 
     counts:        (K,) how many training examples each class has.
-    pseudo_count:  is added to every count. Classes without an example need one: their shift would be -inf.
+    tau:           the strength of the adjustment.
+    pseudo_count:  is added to every count. Classes without an example need one: their shift would
+                   be -inf.
 
-    Returns (K,) float32, or float64 for float64 counts. Menon et al. 2020, "Long-tail learning via logit adjustment",
-    arXiv 2007.07314.
+    Returns (K,) float32, or float64 for float64 counts. Raises ValueError naming the classes whose
+    count, pseudo_count included, is not above 0 and finite.
 
-    Raises ValueError naming the classes whose count, pseudo_count included, is not above 0 and finite.
+    Menon et al. 2020, "Long-tail learning via logit adjustment", arXiv 2007.07314.
+
+    >>> htv.methods.class_prior_shift(torch.tensor([3, 1])).exp()
+    tensor([0.7500, 0.2500])
     """
     if counts.dim() != 1 or len(counts) == 0:
         raise ValueError(f"counts must be (K,), one for each class, got {tuple(counts.shape)}")
@@ -43,14 +50,22 @@ def class_prior_shift(counts: Tensor, *, tau: float = 1.0, pseudo_count: float =
 
 
 def calibration_matrix(probabilities: Tensor, targets: Tensor) -> Tensor:
-    """How often the class is c where the held-out prediction is h: an estimate of p(y = c | prediction h).
+    """Estimate how often the class is c where the held-out prediction is h: p(y = c | h).
 
-    probabilities:  (N, K) of the held-out predictions.    targets: (N,) int64 in 0 to K - 1.
+    probabilities:  (N, K) of the held-out predictions.
+    targets:        (N,) int64 in 0 to K - 1.
 
-    Returns C (K, K) in the type of probabilities, each row a distribution: C[h, c] = J[h, c] / sum_c J[h, c] with
-    J[h, c] the sum of probabilities[i, h] over examples i of class c. A class h that no prediction gives any
-    probability has the shares of the classes for its row; with N = 0 all of C is 0. Targets on the CPU that are no
-    classes raise ValueError.
+    Returns C (K, K) in the type of probabilities, each row a distribution:
+    C[h, c] = J[h, c] / sum_c J[h, c] with J[h, c] the sum of probabilities[i, h] over examples i of
+    class c. A class h that no prediction gives any probability has the shares of the classes for
+    its row; with N = 0 all of C is 0. Targets on the CPU that are no classes raise ValueError.
+
+    Bayat et al. 2024, "The pitfalls of memorization", arXiv 2412.07684.
+
+    >>> predictions = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    >>> htv.methods.calibration_matrix(predictions, torch.tensor([0, 1, 1]))
+    tensor([[0.5000, 0.5000],
+            [0.0000, 1.0000]])
     """
     wrong = _outside(targets, probabilities.shape[1])
     if wrong is not None:
@@ -63,32 +78,49 @@ def calibration_matrix(probabilities: Tensor, targets: Tensor) -> Tensor:
 
 
 class MemorizationAwareLoss(nn.Module):
-    """The mean of CE(logits + shift), with shifts from held-out predictions: the loss of memorization-aware training.
+    """Compute the mean of CE(logits + shift), with shifts from held-out predictions.
 
-        q = softmax(heldout[ids] / temperature)        shift = log(q @ C + eps), a constant
+    This is the loss of memorization-aware training, with constants
 
-    heldout:      (N, K) logits by example id, each of a model that was not trained on the example.
-    targets:      (N,) int64, the classes of the same examples, from which C is estimated.
-    temperature:  > 0; small ones (.001 to .1) make held-out predictions decide.
-    calibration:  what C is. "global": `calibration_matrix` of all N examples, estimated here. "batch": that of each
-                  batch. "none": the identity; with ``eps=0`` the loss is CE(logits + heldout / temperature), and takes
-                  no memory beyond the logits' gradient however many classes there are.
-    eps:          >= 0, bounds shifts by log(eps) from below.
-    num_classes:  K, where you want it checked.
-    missing:      "error", or "allow": some ids have no held-out predictions, marked by NaN in their rows. They take no
-                  part in C. To meet such an id in forward is an error.
-    weight, reduction, label_smoothing, ignore_index: as for `shifted_cross_entropy`. Examples whose target is
-                  `ignore_index` take no part in C.
+        q = softmax(heldout[ids] / temperature)        shift = log(q @ C + eps)
 
-    `state_dict` holds ``heldout`` and, for "global", ``calibration_matrix``. Held-out logits are kept as they come:
-    half precision halves their memory. Shifts are computed in float32, float64 for float64 predictions.
+    heldout:          (N, K) logits by example id, each of a model that was not trained on the
+                      example.
+    targets:          (N,) int64, the classes of the same examples, from which C is estimated.
+    temperature:      > 0; small ones (.001 to .1) make held-out predictions decide.
+    calibration:      what C is. "global": `calibration_matrix` of all N examples, estimated here.
+                      "batch": that of each batch. "none": the identity; with ``eps=0`` the loss is
+                      CE(logits + heldout / temperature), and takes no memory beyond the logits'
+                      gradient however many classes there are.
+    eps:              >= 0, bounds shifts by log(eps) from below.
+    num_classes:      K, where you want it checked.
+    missing:          "error", or "allow": some ids have no held-out predictions, marked by NaN in
+                      their rows. They take no part in C. To meet such an id in forward is an error.
+    weight:           (K,) of the classes, or None, as for `shifted_cross_entropy`.
+    reduction:        "mean", "sum" or "none", likewise.
+    label_smoothing:  in [0, 1], likewise.
+    ignore_index:     examples with this target count for nothing, and take no part in C.
 
-    A class that no example of the training set (of the batch, for "batch") has: q @ C is 0 there, so its shift is
-    log(eps). The loss then does not push its logits down, as no example could have it; in a batch of one class that
-    leaves next to no gradient. For "global" a warning names such classes.
+    `state_dict` holds ``heldout`` and, for "global", ``calibration_matrix``. Held-out logits are
+    kept as they come: half precision halves their memory. Shifts are computed in float32, float64
+    for float64 predictions.
 
-    Raises ValueError and TypeError for shapes and types other than these, for ids without predictions, and for "global"
-    where no example has both a class and a prediction.
+    A class that no example of the training set (of the batch, for "batch") has: q @ C is 0 there,
+    so its shift is log(eps). The loss then does not push its logits down, as no example could have
+    it; in a batch of one class that leaves next to no gradient. For "global" a warning names such
+    classes.
+
+    Raises ValueError and TypeError for shapes and types other than these, for ids without
+    predictions, and for "global" where no example has both a class and a prediction.
+
+    Bayat et al. 2024, "The pitfalls of memorization", arXiv 2412.07684.
+
+    >>> heldout, targets = torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([0, 1])
+    >>> criterion = htv.methods.MemorizationAwareLoss(heldout, targets, temperature=1.0,
+    ...                                               calibration="none")
+    >>> loss = criterion(torch.zeros(2, 2), targets, ids=torch.arange(2))
+    >>> round(loss.item(), 4)
+    0.1269
     """
 
     heldout: Tensor
@@ -137,11 +169,15 @@ class MemorizationAwareLoss(nn.Module):
         self.register_buffer("calibration_matrix", found)
 
     def forward(self, logits: Tensor, targets: Tensor, ids: Tensor) -> Tensor:
-        """The loss of a batch. logits: (B, K) with a graph; targets: (B,) int64; ids: (B,) int64, which examples.
+        """Return the loss of a batch; at test, use the logits as they are.
 
-        At test, use the logits as they are. ids may be on the CPU, wherever the rest is: there those outside of 0 to
-        N - 1 raise. Ids without held-out predictions raise if these are on the CPU; on a GPU, where looking would wait
-        for the device, the loss is NaN.
+        logits:   (B, K), with a graph.
+        targets:  (B,) int64.
+        ids:      (B,) int64, which examples. They may be on the CPU, wherever the rest is: there
+                  those outside of 0 to N - 1 raise.
+
+        Ids without held-out predictions raise ValueError if these are on the CPU; on a GPU, where
+        looking would wait for the device, the loss is NaN.
         """
         for name, tensor in (("logits", logits), ("targets", targets)):
             if tensor.device != self.heldout.device:
@@ -166,7 +202,11 @@ class MemorizationAwareLoss(nn.Module):
 
     @torch.no_grad()
     def shift(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """What is added to the logits of a batch, (B, K). ids, targets: (B,) int64."""
+        """Return what is added to the logits of a batch, (B, K).
+
+        ids:      (B,) int64, which examples.
+        targets:  (B,) int64, their classes, which count for calibration="batch" alone.
+        """
         probabilities = self._probabilities(self._rows(ids, targets))
         matrix = self.calibration_matrix
         if self.calibration == "batch":
@@ -179,6 +219,7 @@ class MemorizationAwareLoss(nn.Module):
         return (probabilities + self.eps).log()
 
     def extra_repr(self) -> str:
+        """Return what the module's repr says of its settings."""
         examples, classes = self.heldout.shape
         settings = f"temperature={self.temperature:g}, calibration={self.calibration!r}, eps={self.eps:g}"
         return f"{examples} examples, {classes} classes, {settings}"

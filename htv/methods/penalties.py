@@ -28,9 +28,18 @@ __all__ = [
 
 
 def environment_means(values: Tensor, ids: Tensor, num_environments: int, absent: str = "error") -> Tensor:
-    """The mean of each environment's examples. values: (N, *rest) -> (E, *rest), differentiable.
+    """Compute the mean of each environment's examples, differentiable.
 
-    absent:  what becomes of environments without examples in the batch: "error", or "zero", their mean.
+    values:            (N, *rest).
+    ids:               (N,) integers in [0, E), the environment of every example.
+    num_environments:  E.
+    absent:            what becomes of environments without examples in the batch: "error", or
+                       "zero", their mean.
+
+    Returns (E, *rest). Raises ValueError for ids that do not fit.
+
+    >>> htv.methods.environment_means(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0, 0, 1]), 2)
+    tensor([2., 5.])
     """
     require_environments(ids, num_environments, absent)
     if len(values) != len(ids):
@@ -40,12 +49,28 @@ def environment_means(values: Tensor, ids: Tensor, num_environments: int, absent
 
 
 def l1_penalty(parameters: Iterable[Tensor]) -> Tensor:
-    """The sum of absolute values."""
+    """Sum the absolute values of parameters.
+
+    parameters:  tensors, at least one; ValueError otherwise.
+
+    Returns a scalar with a graph.
+
+    >>> htv.methods.l1_penalty([torch.tensor([1.0, -2.0]), torch.tensor([3.0])])
+    tensor(6.)
+    """
     return torch.stack([p.abs().sum() for p in _given(parameters)]).sum()
 
 
 def l2_penalty(parameters: Iterable[Tensor]) -> Tensor:
-    """The sum of squares."""
+    """Sum the squares of parameters.
+
+    parameters:  tensors, at least one; ValueError otherwise.
+
+    Returns a scalar with a graph.
+
+    >>> htv.methods.l2_penalty([torch.tensor([1.0, -2.0]), torch.tensor([3.0])])
+    tensor(14.)
+    """
     return torch.stack([p.square().sum() for p in _given(parameters)]).sum()
 
 
@@ -57,13 +82,25 @@ def irm_penalty(
     loss: Callable[[Tensor, Tensor], Tensor],
     absent: str = "error",
 ) -> Tensor:
-    """The squared slope of every environment's loss along the scale of the outputs, averaged: IRMv1.
+    """Average the squared slope of every environment's loss along the scale of the outputs: IRMv1.
 
-    outputs:  (N, *), with a graph.     targets: (N, *).
-    loss:     (outputs, targets) -> (N,), one value per example, as with ``reduction="none"``.
-    absent:   as for `environment_means`; environments that are absent count as having no slope.
+    outputs:           (N, *), with a graph.
+    targets:           (N, *).
+    ids:               (N,) integers in [0, E), the environment of every example.
+    num_environments:  E.
+    loss:              (outputs, targets) -> (N,), one value per example: pass reduction="none".
+    absent:            as for `environment_means`; environments that are absent count as having no
+                       slope.
+
+    Returns a scalar with a graph. Raises ValueError for ids and losses that do not fit.
 
     Arjovsky et al. 2019, "Invariant risk minimization", arXiv 1907.02893.
+
+    >>> outputs = torch.tensor([1.0, 1.0], requires_grad=True)
+    >>> loss = lambda outputs, targets: (outputs - targets).square()
+    >>> ids = torch.tensor([0, 1])
+    >>> htv.methods.irm_penalty(outputs, torch.tensor([1.0, 0.0]), ids, 2, loss).item()
+    2.0
     """
     require_environments(ids, num_environments, absent)
     scales = outputs.new_ones(num_environments, requires_grad=True)
@@ -74,12 +111,24 @@ def irm_penalty(
 
 
 def iga_penalty(risks: Tensor | Sequence[Tensor], parameters: Iterable[Tensor]) -> Tensor:
-    """The variance of the environments' gradients, summed over coordinates: inter-environmental gradient alignment.
+    """Compute the variance of the environments' gradients, summed over coordinates.
 
-    risks:  (E,) the environments' losses, E >= 2, with a graph back to the parameters.
+    This is inter-environmental gradient alignment. It costs E backwards that keep their graph: give
+    a list of risks, each from a forward of its own, and together they take about one backward of
+    all.
 
-    Costs E backwards that keep their graph: give a list of risks, each from a forward of its own, and together they
-    take about one backward of all. Koyama and Yamaguchi 2020, arXiv 2008.01883.
+    risks:       (E,) the environments' losses, E >= 2, with a graph back to the parameters.
+    parameters:  tensors, at least one.
+
+    Returns a scalar with a graph. Raises ValueError for fewer environments and no parameters.
+
+    Koyama and Yamaguchi 2020, "When is invariance useful in an out-of-distribution generalization
+    problem?", arXiv 2008.01883.
+
+    >>> weight = torch.tensor([1.0], requires_grad=True)
+    >>> risks = [weight.square().sum(), 3 * weight.sum()]
+    >>> htv.methods.iga_penalty(risks, [weight]).item()
+    0.25
     """
     risks = list(risks)
     if len(risks) < 2:
@@ -91,13 +140,27 @@ def iga_penalty(risks: Tensor | Sequence[Tensor], parameters: Iterable[Tensor]) 
 
 
 def fishr_penalty(features: Tensor, outputs: Tensor, losses: Tensor, ids: Tensor, num_environments: int) -> Tensor:
-    """How far the variances of the head's per-example gradients differ between environments, squared: Fishr.
+    """Compare the variances of the head's per-example gradients between environments: Fishr.
 
-    features:  (N, F) that enter the linear head.    outputs: (N, O) of the head, with a graph.
-    losses:    (N,) of the examples, each a function of its own row of outputs.
+    The gradients (N, O, F + 1), bias included, are not formed: the squares of rank-one matrices
+    have rank one.
 
-    The gradients (N, O, F + 1), bias included, are not formed: the squares of rank-one matrices have rank one.
+    features:          (N, F) that enter the linear head.
+    outputs:           (N, O) of the head, with a graph.
+    losses:            (N,) of the examples, each a function of its own row of outputs.
+    ids:               (N,) integers in [0, E), the environment of every example.
+    num_environments:  E.
+
+    Returns a scalar with a graph, the squared distance of the environments' variances from their
+    mean. Raises ValueError for ids and losses that do not fit.
+
     Rame et al. 2021, "Fishr", arXiv 2109.02934.
+
+    >>> features, head = torch.tensor([[1.0], [2.0], [1.0], [1.0]]), torch.nn.Linear(1, 1)
+    >>> outputs = head(features)
+    >>> losses = outputs.squeeze(1)
+    >>> htv.methods.fishr_penalty(features, outputs, losses, torch.tensor([0, 0, 1, 1]), 2).item()
+    0.015625
     """
     (errors,) = torch.autograd.grad(_each(losses, ids).sum(), outputs, create_graph=True)
     inputs = torch.cat([features, features.new_ones(len(features), 1)], dim=1)
@@ -127,15 +190,37 @@ class _Reversed(torch.autograd.Function):
 
 
 def reverse_gradient(x: Tensor, strength: float = 1.0) -> Tensor:
-    """x itself, whose gradient comes back multiplied by ``-strength``."""
+    """Return x itself, whose gradient comes back multiplied by ``-strength``.
+
+    x:         any tensor.
+    strength:  of the reversal.
+
+    Ganin et al. 2016, "Domain-adversarial training of neural networks", arXiv 1505.07818.
+
+    >>> x = torch.ones(1, requires_grad=True)
+    >>> htv.methods.reverse_gradient(x, strength=2.0).sum().backward()
+    >>> x.grad
+    tensor([-2.])
+    """
     return _Reversed.apply(x, strength)
 
 
 class DomainAdversary(nn.Module):
-    """Guesses the environment from features that are trained to give nothing away: DANN.
+    """Guess the environment from features that are trained to give nothing away: DANN.
 
-    Its loss is added to the task's: ``loss + adversary(features, ids)``. The adversary descends it, the features climb.
+    Its loss is added to the task's: ``loss + adversary(features, ids)``. The adversary descends it,
+    the features climb.
+
+    num_features:      F.
+    num_environments:  E.
+    hidden:            the width of its hidden layer.
+    strength:          how strongly the features climb.
+
     Ganin et al. 2016, "Domain-adversarial training of neural networks", arXiv 1505.07818.
+
+    >>> adversary = htv.methods.DomainAdversary(num_features=4, num_environments=2)
+    >>> adversary(torch.zeros(3, 4), torch.tensor([0, 1, 1])).shape
+    torch.Size([])
     """
 
     def __init__(self, num_features: int, num_environments: int, hidden: int = 64, strength: float = 1.0):
@@ -144,17 +229,31 @@ class DomainAdversary(nn.Module):
         self.guess = nn.Sequential(nn.Linear(num_features, hidden), nn.ReLU(), nn.Linear(hidden, num_environments))
 
     def forward(self, features: Tensor, ids: Tensor) -> Tensor:
-        """features: (N, num_features), ids: (N,). The cross-entropy of the guesses."""
+        """Return the cross-entropy of the guesses, a scalar.
+
+        features:  (N, F).
+        ids:       (N,) int64 in [0, E), the environment of every example.
+        """
         return F.cross_entropy(self.guess(reverse_gradient(features, self.strength)), ids)
 
 
 class GroupDRO(nn.Module):
-    """Weights environments by how hard they are: a weight grows as ``exp(step_size * risk)``.
+    """Weight environments by how hard they are: a weight grows as ``exp(step_size * risk)``.
 
-    ``dro(risks)`` updates the weights, a buffer, and returns the weighted sum of risks. The
-    weights stay
-    in float32 at least, also in a module that is cast to half precision, where they would not move.
+    ``dro(risks)`` updates the weights, a buffer, and returns the weighted sum of risks. The weights
+    stay in float32 at least, also in a module that is cast to half precision, where they would not
+    move.
+
+    num_environments:  E, at least 1.
+    step_size:         > 0, how fast weights grow.
+
+    Raises ValueError for anything else.
+
     Sagawa et al. 2019, "Distributionally robust neural networks", arXiv 1911.08731.
+
+    >>> dro = htv.methods.GroupDRO(num_environments=2, step_size=1.0)
+    >>> round(dro(torch.tensor([0.0, 1.0])).item(), 4)
+    0.7311
     """
 
     def __init__(self, num_environments: int, step_size: float = 0.01):
@@ -175,7 +274,10 @@ class GroupDRO(nn.Module):
         return self
 
     def forward(self, risks: Tensor) -> Tensor:
-        """risks: (E,) the environments' losses."""
+        """Update the weights; returns the weighted sum of risks, a scalar.
+
+        risks:  (E,) the environments' losses; ValueError for another shape.
+        """
         if risks.shape != self.weights.shape:
             raise ValueError(
                 f"risks must be {tuple(self.weights.shape)}, one per environment, got {tuple(risks.shape)}"

@@ -72,7 +72,12 @@ class _Rolling(Optimizer):
         return {**super().__getstate__(), **own}
 
     def add_param_group(self, param_group: dict) -> None:
-        """Parameters of the new group are updated from their third gradient on."""
+        """Add parameters, which are updated from their third gradient on.
+
+        param_group:  as for any optimizer.
+
+        Raises what the constructor does, and nothing is added then.
+        """
         if self.param_groups is not self.optimizer.param_groups:  # this is being made
             self.param_groups.append(param_group)
             return
@@ -115,8 +120,10 @@ class _Rolling(Optimizer):
     def step(self, closure: Callable[[], float] | None = None):
         """Keep the gradients, and update parameters that have had three of them.
 
-        A parameter whose gradient is None sits the step out: it is not updated, and what is kept of it stays. `.grad`
-        is left as it was found.
+        A parameter whose gradient is None sits the step out: it is not updated, and what is kept of
+        it stays. `.grad` is left as it was found.
+
+        closure:  runs the forward and backward anew; its loss is returned.
         """
         loss = None
         if closure is not None:
@@ -178,13 +185,18 @@ class _Rolling(Optimizer):
         state["newer"] = grad.detach().clone(memory_format=torch.preserve_format)
 
     def state_dict(self) -> dict:
-        """That of an optimizer, with the kept gradients, and the wrapped optimizer's under "wrapped"."""
+        """Return an optimizer's state, the kept gradients, and the wrapped one's state."""
         kind = {"format": _FORMAT, "rule": type(self).__name__, "wraps": type(self.optimizer).__name__}
         return {**super().state_dict(), "kind": kind, "wrapped": self.optimizer.state_dict()}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict) -> None:
-        """Go on as the optimizer whose state it is would. Before any change, ValueError if that is another one."""
+        """Go on as the optimizer whose state it is would.
+
+        state_dict:  what that returned.
+
+        Raises ValueError, before any change, if it is of another optimizer or model.
+        """
         self._check_state(state_dict)
         own = {key: state_dict[key] for key in ("state", "param_groups")}
         super().load_state_dict(own)
@@ -205,31 +217,59 @@ class _Rolling(Optimizer):
 
 
 class RM3(_Rolling):
-    """The rolling median of three: each step takes the coordinate-wise median of the last three minibatch gradients.
+    """Take steps by the median, coordinate by coordinate, of the last three minibatch gradients.
 
-        optimizer = RM3(torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=1e-4))
+    This is the rolling median of three, around any optimizer. What only one minibatch in three asks
+    for gets nothing. The first two steps update nothing. Weight decay that the wrapped optimizer
+    would add to the gradient is added before the gradient is kept, so it passes through the median
+    too; decoupled decay stays the wrapped optimizer's. The median is a true one: no sum minus
+    extremes, which loses bits and turns infinities into NaN. Memory: two gradients per parameter
+    beside `.grad`, in float32 for parameters of half precision; the wrapped optimizer's state has
+    the type that it chooses.
 
-    What only one minibatch in three asks for gets nothing. The first two steps update nothing. Weight decay that the
-    wrapped optimizer would add to the gradient is added before the gradient is kept, so it passes through the median
-    too; decoupled decay stays the wrapped optimizer's. The median is a true one: no sum minus extremes, which loses
-    bits and turns infinities into NaN. Memory: two gradients per parameter beside `.grad`, in
-    float32
-    for parameters of half precision; the wrapped optimizer's state has the type that it chooses.
-
-    optimizer:       any torch optimizer but LBFGS. Call step(), state_dict() and the rest on the wrapper, and give it
-                     to schedulers: the parameter groups are shared.
-    allow_momentum:  momentum (betas[0] of Adam's kind) is refused unless this is True: the authors found that it does
-                     not go with the rolling median.
-    decay_first:     whether weight_decay is to be added to the gradient before it is kept. Known for torch's own
-                     optimizers; must be told for others that have any.
+    optimizer:       any torch optimizer but LBFGS. Call step(), state_dict() and the rest on the
+                     wrapper, and give it to schedulers: the parameter groups are shared.
+    allow_momentum:  momentum (betas[0] of Adam's kind) is refused unless this is True: the authors
+                     found that it does not go with the rolling median.
+    decay_first:     whether weight_decay is to be added to the gradient before it is kept. Known
+                     for torch's own optimizers; must be told for others that have any.
 
     Raises TypeError or ValueError for what it cannot wrap.
+
+    Zielinski, Krishnan, Chatterjee 2020, "Weak and strong gradient directions", arXiv 2003.07422.
+
+    >>> weight = torch.nn.Parameter(torch.zeros(1))
+    >>> optimizer = htv.methods.RM3(torch.optim.SGD([weight], lr=1.0))
+    >>> for gradient in (1.0, 9.0, 2.0):
+    ...     weight.grad = torch.tensor([gradient])
+    ...     optimizer.step()
+    >>> weight.data
+    tensor([-2.])
     """
 
     _combine = staticmethod(median_of_three)
 
 
 class RA3(_Rolling):
-    """The rolling average of three: the control that lags and averages as `RM3` does, without its median."""
+    """Take steps by the mean of the last three minibatch gradients: the control for `RM3`.
+
+    It lags and averages as that does, without its median.
+
+    optimizer:       any torch optimizer but LBFGS, as for `RM3`.
+    allow_momentum:  momentum is refused unless this is True.
+    decay_first:     whether weight_decay is to be added to the gradient before it is kept.
+
+    Raises TypeError or ValueError for what it cannot wrap.
+
+    Zielinski, Krishnan, Chatterjee 2020, "Weak and strong gradient directions", arXiv 2003.07422.
+
+    >>> weight = torch.nn.Parameter(torch.zeros(1))
+    >>> optimizer = htv.methods.RA3(torch.optim.SGD([weight], lr=1.0))
+    >>> for gradient in (1.0, 9.0, 2.0):
+    ...     weight.grad = torch.tensor([gradient])
+    ...     optimizer.step()
+    >>> weight.data
+    tensor([-4.])
+    """
 
     _combine = staticmethod(mean_of_three)

@@ -25,15 +25,28 @@ Batch = TypeVar("Batch")
 
 
 class SubsetScores:
-    """Memorisation and influence, estimated from networks that were each trained on a random subset.
+    """Estimate memorisation and influence from networks each trained on a random subset.
 
-    memorisation of i:       P[i correct | i in the subset] - P[i correct | i not in it]
-    influence of i on t:     P[t correct | i in the subset] - P[t correct | i not in it], t a test example
+    memorisation of i:    P[i correct | i in the subset] - P[i correct | i not in it]
+    influence of i on t:  P[t correct | i in the subset] - P[t correct | i not in it], t a test
+                          example
 
-    Counts add up, so that more networks can be added at any time; memory is one (T, N) matrix of counts.
+    Counts add up, so that more networks can be added at any time; memory is one (T, N) matrix of
+    counts. `models` is how many networks have been added.
 
-    examples, test_examples:  N and T.
-    models:                   how many networks have been added.
+    examples:       N, at least 1.
+    test_examples:  T.
+
+    Raises ValueError for other numbers.
+
+    Feldman and Zhang 2020, "What neural networks memorize and why", arXiv 2008.03703.
+
+    >>> scores = htv.methods.SubsetScores(examples=2)
+    >>> members = torch.tensor([[True, False], [False, True]])
+    >>> correct = torch.tensor([[True, True], [False, True]])
+    >>> scores.add(members, correct)
+    >>> scores.memorisation()
+    tensor([1., 0.], dtype=torch.float64)
     """
 
     def __init__(self, examples: int, test_examples: int = 0):
@@ -45,7 +58,14 @@ class SubsetScores:
         self._test_hits_in = torch.zeros(test_examples, examples)  # float32 counts are exact up to 2^24
 
     def add(self, members: Tensor, correct: Tensor, test_correct: Tensor | None = None) -> None:
-        """members: (M, N) bool, who was trained on.   correct: (M, N) bool.   test_correct: (M, T) bool."""
+        """Count M more networks.
+
+        members:       (M, N) bool, who was trained on.
+        correct:       (M, N) bool, which training examples each classifies correctly.
+        test_correct:  (M, T) bool, which test examples. Default: for T = 0.
+
+        Raises ValueError for other shapes and dtypes.
+        """
         examples, tests = len(self._in), len(self._test_hits)
         if test_correct is None:
             test_correct = members.new_zeros(len(members), 0)
@@ -65,18 +85,25 @@ class SubsetScores:
         self._test_hits_in += test_correct.float().mT @ members.float()
 
     def memorisation(self) -> Tensor:
-        """(N,) float64 in [-1, 1]; NaN for examples that were in all subsets, or in none."""
+        """Return (N,) float64 in [-1, 1]; NaN for examples in all subsets, or in none."""
         return self._hits_in / self._in - (self._hits - self._hits_in) / (self.models - self._in)
 
     def influence(self) -> Tensor:
-        """(T, N) float64 in [-1, 1]; NaN for training examples that were in all subsets, or in none."""
+        """Return (T, N) float64 in [-1, 1]; NaN for examples in all subsets, or in none."""
         within = self._test_hits_in.double()
         return within / self._in - (self._test_hits[:, None] - within) / (self.models - self._in)
 
     def state_dict(self) -> dict:
+        """Return the counts, copied."""
         return _copied(vars(self))
 
     def load_state_dict(self, state: dict) -> None:
+        """Go on from the counts of another.
+
+        state:  what its `state_dict` returned.
+
+        Raises ValueError, before any change, for other numbers of examples.
+        """
         for name, value in vars(self).items():
             if isinstance(value, Tensor) and value.shape != state[name].shape:
                 raise ValueError(f"the state is of other sizes: {name[1:]} is {tuple(state[name].shape)} there")
@@ -101,20 +128,36 @@ def train_on_subsets(
     seed: int = 0,
     stacked: bool = True,
 ) -> None:
-    """Train `models` more networks, side by side, each on a subset of its own, and add them to the scores.
+    """Train more networks, side by side, each on a subset of its own, and add them to the scores.
 
-    factory:      () -> network that takes x, returns logits (B, K).
-    train, test:  (x, targets), (N, ...) and (N,) int64, on the networks' device; test (T, ...) may be None.
-    optimizer:    parameters -> optimizer, of all networks.
-    share:        of the examples in each subset, drawn without replacement.
-    stacked:      as for `Ensemble`; on a CPU it pays for many small networks, which spend their time between
-                  operations.
+    Network number m of a seed is always the same but for rounding, however many are trained at a
+    time: call it again to go on. Those with dropout are not: it draws from torch's own generator.
 
-    Network number m of a seed is always the same but for rounding, however many are trained at a time: call it again to
-    go on. Those with dropout are not: it draws from torch's own generator. Choose `models` by memory, which their
-    parameters, inputs and activations take at once.
+    scores:      a `SubsetScores`.
+    factory:     () -> network that takes x, returns logits (B, K).
+    train:       (x, targets), (N, ...) and (N,) int64, on the networks' device.
+    test:        (x, targets), (T, ...) and (T,) int64, or None.
+    optimizer:   parameters -> optimizer, of all networks.
+    models:      how many to train. Choose it by memory, which their parameters, inputs and
+                 activations take at once.
+    epochs:      how many passes each makes over its subset.
+    batch_size:  how many examples a step takes.
+    share:       of the examples in each subset, drawn without replacement.
+    seed:        of subsets, batches and initial weights.
+    stacked:     one forward for all, by `torch.func.vmap`, as for `Twins`; on a CPU it pays for
+                 many small networks, which spend their time between operations.
 
     Raises ValueError, before any training, for examples other than those that scores was made for.
+
+    Feldman and Zhang 2020, "What neural networks memorize and why", arXiv 2008.03703.
+
+    >>> scores = htv.methods.SubsetScores(examples=4)
+    >>> train = torch.randn(4, 3), torch.tensor([0, 1, 0, 1])
+    >>> optimizer = lambda parameters: torch.optim.SGD(parameters, lr=0.1)
+    >>> htv.methods.train_on_subsets(scores, lambda: torch.nn.Linear(3, 2), train, None, optimizer,
+    ...                              models=3, epochs=1, batch_size=2)
+    >>> scores.models
+    3
     """
     _check_part("train", train, len(scores._in))
     _check_part("test", test, len(scores._test_hits))
@@ -165,12 +208,26 @@ def squared_gradient_norms(
     losses: Callable[[Batch], Tensor],
     exclude: tuple[str, ...] | list[str] | str = (),
 ) -> Tensor:
-    """(N,) float64, the squared norm of every example's gradient, in the order of the batches.
+    """Compute the squared norm of every example's gradient, in the order of the batches.
 
-    One forward and backward per batch. Norms come from the factors: ``|x|^2 |g|^2`` of a linear layer, by Gram matrices
-    over the positions where it has several; no example's gradient is formed.
+    One forward and backward per batch. Norms come from the factors: ``|x|^2 |g|^2`` of a linear
+    layer, by Gram matrices over the positions where it has several; no example's gradient is
+    formed.
 
-    model, batches, losses, exclude: as for `htv.methods.measure_coherence`. Excluded parameters do not count.
+    model:    not attached, as for `measure_coherence`.
+    batches:  anything to iterate over.
+    losses:   called with each batch; runs the model and returns its losses, one per example, (N,).
+    exclude:  parameters that do not count, as for `htv.attach`.
+
+    Returns (N,) float64. Raises what `measure_coherence` does.
+
+    Feldman and Zhang 2020, "What neural networks memorize and why", arXiv 2008.03703.
+
+    >>> model = torch.nn.Linear(2, 1, bias=False)
+    >>> losses = lambda x: model(x).squeeze(1)
+    >>> x = torch.tensor([[1.0, 0.0], [3.0, 4.0]])
+    >>> htv.methods.squared_gradient_norms(model, [x], losses)
+    tensor([ 1., 25.], dtype=torch.float64)
     """
     found: list[Tensor] = []
     with attach(model, Mean(), exclude=exclude) as handle:

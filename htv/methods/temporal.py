@@ -20,10 +20,10 @@ ROUNDING = "rounding"  # what half-precision weights lack of the float32 ones th
 
 
 class TemporalAndMaskAdam(Optimizer):
-    """Adam whose step is masked where recent gradients disagreed on their sign.
+    """Step as Adam does, masked where recent gradients disagreed on their sign.
 
-    One batch from one environment, drawn at random, is enough for a step: environments vote one after the other. With
-    the gradient g, per coordinate::
+    One batch from one environment, drawn at random, is enough for a step: environments vote one
+    after the other. With the gradient g, per coordinate::
 
         m = beta1 * m + (1 - beta1) * g
         v = beta2 * v + (1 - beta2) * g**2
@@ -31,15 +31,17 @@ class TemporalAndMaskAdam(Optimizer):
         theta = theta - lr * m * [|a| >= tau] / (sqrt(v) + eps)
         theta = theta - lr * weight_decay * theta
 
-    Parascandolo et al. 2020, "Learning explanations that are hard to vary", arXiv 2009.00329, algorithm 1. As there,
-    the moments are not corrected for starting at 0: the first steps are up to ``(1 - beta1) / sqrt(1 - beta2)`` times
-    as long as lr, and after t steps |a| is at most ``1 - beta3**t``, so that nothing moves before that reaches tau.
-    Weight decay is decoupled and comes after the mask, so that masked weights shrink; lr scales it, as in
-    `torch.optim.AdamW`.
+    As in the paper, the moments are not corrected for starting at 0: the first steps are up to
+    ``(1 - beta1) / sqrt(1 - beta2)`` times as long as lr, and after t steps |a| is at most
+    ``1 - beta3**t``, so that nothing moves before that reaches tau. Weight decay is decoupled and
+    comes after the mask, so that masked weights shrink; lr scales it, as in `torch.optim.AdamW`.
 
-    params:        tensors or groups of them, real floating point; each group may have its own hyperparameters.
-    lr:            a float, or a tensor without dims, such as ``torch.tensor(1e-3)``, on the parameters' device.
-    betas:         (beta1, beta2, beta3), each in [0, 1): the memories of gradients, squares and signs.
+    params:        tensors or groups of them, real floating point; each group may have its own
+                   hyperparameters.
+    lr:            a float, or a tensor without dims, such as ``torch.tensor(1e-3)``, on the
+                   parameters' device.
+    betas:         (beta1, beta2, beta3), each in [0, 1): the memories of gradients, squares and
+                   signs.
     eps:           >= 0.
     tau:           in [0, 1]; 0 masks nothing, 1 nearly everything for ever (a warning says so).
     weight_decay:  >= 0.
@@ -47,14 +49,24 @@ class TemporalAndMaskAdam(Optimizer):
 
     A parameter whose grad is None in a step is left as it is, decay included. The state takes three
     times the memory of the parameters. For bfloat16 and float16 ones it is float32, as are the
-    steps,
-    for an average in half precision soon stops to move; it also holds what was rounded off the
-    weights, so that small steps add up: eight times their memory. No count of steps enters the
-                                         update,
-    so it may be captured in a CUDA graph as it is; give lr as a tensor to change it between
+    steps, for an average in half precision soon stops to move; it also holds what was rounded off
+    the weights, so that small steps add up: eight times their memory. No count of steps enters the
+    update, so it may be captured in a CUDA graph as it is; give lr as a tensor to change it between
     replays.
+
     Raises TypeError or ValueError naming a wrong hyperparameter or a complex or integer parameter,
     RuntimeError for a sparse gradient, and ValueError for the state of another optimizer or model.
+
+    Parascandolo et al. 2020, "Learning explanations that are hard to vary", arXiv 2009.00329,
+    algorithm 1.
+
+    >>> weight = torch.nn.Parameter(torch.zeros(2))
+    >>> optimizer = htv.methods.TemporalAndMaskAdam([weight], tau=0.3, weight_decay=0.0)
+    >>> for sign in (1.0, -1.0, 1.0, -1.0):
+    ...     weight.grad = torch.tensor([1.0, sign])
+    ...     optimizer.step()
+    >>> weight.data != 0, optimizer.kept_fraction()
+    (tensor([ True, False]), 0.5)
     """
 
     def __init__(
@@ -72,6 +84,12 @@ class TemporalAndMaskAdam(Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters.
+
+        param_group:  "params", and hyperparameters that differ from the defaults.
+
+        Raises TypeError or ValueError for these as the constructor does.
+        """
         merged = {**self.defaults, **param_group}
         _check_hyperparameters(merged)
         params = merged["params"]
@@ -84,7 +102,12 @@ class TemporalAndMaskAdam(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update. closure: runs the forward and backward anew; its loss is returned."""
+        """Make one update; returns the closure's loss, or None.
+
+        closure:  runs the forward and backward anew and returns the loss.
+
+        Raises RuntimeError for a sparse gradient.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -139,7 +162,7 @@ class TemporalAndMaskAdam(Optimizer):
 
     @torch.no_grad()
     def kept_fraction(self) -> float:
-        """The share of coordinates whose step is not masked, by the signs up to the last step; NaN before the first."""
+        """Return the share of coordinates whose step is not masked; NaN before the first step."""
         kept = total = 0
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -151,7 +174,12 @@ class TemporalAndMaskAdam(Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on as the optimizer whose state it is would; ValueError, before any change, if another."""
+        """Go on as the optimizer whose state it is would.
+
+        state_dict:  what that returned.
+
+        Raises ValueError, before any change, if it is of another optimizer or model.
+        """
         if not {"state", "param_groups"} <= state_dict.keys():
             raise ValueError("state_dict is not an optimizer's: pass what TemporalAndMaskAdam.state_dict() returned")
         missing = {name for group in state_dict["param_groups"] for name in self.defaults if name not in group}

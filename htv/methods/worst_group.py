@@ -35,10 +35,14 @@ __all__ = [
 
 @dataclass(frozen=True)
 class GroupAccuracy:
-    """Accuracy by group.
+    """Hold accuracies by group.
 
     accuracies:  one number per group, in [0, 1]; NaN for a group without examples.
     sizes:       how many examples each has.
+
+    >>> look = htv.methods.GroupAccuracy(accuracies=(0.9, 0.5), sizes=(3, 1))
+    >>> look.worst, round(look.average, 4)
+    (0.5, 0.8)
     """
 
     accuracies: tuple[float, ...]
@@ -55,7 +59,9 @@ class GroupAccuracy:
         return self.weighted(self.sizes)
 
     def weighted(self, sizes: Sequence[int]) -> float:
-        """The mean over groups weighted by these sizes: those of the training part, where test groups are balanced.
+        """Return the mean over groups weighted by sizes, such as those of the training part.
+
+        sizes:  one number per group.
 
         Raises ValueError where a group that counts has no examples here.
         """
@@ -71,7 +77,18 @@ class GroupAccuracy:
 
 
 def group_accuracy(correct: Tensor, groups: Tensor, num_groups: int) -> GroupAccuracy:
-    """correct: (N,) bool.   groups: (N,) int64 in [0, num_groups).   At least one example."""
+    """Compute accuracies by group.
+
+    correct:     (N,) bool, at least one example.
+    groups:      (N,) int64 in [0, num_groups).
+    num_groups:  G.
+
+    Returns a `GroupAccuracy`. Raises ValueError for anything else.
+
+    >>> correct, groups = torch.tensor([True, True, False]), torch.tensor([0, 0, 1])
+    >>> htv.methods.group_accuracy(correct, groups, num_groups=2)
+    GroupAccuracy(accuracies=(1.0, 0.0), sizes=(2, 1))
+    """
     _check_groups(groups, num_groups)
     if correct.shape != groups.shape or correct.dtype != torch.bool or len(correct) == 0:
         raise ValueError(
@@ -85,10 +102,17 @@ def group_accuracy(correct: Tensor, groups: Tensor, num_groups: int) -> GroupAcc
 
 
 def select_model(history: Sequence[GroupAccuracy], by: str = "worst", sizes: Sequence[int] | None = None) -> int:
-    """The index of the best look of a training run; of equal ones the first.
+    """Choose the best look of a training run.
 
-    history:  accuracies on validation examples, by true or by inferred groups.
+    history:  a `GroupAccuracy` of validation examples for each look, by true or inferred groups.
     by:       "worst", or "average", which is weighted by `sizes` where given.
+    sizes:    one number per group, such as those of the training part.
+
+    Returns its index; of equal ones the first. Raises ValueError for no looks and another `by`.
+
+    >>> looks = [htv.methods.GroupAccuracy((1.0, a), sizes=(2, 2)) for a in (0.5, 1.0, 0.0)]
+    >>> htv.methods.select_model(looks)
+    1
     """
     if not history:
         raise ValueError("history is empty: there is no model to select")
@@ -102,15 +126,38 @@ def select_model(history: Sequence[GroupAccuracy], by: str = "worst", sizes: Seq
 
 
 def group_weights(groups: Tensor) -> Tensor:
-    """(N,) float64, one over the size of the example's group: groups are drawn equally often (RWG)."""
+    """Weight examples so that groups are drawn equally often: RWG.
+
+    groups:  (N,) int64, none negative; ValueError otherwise.
+
+    Returns (N,) float64, one over the size of the example's group.
+
+    Idrissi et al. 2021, "Simple data balancing achieves competitive worst-group-accuracy",
+    arXiv 2110.14503.
+
+    >>> htv.methods.group_weights(torch.tensor([0, 0, 1]))
+    tensor([0.5000, 0.5000, 1.0000], dtype=torch.float64)
+    """
     _check_groups(groups)
     return 1 / torch.bincount(groups).double()[groups]
 
 
 def balanced_subset(groups: Tensor, seed: int = 0) -> Tensor:
-    """Ids, ascending, of as many examples of every group as the smallest has, drawn without replacement (SUBG).
+    """Draw as many examples of every group as the smallest has, without replacement: SUBG.
 
     Groups that no example is in do not count.
+
+    groups:  (N,) int64, none negative; ValueError otherwise.
+    seed:    decides which.
+
+    Returns ids, ascending, int64.
+
+    Idrissi et al. 2021, "Simple data balancing achieves competitive worst-group-accuracy",
+    arXiv 2110.14503.
+
+    >>> groups = torch.tensor([0, 0, 0, 1, 1])
+    >>> groups[htv.methods.balanced_subset(groups)]
+    tensor([0, 0, 1, 1])
     """
     _check_groups(groups)
     order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed))
@@ -121,9 +168,17 @@ def balanced_subset(groups: Tensor, seed: int = 0) -> Tensor:
 
 
 def upweighted(wrong: Tensor, factor: float) -> Tensor:
-    """(N,) float64, `factor` where a first, short training erred and 1 elsewhere.
+    """Weight examples by whether a first, short training erred on them: JTT.
 
-    Liu et al. 2021, "Just train twice", arXiv 2107.09044. wrong: (N,) bool.
+    wrong:   (N,) bool.
+    factor:  > 0, the weight where it erred; elsewhere it is 1.
+
+    Returns (N,) float64. Raises ValueError for anything else.
+
+    Liu et al. 2021, "Just train twice", arXiv 2107.09044.
+
+    >>> htv.methods.upweighted(torch.tensor([False, True]), factor=20)
+    tensor([ 1., 20.], dtype=torch.float64)
     """
     if wrong.dim() != 1 or wrong.dtype != torch.bool:
         raise ValueError(f"wrong must be (N,) boolean, got {tuple(wrong.shape)}, {wrong.dtype}")
@@ -133,7 +188,17 @@ def upweighted(wrong: Tensor, factor: float) -> Tensor:
 
 
 def weighted_sampler(weights: Tensor, count: int | None = None) -> Callable[[torch.Generator], Tensor]:
-    """A sampler for `Batches`: ids drawn with replacement, in proportion to weights (N,); by default N an epoch."""
+    """Make a sampler for `Batches` that draws ids with replacement, in proportion to weights.
+
+    weights:  (N,), none negative, not all 0; ValueError otherwise.
+    count:    how many an epoch draws. Default: N.
+
+    Returns a function of a generator.
+
+    >>> sampler = htv.methods.weighted_sampler(torch.tensor([0.0, 1.0]))
+    >>> sampler(torch.Generator().manual_seed(0))
+    tensor([1, 1])
+    """
     if weights.dim() != 1 or not bool((weights >= 0).all()) or not float(weights.sum()) > 0:
         raise ValueError("weights must be (N,), none negative, and not all 0")
     weights, count = weights.detach().cpu().double(), len(weights) if count is None else count

@@ -335,16 +335,25 @@ def linear_grad(
     groups: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """The aggregated weight gradient of a linear layer, E * stat(contributions), from its factors.
+    """Aggregate the weight gradient of a linear layer, E * stat(contributions), from its factors.
+
+    The (E, O, I) contributions are never formed.
 
     x:            (N, *rest, I), the layer's input.
-    grad_output:  (N, *rest, O), the gradient of the loss with respect to its output; same leading dims and dtype.
+    grad_output:  (N, *rest, O), the gradient of the loss with respect to its output; same leading
+                  dims and dtype.
     rule:         an `htv.Rule`.
-    groups:       (N,) integer ids, rows with equal ids vote together; default: every index of dim 0 on its own.
+    groups:       (N,) integer ids, rows with equal ids vote together; default: every index of dim 0
+                  on its own.
     cu_seqlens:   (E + 1,) bounds of packed sequences along dim 0 instead of `groups`.
 
-    Returns (O, I) in the dtype of x; no graph. Never forms the (E, O, I) contributions. Raises ValueError for shapes,
-    groups or cu_seqlens that do not fit, TypeError for dtypes.
+    Returns (O, I) in the dtype of x; no graph. Raises ValueError for shapes, groups or cu_seqlens
+    that do not fit, TypeError for dtypes.
+
+    >>> x = torch.tensor([[1.0, 0.0], [1.0, 2.0]])
+    >>> grad_output = torch.tensor([[1.0], [-1.0]])
+    >>> [htv.linear_grad(x, grad_output, rule) for rule in (htv.Mean(), htv.AndMask(1.0))]
+    [tensor([[ 0., -2.]]), tensor([[0., 0.]])]
     """
     for name, tensor in (("x", x), ("grad_output", grad_output)):
         if not isinstance(tensor, Tensor) or not tensor.dtype.is_floating_point:

@@ -15,14 +15,24 @@ from htv.rules import Rule, Statistic
 
 @dataclass(frozen=True)
 class Agreement:
-    """What `handle.stats()` tells of one parameter's contributions in the last backward.
+    """Tell how far the contributions to one parameter agreed in the last backward.
+
+    `Handle.stats` returns one for each parameter.
 
     kept_fraction:   share of coordinates the rule's mask keeps; 1.0 for rules without a mask.
     mean_agreement:  |sum_e sign(c_e)| / E, averaged over the coordinates.
-    m_coherence:     ||sum_e c_e||^2 / sum_e ||c_e||^2: 1 for orthogonal groups of equal norm, E for identical ones,
-                     NaN where every contribution is zero (Chatterjee & Zielinski 2020).
+    m_coherence:     ||sum_e c_e||^2 / sum_e ||c_e||^2: 1 for orthogonal groups of equal norm, E for
+                     identical ones, NaN where every contribution is zero.
 
     All are NaN for a parameter without coordinates.
+
+    Chatterjee and Zielinski 2020, "Making coherence out of nothing at all", arXiv 2008.01217.
+
+    >>> model, x = torch.nn.Linear(2, 1, bias=False), torch.tensor([[1.0, 1.0], [1.0, -1.0]])
+    >>> with htv.attach(model, htv.AndMask(1.0), stats=True) as handle:
+    ...     model(x).sum().backward()
+    ...     handle.stats()["weight"]
+    Agreement(kept_fraction=0.5, mean_agreement=0.5, m_coherence=1.0)
     """
 
     kept_fraction: float

@@ -224,7 +224,16 @@ def operator(op: str, server: str) -> Callable:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Serve every op inside the block by the backend `name`, or raise where it cannot."""
+    """Serve every op inside the block by one backend, or raise where it cannot.
+
+    name:  "cpp", "cuda", "triton" or "reference"; or "auto", the choice outside of any block.
+
+    Raises ValueError for another name, and RuntimeError at the first op that it cannot serve.
+
+    >>> with htv.use_backend("reference"):
+    ...     htv.median(torch.tensor([[1.0], [2.0], [6.0]]))
+    tensor([2.])
+    """
     if name not in ("auto", *NAMES):
         raise ValueError(f"unknown backend {name!r}, use one of auto, {', '.join(NAMES)}")
     _named.append(name)

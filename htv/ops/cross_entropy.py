@@ -25,25 +25,34 @@ def shifted_cross_entropy(
     label_smoothing: float = 0.0,
     weight: Tensor | None = None,
 ) -> Tensor:
-    """``F.cross_entropy(logits + shift.detach() / temperature, targets, ...)`` without the sum ever being stored.
+    """Compute ``cross_entropy(logits + shift / temperature, targets)`` without storing the sum.
 
-    logits:       (N, K), (K,) or (N, K, d1, ...): classes where F.cross_entropy has them. They are read in place if
-                  they are (N, K) with classes side by side, else copied once.
-    targets:      int64, the shape of the logits without K: classes, or `ignore_index`.
-    shift:        the shape of the logits, or (K,) for one shift for all; any floating-point type. No gradient flows
-                  into it. Logits of another model make the shift of a product of experts: whatever is constant over the
-                  classes, as the normaliser of their softmax, cancels.
-    temperature:  > 0, divides the shift.
-    reduction, ignore_index, label_smoothing, weight: as for F.cross_entropy; weight is (K,).
+    logits:           (N, K), (K,) or (N, K, d1, ...): classes where `F.cross_entropy` has them.
+                      They are read in place if they are (N, K) with classes side by side, else
+                      copied once.
+    targets:          int64, the shape of the logits without K: classes, or `ignore_index`.
+    shift:            the shape of the logits, or (K,) for one shift for all; any floating-point
+                      type. No gradient flows into it. Logits of another model make the shift of a
+                      product of experts: whatever is constant over the classes, as the normaliser
+                      of their softmax, cancels.
+    temperature:      > 0, divides the shift.
+    reduction:        "mean", "sum" or "none", as for `F.cross_entropy`.
+    ignore_index:     targets that count for nothing, likewise.
+    label_smoothing:  in [0, 1], likewise.
+    weight:           (K,) of the classes, likewise; or None.
 
-    Returns the loss, (), or the shape of targets for ``reduction="none"``, in float64 for float64 logits and float32
-    for all others; arithmetic is in that type too. Differentiable by the logits, as often as
-    needed, in forward mode and by the transforms of torch.func too.
+    Returns the loss, (), or the shape of targets for reduction "none", in float64 for float64
+    logits and float32 for all others; arithmetic is in that type too. Differentiable by the logits,
+    as often as needed, in forward mode and by the transforms of torch.func too.
 
-    An ignored row contributes exactly 0, whatever it holds. A target of another value outside of 0 to K - 1 raises on
-    the CPU and is NaN on a GPU, where looking would wait for the device.
+    An ignored row contributes exactly 0, whatever it holds. A target of another value outside of 0
+    to K - 1 raises on the CPU and is NaN on a GPU, where looking would wait for the device.
 
     Raises TypeError and ValueError for types and shapes other than these.
+
+    >>> shift = torch.tensor([0.75, 0.25]).log()
+    >>> htv.methods.shifted_cross_entropy(torch.zeros(1, 2), torch.tensor([0]), shift).exp()
+    tensor(1.3333)
     """
     _check(logits, targets, shift, temperature, reduction, label_smoothing, weight)
     dtype = reference.compute_dtype(logits.dtype)

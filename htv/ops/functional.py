@@ -119,56 +119,172 @@ def apply_rule(grads: Tensor, rule: Rule) -> Tensor:
 
 
 def sign_agreement(grads: Tensor) -> Tensor:
-    """|sum_e sign(g_e)| / E, in [0, 1]; sign(0) = 0. Its derivative is 0. grads: (E, *shape) -> (*shape)."""
+    """Compute ``|sum_e sign(g_e)| / E`` of each coordinate, in [0, 1]; sign(0) = 0.
+
+    grads:  (E, *shape), floating point.
+
+    Returns (*shape), same dtype; its derivative is 0. NaN where one of the E values is. Raises
+    TypeError or ValueError for what is no stack of E >= 1 tensors.
+
+    Parascandolo et al. 2020, "Learning explanations that are hard to vary", arXiv 2009.00329.
+
+    >>> grads = torch.tensor([[1.0, 2.0, 0.0], [3.0, -2.0, 1.0]])
+    >>> htv.sign_agreement(grads)
+    tensor([1.0000, 0.0000, 0.5000])
+    """
     check_stacked(grads)
     return _apply(grads, Statistic("sign_agreement"))
 
 
 def and_mask(grads: Tensor, tau: float, rescale: bool = False) -> Tensor:
-    """The mean where ``|sum_e sign(g_e)| >= tau * E``, else 0. See `htv.AndMask`. grads: (E, *shape) -> (*shape)."""
+    """Keep the mean where the signs agree, ``|sum_e sign(g_e)| >= tau * E``; elsewhere give 0.
+
+    grads:    (E, *shape), floating point.
+    tau:      in [0, 1], the share of the E values that must agree, net of dissent.
+    rescale:  divide the result by ``1e-10 +`` the share of coordinates that are kept.
+
+    Returns (*shape), same dtype, differentiable. NaN where one of the E values is. Raises TypeError
+    or ValueError for anything else. See `htv.AndMask` for the rule.
+
+    Parascandolo et al. 2020, "Learning explanations that are hard to vary", arXiv 2009.00329.
+
+    >>> grads = torch.tensor([[1.0, 2.0], [3.0, -1.0]])
+    >>> htv.and_mask(grads, 1.0)
+    tensor([2., 0.])
+    """
     return apply_rule(grads, AndMask(tau, rescale))
 
 
 def xor_mask(grads: Tensor, tau: float) -> Tensor:
-    """The mean where `and_mask` gives 0, and 0 where it keeps. See `htv.XorMask`. grads: (E, *shape) -> (*shape)."""
+    """Keep the mean where `and_mask` gives 0, and give 0 where that keeps it.
+
+    grads:  (E, *shape), floating point.
+    tau:    in [0, 1], as for `and_mask`.
+
+    Returns (*shape), same dtype, differentiable. NaN where one of the E values is. Raises TypeError
+    or ValueError for anything else. See `htv.XorMask` for the rule.
+
+    Parascandolo et al. 2020, "Learning explanations that are hard to vary", arXiv 2009.00329.
+
+    >>> grads = torch.tensor([[1.0, 2.0], [3.0, -1.0]])
+    >>> htv.xor_mask(grads, 1.0)
+    tensor([0.0000, 0.5000])
+    """
     return apply_rule(grads, XorMask(tau))
 
 
 def geometric_mean(grads: Tensor, tau: float) -> Tensor:
-    """Signed geometric mean where signs agree, else 0. See `htv.GeometricMean`. grads: (E, *shape) -> (*shape)."""
+    """Compute the signed geometric mean where the signs agree; elsewhere give 0.
+
+    It is ``sign(mean) * exp(mean_e log(|g_e| + 1e-10))``; 1e-10 is the paper's and absolute.
+
+    grads:  (E, *shape), floating point.
+    tau:    in [0, 1], as for `and_mask`.
+
+    Returns (*shape), same dtype, differentiable. NaN where one of the E values is. Raises TypeError
+    or ValueError for anything else. See `htv.GeometricMean` for the rule.
+
+    Parascandolo et al. 2020, "Learning explanations that are hard to vary", arXiv 2009.00329.
+
+    >>> grads = torch.tensor([[1.0, 2.0], [4.0, -1.0]])
+    >>> htv.geometric_mean(grads, 1.0)
+    tensor([2., 0.])
+    """
     return apply_rule(grads, GeometricMean(tau))
 
 
 def sand_mask(grads: Tensor, tau: float, k: float) -> Tensor:
-    """The smooth AND-mask; E >= 2. See `htv.SandMask`. grads: (E, *shape) -> (*shape)."""
+    """Mask the mean smoothly by how far the signs agree: SAND-mask.
+
+    The mask is ``m = max(0, tanh(k / Var_e(g) * (agreement - tau)))`` with the unbiased variance,
+    the result ``m * mean / (1e-10 + mean(m))``.
+
+    grads:  (E, *shape), floating point, E >= 2.
+    tau:    in [0, 1], the agreement at which the mask opens.
+    k:      > 0, its steepness, in units of the variance.
+
+    Returns (*shape), same dtype, differentiable. NaN where one of the E values is. Raises TypeError
+    or ValueError for anything else. See `htv.SandMask` for the rule.
+
+    Shahtalebi et al. 2021, "SAND-mask", arXiv 2106.02266.
+
+    >>> grads = torch.tensor([[1.0, 2.0], [3.0, -1.0]])
+    >>> htv.sand_mask(grads, 0.5, k=1.0)
+    tensor([4., 0.])
+    """
     return apply_rule(grads, SandMask(tau, k))
 
 
 def median(grads: Tensor, interpolation: str = "midpoint") -> Tensor:
-    """Coordinate-wise median; for even E the "midpoint", "lower" or "higher" middle. grads: (E, *shape) -> (*shape)."""
+    """Compute the median of each coordinate.
+
+    grads:          (E, *shape), floating point.
+    interpolation:  which for even E: the "midpoint" of the two middle values, the "lower" or the
+                    "higher" one.
+
+    Returns (*shape), same dtype, differentiable. NaN where one of the E values is. Raises TypeError
+    or ValueError for anything else. See `htv.Median` for the rule.
+
+    >>> grads = torch.tensor([[1.0], [2.0], [4.0], [100.0]])
+    >>> htv.median(grads), htv.median(grads, "lower")
+    (tensor([3.]), tensor([2.]))
+    """
     return apply_rule(grads, Median(interpolation))
 
 
 def trimmed_mean(grads: Tensor, trim: int | float) -> Tensor:
-    """Mean without `trim` values (int) or share of values (float) per side. grads: (E, *shape) -> (*shape).
+    """Compute the mean of each coordinate without its smallest and its largest values.
 
-    Raises ValueError unless 2 * count < E. See `htv.TrimmedMean`.
+    grads:  (E, *shape), floating point.
+    trim:   how many values are left out per side (int), or which share of E (float in [0, .5),
+            nearest rank).
+
+    Returns (*shape), same dtype, differentiable. NaN where one of the E values is. Raises TypeError
+    or ValueError for anything else, such as a count with 2 * trim >= E. See `htv.TrimmedMean` for
+    the rule.
+
+    >>> grads = torch.tensor([[0.0], [1.0], [2.0], [6.0], [100.0]])
+    >>> htv.trimmed_mean(grads, 1)
+    tensor([3.])
     """
     return apply_rule(grads, TrimmedMean(trim))
 
 
 def winsorized_mean(grads: Tensor, winsorize: int | float) -> Tensor:
-    """Mean after clipping to the (c + 1)-th smallest and largest values. grads: (E, *shape) -> (*shape).
+    """Compute the mean of each coordinate after clipping its smallest and its largest values.
 
-    winsorize: c as a count per side (int) or a fraction per side (float); ValueError unless 2 * c < E.
-    See `htv.WinsorizedMean`.
+    Values are clipped to the (c + 1)-th smallest and largest.
+
+    grads:      (E, *shape), floating point.
+    winsorize:  c, a count per side (int), or a share of E per side (float in [0, .5), nearest
+                rank).
+
+    Returns (*shape), same dtype, differentiable. NaN where one of the E values is. Raises TypeError
+    or ValueError for anything else, such as a count with 2 * c >= E. See `htv.WinsorizedMean` for
+    the rule.
+
+    Chatterjee 2020, "Coherent gradients", arXiv 2002.10657.
+
+    >>> grads = torch.tensor([[0.0], [1.0], [2.0], [6.0], [100.0]])
+    >>> htv.winsorized_mean(grads, 1)
+    tensor([3.2000])
     """
     return apply_rule(grads, WinsorizedMean(winsorize))
 
 
 def median_of_means(grads: Tensor, k: int) -> Tensor:
-    """Median of the means of k consecutive buckets; ValueError unless k <= E. grads: (E, *shape) -> (*shape).
+    """Compute the median of the means of k consecutive, nearly equal buckets.
 
-    See `htv.MedianOfMeans`.
+    grads:  (E, *shape), floating point.
+    k:      how many buckets, from 1 to E.
+
+    Returns (*shape), same dtype, differentiable. NaN where one of the E values is. Raises TypeError
+    or ValueError for anything else. See `htv.MedianOfMeans` for the rule.
+
+    Zielinski, Krishnan, Chatterjee 2020, "Weak and strong gradient directions", arXiv 2003.07422.
+
+    >>> grads = torch.tensor([[1.0], [3.0], [4.0], [6.0], [100.0], [200.0]])
+    >>> htv.median_of_means(grads, 3)
+    tensor([5.])
     """
     return apply_rule(grads, MedianOfMeans(k))

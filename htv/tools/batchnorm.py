@@ -24,29 +24,38 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 
 def replace_batchnorm(model: nn.Module, num_groups: int | None = None, replace: Replacement | None = None) -> nn.Module:
-    """Exchange, in place, every BatchNorm1d, 2d, 3d and SyncBatchNorm of a model for an `nn.GroupNorm`.
+    """Exchange, in place, every BatchNorm1d, 2d, 3d and SyncBatchNorm for an `nn.GroupNorm`.
 
-    BatchNorm in train mode couples the examples of a batch; GroupNorm computes each by itself, so that `htv.attach` can
-    serve it. The model becomes another function and must be trained or fine-tuned with it: running statistics are
-    dropped.
+    BatchNorm in train mode couples the examples of a batch; GroupNorm computes each by itself, so
+    that `htv.attach` can serve it. The model becomes another function and must be trained or
+    fine-tuned with it: running statistics are dropped.
 
-    model:       not attached. Its parameters stay the same objects, under the same names and in the same order: weight
-                 and bias of a BatchNorm are now those of its GroupNorm, so optimizers made before stay valid. eps,
-                 device, dtype and training flag are kept. From its state_dict `running_mean`, `running_var` and
-                 `num_batches_tracked` disappear: load checkpoints that have them before the exchange.
-    num_groups:  the most groups of a GroupNorm; it gets the largest divisor of its channels that is not above. 1 takes
-                 statistics over all channels. Default: 32, and at least 4 channels in a group; 16 for BatchNorm1d and
-                 SyncBatchNorm, whose inputs may be (N, C): there a group of few channels keeps little of them, and one
-                 of a single channel nothing.
-    replace:     a callable (name, module) -> what takes the module's place, for every BatchNorm: another module, the
-                 module itself to keep it, or None for the GroupNorm described here.
+    model:       not attached. Its parameters stay the same objects, under the same names and in the
+                 same order: weight and bias of a BatchNorm are now those of its GroupNorm, so
+                 optimizers made before stay valid. eps, device, dtype and training flag are kept.
+                 From its state_dict `running_mean`, `running_var` and `num_batches_tracked`
+                 disappear: load checkpoints that have them before the exchange.
+    num_groups:  the most groups of a GroupNorm; it gets the largest divisor of its channels that is
+                 not above. 1 takes statistics over all channels. Default: 32, and at least 4
+                 channels in a group; 16 for BatchNorm1d and SyncBatchNorm, whose inputs may be
+                 (N, C): there a group of few channels keeps little of them, and one of a single
+                 channel nothing.
+    replace:     a callable (name, module) -> what takes the module's place, for every BatchNorm:
+                 another module, the module itself to keep it, or None for the GroupNorm described
+                 here.
 
-    Returns the model; if it is a BatchNorm itself, what replaces it. A module registered in several places is exchanged
-    in all of them for the same one; a model without BatchNorm comes back as it is.
+    Returns the model; if it is a BatchNorm itself, what replaces it. A module registered in several
+    places is exchanged in all of them for the same one; a model without BatchNorm comes back as it
+    is.
 
-    Raises TypeError or ValueError for bad arguments, RuntimeError if the model or a part of it is attached or if a
-    lazy BatchNorm does not know its channels, and `UnsupportedError` for a BatchNorm that does more: a subclass
-    with its own forward (a fused activation, say), hooks, a parametrization. The model is then as it was.
+    Raises TypeError or ValueError for bad arguments, RuntimeError if the model or a part of it is
+    attached or if a lazy BatchNorm does not know its channels, and `UnsupportedError` for a
+    BatchNorm that does more: a subclass with its own forward (a fused activation, say), hooks, a
+    parametrization. The model is then as it was.
+
+    >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3), torch.nn.BatchNorm2d(16))
+    >>> htv.replace_batchnorm(model)[1]
+    GroupNorm(4, 16, eps=1e-05, affine=True, bias=True)
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")

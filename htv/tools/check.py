@@ -27,15 +27,19 @@ EPSILON = {t: torch.finfo(t).eps for t in (torch.float64, torch.float32, torch.b
 
 @dataclass(frozen=True)
 class CheckReport:
-    """A passed check; true in a boolean context.
+    """Hold the numbers of a passed check; true in a boolean context.
 
     parameters:  how many were compared.
     groups:      E.
-    batch:       which argument was taken for the batch.
     error:       largest difference, as a share of the largest contribution in the model.
-    ambiguous:   share of coordinates left out because a contribution is rounding noise (its sign means nothing, as for
-                 a key bias under softmax); only rules that look at signs leave any out, and those
-                 of your own.
+    ambiguous:   share of coordinates left out because a contribution is rounding noise (its sign
+                 means nothing, as for a key bias under softmax); only rules that look at signs
+                 leave any out, and those of your own.
+    batch:       which argument was taken for the batch.
+
+    >>> report = htv.check(torch.nn.Linear(3, 2), torch.randn(4, 3), htv.Median())
+    >>> bool(report), report.parameters, report.groups, report.error < 1e-9
+    (True, 2, 4, True)
     """
 
     parameters: int
@@ -88,25 +92,38 @@ def check(
     batch_argument: str | tuple[str, ...] | list[str] = (),
     allow_single: bool = False,
 ) -> CheckReport:
-    """Compare an attached backward with plain backwards of one group at a time, on a copy of the model.
+    """Compare an attached backward with plain backwards of one group at a time.
 
-    model:    not attached; it is copied and left as it is. Dropout is switched off in the copy.
-    batch:    what the model is called with: a tensor, a tuple of positional or a dict of keyword arguments. Tensors
-              whose dim `batch_dim` is the batch's are cut into groups, others go to every group whole. Take a small
-              one: the comparison stores all contributions, (E x parameters) in float64.
-    rule, exclude, batch_dim:  as for `htv.attach`.
-    groups:   (N,) integer ids of who votes together; default: each example.
-    dtype:    what the attached model computes in; the one-group-at-a-time gradients are always those of a float64 copy
-              of it. A lower type may differ by what rounding explains: twice as much as plain backwards of one group
-              at a time in that type are off; where that does not explain it, also with parameters moved by their own
-              rounding, which shows where a kink (of a ReLU, say) is so near that it may fall on either side.
-    batch_norm:  "error" or "frozen", as for `htv.attach`; with shared statistics no example has a gradient of its own.
+    Both are those of copies of the model. The loss is a fixed random projection of the outputs.
 
-    batch_argument, allow_single:  as `batch` and `allow_single` of `htv.attach`.
+    model:           not attached; it is copied and left as it is. Dropout is switched off in the
+                     copy.
+    batch:           what the model is called with: a tensor, a tuple of positional or a dict of
+                     keyword arguments. Tensors whose dim `batch_dim` is the batch's are cut into
+                     groups, others go to every group whole. Take a small one: the comparison stores
+                     all contributions, (E x parameters) in float64.
+    rule:            as for `htv.attach`.
+    groups:          (N,) integer ids of who votes together; default: each example.
+    exclude:         as for `htv.attach`.
+    dtype:           what the attached model computes in; the one-group-at-a-time gradients are
+                     always those of a float64 copy of it. A lower type may differ by what rounding
+                     explains: twice as much as plain backwards of one group at a time in that type
+                     are off; where that does not explain it, also with parameters moved by their
+                     own rounding, which shows where a kink (of a ReLU, say) is so near that it may
+                     fall on either side.
+    batch_dim:       as for `htv.attach`.
+    batch_norm:      "error" or "frozen", as for `htv.attach`; with shared statistics no example has
+                     a gradient of its own.
+    batch_argument:  as `batch` of `htv.attach`.
+    allow_single:    as for `htv.attach`.
 
-    The loss is a fixed random projection of the outputs. Returns a `CheckReport`; raises `htv.CheckError` naming the
-    first parameter that differs, ValueError if the model's examples are not separable at all (its plain gradient is
-    not the sum of its groups' gradients), and whatever attaching and running the model raises.
+    Returns a `CheckReport`. Raises `htv.CheckError` naming the first parameter that differs,
+    ValueError if the model's examples are not separable at all (its plain gradient is not the sum
+    of its groups' gradients), and whatever attaching and running the model raises.
+
+    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.GELU(), torch.nn.Linear(4, 2))
+    >>> htv.check(model, torch.randn(6, 3), htv.Median()).parameters
+    4
     """
     if dtype not in EPSILON:
         raise ValueError(f"dtype must be one of {', '.join(map(str, EPSILON))}; got {dtype!r}")

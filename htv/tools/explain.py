@@ -96,11 +96,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Rows of `htv.explain`; prints as a table.
+    """Tell how each parameter of a model is served; prints as a table.
 
+    rows:   one `Row` per parameter: name, shape, use, and the paths of streaming and order rules.
     batch:  which argument was taken for the batch; "" where the model was not run.
     lost:   the calls at which it was lost which example is whose, where a parameter needed it:
             "call at file:line".
+
+    >>> explanation = htv.explain(torch.nn.Linear(3, 2), torch.randn(4, 3))
+    >>> [row.use for row in explanation.rows], explanation.batch, explanation.unsupported
+    (['linear', 'linear bias'], "'input' of shape (4, 3), examples in dim 0", ())
     """
 
     rows: tuple[Row, ...]
@@ -136,16 +141,23 @@ def _share(extra: float | None) -> str:
 def explain(
     model: nn.Module, batch=None, batch_argument: str | tuple[str, ...] | list[str] = (), batch_dim: int = 0
 ) -> Explanation:
-    """Which path serves each parameter of a model, and how much work that adds.
+    """Tell which path serves each parameter of a model, and how much work that adds.
 
-    batch:  optional; what the model is called with (a tensor, a tuple or a dict of arguments). One forward and backward
-            (of the sum of its outputs) then show how each parameter is really used; gradients stay as they are. Without
-            it the answer goes by the class of the module that owns the parameter, and a parameter of a module of your
-            own is listed as "own forward".
-    batch_argument, batch_dim:  as `batch` and `batch_dim` of `htv.attach`.
+    model:           as for `htv.attach`; it is left as it is.
+    batch:           optional; what the model is called with (a tensor, a tuple or a dict of
+                     arguments). One forward and backward (of the sum of its outputs) then show how
+                     each parameter is really used; gradients stay as they are. Without it the
+                     answer goes by the class of the module that owns the parameter, and a parameter
+                     of a module of your own is listed as "own forward".
+    batch_argument:  as `batch` of `htv.attach`.
+    batch_dim:       as for `htv.attach`.
 
-    The explanation also says which argument was taken for the batch, and at which calls of the
-    model's code it was lost.
+    Returns an `Explanation`, which also says which argument was taken for the batch, and at which
+    calls of the model's code it was lost.
+
+    >>> explanation = htv.explain(torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.ReLU()))
+    >>> [(row.parameter, row.use) for row in explanation.rows]
+    [('0.weight', 'linear'), ('0.bias', 'linear bias')]
     """
     if batch is None:
         used = _uses_by_class(model)

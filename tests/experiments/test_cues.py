@@ -7,7 +7,7 @@ import torch
 from findings import agreement
 from typer.testing import CliRunner
 
-from htv.cli import app
+from htv.cli.commands import app
 from htv.data import Dataset, digits
 from htv.experiments import cbft, cues, images, paths
 from htv.experiments.cues import CueTraining, Shuffled

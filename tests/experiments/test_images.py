@@ -9,7 +9,7 @@ from findings import agreement
 from typer.testing import CliRunner
 
 import htv
-from htv.cli import app
+from htv.cli.commands import app
 from htv.data import DataError, digits
 from htv.experiments import images, rolling
 from htv.experiments.experiment import load

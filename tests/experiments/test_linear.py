@@ -4,7 +4,7 @@ import json
 
 from typer.testing import CliRunner
 
-from htv.cli import app
+from htv.cli.commands import app
 
 
 def invoke(*arguments):

@@ -9,7 +9,7 @@ import torch
 from findings import agreement
 from typer.testing import CliRunner
 
-from htv.cli import app
+from htv.cli.commands import app
 from htv.data import digits
 from htv.experiments import worst_group
 from htv.experiments.experiment import load

@@ -8,7 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 import htv
-from htv.cli import app
+from htv.cli.commands import app
 from htv.experiments import correlation, spirals
 from htv.experiments.experiment import Records
 

@@ -35,11 +35,14 @@ Statistics = Iterable | Literal["interpolated"] | None
 
 @dataclass(frozen=True)
 class Barrier:
-    """The largest excess of a loss over the chord between its values at the ends.
+    """Hold the largest excess of a loss over the chord between its values at the ends of a path.
 
     height:  at least 0, the excess at the ends; NaN if a loss is.
     t:       where that is.
     loss:    the loss there.
+
+    >>> htv.methods.barrier(torch.tensor([0.0, 0.5, 1.0]), torch.tensor([1.0, 4.0, 3.0]))
+    Barrier(height=2.0, t=0.5, loss=4.0)
     """
 
     height: float
@@ -49,11 +52,15 @@ class Barrier:
 
 @dataclass(frozen=True, eq=False)
 class PathProfile:
-    """What `evaluate_along` found.
+    """Hold the losses and accuracies along a path that `evaluate_along` found.
 
     t:           (T,) float64.
     losses:      by data set, (T,) float64.
     accuracies:  by data set, (T,) float64 in [0, 1]; NaN where the targets are no classes.
+
+    >>> t, losses = torch.tensor([0.0, 0.5, 1.0]), torch.tensor([1.0, 4.0, 3.0])
+    >>> htv.methods.PathProfile(t, {"test": losses}, {}).barriers
+    {'test': Barrier(height=2.0, t=0.5, loss=4.0)}
     """
 
     t: Tensor
@@ -67,9 +74,18 @@ class PathProfile:
 
 
 def barrier(t: Tensor, losses: Tensor) -> Barrier:
-    """max_t of loss(t) - ((1 - t) loss(0) + t loss(1)), over the points given.
+    """Find the largest loss(t) - ((1 - t) loss(0) + t loss(1)) over the points given.
 
-    t, losses:  (T,); 0 and 1 must be among t.
+    t:       (T,), among them 0 and 1.
+    losses:  (T,).
+
+    Returns a `Barrier`. Raises ValueError for other shapes and a path without its ends.
+
+    Lubana et al. 2023, "Mechanistic mode connectivity", arXiv 2211.08422.
+
+    >>> found = htv.methods.barrier(torch.tensor([0.0, 0.5, 1.0]), torch.tensor([1.0, 4.0, 3.0]))
+    >>> found.height, found.t
+    (2.0, 0.5)
     """
     t, losses = (torch.as_tensor(values, dtype=torch.float64) for values in (t, losses))
     if t.dim() != 1 or t.shape != losses.shape:
@@ -95,20 +111,33 @@ def evaluate_along(
     forward: Forward | None = None,
     extrapolate: bool = False,
 ) -> PathProfile:
-    """Loss and accuracy at points of a path, on several data sets, in eval mode.
+    """Compute loss and accuracy at points of a path, on several data sets, in eval mode.
 
     path:         see `WeightPath`.
     model:        of its architecture. Not changed: a copy is moved.
-    datasets:     by name, batches ``(x, y)``: a list or a DataLoader, which is gone through once per point.
+    datasets:     by name, batches ``(x, y)``: a list or a DataLoader, which is gone through once
+                  per point.
     points:       how many, evenly spaced with both ends, or the values of t.
-    bn_data:      batches to re-estimate BatchNorm's running statistics from at every point, the ends included; needed
-                  if the model has any. "interpolated" takes those on the path instead, which are of no network:
-                  interior points then look worse than they are.
+    bn_data:      batches to re-estimate BatchNorm's running statistics from at every point, the
+                  ends included; needed if the model has any. "interpolated" takes those on the path
+                  instead, which are of no network: interior points then look worse than they are.
     criterion:    (outputs, targets) -> the mean loss of a batch.
-    forward:      (model, batch) -> outputs, for batches that are not ``(x, ...)``; the targets are ``batch[1]``.
+    forward:      (model, batch) -> outputs, for batches that are not ``(x, ...)``; the targets are
+                  ``batch[1]``.
     extrapolate:  whether t may leave [0, 1].
 
-    Raises ValueError for a data set without examples, missing bn_data, a model of another architecture or a bad t.
+    Returns a `PathProfile`. Raises ValueError for a data set without examples, missing bn_data, a
+    model of another architecture or a bad t.
+
+    Lubana et al. 2023, "Mechanistic mode connectivity", arXiv 2211.08422.
+
+    >>> start, end = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
+    >>> _ = start.weight.data.fill_(-1.0), end.weight.data.fill_(1.0)
+    >>> path = htv.methods.LinearPath(start, end)
+    >>> data = {"train": [(torch.ones(1, 1), torch.ones(1, 1))]}
+    >>> criterion = torch.nn.functional.mse_loss
+    >>> htv.methods.evaluate_along(path, start, data, points=3, criterion=criterion).losses
+    {'train': tensor([4., 1., 0.], dtype=torch.float64)}
     """
     if not datasets:
         raise ValueError("datasets is empty: give at least one, such as {'test': loader}")
@@ -175,11 +204,14 @@ def _evaluate(
 
 @dataclass(frozen=True)
 class Invariance:
-    """Losses of both models under one intervention, and whether each is invariant to it.
+    """Hold the losses of two models under one intervention, and whether each is invariant to it.
 
     losses:     on the intervened data set, of the first and the second model.
     changes:    these minus the models' losses on the base data set.
     invariant:  whether |change| <= tolerance.
+
+    >>> htv.methods.Invariance(losses=(0.5, 0.1), changes=(0.4, 0.0), invariant=(False, True))
+    Invariance(losses=(0.5, 0.1), changes=(0.4, 0.0), invariant=(False, True))
     """
 
     losses: tuple[float, float]
@@ -189,12 +221,17 @@ class Invariance:
 
 @dataclass(frozen=True, eq=False)
 class MechanisticSimilarity:
-    """What `mechanistic_similarity` found.
+    """Hold what `mechanistic_similarity` found of two models.
 
     tolerance:      in units of the loss.
     base:           the name of the data set without intervention.
-    interventions:  by data set, all but the base.
-    profiles:       by path, the losses along it on every data set.
+    interventions:  by data set, an `Invariance`; all but the base.
+    profiles:       by path, a `PathProfile`: the losses along it on every data set.
+
+    >>> one = htv.methods.Invariance(losses=(0.5, 0.1), changes=(0.4, 0.0), invariant=(False, True))
+    >>> found = htv.methods.MechanisticSimilarity(0.1, "D", {"flipped": one}, {})
+    >>> found.similar, found.differing
+    (False, ['flipped'])
     """
 
     tolerance: float
@@ -241,21 +278,41 @@ def mechanistic_similarity(
     criterion: Criterion = F.cross_entropy,
     forward: Forward | None = None,
 ) -> MechanisticSimilarity:
-    """Whether two models are invariant to the same interventions, and what lies between them on each.
+    """Tell whether two models are invariant to the same interventions, and what lies between them.
 
-    A model is invariant to an intervention A on the process behind the data D where its loss on A(D), in the mean over
-    what A may set, is its loss on D. Models are mechanistically similar where they share these interventions. Only the
-    interventions given are looked at. That models without a linear path between them rely on different mechanisms, up
-    to permutations of units, is a conjecture; no barrier here proves it.
+    A model is invariant to an intervention A on the process behind the data D where its loss on
+    A(D), in the mean over what A may set, is its loss on D. Models are mechanistically similar
+    where they share these interventions. Only the interventions given are looked at. That models
+    without a linear path between them rely on different mechanisms, up to permutations of units,
+    is a conjecture; no barrier here proves it.
 
-    first, second:  models or state dicts of one architecture; `model` is one if both are state dicts.
-    datasets:       by name, D and its counterfactuals, as for `evaluate_along`. A loader that draws the value of the
-                    intervention anew for every example is the mean over its values.
-    base:           which of them is D.
-    tolerance:      how large a difference of losses counts as none.
-    paths:          by name, beside "linear", which is always looked at; from `first` to `second`.
+    first:      a model or a state dict.
+    second:     another of the same architecture.
+    datasets:   by name, D and its counterfactuals, as for `evaluate_along`. A loader that draws the
+                value of the intervention anew for every example is the mean over its values.
+    base:       which of them is D.
+    tolerance:  how large a difference of losses counts as none.
+    paths:      by name, beside "linear", which is always looked at; from `first` to `second`.
+    model:      of the architecture, needed if both are state dicts.
+    points:     how many points of each path, ends included.
+    bn_data:    as for `evaluate_along`.
+    criterion:  likewise.
+    forward:    likewise.
 
-    Raises ValueError for a base that is no data set, none beside it, or a path between other models.
+    Returns a `MechanisticSimilarity`. Raises ValueError for a base that is no data set, none beside
+    it, or a path between other models, and as `evaluate_along` does.
+
+    Lubana et al. 2023, "Mechanistic mode connectivity", arXiv 2211.08422.
+
+    >>> first, second = torch.nn.Linear(2, 1, bias=False), torch.nn.Linear(2, 1, bias=False)
+    >>> _ = first.weight.data.copy_(torch.tensor([[1.0, 0.0]]))
+    >>> _ = second.weight.data.copy_(torch.tensor([[0.0, 1.0]]))
+    >>> y = torch.ones(1, 1)
+    >>> data = {"D": [(torch.tensor([[1.0, 1.0]]), y)], "no cue": [(torch.tensor([[1.0, 0.0]]), y)]}
+    >>> found = htv.methods.mechanistic_similarity(first, second, data, base="D", tolerance=0.1,
+    ...                                            criterion=torch.nn.functional.mse_loss)
+    >>> found.differing, found.interventions["no cue"].changes
+    (['no cue'], (0.0, 1.0))
     """
     if base not in datasets:
         raise ValueError(f"base={base!r} is not among the data sets {list(datasets)}")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from htv.errors import require
 from htv.methods.connectivity.layout import Layout
 from htv.methods.connectivity.permutations import Observed, PermutationSpec, Units, permute_model
 from htv.methods.connectivity.statistics import in_eval_mode, inputs_of, require_repeatable
@@ -22,12 +23,18 @@ Forward = Callable[[nn.Module, Any], Any]
 
 @dataclass(frozen=True, eq=False)
 class Matching:
-    """What `match_permutations` found.
+    """Hold the permutations that `match_permutations` found.
 
     model:         a copy of the second model, its units in the order of the first one's.
     spec:          which units could be permuted.
-    permutations:  by name of the units, (size,) int64: unit u of `model` was unit ``permutations[name][u]``.
-    before, after: by name of the units, the mean correlation of units of the same index.
+    permutations:  by name of the units, (size,) int64: unit u of `model` was unit
+                   ``permutations[name][u]``.
+    before:        by name of the units, the mean correlation of units of the same index.
+    after:         the same of the units as they are matched.
+
+    >>> spec = htv.methods.PermutationSpec(units=())
+    >>> htv.methods.Matching(torch.nn.Identity(), spec, {}, before={}, after={}).permutations
+    {}
     """
 
     model: nn.Module
@@ -45,19 +52,34 @@ def match_permutations(
     *,
     forward: Forward | None = None,
 ) -> Matching:
-    """Permute the hidden units of `model` so that each is most like the unit of `reference` in its place.
+    """Permute a model's hidden units so that each is most like the other model's unit in its place.
 
-    Units are compared by the correlations of their activations over `data`, in eval mode, set of units by set of units;
-    each set is assigned optimally (the sum of correlations is the largest possible). Sets do not depend on each other,
-    so one pass over the data does for all layers. What `model` computes does not change.
+    Units are compared by the correlations of their activations over `data`, in eval mode, set of
+    units by set of units; each set is assigned optimally (the sum of correlations is the largest
+    possible). Sets do not depend on each other, so one pass over the data does for all layers. What
+    `model` computes does not change.
 
-    reference, model:  of one architecture; neither is changed.
-    data:              batches of inputs ``(x, ...)``, gone through once after a look at the first one.
-    spec:              which units can be permuted. Default: what `trace_permutations` finds.
-    forward:           (model, batch) -> anything, for batches that are not ``(x, ...)``; needs a spec.
+    reference:  not changed.
+    model:      of the same architecture; not changed.
+    data:       batches of inputs ``(x, ...)``, gone through once after a look at the first one.
+    spec:       which units can be permuted. Default: what `trace_permutations` finds.
+    forward:    (model, batch) -> anything, for batches that are not ``(x, ...)``; needs a spec.
 
-    Needs scipy (extra `methods`). Raises ValueError if the architectures differ, there is no data, activations are not
-    finite or the spec changes the function; UnsupportedError if the model cannot be traced.
+    Returns a `Matching`. Needs scipy (extra `methods`), and raises ImportError without it;
+    ValueError if the architectures differ, there is no data, activations are not finite or the spec
+    changes the function; UnsupportedError if the model cannot be traced.
+
+    Li et al. 2015, "Convergent learning", arXiv 1511.07543.
+
+    >>> make = lambda: torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(),
+    ...                                    torch.nn.Linear(4, 2))
+    >>> reference, x = make(), torch.randn(64, 3)
+    >>> spec = htv.methods.trace_permutations(reference, x)
+    >>> order = {"0": torch.tensor([2, 0, 3, 1])}
+    >>> model = htv.methods.permute_model(reference, spec, order)
+    >>> matching = htv.methods.match_permutations(reference, model, [(x,)])
+    >>> matching.permutations["0"], torch.equal(matching.model[0].weight, reference[0].weight)
+    (tensor([1, 3, 0, 2]), True)
     """
     assign = _linear_sum_assignment()
     Layout.of(reference).check("model", model)
@@ -82,11 +104,25 @@ def match_permutations(
 def activation_correlations(
     reference: nn.Module, model: nn.Module, data: Iterable, spec: PermutationSpec, *, forward: Forward | None = None
 ) -> dict[str, Tensor]:
-    """Correlations, over `data` in eval mode, of every unit of one model with every unit of the other.
+    """Correlate every unit of one model with every unit of the other, over data, in eval mode.
 
-    Returns by name of the units (size, size) float64 on the CPU, `reference` along dim 0: means over the places where
-    the units are observed. Units that are constant there have correlation 0 with all others. Of each batch, one matrix
-    product per place is added up; raises ValueError if there is no batch or activations are not finite.
+    reference:  a model; its units are along dim 0 of what is returned.
+    model:      of the same architecture.
+    data:       batches of inputs ``(x, ...)``.
+    spec:       which units are compared, and where.
+    forward:    (model, batch) -> anything, for batches that are not ``(x, ...)``.
+
+    Returns by name of the units (size, size) float64 on the CPU: means over the places where the
+    units are observed. Units that are constant there have correlation 0 with all others. Of each
+    batch, one matrix product per place is added up. Raises ValueError if there is no batch or
+    activations are not finite.
+
+    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1))
+    >>> x = torch.randn(9, 3)
+    >>> spec = htv.methods.trace_permutations(model, x)
+    >>> found = htv.methods.activation_correlations(model, model, [(x,)], spec)
+    >>> found["0"].diagonal().round(decimals=4)
+    tensor([1., 1.], dtype=torch.float64)
     """
     places = [(units, observed) for units in spec.units for observed in units.observed]
     sums = {place: _CrossSums() for place in places}
@@ -180,8 +216,7 @@ def _assigned(units: Units, correlations: Tensor, assign: Callable) -> Tensor:
 
 
 def _linear_sum_assignment() -> Callable:
-    try:
-        from scipy.optimize import linear_sum_assignment
-    except ImportError as error:
-        raise ImportError("matching units needs scipy: pip install 'hard-to-vary[methods]'") from error
+    require("matching units", "methods", "scipy")
+    from scipy.optimize import linear_sum_assignment
+
     return linear_sum_assignment

@@ -22,30 +22,43 @@ Middle = int | Sequence[Weights]
 
 
 class WeightPath(nn.Module, ABC):
-    """A curve gamma(t) = sum_k c_k(t) theta_k, from gamma(0) = start to gamma(1) = end, whose coefficients sum to one.
+    """Lead from one model to another through weight space: gamma(t) = sum_k c_k(t) theta_k.
 
-    It owns copies of its control points theta_0 = start, ..., theta_n = end, each held in one flat tensor per dtype,
+    gamma(0) = start, gamma(1) = end, and the coefficients sum to one. A path owns copies of its
+    control points theta_0 = start, ..., theta_n = end, each held in one flat tensor per dtype,
     device and kind (trained parameters; frozen ones and buffers). Three ways to a point of it:
 
-    - ``probe = path.probe(model)``, ``probe.move(t)``: gamma(t) written in place into a copy of the model, by lerps of
-      flat tensors. `PathProbe.pull_back` takes gradients to the control points.
-    - ``path(t)``: a state for `torch.func.functional_call`, differentiable in the control points and in t.
+    - ``probe = path.probe(model)``, ``probe.move(t)``: gamma(t) written in place into a copy of the
+      model, by lerps of flat tensors. `PathProbe.pull_back` takes gradients to the control points.
+    - ``path(t)``: a state for `torch.func.functional_call`, differentiable in the control points
+      and in t.
     - ``path.state_at(t)``: a plain state dict.
 
-    What of a model lies on the path: its parameters, frozen ones too, and the persistent floating-point buffers that
-    differ between the control points (BatchNorm's running statistics; see `reestimate_batchnorm`). Buffers that are
-    equal everywhere are left alone, so that masks of infinities stay what they are. `num_batches_tracked` is that of
-    start; any other integer buffer must be equal at all points.
+    What of a model lies on the path: its parameters, frozen ones too, and the persistent
+    floating-point buffers that differ between the control points (BatchNorm's running statistics;
+    see `reestimate_batchnorm`). Buffers that are equal everywhere are left alone, so that masks of
+    infinities stay what they are. `num_batches_tracked` is that of start; any other integer buffer
+    must be equal at all points.
 
-    start, end:  models, or state dicts, of one architecture; they are copied.
-    middle:      the control points in between: models or state dicts, or their number. A number puts them evenly on
-                 the chord, where every kind of path is at first the linear one.
-    model:       a model of the architecture, needed if all the points are state dicts: it tells parameters from
-                 buffers, which are frozen and which are tied, and where the path lies: on its devices. Default: the
-                 first model among the points.
-    trained:     indices of the control points with gradients. Default: those in between.
+    This is the base of the kinds of paths: a subclass says what the coefficients are.
+
+    start:    a model or a state dict; it is copied.
+    end:      another of the same architecture; it is copied.
+    middle:   the control points in between: models or state dicts, or their number. A number puts
+              them evenly on the chord, where every kind of path is at first the linear one.
+    model:    a model of the architecture, needed if all the points are state dicts: it tells
+              parameters from buffers, which are frozen and which are tied, and where the path lies:
+              on its devices. Default: the first model among the points.
+    trained:  indices of the control points with gradients. Default: those in between.
 
     Raises TypeError or ValueError, naming the first key at which the architectures differ.
+
+    Garipov et al. 2018, "Loss surfaces, mode connectivity, and fast ensembling of DNNs",
+    arXiv 1802.10026.
+
+    >>> start, end = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    >>> isinstance(htv.methods.LinearPath(start, end), htv.methods.WeightPath)
+    True
     """
 
     def __init__(
@@ -76,6 +89,7 @@ class WeightPath(nn.Module, ABC):
         return nn.ParameterList(nn.Parameter(flat, requires_grad=trained and group.trained) for flat, group in groups)
 
     def extra_repr(self) -> str:
+        """Return what the module's repr says of its control points."""
         return f"{len(self.points)} points of {sum(p.numel() for p in self.points[0])} coordinates"
 
     @property
@@ -88,9 +102,13 @@ class WeightPath(nn.Module, ABC):
         """(T,) -> (T, n + 1), differentiable."""
 
     def coefficients(self, t: float | Tensor, extrapolate: bool = False) -> Tensor:
-        """How much of every control point is at t: (n + 1,) float64 for one t, (T, n + 1) for t of shape (T,).
+        """Return how much of every control point is at t, differentiable in t.
 
-        Differentiable in t. Raises ValueError for a t that is not finite, or outside [0, 1] without `extrapolate`.
+        t:            a number, or (T,).
+        extrapolate:  whether t may leave [0, 1].
+
+        Returns (n + 1,) float64 for one t, (T, n + 1) for several. Raises ValueError for a t that
+        is not finite, or outside [0, 1] without `extrapolate`.
         """
         t = torch.as_tensor(t, dtype=torch.float64)
         if t.dim() > 1:
@@ -103,11 +121,14 @@ class WeightPath(nn.Module, ABC):
         return found.reshape(*t.shape, len(self.points))
 
     def forward(self, t: float | Tensor, extrapolate: bool = False) -> dict[str, Tensor]:
-        """gamma(t) as a state for `torch.func.functional_call`, tied names once.
+        """Return gamma(t) as a state for `torch.func.functional_call`, tied names once.
 
-        Gradients flow to the trained control points, each times its coefficient (2t(1 - t) for the middle of a
-        quadratic one), and to t if it is a tensor that requires them. For t of shape (T,), tensors have T in dim 0: a
-        stack for `torch.func.vmap`.
+        Gradients flow to the trained control points, each times its coefficient (2t(1 - t) for the
+        middle of a quadratic one), and to t if it is a tensor that requires them. For t of shape
+        (T,), tensors have T in dim 0: a stack for `torch.func.vmap`.
+
+        t:            a number, or (T,).
+        extrapolate:  whether t may leave [0, 1].
         """
         coefficients = self.coefficients(t, extrapolate)
         mixed = [_mix(list(points), coefficients) for points in zip(*self.points, strict=True)]
@@ -118,7 +139,12 @@ class WeightPath(nn.Module, ABC):
 
     @torch.no_grad()
     def write(self, t: float, out: list[Tensor], extrapolate: bool = False) -> list[float]:
-        """Write gamma(t) into flat tensors, one per group of the layout; returns the coefficients."""
+        """Write gamma(t) into flat tensors; returns the coefficients.
+
+        t:            a number.
+        out:          flat tensors, one per group of the layout.
+        extrapolate:  whether t may leave [0, 1].
+        """
         coefficients = self.coefficients(t, extrapolate).tolist()
         for flat, points in zip(out, zip(*self.points, strict=True), strict=True):
             _combine(list(points), coefficients, flat)
@@ -126,18 +152,28 @@ class WeightPath(nn.Module, ABC):
 
     @torch.no_grad()
     def state_at(self, t: float, extrapolate: bool = False) -> dict[str, Tensor]:
-        """gamma(t) as a state dict for `load_state_dict`, under all names of tied tensors."""
+        """Return gamma(t) as a state dict for `load_state_dict`, under all names of tied tensors.
+
+        t:            a number.
+        extrapolate:  whether t may leave [0, 1].
+        """
         flats = [torch.empty_like(flat) for flat in self.points[0]]
         self.write(t, flats, extrapolate)
         return self._complete(flats)
 
     @torch.no_grad()
     def control_state(self, index: int) -> dict[str, Tensor]:
-        """A control point as a state dict, copied."""
+        """Return a control point as a state dict, copied.
+
+        index:  0 is start, -1 is end.
+        """
         return self._complete([flat.detach().clone() for flat in self.points[index]])
 
     def probe(self, model: nn.Module) -> PathProbe:
-        """A copy of the model, to be moved along the path. Raises ValueError for another architecture."""
+        """Return a copy of a model, to be moved along the path.
+
+        model:  of the path's architecture; ValueError for another.
+        """
         return PathProbe(self, model)
 
     def _constants(self) -> dict[str, Tensor]:
@@ -150,7 +186,21 @@ class WeightPath(nn.Module, ABC):
 
 
 class LinearPath(WeightPath):
-    """gamma(t) = (1 - t) start + t end. Arguments are those of `WeightPath`."""
+    """Lead straight from one model to another: gamma(t) = (1 - t) start + t end.
+
+    start:    a model or a state dict; it is copied.
+    end:      another of the same architecture; it is copied.
+    model:    a model of the architecture, needed if both are state dicts.
+    trained:  indices of the control points with gradients, 0 for start and 1 for end. Default:
+              none.
+
+    Raises what `WeightPath` does.
+
+    >>> start, end = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
+    >>> _ = start.weight.data.fill_(1.0), end.weight.data.fill_(3.0)
+    >>> htv.methods.LinearPath(start, end).state_at(0.25)["weight"]
+    tensor([[1.5000]])
+    """
 
     def __init__(self, start: Weights, end: Weights, *, model: nn.Module | None = None,
                  trained: Iterable[int] | None = None):  # fmt: skip
@@ -161,9 +211,22 @@ class LinearPath(WeightPath):
 
 
 class Bezier(WeightPath):
-    """gamma(t) = sum_k C(n, k) (1 - t)^(n - k) t^k theta_k.
+    """Lead by a Bezier curve: gamma(t) = sum_k C(n, k) (1 - t)^(n - k) t^k theta_k.
 
-    Arguments are those of `WeightPath`; `middle` defaults to 1.
+    start:    a model or a state dict; it is copied.
+    end:      another of the same architecture; it is copied.
+    middle:   the control points in between, or their number.
+    model:    a model of the architecture, needed if all points are state dicts.
+    trained:  indices of the control points with gradients. Default: those in between.
+
+    Raises what `WeightPath` does.
+
+    Garipov et al. 2018, "Loss surfaces, mode connectivity, and fast ensembling of DNNs",
+    arXiv 1802.10026.
+
+    >>> path = htv.methods.Bezier(torch.nn.Linear(1, 1), torch.nn.Linear(1, 1), middle=2)
+    >>> path.coefficients(0.5)
+    tensor([0.1250, 0.3750, 0.3750, 0.1250], dtype=torch.float64)
     """
 
     def __init__(self, start: Weights, end: Weights, middle: Middle = 1, *, model: nn.Module | None = None,
@@ -176,9 +239,22 @@ class Bezier(WeightPath):
 
 
 class QuadraticBezier(Bezier):
-    """gamma(t) = (1 - t)^2 start + 2t(1 - t) middle + t^2 end; without `middle`, that of the chord.
+    """Lead by a quadratic curve: gamma(t) = (1 - t)^2 start + 2t(1 - t) middle + t^2 end.
 
-    The other arguments are those of `WeightPath`.
+    start:    a model or a state dict; it is copied.
+    end:      another of the same architecture; it is copied.
+    middle:   a third one. Default: the middle of the chord.
+    model:    a model of the architecture, needed if all points are state dicts.
+    trained:  indices of the control points with gradients. Default: the middle, 1.
+
+    Raises what `WeightPath` does.
+
+    Garipov et al. 2018, "Loss surfaces, mode connectivity, and fast ensembling of DNNs",
+    arXiv 1802.10026.
+
+    >>> path = htv.methods.QuadraticBezier(torch.nn.Linear(1, 1), torch.nn.Linear(1, 1))
+    >>> path.coefficients(0.5), path.trained
+    (tensor([0.2500, 0.5000, 0.2500], dtype=torch.float64), [1])
     """
 
     def __init__(self, start: Weights, end: Weights, middle: Weights | None = None, *, model: nn.Module | None = None,
@@ -187,9 +263,24 @@ class QuadraticBezier(Bezier):
 
 
 class PolygonalChain(WeightPath):
-    """Straight from each control point to the next, in equal times; beyond the ends, on along the outer segments.
+    """Lead straight from each control point to the next, in equal times.
 
-    Arguments are those of `WeightPath`; `middle` defaults to 1.
+    Beyond the ends it goes on along the outer segments.
+
+    start:    a model or a state dict; it is copied.
+    end:      another of the same architecture; it is copied.
+    middle:   the control points in between, or their number.
+    model:    a model of the architecture, needed if all points are state dicts.
+    trained:  indices of the control points with gradients. Default: those in between.
+
+    Raises what `WeightPath` does.
+
+    Garipov et al. 2018, "Loss surfaces, mode connectivity, and fast ensembling of DNNs",
+    arXiv 1802.10026.
+
+    >>> path = htv.methods.PolygonalChain(torch.nn.Linear(1, 1), torch.nn.Linear(1, 1))
+    >>> path.coefficients(0.75)
+    tensor([0.0000, 0.5000, 0.5000], dtype=torch.float64)
     """
 
     def __init__(self, start: Weights, end: Weights, middle: Middle = 1, *, model: nn.Module | None = None,
@@ -205,10 +296,21 @@ class PolygonalChain(WeightPath):
 
 
 class PathProbe:
-    """A copy of a model whose parameters are views of flat tensors, which `move` overwrites with a point of a path.
+    """Move a copy of a model along a path: its parameters are views of flat tensors.
 
-    model:  the copy, at t = 0 until it is moved. Its parameters stay the same objects: attach htv to it, or
-            optimizers, as to any other.
+    Its attribute `model` is the copy, at t = 0 until it is moved. Its parameters stay the same
+    objects: attach htv to it, or optimizers, as to any other.
+
+    path:   see `WeightPath`.
+    model:  of its architecture; not changed. ValueError for another.
+
+    >>> start, end = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
+    >>> _ = start.weight.data.fill_(1.0), end.weight.data.fill_(3.0)
+    >>> probe = htv.methods.LinearPath(start, end, trained=[1]).probe(start)
+    >>> probe.move(0.25)(torch.ones(1, 1)).sum().backward()
+    >>> probe.pull_back()
+    >>> [point.grad for point in probe.path.parameters()]
+    [None, tensor([0.2500])]
     """
 
     def __init__(self, path: WeightPath, model: nn.Module):
@@ -234,6 +336,9 @@ class PathProbe:
         """Overwrite the weights with gamma(t), and return the model. Its gradients are dropped.
 
         A backward through a forward of before raises, as after any other change in place.
+
+        t:            a number.
+        extrapolate:  whether t may leave [0, 1].
         """
         self.coefficients = self.path.write(t, self._flats, extrapolate)
         torch.autograd.graph.increment_version([tensor for tensor, _ in self._moved])
@@ -242,10 +347,11 @@ class PathProbe:
 
     @torch.no_grad()
     def pull_back(self) -> None:
-        """Add the gradients of the model to `.grad` of the trained control points, each times its coefficient at t.
+        """Add the model's gradients to `.grad` of the trained control points, by the chain rule.
 
-        This is the chain rule, for whatever is in `.grad` of the model's parameters: plain gradients, or those of one
-        of htv's rules. The model's own are dropped. Raises RuntimeError if there is none, or no trained point.
+        Each gets them times its coefficient at t, whatever is in `.grad` of the model's parameters:
+        plain gradients, or those of one of htv's rules. The model's own are dropped. Raises
+        RuntimeError if there is none, or no trained point.
         """
         if not self.path.trained:
             raise RuntimeError("the path has no trained control point: pass trained=, or give it a middle")

@@ -22,9 +22,16 @@ Permutations = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class UnitAxis:
-    """A dim of a parameter or buffer along which units lie: unit u at (o, u, i) of (outer, size, inner).
+    """Name a dim of a parameter or buffer along which hidden units lie.
 
-    inner is above 1 where a convolution's channels were flattened with their pixels.
+    Unit u is at (o, u, i) of the dim taken as (outer, size, inner).
+    tensor:  the name of the parameter or buffer.
+    dim:     along which the units lie.
+    outer:   how often they are there, one behind the other.
+    inner:   above 1 where a convolution's channels were flattened with their pixels.
+
+    >>> htv.methods.UnitAxis("embedding", dim=1)
+    UnitAxis(tensor='embedding', dim=1, outer=1, inner=1)
     """
 
     tensor: str
@@ -67,9 +74,18 @@ class Units:
 
 @dataclass(frozen=True)
 class PermutationSpec:
-    """Which hidden units a network can permute. `trace_permutations` finds it; `from_layers` takes it by hand.
+    """Hold which hidden units a network can permute without changing its function.
 
+    `trace_permutations` finds it; `from_layers` takes it by hand.
+
+    units:   sets of units that can only be permuted together.
     pinned:  by name, units that may not be permuted, and why.
+
+    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+    >>> layers = [{"name": "hidden", "producers": ["0"], "consumers": ["2"]}]
+    >>> spec = htv.methods.PermutationSpec.from_layers(model, layers)
+    >>> [(units.name, units.size) for units in spec.units]
+    [('hidden', 4)]
     """
 
     units: tuple[Units, ...]
@@ -79,18 +95,21 @@ class PermutationSpec:
     def from_layers(
         model: nn.Module, layers: Iterable[Mapping[str, Any]], leave: Sequence[str] = ()
     ) -> PermutationSpec:
-        """From a list of ``{"name": ..., "producers": [...], "consumers": [...]}``, one per set of units.
+        """Make a spec from lists of layers.
 
-        producers:  names of the layers whose outputs the units are, and of everything with parameters by channel on the
-                    way: normalisations, PReLU, depthwise convolutions. Layers added to each other belong together.
-        consumers:  names of the layers that take them as inputs. A linear layer of more inputs takes flattened
-                    channels, each with its pixels side by side.
-        observe:    optionally, the modules whose outputs are compared.
-        leave:      names of layers, or of single parameters, that have no part in any units.
+        model:   whose units they are.
+        layers:  a list of ``{"name": ..., "producers": [...], "consumers": [...]}``, one per set of
+                 units. Producers are the names of the layers whose outputs the units are, and of
+                 everything with parameters by channel on the way: normalisations, PReLU, depthwise
+                 convolutions; layers added to each other belong together. Consumers are the names
+                 of the layers that take them as inputs; a linear layer of more inputs takes
+                 flattened channels, each with its pixels side by side. Either may also hold a
+                 `UnitAxis`, for parameters that no layer of torch owns. "observe" optionally names
+                 the modules whose outputs are compared.
+        leave:   names of layers, or of single parameters, that have no part in any units.
 
-        Producers and consumers may also hold a `UnitAxis`, for parameters that no layer of torch owns. Raises
-        ValueError naming the layer that does not exist, does not fit, has no known place for its units, or is not
-        covered. That the function is preserved is checked by `check`.
+        Raises ValueError naming the layer that does not exist, does not fit, has no known place for
+        its units, or is not covered. That the function is preserved is checked by `check`.
         """
         reader = _LayerReader(model)
         units = tuple(reader.read(layer) for layer in layers)
@@ -100,9 +119,14 @@ class PermutationSpec:
     def check(
         self, model: nn.Module, batch: Any, *, forward: Callable[[nn.Module, Any], Any] | None = None, seed: int = 0
     ) -> None:
-        """Raise ValueError, naming the units, if a permutation of them changes what the model returns for a batch.
+        """Raise ValueError, naming the units, if permuting them changes what the model returns.
 
-        The one tried is random, and leaves no unit in its place.
+        The permutation tried is random, and leaves no unit in its place.
+
+        model:    whose units they are.
+        batch:    to compare the outputs for.
+        forward:  (model, batch) -> outputs, for batches that are not ``(x, ...)``.
+        seed:     of the permutation.
         """
         generator = torch.Generator().manual_seed(seed)
         permutations = _drawn(self, lambda count: _cycle(count, generator))
@@ -121,7 +145,18 @@ class PermutationSpec:
 
 
 def random_permutations(spec: PermutationSpec, generator: Generator | None = None) -> dict[str, Tensor]:
-    """By name of the units, (size,) int64 drawn uniformly among those that keep blocks together."""
+    """Draw permutations uniformly among those that keep blocks together.
+
+    spec:       which units can be permuted.
+    generator:  of random numbers. Default: torch's own.
+
+    Returns by name of the units (size,) int64.
+
+    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+    >>> spec = htv.methods.trace_permutations(model, torch.randn(2, 3))
+    >>> htv.methods.random_permutations(spec)["0"].sort().values
+    tensor([0, 1, 2, 3])
+    """
     return _drawn(spec, lambda count: torch.randperm(count, generator=generator))
 
 
@@ -144,11 +179,21 @@ def _cycle(count: int, generator: Generator) -> Tensor:
 
 @torch.no_grad()
 def permute_model(model: nn.Module, spec: PermutationSpec, permutations: Permutations) -> nn.Module:
-    """A copy of the model whose unit u is the model's unit ``permutation[u]``; the function is the same.
+    """Copy a model with its units in another order; the function is the same.
 
-    permutations:  by name of the units, (size,) integers; units without one stay.
+    model:         not changed.
+    spec:          which units can be permuted.
+    permutations:  by name of the units, (size,) integers: unit u of the copy is the model's unit
+                   ``permutation[u]``. Units without one stay.
 
-    Raises ValueError for names the spec does not have and what is no permutation, or breaks blocks.
+    Returns the copy. Raises ValueError for names the spec does not have and what is no permutation,
+    or breaks blocks.
+
+    >>> model = torch.nn.Sequential(torch.nn.Linear(1, 2), torch.nn.ReLU(), torch.nn.Linear(2, 1))
+    >>> spec = htv.methods.trace_permutations(model, torch.ones(2, 1))
+    >>> swapped = htv.methods.permute_model(model, spec, {"0": torch.tensor([1, 0])})
+    >>> torch.equal(swapped[0].weight, model[0].weight.flip(0))
+    True
     """
     unknown = [name for name in permutations if name not in {units.name for units in spec.units}]
     if unknown:

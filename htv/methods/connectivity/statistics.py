@@ -24,21 +24,28 @@ def batchnorms(model: nn.Module) -> dict[str, _NormBase]:
 def reestimate_batchnorm(
     model: nn.Module, data: Iterable, *, forward: Callable[[nn.Module, Any], Tensor] | None = None
 ) -> None:
-    """Set the running statistics of every BatchNorm to averages over `data`, in place.
+    """Set the running statistics of every BatchNorm to averages over data, in place.
 
-    On a path, and after averaging weights, those of the model are of other weights: a barrier that is seen with them
-    may be one of the statistics alone. Each is reset and becomes the mean over the batches, weighted by their sizes, of
-    the batches' means and unbiased variances. Momenta, training flags and all else are as before; dropout is off
-    meanwhile. BatchNorms that no forward reaches keep theirs. Nothing happens to a model without BatchNorm.
-    InstanceNorms with running statistics are treated alike.
+    On a path, and after averaging weights, those of the model are of other weights: a barrier that
+    is seen with them may be one of the statistics alone. Each is reset and becomes the mean over
+    the batches, weighted by their sizes, of the batches' means and unbiased variances. Momenta,
+    training flags and all else are as before; dropout is off meanwhile. BatchNorms that no forward
+    reaches keep theirs. Nothing happens to a model without BatchNorm. InstanceNorms with running
+    statistics are treated alike.
 
-    data:     batches: a tensor of inputs, or a tuple that begins with it, such as ``(x, y)``. They are moved to the
-              device of the model. Large ones are best: the mean of variances within batches lacks that between them.
-              Batches without examples count for nothing.
+    model:    changed in place.
+    data:     batches: a tensor of inputs, or a tuple that begins with it, such as ``(x, y)``. They
+              are moved to the device of the model. Large ones are best: the mean of variances
+              within batches lacks that between them. Batches without examples count for nothing.
     forward:  (model, batch) -> anything, for batches of other kinds.
 
-    Raises ValueError if there is no batch, none of them holds examples, or one gives a BatchNorm a single value per
-    channel, which has no variance.
+    Raises ValueError if there is no batch, none of them holds examples, or one gives a BatchNorm a
+    single value per channel, which has no variance.
+
+    >>> model = torch.nn.BatchNorm1d(1)
+    >>> htv.methods.reestimate_batchnorm(model, [torch.tensor([[1.0], [3.0]])])
+    >>> model.running_mean, model.running_var
+    (tensor([2.]), tensor([2.]))
     """
     found = batchnorms(model)
     if not found:

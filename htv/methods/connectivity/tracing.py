@@ -99,21 +99,30 @@ class _Refusal(Exception):
 
 @torch.no_grad()
 def trace_permutations(model: nn.Module, example: Tensor, *, on_unsupported: str = "error") -> PermutationSpec:
-    """Follow every layer's output channels through one forward in eval mode, to the layers that take them as inputs.
+    """Follow every layer's output channels through one forward to the layers that take them.
 
-    Served are linear, convolutional (transposed, depthwise) layers and embeddings, batch, layer, group, instance and
-    RMS normalisations, elementwise operations with each other and with parameters, pooling, padding, flattening and
-    anything else that only moves elements, means and sums. What is added or multiplied is permuted together, so
-    residual streams become one set of units. Units that meet the network's inputs or outputs are pinned. Under a
-    GroupNorm, its groups are permuted as wholes, and channels within them.
+    Served are linear, convolutional (transposed, depthwise) layers and embeddings, batch, layer,
+    group, instance and RMS normalisations, elementwise operations with each other and with
+    parameters, pooling, padding, flattening and anything else that only moves elements, means and
+    sums. What is added or multiplied is permuted together, so residual streams become one set of
+    units. Units that meet the network's inputs or outputs are pinned. Under a GroupNorm, its groups
+    are permuted as wholes, and channels within them.
 
-    model:           one that `torch.fx` can trace: no control flow that depends on values. It is not changed.
+    model:           one that `torch.fx` can trace: no control flow that depends on values. It is
+                     not changed; a copy runs in eval mode.
     example:         an input of the model, (N, ...); N of two or more is best.
-    on_unsupported:  what to do with units that reach an operation that is not known to keep them apart (attention,
-                     concatenation, channel shuffles, convolutions in groups of several channels): "error", or "pinned"
-                     to leave them as they are and match the rest.
+    on_unsupported:  what to do with units that reach an operation that is not known to keep them
+                     apart (attention, concatenation, channel shuffles, convolutions in groups of
+                     several channels): "error", or "pinned" to leave them as they are and match the
+                     rest.
 
-    Raises UnsupportedError naming the layer or operation; the remedy is `PermutationSpec.from_layers`.
+    Returns a `PermutationSpec`. Raises UnsupportedError naming the layer or operation; the remedy
+    is `PermutationSpec.from_layers`.
+
+    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+    >>> spec = htv.methods.trace_permutations(model, torch.randn(2, 3))
+    >>> [(units.name, units.size) for units in spec.units]
+    [('0', 4)]
     """
     if on_unsupported not in ("error", "pinned"):
         raise ValueError(f"on_unsupported must be 'error' or 'pinned', got {on_unsupported!r}")

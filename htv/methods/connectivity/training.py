@@ -34,28 +34,41 @@ def train_curve(
     scheduler: Any = None,
     attach: Callable[[nn.Module], Any] | None = None,
 ) -> Tensor:
-    """Minimise the mean loss over t of gamma(t): one t per batch, and the chain rule to the trained control points.
+    """Minimise the mean loss over t of gamma(t), by one t per batch and the chain rule.
 
-        path = QuadraticBezier(first, second)
-        optimizer = torch.optim.SGD(path.parameters(), lr=0.01, momentum=0.9)
-        train_curve(path, first, loader, optimizer, epochs=20, generator=torch.Generator().manual_seed(0))
-
-    To resume, load the state dicts of path, optimizer and generator, and call it again.
+    The gradient at gamma(t) goes to the trained control points. To resume, load the state dicts of
+    path, optimizer and generator, and call it again.
 
     path:       changed in place; its ends stay.
-    model:      of its architecture; a copy is trained in train mode and thrown away, so its BatchNorms normalise by the
-                batch. What they collect is lost: re-estimate when evaluating.
+    model:      of its architecture; a copy is trained in train mode and thrown away, so its
+                BatchNorms normalise by the batch. What they collect is lost: re-estimate when
+                evaluating.
     data:       batches ``(x, y)``.
-    optimizer:  over ``path.parameters()``. Points of frozen parameters have no gradients and are left alone.
+    optimizer:  over ``path.parameters()``. Points of frozen parameters have no gradients and are
+                left alone.
+    epochs:     how many, at least 1.
     sampler:    (count, generator=) -> t, (count,).
+    generator:  of random numbers, for the sampler. Default: torch's own.
     criterion:  (outputs, targets) -> loss.
-    forward:    (model, batch) -> outputs, for batches that are not ``(x, ...)``; the targets are ``batch[1]``.
+    forward:    (model, batch) -> outputs, for batches that are not ``(x, ...)``; the targets are
+                ``batch[1]``.
     scheduler:  its `step()` is called after each epoch.
-    attach:     what to attach to the copy, such as ``lambda model: htv.attach(model, htv.AndMask(0.4))``: the rule is
-                applied at gamma(t), and its result scaled by the coefficients.
+    attach:     what to attach to the copy, such as ``lambda model: htv.attach(model,
+                htv.AndMask(0.4))``: the rule is applied at gamma(t), and its result scaled by the
+                coefficients.
 
-    Returns the losses, (steps,) float64. Raises ValueError if no control point is trained, or the optimizer has none of
-    them, or there is no batch or epoch.
+    Returns the losses, (steps,) float64. Raises ValueError if no control point is trained, or the
+    optimizer has none of them, or there is no batch or epoch.
+
+    Garipov et al. 2018, "Loss surfaces, mode connectivity, and fast ensembling of DNNs",
+    arXiv 1802.10026.
+
+    >>> first, second = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    >>> path = htv.methods.QuadraticBezier(first, second)
+    >>> data = [(torch.randn(8, 3), torch.arange(8) % 2)]
+    >>> optimizer = torch.optim.SGD(path.parameters(), lr=0.1)
+    >>> htv.methods.train_curve(path, first, data, optimizer, epochs=5).shape
+    torch.Size([5])
     """
     if epochs < 1:
         raise ValueError(f"epochs must be at least 1, got {epochs}")

@@ -1,6 +1,7 @@
-"""The command `htv`: a demo to see the rules at work, what they cost here, and what this installation can do.
+"""The commands of `htv`: a demo to see the rules at work, their cost, what this installation can.
 
-Commands import what they need when they run, so that `htv --help` stays quick.
+They import what they need when they run, so that `htv --help` stays quick, and say at once which
+extra they lack.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from typing import Annotated
 
 import typer
 
+from htv.errors import require
+
 app = typer.Typer(
     help="Gradients that keep only what the examples agree on.",
     no_args_is_help=True,
@@ -18,10 +21,6 @@ app = typer.Typer(
     rich_markup_mode=None,  # errors on one line
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-def main() -> None:
-    app(prog_name="htv")
 
 
 def _print_version(wanted: bool) -> None:
@@ -69,6 +68,7 @@ def demo(
     Plain training and the rules start from the same weights and see the same batches. Ends with a table of accuracy,
     memorisation, time and memory, curves as PNG, and every number as JSON.
     """
+    require("htv demo", "cli", "rich", "matplotlib", *_for_digits(data))
     from rich.console import Console
 
     from htv.data import DataError, digits, idx_folder
@@ -136,6 +136,7 @@ def bench(
     examples: a loop, torch.func's vmap, Opacus and BackPACK (the extra `peers`). One that fails is reported with its
     error.
     """
+    require("htv bench", "cli", "rich", "matplotlib")
     from dataclasses import replace
 
     import torch
@@ -189,13 +190,8 @@ def experiment(
     Every finished run is kept in NAME.jsonl, and the same command goes on where it was interrupted. Ends with tables, a
     picture (NAME.png), a report (NAME.md) and every number (NAME.json).
     """
-    from rich.console import Console
-
-    from htv.data import DataError
     from htv.experiments import NAMES
     from htv.experiments.experiment import load
-    from htv.experiments.records import RecordsError
-    from htv.experiments.run import run
 
     if name is None:
         width = max(map(len, NAMES))
@@ -208,6 +204,15 @@ def experiment(
         raise typer.BadParameter(str(error), param_hint="NAME") from error
     if data is not None and not chosen.images:
         raise typer.BadParameter(f"{name} makes its own data and takes no images", param_hint="--data")
+    images = _for_digits(data) if chosen.images else ()
+    require("htv experiment", "cli", "rich", "matplotlib", *images)
+    require(f"htv experiment {name}", "cli,methods", *chosen.needs)
+    from rich.console import Console
+
+    from htv.data import DataError
+    from htv.experiments.records import RecordsError
+    from htv.experiments.run import run
+
     out = out or Path("experiments", "quick" if quick else "")
     _check_folder(out)
     try:
@@ -245,6 +250,7 @@ def tune(
 
     Works on buffers of its own and is never run by training. HTV_TUNED names another table than the default one.
     """
+    require("htv tune", "cli", "rich")
     import os
     import subprocess
     import sys
@@ -306,6 +312,7 @@ def tune(
 @app.command()
 def info() -> None:
     """Show versions, how the package was built, and which backends serve here, or why not."""
+    require("htv info", "cli", "rich")
     from rich.console import Console
     from rich.table import Table
 
@@ -333,6 +340,11 @@ def info() -> None:
     console = Console()
     for part in (facts, backends, kernels):
         console.print(part, highlight=False)
+
+
+def _for_digits(data: Path | None) -> tuple[str, ...]:
+    """The modules that images need: where no folder is given, they are scikit-learn's digits."""
+    return ("sklearn",) if data is None else ()
 
 
 def _split(given: list[str] | None) -> list[str] | None:
