@@ -20,7 +20,7 @@ import typer
 from torch import Tensor
 
 import htv
-from htv.groups import Groups, Place, Voters
+from htv.groups import BatchLayout, GroupedRows, Groups
 from htv.ops import aggregate, schema
 from htv.ops.factors import ConvFactors, ConvGeometry, EmbeddingFactors
 from htv.rules import Rule
@@ -70,7 +70,7 @@ def conv(name: str, groups: int, channels: int, size: int, rule: Rule, each: flo
     kernel = 7 if depthwise else 3
     x, grad = torch.randn(2, groups, channels, size, size).unbind()
     geometry = ConvGeometry(1, kernel // 2, 1, channels if depthwise else 1, 2)
-    voters = Voters(Groups.each(groups), Place(0))
+    voters = GroupedRows(Groups.each(groups), BatchLayout(0))
     weights = float(channels * (1 if depthwise else channels) * kernel**2)
     run = lambda: aggregate.aggregate([ConvFactors(x, grad, (kernel, kernel), geometry, voters)], rule)
     moved = 4.0 * (x.numel() + grad.numel() + weights)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from htv.engine import ranks
-from htv.engine.forward import ServedForward
-from htv.engine.group_spec import Voting
+from htv.engine.forward import ForwardStandIn
+from htv.engine.group_spec import GroupSpec
 from htv.engine.session import ForwardBlock, Session, Settings, refuse_shared
 from htv.errors import UnsupportedError
 from htv.ops.agreement import Agreement
@@ -85,7 +85,7 @@ def attach(
         raise ValueError(f"batch_dim must be a dim counted from the front, 0, 1, ...; got {batch_dim!r}")
     batch, methods = _as_names("batch", batch), _as_names("methods", methods)
     for name, module in model.named_modules():
-        if isinstance(module.__dict__.get("forward"), ServedForward):
+        if isinstance(module.__dict__.get("forward"), ForwardStandIn):
             raise RuntimeError(
                 f"{'the model' if name == '' else f'module {name!r}'} is attached already: call detach() on its "
                 "handle before attaching another rule"
@@ -98,9 +98,9 @@ def attach(
         ranks.refuse_sharded(model, sharded)
     elif sharded is not None:  # Mean() is the plain gradient, which the ranks bring together
         rules = dict.fromkeys(rules)
-    served = _served_methods(model, methods)
+    tracked = _served_methods(model, methods)
     settings = Settings(on_unsupported, stats, batch_dim, batch_norm, batch, allow_single)
-    return Handle(Session(model, rules, settings, served))
+    return Handle(Session(model, rules, settings, tracked))
 
 
 def _as_names(argument: str, value) -> tuple[str, ...]:
@@ -183,8 +183,8 @@ def _matches(name: str, pattern: str) -> bool:
 
 def served_parameters(handle: Handle) -> dict[str, nn.Parameter]:
     """Return the parameters a handle serves that want a gradient, by name."""
-    served = handle._session.served()
-    return {s.name: s.parameter for s in served if s.parameter.requires_grad}
+    tracked = handle._session.tracked()
+    return {s.name: s.parameter for s in tracked if s.parameter.requires_grad}
 
 
 class Handle:
@@ -210,7 +210,7 @@ class Handle:
 
     def __repr__(self) -> str:
         state = "attached" if self.attached else "detached"
-        count, model = len(self._session.served()), type(self.model).__name__
+        count, model = len(self._session.tracked()), type(self.model).__name__
         return f"<htv.Handle {state}: {count} parameters of {model} served>"
 
     def __reduce_ex__(self, protocol):
@@ -240,7 +240,7 @@ class Handle:
         weight:  "size": a group's contribution is the sum of its examples', as the loss has it; "equal": it is scaled
                  as if every group had N / E examples, so that the mean of every group (environment) counts once.
         """
-        return self._session.voting(Voting("ids", ids, weight), "groups")
+        return self._session.voting(GroupSpec("ids", ids, weight), "groups")
 
     def packed(self, cu_seqlens: Tensor, weight: str = "size") -> AbstractContextManager[None]:
         """Forwards inside the block take packed sequences: inputs of shape (total, ...) or (1, total, ...).
@@ -248,7 +248,7 @@ class Handle:
         cu_seqlens: (E + 1,) integers from 0 to total; rows cu_seqlens[e]:cu_seqlens[e + 1] vote together.
         weight:     as for `groups`.
         """
-        return self._session.voting(Voting("packed", cu_seqlens, weight), "packed")
+        return self._session.voting(GroupSpec("packed", cu_seqlens, weight), "packed")
 
     def tokens(self, mask: Tensor | None = None) -> AbstractContextManager[None]:
         """Forwards inside the block let every row a layer sees vote by itself: every token of every example.
@@ -259,7 +259,7 @@ class Handle:
 
         mask: (N, T) booleans, True where a token votes; what the others (padding) contribute is left out.
         """
-        return self._session.voting(Voting("rows", mask, "size"), "tokens")
+        return self._session.voting(GroupSpec("rows", mask, "size"), "tokens")
 
     def forward(self, *batch, **named) -> ForwardBlock:
         """Serve all that a block computes as one forward of the model.
@@ -318,4 +318,4 @@ class Handle:
             raise RuntimeError(
                 "statistics are not collected: attach with stats=True (it costs one more pass)"
             )
-        return {s.name: s.agreement for s in session.served() if s.agreement is not None}
+        return {s.name: s.agreement for s in session.tracked() if s.agreement is not None}

@@ -1,8 +1,8 @@
-"""Who votes: how the units of a batch map to groups, and where the units are in a tensor.
+"""Who votes: how the examples of a batch map to groups, and where the examples are in a tensor.
 
-A *unit* is one index of the batch's dim: by default dim 0 of the model's input holds the examples, and every example
-is its own group. `Groups` assigns units to groups, once per forward. `Place` says where the units are in one tensor of
-that forward, `Voters` is both together: what a layer needs to tell its rows apart.
+A *example* is one index of the batch's dim: by default dim 0 of the model's input holds the examples, and every example
+is its own group. `Groups` assigns examples to groups, once per forward. `BatchLayout` says where the examples are in one tensor of
+that forward, `GroupedRows` is both together: what a layer needs to tell its rows apart.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-__all__ = ["Groups", "Place", "Voters", "moved"]
+__all__ = ["Groups", "BatchLayout", "GroupedRows", "to_device_async"]
 
 @dataclass(frozen=True, eq=False)
-class Place:
-    """Where the N units are in one tensor: along `dim`, each of its indices belonging to one unit.
+class BatchLayout:
+    """Where the N examples are in one tensor: along `dim`, each of its indices belonging to one example.
 
-    outer, times:  the dim holds outer * N * times indices, and index i belongs to unit (i // times) % N, as after
+    outer, times:  the dim holds outer * N * times indices, and index i belongs to example (i // times) % N, as after
                    merging the batch's dim with one before and one behind it.
-    units:         (size of the dim,) int64, the unit of every index, where they follow no such pattern (rows that were
+    examples:         (size of the dim,) int64, the example of every index, where they follow no such pattern (rows that were
                    selected or permuted); outer and times mean nothing then.
     guess:         what was taken for the batch's by its size alone, or "": a place that disagrees with a sure one is an
                    error then.
@@ -32,98 +32,98 @@ class Place:
     dim: int
     outer: int = 1
     times: int = 1
-    units: Tensor | None = None
+    examples: Tensor | None = None
     guess: str = ""
 
     is_the_one: ClassVar[bool] = False  # set on the one object that stands for all equal places
 
-    def at(self, dim: int) -> Place:
-        return self if dim == self.dim else Place(dim, self.outer, self.times, self.units, self.guess)
+    def at(self, dim: int) -> BatchLayout:
+        return self if dim == self.dim else BatchLayout(dim, self.outer, self.times, self.examples, self.guess)
 
-    def size(self, num_units: int) -> int:
-        return self.outer * num_units * self.times if self.units is None else self.units.shape[0]
+    def size(self, batch_size: int) -> int:
+        return self.outer * batch_size * self.times if self.examples is None else self.examples.shape[0]
 
-    def index(self, num_units: int) -> Tensor:
-        """(size of the dim,) int64: the unit of every index."""
-        if self.units is not None:
-            return self.units
-        return (torch.arange(self.size(num_units)) // self.times) % num_units
+    def index(self, batch_size: int) -> Tensor:
+        """(size of the dim,) int64: the example of every index."""
+        if self.examples is not None:
+            return self.examples
+        return (torch.arange(self.size(batch_size)) // self.times) % batch_size
 
-    def same(self, other: Place, num_units: int) -> bool:
-        """Whether every index of two tensors that are alike but for this belongs to the same unit."""
+    def same(self, other: BatchLayout, batch_size: int) -> bool:
+        """Whether every index of two tensors that are alike but for this belongs to the same example."""
         if self is other:
             return True
-        if self.dim != other.dim or self.size(num_units) != other.size(num_units):
+        if self.dim != other.dim or self.size(batch_size) != other.size(batch_size):
             return False
-        if self.units is None and other.units is None:
-            return (self.outer, self.times) == (other.outer, other.times) or num_units == 1
-        if self.units is other.units:
+        if self.examples is None and other.examples is None:
+            return (self.outer, self.times) == (other.outer, other.times) or batch_size == 1
+        if self.examples is other.examples:
             return True
-        return torch.equal(self.index(num_units).cpu(), other.index(num_units).cpu())
+        return torch.equal(self.index(batch_size).cpu(), other.index(batch_size).cpu())
 
 
 @dataclass(frozen=True, eq=False)
 class Groups:
-    """Assignment of the N units of one batch to E groups. Made by `each`, `by_id` and `packed`; every group has units.
+    """Assignment of the N examples of one batch to E groups. Made by `each`, `by_id` and `packed`; every group has examples.
 
-    num_units:  N.
-    offsets:    (E + 1,) int64 on the CPU; once units are put in `order`, group e owns units offsets[e]:offsets[e + 1].
-    order:      (N,) int64 on the CPU, the units sorted by group, or None where they already are.
+    batch_size:  N.
+    offsets:    (E + 1,) int64 on the CPU; once examples are put in `order`, group e owns examples offsets[e]:offsets[e + 1].
+    order:      (N,) int64 on the CPU, the examples sorted by group, or None where they already are.
     keys:       (E,) the caller's ids, or None where groups are numbered as they come; of packed sequences, the numbers
                 of those with rows, or None where all have some.
     named:      whether the keys are ids the caller gave.
-    home:       where the units are in the model's inputs.
+    input_layout:       where the examples are in the model's inputs.
     weights:    (E,) float64, what each group's contributions are multiplied by, or None for 1.
-    rows_vote:  every row a layer sees is a group of its own, whatever its unit.
-    voting:     with rows_vote: (N, T) bool on the CPU, the rows of each unit that vote, or None for all.
+    rows_vote:  every row a layer sees is a group of its own, whatever its example.
+    voting:     with rows_vote: (N, T) bool on the CPU, the rows of each example that vote, or None for all.
     """
 
-    num_units: int
+    batch_size: int
     offsets: Tensor
     order: Tensor | None = None
     keys: Tensor | None = None
     named: bool = False
-    home: Place = Place(0)
+    input_layout: BatchLayout = BatchLayout(0)
     weights: Tensor | None = None
     rows_vote: bool = False
     voting: Tensor | None = None
 
     @staticmethod
-    def each(num_units: int, dim: int = 0) -> Groups:
-        """Every unit is a group of its own."""
-        if num_units < 1:
+    def each(batch_size: int, dim: int = 0) -> Groups:
+        """Every example is a group of its own."""
+        if batch_size < 1:
             raise ValueError(f"the batch is empty: its dim {dim} has size 0, and no group can vote (skip the step)")
-        return Groups(num_units, torch.arange(num_units + 1), home=Place(dim))
+        return Groups(batch_size, torch.arange(batch_size + 1), input_layout=BatchLayout(dim))
 
     @staticmethod
-    def by_id(ids: Tensor | list[int], num_units: int, dim: int = 0, weight: str = "size") -> Groups:
-        """Units with equal ids vote together.
+    def by_id(ids: Tensor | list[int], batch_size: int, dim: int = 0, weight: str = "size") -> Groups:
+        """Examples with equal ids vote together.
 
         ids:     (N,) integers, any values, any order.
         weight:  "size": contributions count as they come, so a group counts by its size; "equal": every group counts as
-                 if it had N / E units, so that its mean counts once.
+                 if it had N / E examples, so that its mean counts once.
         """
         ids = torch.as_tensor(ids).cpu()  # at once: how many groups there are decides shapes
         if ids.dim() != 1 or ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
             raise ValueError(
                 f"groups must be a 1-D tensor of integer ids, got shape {tuple(ids.shape)} and dtype {ids.dtype}"
             )
-        if len(ids) != num_units:
+        if len(ids) != batch_size:
             raise ValueError(
-                f"groups has {len(ids)} ids but dim {dim} of the batch has size {num_units}: pass one id per example"
+                f"groups has {len(ids)} ids but dim {dim} of the batch has size {batch_size}: pass one id per example"
             )
-        if num_units < 1:
+        if batch_size < 1:
             raise ValueError("groups is empty: no group can vote (skip the step)")
         keys, inverse, sizes = ids.unique(return_inverse=True, return_counts=True)
         order = None if bool((inverse[1:] >= inverse[:-1]).all()) else inverse.argsort(stable=True)
-        weights = None if weight == "size" else num_units / (len(sizes) * sizes.double())
-        return Groups(num_units, _offsets(sizes), order, keys, True, Place(dim), weights)
+        weights = None if weight == "size" else batch_size / (len(sizes) * sizes.double())
+        return Groups(batch_size, _offsets(sizes), order, keys, True, BatchLayout(dim), weights)
 
     @staticmethod
-    def packed(cu_seqlens: Tensor | list[int], num_units: int, dim: int = 0, weight: str = "size") -> Groups:
-        """Consecutive units vote together: sequence e owns units cu_seqlens[e]:cu_seqlens[e + 1].
+    def packed(cu_seqlens: Tensor | list[int], batch_size: int, dim: int = 0, weight: str = "size") -> Groups:
+        """Consecutive examples vote together: sequence e owns examples cu_seqlens[e]:cu_seqlens[e + 1].
 
-        cu_seqlens: integers from 0 up to the number of units, as variable-length attention takes them; a sequence of
+        cu_seqlens: integers from 0 up to the number of examples, as variable-length attention takes them; a sequence of
         length 0 does not vote.
         """
         bounds = torch.as_tensor(cu_seqlens).cpu()
@@ -134,43 +134,43 @@ class Groups:
             )
         bounds = bounds.long()
         sizes = bounds.diff()
-        if bounds[0] != 0 or bounds[-1] != num_units or bool((sizes < 0).any()):
+        if bounds[0] != 0 or bounds[-1] != batch_size or bool((sizes < 0).any()):
             raise ValueError(
-                f"cu_seqlens must rise from 0 to the number of packed rows, {num_units}; it goes from "
+                f"cu_seqlens must rise from 0 to the number of packed rows, {batch_size}; it goes from "
                 f"{int(bounds[0])} to {int(bounds[-1])}" + (" and falls in between" if bool((sizes < 0).any()) else "")
             )
         voting = (sizes > 0).nonzero().flatten()
         if len(voting) == 0:
             raise ValueError("cu_seqlens holds no rows: no group can vote (skip the step)")
         keys = voting if len(voting) < len(sizes) else None
-        weights = None if weight == "size" else num_units / (len(voting) * sizes[voting].double())
-        return Groups(num_units, _offsets(sizes[voting]), keys=keys, home=Place(dim), weights=weights)
+        weights = None if weight == "size" else batch_size / (len(voting) * sizes[voting].double())
+        return Groups(batch_size, _offsets(sizes[voting]), keys=keys, input_layout=BatchLayout(dim), weights=weights)
 
     @staticmethod
-    def each_row(num_units: int, dim: int = 0, voting: Tensor | None = None) -> Groups:
+    def each_row(batch_size: int, dim: int = 0, voting: Tensor | None = None) -> Groups:
         """Every row a layer sees votes by itself. voting: (N, T) bool, False where a row (padding) has no vote."""
-        if voting is not None and (voting.dim() != 2 or voting.dtype != torch.bool or len(voting) != num_units):
+        if voting is not None and (voting.dim() != 2 or voting.dtype != torch.bool or len(voting) != batch_size):
             raise ValueError(
-                f"mask must be a boolean tensor of shape ({num_units}, T), True where a token votes; got shape "
+                f"mask must be a boolean tensor of shape ({batch_size}, T), True where a token votes; got shape "
                 f"{tuple(voting.shape)} and dtype {voting.dtype}"
             )
         voting = None if voting is None else voting.cpu()
         if voting is not None and not bool(voting.any()):
             raise ValueError("mask lets no token vote (skip the step)")
-        return replace(Groups.each(num_units, dim), rows_vote=True, voting=voting)
+        return replace(Groups.each(batch_size, dim), rows_vote=True, voting=voting)
 
     @cached_property
     def count(self) -> int:
         """E, the number of groups, where rows do not vote by themselves."""
         return self.offsets.shape[0] - 1
 
-    def voters_told(self) -> str:
+    def described(self) -> str:
         """Who votes, for messages."""
         if self.rows_vote:
-            return f"every token of {self.num_units} examples"
-        return f"{self.count} group{'s' * (self.count != 1)} of {self.num_units} examples"
+            return f"every token of {self.batch_size} examples"
+        return f"{self.count} group{'s' * (self.count != 1)} of {self.batch_size} examples"
 
-    def same_voters(self, other: Groups) -> bool:
+    def same_groups(self, other: Groups) -> bool:
         """Whether group e of both stands for the same voter, so that contributions may be added group by group."""
         if self is other:
             return True
@@ -180,55 +180,55 @@ class Groups:
             same_mask = self.voting is other.voting or (
                 self.voting is not None and other.voting is not None and torch.equal(self.voting, other.voting)
             )
-            return same_mask and self.num_units == other.num_units
+            return same_mask and self.batch_size == other.batch_size
         if self.keys is None or other.keys is None:
             return self.keys is other.keys and self.count == other.count
         return torch.equal(self.keys, other.keys)
 
-    def fits(self, tensor: Tensor, place: Place | None = None) -> bool:
+    def fits(self, tensor: Tensor, layout: BatchLayout | None = None) -> bool:
         """Whether a tensor has the size of a place, the home by default, where the batch would be."""
-        place = self.home if place is None else place
-        return tensor.dim() > place.dim and tensor.shape[place.dim] == place.size(self.num_units)
+        layout = self.input_layout if layout is None else layout
+        return tensor.dim() > layout.dim and tensor.shape[layout.dim] == layout.size(self.batch_size)
 
-    def voters(self, place: Place) -> Voters:
-        """Who votes with the indices of a tensor that has the units there."""
-        return Voters(self, place)
+    def grouped_rows(self, layout: BatchLayout) -> GroupedRows:
+        """Who votes with the indices of a tensor that has the examples there."""
+        return GroupedRows(self, layout)
 
     def members(self) -> Tensor:
-        """(N,) int64: the group of every unit."""
+        """(N,) int64: the group of every example."""
         groups = torch.repeat_interleave(torch.arange(self.count), self.offsets.diff())
         return groups if self.order is None else torch.empty_like(groups).index_copy_(0, self.order, groups)
 
 
-class Voters:
-    """Who votes with which indices of one tensor's batch dim: `groups` at a `place`.
+class GroupedRows:
+    """Who votes with which indices of one tensor's batch dim: `groups` at a `layout`.
 
-    dim:      the batch's dim, that of the `place`.
+    dim:      the batch's dim, that of the `layout`.
     order:    (S,) int64 on the CPU, the dim's indices sorted by group, or None where they are.
     offsets:  (E + 1,) int64 on the CPU; in that order group e owns indices offsets[e]:offsets[e + 1], perhaps none.
     """
 
-    def __init__(self, groups: Groups, place: Place):
-        self.groups, self.place, self.dim = groups, place, place.dim
+    def __init__(self, groups: Groups, layout: BatchLayout):
+        self.groups, self.layout, self.dim = groups, layout, layout.dim
         self.count = 0 if groups.offsets is None else groups.offsets.shape[0] - 1  # E
         self.rows_vote = groups.rows_vote
         self._scaled: dict[int, Tensor] = {}
         self._orders: dict[torch.device, Tensor] = {}
-        if place.units is None and place.outer == 1 and groups.order is None:
+        if layout.examples is None and layout.outer == 1 and groups.order is None:
             self.order = None
-            self.offsets = groups.offsets if place.times == 1 else groups.offsets * place.times
+            self.offsets = groups.offsets if layout.times == 1 else groups.offsets * layout.times
             return
-        members = groups.members()[place.index(groups.num_units).cpu()]
+        members = groups.members()[layout.index(groups.batch_size).cpu()]
         self.offsets = _offsets(members.bincount(minlength=groups.count))
         order = members.argsort(stable=True)
         self.order = None if torch.equal(order, torch.arange(len(order))) else order
 
-    def all_alike(self) -> Voters:
+    def ungrouped(self) -> GroupedRows:
         """The same without weights and with a vote for every row: for plain sums."""
         groups = self.groups
         if groups.weights is None and groups.voting is None:
             return self
-        return replace(groups, weights=None, voting=None).voters(self.place)
+        return replace(groups, weights=None, voting=None).grouped_rows(self.layout)
 
     @cached_property
     def plain(self) -> bool:
@@ -258,7 +258,7 @@ class Voters:
                 f"tokens(mask) has {voting.shape[1]} tokens for each of {len(voting)} examples, but a layer saw an "
                 f"input of shape {tuple(tensor.shape)}, whose rows are not these tokens. Remedy: exclude its parameters"
             )
-        return rows.index_select(0, moved(voting.flatten().nonzero().flatten(), rows.device))
+        return rows.index_select(0, to_device_async(voting.flatten().nonzero().flatten(), rows.device))
 
     def grad_rows(self, grad: Tensor, features: int = 1) -> tuple[Tensor, Tensor]:
         """`rows` of an output's gradient, multiplied by the weights of their groups; and their `bounds`."""
@@ -302,7 +302,7 @@ class Voters:
 
     def _order_on(self, device: torch.device) -> Tensor:
         if device not in self._orders:
-            self._orders[device] = moved(self.order, device)
+            self._orders[device] = to_device_async(self.order, device)
         return self._orders[device]
 
     @cached_property
@@ -319,7 +319,7 @@ class Voters:
 MOST_CAPTURED = 4096  # values that a CUDA graph writes one by one
 
 
-def moved(tensor: Tensor, device: torch.device) -> Tensor:
+def to_device_async(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor of the host on a device, without waiting for it.
 
     While a CUDA graph is captured, values are written there one by one: a copy would be replayed from memory that is no
@@ -339,7 +339,7 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def _as_column(values: Tensor, beside: Tensor) -> Tensor:
-    return moved(values.to(beside.dtype), beside.device).reshape(-1, *(1,) * (beside.dim() - 1))
+    return to_device_async(values.to(beside.dtype), beside.device).reshape(-1, *(1,) * (beside.dim() - 1))
 
 
 def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
@@ -352,7 +352,7 @@ def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
         ids = torch.repeat_interleave(sizes)  # what embeddings do to sum rows by id beats segment_reduce
         summed = torch.ops.aten.embedding_dense_backward(flat, ids, len(sizes), -1, False)
     else:
-        summed = torch.segment_reduce(flat, "sum", offsets=moved(offsets, values.device), axis=0, initial=0)
+        summed = torch.segment_reduce(flat, "sum", offsets=to_device_async(offsets, values.device), axis=0, initial=0)
     return summed.reshape(len(sizes), *values.shape[1:])
 
 

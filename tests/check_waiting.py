@@ -6,7 +6,7 @@ import os
 import pretended_gpu
 import pytest
 import torch
-from pretended_gpu import OnDevice, Waits, moved, pretended, values
+from pretended_gpu import OnDevice, Waits, pretended, to_device_async, values
 from torch import nn
 
 import htv
@@ -18,7 +18,7 @@ if TRITON:  # its kernels look at the variable when they are imported
     from triton.runtime.interpreter import GridExecutor
 
     from htv.triton_kernels import conv, device, embedding, linear, stacked  # noqa: F401
-SERVERS = ["reference", *(["auto"] if TRITON else [])]
+HANDLERS = ["reference", *(["auto"] if TRITON else [])]
 
 
 class Text(nn.Module):
@@ -99,37 +99,37 @@ def plain(argument):
     return argument.inner if isinstance(argument, OnDevice) else argument
 
 
-def gradients(model, batch, rule, voters):
+def gradients(model, batch, rule, grouped_rows):
     handle = htv.attach(model, rule)
     try:
-        with voters(handle):
+        with grouped_rows(handle):
             model(batch).square().sum().backward()
     finally:
         handle.detach()
     return [values(p.grad) for p in model.parameters()]
 
 
-def knows(model: str, voters: str, rule) -> bool:
+def knows(model: str, grouped_rows: str, rule) -> bool:
     """Whether so few groups are enough for a rule, and whether tokens have layers that know them."""
-    return voters != "tokens" or model in ("text", "tied")
+    return grouped_rows != "tokens" or model in ("text", "tied")
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("rule", RULES, ids=repr)
-@pytest.mark.parametrize("voters", VOTERS)
+@pytest.mark.parametrize("grouped_rows", VOTERS)
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("server", SERVERS)
-def test_a_step_waits_for_nothing(server, model, voters, rule, monkeypatch):
-    if not knows(model, voters, rule):
+@pytest.mark.parametrize("server", HANDLERS)
+def test_a_step_waits_for_nothing(server, model, grouped_rows, rule, monkeypatch):
+    if not knows(model, grouped_rows, rule):
         pytest.skip("images have no tokens")
     if server == "reference" and model in ("text", "tied"):
         pytest.skip("PyTorch's sums by pairs of token and group wait")
     torch.manual_seed(0)
     net, batch = MODELS[model]()
-    wanted = gradients(net, batch, rule, VOTERS[voters])
+    wanted = gradients(net, batch, rule, VOTERS[grouped_rows])
     net.zero_grad()
     with pretended(monkeypatch), htv.use_backend(server):
-        found = gradients(moved(net), OnDevice(batch), rule, VOTERS[voters])
+        found = gradients(to_device_async(net), OnDevice(batch), rule, VOTERS[grouped_rows])
     assert all(p.device == pretended_gpu.CUDA for p in net.parameters())
     for parameter, one, other in zip(dict(net.named_parameters()), found, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5, msg=lambda m, name=parameter: f"{name}: {m}")
@@ -157,7 +157,7 @@ def test_a_capture_holds_who_votes(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pytest.fail("copies"))
-        assert torch.equal(values(groups.moved(order, pretended_gpu.CUDA)), order)
-        assert groups.moved(order[:0], pretended_gpu.CUDA).shape == (0,)
+        assert torch.equal(values(groups.to_device_async(order, pretended_gpu.CUDA)), order)
+        assert groups.to_device_async(order[:0], pretended_gpu.CUDA).shape == (0,)
         with pytest.raises(RuntimeError, match="cannot capture who votes with 5000 values"):
-            groups.moved(torch.arange(5000), pretended_gpu.CUDA)
+            groups.to_device_async(torch.arange(5000), pretended_gpu.CUDA)

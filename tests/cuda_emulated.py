@@ -24,10 +24,10 @@ def compile_library(folder: Path) -> Path:
     flags = ["-std=c++20", "-O1", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
     flags += ["-ffp-contract=off", "-U_FORTIFY_SOURCE", "-DHTV_EMULATED", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
     flags += [f"-I{HERE}", f"-I{CSRC}", *(flag for path in include_paths() for flag in ("-isystem", path))]
-    units = [(HERE / "library.cpp", "")]
+    batch_size = [(HERE / "library.cpp", "")]
     for source in sorted(CSRC.glob("cuda/*.cu")):
         if source.stem != "library":
-            units += [(source, e) for e in (ELEMENTS if source.stem.endswith("_kernel") else ("",))]
+            batch_size += [(source, e) for e in (ELEMENTS if source.stem.endswith("_kernel") else ("",))]
 
     def compile(unit) -> str:
         source, element = unit
@@ -38,7 +38,7 @@ def compile_library(folder: Path) -> Path:
         return out
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile, units))
+        objects = list(pool.map(compile, batch_size))
     lib = Path(torch.__file__).with_name("lib")
     library = folder / "emulated.so"
     subprocess.run([compiler(), "-shared", *objects, "-o", library, f"-L{lib}", "-ltorch", "-ltorch_cpu"], check=True)

@@ -73,10 +73,10 @@ def waits(func, args, kwargs) -> str | None:
     if func.namespace == "htv":
         return None  # it takes offsets on the host; what it does is watched
     tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-    moved = moves(func, args, kwargs)
-    if moved == "out":
+    to_device_async = moves(func, args, kwargs)
+    if to_device_async == "out":
         return "copies to the host"
-    if moved == "in":
+    if to_device_async == "in":
         source = args[0] if func.overloadpacket is aten._to_copy else args[1]
         asynchronous = kwargs.get("non_blocking") or (len(args) > 2 and args[2])
         return None if asynchronous and hasattr(source, "pinned") else "copies at once, or what is not pinned"
@@ -170,12 +170,12 @@ def build_guard(folder: Path) -> list[str]:
     """The libraries to load before torch is imported, so that its autograd believes in a device."""
     if hasattr(torch._C, "_cuda_getDeviceCount"):
         return []
-    source, library, home = folder / "guard.cpp", folder / "guard.so", Path(torch.__file__).parent
+    source, library, input_layout = folder / "guard.cpp", folder / "guard.so", Path(torch.__file__).parent
     source.write_text(GUARD)
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"
-    command = ["g++", "-std=c++20", "-shared", "-fPIC", abi, f"-I{home / 'include'}", str(source), "-o", str(library)]
-    subprocess.run([*command, f"-L{home / 'lib'}", "-ltorch_cpu", "-lc10"], check=True, capture_output=True)
-    return [str(home / "lib" / "libtorch_cpu.so"), str(library)]
+    command = ["g++", "-std=c++20", "-shared", "-fPIC", abi, f"-I{input_layout / 'include'}", str(source), "-o", str(library)]
+    subprocess.run([*command, f"-L{input_layout / 'lib'}", "-ltorch_cpu", "-lc10"], check=True, capture_output=True)
+    return [str(input_layout / "lib" / "libtorch_cpu.so"), str(library)]
 
 
 @contextlib.contextmanager
@@ -188,7 +188,7 @@ def pretended(monkeypatch):
         yield
 
 
-def moved(model: nn.Module) -> nn.Module:
+def to_device_async(model: nn.Module) -> nn.Module:
     """A model's parameters and buffers on the device; those that are tied stay so."""
     on_device = {p: nn.Parameter(OnDevice(p.detach().clone()), p.requires_grad) for p in model.parameters()}
     for module in model.modules():

@@ -66,12 +66,12 @@ def test_baselines_compute_the_gradients_of_htv(variant):
         step()
         return [parameter.grad.clone() for parameter in model.parameters()]
 
-    def served():
+    def tracked():
         with htv.attach(model, rule):
             model.zero_grad(set_to_none=True)
             nn.functional.cross_entropy(model(x), targets).backward()
 
-    wanted = gradients(served)
+    wanted = gradients(tracked)
     assert any(grad.abs().sum() > 0 for grad in wanted)
     found = gradients(baselines.step(method, model, x, targets, rule))
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
@@ -147,8 +147,8 @@ def test_stacked_rows_tell_bandwidth():
     record = recorded([workload])
     rows = record["workloads"]["stacked-3"]["variants"]
     assert list(rows) == list(workload.variants) and rows["copy"]["of_copy"] == 1.0
-    for variant, moved in (("copy", 24_000), ("median", 16_000), ("torch:median", 16_000)):
-        assert rows[variant]["gb_per_s"] == pytest.approx(moved / (1e6 * rows[variant]["ms"]))
+    for variant, to_device_async in (("copy", 24_000), ("median", 16_000), ("torch:median", 16_000)):
+        assert rows[variant]["gb_per_s"] == pytest.approx(to_device_async / (1e6 * rows[variant]["ms"]))
     assert "| (3, 0.000953674 Mi) | torch:sort |" in report.stacked(record)
 
 

@@ -60,7 +60,7 @@ def test_one_group_s_wrong_contribution_is_caught_in_every_type(dtype, rule, mon
     for name, breaks in [("honest", None), *BROKEN.items()]:
 
         def wrong(parts, rule, breaks=breaks):
-            stacked = torch.stack([sum(part.one(e) for part in parts) for e in range(parts[0].count)])
+            stacked = torch.stack([sum(part.contribution(e) for part in parts) for e in range(parts[0].count)])
             if breaks is not None:
                 breaks(stacked)
             return aggregated(stacked, rule).to(parts[0].dtype)
@@ -83,7 +83,7 @@ def test_whole_models_in_lower_types(name, rule, dtype):
 
 
 def test_a_lost_gradient_is_an_error(monkeypatch):
-    monkeypatch.setattr("htv.autograd.ledger.Ledger.settle", lambda self, *parameter: None)
+    monkeypatch.setattr("htv.autograd.aggregation.Ledger.settle", lambda self, *parameter: None)
     with pytest.raises(htv.CheckError, match="'0.weight' has no gradient when attached"):
         htv.check(mlp(), torch.randn(6, 12), htv.Median())
 

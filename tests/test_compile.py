@@ -242,8 +242,8 @@ def compiled_frames():
 def test_groups_change_without_compiling_again(weight):
     pair = Pair(Text())
     torch._dynamo.utils.counters.clear()
-    for voters in ([0, 0, 1, 1, 2, 2], [0, 1, 2, 0, 1, 1], [5, 5, 5, 5, 7, 7]):
-        pair.step(ids(), voting=lambda handle: handle.groups(torch.tensor(voters), weight))
+    for grouped_rows in ([0, 0, 1, 1, 2, 2], [0, 1, 2, 0, 1, 1], [5, 5, 5, 5, 7, 7]):
+        pair.step(ids(), voting=lambda handle: handle.groups(torch.tensor(grouped_rows), weight))
     assert compiled_frames() == 1
     pair.step(ids())
 
@@ -268,13 +268,13 @@ def test_tokens_vote():
 def test_groups_opened_inside_a_compiled_function():
     pair = Pair(Text())
 
-    def step(model, handle, batch, voters):
-        with handle.groups(voters):
+    def step(model, handle, batch, grouped_rows):
+        with handle.groups(grouped_rows):
             return model(batch).square().sum()
 
-    batch, voters = ids(), torch.tensor([0, 1, 0, 1, 2, 2])
-    torch.compile(step, fullgraph=True, backend="aot_eager")(pair.model, pair.handle, batch, voters).backward()
-    step(pair.eager, pair.eager_handle, batch, voters).backward()
+    batch, grouped_rows = ids(), torch.tensor([0, 1, 0, 1, 2, 2])
+    torch.compile(step, fullgraph=True, backend="aot_eager")(pair.model, pair.handle, batch, grouped_rows).backward()
+    step(pair.eager, pair.eager_handle, batch, grouped_rows).backward()
     pair.same()
 
 

@@ -91,13 +91,13 @@ RULES = [htv.AndMask(0.2), htv.Median(), htv.WinsorizedMean(0.2), htv.TrimmedMea
 @pytest.mark.parametrize("rule", RULES, ids=repr)
 def test_the_materialising_twin_computes_the_same_gradients(rule):
     torch.manual_seed(0)
-    served = make_network(12, 5, SMALL).double()
+    tracked = make_network(12, 5, SMALL).double()
     twin = make_network(12, 5, SMALL).double()
     x, labels = torch.randn(16, 12, dtype=torch.float64), torch.randint(0, 5, (16,))
-    with aggregating(served, rule):
-        step(served, make_optimizer(served, SMALL), x, labels)
+    with aggregating(tracked, rule):
+        step(tracked, make_optimizer(tracked, SMALL), x, labels)
     cost.twin(twin, make_optimizer(twin, SMALL), x, labels, rule)()
-    for ours, theirs in zip(served.parameters(), twin.parameters(), strict=True):
+    for ours, theirs in zip(tracked.parameters(), twin.parameters(), strict=True):
         assert ours.grad.abs().sum() > 0
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-12)
 

@@ -5,11 +5,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from htv.groups import Groups, Place, Voters, segment_sum
+from htv.groups import BatchLayout, GroupedRows, Groups, segment_sum
 
 
 def sums(groups, x):
-    return Voters(groups, groups.home).sums(x)
+    return GroupedRows(groups, groups.input_layout).sums(x)
 
 
 def test_each_unit_votes():
@@ -34,7 +34,7 @@ def test_equal_weights_make_every_mean_count_once(ids):
     groups = Groups.by_id(torch.tensor(ids), len(ids), weight="equal")
     means = torch.stack([x[torch.tensor(ids) == key].mean(0) for key in sorted(set(ids))])
     torch.testing.assert_close(sums(groups, x), means * len(ids) / len(means))
-    rows, bounds = Voters(groups, groups.home).grad_rows(x)
+    rows, bounds = GroupedRows(groups, groups.input_layout).grad_rows(x)
     torch.testing.assert_close(segment_sum(rows, bounds), sums(groups, x))
 
 
@@ -55,26 +55,26 @@ PLACES = st.builds(dict, outer=st.integers(1, 3), times=st.integers(1, 3))
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=6), PLACES, st.integers(0, 2), st.randoms())
-def test_rows_are_found_wherever_the_batch_is(ids, place, dim, random):
+def test_rows_are_found_wherever_the_batch_is(ids, layout, dim, random):
     """Merged with dims before and behind it, in any dim, or with its indices picked at random."""
     n, groups = len(ids), Groups.by_id(torch.tensor(ids), len(ids))
-    for found in (Place(dim, **place), Place(dim, units=torch.tensor([random.randrange(n) for _ in range(5)]))):
-        units = found.index(n)
+    for found in (BatchLayout(dim, **layout), BatchLayout(dim, examples=torch.tensor([random.randrange(n) for _ in range(5)]))):
+        batch_size = found.index(n)
         size = found.size(n)
-        assert len(units) == size
-        if found.units is None:
-            expected = torch.arange(n).repeat_interleave(place["times"]).repeat(place["outer"])
-            assert torch.equal(units, expected)
+        assert len(batch_size) == size
+        if found.examples is None:
+            expected = torch.arange(n).repeat_interleave(layout["times"]).repeat(layout["outer"])
+            assert torch.equal(batch_size, expected)
         shape = [2, 3, 4]
         shape[dim] = size
         x = torch.randn(*shape, 2, dtype=torch.float64)
-        voters = Voters(groups, found)
-        rows = voters.rows(x)
+        grouped_rows = GroupedRows(groups, found)
+        rows = grouped_rows.rows(x)
         summed = torch.stack(
-            [x.movedim(dim, 0)[torch.tensor(ids)[units] == key].sum(dim=(0, 1, 2)) for key in sorted(set(ids))]
+            [x.movedim(dim, 0)[torch.tensor(ids)[batch_size] == key].sum(dim=(0, 1, 2)) for key in sorted(set(ids))]
         )
-        torch.testing.assert_close(voters.sums(x), summed)
-        torch.testing.assert_close(segment_sum(rows, voters.bounds(rows)), summed)
+        torch.testing.assert_close(grouped_rows.sums(x), summed)
+        torch.testing.assert_close(segment_sum(rows, grouped_rows.bounds(rows)), summed)
 
 
 @pytest.mark.parametrize(
@@ -131,8 +131,8 @@ MASK = torch.tensor([[True, False], [True, True]])
     ],
 )
 def test_who_may_be_added_to_whom(a, b, same):
-    assert a.same_voters(b) is same and b.same_voters(a) is same
-    assert a.same_voters(a) and b.same_voters(b)
+    assert a.same_groups(b) is same and b.same_groups(a) is same
+    assert a.same_groups(a) and b.same_groups(b)
 
 
 def test_members_are_the_groups_of_units():
@@ -154,29 +154,29 @@ def test_a_tensor_fits_by_the_size_of_its_dim():
     groups = Groups.each(3, dim=1)
     assert groups.fits(torch.zeros(2, 3))
     assert not groups.fits(torch.zeros(3, 2)) and not groups.fits(torch.zeros(3))
-    assert groups.fits(torch.zeros(6), Place(0, 2)) and not groups.fits(torch.zeros(3), Place(0, 2))
+    assert groups.fits(torch.zeros(6), BatchLayout(0, 2)) and not groups.fits(torch.zeros(3), BatchLayout(0, 2))
 
 
 def test_plain_sums_know_no_weights_and_no_mask():
-    voters = Groups.by_id([0, 0, 1], 3, weight="equal").voters(Place(1))
-    alike = voters.all_alike()
-    assert alike.groups.weights is None and alike.place is voters.place and alike.count == 2
-    alike = Groups.each_row(2, voting=MASK).voters(Place(0)).all_alike()
+    grouped_rows = Groups.by_id([0, 0, 1], 3, weight="equal").grouped_rows(BatchLayout(1))
+    alike = grouped_rows.ungrouped()
+    assert alike.groups.weights is None and alike.layout is grouped_rows.layout and alike.count == 2
+    alike = Groups.each_row(2, voting=MASK).grouped_rows(BatchLayout(0)).ungrouped()
     assert alike.groups.voting is None and alike.rows_vote
-    voters = Groups.each(3).voters(Place(0))
-    assert voters.all_alike() is voters
+    grouped_rows = Groups.each(3).grouped_rows(BatchLayout(0))
+    assert grouped_rows.ungrouped() is grouped_rows
 
 
 def test_rows_that_vote_are_those_of_the_mask():
-    voters = Groups.each_row(2, voting=MASK).voters(Place(0))
+    grouped_rows = Groups.each_row(2, voting=MASK).grouped_rows(BatchLayout(0))
     x = torch.arange(8.0).reshape(2, 2, 2)
-    rows = voters.rows(x)
+    rows = grouped_rows.rows(x)
     assert rows.tolist() == [[0, 1], [4, 5], [6, 7]]
-    assert voters.bounds(rows).tolist() == [0, 1, 2, 3]
-    assert voters.sums(x).tolist() == rows.tolist()
+    assert grouped_rows.bounds(rows).tolist() == [0, 1, 2, 3]
+    assert grouped_rows.sums(x).tolist() == rows.tolist()
     with pytest.raises(ValueError, match="not these tokens"):
-        voters.rows(torch.zeros(2, 3, 2))
-    uneven = Groups.each_row(2, voting=MASK).voters(Place(0, units=torch.tensor([0, 0, 0, 1])))
+        grouped_rows.rows(torch.zeros(2, 3, 2))
+    uneven = Groups.each_row(2, voting=MASK).grouped_rows(BatchLayout(0, examples=torch.tensor([0, 0, 0, 1])))
     with pytest.raises(ValueError, match="not these tokens"):  # as many rows, but not of these units
         uneven.rows(torch.zeros(4, 2))
 
@@ -197,15 +197,15 @@ def test_bad_masks(mask, message):
 
 def test_sums_along_a_dim_keep_the_others():
     x = torch.randn(4, 5, dtype=torch.float64)
-    voters = Groups.by_id(IDS, 4, weight="equal").voters(Place(0))
+    grouped_rows = Groups.by_id(IDS, 4, weight="equal").grouped_rows(BatchLayout(0))
     weights = torch.tensor([4 / 3, 4 / 3, 2 / 3], dtype=torch.float64)
     expected = torch.stack([x[3], x[1], x[0] + x[2]]) * weights[:, None]
-    torch.testing.assert_close(voters.along(x), expected)
-    torch.testing.assert_close(voters.along(x.t(), dim=1), expected)
-    turned = Groups.by_id([1, 0], 2).voters(Place(0))
+    torch.testing.assert_close(grouped_rows.along(x), expected)
+    torch.testing.assert_close(grouped_rows.along(x.t(), dim=1), expected)
+    turned = Groups.by_id([1, 0], 2).grouped_rows(BatchLayout(0))
     assert turned.along(torch.tensor([[1.0], [2.0]])).tolist() == [[2.0], [1.0]]
     half = torch.ones(2, 1, dtype=torch.float16)
-    assert Groups.each(2).voters(Place(0)).sums(half, dtype=torch.float32).dtype == torch.float32
+    assert Groups.each(2).grouped_rows(BatchLayout(0)).sums(half, dtype=torch.float32).dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

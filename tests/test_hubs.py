@@ -49,7 +49,7 @@ def only_a(outputs):
 def alone(model, rule, loss=both, x=X):
     """Gradients with a hub for every parameter."""
     with pytest.MonkeyPatch.context() as patch, htv.attach(model, rule):
-        patch.setattr(parameter, "HUB_BYTES", 0)
+        patch.setattr(parameter, "NODE_BYTES", 0)
         loss(model(x)).backward()
         found = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad()
@@ -64,7 +64,7 @@ def hubs(loss) -> list[int]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if node.name() == "HubBackward":
+        if node.name() == "AggregationNodeBackward":
             found.append(len(node.next_functions))
         ahead += [n for n, _ in node.next_functions]
     return sorted(found)
@@ -91,7 +91,7 @@ def test_gradients_are_those_of_separate_hubs(model, rule):
 
 def test_a_hub_is_no_larger_than_its_bytes(model, monkeypatch):
     each = 4 * len(X)
-    monkeypatch.setattr(parameter, "HUB_BYTES", 12 * each)  # common.weight + common.bias; a.1.bias + ...
+    monkeypatch.setattr(parameter, "NODE_BYTES", 12 * each)  # common.weight + common.bias; a.1.bias + ...
     with htv.attach(model, htv.Median()):
         assert hubs(both(model(X))) == [1, 1, 2, 2, 2, 2]
 
@@ -212,7 +212,7 @@ def test_other_numbers_of_groups(model):
             found = {name: p.grad for name, p in model.named_parameters()}
             model.zero_grad()
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(type(handle._session), "hub_of", lambda self, served, groups: (served,))
+                patch.setattr(type(handle._session), "sharing_node", lambda self, tracked, groups: (tracked,))
                 with handle.groups(torch.tensor(ids)):
                     both(model(X)).backward()
             require_same(model, found)

@@ -54,8 +54,8 @@ PLACES = [
 
 
 @pytest.mark.parametrize("unsupported", ["error", "plain"])
-@pytest.mark.parametrize("place", PLACES, ids=lambda f: f.__qualname__)
-def test_an_interrupt_at_any_line_wedges_nothing(place, unsupported):
+@pytest.mark.parametrize("layout", PLACES, ids=lambda f: f.__qualname__)
+def test_an_interrupt_at_any_line_wedges_nothing(layout, unsupported):
     model, x = mlp().double(), torch.randn(6, 12).double()
     handle = htv.attach(model, htv.Median(), on_unsupported=unsupported)
     expected, met = step(model, x), 0
@@ -65,9 +65,9 @@ def test_an_interrupt_at_any_line_wedges_nothing(place, unsupported):
             loss = model(x).square().sum()
         loss.backward()
 
-    call = block if "Block" in place.__qualname__ else lambda: model(x)
-    for line in lines_of(place):
-        met += interrupted_at(place.__code__, line, call)
+    call = block if "Block" in layout.__qualname__ else lambda: model(x)
+    for line in lines_of(layout):
+        met += interrupted_at(layout.__code__, line, call)
         for _ in range(2):
             for found, wanted in zip(step(model, x), expected, strict=True):
                 assert torch.equal(found, wanted), line
@@ -132,13 +132,13 @@ def test_what_a_failed_backward_recorded_dies_with_its_graph():
     with htv.attach(model, htv.Median()) as handle:
         hook = model[0].register_full_backward_hook(fail)
         loss = model(x).sum()
-        ledgers = [served._hubs.mine[1] for served in handle._session.served()]
+        buffers = [tracked._nodes.mine[1] for tracked in handle._session.tracked()]
         with pytest.raises(torch.OutOfMemoryError):
             loss.backward()
         hook.remove()
-        assert any(ledger()._parts for ledger in ledgers)
+        assert any(buffer()._parts for buffer in buffers)
         del loss
-        assert all(ledger() is None for ledger in ledgers)
+        assert all(buffer() is None for buffer in buffers)
 
 
 def test_a_detached_model_is_freed_at_once():

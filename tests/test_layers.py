@@ -92,9 +92,9 @@ def test_outputs_are_those_of_the_plain_model(layer):
     buffers = [b.clone() for b in model.buffers()]
     model.load_state_dict(state)
     with htv.attach(model, htv.Median()):
-        served = outputs(model, batch)
+        tracked = outputs(model, batch)
         assert all(torch.equal(a, b) for a, b in zip(model.buffers(), buffers, strict=True))
-        for a, b in zip(served, plain, strict=True):
+        for a, b in zip(tracked, plain, strict=True):
             assert a.shape == b.shape and a.requires_grad == b.requires_grad
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
         model.load_state_dict(state)
@@ -142,8 +142,8 @@ def test_noise_is_that_of_the_plain_model(name):
     """The same seed gives the same masks: outputs, and gradients under Mean, are those without htv."""
     model, x = RANDOM[name]().double(), torch.randn(5, 4, 6).double()
     found = []
-    for served in (False, True):
-        with htv.attach(model, htv.Mean()) if served else nullcontext():
+    for tracked in (False, True):
+        with htv.attach(model, htv.Mean()) if tracked else nullcontext():
             y = outputs(model, x)
             found.append((y[0], *torch.autograd.grad(y[0].square().sum(), list(model.parameters()))))
     for a, b in zip(*found, strict=True):
@@ -170,10 +170,10 @@ def test_tokens_of_elementwise_parameters(name, masked):
     x, mask = torch.randn(4, 5, 6).double(), torch.ones(4, 5, dtype=torch.bool)
     if masked:
         mask = torch.arange(5) < torch.tensor([2, 5, 1, 3])[:, None]
-    voters = mask.nonzero().tolist()
+    grouped_rows = mask.nonzero().tolist()
     parameters = dict(model.named_parameters())
     parts = one_group_at_a_time(
-        lambda e: model(x[tuple(voters[e])][None, None]).square().sum(), parameters, len(voters)
+        lambda e: model(x[tuple(grouped_rows[e])][None, None]).square().sum(), parameters, len(grouped_rows)
     )
     for rule in THREE:
         with htv.attach(model, rule) as handle:
@@ -210,9 +210,9 @@ BESIDE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("voters", ["equal", "tokens"])
+@pytest.mark.parametrize("grouped_rows", ["equal", "tokens"])
 @pytest.mark.parametrize("name", BESIDE)
-def test_excluded_parameters_beside_served_ones(name, voters):
+def test_excluded_parameters_beside_served_ones(name, grouped_rows):
     """Those excluded keep the plain gradient, whoever votes on the others, and with what weight."""
     make, has_tokens = BESIDE[name]
     model, x = make().double(), torch.randn(4, 5, 6).double()
@@ -222,22 +222,22 @@ def test_excluded_parameters_beside_served_ones(name, voters):
     plain = dict(zip(parameters, torch.autograd.grad(loss(ids >= 0), list(parameters.values())), strict=True))
     parts = one_group_at_a_time(lambda e: loss(ids == e), parameters, 2)
     # Four examples in two groups: as if each group had two.
-    served = {name: 2 * c[0] + 2 / 3 * c[1] for name, c in parts.items()}
+    tracked = {name: 2 * c[0] + 2 / 3 * c[1] for name, c in parts.items()}
     for excluded in parameters:
         model.zero_grad()
         with htv.attach(model, htv.Mean(), exclude=excluded) as handle:
-            block = handle.groups(ids, weight="equal") if voters == "equal" else handle.tokens(mask)
+            block = handle.groups(ids, weight="equal") if grouped_rows == "equal" else handle.tokens(mask)
             try:
                 with block:
                     value = loss(ids >= 0)
                 value.backward()
             except (htv.UnsupportedError, ValueError):
-                assert voters == "tokens" and not has_tokens
+                assert grouped_rows == "tokens" and not has_tokens
                 continue
-        assert voters == "equal" or has_tokens is not False
+        assert grouped_rows == "equal" or has_tokens is not False
         torch.testing.assert_close(parameters[excluded].grad, plain[excluded])
-        for other in parameters.keys() - {excluded} if voters == "equal" else ():
-            torch.testing.assert_close(parameters[other].grad, served[other], msg=lambda m: f"{other}: {m}")
+        for other in parameters.keys() - {excluded} if grouped_rows == "equal" else ():
+            torch.testing.assert_close(parameters[other].grad, tracked[other], msg=lambda m: f"{other}: {m}")
 
 
 @pytest.mark.parametrize("mode", ["sum", "mean"])

@@ -15,17 +15,17 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import htv
-from htv.autograd.derived import DerivedTensor
+from htv.autograd.aggregation import AggregationNode, BufferListener, ContributionBuffer, NestedBackwards, UseRecorder
 from htv.autograd.expand import expand
-from htv.autograd.ledger import Hub, Ledger, Owner, Passes, Sink
+from htv.autograd.from_parameters import TensorFromParameters
 from htv.bench.models import mlp
-from htv.groups import Groups, Voters
+from htv.groups import GroupedRows, Groups
 from htv.tools.check import aggregated
 
 
-class Bystander(Owner):
+class Bystander(BufferListener):
     def __init__(self):
-        self.name, self.passes, self.settled = "p", Passes(), set()
+        self.name, self.passes, self.settled = "p", NestedBackwards(), set()
 
 
 MEDIAN = htv.Median()
@@ -109,14 +109,14 @@ def test_looked_up_positions_changed_in_place(edit, used_before):
 def test_a_derived_tensor_that_depends_on_more_than_its_parameters():
     p, other = torch.randn(3, requires_grad=True), torch.randn(3, requires_grad=True)
     owner, groups = Bystander(), Groups.each(4)
-    ledger = Ledger(htv.Median(), groups, owner)
-    sink = Sink(Hub.apply((ledger,), p), ledger)
+    buffer = ContributionBuffer(htv.Median(), groups, owner)
+    recorder = UseRecorder(AggregationNode.apply((buffer,), p), buffer)
     for source in (p.exp() * other, torch.cat([p, F.relu(other)])):
         with pytest.raises(htv.UnsupportedError, match="'p'.*gradient would be lost"):
-            DerivedTensor(source, [p], [sink])
-    DerivedTensor(p.exp() * other.detach(), [p], [sink])
-    voters = Voters(groups, groups.home)
-    copies = expand(DerivedTensor(p.exp(), [p], [sink]).slot(), 2, 4, voters, torch.bfloat16)
+            TensorFromParameters(source, [p], [recorder])
+    TensorFromParameters(p.exp() * other.detach(), [p], [recorder])
+    grouped_rows = GroupedRows(groups, groups.input_layout)
+    copies = expand(TensorFromParameters(p.exp(), [p], [recorder]).argument(), 2, 4, grouped_rows, torch.bfloat16)
     assert copies.dtype == torch.bfloat16 and copies.shape == (4, 3)
     copies.square().sum().backward()
     assert p.grad.dtype == torch.float32 and owner.settled
@@ -162,7 +162,7 @@ def test_copies_of_an_attached_model_are_detached(copied, part):
     plain = torch.autograd.grad(square(whole(x)), list(whole.parameters()))
     with htv.attach(model, htv.Median()):
         square(whole(x)).backward()
-        served = [p.grad for p in model.parameters()]
+        tracked = [p.grad for p in model.parameters()]
         twin = copied(whole)
         assert all("forward" not in vars(m) and "__reduce_ex__" not in vars(m) for m in twin.modules())
         assert all(not p._backward_hooks for p in twin.parameters())
@@ -172,7 +172,7 @@ def test_copies_of_an_attached_model_are_detached(copied, part):
             square(twin(x)).backward()
         model.zero_grad()
         square(whole(x)).backward()  # the original is served as before
-        assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), served, strict=True))
+        assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), tracked, strict=True))
 
 
 def test_a_handle_is_not_copied():
@@ -207,7 +207,7 @@ def test_integer_and_uninitialized_parameters():
     model = Module(lambda m, x: m.l(x) + m.steps, l=nn.Linear(4, 3))
     model.steps = nn.Parameter(torch.arange(3), requires_grad=False)
     with htv.attach(model, htv.Median()) as handle:
-        assert sorted(s.name for s in handle._session.served()) == ["l.bias", "l.weight"]
+        assert sorted(s.name for s in handle._session.tracked()) == ["l.bias", "l.weight"]
         square(model(torch.randn(5, 4))).backward()
     lazy = nn.Sequential(nn.LazyLinear(3))
     with pytest.raises(RuntimeError, match="'0.weight' is not initialized.*Run the model once first"):
@@ -227,8 +227,8 @@ def test_stats_of_a_parameter_without_coordinates():
 def test_packed_sequences_dropped_for_being_empty_keep_their_identity():
     first, second = (Groups.packed(torch.tensor(b), 5) for b in ([0, 2, 2, 5], [0, 0, 2, 5]))
     both = Groups.packed(torch.tensor([0, 2, 5]), 5)
-    assert first.same_voters(Groups.packed(torch.tensor([0, 1, 1, 5]), 5))
-    assert not first.same_voters(second) and not first.same_voters(both) and not both.same_voters(first)
+    assert first.same_groups(Groups.packed(torch.tensor([0, 1, 1, 5]), 5))
+    assert not first.same_groups(second) and not first.same_groups(both) and not both.same_groups(first)
 
 
 # -- activation checkpointing -----------------------------------------------------------------------------------------
@@ -365,11 +365,11 @@ def test_gradients_of_some_parameters_leave_no_factors_of_the_others():
     with htv.attach(model, htv.Median()) as handle:
         model(x)
         loss = square(model(x))
-        ledgers = {s.name: s._hubs.mine[1]() for s in handle._session.served()}
+        buffers = {s.name: s._nodes.mine[1]() for s in handle._session.tracked()}
         torch.autograd.grad(loss, [x], retain_graph=True)
-        assert not any(ledger._parts for ledger in ledgers.values())
+        assert not any(buffer._parts for buffer in buffers.values())
         some = torch.autograd.grad(loss, [model[3].weight], retain_graph=True)[0]
-        assert not any(ledger._parts for ledger in ledgers.values())
+        assert not any(buffer._parts for buffer in buffers.values())
         loss.backward()
         torch.testing.assert_close(model[3].weight.grad, some)
 

@@ -119,7 +119,7 @@ def test_methods_that_are_none_are_refused():
 
 
 def test_a_closure_that_forward_returned():
-    class Later(nn.Module):
+    class DeferredFactors(nn.Module):
         def __init__(self):
             super().__init__()
             self.a, self.b = nn.Linear(5, 8), nn.Linear(8, 4)
@@ -128,7 +128,7 @@ def test_a_closure_that_forward_returned():
             h = torch.tanh(self.a(x))
             return lambda: self.b(h.flatten(0, 1))
 
-    model, (x, _) = Later().double(), batch()
+    model, (x, _) = DeferredFactors().double(), batch()
     with htv.attach(model, RULE):
         model(x)().square().sum().backward()
     assert_votes_by_example(model, lambda rows: model(x[rows])().square().sum(), N)

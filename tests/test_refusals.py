@@ -81,9 +81,9 @@ def running_over_the_batch(m, x):
 
 def written_at_places(m, x):
     n = len(x)
-    places = torch.zeros(n, n, 6)
-    places[torch.arange(n), torch.arange(n)] = m.l(x[:, 0])
-    return m.h(places)
+    layouts = torch.zeros(n, n, 6)
+    layouts[torch.arange(n), torch.arange(n)] = m.l(x[:, 0])
+    return m.h(layouts)
 
 
 class Bank(nn.Module):
@@ -472,13 +472,13 @@ def test_groups_and_packed_of_the_wrong_length():
     model = mlp()
     x = torch.randn(6, 12)
     with htv.attach(model, htv.Median()) as handle:
-        for voters, words in (
+        for grouped_rows, words in (
             (handle.groups(torch.zeros(5, dtype=torch.long)), ("groups has 5 ids", "size 6")),
             (handle.groups(torch.zeros(6)), ("integer ids",)),
             (handle.packed(torch.tensor([0, 3, 5])), ("cu_seqlens", "6")),
             (handle.packed(torch.tensor([0, 4, 2, 6])), ("cu_seqlens", "falls")),
         ):
-            with voters:
+            with grouped_rows:
                 refused(model, lambda: model(x), ValueError, *words)
         with handle.groups(torch.arange(6)), pytest.raises(RuntimeError, match="nested"):
             with handle.packed(torch.tensor([0, 6])):

@@ -26,7 +26,7 @@ def gradients(model):
     return {name: p.grad for name, p in model.named_parameters()}
 
 
-def served(model, loss, rule=MEDIAN):
+def tracked(model, loss, rule=MEDIAN):
     """Gradients of one attached step; loss: of no arguments."""
     model.zero_grad()
     with htv.attach(model, rule):
@@ -43,7 +43,7 @@ def test_several_losses_of_one_forward_are_one_vote(rule):
     model, x = mlp().double(), torch.randn(6, 12).double()
     losses = lambda y: (y.square().sum(), y[:, 0].sin().sum(), F.softplus(y).sum())
     expected = contributions(model, lambda e: sum(losses(model(x[e : e + 1]))), 6)
-    for name, grad in served(model, lambda: sum(losses(model(x))), rule).items():
+    for name, grad in tracked(model, lambda: sum(losses(model(x))), rule).items():
         torch.testing.assert_close(grad, aggregated(expected[name], rule), rtol=1e-10, atol=1e-12)
 
 
@@ -80,7 +80,7 @@ def test_autocast(rule, dtype):
     low = contributions(model, lambda e: loss(model, x[e : e + 1]), 6)
     exact = copy.deepcopy(model).double()
     high = contributions(exact, lambda e: (exact(x[e : e + 1].double()) ** 2).sum(), 6)
-    found = served(model, lambda: loss(model, x), rule)
+    found = tracked(model, lambda: loss(model, x), rule)
     for name, grad in found.items():
         assert grad.dtype == torch.float32
         noise = (low[name] - high[name]).abs().amax(0)
@@ -98,7 +98,7 @@ def test_contributions_of_half_precision_factors_are_summed_in_float32():
     model = nn.Linear(1, 1, bias=False).to(torch.bfloat16)
     x = torch.ones(3, 4096, 1, dtype=torch.bfloat16)
     for rule in RULES:
-        grad = served(model, lambda: (model(x) * 2**-9).sum(), rule)["weight"]
+        grad = tracked(model, lambda: (model(x) * 2**-9).sum(), rule)["weight"]
         assert grad.item() == 3 * 8
 
 
@@ -106,7 +106,7 @@ def test_contributions_of_half_precision_factors_are_summed_in_float32():
 def test_gradient_scaling(rule):
     """Scaling by a power of two commutes with every rule, bit for bit."""
     model, x = mlp(), torch.randn(6, 12)
-    expected = served(model, lambda: square(model(x)), rule)
+    expected = tracked(model, lambda: square(model(x)), rule)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     optimizer.zero_grad()
@@ -165,7 +165,7 @@ def test_state_dicts_pass_between_attached_and_plain_models():
         model.load_state_dict(plain.state_dict())
         assert list(model.state_dict()) == list(plain.state_dict())
         x = torch.randn(6, 12)
-        found = served(plain, lambda: square(plain(x)))
+        found = tracked(plain, lambda: square(plain(x)))
         square(model(x)).backward()
     for name, grad in gradients(model).items():
         assert torch.equal(grad, found[name])
@@ -198,9 +198,9 @@ def test_checkpointed_layers(name, use_reentrant):
             return self.last(y[0] if isinstance(y, tuple) else y)
 
     model, x = Model().double(), torch.randn(5, 4, 6).double()
-    expected = served(model, lambda: square(model(x)))
+    expected = tracked(model, lambda: square(model(x)))
     model.checkpointed = True
-    for parameter, grad in served(model, lambda: square(model(x))).items():
+    for parameter, grad in tracked(model, lambda: square(model(x))).items():
         torch.testing.assert_close(grad, expected[parameter], rtol=1e-10, atol=1e-12, msg=parameter)
 
 
@@ -215,11 +215,11 @@ class Checkpointed(nn.Module):
 
 def test_a_tied_model_with_every_block_checkpointed():
     model, ids = LanguageModel().double(), torch.randint(0, 29, (5, 6))
-    expected = served(model, lambda: square(model(ids)))
+    expected = tracked(model, lambda: square(model(ids)))
     for blocks in [m for m in model.modules() if isinstance(m, nn.ModuleList)]:
         for i, block in enumerate(blocks):
             blocks[i] = Checkpointed(block)
-    found = served(model, lambda: square(model(ids)))
+    found = tracked(model, lambda: square(model(ids)))
     assert found.keys() != expected.keys()
     for name, grad in found.items():
         torch.testing.assert_close(grad, expected[name.replace(".inner.", ".")], rtol=1e-9, atol=1e-11, msg=name)
@@ -263,7 +263,7 @@ def test_nothing_of_a_failed_step_reaches_the_next(failure, accumulating):
     parts = dict(first=nn.Linear(6, 6), inner=nn.LSTM(6, 6, batch_first=True), last=nn.Linear(6, 3))
     model, x = Module(healthy, **parts).double(), torch.randn(5, 4, 6).double()
     rule = htv.AndMask(0.4)
-    expected = served(model, lambda: square(model(x)), rule)
+    expected = tracked(model, lambda: square(model(x)), rule)
     model.zero_grad()
     with htv.attach(model, rule) as handle:
         model.function = FAILING[failure]

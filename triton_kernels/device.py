@@ -8,7 +8,7 @@ import itertools
 import torch
 import triton
 
-from htv.groups import moved
+from htv.groups import to_device_async
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 UPCAST = triton.knobs.runtime.interpret  # read when kernels are decorated: its half-precision arithmetic is wrong
@@ -63,4 +63,4 @@ def offsets_on(device: torch.device, offsets: torch.Tensor) -> torch.Tensor:
     first, step = bounds[0], bounds[1] - bounds[0]
     if step > 0 and bounds == list(range(first, first + step * len(bounds), step)):
         return torch.arange(first, first + step * len(bounds), step, device=device)
-    return moved(offsets, device)
+    return to_device_async(offsets, device)

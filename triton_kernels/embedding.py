@@ -24,15 +24,15 @@ MOST_KEYS = 2**63 - 1  # tokens times groups
 
 
 @triton.jit
-def no_bucket(voter, small, larger):
-    return voter, 1
+def no_bucket(group_index, small, larger):
+    return group_index, 1
 
 
 @triton.jit
-def bucket(voter, small, larger):
+def bucket(group_index, small, larger):
     """The bucket of a group, as torch.tensor_split makes them, and how many groups it has."""
     in_larger = larger * (small + 1)
-    found = tl.where(voter < in_larger, voter // (small + 1), larger + (voter - in_larger) // small)
+    found = tl.where(group_index < in_larger, group_index // (small + 1), larger + (group_index - in_larger) // small)
     return found, small + (found < larger).to(tl.int32)
 
 
@@ -49,12 +49,12 @@ def walk(lookups, d, valid, state, parameters, visit: tl.constexpr, bucket_of: t
     for at in range(first, last):
         row = tl.load(order_ptr + at)
         c += tl.load(grad_output_ptr + row * D + d, mask=valid, other=0.0).to(tl.float32)
-        voter = tl.load(voter_ptr + at).to(tl.int32)
+        group_index = tl.load(voter_ptr + at).to(tl.int32)
         following = tl.load(voter_ptr + at + 1, mask=at + 1 < last, other=-1).to(tl.int32)
-        if following != voter:
+        if following != group_index:
             total += c
             c = zeros
-            mine, members = bucket_of(voter, small, larger)
+            mine, members = bucket_of(group_index, small, larger)
             others, _ = bucket_of(following, small, larger)
             if (following < 0) | (others != mine):
                 seen += 1
@@ -278,10 +278,10 @@ def contributions_kernel(
     for at in range(first, last):
         row = tl.load(order_ptr + at)
         c += tl.load(grad_output_ptr + row * D + d, mask=valid, other=0.0).to(tl.float32)
-        voter = tl.load(voter_ptr + at)
+        group_index = tl.load(voter_ptr + at)
         following = tl.load(voter_ptr + at + 1, mask=at + 1 < last, other=-1)
-        if following != voter:
-            tl.store(out_ptr + (voter * num_tokens + nth) * D + d, c, mask=valid)
+        if following != group_index:
+            tl.store(out_ptr + (group_index * num_tokens + nth) * D + d, c, mask=valid)
             c = tl.zeros((BLOCK,), tl.float32)
 
 
@@ -291,7 +291,7 @@ def contributions_kernel(
 def embedding(
     grad_output: torch.Tensor,
     ids: torch.Tensor,
-    voter: torch.Tensor,
+    group_index: torch.Tensor,
     num_embeddings: int,
     groups: int,
     statistic: Statistic,
@@ -303,12 +303,12 @@ def embedding(
     those of a padding_idx.
     """
     product.require_served("embedding", statistic, groups)
-    _require("embedding", grad_output, ids, voter, num_embeddings, groups)
+    _require("embedding", grad_output, ids, group_index, num_embeddings, groups)
     features = grad_output.shape[1]
     value = grad_output.new_empty((num_embeddings, features), dtype=torch.float32)
     if value.numel() == 0:
         return value, grad_output.new_zeros((), dtype=torch.float64)
-    factors = grad_output.contiguous(), *_sorted(ids, voter, num_embeddings, groups)
+    factors = grad_output.contiguous(), *_sorted(ids, group_index, num_embeddings, groups)
     found = streaming.STREAMING.get(statistic.name)
     grid = num_embeddings, triton.cdiv(features, (STREAMING if found else ORDER)["BLOCK"])
     with device.guard(grad_output):
@@ -333,7 +333,7 @@ def embedding(
 def embedding_contributions(
     grad_output: torch.Tensor,
     ids: torch.Tensor,
-    voter: torch.Tensor,
+    group_index: torch.Tensor,
     tokens: torch.Tensor,
     num_embeddings: int,
     groups: int,
@@ -342,7 +342,7 @@ def embedding_contributions(
 
     The contract is that of the op in `htv.ops.schema`.
     """
-    _require("embedding_contributions", grad_output, ids, voter, num_embeddings, groups)
+    _require("embedding_contributions", grad_output, ids, group_index, num_embeddings, groups)
     if tokens.dim() != 1 or tokens.dtype != torch.int64 or tokens.device != grad_output.device:
         raise TypeError(
             f"embedding_contributions (Triton): tokens must be (N,) int64 on {grad_output.device}, got "
@@ -352,33 +352,33 @@ def embedding_contributions(
     out = grad_output.new_zeros((groups, len(tokens), features), dtype=torch.float32)
     if out.numel() == 0:
         return out
-    lookups = grad_output.contiguous(), *_sorted(ids, voter, num_embeddings, groups)
+    lookups = grad_output.contiguous(), *_sorted(ids, group_index, num_embeddings, groups)
     grid = len(tokens), triton.cdiv(features, STREAMING["BLOCK"])
     with device.guard(grad_output):
         contributions_kernel[grid](*lookups, tokens.contiguous(), out, features, len(tokens), **STREAMING)
     return out
 
 
-def _require(op, grad_output, ids, voter, num_embeddings, groups):
+def _require(op, grad_output, ids, group_index, num_embeddings, groups):
     device.require(op, "grad_output", grad_output)
     rows = len(grad_output)
-    if grad_output.dim() != 2 or ids.shape != (rows,) or voter.shape != (rows,):
+    if grad_output.dim() != 2 or ids.shape != (rows,) or group_index.shape != (rows,):
         raise ValueError(
             f"{op} (Triton): wants grad_output (R, D), ids (R,) and voter (R,), "
-            f"got {tuple(grad_output.shape)}, {tuple(ids.shape)} and {tuple(voter.shape)}"
+            f"got {tuple(grad_output.shape)}, {tuple(ids.shape)} and {tuple(group_index.shape)}"
         )
-    if {ids.dtype, voter.dtype} != {torch.int64} or {ids.device, voter.device} != {grad_output.device}:
+    if {ids.dtype, group_index.dtype} != {torch.int64} or {ids.device, group_index.device} != {grad_output.device}:
         raise TypeError(
             f"{op} (Triton): ids and voter must be int64 on {grad_output.device}, "
-            f"got {ids.dtype} on {ids.device} and {voter.dtype} on {voter.device}"
+            f"got {ids.dtype} on {ids.device} and {group_index.dtype} on {group_index.device}"
         )
     if num_embeddings < 0 or groups < 1 or num_embeddings * groups > MOST_KEYS:
         raise ValueError(f"{op} (Triton): cannot tell {num_embeddings} tokens of {groups} groups apart")
 
 
-def _sorted(ids, voter, tokens, groups):
+def _sorted(ids, group_index, tokens, groups):
     """order (R,), voter (R,) in that order, starts (tokens + 1,): token t's lookups are starts[t]:starts[t + 1]."""
-    keys = torch.where((ids >= 0) & (ids < tokens), ids * groups + voter, tokens * groups)
+    keys = torch.where((ids >= 0) & (ids < tokens), ids * groups + group_index, tokens * groups)
     keys, order = keys.sort(stable=True)
     firsts = torch.arange(0, tokens * groups + 1, groups, device=ids.device)
     return order, keys % groups, torch.searchsorted(keys, firsts)

@@ -184,8 +184,8 @@ def product_kernel(
             state = (c,)
         parts = tl.num_programs(0) // tiles // num_splits
         for word in tl.static_range(len(state)):
-            place = (word * num_splits + split).to(tl.int64) * parts + part
-            tl.store(out_ptr + place * plane + at, state[word], mask=valid)
+            layout = (word * num_splits + split).to(tl.int64) * parts + part
+            tl.store(out_ptr + layout * plane + at, state[word], mask=valid)
 
 
 @triton.jit(do_not_specialize=["num_groups", "num_splits", "count"])
@@ -398,12 +398,12 @@ def _ranked(factors, statistic, value, choice):
         size = (last - first) * height * width
         scratch = scratch if scratch.numel() >= splits * size else value.new_empty(splits * size)
         launch(some, box, scratch, scratch, result, found, statistic, config, splits)
-        place = value[first:last, top : top + height, left : left + width]
-        out = place if place.is_contiguous() else torch.empty_like(place, memory_format=torch.contiguous_format)
+        layout = value[first:last, top : top + height, left : left + width]
+        out = layout if layout.is_contiguous() else torch.empty_like(layout, memory_format=torch.contiguous_format)
         load = stacked.one_sum if buckets else stacked.one_value
         stacked.ranked(scratch, factors.groups, size, statistic, out, float(factors.groups), load)
-        if out is not place:
-            place.copy_(out)
+        if out is not layout:
+            layout.copy_(out)
 
 
 def boxes(factors: Factors, planes: int) -> Iterator[tuple[tuple[int, int], tuple[int, int, int, int]]]:

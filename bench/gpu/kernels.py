@@ -18,7 +18,7 @@ from htv.bench.gpu import step
 from htv.bench.gpu.clock import clock, synchronise
 from htv.bench.rows import bandwidth, times_over
 from htv.bench.workloads import Stacked
-from htv.groups import Groups, Place, Voters
+from htv.groups import BatchLayout, GroupedRows, Groups
 from htv.ops import aggregate
 from htv.ops.factors import ConvFactors, ConvGeometry, EmbeddingFactors
 from htv.rules import Rule
@@ -75,7 +75,7 @@ def conv(
     options = ((1, 1), (pad, pad), (1, 1), False, (0, 0), parts, (False, True, False))
     plain = lambda: torch.ops.aten.convolution_backward(g, x, weight, None, *options)[1]
     factors = ConvFactors(
-        x, g, (kernel, kernel), ConvGeometry(1, pad, 1, parts, 2), Voters(Groups.each(groups), Place(0))
+        x, g, (kernel, kernel), ConvGeometry(1, pad, 1, parts, 2), GroupedRows(Groups.each(groups), BatchLayout(0))
     )
     moved = x.element_size() * (x.numel() + g.numel() + weight.numel())
     products = groups * size**2 * weight.numel()

@@ -53,7 +53,7 @@ class MicroBatches:
     def note(self, task: int, groups: Groups) -> None:
         """A backward pass brings contributions of these groups."""
         if task in self._groups:
-            if not self._groups[task].same_voters(groups):
+            if not self._groups[task].same_groups(groups):
                 raise RuntimeError("one backward inside accumulate() joins two forwards with different groups")
             return
         if groups.rows_vote:
@@ -65,10 +65,10 @@ class MicroBatches:
                     "one micro-batch, for its vote to be counted once. Give the groups of every micro-batch ids of "
                     "their own"
                 )
-            if groups.weights is not None and groups.num_units * other.count != other.num_units * groups.count:
+            if groups.weights is not None and groups.batch_size * other.count != other.batch_size * groups.count:
                 raise ValueError(
                     "weight='equal' inside accumulate() needs the same number of examples per group in every "
-                    f"micro-batch on average, got {other.num_units}/{other.count} and {groups.num_units}/{groups.count}"
+                    f"micro-batch on average, got {other.batch_size}/{other.count} and {groups.batch_size}/{groups.count}"
                 )
         self._groups[task] = groups
         self._unfinished.add(task)  # the engine calls back only where the pass comes to its end

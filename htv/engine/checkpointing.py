@@ -56,15 +56,15 @@ class RecentForwards:
         if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
             if mode not in self.modes:
                 self.modes.append(mode)
-        if not torch.is_grad_enabled() and not forward.misplaced:  # a reentrant one
+        if not torch.is_grad_enabled() and not forward.batch_misplaced:  # a reentrant one
             leaves = pytree.tree_leaves((args, kwargs))
-            forward.misplaced = any(mode.misplaced(t) for t in leaves if isinstance(t, Tensor))
+            forward.batch_misplaced = any(mode.batch_misplaced(t) for t in leaves if isinstance(t, Tensor))
 
     def run_again(self, forward: ForwardLike, tensors: list[Tensor]) -> ModeLike | None:
         """Find the forward of which a part runs again, as far as the part's inputs show it."""
         if not in_backward():
             return None
-        if forward.misplaced and in_reentrant_checkpoint():
+        if forward.batch_misplaced and in_reentrant_checkpoint():
             raise RuntimeError(
                 "a reentrant activation checkpoint runs a module again whose inputs do not have the batch where the "
                 "model's have it, or come from parameters: which part is whose cannot be told. Call "

@@ -8,13 +8,13 @@ from htv.engine import graph_reading
 from htv.engine.checkpointing import RecentForwards, in_backward
 from htv.engine.graph_reading import Knowledge
 from htv.engine.group_spec import UNKNOWN
-from htv.engine.provenance import Derived, Mark, OfBatch
+from htv.engine.provenance import FromParameters, Mark, OfBatch
 
 __all__ = ["carried_marks"]
 
 
 def carried_marks(
-    tensors: list[tuple[str, object]], own_marks: dict[int, Derived], recent: RecentForwards
+    tensors: list[tuple[str, object]], own_marks: dict[int, FromParameters], recent: RecentForwards
 ) -> tuple[dict[int, Mark], Knowledge | None]:
     """Read what earlier forwards know of a call's tensors off their autograd graphs.
 
@@ -30,17 +30,17 @@ def carried_marks(
     checkpointed = _checkpointed_nodes(recent) if graphed and in_backward() else {}
     for name, tensor in graphed:
         reader = _Reader(own_marks, checkpointed)
-        mark = graph_reading.mark_of(tensor, reader.units, reader.known)
-        sizes = {k.groups.num_units for k in (*earlier, *reader.met)}
+        mark = graph_reading.mark_of(tensor, reader.batch_size, reader.known)
+        sizes = {k.groups.batch_size for k in (*earlier, *reader.met)}
         if len(sizes) > 1:
             raise ValueError(
                 f"argument {name!r} comes from forwards of "
                 f"{' and '.join(map(str, sorted(sizes)))} examples: whose rows are whose cannot be "
                 "told. Remedy: run the calls of one step inside `with handle.forward(batch):`"
             )
-        if isinstance(mark, Derived) and mark.source is None:
-            mark = Derived(mark.parameters, tensor)
-        if isinstance(mark, (OfBatch, Derived)):
+        if isinstance(mark, FromParameters) and mark.source is None:
+            mark = FromParameters(mark.parameters, tensor)
+        if isinstance(mark, (OfBatch, FromParameters)):
             carried[id(tensor)] = mark
             earlier += reader.met
     return carried, earlier[0] if earlier else None
@@ -59,13 +59,13 @@ class _Reader:
     met:  what the forwards met on the way knew.
     """
 
-    def __init__(self, own_marks: dict[int, Derived], checkpointed: dict[tuple[int, int], tuple]):
+    def __init__(self, own_marks: dict[int, FromParameters], checkpointed: dict[tuple[int, int], tuple]):
         self._own_marks, self._checkpointed = own_marks, checkpointed
         self.met: list[Knowledge] = []
 
-    def units(self) -> int:
+    def batch_size(self) -> int:
         """Return how many examples there are, once something of the batch was met."""
-        return self.met[0].groups.num_units
+        return self.met[0].groups.batch_size
 
     def known(self, node, number: int) -> Mark | None:
         """Return the mark of a node's output where it is known without the node's inputs."""
@@ -80,8 +80,8 @@ class _Reader:
         leaf = getattr(node, "variable", None)
         if leaf is not None:
             return self._own_marks.get(id(leaf))
-        voters = graph_reading.voters_of(node)
-        if voters is not None:  # inside an earlier forward, which did not return this tensor
-            self.met.append(Knowledge(voters.groups, UNKNOWN, "the batch of an earlier forward"))
-            return voters.place
+        grouped_rows = graph_reading.grouped_rows_of(node)
+        if grouped_rows is not None:  # inside an earlier forward, which did not return this tensor
+            self.met.append(Knowledge(grouped_rows.groups, UNKNOWN, "the batch of an earlier forward"))
+            return grouped_rows.layout
         return None

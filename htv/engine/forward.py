@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from htv.engine import handlers
-from htv.engine.guard_state import Watched, register
+from htv.engine.guard_state import CompileGuardState, register
 from htv.engine.protocols import SessionLike
 from htv.errors import UnsupportedError
 
-__all__ = ["ServedForward"]
+__all__ = ["ForwardStandIn"]
 
 LIKE_A_FUNCTION = (
     "__annotations__", "__closure__", "__code__", "__defaults__", "__globals__", "__kwdefaults__", "__name__",
@@ -45,14 +45,14 @@ def parameter_names(function) -> tuple[str, ...]:
 
 
 def thaw(frozen: list[nn.Module]) -> None:
-    """Put modules that `ServedForward.freeze` froze back into train mode."""
+    """Put modules that `ForwardStandIn.freeze` froze back into train mode."""
     while frozen:
         frozen[-1].training = True
         frozen.pop()
 
 
-class ServedForward:
-    """Stands in for a method of a module while it is attached; the outermost call enters the intercepting mode.
+class ForwardStandIn:
+    """Stands in for a method of a module while it is attached; the outermost call enters the serving mode.
 
     To whom reads it (signature, `__code__`, `__wrapped__`) it looks like the method it stands for.
     Copies of the
@@ -65,7 +65,7 @@ class ServedForward:
         self.__wrapped__ = self.inner
         self.__doc__ = getattr(self.inner, "__doc__", None)
         self.__module__ = getattr(self.inner, "__module__", None)
-        self.misplaced = (
+        self.batch_misplaced = (
             False  # whether it ran without gradients on inputs unlike those of the model
         )
         self.parameters = [id(p) for p in module.parameters()]
@@ -79,7 +79,7 @@ class ServedForward:
         self._ours = {method: self}
         if method == "forward":
             self._ours["__reduce_ex__"] = self._reduce_module
-            self.key, self.watched = register(self), Watched(module)  # for torch.compile
+            self.key, self.guard_state = register(self), CompileGuardState(module)  # for torch.compile
         # Instance attributes of the user's, if any.
         self._own = {key: module.__dict__[key] for key in self._ours if key in module.__dict__}
 
@@ -120,7 +120,7 @@ class ServedForward:
         ):  # the first to ask of a scripted module
             raise UnsupportedError(EXPORTING.format("torch.jit.script"))
 
-        def served(module, *args, **kwargs):
+        def tracked(module, *args, **kwargs):
             return (
                 self(*args, **kwargs)
                 if module is self.module
@@ -129,9 +129,9 @@ class ServedForward:
 
         unbound = self._unbound()
         for name in ("__module__", "__name__", "__qualname__", "__doc__"):
-            setattr(served, name, getattr(unbound, name, None))
-        served.__wrapped__ = unbound
-        return served
+            setattr(tracked, name, getattr(unbound, name, None))
+        tracked.__wrapped__ = unbound
+        return tracked
 
     def _unbound(self):
         return getattr(self.inner, "__func__", getattr(type(self.module), self.method))

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function
 
-from htv.autograd.ledger import Function
+from htv.autograd.aggregation import Function
 from htv.engine import propagation
-from htv.engine.provenance import CONSTANT, PLAIN, Derived, Lost, Mark, OfBatch
+from htv.engine.provenance import CONSTANT, PLAIN, FromParameters, Lost, Mark, OfBatch
 from htv.engine.torch_ops import BROADCASTING, Operation, tensors_in
 from htv.errors import UnsupportedError
-from htv.groups import Groups, Voters
+from htv.groups import GroupedRows, Groups
 
 __all__ = [
     "RECORD",
@@ -32,7 +32,7 @@ __all__ = [
     "mark_of",
     "remember",
     "remembered",
-    "voters_of",
+    "grouped_rows_of",
 ]
 
 RECORD = "htv"  # key in the metadata of autograd's nodes, which die with their graph
@@ -81,19 +81,19 @@ def remembered(node, number: int) -> tuple[Knowledge, Mark] | None:
     return None if notes is None else notes.get(number)
 
 
-def voters_of(node) -> Voters | None:
+def grouped_rows_of(node) -> GroupedRows | None:
     """Who votes with the result of a served layer, if a node of autograd is one's."""
     if issubclass(getattr(type(node), "_forward_cls", object), Function):
-        return getattr(node, "voters", None)
+        return getattr(node, "grouped_rows", None)
     return None
 
 
 def mark_of(
-    tensor: Tensor, units: Callable[[], int | None], known: Callable[[object, int], Mark | None]
+    tensor: Tensor, batch_size: Callable[[], int | None], known: Callable[[object, int], Mark | None]
 ) -> Mark | None:
     """Read off where the batch is in a tensor with a graph; None if nothing known is in it.
 
-    units:  how many examples there are, asked for once something known was found.
+    examples:  how many examples there are, asked for once something known was found.
     known:  (node, output) -> its mark where that is known without its inputs, as for leaves and
             what htv served.
     """
@@ -118,23 +118,23 @@ def mark_of(
             ahead += [(n, i, False) for n, i in node.next_functions if n is not None]
             continue
         inputs = [None if n is None else marks.get((id(n), i)) for n, i in node.next_functions]
-        marks[key] = _through(node, number, inputs, units)
+        marks[key] = _through(node, number, inputs, batch_size)
     return marks[(id(tensor.grad_fn), tensor.output_nr)]
 
 
 def _through(
-    node, number: int, inputs: list[Mark | None], units: Callable[[], int | None]
+    node, number: int, inputs: list[Mark | None], batch_size: Callable[[], int | None]
 ) -> Mark | None:
     """The mark of one output of a node from those of its inputs."""
     lost = next((m for m in inputs if isinstance(m, Lost)), None)
     if lost is not None:
         return lost
     if not any(isinstance(m, OfBatch) for m in inputs):
-        derived = [m for m in inputs if isinstance(m, Derived)]
+        derived = [m for m in inputs if isinstance(m, FromParameters)]
         if derived:
-            return Derived(tuple(dict.fromkeys(p for m in derived for p in m.parameters)), None)
+            return FromParameters(tuple(dict.fromkeys(p for m in derived for p in m.parameters)), None)
         return PLAIN if any(m is PLAIN for m in inputs) else None
-    found = _followed(node, number, inputs, units())
+    found = _followed(node, number, inputs, batch_size())
     return Lost(f"{_spoken(node)}, which htv did not see") if isinstance(found, Lost) else found
 
 
@@ -145,7 +145,7 @@ def _spoken(node) -> str:
     return f"an operation ({node.name()})"
 
 
-def _followed(node, number: int, inputs: list[Mark | None], units: int) -> Mark:
+def _followed(node, number: int, inputs: list[Mark | None], batch_size: int) -> Mark:
     function = getattr(type(node), "_forward_cls", None)
     shapes = [
         None if n is None else tuple(n._input_metadata[i].shape) for n, i in node.next_functions
@@ -160,7 +160,7 @@ def _followed(node, number: int, inputs: list[Mark | None], units: int) -> Mark:
     output = torch.empty(tuple(node._input_metadata[number].shape), device="meta")
     if function is not None:
         return (
-            rowwise(operands, output, units) if getattr(function, ROWWISE, False) else propagation.LOST
+            rowwise(operands, output, batch_size) if getattr(function, ROWWISE, False) else propagation.LOST
         )
     name = _operation(node.name())
     if name is None:
@@ -174,7 +174,7 @@ def _followed(node, number: int, inputs: list[Mark | None], units: int) -> Mark:
         operands = [o for o, shape in zip(operands, shapes, strict=True) if shape is not None]
     try:
         operation = Operation(name, func, args, kwargs, operands, [output])
-        return propagation.follow(operation, units)[0]
+        return propagation.follow(operation, batch_size)[0]
     except UnsupportedError:
         raise
     except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError):
@@ -234,17 +234,17 @@ def _arguments(node, name: str, tensors: list[Tensor], missing: bool):
     return (first,), {"dim": dim}, None
 
 
-def rowwise(operands: list[tuple[Tensor, Mark | None]], output: Tensor, units: int) -> Mark:
+def rowwise(operands: list[tuple[Tensor, Mark | None]], output: Tensor, batch_size: int) -> Mark:
     """The mark of what a function returns that was declared to compute every example by itself."""
-    places = [m for _, m in operands if isinstance(m, OfBatch)]
-    if units == 1 and output.dim() and places and not any(isinstance(m, Lost) for m in places):
+    layouts = [m for _, m in operands if isinstance(m, OfBatch)]
+    if batch_size == 1 and output.dim() and layouts and not any(isinstance(m, Lost) for m in layouts):
         return propagation.all_of_one(output)
-    if not places or any(isinstance(m, Lost) for m in places):
-        return next((m for m in places if isinstance(m, Lost)), propagation.LOST)
-    place = places[0]
-    agree = all(place.same(other, units) for other in places[1:])
-    fits = place.dim < output.dim() and output.shape[place.dim] == place.size(units)
-    return place if agree and fits else propagation.LOST
+    if not layouts or any(isinstance(m, Lost) for m in layouts):
+        return next((m for m in layouts if isinstance(m, Lost)), propagation.LOST)
+    layout = layouts[0]
+    agree = all(layout.same(other, batch_size) for other in layouts[1:])
+    fits = layout.dim < output.dim() and output.shape[layout.dim] == layout.size(batch_size)
+    return layout if agree and fits else propagation.LOST
 
 
 def declare_rowwise(function):

@@ -13,11 +13,11 @@ from htv.engine.inputs import Batch
 from htv.errors import UnsupportedError
 from htv.groups import Groups
 
-__all__ = ["UNKNOWN", "StaticVoting", "Voting", "groups_of", "same_spec"]
+__all__ = ["UNKNOWN", "StaticGroupSpec", "GroupSpec", "groups_of", "same_spec"]
 
 
 @dataclass(frozen=True, eq=False)
-class Voting:
+class GroupSpec:
     """What `Handle.groups`, `packed` or `tokens` was called with: kind "ids", "packed" or "rows"."""
 
     kind: str
@@ -33,10 +33,10 @@ class Voting:
         return len(self.value)
 
 
-UNKNOWN = Voting("unknown", None, "size")  # who votes in a forward that left no note
+UNKNOWN = GroupSpec("unknown", None, "size")  # who votes in a forward that left no note
 
 
-def same_spec(a: Voting | None, b: Voting | None) -> bool:
+def same_spec(a: GroupSpec | None, b: GroupSpec | None) -> bool:
     """Tell whether two forwards were asked to let the same groups vote."""
     if a is None or b is None:
         return a is b
@@ -49,14 +49,14 @@ def same_spec(a: Voting | None, b: Voting | None) -> bool:
     return torch.equal(torch.as_tensor(a.value), torch.as_tensor(b.value))
 
 
-def groups_of(spec: Voting | None, batch: Batch, tensors: list[tuple[str, object]]) -> Groups:
+def groups_of(spec: GroupSpec | None, batch: Batch, tensors: list[tuple[str, object]]) -> Groups:
     """Assign the examples of a batch to groups.
 
     spec:     what the user asked for, or None: every example votes by itself.
     batch:    the examples of the call.
     tensors:  (name, tensor or packed sequence) of the call's arguments.
     """
-    size, dim = batch.num_units, batch.home.dim
+    size, dim = batch.batch_size, batch.input_layout.dim
     if spec is None:
         return Groups.each(size, dim)
     if spec.kind == "rows":
@@ -75,29 +75,29 @@ def groups_of(spec: Voting | None, batch: Batch, tensors: list[tuple[str, object
 
 
 @dataclass(frozen=True)
-class StaticVoting:
+class StaticGroupSpec:
     """Who votes in a compiled forward: all about it but the values of ids, bounds or mask."""
 
     kind: str
     weight: str
-    num_units: int
+    batch_size: int
     dim: int
 
     @staticmethod
-    def of(kind: str, weight: str, batch: Batch, value: Tensor | None) -> StaticVoting:
+    def of(kind: str, weight: str, batch: Batch, value: Tensor | None) -> StaticGroupSpec:
         """Make it for a batch. Raises ValueError for ids that are not one per example."""
-        if kind == "ids" and len(value) != batch.num_units:
+        if kind == "ids" and len(value) != batch.batch_size:
             raise ValueError(
-                f"groups has {len(value)} ids but dim {batch.home.dim} of the batch has size "
-                f"{batch.num_units}: pass one id per example"
+                f"groups has {len(value)} ids but dim {batch.input_layout.dim} of the batch has size "
+                f"{batch.batch_size}: pass one id per example"
             )
-        return StaticVoting(kind, weight, int(batch.num_units), batch.home.dim)
+        return StaticGroupSpec(kind, weight, int(batch.batch_size), batch.input_layout.dim)
 
     def groups(self, value: Tensor | None) -> Groups:
         """Assign examples to groups, once the values are known."""
         if self.kind == "each":
-            return Groups.each(self.num_units, self.dim)
+            return Groups.each(self.batch_size, self.dim)
         if self.kind == "rows":
-            return Groups.each_row(self.num_units, self.dim, value)
+            return Groups.each_row(self.batch_size, self.dim, value)
         make = Groups.by_id if self.kind == "ids" else Groups.packed
-        return make(value, self.num_units, self.dim, self.weight)
+        return make(value, self.batch_size, self.dim, self.weight)

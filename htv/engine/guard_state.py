@@ -26,7 +26,7 @@ def register(forward: Any) -> str:
     return key
 
 
-class Watched:
+class CompileGuardState:
     """The state of a model that its forward may read.
 
     tensors:     (module, name) of its parameters, buffers and plain tensor attributes.

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from htv.errors import UnsupportedError
-from htv.groups import Place
+from htv.groups import BatchLayout
 
 __all__ = ["Batch", "choose", "named_tensors"]
 
@@ -28,17 +28,17 @@ DEEPEST = 6  # containers inside one another, where an argument is an object of 
 class Batch:
     """The examples of one call.
 
-    num_units:  N, how many there are.
-    home:       where a tensor of that size has them.
+    batch_size:  N, how many there are.
+    input_layout:       where a tensor of that size has them.
     members:    (name, tensor, place, sure) of all that hold examples; what is not sure only has
                 their size.
     constants:  the other tensors of the call.
     source:     which argument said so, for messages.
     """
 
-    num_units: int
-    home: Place
-    members: list[tuple[str, Tensor, Place, bool]] = field(default_factory=list)
+    batch_size: int
+    input_layout: BatchLayout
+    members: list[tuple[str, Tensor, BatchLayout, bool]] = field(default_factory=list)
     constants: list[Tensor] = field(default_factory=list)
     source: str = ""
 
@@ -111,14 +111,14 @@ def choose(
     sized = [(name, t) for name, t in candidates if t.dim() > dim]
     if size is None or not any(t.shape[dim] == size for _, t in sized):
         size = _size(sized, dim, kind, size, named is not None, tensors)
-    home = Place(dim)
-    members = [(name, t, home, named is not None) for name, t in sized if t.shape[dim] == size]
+    input_layout = BatchLayout(dim)
+    members = [(name, t, input_layout, named is not None) for name, t in sized if t.shape[dim] == size]
     if members:
         members[0] = (*members[0][:3], True)  # the others only have its size
     else:
-        return Batch(size, home, [], [t for _, t in plain], "")
+        return Batch(size, input_layout, [], [t for _, t in plain], "")
     name, tensor = members[0][:2]
-    batch = Batch(size, home, members, source=_described(name, tensor, dim))
+    batch = Batch(size, input_layout, members, source=_described(name, tensor, dim))
     mine = {id(t) for _, t, _, _ in members}
     for name, t in plain:
         if id(t) in mine:
@@ -129,7 +129,7 @@ def choose(
             and t.shape[dim] == size
             and t.layout == torch.strided
         ):
-            batch.members.append((name, t, home, False))
+            batch.members.append((name, t, input_layout, False))
         else:
             batch.constants.append(t)
     return batch
@@ -240,18 +240,18 @@ def _of_packed_sequence(packed, plain, dim: int) -> Batch:
                 "is the batch? Name it: attach(..., batch=...)"
             )
         size = len(order)
-        units = torch.cat([order[:n] for n in sizes.tolist()])
-        members.append((name, sequence.data, Place(0, units=units), True))
+        example_of = torch.cat([order[:n] for n in sizes.tolist()])
+        members.append((name, sequence.data, BatchLayout(0, examples=example_of), True))
     known = {id(part) for _, s in packed for part in s if part is not None}
     batch = Batch(
-        size, Place(dim), members, source=f"{packed[0][0]!r}, a PackedSequence of {size} examples"
+        size, BatchLayout(dim), members, source=f"{packed[0][0]!r}, a PackedSequence of {size} examples"
     )
     batch.constants = [part for _, s in packed for part in s[1:] if part is not None]
     for name, t in plain:
         if id(t) in known:
             continue
         if t.dim() > dim and t.shape[dim] == size and t.layout == torch.strided:
-            batch.members.append((name, t, batch.home, False))
+            batch.members.append((name, t, batch.input_layout, False))
         else:
             batch.constants.append(t)
     return batch
@@ -259,16 +259,16 @@ def _of_packed_sequence(packed, plain, dim: int) -> Batch:
 
 def ids_of_examples(ids: Tensor, batch: Batch) -> Tensor:
     """The ids of packed sequences' examples, given one per packed row; all rows of an example must have the same."""
-    units = batch.members[0][2].units
-    if ids.dim() != 1 or len(ids) != len(units):
+    example_of = batch.members[0][2].examples
+    if ids.dim() != 1 or len(ids) != len(example_of):
         raise ValueError(
-            f"groups has {len(ids)} ids, but {batch.source}, has {batch.num_units} examples of "
-            f"{len(units)} rows in all: pass "
+            f"groups has {len(ids)} ids, but {batch.source}, has {batch.batch_size} examples of "
+            f"{len(example_of)} rows in all: pass "
             "one id per example, or one per row"
         )
     ids = ids.cpu()
-    found = ids.new_zeros(batch.num_units).index_copy_(0, units, ids)
-    if not torch.equal(found[units], ids):
+    found = ids.new_zeros(batch.batch_size).index_copy_(0, example_of, ids)
+    if not torch.equal(found[example_of], ids):
         raise ValueError(
             "groups gives the rows of one packed example different ids: an example votes as a whole"
         )
@@ -287,7 +287,7 @@ def fitting(size: int, dim: int, tensors: list[tuple[str, object]], source: str)
     dim:     the batch's.
     source:  what said so.
     """
-    batch = Batch(size, Place(dim), source=source)
+    batch = Batch(size, BatchLayout(dim), source=source)
     for name, t in tensors:
         if isinstance(t, PackedSequence):
             raise UnsupportedError(
@@ -295,7 +295,7 @@ def fitting(size: int, dim: int, tensors: list[tuple[str, object]], source: str)
             )
         strided = t.layout == torch.strided and not t.is_nested
         if strided and t.dim() > dim and t.shape[dim] == size:
-            batch.members.append((name, t, batch.home, False))
+            batch.members.append((name, t, batch.input_layout, False))
         else:
             batch.constants.append(t)
     return batch

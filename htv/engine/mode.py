@@ -21,17 +21,17 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointFunction
 
-from htv.autograd.derived import DerivedTensor
-from htv.autograd.expand import expand, expand_rows, per_unit
-from htv.autograd.ledger import Slot
+from htv.autograd.aggregation import ParameterArgument
+from htv.autograd.expand import expand, expand_rows, per_example
+from htv.autograd.from_parameters import TensorFromParameters
 from htv.engine import graph_reading, handlers, probing, propagation, torch_ops
 from htv.engine.checkpointing import in_first_run
 from htv.engine.inputs import Batch
 from htv.engine.protocols import ModeSession, ParameterLike
-from htv.engine.provenance import CONSTANT, LOST, PLAIN, Constant, Derived, Lost, Mark, Marks, OfBatch, Plain
+from htv.engine.provenance import CONSTANT, LOST, PLAIN, Constant, FromParameters, Lost, Mark, Marks, OfBatch, Plain
 from htv.engine.torch_ops import Operation, plain_name, replace_tensors, tensors_in
 from htv.errors import UnsupportedError
-from htv.groups import Groups, Place, Voters
+from htv.groups import BatchLayout, GroupedRows, Groups
 
 # One tensor only lends its dtype, device or shape to the other.
 BORROWING = {"type_as", "to", "expand_as", "view_as", "reshape_as"}
@@ -52,13 +52,13 @@ SCALARS = {int, float, bool, str, type(None), torch.dtype, torch.device, torch.m
 QUERIES = {"detach", "data", "size", "dim", "numel", "stride", "is_floating_point", "is_complex", "data_ptr"}
 
 
-def left_on_stack(drop: Callable[[Intercept], bool]) -> None:
+def left_on_stack(drop: Callable[[ServingMode], bool]) -> None:
     """Take modes off torch's stack of function modes: those an interrupt left there, or those that are done."""
     count = torch._C._len_torch_function_stack()
     if not count:
         return
     stack = [torch._C._get_function_stack_at(i) for i in range(count)]
-    kept = [mode for mode in stack if not (isinstance(mode, Intercept) and drop(mode))]
+    kept = [mode for mode in stack if not (isinstance(mode, ServingMode) and drop(mode))]
     if len(kept) == count:
         return
     for _ in stack:
@@ -67,16 +67,16 @@ def left_on_stack(drop: Callable[[Intercept], bool]) -> None:
         torch._C._push_on_torch_function_stack(mode)
 
 
-class Intercept(TorchFunctionMode):
+class ServingMode(TorchFunctionMode):
     """One forward of an attached model, for one batch.
 
     session:  knows which tensors are served parameters.
-    groups:   how this batch's units map to groups.
+    groups:   how this batch's examples map to groups.
     batch:    the tensors the model is called with, and which of them hold the examples.
     again:    of a part that activation checkpointing runs again, the forward it belongs to:
               tensors keep their marks.
     carried:  what earlier forwards know of tensors the model is called with, by identity.
-    voters:   who votes at which place, as far as earlier forwards of the same groups found it.
+    grouped_rows:   who votes at which place, as far as earlier forwards of the same groups found it.
     """
 
     block = None  # a reference to the `Handle.forward` block that opened it
@@ -87,30 +87,30 @@ class Intercept(TorchFunctionMode):
         session: ModeSession,
         groups: Groups,
         batch: Batch,
-        again: Intercept | None = None,
+        again: ServingMode | None = None,
         carried: dict[int, Mark] | None = None,
-        voters: dict | None = None,
+        grouped_rows: dict | None = None,
     ):
         super().__init__()
         self.session, self.groups, self.batch, self._carried = session, groups, batch, carried or {}
         self.marks = marks = Marks(None if again is None else again.marks)
         self.task = torch._C._current_graph_task_id()  # a backward inside the forward is not its business
         self.own = own = session.own_marks
-        self._voters, self._voters_of_one_batch = ({}, True) if voters is None else (voters, False)
-        self._found = session.found_before(groups)  # marks of results, by all that decides them
+        self._grouped_rows, self._rows_of_one_batch = ({}, True) if grouped_rows is None else (grouped_rows, False)
+        self._found = session.known_results(groups)  # marks of results, by all that decides them
         known = marks.table
         for tensors in (session.constants(), batch.constants):
             for tensor in tensors:
                 if tensor is None:  # a norm without running statistics
                     continue
-                served = id(tensor) in own and tensor.requires_grad
-                if id(tensor) not in known and not served and (again is None or marks.get(tensor) is None):
+                tracked = id(tensor) in own and tensor.requires_grad
+                if id(tensor) not in known and not tracked and (again is None or marks.get(tensor) is None):
                     marks.put(tensor, PLAIN if tensor.requires_grad else CONSTANT)
-        for name, tensor, place, sure in batch.members:
-            served = id(tensor) in own and tensor.requires_grad
-            if id(tensor) not in known and not served and (again is None or marks.get(tensor) is None):
+        for name, tensor, layout, sure in batch.members:
+            tracked = id(tensor) in own and tensor.requires_grad
+            if id(tensor) not in known and not tracked and (again is None or marks.get(tensor) is None):
                 guess = "" if sure else f"{name!r}, an input of shape {tuple(tensor.shape)},"
-                marks.put(tensor, replace(place, guess=guess) if guess else place)
+                marks.put(tensor, replace(layout, guess=guess) if guess else layout)
 
     def enter(self) -> None:
         """Put the mode on torch's stack; `left_on_stack` takes it off, whatever was interrupted."""
@@ -134,12 +134,12 @@ class Intercept(TorchFunctionMode):
                         if isinstance(mark, OfBatch):
                             graph_reading.remember(tensor, knowledge, mark)
 
-    def misplaced(self, tensor: Tensor) -> bool:
+    def batch_misplaced(self, tensor: Tensor) -> bool:
         """Whether a tensor is not what it would be taken for as an input of the model."""
         mark = self.mark(tensor)
-        if isinstance(mark, Place):
-            return not mark.same(self.groups.home, self.groups.num_units)
-        return isinstance(mark, (Lost, Derived)) or (isinstance(mark, Constant) and self.groups.fits(tensor))
+        if isinstance(mark, BatchLayout):
+            return not mark.same(self.groups.input_layout, self.groups.batch_size)
+        return isinstance(mark, (Lost, FromParameters)) or (isinstance(mark, Constant) and self.groups.fits(tensor))
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -147,7 +147,7 @@ class Intercept(TorchFunctionMode):
             return func(*args, **kwargs)  # no tensor comes of it, or it is of a backward that the forward calls
         if kwargs:
             args, kwargs = torch_ops.in_order(plain_name(func), args, kwargs)
-        handler = handlers.SERVERS.get(func)
+        handler = handlers.HANDLERS.get(func)
         if handler is not None:
             result = handler(self, func, args, kwargs)
             if result is not NotImplemented:
@@ -160,9 +160,9 @@ class Intercept(TorchFunctionMode):
 
     # -- what a tensor is ---------------------------------------------------------------------------------------------
 
-    def served(self, tensor) -> ParameterLike | None:
+    def tracked(self, tensor) -> ParameterLike | None:
         """The record of a served parameter, or None for anything else."""
-        return self.session.served_parameter(tensor)
+        return self.session.tracked_parameter(tensor)
 
     def mark(self, tensor: Tensor | None) -> Mark | None:
         """What a tensor is to the batch; None for None.
@@ -196,11 +196,11 @@ class Intercept(TorchFunctionMode):
         alive = {(id(node), number): (node, mark) for node, number, mark in self.marks.nodes()}
         alive.pop((id(tensor.grad_fn), tensor.output_nr), None)  # what it was before
         mark = graph_reading.mark_of(
-            tensor, lambda: self.groups.num_units, lambda node, number: self._known(node, number, alive)
+            tensor, lambda: self.groups.batch_size, lambda node, number: self._known(node, number, alive)
         )
         if isinstance(mark, Lost):
             return replace(mark, where=_place_in_code())
-        return Derived(mark.parameters, tensor) if isinstance(mark, Derived) else mark or PLAIN
+        return FromParameters(mark.parameters, tensor) if isinstance(mark, FromParameters) else mark or PLAIN
 
     def _known(self, node, number: int, alive: dict) -> Mark | None:
         leaf = getattr(node, "variable", None)
@@ -209,14 +209,14 @@ class Intercept(TorchFunctionMode):
         found = alive.get((id(node), number))
         if found is not None:
             return found[1]
-        voters = graph_reading.voters_of(node)
-        if voters is not None:
-            mine = voters.groups is self.groups or voters.groups.num_units == self.groups.num_units
-            return voters.place if mine else Lost("another forward, of another number of examples,")
+        grouped_rows = graph_reading.grouped_rows_of(node)
+        if grouped_rows is not None:
+            mine = grouped_rows.groups is self.groups or grouped_rows.groups.batch_size == self.groups.batch_size
+            return grouped_rows.layout if mine else Lost("another forward, of another number of examples,")
         noted = graph_reading.remembered(node, number)
         if noted is None:
             return None
-        mine = noted[0].groups.num_units == self.groups.num_units
+        mine = noted[0].groups.batch_size == self.groups.batch_size
         return noted[1] if mine else Lost("another forward, of another number of examples,")
 
     def _refuse_stand_in(self, tensor: Tensor) -> None:
@@ -232,51 +232,51 @@ class Intercept(TorchFunctionMode):
                 "others"
             )
 
-    def slot(self, value: Tensor | None, mark: Mark | None = None) -> Slot:
+    def argument(self, value: Tensor | None, mark: Mark | None = None) -> ParameterArgument:
         """A layer's parameter argument: served if it is one or derived from some, plain otherwise. mark: if known."""
         mark = self.mark(value) if mark is None else mark
-        if not isinstance(mark, Derived) or not value.requires_grad:
-            return Slot(value)
+        if not isinstance(mark, FromParameters) or not value.requires_grad:
+            return ParameterArgument(value)
         if mark is self.own.get(id(value)):
-            return Slot(value.detach(), [mark.parameters[0].sink(self.groups, self.task)])
-        return self._derived(value, mark).slot()
+            return ParameterArgument(value.detach(), [mark.parameters[0].recorder(self.groups, self.task)])
+        return self._derived(value, mark).argument()
 
-    def _derived(self, value: Tensor, mark: Derived) -> DerivedTensor:
-        parameters, sinks = zip(*((s.parameter, s.sink(self.groups, self.task)) for s in mark.parameters), strict=True)
-        return DerivedTensor(value, list(parameters), list(sinks), mark.origin if value is mark.source else None)
+    def _derived(self, value: Tensor, mark: FromParameters) -> TensorFromParameters:
+        parameters, recorders = zip(*((s.parameter, s.recorder(self.groups, self.task)) for s in mark.parameters), strict=True)
+        return TensorFromParameters(value, list(parameters), list(recorders), mark.origin if value is mark.source else None)
 
     def input(self, x: Tensor) -> tuple[Tensor, Mark | None]:
-        """A layer's input as `copied_per_unit` gives it, and its `place`."""
+        """A layer's input as `copied_per_example` gives it, and its `layout`."""
         entry = self.marks.table.get(id(x))
-        if entry is not None and entry[2] is not None and entry[0]() is x and self.groups.num_units > 1:
-            if entry[2] == x._version and x.requires_grad <= entry[3] and type(entry[1]) is Place:
+        if entry is not None and entry[2] is not None and entry[0]() is x and self.groups.batch_size > 1:
+            if entry[2] == x._version and x.requires_grad <= entry[3] and type(entry[1]) is BatchLayout:
                 return x, entry[1]  # the usual case
         mark = self.mark(x)
-        if isinstance(mark, Derived):
-            x = self.copied_per_unit(x)
+        if isinstance(mark, FromParameters):
+            x = self.copied_per_example(x)
             mark = self.mark(x)
-        return x, mark if self.groups.num_units > 1 else self.place(x, mark=mark)
+        return x, mark if self.groups.batch_size > 1 else self.layout(x, mark=mark)
 
-    def place(self, x: Tensor, dim: int = 0, mark: Mark | None = None) -> Mark | None:
-        """`mark` of x; of a batch with one unit, all of whose x it is, the place along any dim that suits."""
+    def layout(self, x: Tensor, dim: int = 0, mark: Mark | None = None) -> Mark | None:
+        """`mark` of x; of a batch with one example, all of whose x it is, the place along any dim that suits."""
         mark = self.mark(x) if mark is None else mark
-        if self.groups.num_units > 1:
+        if self.groups.batch_size > 1:
             return mark
-        return propagation.all_of_one(x, dim) if isinstance(mark, Place) and x.dim() > dim else mark
+        return propagation.all_of_one(x, dim) if isinstance(mark, BatchLayout) and x.dim() > dim else mark
 
-    def voters(self, place: Place) -> Voters:
+    def grouped_rows(self, layout: BatchLayout) -> GroupedRows:
         """Who votes with the indices of a tensor that has the batch there."""
-        found = self._voters.get(place)
+        found = self._grouped_rows.get(layout)
         if found is None:
-            found = self.groups.voters(place)
-            if place.units is None or self._voters_of_one_batch:
-                self._voters[place] = found
+            found = self.groups.grouped_rows(layout)
+            if layout.examples is None or self._rows_of_one_batch:
+                self._grouped_rows[layout] = found
         return found
 
     def why_not_batch(self, x: Tensor, mark: Mark | None, features: int) -> str | None:
         """None if it is known where the batch is in x, before its last `features` dims; else the reason.
 
-        mark: what `place` says of x.
+        mark: what `layout` says of x.
         """
         if isinstance(mark, Lost):
             self.session.note_loss(mark)
@@ -284,7 +284,7 @@ class Intercept(TorchFunctionMode):
                 f"it is not known any more which part of its input of shape {tuple(x.shape)} belongs to which example: "
                 f"{mark} lost that (the batch is {self.batch.source or 'not an argument'})"
             )
-        if not isinstance(mark, Place):
+        if not isinstance(mark, BatchLayout):
             return f"its input of shape {tuple(x.shape)} was not computed from the batch"
         if mark.dim >= x.dim() - features:
             return f"the batch is in dim {mark.dim} of its input of shape {tuple(x.shape)}, which this layer mixes"
@@ -295,7 +295,7 @@ class Intercept(TorchFunctionMode):
         self.session.unsupported(self._refusal(op, parameters, why), parameters)
 
     def _refusal(self, op: str, parameters: tuple[ParameterLike, ...], why: str) -> str:
-        names = ", ".join(repr(served.name) for served in parameters)
+        names = ", ".join(repr(tracked.name) for tracked in parameters)
         return (
             f"parameter {names} is used by {op}: {why}. Remedy: exclude={names} to give it a plain gradient, "
             "on_unsupported='plain' to do so wherever needed, or write the use with layers "
@@ -333,9 +333,9 @@ class Intercept(TorchFunctionMode):
                 else:
                     mark = self.mark(value)
                 tensors, marks = (*tensors, value), (*marks, mark)
-                if type(mark) is Derived:
+                if type(mark) is FromParameters:
                     derived = True
-                elif type(mark) is Place and mark.units is not None:
+                elif type(mark) is BatchLayout and mark.examples is not None:
                     key = None
                 elif key is not None:
                     key = (*key, mark, value.shape, value.dtype, value.requires_grad)
@@ -344,7 +344,7 @@ class Intercept(TorchFunctionMode):
                 if inside:
                     more = [self.mark(t) for t in inside]
                     tensors, marks = (*tensors, *inside), (*marks, *more)
-                    derived = derived or any(type(m) is Derived for m in more)
+                    derived = derived or any(type(m) is FromParameters for m in more)
                     key = None
                 elif key is not None:
                     key = (*key, (*value,))
@@ -374,7 +374,7 @@ class Intercept(TorchFunctionMode):
         """`general` for calls that use parameters or write to a tensor."""
         if args and isinstance(args[0], Tensor) and _writes(func) and args[0]._base is not None:
             base = args[0]._base
-            if self.served(base) is None:  # what it is before this write, which its view tells of
+            if self.tracked(base) is None:  # what it is before this write, which its view tells of
                 self.marks.put(base, self.mark(base))
         if derived:
             result = self._with_parameters(func, args, kwargs, tensors, marks)
@@ -385,7 +385,7 @@ class Intercept(TorchFunctionMode):
 
     def _with_parameters(self, func, args, kwargs, tensors, marks):
         name = plain_name(func)
-        derived = [m for t, m in zip(tensors, marks, strict=True) if isinstance(m, Derived) and t.requires_grad]
+        derived = [m for t, m in zip(tensors, marks, strict=True) if isinstance(m, FromParameters) and t.requires_grad]
         parameters = tuple(dict.fromkeys(p for m in derived for p in m.parameters))
         if not derived or not torch.is_grad_enabled() or name in QUERIES or name in torch_ops.COMPARING:
             return func(*args, **kwargs)
@@ -400,8 +400,8 @@ class Intercept(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _expand_operands(self, func, name, args, kwargs, tensors, marks, parameters):
-        """Arguments with every parameter replaced by its copies per unit, or None to run the call plainly."""
-        if _in_place(func) and isinstance(marks[0], Derived):
+        """Arguments with every parameter replaced by its copies per example, or None to run the call plainly."""
+        if _in_place(func) and isinstance(marks[0], FromParameters):
             return self.refuse(name, parameters, "it is written to in place")
         if name in torch_ops.ELEMENTWISE:
             ndim = max(t.dim() for t in tensors)
@@ -409,14 +409,14 @@ class Intercept(TorchFunctionMode):
             ndim = tensors[0].dim()
         else:
             return self.refuse(name, parameters, "htv does not know how to separate its contributions by group there")
-        places = [
-            (t, m.at(m.dim + ndim - t.dim())) for t, m in zip(tensors, marks, strict=True) if isinstance(m, Place)
+        layouts = [
+            (t, m.at(m.dim + ndim - t.dim())) for t, m in zip(tensors, marks, strict=True) if isinstance(m, BatchLayout)
         ]
         losses = [m for t, m in zip(tensors, marks, strict=True) if isinstance(m, Lost) and t.requires_grad]
         lost = not self.session.shares_statistics and bool(losses)
         shapes = [tuple(t.shape) for t, m in zip(tensors, marks, strict=True) if isinstance(m, OfBatch)]
-        units = self.groups.num_units
-        if not places or lost or not (units == 1 or all(p.same(places[0][1], units) for _, p in places)):
+        batch_size = self.groups.batch_size
+        if not layouts or lost or not (batch_size == 1 or all(p.same(layouts[0][1], batch_size) for _, p in layouts)):
             why = f"of the other operands, of shapes {shapes}, it is not known which part belongs to which example: "
             for mark in losses:
                 self.session.note_loss(mark)
@@ -426,92 +426,92 @@ class Intercept(TorchFunctionMode):
                 # Only a loss of the similarities would reach the parameter, and the guard on it
                 # then says why not.
                 message = self._refusal(name, parameters, why)
-                for served in parameters:
-                    served.defer(message)
+                for tracked in parameters:
+                    tracked.defer(message)
                 return None
             return self.refuse(name, parameters, why)
-        beside, place = places[0]
-        if units == 1 and not self.groups.rows_vote:
-            copies = {id(t): self._of_one(t, m, beside) for t, m in zip(tensors, marks, strict=True) if _served(t, m)}
+        beside, layout = layouts[0]
+        if batch_size == 1 and not self.groups.rows_vote:
+            copies = {id(t): self._of_one(t, m, beside) for t, m in zip(tensors, marks, strict=True) if _tracked(t, m)}
             return replace_tensors(args, copies), replace_tensors(kwargs, copies)
-        if name in torch_ops.CONCATENATING and _along(args, kwargs) % ndim == place.dim:
+        if name in torch_ops.CONCATENATING and _along(args, kwargs) % ndim == layout.dim:
             return self.refuse(name, parameters, "it is concatenated along the batch")
         copies = {}
         for tensor, mark in zip(tensors, marks, strict=True):
-            if _served(tensor, mark):
-                copies[id(tensor)] = found = self._copies(tensor, mark, ndim, beside, place)
+            if _tracked(tensor, mark):
+                copies[id(tensor)] = found = self._copies(tensor, mark, ndim, beside, layout)
                 if found is None:
-                    why = f"its shape {tuple(tensor.shape)} varies along dim {place.dim}, the batch's, of {shapes}"
+                    why = f"its shape {tuple(tensor.shape)} varies along dim {layout.dim}, the batch's, of {shapes}"
                     return self.refuse(name, mark.parameters, why)
         return replace_tensors(args, copies), replace_tensors(kwargs, copies)
 
-    def _copies(self, tensor: Tensor, mark: Derived, ndim: int, beside: Tensor, place: Place) -> Tensor | None:
-        """A derived tensor's copies for every unit, to stand in for it; None if it cannot be told apart by unit."""
-        for served in mark.parameters:
-            served.note("elementwise")
-        source, size = mark.source, place.size(self.groups.num_units)
-        of_batch = ((1,) * (ndim - source.dim()) + tuple(source.shape))[place.dim]
+    def _copies(self, tensor: Tensor, mark: FromParameters, ndim: int, beside: Tensor, layout: BatchLayout) -> Tensor | None:
+        """A derived tensor's copies for every example, to stand in for it; None if it cannot be told apart by example."""
+        for tracked in mark.parameters:
+            tracked.note("elementwise")
+        source, size = mark.source, layout.size(self.groups.batch_size)
+        of_batch = ((1,) * (ndim - source.dim()) + tuple(source.shape))[layout.dim]
         if of_batch != 1:
-            if source is not tensor or self.served(source) or source.dim() != ndim or of_batch != size:
+            if source is not tensor or self.tracked(source) or source.dim() != ndim or of_batch != size:
                 return None
             derived = self._derived(source, mark)
-            return None if derived.is_view else per_unit(derived, self.voters(place))
+            return None if derived.is_view else per_example(derived, self.grouped_rows(layout))
         # A scalar does not raise the type of what it meets: its copies must not either.
         dtype = torch.result_type(beside, tensor) if tensor.dim() == 0 else None
-        slot = self.slot(source) if self.served(source) is not None else self._derived(source, mark).slot()
+        argument = self.argument(source) if self.tracked(source) is not None else self._derived(source, mark).argument()
         if self.groups.rows_vote:
-            return self._row_copies(slot, tensor, ndim, beside, place, dtype)
-        copies = expand(slot, ndim, size, self.voters(place), dtype)
+            return self._row_copies(argument, tensor, ndim, beside, layout, dtype)
+        copies = expand(argument, ndim, size, self.grouped_rows(layout), dtype)
         shape = [*(1,) * (ndim - tensor.dim()), *tensor.shape]
-        shape[place.dim] = size
+        shape[layout.dim] = size
         return copies.expand(shape)
 
-    def _of_one(self, tensor: Tensor, mark: Derived, beside: Tensor) -> Tensor:
-        """A derived tensor as the only unit uses it."""
-        for served in mark.parameters:
-            served.note("elementwise")
+    def _of_one(self, tensor: Tensor, mark: FromParameters, beside: Tensor) -> Tensor:
+        """A derived tensor as the only example uses it."""
+        for tracked in mark.parameters:
+            tracked.note("elementwise")
         dtype = torch.result_type(beside, tensor) if tensor.dim() == 0 else None
-        return expand(self.slot(tensor), tensor.dim() + 1, 1, self.voters(Place(0)), dtype).squeeze(0)
+        return expand(self.argument(tensor), tensor.dim() + 1, 1, self.grouped_rows(BatchLayout(0)), dtype).squeeze(0)
 
-    def _row_copies(self, slot: Slot, tensor, ndim: int, beside: Tensor, place: Place, dtype) -> Tensor | None:
+    def _row_copies(self, argument: ParameterArgument, tensor, ndim: int, beside: Tensor, layout: BatchLayout, dtype) -> Tensor | None:
         """Where rows vote: copies along all dims of the other operand but the last."""
-        source = slot.value
+        source = argument.value
         features = source.shape[-1] if source.dim() else 1
         lead = beside.shape[: ndim - 1]
-        if source.numel() > features or beside.dim() != ndim or place.dim >= len(lead) or tensor.shape != source.shape:
+        if source.numel() > features or beside.dim() != ndim or layout.dim >= len(lead) or tensor.shape != source.shape:
             return None  # it may differ from token to token
-        return expand_rows(slot, (*lead, features), self.voters(place), dtype)
+        return expand_rows(argument, (*lead, features), self.grouped_rows(layout), dtype)
 
-    def with_copies(self, func, args, kwargs, tensors: list[Tensor], ndim: int, place: Place):
-        """A call with what comes from parameters replaced by its copies per unit. place: in tensors of `ndim` dims."""
+    def with_copies(self, func, args, kwargs, tensors: list[Tensor], ndim: int, layout: BatchLayout):
+        """A call with what comes from parameters replaced by its copies per example. place: in tensors of `ndim` dims."""
         copies = {}
         for tensor in tensors:
             mark = self.mark(tensor)
-            if isinstance(mark, Derived) and tensor.requires_grad:
-                found = self._copies(tensor, mark, ndim, tensor, place)
+            if isinstance(mark, FromParameters) and tensor.requires_grad:
+                found = self._copies(tensor, mark, ndim, tensor, layout)
                 if found is None:
                     why = f"its shape {tuple(tensor.shape)} varies along the batch"
                     self.refuse(plain_name(func), mark.parameters, why)
                     continue
                 copies[id(tensor)] = found
-                self.marks.put(found, place)
+                self.marks.put(found, layout)
         return self.general(func, replace_tensors(args, copies), replace_tensors(kwargs, copies))
 
-    def copied_per_unit(self, x: Tensor | None) -> Tensor | None:
-        """A layer's input; one that is a derived tensor expanded over the batch (learnt queries) as copies per unit."""
+    def copied_per_example(self, x: Tensor | None) -> Tensor | None:
+        """A layer's input; one that is a derived tensor expanded over the batch (learnt queries) as copies per example."""
         mark = self.mark(x)
-        if not isinstance(mark, Derived) or mark.source is x or not x.requires_grad or not torch.is_grad_enabled():
+        if not isinstance(mark, FromParameters) or mark.source is x or not x.requires_grad or not torch.is_grad_enabled():
             return x
-        own, units = (1,) * (x.dim() - mark.source.dim()) + tuple(mark.source.shape), self.groups.num_units
-        dims = [d for d in range(x.dim()) if x.shape[d] == units and own[d] == 1]
-        home = self.groups.home.dim
-        if units == 1 or self.groups.rows_vote or not (home in dims or len(dims) == 1):
+        own, batch_size = (1,) * (x.dim() - mark.source.dim()) + tuple(mark.source.shape), self.groups.batch_size
+        dims = [d for d in range(x.dim()) if x.shape[d] == batch_size and own[d] == 1]
+        input_layout = self.groups.input_layout.dim
+        if batch_size == 1 or self.groups.rows_vote or not (input_layout in dims or len(dims) == 1):
             return x
         names = ", ".join(repr(s.name) for s in mark.parameters)
         guess = f"a tensor of shape {tuple(x.shape)} expanded from parameter {names}"
-        place = Place(home if home in dims else dims[0], guess=guess)
-        copies = self._copies(x, mark, x.dim(), x, place)
-        self.marks.put(copies, place)
+        layout = BatchLayout(input_layout if input_layout in dims else dims[0], guess=guess)
+        copies = self._copies(x, mark, x.dim(), x, layout)
+        self.marks.put(copies, layout)
         return copies
 
     def unexpanded(self, w: Tensor, x: Tensor) -> Tensor:
@@ -533,9 +533,9 @@ class Intercept(TorchFunctionMode):
         name = plain_name(func)
         written = args[0] if args and _writes(func) else kwargs.get("out")
         if written is None and name in torch_ops.BROADCASTING and name not in BORROWING and isinstance(result, Tensor):
-            place = propagation.unmoved(operands, result, self.groups.num_units)
-            if place is not None and self.served(result) is None:
-                return self.marks.put(result, place)
+            layout = propagation.unmoved(operands, result, self.groups.batch_size)
+            if layout is not None and self.tracked(result) is None:
+                return self.marks.put(result, layout)
         outputs = tensors_in((result,), None) if written is None else tensors_in((written,), None)
         if not outputs:
             return
@@ -543,18 +543,18 @@ class Intercept(TorchFunctionMode):
             operands = operands[:1]
         if getattr(func, graph_reading.ROWWISE, False):
             operation = Operation(name, func, args, kwargs, operands, outputs)
-            units = self.groups.num_units
+            batch_size = self.groups.batch_size
             follows = any(isinstance(m, OfBatch) for _, m in operands)
             if not follows:
                 marks = [self._mark_without_batch(operation, output) for output in outputs]
             elif self.groups.rows_vote:  # it may take tokens out of their order
                 marks = [propagation.LOST] * len(outputs)
             else:
-                marks = [graph_reading.rowwise(operands, output, units) for output in outputs]
+                marks = [graph_reading.rowwise(operands, output, batch_size) for output in outputs]
         elif any(isinstance(m, OfBatch) for _, m in operands) and name not in torch_ops.MAKING:
             operation = Operation(name, func, args, kwargs, operands, outputs)
             couples, rows = self.session.shares_statistics, self.groups.rows_vote
-            marks = propagation.follow(operation, self.groups.num_units, couples, rows, in_first_run())
+            marks = propagation.follow(operation, self.groups.batch_size, couples, rows, in_first_run())
             if written is not None and name in torch_ops.RESHAPED_IN_PLACE:
                 marks = [LOST] * len(outputs)
         else:
@@ -563,7 +563,7 @@ class Intercept(TorchFunctionMode):
         if any(isinstance(m, Lost) for m in marks):
             marks = self._blamed(operation, marks)
         for output, mark in zip(outputs, marks, strict=True):
-            if self.served(output) is None:
+            if self.tracked(output) is None:
                 self.marks.put(output, mark)
             if written is not None:
                 self._mark_base(output, mark)
@@ -576,7 +576,7 @@ class Intercept(TorchFunctionMode):
         return [blame if isinstance(m, Lost) and not m.by else m for m in marks]
 
     def _mark_without_batch(self, op: Operation, output: Tensor) -> Mark:
-        derived = [(t, m) for t, m in op.operands if isinstance(m, Derived)]
+        derived = [(t, m) for t, m in op.operands if isinstance(m, FromParameters)]
         if not output.requires_grad:
             return CONSTANT
         if not derived:
@@ -585,37 +585,37 @@ class Intercept(TorchFunctionMode):
         if output is tensor and not _in_place(op.func) and op.name != "setitem":  # x.to(...) of what is so already
             return mark
         if op.name in torch_ops.EXPANDING or _only_copies(op.name, op.args, op.kwargs):
-            return Derived(mark.parameters, mark.source, mark.origin)
+            return FromParameters(mark.parameters, mark.source, mark.origin)
         if op.name in torch_ops.PERMUTING and mark.source is not tensor and mark.source.dim() == tensor.dim():
-            return Derived(mark.parameters, op.again({id(tensor): mark.source}))  # still an expanded tensor
-        return Derived(tuple(dict.fromkeys(p for _, m in derived for p in m.parameters)), output)
+            return FromParameters(mark.parameters, op.again({id(tensor): mark.source}))  # still an expanded tensor
+        return FromParameters(tuple(dict.fromkeys(p for _, m in derived for p in m.parameters)), output)
 
     def _mark_again(self, view: Tensor) -> Mark:
         """What a tensor is after its memory was written to elsewhere: through another view, or by a call nobody saw."""
-        base, mark, units = view._base, self.marks.get(view), self.groups.num_units
+        base, mark, batch_size = view._base, self.marks.get(view), self.groups.batch_size
         if getattr(type(view.grad_fn), "_forward_cls", None) is CheckpointFunction:
             return mark  # it was made where all operands have a say
         if base is None:
-            return self._unseen(view) if isinstance(mark, Place) and view.grad_fn is not None else mark
+            return self._unseen(view) if isinstance(mark, BatchLayout) and view.grad_fn is not None else mark
         known = self.mark(base)
-        if isinstance(known, Place):
-            one = units == 1 and view.dim() > 0
-            return propagation.all_of_one(view) if one else probing.view_after_writing(view, base, known, units)
-        if isinstance(known, Derived) and view.requires_grad and not isinstance(mark, OfBatch):
-            same = isinstance(mark, Derived) and mark.parameters == known.parameters
-            return mark if same else Derived(known.parameters, view)
+        if isinstance(known, BatchLayout):
+            one = batch_size == 1 and view.dim() > 0
+            return propagation.all_of_one(view) if one else probing.view_after_writing(view, base, known, batch_size)
+        if isinstance(known, FromParameters) and view.requires_grad and not isinstance(mark, OfBatch):
+            same = isinstance(mark, FromParameters) and mark.parameters == known.parameters
+            return mark if same else FromParameters(known.parameters, view)
         return LOST if isinstance(known, Lost) else mark
 
     def _mark_base(self, view: Tensor, mark: Mark) -> None:
         """Writing to a view changes what its base is made of."""
         base = view._base
-        if base is None or self.served(base) is not None:
+        if base is None or self.tracked(base) is not None:
             return
         known = self.marks.get(base) or self.mark(base)
         if isinstance(mark, OfBatch):
-            self.marks.put(base, probing.base_after_writing(base, known, view, mark, self.groups.num_units))
-        elif isinstance(mark, Derived) or not isinstance(known, (Place, Lost, Derived)):
-            self.marks.put(base, Derived(mark.parameters, base) if isinstance(mark, Derived) else mark)
+            self.marks.put(base, probing.base_after_writing(base, known, view, mark, self.groups.batch_size))
+        elif isinstance(mark, FromParameters) or not isinstance(known, (BatchLayout, Lost, FromParameters)):
+            self.marks.put(base, FromParameters(mark.parameters, base) if isinstance(mark, FromParameters) else mark)
 
 
 HERE = str(Path(__file__).resolve().parents[1]) + os.sep  # the package htv
@@ -633,9 +633,9 @@ def _place_in_code() -> str:
     return ""
 
 
-def _served(tensor: Tensor, mark: Mark | None) -> bool:
+def _tracked(tensor: Tensor, mark: Mark | None) -> bool:
     """Whether contributions to a tensor go to served parameters."""
-    return isinstance(mark, Derived) and tensor.requires_grad
+    return isinstance(mark, FromParameters) and tensor.requires_grad
 
 
 KEPT = torch_ops.BROADCASTING | torch_ops.EXPANDING | torch_ops.RESHAPING | torch_ops.PERMUTING
@@ -653,7 +653,7 @@ def _is_kept(func, of_one: bool) -> bool:
 
 
 def _may_be_kept(mark: Mark | None) -> bool:
-    return mark is CONSTANT or mark is PLAIN or (type(mark) is Place and mark.units is None)
+    return mark is CONSTANT or mark is PLAIN or (type(mark) is BatchLayout and mark.examples is None)
 
 
 @lru_cache(maxsize=4096)

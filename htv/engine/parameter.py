@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from htv.autograd.accumulation import Accumulation, MicroBatches
-from htv.autograd.ledger import Hub, Ledger, Owner, Sink
+from htv.autograd.aggregation import AggregationNode, BufferListener, ContributionBuffer, UseRecorder
 from htv.engine.protocols import SessionLike
 from htv.groups import Groups
 from htv.ops.agreement import Agreement, agreement
@@ -18,32 +18,32 @@ from htv.ops.factors import Factors
 from htv.rules import Rule
 
 MOST_DELIVERED = 256  # gradients a parameter expects at a time, in as many threads
-HUB_BYTES = 1 << 20  # that the contributions to parameters of one hub may take
+NODE_BYTES = 1 << 20  # that the contributions to parameters of one node may take
 
 
-def share_hubs(parameters: Iterable[Served], groups: Groups) -> dict[Served, tuple[Served, ...]]:
-    """Which parameters share a hub: vectors in a row, of one rule, whose contributions together are small.
+def share_nodes(parameters: Iterable[TrackedParameter], groups: Groups) -> dict[TrackedParameter, tuple[TrackedParameter, ...]]:
+    """Which parameters share a node: vectors in a row, of one rule, whose contributions together are small.
 
-    A hub costs as much as a small layer. It runs when the last use of any of its parameters has run: contributions to
+    A node costs as much as a small layer. It runs when the last use of any of its parameters has run: contributions to
     the others wait for that.
     """
-    hubs: list[list[Served]] = []
+    hubs: list[list[TrackedParameter]] = []
     taken, kind = 0, None
-    for served in parameters:
-        p = served.parameter
+    for tracked in parameters:
+        p = tracked.parameter
         size = groups.count * p.numel() * p.element_size()
-        if p.dim() > 1 or size > HUB_BYTES:
+        if p.dim() > 1 or size > NODE_BYTES:
             continue
-        if kind != (served.rule, p.dtype, p.device) or taken + size > HUB_BYTES:
-            kind, taken = (served.rule, p.dtype, p.device), 0
+        if kind != (tracked.rule, p.dtype, p.device) or taken + size > NODE_BYTES:
+            kind, taken = (tracked.rule, p.dtype, p.device), 0
             hubs.append([])
-        hubs[-1].append(served)
+        hubs[-1].append(tracked)
         taken += size
-    return {served: tuple(hub) for hub in hubs for served in hub}
+    return {tracked: tuple(hub) for hub in hubs for tracked in hub}
 
 
-class Served(Owner):
-    """One served parameter: its rule, a hub per thread for forwards not yet differentiated, a guard on its gradient."""
+class TrackedParameter(BufferListener):
+    """One served parameter: its rule, a node per thread for forwards not yet differentiated, a guard on its gradient."""
 
     def __init__(self, session: SessionLike, name: str, parameter: nn.Parameter, rule: Rule):
         self._session = weakref.ref(session)
@@ -53,9 +53,9 @@ class Served(Owner):
         self.agreement: Agreement | None = None
         self.refusal: str | None = None  # why some use was let through plainly
         self.deferred: str | None = None  # why a use is to be refused, if a loss reaches it
-        self._hubs = threading.local()  # .mine: references to a token and its ledger, or None
+        self._nodes = threading.local()  # .mine: references to a token and its buffer, or None
         self._delivered: dict[int, tuple[int, int]] = {}  # by backward pass
-        self._twice = -1  # the last backward pass in which two hubs delivered
+        self._twice = -1  # the last backward pass in which two nodes delivered
         self.hook = None
         self._given: tuple[int, int] | None = None  # the last gradient delivered: its memory and version
 
@@ -68,71 +68,71 @@ class Served(Owner):
         """Remember a kind of use, for `htv.explain`."""
         self.uses.add(use)
 
-    def sink(self, groups: Groups, born: int = -1) -> Sink:
-        """For one more use: uses share a hub until a backward has consumed it.
+    def recorder(self, groups: Groups, born: int = -1) -> UseRecorder:
+        """For one more use: uses share a node until a backward has consumed it.
 
         born: the backward pass that the use's forward runs in, or -1.
         """
         try:
-            hub = self._hubs.mine
+            hub = self._nodes.mine
         except AttributeError:  # the first in this thread
             hub = None
         if hub is not None:
-            token, ledger = hub[0](), hub[1]()
-            if token is not None and ledger is not None and not ledger.consumed:
-                if ledger.groups is groups or ledger.groups.same_voters(groups):
-                    return Sink(token, ledger, None, born)
-        return Sink(*self._open(groups), None, born)
+            token, buffer = hub[0](), hub[1]()
+            if token is not None and buffer is not None and not buffer.consumed:
+                if buffer.groups is groups or buffer.groups.same_groups(groups):
+                    return UseRecorder(token, buffer, None, born)
+        return UseRecorder(*self._open(groups), None, born)
 
     def _may_join(self, groups: Groups) -> bool:
-        """Whether the parameter can get a hub with others: it has none that can take one more use."""
+        """Whether the parameter can get a node with others: it has none that can take one more use."""
         try:
-            hub = self._hubs.mine
+            hub = self._nodes.mine
         except AttributeError:
             hub = None
-        ledger = None if hub is None or hub[0]() is None else hub[1]()
-        has_hub = ledger is not None and not ledger.consumed and ledger.groups.same_voters(groups)
+        buffer = None if hub is None or hub[0]() is None else hub[1]()
+        has_hub = buffer is not None and not buffer.consumed and buffer.groups.same_groups(groups)
         return self.parameter.requires_grad and not has_hub and not self._is_hooked()
 
     def _is_hooked(self) -> bool:
-        """Whether others look at the gradient: hooks would see None where only other parameters of the hub get one."""
+        """Whether others look at the gradient: hooks would see None where only other parameters of the node get one."""
         p = self.parameter
         return len(p._backward_hooks or ()) > (self.hook is not None) or bool(p._post_accumulate_grad_hooks)
 
-    def _open(self, groups: Groups) -> tuple[Tensor, Ledger]:
-        """A new hub, for all that shares it and has none; returns this parameter's token and ledger."""
+    def _open(self, groups: Groups) -> tuple[Tensor, ContributionBuffer]:
+        """A new node, for all that shares it and has none; returns this parameter's token and buffer."""
         session = self._session()
-        sharing = (self,) if self.parameter.dim() > 1 else session.hub_of(self, groups)
+        sharing = (self,) if self.parameter.dim() > 1 else session.sharing_node(self, groups)
         if len(sharing) == 1 or self._is_hooked():
-            ledger = Ledger(self.rule, groups, self, session.collects_stats)
-            token = Hub.apply((ledger,), self.parameter)
+            buffer = ContributionBuffer(self.rule, groups, self, session.collects_stats)
+            token = AggregationNode.apply((buffer,), self.parameter)
             # They live as long as a use's graph does: what a failed backward recorded dies with it.
-            self._hubs.mine = weakref.ref(token), weakref.ref(ledger)
-            return token, ledger
+            self._nodes.mine = weakref.ref(token), weakref.ref(buffer)
+            return token, buffer
         members = [s for s in sharing if s is self or s._may_join(groups)]
-        ledgers = tuple([Ledger(s.rule, groups, s, session.collects_stats) for s in members])
-        token = Hub.apply(ledgers, *[s.parameter for s in members])
-        for served, ledger in zip(members, ledgers, strict=True):
-            served._hubs.mine = weakref.ref(token), weakref.ref(ledger)
-        return token, ledgers[members.index(self)]
+        buffers = tuple([ContributionBuffer(s.rule, groups, s, session.collects_stats) for s in members])
+        token = AggregationNode.apply(buffers, *[s.parameter for s in members])
+        for tracked, buffer in zip(members, buffers, strict=True):
+            tracked._nodes.mine = weakref.ref(token), weakref.ref(buffer)
+        return token, buffers[members.index(self)]
 
     def defer(self, message: str) -> None:
         """Refuse a use when a gradient comes by it."""
         self.deferred = message
 
     def watch(self) -> None:
-        """Make gradients that come by another way than the hub an error."""
+        """Make gradients that come by another way than the node an error."""
         self.deferred = None
         if self.hook is None and self.parameter.requires_grad:
             reference = weakref.ref(self)
 
             def check(grad: Tensor) -> None:
-                served = reference()
-                if served is None or grad is None or served.refusal is not None:
+                tracked = reference()
+                if tracked is None or grad is None or tracked.refusal is not None:
                     return
                 current = torch._C._current_graph_task_id()
-                if served._delivered.pop(current, None) != (grad.data_ptr(), grad._version):
-                    served.refuse_gradient(served._twice == current)
+                if tracked._delivered.pop(current, None) != (grad.data_ptr(), grad._version):
+                    tracked.refuse_gradient(tracked._twice == current)
 
             self.hook = _hook_first(self.parameter, check)
 
@@ -161,7 +161,7 @@ class Served(Owner):
         # No reference is kept: autograd may then take the tensor for .grad without a copy.
         if current in self._delivered:
             self._twice = current
-        self._hubs.mine = None
+        self._nodes.mine = None
         if grad is None or self._delivered:
             self.expect(grad, current)
         if grad is None:

@@ -13,69 +13,69 @@ from torch import Tensor
 
 from htv.engine.provenance import LOST, Lost, Mark, OfBatch
 from htv.engine.torch_ops import CONCATENATING, Operation
-from htv.groups import Place
+from htv.groups import BatchLayout
 
 
-def _numbered(tensor: Tensor, mark: Place, units: int) -> Tensor:
-    """The unit of every element of a tensor, in its shape; takes no memory."""
-    index = mark.index(units).to(tensor.device)
+def _numbered(tensor: Tensor, mark: BatchLayout, batch_size: int) -> Tensor:
+    """The example of every element of a tensor, in its shape; takes no memory."""
+    index = mark.index(batch_size).to(tensor.device)
     return index.reshape(-1, *(1,) * (tensor.dim() - mark.dim - 1)).expand(tensor.shape)
 
 
-def probed(op: Operation, index: int, units: int) -> OfBatch:
-    """Run the operation on the units' numbers instead of the values; the batch is along the dim they vary along."""
-    moved = op.operands if op.name in CONCATENATING else op.operands[:1]
-    if not all(isinstance(m, Place) for _, m in moved) or op.func is torch.nn.functional.unfold:
-        return LOST  # values that are no unit's, as padding
-    numbers = {id(t): _numbered(t, m, units) for t, m in moved}
+def probed(op: Operation, index: int, batch_size: int) -> OfBatch:
+    """Run the operation on the examples' numbers instead of the values; the batch is along the dim they vary along."""
+    to_device_async = op.operands if op.name in CONCATENATING else op.operands[:1]
+    if not all(isinstance(m, BatchLayout) for _, m in to_device_async) or op.func is torch.nn.functional.unfold:
+        return LOST  # values that are no example's, as padding
+    numbers = {id(t): _numbered(t, m, batch_size) for t, m in to_device_async}
     try:
         result = op.again(numbers)
     except RuntimeError:  # it wants to see them as one row
         result = op.again({key: t.contiguous() for key, t in numbers.items()})
     result = result if isinstance(result, Tensor) else result[index]
-    same_kind = op.outputs[index].is_floating_point() == moved[0][0].is_floating_point()
-    return _read_off(result, units) if same_kind else LOST
+    same_kind = op.outputs[index].is_floating_point() == to_device_async[0][0].is_floating_point()
+    return _read_off(result, batch_size) if same_kind else LOST
 
 
-def after_padding(op: Operation, units: int) -> OfBatch:
+def after_padding(op: Operation, batch_size: int) -> OfBatch:
     """torch._pad_packed_sequence(data, batch_sizes, batch_first, padding, length): the padding is nobody's."""
     data, mark = op.operands[0]
-    if not isinstance(mark, Place):
+    if not isinstance(mark, BatchLayout):
         return LOST
-    padded, _ = op.func(_numbered(data, mark, units), *op.args[1:3], -1, *op.args[4:])
-    return _read_off(padded, units)
+    padded, _ = op.func(_numbered(data, mark, batch_size), *op.args[1:3], -1, *op.args[4:])
+    return _read_off(padded, batch_size)
 
 
-def _named(dim: int, found: Tensor, units: int) -> Place:
-    """The place of these units along a dim, as a pattern if they follow one."""
-    outer, rest = divmod(len(found), units)
+def _named(dim: int, found: Tensor, batch_size: int) -> BatchLayout:
+    """The place of these examples along a dim, as a pattern if they follow one."""
+    outer, rest = divmod(len(found), batch_size)
     if not rest:
-        every = torch.arange(units, device=found.device)
-        for place, pattern in (
-            (Place(dim, times=outer), every.repeat_interleave(outer)),
-            (Place(dim, outer=outer), every.repeat(outer)),
+        every = torch.arange(batch_size, device=found.device)
+        for layout, pattern in (
+            (BatchLayout(dim, times=outer), every.repeat_interleave(outer)),
+            (BatchLayout(dim, outer=outer), every.repeat(outer)),
         ):
             if torch.equal(found, pattern):
-                return place
-    return Place(dim, units=found)
+                return layout
+    return BatchLayout(dim, examples=found)
 
 
-def _read_off(numbers: Tensor, units: int) -> OfBatch:
-    """The place at which the elements have these units' numbers; negative ones are nobody's."""
+def _read_off(numbers: Tensor, batch_size: int) -> OfBatch:
+    """The place at which the elements have these examples' numbers; negative ones are nobody's."""
     for dim in range(numbers.dim()):
         if numbers.numel() == 0:
             if numbers.shape[dim] == 0:
-                return Place(dim, units=numbers.new_zeros(0))
+                return BatchLayout(dim, examples=numbers.new_zeros(0))
             continue
         along = numbers.movedim(dim, 0).reshape(numbers.shape[dim], -1)
         found = along.amax(dim=1)
         if bool(((along == found[:, None]) | (along < 0)).all()) and bool((found >= 0).all()):
-            return _named(dim, found, units)
+            return _named(dim, found, batch_size)
     return LOST
 
 
-def after_writing(op: Operation, units: int) -> OfBatch:
-    """target[index] = value and its relatives: the target stays the batch's if every element written is of its unit.
+def after_writing(op: Operation, batch_size: int) -> OfBatch:
+    """target[index] = value and its relatives: the target stays the batch's if every element written is of its example.
 
     A target that is no batch's yet (zeros) becomes what its first batch value says, if that fits one of its dims.
     """
@@ -85,58 +85,58 @@ def after_writing(op: Operation, units: int) -> OfBatch:
     if not isinstance(value_mark, OfBatch):
         return mark if isinstance(mark, OfBatch) else LOST
     if isinstance(mark, Lost) or isinstance(value_mark, Lost):
-        return LOST if value.requires_grad or not isinstance(mark, Place) else mark
+        return LOST if value.requires_grad or not isinstance(mark, BatchLayout) else mark
     consistent = []
-    for place in [mark] if isinstance(mark, Place) else _candidates(target, value, value_mark, units):
-        written = read(_numbered(target, place, units))
+    for layout in [mark] if isinstance(mark, BatchLayout) else _candidates(target, value, value_mark, batch_size):
+        written = read(_numbered(target, layout, batch_size))
         if value.dim() > written.dim():
             return LOST
-        numbers = _numbered(value, value_mark, units)
+        numbers = _numbered(value, value_mark, batch_size)
         if all(a in (b, 1) for a, b in zip(reversed(numbers.shape), reversed(written.shape), strict=False)) and bool(
             (written == numbers).all()
         ):
-            consistent.append(place)
+            consistent.append(layout)
     return _the_only(consistent, empty=value.numel() == 0)
 
 
-def _the_only(places: list[Place], empty: bool) -> OfBatch:
+def _the_only(layouts: list[BatchLayout], empty: bool) -> OfBatch:
     """The place of a target that fits what was written; where several do, only nothing written yet leaves it open."""
-    if not places or (len(places) > 1 and not empty):
+    if not layouts or (len(layouts) > 1 and not empty):
         return LOST
-    return replace(places[0], guess="a tensor nothing was written to yet") if len(places) > 1 else places[0]
+    return replace(layouts[0], guess="a tensor nothing was written to yet") if len(layouts) > 1 else layouts[0]
 
 
-def base_after_writing(base: Tensor, known: Mark | None, view: Tensor, mark: OfBatch, units: int) -> OfBatch:
+def base_after_writing(base: Tensor, known: Mark | None, view: Tensor, mark: OfBatch, batch_size: int) -> OfBatch:
     """The mark of a tensor after something of the batch was written to a view of it."""
     if isinstance(mark, Lost) or isinstance(known, Lost):
         return LOST
     offset = view.storage_offset() - base.storage_offset()
     consistent = []
-    for place in [known] if isinstance(known, Place) else _candidates(base, view, mark, units):
-        numbers = torch.empty_like(base, dtype=torch.int64).copy_(_numbered(base, place, units))
+    for layout in [known] if isinstance(known, BatchLayout) else _candidates(base, view, mark, batch_size):
+        numbers = torch.empty_like(base, dtype=torch.int64).copy_(_numbered(base, layout, batch_size))
         if numbers.stride() != base.stride():
             return LOST
-        if bool((numbers.as_strided(view.shape, view.stride(), offset) == _numbered(view, mark, units)).all()):
-            consistent.append(place)
+        if bool((numbers.as_strided(view.shape, view.stride(), offset) == _numbered(view, mark, batch_size)).all()):
+            consistent.append(layout)
     return _the_only(consistent, empty=view.numel() == 0)
 
 
-def view_after_writing(view: Tensor, base: Tensor, mark: Place, units: int) -> OfBatch:
+def view_after_writing(view: Tensor, base: Tensor, mark: BatchLayout, batch_size: int) -> OfBatch:
     """The mark of a view whose base is now the batch's there."""
-    numbers = torch.empty_like(base, dtype=torch.int64).copy_(_numbered(base, mark, units))
+    numbers = torch.empty_like(base, dtype=torch.int64).copy_(_numbered(base, mark, batch_size))
     if numbers.stride() != base.stride():
         return LOST
     offset = view.storage_offset() - base.storage_offset()
-    return _read_off(numbers.as_strided(view.shape, view.stride(), offset), units)
+    return _read_off(numbers.as_strided(view.shape, view.stride(), offset), batch_size)
 
 
-def _candidates(target: Tensor, value: Tensor, mark: Place, units: int) -> list[Place]:
+def _candidates(target: Tensor, value: Tensor, mark: BatchLayout, batch_size: int) -> list[BatchLayout]:
     """Places a target of zeros may have: as the value counts from the end first, then any dim the batch fits."""
     aligned = mark.dim + target.dim() - value.dim()
     fitting = [
-        Place(d, times=target.shape[d] // units)
+        BatchLayout(d, times=target.shape[d] // batch_size)
         for d in range(target.dim())
-        if target.shape[d] and not target.shape[d] % units
+        if target.shape[d] and not target.shape[d] % batch_size
     ]
     return sorted(fitting, key=lambda p: p.dim != aligned)
 

@@ -32,99 +32,99 @@ from htv.engine.torch_ops import (
     Operation,
 )
 from htv.errors import UnsupportedError
-from htv.groups import Place
+from htv.groups import BatchLayout
 
 
 def follow(
-    op: Operation, units: int, couples: bool = False, rows: bool = False, all_say: bool = False
+    op: Operation, batch_size: int, couples: bool = False, rows: bool = False, all_say: bool = False
 ) -> list[OfBatch]:
     """The mark of each output of an operation some operand of which is of the batch.
 
-    units:    how many units the batch has.
-    couples:  whether what was computed from several units (statistics of the batch) may meet a unit's own part.
-    rows:     whether the order of rows inside a unit matters too, as where tokens vote.
+    examples:    how many examples the batch has.
+    couples:  whether what was computed from several examples (statistics of the batch) may meet a example's own part.
+    rows:     whether the order of rows inside a example matters too, as where tokens vote.
     all_say:  whether operands without a gradient have a say, too: in a checkpoint they get one
               later.
     """
     if rows and (op.name in SHUFFLING or (op.name == "getitem" and _picks(op.args[1]))):
         return [LOST] * len(op.outputs)
-    if units == 1:  # all there is is the one unit's
+    if batch_size == 1:  # all there is is the one example's
         return [LOST if output.dim() == 0 else all_of_one(output) for output in op.outputs]
     operands = [(t, m) for t, m in op.operands if isinstance(m, OfBatch)]
     if op.name == "pad_packed_sequence":
-        return [after_padding(op, units), *[LOST] * (len(op.outputs) - 1)]
+        return [after_padding(op, batch_size), *[LOST] * (len(op.outputs) - 1)]
     if op.name in WRITING:
-        return [after_writing(op, units)] * len(op.outputs)
-    return [_agreed(op, operands, i, units, couples, all_say) for i in range(len(op.outputs))]
+        return [after_writing(op, batch_size)] * len(op.outputs)
+    return [_agreed(op, operands, i, batch_size, couples, all_say) for i in range(len(op.outputs))]
 
 
-def unmoved(operands: list[tuple[Tensor, Mark | None]], output: Tensor, units: int) -> Place | None:
+def unmoved(operands: list[tuple[Tensor, Mark | None]], output: Tensor, batch_size: int) -> BatchLayout | None:
     """The usual case of `follow` for broadcasting operations: all that is of the batch has it at one place already."""
-    if units == 1:
+    if batch_size == 1:
         return None
     found = None
     for tensor, mark in operands:
         if isinstance(mark, OfBatch):
-            if not isinstance(mark, Place) or (found is not None and mark is not found) or tensor.dim() != output.dim():
+            if not isinstance(mark, BatchLayout) or (found is not None and mark is not found) or tensor.dim() != output.dim():
                 return None
             found = mark
-    return found if found is not None and output.shape[found.dim] == found.size(units) else None
+    return found if found is not None and output.shape[found.dim] == found.size(batch_size) else None
 
 
-def all_of_one(tensor: Tensor, dim: int = 0) -> Place:
-    """The place in a tensor all of which belongs to the only unit, as if it were along a dim."""
+def all_of_one(tensor: Tensor, dim: int = 0) -> BatchLayout:
+    """The place in a tensor all of which belongs to the only example, as if it were along a dim."""
     size = tensor.shape[dim]
-    return Place(dim, times=size) if size else Place(dim, units=torch.zeros(0, dtype=torch.int64))
+    return BatchLayout(dim, times=size) if size else BatchLayout(dim, examples=torch.zeros(0, dtype=torch.int64))
 
 
-def _agreed(op: Operation, operands, index: int, units: int, couples: bool, all_say: bool) -> OfBatch:
+def _agreed(op: Operation, operands, index: int, batch_size: int, couples: bool, all_say: bool) -> OfBatch:
     """The place all operands agree on in one output; those without a gradient have no say.
 
-    Where the operation moves parts of the batch about, it is run on the units' numbers to see where they went.
+    Where the operation moves parts of the batch about, it is run on the examples' numbers to see where they went.
     """
     output = op.outputs[index]
-    found = [_place(op, t, m, output, units) for t, m in operands]
-    places = [place for place in found if place is not None]
-    if not places and op.name in MOVING:
-        return probed(op, index, units)
-    if not _all_same(places, units):
+    found = [_place(op, t, m, output, batch_size) for t, m in operands]
+    layouts = [layout for layout in found if layout is not None]
+    if not layouts and op.name in MOVING:
+        return probed(op, index, batch_size)
+    if not _all_same(layouts, batch_size):
         # Data that only seemed to be the batch's has no say.
         told = [
             p
             for (t, _), p in zip(operands, found, strict=True)
             if p is not None and (all_say or t.requires_grad or not p.guess)
         ]
-        if not told or not _all_same(told, units):
-            if (op.name in MULTIPLYING or op.name == "einsum") and len(places) == len(found):
-                _refuse_guesses_in_backward(op, places, output)
+        if not told or not _all_same(told, batch_size):
+            if (op.name in MULTIPLYING or op.name == "einsum") and len(layouts) == len(found):
+                _refuse_guesses_in_backward(op, layouts, output)
                 return Lost(pairs=True)
-            _refuse_guesses(op, places, output)
+            _refuse_guesses(op, layouts, output)
             return LOST
-        places = told
-    place = next((p for p in places if not p.guess), places[0] if places else None)
-    if place is None or not 0 <= place.dim < output.dim() or output.shape[place.dim] != place.size(units):
+        layouts = told
+    layout = next((p for p in layouts if not p.guess), layouts[0] if layouts else None)
+    if layout is None or not 0 <= layout.dim < output.dim() or output.shape[layout.dim] != layout.size(batch_size):
         return LOST
     for (tensor, _), where in zip(operands, found, strict=True):
-        at = place.dim - (output.dim() - tensor.dim())
+        at = layout.dim - (output.dim() - tensor.dim())
         broadcast = at < 0 or tensor.shape[at] == 1
         if where is None and (all_say or tensor.requires_grad) and not (couples and broadcast):
             return LOST
-    return place
+    return layout
 
 
-def _all_same(places: list[Place], units: int) -> bool:
-    return all(places[0].same(other, units) for other in places[1:])
+def _all_same(layouts: list[BatchLayout], batch_size: int) -> bool:
+    return all(layouts[0].same(other, batch_size) for other in layouts[1:])
 
 
-def _refuse_guesses(op: Operation, places: list[Place], output: Tensor) -> None:
-    guess = next((p.guess for p in places if p.guess), None)
+def _refuse_guesses(op: Operation, layouts: list[BatchLayout], output: Tensor) -> None:
+    guess = next((p.guess for p in layouts if p.guess), None)
     if guess is not None and output.requires_grad:
         raise UnsupportedError(_of_guess(op, guess))
 
 
-def _refuse_guesses_in_backward(op: Operation, places: list[Place], output: Tensor) -> None:
+def _refuse_guesses_in_backward(op: Operation, layouts: list[BatchLayout], output: Tensor) -> None:
     """A product of all examples with all (similarities) is no sign of a wrong guess, unless a loss is made of it."""
-    guess = next((p.guess for p in places if p.guess), None)
+    guess = next((p.guess for p in layouts if p.guess), None)
     if guess is not None and output.requires_grad:
         message = _of_guess(op, guess)
 
@@ -145,7 +145,7 @@ def _of_guess(op: Operation, guess: str) -> str:
     )
 
 
-def _place(op: Operation, tensor: Tensor, mark: OfBatch, output: Tensor, units: int) -> Place | None:
+def _place(op: Operation, tensor: Tensor, mark: OfBatch, output: Tensor, batch_size: int) -> BatchLayout | None:
     """Where one operand puts the batch dim in one output; None if that is not known."""
     if isinstance(mark, Lost):
         return None
@@ -182,10 +182,10 @@ def _place(op: Operation, tensor: Tensor, mark: OfBatch, output: Tensor, units: 
     if name in PERMUTING:
         # Dims of distinct sizes show where each of them goes.
         probe = torch.empty(tuple(range(2, 2 + tensor.dim())), device="meta")
-        moved = op.again({id(tensor): probe})
-        return mark.at(list(moved.shape).index(dim + 2))
+        to_device_async = op.again({id(tensor): probe})
+        return mark.at(list(to_device_async.shape).index(dim + 2))
     if name in RESHAPING:
-        return _reshaped(tensor, mark, output, units)
+        return _reshaped(tensor, mark, output, batch_size)
     if name == "unsqueeze":
         along = op.argument(0, "dim") % (tensor.dim() + 1)
         return mark.at(dim + (along <= dim))
@@ -205,7 +205,7 @@ def _place(op: Operation, tensor: Tensor, mark: OfBatch, output: Tensor, units: 
     return None
 
 
-def _permuted(op: Operation, tensor: Tensor, mark: Place) -> Place:
+def _permuted(op: Operation, tensor: Tensor, mark: BatchLayout) -> BatchLayout:
     ndim = tensor.dim()
     if op.name == "permute":
         given = op.argument(0, "dims")
@@ -215,7 +215,7 @@ def _permuted(op: Operation, tensor: Tensor, mark: Place) -> Place:
     return mark.at(b if mark.dim == a else a if mark.dim == b else mark.dim)
 
 
-def _looked_up(op: Operation, tensor: Tensor, mark: Place) -> Place | None:
+def _looked_up(op: Operation, tensor: Tensor, mark: BatchLayout) -> BatchLayout | None:
     """Rows, or by gather elements, of a constant picked by ids of the batch."""
     constant = not isinstance(op.operands[0][1], OfBatch) and not tensor.is_floating_point()
     by_ids = op.name == "getitem" and op.args[1] is tensor and not _is_mask(tensor)
@@ -239,7 +239,7 @@ def _dims(value, ndim: int) -> set[int] | None:
     return {v % ndim for v in values} if values and all(type(v) is int for v in values) else None
 
 
-def _along(op: Operation, tensor: Tensor, mark: Place) -> Place | None:
+def _along(op: Operation, tensor: Tensor, mark: BatchLayout) -> BatchLayout | None:
     position, default = ALONG[op.name]
     value = op.argument(position, "dim", "dims", "axis", "dimension", default=default)
     if op.name == "flip" and isinstance(value, int):
@@ -248,7 +248,7 @@ def _along(op: Operation, tensor: Tensor, mark: Place) -> Place | None:
     return None if dims is None or mark.dim in dims else mark
 
 
-def _reduced(op: Operation, tensor: Tensor, mark: Place, output: Tensor) -> Place | None:
+def _reduced(op: Operation, tensor: Tensor, mark: BatchLayout, output: Tensor) -> BatchLayout | None:
     default = 1 if op.name == "cosine_similarity" else None
     dims = _dims(op.argument(REDUCING[op.name], "dim", "axis", default=default), tensor.dim())
     if dims is None or mark.dim in dims:
@@ -260,7 +260,7 @@ def _reduced(op: Operation, tensor: Tensor, mark: Place, output: Tensor) -> Plac
     return mark.at(mark.dim - sum(d < mark.dim for d in dims))
 
 
-def _multiplied(op: Operation, tensor: Tensor, mark: Place, output: Tensor) -> Place | None:
+def _multiplied(op: Operation, tensor: Tensor, mark: BatchLayout, output: Tensor) -> BatchLayout | None:
     """Batches and rows of the first factor stay, batches and columns of the second; contracted dims do not."""
     factors = [t for t, _ in op.operands][-2:]  # baddbmm and addmm take the addend first
     if op.name == "rmatmul":
@@ -281,7 +281,7 @@ def _multiplied(op: Operation, tensor: Tensor, mark: Place, output: Tensor) -> P
     return mark.at(output.dim() - from_end)
 
 
-def _einsum(op: Operation, tensor: Tensor, mark: Place) -> Place | None:
+def _einsum(op: Operation, tensor: Tensor, mark: BatchLayout) -> BatchLayout | None:
     equation, operands = op.args[0], [t for t, _ in op.operands]
     if not isinstance(equation, str):
         return None
@@ -309,49 +309,49 @@ def einsum_terms(equation: str, operands: list[Tensor]) -> tuple[list[str], str]
     return terms, result.replace("...", dots)
 
 
-def _reshaped(tensor: Tensor, mark: Place, output: Tensor, units: int) -> Place | None:
-    """Row-major order: whole units stay together, whatever is before and behind them, as long as no dim cuts them."""
+def _reshaped(tensor: Tensor, mark: BatchLayout, output: Tensor, batch_size: int) -> BatchLayout | None:
+    """Row-major order: whole examples stay together, whatever is before and behind them, as long as no dim cuts them."""
     before = math.prod(tensor.shape[: mark.dim])
-    if mark.units is not None:
+    if mark.examples is not None:
         for at in range(output.dim()):
-            factor, cut = divmod(output.shape[at], max(1, len(mark.units)))
+            factor, cut = divmod(output.shape[at], max(1, len(mark.examples)))
             if math.prod(output.shape[:at]) != before:
                 continue
             if not cut and factor:
-                return replace(mark, dim=at, units=mark.units if factor == 1 else mark.units.repeat_interleave(factor))
-            if output.shape[at] and len(mark.units) % output.shape[at] == 0:
-                split = mark.units.reshape(output.shape[at], -1)
+                return replace(mark, dim=at, examples=mark.examples if factor == 1 else mark.examples.repeat_interleave(factor))
+            if output.shape[at] and len(mark.examples) % output.shape[at] == 0:
+                split = mark.examples.reshape(output.shape[at], -1)
                 if bool((split == split[:, :1]).all()):
-                    return replace(mark, dim=at, units=split[:, 0])
+                    return replace(mark, dim=at, examples=split[:, 0])
         return None
     before *= mark.outer
     candidates = []
     for at in range(output.dim()):
         outer, cut = divmod(before, max(1, math.prod(output.shape[:at])))
-        times, remainder = divmod(output.shape[at], max(1, outer * units))
+        times, remainder = divmod(output.shape[at], max(1, outer * batch_size))
         if not cut and not remainder and outer and times:
-            candidates.append(Place(at, outer, times, None, mark.guess))
+            candidates.append(BatchLayout(at, outer, times, None, mark.guess))
     # Several only if there are no elements: then the dim that is there already.
     return next((p for p in candidates if p.dim == mark.dim), candidates[0] if candidates else None)
 
 
-def _repeated(op: Operation, tensor: Tensor, mark: Place) -> Place | None:
+def _repeated(op: Operation, tensor: Tensor, mark: BatchLayout) -> BatchLayout | None:
     given = op.argument(0, "dims", "repeats")
     sizes = op.args[1:] if isinstance(given, int) else tuple(given)
     sizes = (1,) * (tensor.dim() - len(sizes)) + sizes  # tile may be given fewer
     at = mark.dim + len(sizes) - tensor.dim()
     if sizes[at] == 1:
         return mark.at(at)
-    if mark.units is not None:
-        return replace(mark, dim=at, units=mark.units.repeat(sizes[at]))
+    if mark.examples is not None:
+        return replace(mark, dim=at, examples=mark.examples.repeat(sizes[at]))
     return replace(mark, dim=at, outer=mark.outer * sizes[at])
 
 
-def _without(mark: Place, removed: int) -> Place | None:
+def _without(mark: BatchLayout, removed: int) -> BatchLayout | None:
     return None if removed == mark.dim else mark.at(mark.dim - (removed < mark.dim))
 
 
-def _after_indexing(tensor: Tensor, mark: Place, index) -> Place | None:
+def _after_indexing(tensor: Tensor, mark: BatchLayout, index) -> BatchLayout | None:
     """Follow the batch dim through an index; None if the index takes anything but a full slice of it."""
     items = index if isinstance(index, tuple) else (index,)
     if any(_is_advanced(item) and not isinstance(item, Tensor) for item in items):
@@ -408,6 +408,6 @@ def _consumed(item) -> int:
     return item.dim() if _is_mask(item) else 1
 
 
-def _unless_scattered(items: tuple, found: Place) -> Place | None:
+def _unless_scattered(items: tuple, found: BatchLayout) -> BatchLayout | None:
     """Two tensors in one index may move their dims to the front."""
     return found if sum(_is_advanced(item) for item in items) < 2 else None

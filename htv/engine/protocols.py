@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from htv.autograd.ledger import Passes, Sink, Slot
-from htv.groups import Groups, Place, Voters
+from htv.autograd.aggregation import NestedBackwards, ParameterArgument, UseRecorder
+from htv.groups import BatchLayout, GroupedRows, Groups
 from htv.ops.factors import Factors
 from htv.rules import Rule
 
@@ -34,14 +34,14 @@ class ParameterLike(Protocol):
     def defer(self, message: str) -> None:
         """Refuse a use when a gradient comes by it."""
 
-    def sink(self, groups: Groups, born: int = -1) -> Sink:
+    def recorder(self, groups: Groups, born: int = -1) -> UseRecorder:
         """Return where the contributions of one more use go."""
 
 
 class ForwardLike(Protocol):
     """The stand-in for a module's forward, as checkpointing sees it."""
 
-    misplaced: bool
+    batch_misplaced: bool
 
 
 class ModeSession(Protocol):
@@ -57,13 +57,13 @@ class ModeSession(Protocol):
     def shares_statistics(self) -> bool:
         """Whether a contribution may include what passes through a BatchNorm's statistics."""
 
-    def found_before(self, groups: Groups) -> dict[tuple, Any] | None:
+    def known_results(self, groups: Groups) -> dict[tuple, Any] | None:
         """Return the marks of results that earlier forwards of such a batch found; None not to keep any."""
 
     def constants(self) -> Iterable[Tensor]:
         """Return the model's tensors that are not served."""
 
-    def served_parameter(self, tensor: Tensor) -> ParameterLike | None:
+    def tracked_parameter(self, tensor: Tensor) -> ParameterLike | None:
         """Return the record of a served parameter, or None for anything else."""
 
     def stands_in(self, tensor: Tensor) -> str | None:
@@ -85,13 +85,13 @@ class SessionLike(ModeSession, Protocol):
     collects_stats: bool
     examine: Callable[[str, list[Factors]], None] | None
     only_means: bool
-    passes: Passes
+    passes: NestedBackwards
     told_of_sums: bool
 
-    def hub_of(self, served: Any, groups: Groups) -> tuple:
-        """Return the parameters that share a hub with this one, itself among them."""
+    def sharing_node(self, tracked: Any, groups: Groups) -> tuple:
+        """Return the parameters that share a node with this one, itself among them."""
 
-    def warn_of_sums(self, served: Any) -> None:
+    def warn_of_sums(self, tracked: Any) -> None:
         """Say once that several backwards were added up in `.grad`."""
 
     def forwards_of(self, module: nn.Module) -> list:
@@ -125,22 +125,22 @@ class ModeLike(Protocol):
     def general(self, func: Callable, args: tuple, kwargs: dict) -> Any:
         """Run a call that no handler serves, and mark its results."""
 
-    def served(self, tensor: Any) -> ParameterLike | None:
+    def tracked(self, tensor: Any) -> ParameterLike | None:
         """Return the record of a served parameter, or None for anything else."""
 
     def mark(self, tensor: Tensor | None) -> Any:
         """Return what a tensor is to the batch."""
 
-    def place(self, x: Tensor, dim: int = 0, mark: Any = None) -> Any:
+    def layout(self, x: Tensor, dim: int = 0, mark: Any = None) -> Any:
         """Return `mark` of x, or the place along a dim where there is one example only."""
 
     def input(self, x: Tensor) -> tuple[Tensor, Any]:
-        """Return a layer's input as the layer is to see it, and its `place`."""
+        """Return a layer's input as the layer is to see it, and its `layout`."""
 
-    def voters(self, place: Place) -> Voters:
+    def grouped_rows(self, layout: BatchLayout) -> GroupedRows:
         """Return who votes with the indices of a tensor that has the batch there."""
 
-    def slot(self, value: Tensor | None, mark: Any = None) -> Slot:
+    def argument(self, value: Tensor | None, mark: Any = None) -> ParameterArgument:
         """Return a layer's parameter argument: served, computed from served ones, or plain."""
 
     def why_not_batch(self, x: Tensor, mark: Any, features: int) -> str | None:
@@ -150,12 +150,12 @@ class ModeLike(Protocol):
         """Refuse a use of parameters."""
 
     def with_copies(
-        self, func: Callable, args: tuple, kwargs: dict, tensors: list, ndim: int, place: Place
+        self, func: Callable, args: tuple, kwargs: dict, tensors: list, ndim: int, layout: BatchLayout
     ) -> Any:
         """Make a call with what comes from parameters replaced by its copies per example."""
 
     def unexpanded(self, w: Tensor, x: Tensor) -> Tensor:
         """Return a factor of a product without leading dims along which it only repeats."""
 
-    def misplaced(self, tensor: Tensor) -> bool:
+    def batch_misplaced(self, tensor: Tensor) -> bool:
         """Tell whether a tensor is not what it would be taken for as an input of the model."""

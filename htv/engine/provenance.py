@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from htv.autograd.derived import Origin
+from htv.autograd.from_parameters import Origin
 from htv.engine.protocols import ParameterLike
-from htv.groups import Place
+from htv.groups import BatchLayout
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,12 @@ class Plain:
 
 
 @dataclass(frozen=True, eq=False)
-class Derived:
+class FromParameters:
     """Computed from served parameters (and constants) alone, by a plain autograd graph.
 
     source:  what it broadcasts: the tensor itself, or the one it is an `expand` of.
     origin:  how the source was made from its parameters, where its contributions can be told without going back through
-             its graph (`htv.autograd.derived`).
+             its graph (`htv.autograd.from_parameters`).
     """
 
     parameters: tuple[ParameterLike, ...]
@@ -40,7 +40,7 @@ class Derived:
 
 @dataclass(frozen=True)
 class Lost:
-    """Computed from the batch, but it is not known any more which part of it belongs to which unit.
+    """Computed from the batch, but it is not known any more which part of it belongs to which example.
 
     by:     the call that lost it, "" where that is not known.
     where:  its place in the model's code, "file:line".
@@ -57,8 +57,8 @@ class Lost:
         return f"{self.by or 'an operation htv does not know, or one that mixes examples,'}{where}"
 
 
-Mark = Constant | Plain | Derived | Place | Lost
-OfBatch = Place | Lost
+Mark = Constant | Plain | FromParameters | BatchLayout | Lost
+OfBatch = BatchLayout | Lost
 CONSTANT, PLAIN, LOST = Constant(), Plain(), Lost()
 
 
@@ -80,7 +80,7 @@ class Marks:
         return None if self._earlier is None else self._earlier.get(tensor)
 
     def put(self, tensor: Tensor, mark: Mark) -> None:
-        if type(mark) is Place and mark.units is None and not mark.is_the_one:
+        if type(mark) is BatchLayout and mark.examples is None and not mark.is_the_one:
             mark = interned(mark)
         if type(tensor) in PLAIN_TYPES and not torch._C._len_torch_function_stack() and not tensor.is_inference():
             self.table[id(tensor)] = (weakref.ref(tensor), mark, tensor._version, tensor.requires_grad)
@@ -128,8 +128,8 @@ def _version(tensor: Tensor) -> int | None:
     return tensor._version if told and not tensor.is_inference() else None
 
 
-_places: dict[tuple, Place] = {}
-MOST_PLACES = 4096
+_layouts: dict[tuple, BatchLayout] = {}
+MOST_LAYOUTS = 4096
 
 
 def interned(mark: Mark) -> Mark:
@@ -137,13 +137,13 @@ def interned(mark: Mark) -> Mark:
 
     What was found for a call with such marks once holds for every later one, so it can be looked up.
     """
-    if type(mark) is not Place or mark.units is not None or mark.is_the_one:
+    if type(mark) is not BatchLayout or mark.examples is not None or mark.is_the_one:
         return mark
     key = (mark.dim, mark.outer, mark.times, mark.guess)
-    found = _places.get(key)
+    found = _layouts.get(key)
     if found is None:
-        if len(_places) >= MOST_PLACES:
-            _places.clear()
-        found = _places[key] = mark
+        if len(_layouts) >= MOST_LAYOUTS:
+            _layouts.clear()
+        found = _layouts[key] = mark
         object.__setattr__(mark, "is_the_one", True)
     return found

@@ -14,25 +14,25 @@ import torch
 from torch import Tensor, nn
 
 from htv.autograd.accumulation import MicroBatches, refuse_unless_streaming
-from htv.autograd.ledger import Passes
+from htv.autograd.aggregation import NestedBackwards
 from htv.engine import inputs, ranks
 from htv.engine.checkpointing import RecentForwards, in_backward, in_reentrant_checkpoint
 from htv.engine.continuation import carried_marks
-from htv.engine.forward import ServedForward, thaw
-from htv.engine.group_spec import Voting, groups_of, same_spec
+from htv.engine.forward import ForwardStandIn, thaw
+from htv.engine.group_spec import GroupSpec, groups_of, same_spec
 from htv.engine.guard_state import PASSES
 from htv.engine.inputs import Batch
-from htv.engine.mode import Intercept, left_on_stack
-from htv.engine.parameter import Served, share_hubs
-from htv.engine.provenance import Derived, Lost, Mark
+from htv.engine.mode import ServingMode, left_on_stack
+from htv.engine.parameter import TrackedParameter, share_nodes
+from htv.engine.provenance import FromParameters, Lost, Mark
 from htv.errors import UnsupportedError
-from htv.groups import Groups, Place, Voters
+from htv.groups import BatchLayout, GroupedRows, Groups
 from htv.ops.factors import Factors
 from htv.rules import Mean, Rule
 
 __all__ = ["ForwardBlock", "Session", "Settings"]
 
-MOST_HUB_PLANS = 16
+MOST_NODE_PLANS = 16
 top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 MOST_SIZES, MOST_KEPT = 16, 1 << 16  # of batches, and of results whose marks are kept
 _sessions: weakref.WeakSet[Session] = weakref.WeakSet()  # those attached
@@ -55,7 +55,7 @@ class ForwardBlock:
 
     def __init__(self, session: Session, args: tuple, kwargs: dict):
         self._session, self._args, self._kwargs = session, args, kwargs
-        self._mode: Intercept | None = None
+        self._mode: ServingMode | None = None
         self._frozen: list[nn.Module] = []
 
     def __enter__(self) -> None:
@@ -87,7 +87,7 @@ class ForwardBlock:
         finally:
             thaw(self._frozen)
 
-    def serves(self, mode: Intercept) -> bool:
+    def handles(self, mode: ServingMode) -> bool:
         """Tell whether the block is open and the mode its own."""
         return self._mode is mode
 
@@ -114,15 +114,15 @@ class Session:
         self.examine: Callable[[str, list[Factors]], None] | None = None
         self.told_of_sums = self._told_of_ranks = False
         self.thread = threading.local()  # .running: the forward under way in this thread, or True
-        self.passes = Passes()
+        self.passes = NestedBackwards()
         # Calls at which the batch was lost, where a parameter came to need it.
         self.losses: dict[Lost, None] = {}
         self.batch_source = ""  # which argument the last forward took for the batch
         self.settlements: list = []  # what compiled backwards of this model look up
 
-        self.spec: Voting | None = None  # while a block of groups(), packed() or tokens() is open
-        self._last_spec: Voting | None = None
-        self._specs: list[Voting | None] = []  # since the last backward; at most two different
+        self.spec: GroupSpec | None = None  # while a block of groups(), packed() or tokens() is open
+        self._last_spec: GroupSpec | None = None
+        self._specs: list[GroupSpec | None] = []  # since the last backward; at most two different
         self._sizes: set[int] = set()  # of the batches since the last backward
         self.accumulates = False
         # Whether a backward has reached a parameter: the forwards before it are done with then.
@@ -130,28 +130,28 @@ class Session:
         self._recent = RecentForwards()
 
         parameters = dict(model.named_parameters())
-        self._served = {
-            id(p): Served(self, name, p, rules[name])
+        self._tracked = {
+            id(p): TrackedParameter(self, name, p, rules[name])
             for name, p in parameters.items()
             if rules[name] is not None
         }
-        self.own_marks = {k: Derived((s,), s.parameter) for k, s in self._served.items()}
+        self.own_marks = {k: FromParameters((s,), s.parameter) for k, s in self._tracked.items()}
         self._plans: dict[tuple, _Plan] = {}  # who votes, by how the forward was called
         self._enough: set[int] = set()  # numbers of groups that suffice for all rules
         self._found: dict[tuple, dict[tuple, Mark]] = {}  # marks of results, by size of the batch
-        # By the number of groups: who shares a hub.
-        self._hubs: dict[int, dict[Served, tuple[Served, ...]]] = {}
-        self.rules = {served.rule for served in self._served.values()}
+        # By the number of groups: who shares a node.
+        self._nodes: dict[int, dict[TrackedParameter, tuple[TrackedParameter, ...]]] = {}
+        self.rules = {tracked.rule for tracked in self._tracked.values()}
         self.only_means = all(type(rule) is Mean for rule in self.rules)
         self._plain = [p for name, p in parameters.items() if rules[name] is None]
         self._modules = list(model.modules())
         self._attributes = [
             v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor)
         ]
-        for served in self._served.values():
-            served.watch()
-        self._forwards = [ServedForward(self, m, path) for path, m in self._with_a_say()]
-        self._forwards += [ServedForward(self, module, path, name) for module, path, name in methods]
+        for tracked in self._tracked.values():
+            tracked.watch()
+        self._forwards = [ForwardStandIn(self, m, path) for path, m in self._with_a_say()]
+        self._forwards += [ForwardStandIn(self, module, path, name) for module, path, name in methods]
         self.root = self._forwards[0]
         for forward in self._forwards:
             forward.install()
@@ -180,12 +180,12 @@ class Session:
         left_on_stack(lambda mode: mode.session is self)
         for forward in self._forwards:
             forward.restore()
-        for served in self._served.values():
-            served.unwatch()
+        for tracked in self._tracked.values():
+            tracked.unwatch()
         for forward in self._forwards:
             forward.let_go()
         self._forwards, self.root, self.thread = [], None, threading.local()
-        self._plans, self._found, self._hubs = {}, {}, {}
+        self._plans, self._found, self._nodes = {}, {}, {}
         self._recent.modes.clear()
 
     def require_attached(self, method: str) -> None:
@@ -199,7 +199,7 @@ class Session:
     # -- blocks of the user's ---------------------------------------------------------------------
 
     @contextmanager
-    def voting(self, spec: Voting, method: str) -> Iterator[None]:
+    def voting(self, spec: GroupSpec, method: str) -> Iterator[None]:
         """Let forwards inside the block vote by a spec. method: of the handle, for messages."""
         self.require_attached(method)
         if spec.weight not in ("size", "equal"):
@@ -226,26 +226,26 @@ class Session:
                 "aggregate into .grad, and the ranks' parameters would drift apart. Remedy: train "
                 "in one process, or accumulate plainly"
             )
-        for served in self._served.values():
-            refuse_unless_streaming(served.rule, served.name)
+        for tracked in self._tracked.values():
+            refuse_unless_streaming(tracked.rule, tracked.name)
         batches = MicroBatches()
         try:
             self.accumulates = True
-            for served in self._served.values():
-                served.accumulate(batches)
+            for tracked in self._tracked.values():
+                tracked.accumulate(batches)
             yield
             batches.require_complete()
             if len(batches):
                 everything = "all micro-batches of accumulate() together"
                 self.require_several(batches.count, everything)
             with torch.no_grad():
-                results = [(s, s.accumulation.result()) for s in self._served.values()]
-                for served, grad in results:
-                    served.add_accumulated(grad)
+                results = [(s, s.accumulation.result()) for s in self._tracked.values()]
+                for tracked, grad in results:
+                    tracked.add_accumulated(grad)
         finally:
             self.accumulates = False
-            for served in self._served.values():
-                served.accumulate(None)
+            for tracked in self._tracked.values():
+                tracked.accumulate(None)
 
     @contextmanager
     def examined(self, see: Callable[[str, list[Factors]], None]) -> Iterator[None]:
@@ -260,29 +260,29 @@ class Session:
 
     # -- what the mode and the parameters ask -----------------------------------------------------
 
-    def served_parameter(self, tensor: Tensor) -> Served | None:
+    def tracked_parameter(self, tensor: Tensor) -> TrackedParameter | None:
         """Return the record of a served parameter, or None for anything else."""
-        served = self._served.get(id(tensor))
-        return served if served is not None and tensor.requires_grad else None
+        tracked = self._tracked.get(id(tensor))
+        return tracked if tracked is not None and tensor.requires_grad else None
 
-    def hub_of(self, served: Served, groups: Groups) -> tuple[Served, ...]:
-        """Return the parameters that share a hub with this one, itself among them."""
+    def sharing_node(self, tracked: TrackedParameter, groups: Groups) -> tuple[TrackedParameter, ...]:
+        """Return the parameters that share a node with this one, itself among them."""
         if groups.rows_vote or self.accumulates:
-            return (served,)
-        hubs = self._hubs.get(groups.count)
+            return (tracked,)
+        hubs = self._nodes.get(groups.count)
         if hubs is None:
-            if len(self._hubs) >= MOST_HUB_PLANS:
-                self._hubs.clear()
-            hubs = self._hubs[groups.count] = share_hubs(self._served.values(), groups)
-        return hubs.get(served, (served,))
+            if len(self._nodes) >= MOST_NODE_PLANS:
+                self._nodes.clear()
+            hubs = self._nodes[groups.count] = share_nodes(self._tracked.values(), groups)
+        return hubs.get(tracked, (tracked,))
 
-    def served(self) -> list[Served]:
+    def tracked(self) -> list[TrackedParameter]:
         """Return all served parameters."""
-        return list(self._served.values())
+        return list(self._tracked.values())
 
-    def found_before(self, groups: Groups) -> dict[tuple, Mark]:
+    def known_results(self, groups: Groups) -> dict[tuple, Mark]:
         """Return the marks of results that earlier forwards of such a batch found."""
-        key = groups.num_units, groups.rows_vote
+        key = groups.batch_size, groups.rows_vote
         found = self._found.setdefault(key, {})
         if len(self._found) > MOST_SIZES or len(found) > MOST_KEPT:
             self._found = {key: {}}
@@ -297,9 +297,9 @@ class Session:
             yield from module._buffers.values()
         yield from self._attributes
         yield from self._plain
-        for served in self._served.values():
-            if not served.parameter.requires_grad:
-                yield served.parameter
+        for tracked in self._tracked.values():
+            if not tracked.parameter.requires_grad:
+                yield tracked.parameter
 
     @property
     def shares_statistics(self) -> bool:
@@ -311,17 +311,17 @@ class Session:
         """Whether uses that cannot be served are passed on plainly, with a warning."""
         return self.settings.on_unsupported == "plain"
 
-    def unsupported(self, message: str, parameters: tuple[Served, ...]) -> None:
+    def unsupported(self, message: str, parameters: tuple[TrackedParameter, ...]) -> None:
         """Refuse a use of parameters, or note that its contributions are summed plainly."""
         if not self.passes_plainly:
             raise UnsupportedError(message)
-        if any(served.refusal is None for served in parameters):
+        if any(tracked.refusal is None for tracked in parameters):
             told = f"{message} (summed plainly, as on_unsupported='plain' asks)"
             warnings.warn(told, stacklevel=3)
-        for served in parameters:
-            served.refusal = message
+        for tracked in parameters:
+            tracked.refusal = message
 
-    def forwards_of(self, module: nn.Module) -> list[ServedForward]:
+    def forwards_of(self, module: nn.Module) -> list[ForwardStandIn]:
         """Return what stands in for methods of a module."""
         return [forward for forward in self._forwards if forward.module is module]
 
@@ -353,11 +353,11 @@ class Session:
                 "around micro-batches, or allow_single=True if the plain gradient is meant here"
             )
 
-    def warn_of_sums(self, served: Served) -> None:
+    def warn_of_sums(self, tracked: TrackedParameter) -> None:
         """Say once that several backwards were added up in `.grad`."""
         self.told_of_sums = True
         warnings.warn(
-            f"a backward adds to the aggregate that .grad of {served.name!r} holds from an earlier "
+            f"a backward adds to the aggregate that .grad of {tracked.name!r} holds from an earlier "
             "backward: each backward is a vote of its own, so micro-batches that a trainer "
             "accumulates do not vote together. Use `with handle.accumulate():` around the "
             "micro-batches of a step, or zero_grad() between the backwards",
@@ -375,7 +375,7 @@ class Session:
 
     # -- a forward --------------------------------------------------------------------------------
 
-    def run(self, forward: ServedForward, args: tuple, kwargs: dict):
+    def run(self, forward: ForwardStandIn, args: tuple, kwargs: dict):
         """Run a module's forward, under the mode if it is the outermost one and gradients are on."""
         running = self.running()
         if running is True:
@@ -384,7 +384,7 @@ class Session:
             if top_hooks(True) is not None or not torch.is_grad_enabled():  # checkpoints
                 self._recent.note(running, forward, args, kwargs)
             return forward.inner(*args, **kwargs)
-        if not torch.is_grad_enabled() or not self._served:
+        if not torch.is_grad_enabled() or not self._tracked:
             self._begin(graph=False)
             with forward.frozen_statistics():
                 return forward.inner(*args, **kwargs)
@@ -406,13 +406,13 @@ class Session:
                 if frozen:
                     thaw(frozen)
 
-    def run_compiled(self, forward: ServedForward, args: tuple, kwargs: dict):
+    def run_compiled(self, forward: ForwardStandIn, args: tuple, kwargs: dict):
         """Run a module's forward while torch.compile traces it."""
         from htv.engine.compile import calls  # Dynamo takes long to load
 
         return calls.call(forward, args, kwargs)
 
-    def running(self) -> Intercept | bool | None:
+    def running(self) -> ServingMode | bool | None:
         """Return the forward under way in this thread; drop one that an interrupt left behind."""
         try:
             running = self.thread.running
@@ -422,7 +422,7 @@ class Session:
             return None
         if running is not True and running.block is not None:
             block = running.block()
-            if block is not None and block.serves(running):
+            if block is not None and block.handles(running):
                 return running
             self.thread.running = None
             return None
@@ -439,11 +439,11 @@ class Session:
 
     def open(
         self,
-        forward: ServedForward,
+        forward: ForwardStandIn,
         args: tuple,
         kwargs: dict,
         names: tuple[str, ...] | None = None,
-    ) -> Intercept:
+    ) -> ServingMode:
         """Make the mode of a forward that starts now.
 
         names: of the positional arguments, where they are not those of the forward.
@@ -453,12 +453,12 @@ class Session:
         forward.check()
         if not self.only_means and ranks.vote_alone() and not self._told_of_ranks:
             self._warn_of_ranks()
-        again, carried, spec, voters = None, {}, None, None
+        again, carried, spec, grouped_rows = None, {}, None, None
         key = None if kwargs or names is not None or self.spec is not None else _shapes(forward, args)
         plan = None if key is None else self._plans.get(key)
         if plan is not None:
             self._begin(graph=True)
-            groups, batch, voters = plan.groups, plan.of(args), plan.voters
+            groups, batch, grouped_rows = plan.groups, plan.of(args), plan.grouped_rows
         else:
             own = forward.names if names is None else names
             tensors = inputs.named_tensors(own, args, kwargs)
@@ -473,17 +473,17 @@ class Session:
             else:
                 spec, groups = again.spec, again.groups
                 source = again.batch.source
-                batch = inputs.fitting(groups.num_units, groups.home.dim, tensors, source)
-        for served in self._served.values():
-            served.deferred = None
-            if served.hook is None:
-                served.watch()
+                batch = inputs.fitting(groups.batch_size, groups.input_layout.dim, tensors, source)
+        for tracked in self._tracked.values():
+            tracked.deferred = None
+            if tracked.hook is None:
+                tracked.watch()
         self.batch_source = batch.source
-        self._sizes.add(groups.num_units)
+        self._sizes.add(groups.batch_size)
         if not groups.rows_vote and not self.accumulates and groups.count not in self._enough:
             self.require_enough(groups.count, batch.source)
             self._enough.add(groups.count)
-        mode = Intercept(self, groups, batch, again, carried, voters)
+        mode = ServingMode(self, groups, batch, again, carried, grouped_rows)
         mode.spec = spec
         return mode
 
@@ -493,7 +493,7 @@ class Session:
             self._plans.clear()
         self._plans[key] = _Plan.for_call(groups, batch, args)
 
-    def close(self, mode: Intercept | None, outer: Intercept | bool | None) -> None:
+    def close(self, mode: ServingMode | None, outer: ServingMode | bool | None) -> None:
         """End a forward. outer: the one around it, or None."""
         self.thread.running = outer
         if mode is None:
@@ -513,7 +513,7 @@ class Session:
     # -- who votes in it --------------------------------------------------------------------------
 
     def _wanted(
-        self, forward: ServedForward, tensors: list, names: tuple[str, ...] | None
+        self, forward: ForwardStandIn, tensors: list, names: tuple[str, ...] | None
     ) -> tuple[str, ...]:
         """Return the arguments that the user named as the batch, as far as the call has them."""
         named = self.settings.batch
@@ -523,14 +523,14 @@ class Session:
         return tuple(name for name in named if inputs.argument_of(name) in own)
 
     def batch_of(
-        self, forward: ServedForward, tensors: list, kind: str, size: int | None
+        self, forward: ForwardStandIn, tensors: list, kind: str, size: int | None
     ) -> Batch:
         """Choose the batch of a call by its tensors alone."""
         wanted = self._wanted(forward, tensors, None)
         return inputs.choose(tensors, self.settings.batch_dim, wanted, size, kind)
 
     def _who_votes(
-        self, spec: Voting | None, tensors: list, wanted: tuple[str, ...]
+        self, spec: GroupSpec | None, tensors: list, wanted: tuple[str, ...]
     ) -> tuple[Groups, Batch, dict[int, Mark]]:
         """Return groups, the call's batch, and what earlier forwards know of its tensors."""
         carried, earlier = carried_marks(tensors, self.own_marks, self._recent)
@@ -538,7 +538,7 @@ class Session:
         dim = self.settings.batch_dim
         kind, size = ("each", None) if spec is None else (spec.kind, spec.size())
         if earlier is not None:
-            batch = inputs.fitting(earlier.groups.num_units, dim, fresh, earlier.source)
+            batch = inputs.fitting(earlier.groups.batch_size, dim, fresh, earlier.source)
             alike = spec is not None and spec is earlier.spec
             neither = spec is None and earlier.spec is None and not earlier.groups.rows_vote
             if alike or neither:
@@ -551,7 +551,7 @@ class Session:
             batch = inputs.choose(fresh, dim, wanted, size, kind)
         return groups_of(spec, batch, fresh), batch, carried
 
-    def _begin(self, graph: bool) -> Voting | None:
+    def _begin(self, graph: bool) -> GroupSpec | None:
         """Return who votes in the forward that starts now, and keep it for its checkpoints.
 
         graph: whether gradients are on. A reentrant checkpoint runs its first forward without, as
@@ -596,30 +596,30 @@ class _Plan:
     """
 
     groups: Groups
-    home: Place
+    input_layout: BatchLayout
     source: str
-    members: tuple[tuple[int, str, Place, bool], ...]
+    members: tuple[tuple[int, str, BatchLayout, bool], ...]
     constants: tuple[int, ...]
-    voters: dict[Place, Voters] = field(default_factory=dict)
+    grouped_rows: dict[BatchLayout, GroupedRows] = field(default_factory=dict)
 
     @staticmethod
     def for_call(groups: Groups, batch: Batch, args: tuple) -> _Plan:
         numbers = {id(value): i for i, value in enumerate(args)}
         members = tuple((numbers[id(t)], name, p, sure) for name, t, p, sure in batch.members)
         constants = tuple(numbers[id(t)] for t in batch.constants)
-        return _Plan(groups, batch.home, batch.source, members, constants)
+        return _Plan(groups, batch.input_layout, batch.source, members, constants)
 
     def of(self, args: tuple) -> Batch:
         """Return the batch of a call with such arguments."""
-        batch = Batch(self.groups.num_units, self.home, source=self.source)
-        for number, name, place, sure in self.members:
-            batch.members.append((name, args[number], place, sure))
+        batch = Batch(self.groups.batch_size, self.input_layout, source=self.source)
+        for number, name, layout, sure in self.members:
+            batch.members.append((name, args[number], layout, sure))
         for number in self.constants:
             batch.constants.append(args[number])
         return batch
 
 
-def _shapes(forward: ServedForward, args: tuple) -> tuple | None:
+def _shapes(forward: ForwardStandIn, args: tuple) -> tuple | None:
     """Return all that decides who votes in a call of plain tensors; None for other calls.
 
     Tensors with a graph may come from earlier forwards, a backward runs parts of one again.
@@ -647,11 +647,11 @@ def refuse_shared(model: nn.Module, rules: dict[str, Rule | None]) -> None:
     """Raise RuntimeError if another session serves a parameter of the model already."""
     mine = {id(p): name for name, p in model.named_parameters() if rules[name] is not None}
     for session in list(_sessions):
-        for served in session.served():
-            name = mine.get(id(served.parameter))
+        for tracked in session.tracked():
+            name = mine.get(id(tracked.parameter))
             if name is not None:
                 raise RuntimeError(
-                    f"parameter {name!r} is served by another handle already (as {served.name!r} "
+                    f"parameter {name!r} is served by another handle already (as {tracked.name!r} "
                     f"of a {type(session.model).__name__}): detach that handle first, or "
                     f"exclude={name!r} from one of the two"
                 )

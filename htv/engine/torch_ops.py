@@ -89,7 +89,7 @@ CONCATENATING = _names("cat concat concatenate")
 RESHAPED_IN_PLACE = RESHAPING | PERMUTING | _names("unsqueeze resize set as_strided resize_as")
 # They may take tokens out of their order.
 SHUFFLING = _names("flip roll gather take_along_dim index_select sort topk masked_select scatter index_copy index_add")
-# They only move elements, so running them on the units' numbers shows where a batch went that they cut or permute.
+# They only move elements, so running them on the examples' numbers shows where a batch went that they cut or permute.
 MOVING = _names(
     "getitem flip roll index_select narrow chunk split split_with_sizes tensor_split gather take_along_dim "
     "repeat_interleave masked_select cat concat concatenate select unbind unfold pack_padded_sequence"

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from htv.groups import Groups, Place, Voters
+from htv.groups import BatchLayout, GroupedRows, Groups
 from htv.ops import (
     backend,
     blocks,
+    dispatch,
     functional,
     limits,
-    paths,
     reference,
     registry,
     schema,
@@ -77,7 +77,7 @@ def aggregate(parts: list[Factors], rule: Rule) -> Tensor:
     """
     first = parts[0]
     if len(parts) > 1:
-        blocks.require_same_voters(parts)
+        blocks.require_same_groups(parts)
     if 0 in first.shape:
         return torch.zeros(first.shape, dtype=first.dtype, device=first.device)
     if type(rule) is Mean:
@@ -121,7 +121,7 @@ def aggregate_together(contributions: list[list[Factors]], rule: Rule) -> list[T
 def summarise(parts: list[Factors], statistic: Statistic) -> Summary:
     """What a streaming statistic needs to know of contributions, to be joined with those of other batches."""
     first = parts[0]
-    blocks.require_same_voters(parts)
+    blocks.require_same_groups(parts)
     if all(isinstance(part, EmbeddingFactors) for part in parts):
         return sparse.summary_of_table(EmbeddingFactors.joined(parts), statistic.name)
     if math.prod(first.shape) == 0 or not statistics.of(statistic.name).state:
@@ -135,7 +135,7 @@ def _summary_by_group(parts: list[Factors], statistic: Statistic) -> Summary:
     """One group after another, so that no more than one contribution is held."""
     summaries = (
         Summary.of(
-            sum((part.one(e) for part in parts[1:]), parts[0].one(e)).unsqueeze(0), statistic.name
+            sum((part.contribution(e) for part in parts[1:]), parts[0].contribution(e)).unsqueeze(0), statistic.name
         )
         for e in range(parts[0].count)
     )
@@ -172,7 +172,7 @@ def _one_block(parts: list[Factors], statistic: Statistic) -> tuple[Tensor, Tens
     tied = len(parts) == 2 and {type(part) for part in parts} == {LinearFactors, EmbeddingFactors}
     if tied:
         linear, embedding = sorted(parts, key=lambda part: isinstance(part, EmbeddingFactors))
-        if paths.route(linear, statistic.name, linear.device).style == "fused":
+        if dispatch.route(linear, statistic.name, linear.device).style == "fused":
             return _tied(linear, embedding, statistic)
     streams = statistics.of(statistic.name).streams
     if streams and any(isinstance(part, GroupwiseFactors) for part in parts):
@@ -209,11 +209,11 @@ def _way(part: Factors, statistic: Statistic) -> Callable[..., tuple[Tensor, Ten
     if statistic.reduce is not None:
         return _sliced
     if isinstance(part, StackedFactors):
-        server = paths.server("stacked", part, statistic.name, part.device)
+        server = dispatch.server("stacked", part, statistic.name, part.device)
         if server == "reference":
             return _stacked_by_reference
         return functools.partial(_stacked, operator=backend.operator("stacked", server))
-    style, op, server = paths.route(part, statistic.name, part.device)
+    style, op, server = dispatch.route(part, statistic.name, part.device)
     if style == "by group":
         return _alone_by_group
     if style != "fused":
@@ -382,7 +382,7 @@ def linear_grad(
     else:
         groups = Groups.each(len(x))
     with torch.no_grad():
-        voters = Voters(groups, Place(0))
-        rows = voters.rows(grad_output.detach())
-        factors = LinearFactors(voters.rows(x.detach()), rows, voters.bounds(rows))
+        grouped_rows = GroupedRows(groups, BatchLayout(0))
+        rows = grouped_rows.rows(grad_output.detach())
+        factors = LinearFactors(grouped_rows.rows(x.detach()), rows, grouped_rows.bounds(rows))
         return aggregate([factors], rule).to(x.dtype)

@@ -47,7 +47,7 @@ def agreement(parts: list[Factors], rule: Rule) -> Agreement:
     several kinds; else one sliced pass gives all.
     """
     first = parts[0]
-    blocks.require_same_voters(parts)
+    blocks.require_same_groups(parts)
     if math.prod(first.shape) == 0:
         return Agreement(math.nan, math.nan, math.nan)
     statistic = statistics.resolve(rule, first.count)
@@ -61,7 +61,7 @@ def agreement(parts: list[Factors], rule: Rule) -> Agreement:
 
 def squared_norms(parts: list[Factors]) -> Tensor:
     """(E,) float64, the squared norms of contributions that are the sums of the parts'."""
-    blocks.require_same_voters(parts)
+    blocks.require_same_groups(parts)
     apart = [blocks.joined(block) for block in blocks.blocks(parts)]
     if all(len(block) == 1 for block in apart):
         return sum(block[0].squared_norms() for block in apart)
@@ -71,7 +71,7 @@ def squared_norms(parts: list[Factors]) -> Tensor:
 
 def projections(parts: list[Factors], direction: Tensor) -> Tensor:
     """(E,) float64, the inner products of such contributions with a direction of the parameter's shape."""
-    blocks.require_same_voters(parts)
+    blocks.require_same_groups(parts)
     return sum(part.projections(direction.to(part.dtype)) for part in parts)
 
 

@@ -49,7 +49,7 @@ def joined(parts: list[Factors]) -> list[Factors]:
     return parts
 
 
-def require_same_voters(parts: list[Factors]) -> None:
+def require_same_groups(parts: list[Factors]) -> None:
     first = parts[0]
     for part in parts[1:]:
         if part.shape != first.shape or part.count != first.count:

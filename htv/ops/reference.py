@@ -242,7 +242,7 @@ def linear(x: Tensor, grad_output: Tensor, offsets: Tensor, statistic: Statistic
 
 
 def embedding(
-    grad_output: Tensor, ids: Tensor, voter: Tensor, num_embeddings: int, groups: int, statistic: Statistic
+    grad_output: Tensor, ids: Tensor, group_index: Tensor, num_embeddings: int, groups: int, statistic: Statistic
 ) -> tuple[Tensor, Tensor]:
     """The statistic of an embedding table's contributions by forming all of them: E x V x D memory, for tests.
 
@@ -251,18 +251,18 @@ def embedding(
     """
     grad = grad_output.to(compute_dtype(grad_output.dtype))
     contributions = grad.new_zeros(groups, num_embeddings, grad.shape[1])
-    value, mask_sum = stacked(contributions.index_put_((voter, ids), grad, accumulate=True), statistic)
+    value, mask_sum = stacked(contributions.index_put_((group_index, ids), grad, accumulate=True), statistic)
     return value * groups, mask_sum
 
 
 def embedding_contributions(
-    grad_output: Tensor, ids: Tensor, voter: Tensor, tokens: Tensor, num_embeddings: int, groups: int
+    grad_output: Tensor, ids: Tensor, group_index: Tensor, tokens: Tensor, num_embeddings: int, groups: int
 ) -> Tensor:
     """What every group contributes to the rows `tokens` (N,) of an embedding table: (groups, N, D)."""
     grad = grad_output.to(compute_dtype(grad_output.dtype))
     row, nth = (ids[:, None] == tokens).nonzero().unbind(1)
     contributions = grad.new_zeros(groups, len(tokens), grad.shape[1])
-    return contributions.index_put_((voter[row], nth), grad[row], accumulate=True)
+    return contributions.index_put_((group_index[row], nth), grad[row], accumulate=True)
 
 
 def norm_sums(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:

@@ -115,8 +115,8 @@ def kernel(op: str, backend: str) -> Kernel | None:
 
 def kernels() -> tuple[Kernel, ...]:
     """Return all kernels, by backend and op."""
-    place = {op: number for number, op in enumerate(schema.OPS)}
-    return tuple(sorted(_kernels.values(), key=lambda k: (BACKENDS.index(k.backend), place[k.op])))
+    layout = {op: number for number, op in enumerate(schema.OPS)}
+    return tuple(sorted(_kernels.values(), key=lambda k: (BACKENDS.index(k.backend), layout[k.op])))
 
 
 def ops(backend: str) -> tuple[str, ...]:

@@ -206,16 +206,16 @@ def _conv_fake(x, grad_output, offsets, kernel, stride, padding, dilation, group
 
 
 @_fake("embedding")
-def _embedding_fake(grad_output, ids, voter, num_embeddings, groups, statistic, count, votes, k):
-    require_one_device("embedding", grad_output, ids, voter)
+def _embedding_fake(grad_output, ids, group_index, num_embeddings, groups, statistic, count, votes, k):
+    require_one_device("embedding", grad_output, ids, group_index)
     shape = (num_embeddings, grad_output.shape[1])
     value = grad_output.new_empty(shape, dtype=reference.compute_dtype(grad_output.dtype))
     return value, grad_output.new_empty((), dtype=torch.float64)
 
 
 @_fake("embedding_contributions")
-def _embedding_contributions_fake(grad_output, ids, voter, tokens, num_embeddings, groups):
-    require_one_device("embedding_contributions", grad_output, ids, voter, tokens)
+def _embedding_contributions_fake(grad_output, ids, group_index, tokens, num_embeddings, groups):
+    require_one_device("embedding_contributions", grad_output, ids, group_index, tokens)
     shape = (groups, tokens.shape[0], grad_output.shape[1])
     return grad_output.new_empty(shape, dtype=reference.compute_dtype(grad_output.dtype))
 
@@ -256,23 +256,23 @@ def _conv_reference(x, grad_output, offsets, kernel, stride, padding, dilation, 
     return reference.conv(x, grad_output, offsets, geometry, resolved)
 
 
-def _embedding_reference(grad_output, ids, voter, num_embeddings, groups, statistic, count, votes, k):
-    require_one_device("embedding", grad_output, ids, voter)
+def _embedding_reference(grad_output, ids, group_index, num_embeddings, groups, statistic, count, votes, k):
+    require_one_device("embedding", grad_output, ids, group_index)
     resolved = checked("embedding", statistic, count, votes, k, groups)
     require_indices("embedding", "ids", ids, num_embeddings)
-    require_indices("embedding", "voter", voter, groups)
-    return reference.embedding(grad_output, ids, voter, num_embeddings, groups, resolved)
+    require_indices("embedding", "voter", group_index, groups)
+    return reference.embedding(grad_output, ids, group_index, num_embeddings, groups, resolved)
 
 
-def _embedding_contributions_reference(grad_output, ids, voter, tokens, num_embeddings, groups):
-    require_one_device("embedding_contributions", grad_output, ids, voter, tokens)
+def _embedding_contributions_reference(grad_output, ids, group_index, tokens, num_embeddings, groups):
+    require_one_device("embedding_contributions", grad_output, ids, group_index, tokens)
     if num_embeddings < 0 or not 1 <= groups <= MOST_GROUPS:
         table = f"{num_embeddings} rows and {groups} groups"
         raise ValueError(f"htv::embedding_contributions: no table of {table}")
-    for name, tensor in {"ids": ids, "voter": voter, "tokens": tokens}.items():
+    for name, tensor in {"ids": ids, "voter": group_index, "tokens": tokens}.items():
         limit = groups if name == "voter" else num_embeddings
         require_indices("embedding_contributions", name, tensor, limit)
-    lookups = grad_output, ids, voter, tokens
+    lookups = grad_output, ids, group_index, tokens
     return reference.embedding_contributions(*lookups, num_embeddings, groups)
 
 

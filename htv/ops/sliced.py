@@ -55,9 +55,9 @@ def slices(parts: list[Factors]) -> Iterator[tuple[slice, slice, Tensor]]:
     for box in boxes:
         shape = (count, box[0].stop - box[0].start, box[1].stop - box[1].start, *rest)
         contributions, *other = (s[: math.prod(shape)].view(shape) for s in scratch)
-        first.write(*box, contributions)
+        first.fill_block(*box, contributions)
         for part in parts[1:]:
-            part.write(*box, other[0])
+            part.fill_block(*box, other[0])
             contributions += other[0]
         yield *box, contributions
 
@@ -104,10 +104,10 @@ def _reduced_zeros(like: Factors, statistic: Statistic) -> Tensor:
     coordinates, boxes = _boxes(like, like.scratch)
     zeros = torch.empty(like.count * coordinates, dtype=like.dtype, device=like.device)
     for number, (rows, columns) in enumerate(boxes):
-        place = value[rows, columns]
-        contributions = zeros[: like.count * place.numel()].view(like.count, *place.shape)
-        place.copy_(_reduced_box(contributions.zero_(), len(like.shape), statistic))
-        if number == 0 and open_rules.is_one_value(place):
-            value.fill_(place.flatten()[0].clone())
+        layout = value[rows, columns]
+        contributions = zeros[: like.count * layout.numel()].view(like.count, *layout.shape)
+        layout.copy_(_reduced_box(contributions.zero_(), len(like.shape), statistic))
+        if number == 0 and open_rules.is_one_value(layout):
+            value.fill_(layout.flatten()[0].clone())
             break
     return value.mul_(like.count).reshape(like.shape)

@@ -28,8 +28,8 @@ def table(part: EmbeddingFactors, statistic: Statistic) -> tuple[Tensor, Tensor]
         by_pairs = streaming if statistics.of(statistic.name).streams else order
         return by_pairs(part, statistic)
     # Triton passes over the rows of a padding_idx: to leave them out would wait for the device.
-    ids, voter, grad = part.lookups if server == "cpp" else (part.ids, part.voter, part.grad_output)
-    rows = grad.contiguous(), ids.long().contiguous(), voter.contiguous()
+    ids, group_index, grad = part.lookups if server == "cpp" else (part.ids, part.group_index, part.grad_output)
+    rows = grad.contiguous(), ids.long().contiguous(), group_index.contiguous()
     return backend.operator("embedding", server)(*rows, part.shape[0], part.count, *schema.numbers(statistic))
 
 
@@ -57,7 +57,7 @@ def touched_rows(part: EmbeddingFactors, statistic: Statistic) -> tuple[Tensor, 
 
 
 def table_rows(part: EmbeddingFactors, tokens: Tensor, statistic: Statistic) -> Factors:
-    """The contributions to some rows, for `Factors.write`. tokens: (N,) of what `touched_rows` gave."""
+    """The contributions to some rows, for `Factors.fill_block`. tokens: (N,) of what `touched_rows` gave."""
     return _TableRows(part, tokens) if _server(part, statistic) == "triton" else part.compact(tokens)
 
 
@@ -71,9 +71,9 @@ class _TableRows(Factors):
         self.shape, self.count = (len(tokens), part.shape[1]), part.count
         self.dtype, self.device = part.dtype, part.device
 
-    def write(self, rows: slice, columns: slice, out: Tensor) -> None:
+    def fill_block(self, rows: slice, columns: slice, out: Tensor) -> None:
         part = self.part
-        lookups = part.grad_output[:, columns].contiguous(), part.ids.long(), part.voter, self.tokens[rows]
+        lookups = part.grad_output[:, columns].contiguous(), part.ids.long(), part.group_index, self.tokens[rows]
         out.copy_(backend.operator("embedding_contributions", "triton")(*lookups, part.shape[0], part.count))
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from htv.engine.forward import ServedForward
+from htv.engine.forward import ForwardStandIn
 from htv.errors import UnsupportedError
 
 __all__ = ["replace_batchnorm"]
@@ -65,7 +65,7 @@ def replace_batchnorm(model: nn.Module, num_groups: int | None = None, replace: 
         raise TypeError(f"replace must be a callable (name, module) -> module or None, got {replace!r}")
     modules = list(model.named_modules())
     for name, module in modules:
-        if isinstance(module.__dict__.get("forward"), ServedForward):
+        if isinstance(module.__dict__.get("forward"), ForwardStandIn):
             raise RuntimeError(f"{_called(name)} is attached: call detach() on its handle, replace, and attach again")
     norms = [(name, module) for name, module in modules if isinstance(module, _BatchNorm)]
     exchanged = {id(module): _replacement(name, module, num_groups, replace) for name, module in norms}

@@ -138,7 +138,7 @@ def check(
     with attach(
         twin, rule, exclude, batch_dim=batch_dim, batch_norm=batch_norm, batch=wanted, allow_single=allow_single
     ) as handle:
-        rules = {served.name: served.rule for served in handle._session.served()}
+        rules = {tracked.name: tracked.rule for tracked in handle._session.tracked()}
         with handle.groups(groups) if groups is not None else nullcontext():
             loss = call.loss()
         found = _gradients(loss, _trained(twin))
@@ -192,11 +192,11 @@ def _gradients(loss: Tensor, parameters: dict[str, Tensor]) -> dict[str, Tensor 
 def _one_by_one(model: nn.Module, like: _Call, groups: Tensor | None):
     """Gradients of a model that is not attached, in float64: of the whole batch, and (E, *shape) of each group."""
     call, parameters = like.to(model), _trained(model)
-    voters = Groups.each(call.size) if groups is None else Groups.by_id(groups, call.size)
-    order = torch.arange(call.size) if voters.order is None else voters.order.cpu()
-    members = order.split(voters.offsets.diff().tolist())
+    grouped_rows = Groups.each(call.size) if groups is None else Groups.by_id(groups, call.size)
+    order = torch.arange(call.size) if grouped_rows.order is None else grouped_rows.order.cpu()
+    members = order.split(grouped_rows.offsets.diff().tolist())
     plain = _gradients(call.loss(), parameters)
-    stacks = one_group_at_a_time(lambda e: call.loss(members[e]), parameters, voters.count)
+    stacks = one_group_at_a_time(lambda e: call.loss(members[e]), parameters, grouped_rows.count)
     return plain, {name: None if c is None else c.double() for name, c in stacks.items()}
 
 
@@ -220,7 +220,7 @@ class _Call:
         if any(isinstance(t, PackedSequence) for _, t in tensors):
             raise ValueError("batch holds a PackedSequence, which check cannot cut by examples: pad it")
         chosen = choose(tensors, dim, wanted, size, "each" if size is None else "ids")
-        self.dim, self.size, self.source = dim, chosen.num_units, chosen.source
+        self.dim, self.size, self.source = dim, chosen.batch_size, chosen.source
         self.directions: list[tuple[int, Tensor]] = []  # per output, and the dim that is the batch's
         self._run_with(model)
 
@@ -362,8 +362,8 @@ def _noticed(rule: Rule | None, groups: int) -> tuple[bool, bool, bool]:
 def _sensitivity(stacked: Tensor, off: Tensor, rule: Rule) -> Tensor:
     """How far noise in the contributions moves a rule that may magnify it, as far as a few draws tell."""
     generator = torch.Generator().manual_seed(0)
-    expected, moved = aggregated(stacked, rule), torch.zeros_like(stacked[0])
+    expected, to_device_async = aggregated(stacked, rule), torch.zeros_like(stacked[0])
     for _ in range(8):
         drawn = torch.randint(0, 2, stacked.shape, generator=generator).to(stacked) * 2 - 1
-        moved = torch.maximum(moved, (aggregated(stacked + drawn * off, rule) - expected).abs())
-    return 2 * moved
+        to_device_async = torch.maximum(to_device_async, (aggregated(stacked + drawn * off, rule) - expected).abs())
+    return 2 * to_device_async

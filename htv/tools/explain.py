@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from htv.attach import attach
-from htv.ops import paths
+from htv.ops import dispatch
 from htv.ops.factors import (
     BilinearFactors,
     ConvFactors,
@@ -183,14 +183,14 @@ def _row_by_run(name: str, parameter: nn.Parameter, kinds: list[str], refusal: s
 
 def _path(kinds: list[str], rule, device: torch.device) -> str:
     if len(kinds) > 1:
-        return f"summed per group, then {paths.path(Factors, rule, device)}"
+        return f"summed per group, then {dispatch.path(Factors, rule, device)}"
     (kind,) = kinds
     if kind.endswith(" bias"):
-        return paths.path(StackedFactors, rule, device)
+        return dispatch.path(StackedFactors, rule, device)
     factors = FACTORS[kind.removesuffix(COMPUTED)]
     if not kind.endswith(COMPUTED) or factors is StackedFactors:
-        return paths.path(factors, rule, device)
-    views, others = (paths.path(f, rule, device) for f in (factors, GroupwiseFactors))
+        return dispatch.path(factors, rule, device)
+    views, others = (dispatch.path(f, rule, device) for f in (factors, GroupwiseFactors))
     return others if others == views else f"{others}; views: {views}"
 
 
@@ -266,7 +266,7 @@ def _uses_by_running(
         session = handle._session
 
         def see(name: str, parts: list[Factors]) -> None:
-            plans[name] = [paths.plan(parts, rule) for rule in RULES]
+            plans[name] = [dispatch.plan(parts, rule) for rule in RULES]
 
         session.examine = see
         results = pytree.tree_leaves(_as_dict(model(*args, **kwargs)))
@@ -274,8 +274,8 @@ def _uses_by_running(
         if outputs:
             wanted = [p for p in model.parameters() if p.requires_grad]
             torch.autograd.grad([t.sum() for t in outputs], wanted, allow_unused=True)
-        for served in session.served():
-            used.setdefault(served.name, (sorted(served.uses), served.refusal and f"unsupported: {served.refusal}"))
+        for tracked in session.tracked():
+            used.setdefault(tracked.name, (sorted(tracked.uses), tracked.refusal and f"unsupported: {tracked.refusal}"))
         lost = tuple(str(loss) for loss in session.losses)
     return used, plans, session.batch_source, lost
 

@@ -42,11 +42,11 @@ def setting(name: str):
 
 
 def nvcc() -> str | None:
-    home = os.environ.get("CUDA_HOME")
-    return shutil.which(f"{home}/bin/nvcc" if home else "nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    input_layout = os.environ.get("CUDA_HOME")
+    return shutil.which(f"{input_layout}/bin/nvcc" if input_layout else "nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
 
-def units():
+def batch_size():
     for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
         for element in setting("ELEMENTS") if source.stem.endswith("_kernel") else ("",):
             for arch in ("80", "90", "100"):
@@ -55,7 +55,7 @@ def units():
 
 
 @pytest.mark.skipif(nvcc() is None, reason="no nvcc")
-@pytest.mark.parametrize(("source", "element", "arch"), list(units()))
+@pytest.mark.parametrize(("source", "element", "arch"), list(batch_size()))
 def test_within_budget(source, element, arch, tmp_path):
     flags = [*setting("NVCC"), f"-arch=sm_{arch}", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-Xptxas", "-v"]
     flags += [f"-DHTV_ELEMENT={element}", "-c", str(source), "-o", str(tmp_path / "out.o")]

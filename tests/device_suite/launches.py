@@ -20,7 +20,7 @@ from htv.rules import Statistic
 
 Found = Iterator[tuple[str, Callable[[], None]]]
 AND_MASK, MEDIAN = Statistic("and_mask", 2), Statistic("median")
-SERVERS = {"cuda": ("stacked", "linear"), "triton": ("stacked", "linear", "conv", "embedding")}
+HANDLERS = {"cuda": ("stacked", "linear"), "triton": ("stacked", "linear", "conv", "embedding")}
 
 
 # ---- ops, and steps of attached models ----
@@ -28,7 +28,7 @@ SERVERS = {"cuda": ("stacked", "linear"), "triton": ("stacked", "linear", "conv"
 
 def operators(device: str) -> Iterator[tuple[str, str]]:
     """(backend, op) of every op with a kernel of its own on the device."""
-    for server, ops in SERVERS.items():
+    for server, ops in HANDLERS.items():
         yield from ((server, op) for op in ops if server == "triton" or device == "cuda")
 
 
@@ -42,8 +42,8 @@ def arguments(op: str, device: str, ragged: bool = False) -> list:
         return [x, g, offsets]
     if op == "conv":
         return [x.view(6, 4, 10), torch.randn(6, 5, 10, device=device), offsets, [3], [1], [1], [1], 1]
-    ids, voter = torch.randint(0, 9, (6,), device=device), torch.arange(6, device=device)
-    return [g, ids, voter, 9, 6]
+    ids, group_index = torch.randint(0, 9, (6,), device=device), torch.arange(6, device=device)
+    return [g, ids, group_index, 9, 6]
 
 
 def call(server: str, op: str, given: list, statistic: Statistic) -> list[Tensor]:
@@ -284,7 +284,7 @@ def op_follows_its_device(server: str, op: str) -> None:
 def large(dry: bool) -> Found:
     """In a dry run a few thousand."""
     device, share = ("cpu", 2**18) if dry else ("cuda", 1)
-    for server in SERVERS if not dry else ("triton",):
+    for server in HANDLERS if not dry else ("triton",):
         for statistic in (AND_MASK, MEDIAN):
             for groups, coordinates in ((3, 2**30 // share + 24), (2, 2**31 // share + 24)):
                 what = f"stacked ({groups}, {coordinates}) by {server}, {statistic.name}"

@@ -52,8 +52,8 @@ def there_and_back(operator: Callable) -> Callable:
     """The operator for tensors on the CPU: floating-point ones go to the device, results come back."""
 
     def op(*arguments):
-        moved = (placed(a) if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments)
-        return tuple(result.cpu() for result in operator(*moved))
+        to_device_async = (placed(a) if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments)
+        return tuple(result.cpu() for result in operator(*to_device_async))
 
     return op
 
@@ -193,11 +193,11 @@ def triton_embedding(dry: bool) -> Found:
         generator = torch.Generator().manual_seed(groups)
         rows, tokens, width = 40, 13, 35
         grad = torch.randn(rows, width, generator=generator).round().to(dtype)
-        ids, voter = (torch.randint(0, n, (rows,), generator=generator) for n in (tokens - 1, groups))
-        voter = voter.sort().values
+        ids, group_index = (torch.randint(0, n, (rows,), generator=generator) for n in (tokens - 1, groups))
+        group_index = group_index.sort().values
         op = backend.operator("embedding", "triton")
-        found = op(*(t.to(DEVICE) for t in (grad, ids, voter)), tokens, groups, *schema.numbers(statistic))
-        wanted = reference.embedding(grad.double(), ids, voter, tokens, groups, statistic)
+        found = op(*(t.to(DEVICE) for t in (grad, ids, group_index)), tokens, groups, *schema.numbers(statistic))
+        wanted = reference.embedding(grad.double(), ids, group_index, tokens, groups, statistic)
         assert_same([t.cpu() for t in found], wanted, statistic, scale=groups)
 
     for groups in (1, 3, 6, 40) if not dry else (3,):

@@ -10,12 +10,12 @@ LEDGER, OPERATIONS, INTERCEPT = "htv/autograd/ledger.py", "htv/operations.py", "
 
 # The first of these that fails is enough.
 TESTS = {
-    LAYOUT: ["tests/test_marks.py", "tests/test_batch_moves.py", "tests/test_batch_places.py"],
-    OPERATIONS: ["tests/test_batch_moves.py", "tests/test_batch_places.py"],
-    INTERCEPT: ["tests/test_batch_moves.py", "tests/test_batch_places.py"],
-    MARKS: ["tests/test_marks.py"],
-    GROUPS: ["tests/test_groups.py", "tests/test_marks.py", "tests/test_batch_moves.py"],
-    LEDGER: ["tests/test_ledger.py"],
+    LAYOUT: ["tests/test_provenance.py", "tests/test_probing.py", "tests/test_propagation.py"],
+    OPERATIONS: ["tests/test_probing.py", "tests/test_propagation.py"],
+    INTERCEPT: ["tests/test_probing.py", "tests/test_propagation.py"],
+    MARKS: ["tests/test_provenance.py"],
+    GROUPS: ["tests/test_groups.py", "tests/test_provenance.py", "tests/test_probing.py"],
+    LEDGER: ["tests/test_aggregation.py"],
 }
 
 MUTANTS = [

@@ -23,8 +23,8 @@ def arguments():
     """What every op takes, by name, in order."""
     value, number = torch.randn, lambda *n: torch.tensor(n)
     numbers = dict(zip(("statistic", "count", "votes", "k"), MASK, strict=True))
-    ids, voter = number(0, 1, 2, 1, 0), number(0, 1, 2, 3, 4)
-    table = {"grad_output": value(5, 4), "ids": ids, "voter": voter}
+    ids, group_index = number(0, 1, 2, 1, 0), number(0, 1, 2, 3, 4)
+    table = {"grad_output": value(5, 4), "ids": ids, "voter": group_index}
     sizes = {"num_embeddings": 3, "groups": GROUPS}
     window = {"kernel": [3, 3], "stride": [1, 1], "padding": [1, 1], "dilation": [1, 1]}
     window |= {"groups": 1}

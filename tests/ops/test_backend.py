@@ -5,7 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import htv
-from htv.ops import backend, paths
+from htv.ops import backend, dispatch
 from htv.ops.factors import ConvFactors, LinearFactors, StackedFactors
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -99,19 +99,19 @@ def test_factors_tell_the_rule_what_it_asks(present):
     pairs = LinearFactors(torch.ones(4, 2), torch.ones(4, 4), torch.tensor([0, 2, 4]))
     present("cuda")
     for name in ("and_mask", "sign_sum", "median", "winsorized_mean"):
-        assert paths.route(each, name, CUDA).style == "fused" and paths.route(pairs, name, CUDA).style == "sliced"
+        assert dispatch.route(each, name, CUDA).style == "fused" and dispatch.route(pairs, name, CUDA).style == "sliced"
     for name in ("geometric_mean", "median_of_means"):
-        assert paths.route(each, name, CUDA).style == "sliced"
-    assert paths.path(LinearFactors, htv.Median(), CUDA) == "sliced (cuda); one row per group: fused (cuda)"
+        assert dispatch.route(each, name, CUDA).style == "sliced"
+    assert dispatch.path(LinearFactors, htv.Median(), CUDA) == "sliced (cuda); one row per group: fused (cuda)"
     present("cuda", "triton")
-    assert paths.route(pairs, "median", CUDA).style == "fused"
-    assert paths.path(each, htv.Median(), CUDA) == "fused (cuda)"
-    assert paths.path(pairs, htv.Median(), CUDA) == "fused (triton)"
-    assert paths.path(LinearFactors, htv.Median(), CUDA) == "fused (triton); one row per group: fused (cuda)"
-    assert paths.path(ConvFactors, htv.Median(), CUDA) == "fused (triton)"
-    assert paths.path(StackedFactors, htv.Median(), CUDA) == "stacked (cuda)"
+    assert dispatch.route(pairs, "median", CUDA).style == "fused"
+    assert dispatch.path(each, htv.Median(), CUDA) == "fused (cuda)"
+    assert dispatch.path(pairs, htv.Median(), CUDA) == "fused (triton)"
+    assert dispatch.path(LinearFactors, htv.Median(), CUDA) == "fused (triton); one row per group: fused (cuda)"
+    assert dispatch.path(ConvFactors, htv.Median(), CUDA) == "fused (triton)"
+    assert dispatch.path(StackedFactors, htv.Median(), CUDA) == "stacked (cuda)"
     double = LinearFactors(*(torch.ones(4, 2, dtype=torch.float64),) * 2, torch.tensor([0, 2, 4]))
-    assert paths.path(double, htv.Median(), CUDA) == "sliced (cuda)"
+    assert dispatch.path(double, htv.Median(), CUDA) == "sliced (cuda)"
 
 
 @pytest.mark.parametrize("server, op", [("cuda", "stacked"), ("triton", "stacked_triton")])
@@ -194,4 +194,4 @@ def test_report_explains_every_backend():
     rows = backend.report()
     assert [name for name, _, _ in rows] == list(backend.NAMES)
     assert all(reason for _, _, reason in rows)
-    assert dict((name, serves) for name, serves, _ in rows)["reference"]
+    assert dict((name, handles) for name, handles, _ in rows)["reference"]

@@ -47,11 +47,11 @@ def test_rounding_is_that_of_sums(size):
 
 
 def test_special_values():
-    grad, ids, voter, *sizes = lookups((60, 17, 5, 4), torch.float32, whole=True)
+    grad, ids, group_index, *sizes = lookups((60, 17, 5, 4), torch.float32, whole=True)
     grad[3, 2], grad[5, 16], grad[7, 0], grad[8, 0], grad[9, 1] = torch.nan, torch.inf, torch.inf, -torch.inf, 1e-45
     ids[7] = ids[8]
     for rule in RULES:
-        (value, kept), (expected, expected_kept) = both((grad, ids, voter, *sizes), rule)
+        (value, kept), (expected, expected_kept) = both((grad, ids, group_index, *sizes), rule)
         torch.testing.assert_close(value, expected, equal_nan=True)
         assert kept.item() == expected_kept.item() and value.isnan().any()
 
@@ -83,22 +83,22 @@ def test_factors_of_two_lookups_equal_those_by_pytorch(rule):
 
 
 def test_bad_arguments_are_named():
-    grad, ids, voter, tokens, groups = lookups((40, 7, 5, 3), torch.float32, whole=True)
+    grad, ids, group_index, tokens, groups = lookups((40, 7, 5, 3), torch.float32, whole=True)
     numbers = schema.numbers(htv.AndMask(0.4).statistic(groups))
     for bad, argument in (
-        ((grad, ids + 1, voter, tokens, groups), "ids"),
-        ((grad, -ids - 1, voter, tokens, groups), "ids"),
-        ((grad, ids, voter, tokens, groups - 1), "voter"),
-        ((grad, ids[1:].contiguous(), voter, tokens, groups), "ids"),
-        ((grad, ids, voter.int(), tokens, groups), "voter"),
-        ((grad.t(), ids, voter, tokens, groups), "grad_output"),
-        ((grad, ids, voter, -1, groups), "num_embeddings"),
+        ((grad, ids + 1, group_index, tokens, groups), "ids"),
+        ((grad, -ids - 1, group_index, tokens, groups), "ids"),
+        ((grad, ids, group_index, tokens, groups - 1), "voter"),
+        ((grad, ids[1:].contiguous(), group_index, tokens, groups), "ids"),
+        ((grad, ids, group_index.int(), tokens, groups), "voter"),
+        ((grad.t(), ids, group_index, tokens, groups), "grad_output"),
+        ((grad, ids, group_index, -1, groups), "num_embeddings"),
     ):
         with pytest.raises(RuntimeError, match=argument):
             torch.ops.htv.embedding(*bad, *numbers)
     median = schema.numbers(htv.Median().statistic(groups))
     with pytest.raises(RuntimeError, match="statistic"):
-        torch.ops.htv.embedding(grad, ids, voter, tokens, groups, *median)
+        torch.ops.htv.embedding(grad, ids, group_index, tokens, groups, *median)
 
 
 def test_opcheck():

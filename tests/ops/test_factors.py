@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 import htv
-from htv.groups import Groups, Place, Voters
-from htv.ops import aggregate, backend, limits, paths
+from htv.groups import BatchLayout, GroupedRows, Groups
+from htv.ops import aggregate, backend, dispatch, limits
 from htv.ops.agreement import agreement, projections, squared_norms
 from htv.ops.factors import (
     BilinearFactors,
@@ -88,15 +88,15 @@ def conv_case(c, o, space, kernel, groups=1, weight="size", ids=None, sort=False
     function = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
     x, weights = randn(len(ids), c, *space), randn(o, c // groups, *kernel)
     grad = randn(*function(x, weights, groups=groups, **options).shape)
-    units = Groups.by_id(torch.arange(E).repeat_interleave(2), 2 * E, weight=weight)
-    voters = Voters(units, Place(0, units=2 * ids))
+    batch_size = Groups.by_id(torch.arange(E).repeat_interleave(2), 2 * E, weight=weight)
+    grouped_rows = GroupedRows(batch_size, BatchLayout(0, examples=2 * ids))
     found = by_autograd(lambda w, rows: function(x[rows], w, groups=groups, **options), weights, grad, ids)
-    if units.weights is not None:
-        found = found * units.weights.reshape(-1, *(1,) * weights.dim())
+    if batch_size.weights is not None:
+        found = found * batch_size.weights.reshape(-1, *(1,) * weights.dim())
     geometry = ConvGeometry(
         options.get("stride", 1), options.get("padding", 0), options.get("dilation", 1), groups, dims
     )
-    return Case([ConvFactors(x, grad, kernel, geometry, voters)], found)
+    return Case([ConvFactors(x, grad, kernel, geometry, grouped_rows)], found)
 
 
 def view_of(inner, view, parameter, found):
@@ -228,19 +228,19 @@ def test_a_rule_of_ones_own(name, scratch, monkeypatch):
     torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
     assert agreement(case.parts, Lifted()).kept_fraction == 1
     for part in case.parts:
-        assert paths.path(part, Lifted(), part.device).endswith("sliced (reduce)")
-        assert math.isfinite(paths.extra_work(part, Lifted()))
+        assert dispatch.path(part, Lifted(), part.device).endswith("sliced (reduce)")
+        assert math.isfinite(dispatch.extra_work(part, Lifted()))
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_one_total_and_norms(name):
     case = CASES[name]()
-    one = torch.stack([sum(part.one(e) for part in case.parts) for e in range(E)])
+    one = torch.stack([sum(part.contribution(e) for part in case.parts) for e in range(E)])
     torch.testing.assert_close(one, case.contributions, rtol=1e-9, atol=1e-9)
     total = sum(part.total() for part in case.parts)
     torch.testing.assert_close(total, case.contributions.sum(0), rtol=1e-9, atol=1e-9)
     for part in case.parts:
-        norms = [part.one(e).square().sum() for e in range(E)]
+        norms = [part.contribution(e).square().sum() for e in range(E)]
         torch.testing.assert_close(part.squared_norms(), torch.stack(norms), rtol=1e-9, atol=1e-9)
 
 
@@ -281,7 +281,7 @@ def test_nan_shows_at_its_coordinates_only(name, rule):
     case = CASES[name]()
     part = case.parts[0].inner if isinstance(case.parts[0], ViewFactors) else case.parts[0]
     part.grad_output[(5, 1, *(0,) * (part.grad_output.dim() - 2))] = torch.nan
-    expected = torch.stack([sum(p.one(e) for p in case.parts) for e in range(E)]).isnan().any(0)
+    expected = torch.stack([sum(p.contribution(e) for p in case.parts) for e in range(E)]).isnan().any(0)
     assert expected.any() and not expected.all()
     assert torch.equal(aggregate.aggregate(case.parts, rule).isnan(), expected)
 
@@ -304,7 +304,7 @@ def test_few_groups_touch_a_token(rule, touching):
         ids = torch.cat([torch.full((touching,), 2), torch.full((count - touching,), 1)])
         grad = torch.cat([signs, torch.zeros(count - touching)]).double()[:, None] * torch.arange(1.0, 4.0)
         part = EmbeddingFactors(ids, grad, torch.arange(count + 1), 4)
-        stacked = torch.stack([part.one(e) for e in range(count)])
+        stacked = torch.stack([part.contribution(e) for e in range(count)])
         expected = count * stat(rule, stacked.numpy())
         np.testing.assert_allclose(aggregate.aggregate([part], rule), expected, rtol=1e-9, atol=1e-12)
 
@@ -324,17 +324,17 @@ def test_convolutions_in_any_blocks(options, rule, window, monkeypatch):
 def test_half_precision_is_computed_in_float32(rule, dtype):
     x, grad = (torch.randint(-2, 3, (E, 4, 5, 5)).to(dtype) for _ in range(2))
     for groups in (1, 4):
-        voters = Voters(Groups.each(E), Place(0))
-        part = ConvFactors(x, grad, (3, 3), ConvGeometry(1, 1, 1, groups, 2), voters)
+        grouped_rows = GroupedRows(Groups.each(E), BatchLayout(0))
+        part = ConvFactors(x, grad, (3, 3), ConvGeometry(1, 1, 1, groups, 2), grouped_rows)
         found = aggregate.aggregate([part], rule)
         assert found.dtype == torch.float32
-        wide = ConvFactors(x.double(), grad.double(), (3, 3), part.geometry, voters)
+        wide = ConvFactors(x.double(), grad.double(), (3, 3), part.geometry, grouped_rows)
         torch.testing.assert_close(found.double(), aggregate.aggregate([wide], rule), rtol=1e-5, atol=1e-5)
 
 
 def test_conv_memory_formats_do_not_matter():
     x, grad = randn(E, 6, 5, 5), randn(E, 8, 5, 5)
-    make = lambda x, grad: ConvFactors(x, grad, (3, 3), ConvGeometry(1, 1, 1, 1, 2), Voters(Groups.each(E), Place(0)))
+    make = lambda x, grad: ConvFactors(x, grad, (3, 3), ConvGeometry(1, 1, 1, 1, 2), GroupedRows(Groups.each(E), BatchLayout(0)))
     for rule in (htv.AndMask(0.4), htv.Median()):
         expected = aggregate.aggregate([make(x, grad)], rule)
         last = [t.contiguous(memory_format=torch.channels_last) for t in (x, grad)]
@@ -372,7 +372,7 @@ def test_an_embedding_costs_its_pairs(rule):
 def test_convolutions_stay_within_bounds(rule, groups, size):
     x = torch.randn(8, 64, size, size)
     grad = torch.randn(8, 64, size, size)
-    part = ConvFactors(x, grad, (3, 3), ConvGeometry(1, 1, 1, groups, 2), Voters(Groups.each(8), Place(0)))
+    part = ConvFactors(x, grad, (3, 3), ConvGeometry(1, 1, 1, groups, 2), GroupedRows(Groups.each(8), BatchLayout(0)))
     allowed = max(x.untyped_storage().nbytes() * 5 // 4, 2 * limits.SCRATCH_BYTES, limits.WINDOW_BYTES)
     assert largest_tensor(lambda: aggregate.aggregate([part], rule)) <= allowed
 
@@ -390,18 +390,18 @@ def test_paths_tell_the_truth():
             if style == "fused" and not compiled:
                 by_group = isinstance(part, ConvFactors) and rule.streaming and name != "depthwise"
                 style = "by group" if by_group else "sliced"
-            found = paths.path(part, rule, part.device)
+            found = dispatch.path(part, rule, part.device)
             assert found.split(" (")[0] == style
             if compiled or name != "depthwise":  # a matter of sizes, which a class does not know
-                assert paths.path(type(part), rule, part.device) == found
-        assert paths.path(part, htv.Mean(), part.device) == "plain sum"
-    assert paths.path(Factors, htv.AndMask(0.4), torch.device("cpu")).startswith("sliced")
+                assert dispatch.path(type(part), rule, part.device) == found
+        assert dispatch.path(part, htv.Mean(), part.device) == "plain sum"
+    assert dispatch.path(Factors, htv.AndMask(0.4), torch.device("cpu")).startswith("sliced")
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_extra_work_is_a_number(name):
     for part, rule in itertools.product(CASES[name]().parts, RULES):
-        work = paths.extra_work(part, rule)
+        work = dispatch.extra_work(part, rule)
         assert math.isfinite(work) and work >= 0 and (work == 0) <= (isinstance(rule, htv.Mean) or part.count == 0)
 
 

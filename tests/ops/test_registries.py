@@ -222,8 +222,8 @@ def test_a_kernel_serves_once_it_is_registered(scratch_entries, monkeypatch):
 
 def test_a_limit_on_rows(scratch_entries):
     kernel = registry.kernel("linear", "cuda")
-    for longest, served in ((0, True), (1, True), (2, False), (None, False)):
-        assert (kernel.lacks("median", torch.float32, longest) is None) == served
+    for longest, tracked in ((0, True), (1, True), (2, False), (None, False)):
+        assert (kernel.lacks("median", torch.float32, longest) is None) == tracked
     assert kernel.lacks("median", torch.float32, 2).startswith(
         "no kernel for groups of several rows"
     )
@@ -243,12 +243,12 @@ def chosen(monkeypatch):
 
 
 def uses():
-    voters = htv.groups.Voters(htv.groups.Groups.each(6), htv.groups.Place(0))
+    grouped_rows = htv.groups.GroupedRows(htv.groups.Groups.each(6), htv.groups.BatchLayout(0))
     geometry = ConvGeometry(1, 1, 1, 1, 2)
     return [
         LinearFactors(torch.randn(6, 4), torch.randn(6, 3), torch.arange(7)),
         StackedFactors(torch.randn(6, 3)),
-        ConvFactors(torch.randn(6, 2, 5, 5), torch.randn(6, 4, 5, 5), (3, 3), geometry, voters),
+        ConvFactors(torch.randn(6, 2, 5, 5), torch.randn(6, 4, 5, 5), (3, 3), geometry, grouped_rows),
     ]
 
 

@@ -29,15 +29,15 @@ def make(rows, features, tokens, groups, dtype=torch.float32):
     generator = torch.Generator().manual_seed(rows + features)
     grad = (torch.randn(rows, features, generator=generator) * 2).round().to(dtype)
     ids = torch.randint(0, tokens, (rows,), generator=generator)
-    voter = torch.randint(0, groups, (rows,), generator=generator)
-    return *(t.to(DEVICE) for t in (grad, ids, voter)), tokens, groups
+    group_index = torch.randint(0, groups, (rows,), generator=generator)
+    return *(t.to(DEVICE) for t in (grad, ids, group_index)), tokens, groups
 
 
 def check(lookups, statistic):
-    grad, ids, voter, tokens, groups = lookups
+    grad, ids, group_index, tokens, groups = lookups
     found = embedding.embedding(*lookups, statistic)
     inside = (ids >= 0) & (ids < tokens)
-    wanted = reference.embedding(grad[inside].double(), ids[inside], voter[inside], tokens, groups, statistic)
+    wanted = reference.embedding(grad[inside].double(), ids[inside], group_index[inside], tokens, groups, statistic)
     assert_same(found, wanted, statistic, groups)
     return found[0]
 
@@ -57,64 +57,64 @@ def test_half_precision(dtype):
 
 def test_what_lies_outside_of_the_table_takes_no_part():
     """A padding_idx comes as -1."""
-    grad, ids, voter, tokens, groups = make(*SIZES["many"])
+    grad, ids, group_index, tokens, groups = make(*SIZES["many"])
     ids[::5], ids[3], grad[0], grad[3] = -1, tokens, math.nan, math.inf
     for statistic in SOME:
-        assert not check((grad, ids, voter, tokens, groups), statistic).isnan().any()
+        assert not check((grad, ids, group_index, tokens, groups), statistic).isnan().any()
 
 
 def test_extreme_values():
-    grad, ids, voter, tokens, groups = make(24, 8, 2, 6)
+    grad, ids, group_index, tokens, groups = make(24, 8, 2, 6)
     grad[0, 0], grad[1, 1] = math.nan, math.inf
     grad[:, 2], grad[:, 3], grad[:, 4] = -0.0, 2.0**-140, (torch.arange(24) - 12) * 2.0**-140
-    ids[4:6], voter[4:6], grad[4, 5], grad[5, 5] = 1, 2, math.inf, -math.inf  # one contribution of both
-    ids[6:8], grad[6, 6], grad[7, 6], voter[6], voter[7] = 1, math.inf, -math.inf, 0, 1  # one bucket of both
+    ids[4:6], group_index[4:6], grad[4, 5], grad[5, 5] = 1, 2, math.inf, -math.inf  # one contribution of both
+    ids[6:8], grad[6, 6], grad[7, 6], group_index[6], group_index[7] = 1, math.inf, -math.inf, 0, 1  # one bucket of both
     for statistic in SOME:
-        assert check((grad, ids, voter, tokens, groups), statistic).isnan().any()
+        assert check((grad, ids, group_index, tokens, groups), statistic).isnan().any()
 
 
 def test_sums_are_taken_in_one_order():
     """Bits do not depend on how lookups of different tokens and groups are mixed."""
-    grad, ids, voter, tokens, groups = make(*SIZES["many"])
+    grad, ids, group_index, tokens, groups = make(*SIZES["many"])
     grad = torch.randn_like(grad)
-    by_voter = voter.argsort(stable=True)
+    by_voter = group_index.argsort(stable=True)
     for statistic in (AND_MASK, MEDIAN, BUCKETS):
-        one = embedding.embedding(grad, ids, voter, tokens, groups, statistic)[0]
-        other = embedding.embedding(grad[by_voter], ids[by_voter], voter[by_voter], tokens, groups, statistic)[0]
+        one = embedding.embedding(grad, ids, group_index, tokens, groups, statistic)[0]
+        other = embedding.embedding(grad[by_voter], ids[by_voter], group_index[by_voter], tokens, groups, statistic)[0]
         assert torch.equal(one, other)
 
 
 def test_errors_name_what_is_wrong():
-    grad, ids, voter, tokens, groups = make(*SIZES["few"])
+    grad, ids, group_index, tokens, groups = make(*SIZES["few"])
     with pytest.raises(TypeError, match="float64"):
-        embedding.embedding(grad.double(), ids, voter, tokens, groups, AND_MASK)
+        embedding.embedding(grad.double(), ids, group_index, tokens, groups, AND_MASK)
     with pytest.raises(ValueError, match=r"wants grad_output \(R, D\)"):
-        embedding.embedding(grad, ids[1:], voter, tokens, groups, AND_MASK)
+        embedding.embedding(grad, ids[1:], group_index, tokens, groups, AND_MASK)
     with pytest.raises(TypeError, match="ids and voter must be int64"):
-        embedding.embedding(grad, ids.int(), voter, tokens, groups, AND_MASK)
+        embedding.embedding(grad, ids.int(), group_index, tokens, groups, AND_MASK)
     with pytest.raises(ValueError, match="cannot tell 12 tokens of 0 groups apart"):
-        embedding.embedding(grad, ids, voter, tokens, 0, AND_MASK)
+        embedding.embedding(grad, ids, group_index, tokens, 0, AND_MASK)
     with pytest.raises(ValueError, match="1 to 5 buckets"):
-        embedding.embedding(grad, ids, voter, tokens, groups, Statistic("median_of_means", 6))
-    assert embedding.embedding(grad[:, :0], ids, voter, tokens, groups, MEDIAN)[0].shape == (12, 0)
+        embedding.embedding(grad, ids, group_index, tokens, groups, Statistic("median_of_means", 6))
+    assert embedding.embedding(grad[:, :0], ids, group_index, tokens, groups, MEDIAN)[0].shape == (12, 0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", SIZES)
 def test_contributions_to_some_rows(size, dtype):
-    grad, ids, voter, tokens, groups = make(*SIZES[size], dtype)
+    grad, ids, group_index, tokens, groups = make(*SIZES[size], dtype)
     ids[::3] = -1  # of a padding_idx
     for some in (torch.arange(tokens).flip(0), torch.arange(0, tokens, 2), torch.arange(0)):
         some = some.to(DEVICE)
-        found = embedding.embedding_contributions(grad, ids, voter, some, tokens, groups)
-        wanted = reference.embedding_contributions(grad.double(), ids, voter, some, tokens, groups)
+        found = embedding.embedding_contributions(grad, ids, group_index, some, tokens, groups)
+        wanted = reference.embedding_contributions(grad.double(), ids, group_index, some, tokens, groups)
         assert found.dtype == torch.float32 and torch.equal(found.double(), wanted)  # integers
 
 
 def test_contributions_want_what_fits():
-    grad, ids, voter, tokens, groups = make(*SIZES["few"])
+    grad, ids, group_index, tokens, groups = make(*SIZES["few"])
     some = torch.arange(3, device=DEVICE)
     with pytest.raises(ValueError, match=r"embedding_contributions .*wants grad_output \(R, D\)"):
-        embedding.embedding_contributions(grad, ids[:-1], voter, some, tokens, groups)
+        embedding.embedding_contributions(grad, ids[:-1], group_index, some, tokens, groups)
     with pytest.raises(TypeError, match="tokens must be"):
-        embedding.embedding_contributions(grad, ids, voter, some.int(), tokens, groups)
+        embedding.embedding_contributions(grad, ids, group_index, some.int(), tokens, groups)

@@ -112,11 +112,11 @@ def cases():
     for (arch, arithmetic), rows in configs.TABLE.items():
         least = 0
         for words, row in rows.items():
-            served = [case for limit, found in SERVED.items() if least <= limit <= words for case in found]
+            tracked = [case for limit, found in SERVED.items() if least <= limit <= words for case in found]
             least = words + 1
             for config, budget in zip(row, BUDGET[arch, arithmetic][words], strict=True):
                 for dtype in ("bf16", "fp16") if arithmetic == "half" else ("fp32",):
-                    for result, found, count in served:
+                    for result, found, count in tracked:
                         for windows in (False, True):
                             for aligned in (True, False):
                                 small = config.BLOCK_O * config.BLOCK_I <= configs.MOST_UNALIGNED

@@ -3,11 +3,11 @@
 Dynamo cannot follow all that a served forward does beside calling torch. It traces `call` instead: that reads the
 model's tensors and settings, so that Dynamo guards on them, and hands them to `_traced`, which it does not look into.
 AOTAutograd then runs that as plain Python on tensors without values, forward and backward, under the usual mode and
-with the usual layers, tokens and hubs (`htv.traced`).
+with the usual layers, tokens and nodes (`htv.traced`).
 
-Who votes is an input of the compiled graph, so a backward that is traced makes no factors: each hub leaves one
+Who votes is an input of the compiled graph, so a backward that is traced makes no factors: each node leaves one
 operator in the graph, `htv::settle`, with the tensors its uses recorded. When the compiled backward runs, the operator
-makes the factors of them, and an ordinary ledger applies the rule.
+makes the factors of them, and an ordinary buffer applies the rule.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from htv.engine import inputs, ranks
-from htv.engine.compile.traced import TracedGroups, TracedIntercept, TracedSession
-from htv.engine.forward import EXPORTING, ServedForward
-from htv.engine.group_spec import StaticVoting
-from htv.engine.guard_state import PASSES, Watched, forwards
-from htv.engine.mode import Intercept
+from htv.engine.compile.traced import TracedGroups, TracedMode, TracedSession
+from htv.engine.forward import EXPORTING, ForwardStandIn
+from htv.engine.group_spec import StaticGroupSpec
+from htv.engine.guard_state import PASSES, CompileGuardState, forwards
+from htv.engine.mode import ServingMode
 from htv.errors import UnsupportedError
 
 __all__ = ["call"]
@@ -38,27 +38,27 @@ __all__ = ["call"]
 # -- what Dynamo sees -------------------------------------------------------------------------------------------------
 
 
-def call(forward: ServedForward, args: tuple, kwargs: dict):
+def call(forward: ForwardStandIn, args: tuple, kwargs: dict):
     """A forward of an attached module. Traced by Dynamo, and written for it."""
     session = forward.session
     if not torch.is_grad_enabled() and session.batch_norm != "frozen":
         return forward.inner(*args, **kwargs)
-    watched, spec, tensors = forward.watched, session.spec, []
-    for module, name, child in watched.children:
+    guard_state, spec, tensors = forward.guard_state, session.spec, []
+    for module, name, child in guard_state.children:
         if module._modules[name] is not child:
             raise RuntimeError(
                 f"the model's parameters changed while attached: module {name!r} was exchanged; detach and attach again"
             )
-    for (module, name), parameter in zip(watched.tensors, watched.parameters):  # noqa: B905
+    for (module, name), parameter in zip(guard_state.tensors, guard_state.parameters):  # noqa: B905
         tensor = getattr(module, name)
         if parameter is not None and tensor is not parameter:
             raise RuntimeError(f"the model's parameters changed while attached: {name!r}; detach and attach again")
         tensors.append(tensor)
-    settings = [getattr(module, name) for module, name in watched.settings]
+    settings = [getattr(module, name) for module, name in guard_state.settings]
     voting = ("each", None, "size") if spec is None else (spec.kind, spec.value, spec.weight)
     settings, voting, args, kwargs = pytree.tree_map(_without_none, (settings, voting, args, kwargs))
     results = _traced(forward.key, tensors, settings, voting, args, kwargs)
-    return _rebuilt(_structure_of(forward.key), results, watched.classes)
+    return _rebuilt(_structure_of(forward.key), results, guard_state.classes)
 
 
 _NONE = "<htv: None>"  # None cannot enter a function that is not looked into
@@ -77,7 +77,7 @@ def _with_none(value):
 @torch._dynamo.assume_constant_result
 def _structure_of(key: str) -> tuple:
     """Only a list of tensors can leave such a function: what else the forward returned last is a constant."""
-    structure = forwards[key].watched.structure
+    structure = forwards[key].guard_state.structure
     if isinstance(structure, Exception):
         raise structure
     return structure
@@ -138,11 +138,11 @@ def _traced(key: str, tensors: list[Tensor], settings: list, voting: tuple, args
     forward, results = forwards[key], []
     try:
         result = _run(forward, tensors, voting, args, kwargs)
-        forward.watched.structure = _described(result, results, forward.watched.classes)
+        forward.guard_state.structure = _described(result, results, forward.guard_state.classes)
     except UnsupportedError as error:
         if not _for_shapes(tensors):
             raise
-        forward.watched.structure = error  # here Dynamo would lose the message
+        forward.guard_state.structure = error  # here Dynamo would lose the message
     return results
 
 
@@ -151,7 +151,7 @@ def _for_shapes(tensors: list[Tensor]) -> bool:
     return all(isinstance(t, FakeTensor) for t in tensors) and get_proxy_mode() is None
 
 
-def _run(forward: ServedForward, tensors: list[Tensor], voting: tuple, args: tuple, kwargs: dict):
+def _run(forward: ForwardStandIn, tensors: list[Tensor], voting: tuple, args: tuple, kwargs: dict):
     session = forward.session
     if not any(isinstance(t, (FakeTensor, FunctionalTensor)) for t in tensors):
         return session.run(forward, args, kwargs)  # nothing is traced: Dynamo gave up, or the backend is "eager"
@@ -170,7 +170,7 @@ def _run(forward: ServedForward, tensors: list[Tensor], voting: tuple, args: tup
         )
     try:
         session.thread.running = True
-        with _exchanged(forward.watched, tensors), forward.frozen_statistics():
+        with _exchanged(forward.guard_state, tensors), forward.frozen_statistics():
             if (
                 for_shapes or not torch.is_grad_enabled()
             ):  # what htv refuses is refused below, where Dynamo passes the message on
@@ -194,11 +194,11 @@ _run = torch._dynamo.disable(_run)  # where Dynamo gives up (fullgraph=False), a
 
 
 @contextmanager
-def _exchanged(watched: Watched, tensors: list[Tensor]) -> Iterator[None]:
+def _exchanged(guard_state: CompileGuardState, tensors: list[Tensor]) -> Iterator[None]:
     """The model with other tensors in it. What its forward sets otherwise would be lost, and is refused."""
-    cells = [(_store(module, name), name) for module, name in watched.tensors]
+    cells = [(_store(module, name), name) for module, name in guard_state.tensors]
     before = [store[name] for store, name in cells]
-    settings = [(vars(module), name, vars(module)[name]) for module, name in watched.settings]
+    settings = [(vars(module), name, vars(module)[name]) for module, name in guard_state.settings]
     for (store, name), tensor in zip(cells, tensors, strict=True):
         store[name] = tensor
     try:
@@ -221,7 +221,7 @@ def _store(module: torch.nn.Module, name: str) -> dict:
     return next(store for store in (module._parameters, module._buffers, vars(module)) if name in store)
 
 
-def _intercept(forward: ServedForward, tensors: list[Tensor], voting: tuple, args: tuple, kwargs: dict) -> Intercept:
+def _intercept(forward: ForwardStandIn, tensors: list[Tensor], voting: tuple, args: tuple, kwargs: dict) -> ServingMode:
     named = inputs.named_tensors(forward.names, args, kwargs)
     for name, tensor in named:
         if isinstance(tensor, PackedSequence):
@@ -235,8 +235,8 @@ def _intercept(forward: ServedForward, tensors: list[Tensor], voting: tuple, arg
     session, (kind, value, weight) = forward.session, voting
     value = torch.tensor(value) if isinstance(value, (list, tuple)) else value
     batch = session.batch_of(forward, named, kind, None if value is None or kind == "packed" else len(value))
-    plan = StaticVoting.of(kind, weight, batch, value)
+    plan = StaticGroupSpec.of(kind, weight, batch, value)
     session.batch_source = batch.source
     if kind == "each" and not session.accumulates:
-        session.require_enough(plan.num_units, batch.source)
-    return TracedIntercept(TracedSession(forward, tensors), TracedGroups(plan, value), batch)
+        session.require_enough(plan.batch_size, batch.source)
+    return TracedMode(TracedSession(forward, tensors), TracedGroups(plan, value), batch)

@@ -1,7 +1,7 @@
-"""What stands for groups, parameters and their hubs while a compiled forward and its backward are traced.
+"""What stands for groups, parameters and their nodes while a compiled forward and its backward are traced.
 
 Tensors have no values then, and who votes is not known. The stand-ins live as long as the trace; settlements stay: they
-tell the operator that a traced hub leaves in the graph what to do when the compiled backward runs.
+tell the operator that a traced node leaves in the graph what to do when the compiled backward runs.
 """
 
 from __future__ import annotations
@@ -15,47 +15,47 @@ from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from htv.autograd.later import Later, later_refusal
-from htv.autograd.ledger import Hub, Ledger, Owner, Passes, Sink
-from htv.engine.forward import ServedForward
-from htv.engine.group_spec import StaticVoting
+from htv.autograd.aggregation import AggregationNode, BufferListener, ContributionBuffer, NestedBackwards, UseRecorder
+from htv.autograd.deferred import DeferredFactors, deferred_refusal
+from htv.engine.forward import ForwardStandIn
+from htv.engine.group_spec import StaticGroupSpec
 from htv.engine.guard_state import keys
-from htv.engine.mode import Intercept
-from htv.engine.parameter import Served
-from htv.engine.provenance import LOST, Derived, Mark
+from htv.engine.mode import ServingMode
+from htv.engine.parameter import TrackedParameter
+from htv.engine.provenance import LOST, FromParameters, Mark
 from htv.engine.torch_ops import tensors_in
 from htv.errors import UnsupportedError
-from htv.groups import Groups, Place, Voters
+from htv.groups import BatchLayout, GroupedRows, Groups
 from htv.ops.factors import Factors
 
 
 class TracedGroups(Groups):
     """Who votes in a forward that is being traced: known when it runs. value: ids, bounds or mask."""
 
-    def __init__(self, plan: StaticVoting, value: Tensor | None):
-        super().__init__(plan.num_units, None, home=Place(plan.dim), rows_vote=plan.kind == "rows")
+    def __init__(self, plan: StaticGroupSpec, value: Tensor | None):
+        super().__init__(plan.batch_size, None, input_layout=BatchLayout(plan.dim), rows_vote=plan.kind == "rows")
         object.__setattr__(self, "plan", plan)
         object.__setattr__(self, "value", value)
 
-    def voters_told(self) -> str:
-        return f"{self.plan.kind} of {self.num_units} examples"
+    def described(self) -> str:
+        return f"{self.plan.kind} of {self.batch_size} examples"
 
-    def same_voters(self, other: TracedGroups) -> bool:
+    def same_groups(self, other: TracedGroups) -> bool:
         return self.plan == other.plan and self.value is other.value
 
-    def voters(self, place: Place) -> Voters:
-        return EachIndex(self, place)
+    def grouped_rows(self, layout: BatchLayout) -> GroupedRows:
+        return EachRow(self, layout)
 
 
-class EachIndex(Voters):
+class EachRow(GroupedRows):
     """Every index of a tensor's batch dim by itself, as contributions are computed while tracing."""
 
-    def __init__(self, groups: TracedGroups, place: Place):
-        self.groups, self.place, self.dim, self.order = groups, place, place.dim, None
+    def __init__(self, groups: TracedGroups, layout: BatchLayout):
+        self.groups, self.layout, self.dim, self.order = groups, layout, layout.dim, None
         self.rows_vote, self.plain = groups.rows_vote, False
-        self.count = place.size(groups.num_units)
+        self.count = layout.size(groups.batch_size)
 
-    def all_alike(self) -> EachIndex:
+    def ungrouped(self) -> EachRow:
         return self
 
     @property
@@ -70,7 +70,7 @@ class EachIndex(Voters):
         return tensor.movedim(self.dim if dim is None else dim, 0)
 
 
-class TracedIntercept(Intercept):
+class TracedMode(ServingMode):
     """The mode, for tensors without values."""
 
     def mark(self, tensor: Tensor | None) -> Mark | None:
@@ -83,7 +83,7 @@ class TracedIntercept(Intercept):
         return super().mark(tensor)
 
     def _mark_results(self, func, args, kwargs, operands, result) -> None:
-        """The units' numbers have values; where they meet a tensor without, nobody knows where the batch went."""
+        """The examples' numbers have values; where they meet a tensor without, nobody knows where the batch went."""
         try:
             with _disable_current_modes():
                 super()._mark_results(func, args, kwargs, operands, result)
@@ -98,16 +98,16 @@ class TracedIntercept(Intercept):
         return why and f"{why} (or one that picks rows by the values of a tensor, which torch.compile does not have)"
 
 
-class TracedServed(Owner):
+class TracedParameter(BufferListener):
     """Stands for a served parameter in one trace.
 
-    Refers to its hub weakly: a cycle through autograd's graph would never be collected.
+    Refers to its node weakly: a cycle through autograd's graph would never be collected.
     """
 
-    def __init__(self, served: Served, parameter: Tensor):
-        self.served, self.parameter, self.name, self.rule = served, parameter, served.name, served.rule
-        self.passes, self.settled = Passes(), set()
-        self.note, self.defer, self.uses = served.note, served.defer, served.uses
+    def __init__(self, tracked: TrackedParameter, parameter: Tensor):
+        self.tracked, self.parameter, self.name, self.rule = tracked, parameter, tracked.name, tracked.rule
+        self.passes, self.settled = NestedBackwards(), set()
+        self.note, self.defer, self.uses = tracked.note, tracked.defer, tracked.uses
         self._hub = lambda: None, lambda: None
         self.delivered: list[Tensor] = []
         check = weakref.WeakMethod(self._check_gradient)
@@ -115,87 +115,87 @@ class TracedServed(Owner):
 
     @property
     def refusal(self) -> str | None:
-        return self.served.refusal
+        return self.tracked.refusal
 
     @refusal.setter
     def refusal(self, value: str) -> None:
-        self.served.refusal = value
+        self.tracked.refusal = value
 
-    def sink(self, groups: TracedGroups, born: int = -1) -> Sink:
-        token, ledger = (reference() for reference in self._hub)
-        if token is None or ledger is None or not ledger.groups.same_voters(groups):
-            ledger = TracedLedger(self, groups)
-            token = Hub.apply((ledger,), self.parameter)
-            self._hub = weakref.ref(token), weakref.ref(ledger)
-        return Sink(token, ledger)
+    def recorder(self, groups: TracedGroups, born: int = -1) -> UseRecorder:
+        token, buffer = (reference() for reference in self._hub)
+        if token is None or buffer is None or not buffer.groups.same_groups(groups):
+            buffer = TracedBuffer(self, groups)
+            token = AggregationNode.apply((buffer,), self.parameter)
+            self._hub = weakref.ref(token), weakref.ref(buffer)
+        return UseRecorder(token, buffer)
 
     def _check_gradient(self, grad: Tensor | None) -> None:
         """Inside one graph, what comes by another way is added where no hook on the real parameter sees it."""
         delivered, self.delivered = self.delivered, []
         if grad is not None and self.refusal is None and not any(grad is d for d in delivered):
-            self.served.refuse_gradient(twice=len(delivered) > 1)
+            self.tracked.refuse_gradient(twice=len(delivered) > 1)
 
 
-_traced_parameters: weakref.WeakValueDictionary[int, TracedServed] = weakref.WeakValueDictionary()
+_traced_parameters: weakref.WeakValueDictionary[int, TracedParameter] = weakref.WeakValueDictionary()
 
 
 class TracedSession:
     """What the mode needs of a session, for one trace."""
 
-    def __init__(self, forward: ServedForward, tensors: list[Tensor]):
+    def __init__(self, forward: ForwardStandIn, tensors: list[Tensor]):
         session = forward.session
         self.passes_plainly, self.shares_statistics = session.passes_plainly, session.shares_statistics
         self.unsupported = session.unsupported
-        self._served: dict[int, TracedServed] = {}
-        self.own_marks: dict[int, Derived] = {}
+        self._tracked: dict[int, TracedParameter] = {}
+        self.own_marks: dict[int, FromParameters] = {}
         self._constants: list[Tensor] = []
-        for tensor, parameter in zip(tensors, forward.watched.parameters, strict=True):
-            served = session.served_parameter(parameter)
-            if served is None:
+        for tensor, parameter in zip(tensors, forward.guard_state.parameters, strict=True):
+            tracked = session.tracked_parameter(parameter)
+            if tracked is None:
                 self._constants.append(tensor)
                 continue
             traced = _traced_parameters.get(id(tensor))
             if traced is None or traced.parameter is not tensor:  # else from another call in the same graph
-                traced = _traced_parameters[id(tensor)] = TracedServed(served, tensor)
-            self._served[id(tensor)] = traced
-            self.own_marks[id(tensor)] = Derived((traced,), tensor)
+                traced = _traced_parameters[id(tensor)] = TracedParameter(tracked, tensor)
+            self._tracked[id(tensor)] = traced
+            self.own_marks[id(tensor)] = FromParameters((traced,), tensor)
 
         self.note_loss = session.note_loss
 
     def stands_in(self, tensor: Tensor) -> None:
         """The tensors of a trace are those of the modules, exchanged for it."""
 
-    def served_parameter(self, tensor: Tensor) -> TracedServed | None:
-        return self._served.get(id(tensor))
+    def tracked_parameter(self, tensor: Tensor) -> TracedParameter | None:
+        return self._tracked.get(id(tensor))
 
-    def found_before(self, groups: Groups) -> None:
+    def known_results(self, groups: Groups) -> None:
         """Nothing is kept of tensors without values."""
 
     def constants(self) -> list[Tensor]:
         return self._constants
 
 
-class TracedLedger(Ledger):
+class TracedBuffer(ContributionBuffer):
     """Gathers what a traced backward records, and leaves the operator that settles it when the backward runs."""
 
-    def __init__(self, owner: TracedServed, groups: TracedGroups):
+    def __init__(self, owner: TracedParameter, groups: TracedGroups):
         super().__init__(owner.rule, groups, owner)
         self.owner = owner  # nobody else may keep it
 
-    def made(self, make: Callable[..., Factors], voters: Voters, tensors: tuple[Tensor, ...]) -> Later:
-        return Later(make, voters, tensors)
+    def made(self, make: Callable[..., Factors], grouped_rows: GroupedRows, tensors: tuple[Tensor, ...]) -> DeferredFactors:
+        return DeferredFactors(make, grouped_rows, tensors)
 
     def settle(self, parameter: Tensor, gradient_node) -> Tensor | None:
         _, parts = self.taken()
         if not parts:
             return None
-        if not all(isinstance(part, Later) for part in parts):
-            raise later_refusal(self.owner_name)
+        if not all(isinstance(part, DeferredFactors) for part in parts):
+            raise deferred_refusal(self.parameter_name)
         tensors = [tensor for part in parts for tensor in part.tensors]
         recipes = [(part.recipe(), len(part.tensors)) for part in parts]
         key = next(keys)
-        _settlements[key] = settlement = Settlement(self.owner.served, self.groups.plan, recipes)
-        self.owner.served.session.settlements.append(settlement)
+        _settlements[key] = settlement = Settlement(self.owner.tracked, self.groups.plan, recipes)
+        self.owner.tracked.session.settlements.append(settlement)
         grad = torch.ops.htv.settle(tensors, self.groups.value, key)
         self.owner._hub = lambda: None, lambda: None
         self.owner.delivered.append(grad)
@@ -206,28 +206,28 @@ class TracedLedger(Ledger):
 
 
 class Settlement:
-    """How one traced hub's gradient is computed. recipes: of each use, and how many tensors it takes."""
+    """How one traced node's gradient is computed. recipes: of each use, and how many tensors it takes."""
 
-    def __init__(self, served: Served, plan: StaticVoting, recipes: list[tuple[Callable[..., Factors], int]]):
-        self.served, self.plan, self.recipes = served, plan, recipes
+    def __init__(self, tracked: TrackedParameter, plan: StaticGroupSpec, recipes: list[tuple[Callable[..., Factors], int]]):
+        self.tracked, self.plan, self.recipes = tracked, plan, recipes
 
     def empty(self) -> Tensor:
-        p = self.served.parameter
+        p = self.tracked.parameter
         return torch.empty(p.shape, dtype=p.dtype, device=p.device)
 
     def run(self, tensors: Iterator[Tensor], value: Tensor | None) -> Tensor:
-        served, parameter, groups = self.served, self.served.parameter, self.plan.groups(value)
-        ledger = Ledger(served.rule, groups, served, served.session.collects_stats)
+        tracked, parameter, groups = self.tracked, self.tracked.parameter, self.plan.groups(value)
+        buffer = ContributionBuffer(tracked.rule, groups, tracked, tracked.session.collects_stats)
         with torch.no_grad(), torch.autocast(parameter.device.type, enabled=False):
-            if not served.attached:
-                served.guard()
+            if not tracked.attached:
+                tracked.guard()
             for recipe, count in self.recipes:
-                ledger.record(recipe(groups, parameter, list(itertools.islice(tensors, count))))
-            if not served.session.accumulates and not groups.rows_vote:
-                served.session.require_several(groups.count, f"of {groups.num_units} examples")
-            grad = ledger.settle(parameter, None if served.accumulation is None else _gradient_node(parameter))
+                buffer.record(recipe(groups, parameter, list(itertools.islice(tensors, count))))
+            if not tracked.session.accumulates and not groups.rows_vote:
+                tracked.session.require_several(groups.count, f"of {groups.batch_size} examples")
+            grad = buffer.settle(parameter, None if tracked.accumulation is None else _gradient_node(parameter))
             grad = self.empty().zero_() if grad is None else grad.contiguous()  # None: it accumulates
-        served.expect(grad, torch._C._current_graph_task_id())
+        tracked.expect(grad, torch._C._current_graph_task_id())
         return grad
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from htv.engine.handlers.call import Call, refuse_rows, serves, signature
+from htv.engine.handlers.call import Call, handles, refuse_rows, signature
 from htv.engine.protocols import ModeLike
 
 _PRELU = signature("input, weight")
 
 
-@serves(F.prelu, torch.prelu)
+@handles(F.prelu, torch.prelu)
 def _prelu(mode: ModeLike, func, args, kwargs):
     call = Call(mode, "prelu", _PRELU, args, kwargs, "input", "weight")
     if not call.applicable:

@@ -6,10 +6,10 @@ import types
 
 import torch.nn.functional as F
 
-from htv.engine.handlers.call import Operands, Signature, serves
+from htv.engine.handlers.call import Operands, Signature, handles
 from htv.engine.protocols import ModeLike
 from htv.engine.provenance import OfBatch
-from htv.groups import Place
+from htv.groups import BatchLayout
 
 # torch's own code, but for the question whether somebody intercepts it: then its projections can be served one by one.
 _in_python = types.FunctionType(
@@ -23,7 +23,7 @@ _in_python = types.FunctionType(
 _MULTI_HEAD = Signature.of(F.multi_head_attention_forward)
 
 
-@serves(F.multi_head_attention_forward)
+@handles(F.multi_head_attention_forward)
 def _multi_head_attention(mode: ModeLike, func, args, kwargs):
     bound = _MULTI_HEAD.bind(args, kwargs)
     tensors = (bound[name] for name in ("query", "key", "value"))
@@ -36,15 +36,15 @@ def _multi_head_attention(mode: ModeLike, func, args, kwargs):
 _ATTENTION = ("query", "key", "value", "attn_mask")
 
 
-@serves(F.scaled_dot_product_attention)
+@handles(F.scaled_dot_product_attention)
 def _dot_product_attention(mode: ModeLike, func, args, kwargs):
-    """Operands derived from parameters (relative positions, learnt queries) get their copies per unit."""
+    """Operands derived from parameters (relative positions, learnt queries) get their copies per example."""
     arguments = {**dict(zip(_ATTENTION, args, strict=False)), **{k: v for k, v in kwargs.items() if k in _ATTENTION}}
     tensors = [t for t in arguments.values() if t is not None]
     if not Operands(mode, *tensors).meet:
         return NotImplemented
     ndim = max(t.dim() for t in tensors)
-    place = next((m.at(m.dim + ndim - t.dim()) for t in tensors if isinstance(m := mode.mark(t), Place)), None)
-    if place is None or place.dim >= ndim - 2:
+    layout = next((m.at(m.dim + ndim - t.dim()) for t in tensors if isinstance(m := mode.mark(t), BatchLayout)), None)
+    if layout is None or layout.dim >= ndim - 2:
         return NotImplemented
-    return mode.with_copies(func, args, kwargs, tensors, ndim, place)
+    return mode.with_copies(func, args, kwargs, tensors, ndim, layout)

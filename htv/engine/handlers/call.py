@@ -1,6 +1,6 @@
 """What all served layers share: the table of servers, and a call as they see it.
 
-A server gets the intercepting mode and the call; it returns the layer's output, or NotImplemented to let the call be
+A server gets the serving mode and the call; it returns the layer's output, or NotImplemented to let the call be
 judged like any other (no served parameter in it, or an input that is not the batch's).
 """
 
@@ -12,20 +12,20 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from htv.autograd.ledger import Slot
+from htv.autograd.aggregation import ParameterArgument
 from htv.engine.protocols import ModeLike, ParameterLike
-from htv.engine.provenance import Derived, Mark, OfBatch
+from htv.engine.provenance import FromParameters, Mark, OfBatch
 from htv.errors import UnsupportedError
-from htv.groups import Place, Voters
+from htv.groups import BatchLayout, GroupedRows
 
-SERVERS: dict[Callable, Callable] = {}
+HANDLERS: dict[Callable, Callable] = {}
 
 
-def serves(*functions: Callable):
+def handles(*functions: Callable):
     """Register the decorated server for torch functions."""
 
     def register(server):
-        SERVERS.update(dict.fromkeys(functions, server))
+        HANDLERS.update(dict.fromkeys(functions, server))
         return server
 
     return register
@@ -35,7 +35,7 @@ class Call:
     """A call's arguments by name, and what its parameters are.
 
     x and parameters: the names of the input and of the parameters among the arguments.
-    `place`:          where the batch is in the input, or what else that is.
+    `layout`:          where the batch is in the input, or what else that is.
     `applicable`:     some parameter is served, or derived from served ones, gradients are on, and the input was
                       computed from the batch.
     """
@@ -46,9 +46,9 @@ class Call:
             self.arguments = arguments = signature.bind(args, kwargs)
         else:
             self.arguments = arguments = dict(zip(signature.names, args, strict=True))
-        self.x, self.place = mode.input(arguments[x])
+        self.x, self.layout = mode.input(arguments[x])
         self._uses: list[tuple[str, Tensor | None, Mark | None, tuple[ParameterLike, ...]]] = []
-        self.served: tuple[ParameterLike, ...] = ()
+        self.tracked: tuple[ParameterLike, ...] = ()
         own = mode.own
         for name in parameters:
             parameter, mark, owners = arguments[name], None, ()
@@ -56,13 +56,13 @@ class Call:
                 mark = own.get(id(parameter))
                 if mark is None or not parameter.requires_grad:
                     mark = mode.mark(parameter)
-                if type(mark) is Derived and parameter.requires_grad:
+                if type(mark) is FromParameters and parameter.requires_grad:
                     owners = mark.parameters
                     for owner in owners:
-                        if owner not in self.served:
-                            self.served += (owner,)
+                        if owner not in self.tracked:
+                            self.tracked += (owner,)
             self._uses.append((name, parameter, mark, owners))
-        self.applicable = bool(self.served and torch.is_grad_enabled() and isinstance(self.place, OfBatch))
+        self.applicable = bool(self.tracked and torch.is_grad_enabled() and isinstance(self.layout, OfBatch))
 
     def __getitem__(self, name: str):
         return self.arguments[name]
@@ -72,23 +72,23 @@ class Call:
         return [parameter for _, parameter, _, _ in self._uses]
 
     @property
-    def voters(self) -> Voters:
-        return self.mode.voters(self.place)
+    def grouped_rows(self) -> GroupedRows:
+        return self.mode.grouped_rows(self.layout)
 
-    def enter(self, features: int = 0, rows: bool = True) -> list[Slot] | None:
-        """The parameters' slots, or None if the use is passed on plainly. Raises if the input is not the batch's.
+    def enter(self, features: int = 0, rows: bool = True) -> list[ParameterArgument] | None:
+        """The parameters' parameter arguments, or None if the use is passed on plainly. Raises if the input is not the batch's.
 
         features:  how many dims at the end the layer mixes; all but the first where it takes (S, C, *space).
         rows:      whether its input consists of rows that could vote one by one.
         """
-        groups, place = self.mode.groups, self.place
-        known = type(place) is Place and place.dim < self.x.dim() - features
+        groups, layout = self.mode.groups, self.layout
+        known = type(layout) is BatchLayout and layout.dim < self.x.dim() - features
         if not (known and (rows or not groups.rows_vote)) and not self._may_enter(features, rows):
             return None
-        slots = []
+        arguments = []
         for name, parameter, mark, owners in self._uses:
             if not owners:
-                slots.append(Slot(parameter))
+                arguments.append(ParameterArgument(parameter))
                 continue
             is_own = parameter is owners[0].parameter
             if name == "bias" and "norm" not in self.kind:
@@ -100,28 +100,28 @@ class Call:
             for owner in owners:
                 owner.uses.add(use)
             if is_own:
-                slots.append(Slot(parameter.detach(), [owners[0].sink(groups, self.mode.task)]))
+                arguments.append(ParameterArgument(parameter.detach(), [owners[0].recorder(groups, self.mode.task)]))
             else:
-                slots.append(self.mode.slot(parameter, mark))
-        return slots
+                arguments.append(self.mode.argument(parameter, mark))
+        return arguments
 
     def _may_enter(self, features: int, rows: bool) -> bool:
         """Refuse the use, or tell whether it is served. False: it is passed on plainly."""
-        problem = self.mode.why_not_batch(self.x, self.place, features)
+        problem = self.mode.why_not_batch(self.x, self.layout, features)
         if problem is None and not rows and self.mode.groups.rows_vote:
             problem = "it has no rows that could vote by themselves, as tokens() asks"
         if problem is None:
             return True
-        names = ", ".join(repr(s.name) for s in self.served)
+        names = ", ".join(repr(s.name) for s in self.tracked)
         message = f"{self.kind} with parameter {names}: {problem}. Remedy: keep examples apart, or exclude={names}"
         if not self.mode.session.passes_plainly:
             raise UnsupportedError(message)
-        self.mode.session.unsupported(message, self.served)
+        self.mode.session.unsupported(message, self.tracked)
         return False
 
-    def done(self, result: Tensor, place: Place | None = None) -> Tensor:
+    def done(self, result: Tensor, layout: BatchLayout | None = None) -> Tensor:
         """Mark the layer's result: the batch is where it was in the input, unless said otherwise."""
-        self.mode.marks.put(result, place or self.place)
+        self.mode.marks.put(result, layout or self.layout)
         return result
 
 
@@ -131,7 +131,7 @@ def behind(mode: ModeLike, parameter: Tensor | None) -> tuple[ParameterLike, ...
 
 
 def _owners(parameter: Tensor | None, mark: Mark | None) -> tuple[ParameterLike, ...]:
-    return mark.parameters if isinstance(mark, Derived) and parameter.requires_grad else ()
+    return mark.parameters if isinstance(mark, FromParameters) and parameter.requires_grad else ()
 
 
 class Signature:
@@ -169,7 +169,7 @@ def signature(text: str) -> Signature:
 def refuse_rows(call: Call) -> None:
     """For layers whose channels come before other dims: these have no rows that could vote by themselves."""
     if call.mode.groups.rows_vote and call.x.dim() > 2:
-        names = ", ".join(repr(s.name) for s in call.served)
+        names = ", ".join(repr(s.name) for s in call.tracked)
         raise UnsupportedError(
             f"{call.kind} with parameter {names}: it has no rows that could vote by themselves, as tokens() asks. "
             f"Remedy: exclude={names}"
@@ -178,7 +178,7 @@ def refuse_rows(call: Call) -> None:
 
 def stands_alone(mode: ModeLike, value: Tensor | None) -> bool:
     """Whether a layer's argument is a parameter as it stands, served or not, or absent."""
-    return value is None or mode.served(value) is not None or not value.requires_grad
+    return value is None or mode.tracked(value) is not None or not value.requires_grad
 
 
 class Operands:

@@ -4,37 +4,37 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 
+from htv.autograd.aggregation import ParameterArgument
 from htv.autograd.conv import conv, conv_transpose
-from htv.autograd.ledger import Slot
-from htv.engine.handlers.call import Call, serves, signature
+from htv.engine.handlers.call import Call, handles, signature
 from htv.engine.protocols import ModeLike
 
 _CONV = signature("input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1")
 _CONV_TRANSPOSE = signature("input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1")
 
 
-@serves(F.conv1d, F.conv2d, F.conv3d)
+@handles(F.conv1d, F.conv2d, F.conv3d)
 def _conv(mode: ModeLike, func, args, kwargs):
     call = Call(mode, func.__name__, _CONV, args, kwargs, "input", "weight", "bias")
-    slots = _enter_images(call) if call.applicable else None
-    if slots is None:
+    arguments = _enter_images(call) if call.applicable else None
+    if arguments is None:
         return NotImplemented
     a = call.arguments
-    return call.done(conv(call.x, *slots, a["stride"], a["padding"], a["dilation"], a["groups"], call.voters))
+    return call.done(conv(call.x, *arguments, a["stride"], a["padding"], a["dilation"], a["groups"], call.grouped_rows))
 
 
-@serves(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+@handles(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 def _conv_transpose(mode: ModeLike, func, args, kwargs):
     call = Call(mode, func.__name__, _CONV_TRANSPOSE, args, kwargs, "input", "weight", "bias")
-    slots = _enter_images(call) if call.applicable else None
-    if slots is None:
+    arguments = _enter_images(call) if call.applicable else None
+    if arguments is None:
         return NotImplemented
     options = (call[name] for name in ("stride", "padding", "output_padding", "groups", "dilation"))
-    return call.done(conv_transpose(call.x, *slots, *options, call.voters))
+    return call.done(conv_transpose(call.x, *arguments, *options, call.grouped_rows))
 
 
-def _enter_images(call: Call) -> list[Slot] | None:
-    """The slots of a layer that takes (S, C, *space); one image without S is no batch."""
+def _enter_images(call: Call) -> list[ParameterArgument] | None:
+    """The parameter arguments of a layer that takes (S, C, *space); one image without S is no batch."""
     if call.x.dim() < call["weight"].dim():
         return call.enter(features=call.x.dim())
     return call.enter(features=call.x.dim() - 1, rows=False)

@@ -8,39 +8,39 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from htv.autograd.derived import Lookup
 from htv.autograd.embedding import embedding
-from htv.engine.handlers.call import Call, Signature, behind, serves, stands_alone
+from htv.autograd.from_parameters import Lookup
+from htv.engine.handlers.call import Call, Signature, behind, handles, stands_alone
 from htv.engine.protocols import ModeLike
-from htv.engine.provenance import Constant, Derived, Lost
+from htv.engine.provenance import Constant, FromParameters, Lost
 from htv.errors import UnsupportedError
 
 _EMBEDDING = Signature.of(F.embedding)
 _EMBEDDING_BAG = Signature.of(F.embedding_bag)
 
 
-@serves(F.embedding)
+@handles(F.embedding)
 def _embedding(mode: ModeLike, func, args, kwargs):
     call = Call(mode, "embedding", _EMBEDDING, args, kwargs, "input", "weight")
     ids, padding_idx = call.x, call["padding_idx"]
     _refuse_options(call, "max_norm", "scale_grad_by_freq", "sparse")
-    if call.served and isinstance(mode.mark(ids), Constant) and padding_idx is None:
+    if call.tracked and isinstance(mode.mark(ids), Constant) and padding_idx is None:
         return _embedding_of_constants(mode, func, args, kwargs, call)
-    slots = call.enter() if call.applicable else None
-    if slots is None:
+    arguments = call.enter() if call.applicable else None
+    if arguments is None:
         return NotImplemented
     if padding_idx is not None:
         rows = len(call["weight"])
         if not -rows <= padding_idx < rows:
             raise ValueError(f"padding_idx must be within the {rows} rows of the table, got {padding_idx}")
         padding_idx %= rows
-    return call.done(embedding(ids, *slots, padding_idx, call.voters))
+    return call.done(embedding(ids, *arguments, padding_idx, call.grouped_rows))
 
 
 def _refuse_options(call: Call, *options: str) -> None:
-    for option in options if call.served else ():
+    for option in options if call.tracked else ():
         if call[option]:
-            name = call.served[0].name
+            name = call.tracked[0].name
             raise UnsupportedError(
                 f"{call.kind} with parameter {name!r}: {option}={call[option]!r} has no per-group meaning; turn it off "
                 f"or exclude={name!r}"
@@ -57,12 +57,12 @@ def _embedding_of_constants(mode: ModeLike, func, args, kwargs, call: Call):
         once = _embedding(mode, func, replaced, {k: first if v is ids else v for k, v in kwargs.items()})
         return mode.general(torch.Tensor.expand, (once, len(ids), *(-1,) * ids.dim()), {})
     rows = mode.general(func, args, kwargs)
-    if isinstance(mode.mark(rows), Derived) and stands_alone(mode, call["weight"]):
-        mode.marks.put(rows, Derived(call.served, rows, Lookup(ids)))
+    if isinstance(mode.mark(rows), FromParameters) and stands_alone(mode, call["weight"]):
+        mode.marks.put(rows, FromParameters(call.tracked, rows, Lookup(ids)))
     return rows
 
 
-@serves(F.embedding_bag)
+@handles(F.embedding_bag)
 def _embedding_bag(mode: ModeLike, func, args, kwargs):
     call = Call(mode, "embedding_bag", _EMBEDDING_BAG, args, kwargs, "input", "weight")
     _refuse_options(call, "max_norm", "scale_grad_by_freq", "sparse")
@@ -70,7 +70,7 @@ def _embedding_bag(mode: ModeLike, func, args, kwargs):
         return NotImplemented
     if call.x.dim() != 2:
         raise UnsupportedError(
-            f"embedding_bag with parameter {call.served[0].name!r}: bags given by offsets cannot be told apart by "
+            f"embedding_bag with parameter {call.tracked[0].name!r}: bags given by offsets cannot be told apart by "
             "example; pass ids of shape (N, L), padded with padding_idx"
         )
     if call["per_sample_weights"] is not None and call["mode"] != "sum":
@@ -93,7 +93,7 @@ def _bagged(ids: Tensor, weight: Tensor, reduction: str, sample_weights: Tensor 
     return total if reduction == "sum" else total / kept.sum(1).clamp(min=1)
 
 
-@serves(Tensor.__getitem__, torch.index_select, Tensor.index_select)
+@handles(Tensor.__getitem__, torch.index_select, Tensor.index_select)
 def _picked(mode: ModeLike, func, args, kwargs):
     """Rows of a parameter picked by ids are an embedding."""
     table = args[0]
@@ -120,6 +120,6 @@ def _picked(mode: ModeLike, func, args, kwargs):
 
 def _rows_of_table(mode: ModeLike, func, args, table: Tensor, ids: Tensor) -> Tensor:
     rows = func(*args)
-    lookup = Lookup(ids % len(table)) if table.dim() == 2 and mode.served(table) is not None else None
-    mode.marks.put(rows, Derived(behind(mode, table), rows, lookup))
+    lookup = Lookup(ids % len(table)) if table.dim() == 2 and mode.tracked(table) is not None else None
+    mode.marks.put(rows, FromParameters(behind(mode, table), rows, lookup))
     return rows

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from htv.autograd.norm import group_norm, layer_norm
-from htv.engine.handlers.call import Call, Signature, refuse_rows, serves, signature
+from htv.engine.handlers.call import Call, Signature, handles, refuse_rows, signature
 from htv.engine.protocols import ModeLike
 from htv.engine.provenance import OfBatch
 from htv.errors import UnsupportedError
@@ -20,26 +20,26 @@ _BATCH_NORM = Signature.of(F.batch_norm)
 _TORCH_BATCH_NORM = signature("input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled")
 
 
-@serves(F.layer_norm)
+@handles(F.layer_norm)
 def _layer_norm(mode: ModeLike, func, args, kwargs):
     call = Call(mode, "layer_norm", _LAYER_NORM, args, kwargs, "input", "weight", "bias")
     shape = tuple(call["normalized_shape"])
-    slots = call.enter(features=len(shape)) if call.applicable else None
-    if slots is None:
+    arguments = call.enter(features=len(shape)) if call.applicable else None
+    if arguments is None:
         return NotImplemented
-    return call.done(layer_norm(_as_autocast_would(call.x), shape, *slots, call["eps"], call.voters))
+    return call.done(layer_norm(_as_autocast_would(call.x), shape, *arguments, call["eps"], call.grouped_rows))
 
 
-@serves(F.group_norm)
+@handles(F.group_norm)
 def _group_norm(mode: ModeLike, func, args, kwargs):
     call = Call(mode, "group_norm", _GROUP_NORM, args, kwargs, "input", "weight", "bias")
-    slots = call.enter(features=call.x.dim() - 1, rows=False) if call.applicable else None
-    if slots is None:
+    arguments = call.enter(features=call.x.dim() - 1, rows=False) if call.applicable else None
+    if arguments is None:
         return NotImplemented
-    return call.done(group_norm(_as_autocast_would(call.x), call["num_groups"], *slots, call["eps"], call.voters))
+    return call.done(group_norm(_as_autocast_would(call.x), call["num_groups"], *arguments, call["eps"], call.grouped_rows))
 
 
-@serves(F.rms_norm, torch.rms_norm)
+@handles(F.rms_norm, torch.rms_norm)
 def _rms_norm(mode: ModeLike, func, args, kwargs):
     call = Call(mode, "rms_norm", _RMS_NORM, args, kwargs, "input", "weight")
     if not call.applicable:
@@ -48,14 +48,14 @@ def _rms_norm(mode: ModeLike, func, args, kwargs):
     return mode.general(torch.mul, (normalised, call["weight"]), {})
 
 
-@serves(F.instance_norm)
+@handles(F.instance_norm)
 def _instance_norm(mode: ModeLike, func, args, kwargs):
     call = Call(mode, "instance_norm", _INSTANCE_NORM, args, kwargs, "input", "weight", "bias")
     if not call.applicable:
         return NotImplemented
     if call.x.dim() < 3:
         raise UnsupportedError(
-            f"instance_norm with parameter {call.served[0].name!r}: its input must be (N, C, *space), got shape "
+            f"instance_norm with parameter {call.tracked[0].name!r}: its input must be (N, C, *space), got shape "
             f"{tuple(call.x.shape)}"
         )
     refuse_rows(call)
@@ -64,14 +64,14 @@ def _instance_norm(mode: ModeLike, func, args, kwargs):
     return _affine(mode, call, mode.general(F.instance_norm, (call.x,), without))
 
 
-@serves(F.batch_norm)
+@handles(F.batch_norm)
 def _batch_norm(mode: ModeLike, func, args, kwargs):
     call = Call(mode, "batch_norm", _BATCH_NORM, args, kwargs, "input", "weight", "bias")
     if not torch.is_grad_enabled() or not isinstance(mode.mark(call.x), OfBatch):
         return NotImplemented
     shared = call["training"] or call["running_mean"] is None
     if shared and not mode.session.shares_statistics:
-        names = ", ".join(repr(s.name) for s in call.served)
+        names = ", ".join(repr(s.name) for s in call.tracked)
         raise UnsupportedError(batch_norm_refusal(f"parameter {names}" if names else "F.batch_norm"))
     if not call.applicable:
         return NotImplemented
@@ -81,7 +81,7 @@ def _batch_norm(mode: ModeLike, func, args, kwargs):
     return _affine(mode, call, mode.general(F.batch_norm, (call.x,), without))
 
 
-@serves(torch.batch_norm)
+@handles(torch.batch_norm)
 def _torch_batch_norm(mode: ModeLike, func, args, kwargs):
     bound = _TORCH_BATCH_NORM.bind(args, kwargs)
     bound.pop("cudnn_enabled")

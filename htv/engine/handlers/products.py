@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from htv.engine.handlers.call import Operands, behind, serves
+from htv.engine.handlers.call import Operands, behind, handles
 from htv.engine.propagation import einsum_terms
 from htv.engine.protocols import ModeLike
 
@@ -19,7 +19,7 @@ def _served_product(mode: ModeLike, left: Tensor, right: Tensor) -> bool:
     return operands.meet and not all(operands.derived)
 
 
-@serves(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm, torch.mv, Tensor.mv)
+@handles(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm, torch.mv, Tensor.mv)
 def _matmul(mode: ModeLike, func, args, kwargs):
     left, right = (*args, *kwargs.values())[:2]
     if len(args) + len(kwargs) != 2 or not _served_product(mode, left, right):
@@ -28,12 +28,12 @@ def _matmul(mode: ModeLike, func, args, kwargs):
         return _product(mode, left, right)
 
 
-@serves(Tensor.__rmatmul__)
+@handles(Tensor.__rmatmul__)
 def _rmatmul(mode: ModeLike, func, args, kwargs):
     return _matmul(mode, torch.matmul, args[::-1], {})
 
 
-@serves(torch.addmm, Tensor.addmm, torch.baddbmm, Tensor.baddbmm)
+@handles(torch.addmm, Tensor.addmm, torch.baddbmm, Tensor.baddbmm)
 def _addmm(mode: ModeLike, func, args, kwargs):
     addend, left, right = args[:3]
     if len(args) > 3 or not _served_product(mode, left, right):
@@ -59,7 +59,7 @@ def _grouped_mm(mode: ModeLike, func, args, kwargs):
         return torch.cat([rows[a:b] @ matrices[i] for i, (a, b) in enumerate(zip([0, *ends], ends, strict=False))])
 
 
-serves(*(getattr(o, n) for o, n in ((F, "grouped_mm"), (torch, "_grouped_mm")) if hasattr(o, n)))(_grouped_mm)
+handles(*(getattr(o, n) for o, n in ((F, "grouped_mm"), (torch, "_grouped_mm")) if hasattr(o, n)))(_grouped_mm)
 
 
 def _product(mode: ModeLike, left: Tensor, right: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ def _squeezed(tensor: Tensor, term: str, sizes: dict[str, int]) -> tuple[Tensor,
     return tensor, term
 
 
-@serves(torch.einsum)
+@handles(torch.einsum)
 def _einsum(mode: ModeLike, func, args, kwargs):
     equation, operands = args[0], list(args[1:])
     if len(operands) == 1 and isinstance(operands[0], (tuple, list)):

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from htv.engine.handlers.call import behind, serves
+from htv.engine.handlers.call import behind, handles
 from htv.engine.protocols import ModeLike
 from htv.engine.provenance import Constant, OfBatch
 from htv.errors import UnsupportedError
-from htv.groups import Place
+from htv.groups import BatchLayout
 
 Hidden = tuple[Tensor, ...]  # (h,) or (h, c)
 Cell = Callable[[Tensor, Hidden, list[Tensor]], Hidden]  # input gates, hidden, [w_hh, b_hh or None, w_hr or None]
@@ -75,10 +75,10 @@ def _server(kind: str, step: Cell):
         if not _meets(mode, x, [w_ih, w_hh, b_ih, b_hh]):
             return NotImplemented
         hidden = tuple(hidden) if kind == "lstm" else (hidden,)
-        place = mode.place(x)
+        layout = mode.layout(x)
         with mode:
-            if isinstance(place, Place):
-                hidden = tuple(_started(mode, kind, h, place) for h in hidden)
+            if isinstance(layout, BatchLayout):
+                hidden = tuple(_started(mode, kind, h, layout) for h in hidden)
             found = step(F.linear(x, w_ih, b_ih), hidden, [w_hh, b_hh, None])
         return found if kind == "lstm" else found[0]
 
@@ -88,14 +88,14 @@ def _server(kind: str, step: Cell):
 def _as_torch_does(mode: ModeLike, func, args, kwargs, packed: bool, batch_first: bool):
     """No served weight, or no gradients: only where the batch is in the results has to be known."""
     expected = 0 if packed or batch_first else 1
-    place = mode.place(args[0], expected)
-    if not isinstance(place, Place) or place.dim != expected:
+    layout = mode.layout(args[0], expected)
+    if not isinstance(layout, BatchLayout) or layout.dim != expected:
         return NotImplemented
     y, *last = func(*args, **kwargs)
-    mode.marks.put(y, place)
+    mode.marks.put(y, layout)
     for hidden in last:
         first = mode.call(Tensor.__getitem__, (args[0], slice(int(args[1][0]))), {}) if packed else None
-        mode.marks.put(hidden, (mode.mark(first) if packed else place).at(1))
+        mode.marks.put(hidden, (mode.mark(first) if packed else layout).at(1))
     return (y, *last)
 
 
@@ -138,13 +138,13 @@ def _stack_of_layers(steps, step: Cell, hidden: Hidden, weights, num_layers: int
     return steps.finished(y), [torch.stack(part) for part in zip(*lasts, strict=True)]
 
 
-def _started(mode: ModeLike, kind: str, hidden: Tensor, place: Place) -> Tensor:
+def _started(mode: ModeLike, kind: str, hidden: Tensor, layout: BatchLayout) -> Tensor:
     """A first hidden state (N, H); one that was made without the batch (zeros) is the batch's, row by row."""
     mark = mode.mark(hidden)
     if isinstance(mark, Constant):
         hidden = hidden.view_as(hidden)
-        mode.marks.put(hidden, place.at(0))
-    elif isinstance(mark, OfBatch) and not (isinstance(mark, Place) and mark.same(place.at(0), mode.groups.num_units)):
+        mode.marks.put(hidden, layout.at(0))
+    elif isinstance(mark, OfBatch) and not (isinstance(mark, BatchLayout) and mark.same(layout.at(0), mode.groups.batch_size)):
         raise UnsupportedError(
             f"{kind}: its first hidden state, of shape {tuple(hidden.shape)} for one layer, does not have the examples "
             "in the dim before the last, as (layers, N, H), or they were taken to be in another one for its size. "
@@ -159,10 +159,10 @@ class _Steps:
     def __init__(self, mode: ModeLike, kind: str, x: Tensor, batch_first: bool):
         self.mode, self.kind, self.batch_first = mode, kind, batch_first
         self.x = x.transpose(0, 1) if batch_first else x
-        self.place = _require_place(mode, kind, self.x, 1)
+        self.layout = _require_place(mode, kind, self.x, 1)
 
     def started(self, hidden: Tensor) -> Tensor:
-        return _started(self.mode, self.kind, hidden, self.place)
+        return _started(self.mode, self.kind, hidden, self.layout)
 
     def run(self, step: Cell, gates: Tensor, hidden: Hidden, weights: list[Tensor], backwards: bool):
         """Outputs (T, N, H) of one direction from its input gates, and the last hidden state."""
@@ -203,9 +203,9 @@ class _PackedSteps:
         return y
 
 
-def _require_place(mode: ModeLike, kind: str, x: Tensor, dim: int) -> Place:
-    mark = mode.place(x, dim)
-    if not isinstance(mark, Place) or mark.dim != dim:
+def _require_place(mode: ModeLike, kind: str, x: Tensor, dim: int) -> BatchLayout:
+    mark = mode.layout(x, dim)
+    if not isinstance(mark, BatchLayout) or mark.dim != dim:
         raise UnsupportedError(
             f"{kind}: the examples must be in dim {dim} of its input, seen as {'(T, N, D)' if dim else 'packed rows'}, "
             f"of shape {tuple(x.shape)}, but are not. Remedy: batch_first=True for inputs (N, T, D), attach(..., "
@@ -217,8 +217,8 @@ def _require_place(mode: ModeLike, kind: str, x: Tensor, dim: int) -> Place:
 def _register() -> None:
     for kind, step in STEPS.items():
         layer, cell = _server(kind, step)
-        serves(getattr(torch, kind))(layer)
-        serves(getattr(torch, f"{kind}_cell"))(cell)
+        handles(getattr(torch, kind))(layer)
+        handles(getattr(torch, f"{kind}_cell"))(cell)
 
 
 _register()

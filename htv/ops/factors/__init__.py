@@ -6,8 +6,8 @@ rule then works for any layer: see `htv.ops.aggregate`.
 """
 
 from htv.ops.factors.base import Factors, StackedFactors, two_dims
+from htv.ops.factors.computed import GroupwiseFactors, View, ViewFactors
 from htv.ops.factors.conv import ConvFactors, ConvGeometry
-from htv.ops.factors.derived import GroupwiseFactors, View, ViewFactors
 from htv.ops.factors.embedding import EmbeddingFactors, Pairs
 from htv.ops.factors.linear import BilinearFactors, LinearFactors
 

@@ -30,11 +30,11 @@ class Factors:
         """Return what decides the way they are gone through, beside kind, dtype and device."""
         return ()
 
-    def write(self, rows: slice, columns: slice, out: Tensor) -> None:
+    def fill_block(self, rows: slice, columns: slice, out: Tensor) -> None:
         """Write the contributions of a box of coordinates. out: (E, r, c, *shape[2:]) in `dtype`, contiguous."""
         raise TypeError(f"{type(self).__name__} does not define write()")
 
-    def one(self, group: int) -> Tensor:
+    def contribution(self, group: int) -> Tensor:
         """The contribution of one group, (*shape) in `dtype`."""
         raise TypeError(f"{type(self).__name__} does not define one()")
 
@@ -44,12 +44,12 @@ class Factors:
 
     def squared_norms(self) -> Tensor:
         """(E,) float64, ||c_e||^2."""
-        found = [self.one(e).double().square().sum() for e in range(self.count)]
+        found = [self.contribution(e).double().square().sum() for e in range(self.count)]
         return torch.stack(found)
 
     def projections(self, direction: Tensor) -> Tensor:
         """(E,) float64, the inner products <c_e, direction>. direction: (*shape) in `dtype`."""
-        found = [(self.one(e) * direction).sum(dtype=torch.float64) for e in range(self.count)]
+        found = [(self.contribution(e) * direction).sum(dtype=torch.float64) for e in range(self.count)]
         return torch.stack(found)
 
 
@@ -61,11 +61,11 @@ class StackedFactors(Factors):
         self.values, self.count = values, values.shape[0]
         self.shape, self.device, self.dtype = tuple(values.shape[1:]), values.device, compute_dtype(values.dtype)
 
-    def write(self, rows: slice, columns: slice, out: Tensor) -> None:
+    def fill_block(self, rows: slice, columns: slice, out: Tensor) -> None:
         values = self.values.reshape(len(self.values), *two_dims(self.shape), *self.shape[2:])
         out.copy_(values[:, rows, columns])
 
-    def one(self, group: int) -> Tensor:
+    def contribution(self, group: int) -> Tensor:
         return self.values[group].to(self.dtype)
 
     def total(self) -> Tensor:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from htv.groups import Voters, moved, segment_sum
+from htv.groups import GroupedRows, segment_sum, to_device_async
 from htv.ops import limits
 from htv.ops.factors.base import Factors
 from htv.ops.factors.linear import LinearFactors
@@ -29,15 +29,15 @@ class ConvFactors(Factors):
     def facts(self) -> tuple:
         return self.x.shape, self.grad_output.shape, self.kernel, self.geometry.groups, self.x.dtype
 
-    def __init__(self, x: Tensor, grad_output: Tensor, kernel: tuple[int, ...], geometry: ConvGeometry, voters: Voters):
-        """x: (S, C, *space) and grad_output: (S, O, *out_space), same dtype, their samples where `voters` says."""
-        self.x, self.grad_output, self.bounds = voters.front(x), voters.front(grad_output), voters.offsets
+    def __init__(self, x: Tensor, grad_output: Tensor, kernel: tuple[int, ...], geometry: ConvGeometry, grouped_rows: GroupedRows):
+        """x: (S, C, *space) and grad_output: (S, O, *out_space), same dtype, their samples where `grouped_rows` says."""
+        self.x, self.grad_output, self.bounds = grouped_rows.front(x), grouped_rows.front(grad_output), grouped_rows.offsets
         self.kernel, self.geometry = kernel, geometry
         self.shape = (grad_output.shape[1], x.shape[1] // geometry.groups, *kernel)
-        self.count, self.device, self.dtype = voters.count, x.device, compute_dtype(x.dtype)
-        weights = voters.groups.weights
+        self.count, self.device, self.dtype = grouped_rows.count, x.device, compute_dtype(x.dtype)
+        weights = grouped_rows.groups.weights
         if weights is not None:  # the one place where they enter
-            each = moved(torch.repeat_interleave(weights, self.bounds.diff()).to(self.dtype), x.device)
+            each = to_device_async(torch.repeat_interleave(weights, self.bounds.diff()).to(self.dtype), x.device)
             self.x = self.x.to(self.dtype)
             self.grad_output = self.grad_output * each.reshape(-1, *(1,) * (grad_output.dim() - 1))
 
@@ -61,7 +61,7 @@ class ConvFactors(Factors):
         """Whether a convolution that takes samples for groups is the fastest way to their contributions (measured)."""
         return self.positions >= 64 and self.device.type == "cpu"
 
-    def write(self, rows: slice, columns: slice, out: Tensor) -> None:
+    def fill_block(self, rows: slice, columns: slice, out: Tensor) -> None:
         for groups, part in self._segments(rows):
             self._write_segment(groups, part, columns, out[:, part.start - rows.start : part.stop - rows.start])
 
@@ -202,7 +202,7 @@ class ConvFactors(Factors):
             each = (forward * self.grad_output).flatten(1).sum(dim=1, dtype=torch.float64)
         return segment_sum(each, self.bounds)
 
-    def one(self, group: int) -> Tensor:
+    def contribution(self, group: int) -> Tensor:
         samples = slice(*self.bounds[group : group + 2].tolist())
         x, grad_output = self.x[samples].to(self.dtype), self.grad_output[samples].to(self.dtype)
         return self._weight_grad(x, grad_output, self.geometry.groups)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from htv.groups import moved, segment_sum
+from htv.groups import segment_sum, to_device_async
 from htv.ops.factors.base import Factors
 from htv.ops.reference import compute_dtype
 
@@ -24,17 +24,17 @@ class EmbeddingFactors(Factors):
         Rows of `padding_idx` get the id -1 and take no part; `padded` says whether there may be any.
         """
         if ids.device.type == "cpu":
-            voter = torch.repeat_interleave(bounds.diff())
+            group_index = torch.repeat_interleave(bounds.diff())
         else:
             rows = torch.arange(len(ids), device=ids.device)
-            voter = torch.bucketize(rows, moved(bounds[1:-1], ids.device), right=True)
+            group_index = torch.bucketize(rows, to_device_async(bounds[1:-1], ids.device), right=True)
         if padding_idx is not None:
             ids = ids.masked_fill(ids == padding_idx, -1)
-        self._init(ids, voter, grad_output, num_embeddings, len(bounds) - 1)
+        self._init(ids, group_index, grad_output, num_embeddings, len(bounds) - 1)
         self.padded = padding_idx is not None
 
-    def _init(self, ids: Tensor, voter: Tensor, grad_output: Tensor, num_embeddings: int, count: int) -> None:
-        self.ids, self.voter, self.grad_output, self.padded = ids, voter, grad_output, False
+    def _init(self, ids: Tensor, group_index: Tensor, grad_output: Tensor, num_embeddings: int, count: int) -> None:
+        self.ids, self.group_index, self.grad_output, self.padded = ids, group_index, grad_output, False
         self.count, self.device, self.dtype = count, grad_output.device, compute_dtype(grad_output.dtype)
         self.shape = (num_embeddings, grad_output.shape[1])
 
@@ -42,8 +42,8 @@ class EmbeddingFactors(Factors):
     def joined(parts: list[EmbeddingFactors]) -> EmbeddingFactors:
         """The sum of several factors of one table."""
         whole = object.__new__(EmbeddingFactors)
-        ids, voter, grads = (torch.cat(t) for t in zip(*((p.ids, p.voter, p.grad_output) for p in parts), strict=True))
-        whole._init(ids, voter, grads, parts[0].shape[0], parts[0].count)
+        ids, group_index, grads = (torch.cat(t) for t in zip(*((p.ids, p.group_index, p.grad_output) for p in parts), strict=True))
+        whole._init(ids, group_index, grads, parts[0].shape[0], parts[0].count)
         whole.padded = any(part.padded for part in parts)
         return whole
 
@@ -51,15 +51,15 @@ class EmbeddingFactors(Factors):
     def lookups(self) -> tuple[Tensor, Tensor, Tensor]:
         """ids, voter and grad_output without those of `padding_idx`. How many there are is read from the device."""
         if not self.padded:
-            return self.ids, self.voter, self.grad_output
+            return self.ids, self.group_index, self.grad_output
         kept = (self.ids >= 0).nonzero().flatten()
-        return tuple(t.index_select(0, kept) for t in (self.ids, self.voter, self.grad_output))
+        return tuple(t.index_select(0, kept) for t in (self.ids, self.group_index, self.grad_output))
 
     @functools.cached_property
     def pairs(self) -> Pairs:
         """What is not zero: the contributions of a group to the row of a token it has."""
-        ids, voter, grad_output = self.lookups
-        key, order = (ids.long() * self.count + voter).sort(stable=True)
+        ids, group_index, grad_output = self.lookups
+        key, order = (ids.long() * self.count + group_index).sort(stable=True)
         key, sizes = key.unique_consecutive(return_counts=True)
         values = grad_output[order].to(self.dtype)
         values = segment_sum(values, _offsets(sizes)) if len(key) < len(order) else values
@@ -67,21 +67,21 @@ class EmbeddingFactors(Factors):
 
     def compact(self, tokens: Tensor) -> EmbeddingFactors:
         """Factors of the table made of the rows `tokens` alone (sorted)."""
-        pairs, place = self.pairs, torch.searchsorted(tokens, self.pairs.tokens)
-        kept = (tokens[place.clamp(max=len(tokens) - 1)] == pairs.tokens).nonzero().flatten()
+        pairs, layout = self.pairs, torch.searchsorted(tokens, self.pairs.tokens)
+        kept = (tokens[layout.clamp(max=len(tokens) - 1)] == pairs.tokens).nonzero().flatten()
         small = object.__new__(EmbeddingFactors)
-        small._init(place[kept], pairs.voter[kept], pairs.values[kept], len(tokens), self.count)
-        small.pairs = Pairs(small.ids, small.voter, small.grad_output)
+        small._init(layout[kept], pairs.group_index[kept], pairs.values[kept], len(tokens), self.count)
+        small.pairs = Pairs(small.ids, small.group_index, small.grad_output)
         return small
 
-    def write(self, rows: slice, columns: slice, out: Tensor) -> None:
+    def fill_block(self, rows: slice, columns: slice, out: Tensor) -> None:
         pairs = self.pairs
         first, last = torch.searchsorted(pairs.tokens, pairs.tokens.new_tensor([rows.start, rows.stop])).tolist()
-        slot = pairs.voter[first:last] * (rows.stop - rows.start) + (pairs.tokens[first:last] - rows.start)
-        out.zero_().flatten(0, 1)[slot] = pairs.values[first:last, columns]
+        argument = pairs.group_index[first:last] * (rows.stop - rows.start) + (pairs.tokens[first:last] - rows.start)
+        out.zero_().flatten(0, 1)[argument] = pairs.values[first:last, columns]
 
-    def one(self, group: int) -> Tensor:
-        mine = (self.pairs.voter == group).nonzero().flatten()
+    def contribution(self, group: int) -> Tensor:
+        mine = (self.pairs.group_index == group).nonzero().flatten()
         whole = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
         whole[self.pairs.tokens[mine]] = self.pairs.values[mine]
         return whole
@@ -90,15 +90,15 @@ class EmbeddingFactors(Factors):
         return torch.ops.aten.embedding_dense_backward(self.grad_output, self.ids, self.shape[0], -1, False)
 
     def squared_norms(self) -> Tensor:
-        voter, order = self.pairs.voter.sort(stable=True)
+        group_index, order = self.pairs.group_index.sort(stable=True)
         norms = self.pairs.values.double().square().sum(dim=1)[order]
-        return segment_sum(norms, _offsets(voter.bincount(minlength=self.count)))
+        return segment_sum(norms, _offsets(group_index.bincount(minlength=self.count)))
 
     def projections(self, direction: Tensor) -> Tensor:
-        ids, voter, grad_output = self.lookups
+        ids, group_index, grad_output = self.lookups
         each = (grad_output * direction[ids]).sum(dim=1, dtype=torch.float64)
-        voter, order = voter.sort(stable=True)
-        return segment_sum(each[order], _offsets(voter.bincount(minlength=self.count)))
+        group_index, order = group_index.sort(stable=True)
+        return segment_sum(each[order], _offsets(group_index.bincount(minlength=self.count)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +109,7 @@ class Pairs:
     """
 
     tokens: Tensor
-    voter: Tensor
+    group_index: Tensor
     values: Tensor
 
     @functools.cached_property

@@ -8,7 +8,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from htv.groups import moved, segment_sum
+from htv.groups import segment_sum, to_device_async
 from htv.ops import limits
 from htv.ops.factors.base import Factors
 from htv.ops.reference import compute_dtype
@@ -37,7 +37,7 @@ class LinearFactors(Factors):
         x, grad_output = (t.new_empty(rows, t.shape[1]) for t in (parts[0].x, parts[0].grad_output))
         for part, begin, size in zip(parts, begins, sizes, strict=True):
             to = torch.repeat_interleave(begin - part.bounds[:-1], size) + torch.arange(len(part.x))
-            to = moved(to, x.device)
+            to = to_device_async(to, x.device)
             x.index_copy_(0, to, part.x)
             grad_output.index_copy_(0, to, part.grad_output)
         return LinearFactors(x, grad_output, bounds)
@@ -51,7 +51,7 @@ class LinearFactors(Factors):
         """Factors of the transposed parameter."""
         return LinearFactors(self.grad_output, self.x, self.bounds)
 
-    def write(self, rows: slice, columns: slice, out: Tensor) -> None:
+    def fill_block(self, rows: slice, columns: slice, out: Tensor) -> None:
         x = self.x[:, columns].to(self.dtype)
         grad_output = self.grad_output[:, rows].to(self.dtype)
         sizes = self.bounds.diff()
@@ -65,7 +65,7 @@ class LinearFactors(Factors):
         for e, (start, end) in enumerate(itertools.pairwise(self.bounds.tolist())):
             torch.mm(grad_output[start:end].t(), x[start:end], out=out[e])
 
-    def one(self, group: int) -> Tensor:
+    def contribution(self, group: int) -> Tensor:
         rows = slice(*self.bounds[group : group + 2].tolist())
         return self.grad_output[rows].to(self.dtype).t() @ self.x[rows].to(self.dtype)
 
@@ -106,11 +106,11 @@ class BilinearFactors(Factors):
         self.shape = (grad_output.shape[1], left.shape[1], right.shape[1])
         self.count, self.device, self.dtype = len(bounds) - 1, left.device, compute_dtype(left.dtype)
 
-    def write(self, rows: slice, columns: slice, out: Tensor) -> None:
+    def fill_block(self, rows: slice, columns: slice, out: Tensor) -> None:
         for e, (start, end) in enumerate(itertools.pairwise(self.bounds.tolist())):
             out[e] = self._sum(slice(start, end), rows, columns)
 
-    def one(self, group: int) -> Tensor:
+    def contribution(self, group: int) -> Tensor:
         return self._sum(slice(*self.bounds[group : group + 2].tolist()), slice(None), slice(None))
 
     def total(self) -> Tensor:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from place_cases import (
+from layout_cases import (
     Operand,
     case,
     constant,
@@ -18,13 +18,13 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from htv.engine import torch_ops
 from htv.engine.probing import WRITING
 from htv.engine.provenance import LOST
-from htv.groups import Place
+from htv.groups import BatchLayout
 
 SIZES = [(3, 3), (3, 5), (4, 2)]  # examples and positions: as many, more, fewer
 
 
-def picked(*units):
-    return Place(0, units=torch.tensor(units))
+def picked(*batch_size):
+    return BatchLayout(0, examples=torch.tensor(batch_size))
 
 
 def whole(*values):
@@ -51,11 +51,11 @@ def permuting(n, p):
     yield case("permute", lambda x: x.permute(2, 0, 1), x(), 1)
     yield case("permute, a tuple", lambda x: x.permute((1, -1, 0)), x(), 2)
     yield case("permute, a function", lambda x: torch.permute(x, (1, 0, 2)), x(), 1)
-    yield case("permute, merged", lambda x: x.permute(2, 1, 0), given(Place(0, 2, 3), 6 * n, p, 2),
-               Place(2, 2, 3))
-    units = torch.arange(n).flip(0)
-    yield case("permute, picked", lambda x: x.permute(1, 0), given(Place(0, units=units), n, p),
-               Place(1, units=units))
+    yield case("permute, merged", lambda x: x.permute(2, 1, 0), given(BatchLayout(0, 2, 3), 6 * n, p, 2),
+               BatchLayout(2, 2, 3))
+    batch_size = torch.arange(n).flip(0)
+    yield case("permute, picked", lambda x: x.permute(1, 0), given(BatchLayout(0, examples=batch_size), n, p),
+               BatchLayout(1, examples=batch_size))
     yield case("swapaxes", lambda x: x.swapaxes(0, 2), x(), 2)
     yield case("swapdims", lambda x: torch.swapdims(x, 0, 1), x(), 1)
     yield case("movedim", lambda x: x.movedim(0, -1), x(), 2)
@@ -73,44 +73,44 @@ def permuting(n, p):
 
 def reshaping(n, p):
     m = 2 * n
-    yield case("flatten with before", lambda x: x.flatten(0, 1), given(1, p, n, 2), Place(0, p))
-    yield case("flatten with behind", lambda x: x.flatten(1), given(1, p, n, 2), Place(1, 1, 2))
-    yield case("flatten all", lambda x: x.flatten(), given(1, p, n, 2), Place(0, p, 2))
+    yield case("flatten with before", lambda x: x.flatten(0, 1), given(1, p, n, 2), BatchLayout(0, p))
+    yield case("flatten with behind", lambda x: x.flatten(1), given(1, p, n, 2), BatchLayout(1, 1, 2))
+    yield case("flatten all", lambda x: x.flatten(), given(1, p, n, 2), BatchLayout(0, p, 2))
     yield case("reshape with both", lambda x: x.reshape(2, -1, 1), given(2, 2, p, n, 3),
-               Place(1, p, 3))
+               BatchLayout(1, p, 3))
     yield case("unflatten before", lambda x: x.unflatten(0, (2, -1)),
-               given(Place(0, 2, 3), 6 * n, 4), Place(1, 1, 3))
+               given(BatchLayout(0, 2, 3), 6 * n, 4), BatchLayout(1, 1, 3))
     yield case("unflatten behind", lambda x: x.unflatten(0, (2 * n, 3)),
-               given(Place(0, 2, 3), 6 * n, 4), Place(0, 2))
-    yield case("unflatten both", lambda x: x.view(2, n, 3, 4), given(Place(0, 2, 3), 6 * n, 4), 1)
-    yield case("units cut in two", lambda x: x.view(m, 2), given(0, n, 4), Place(0, 1, 2))
+               given(BatchLayout(0, 2, 3), 6 * n, 4), BatchLayout(0, 2))
+    yield case("unflatten both", lambda x: x.view(2, n, 3, 4), given(BatchLayout(0, 2, 3), 6 * n, 4), 1)
+    yield case("units cut in two", lambda x: x.view(m, 2), given(0, n, 4), BatchLayout(0, 1, 2))
     yield case("other dims", lambda x: x.view(n, 2, p), given(0, n, 2 * p), 0)
     yield case("units mixed", lambda x: x.view(n + 1, n), given(0, n, n + 1), LOST)
     yield case("units mixed behind", lambda x: x.reshape(p, n, 2), given(0, n, 2, p),
                0 if p == n else LOST)
-    yield case("units mixed, merged", lambda x: x.view(n, 2), given(Place(0, 2), m), LOST)
+    yield case("units mixed, merged", lambda x: x.view(n, 2), given(BatchLayout(0, 2), m), LOST)
     yield case("units mixed before", lambda x: x.reshape(2, n, 6), given(1, 3, n, 4), LOST)
     yield case("view_as", lambda x, y: x.view_as(y), [given(0, n, 2 * p), constant(n, 2, p)], 0)
     yield case("reshape_as", lambda x, y: x.reshape_as(y), [given(1, 2, n, p), constant(m, p)],
-               Place(0, 2))
+               BatchLayout(0, 2))
     yield case("unsafe_view", lambda x: torch.ops.aten._unsafe_view(x, [m, p]), given(1, 2, n, p),
-               Place(0, 2))
+               BatchLayout(0, 2))
     yield case("squeeze", lambda x: x.squeeze(), given(1, 1, n, 1, p), 0)
     yield case("squeeze a dim", lambda x: x.squeeze(-2), given(1, 1, n, 1, p), 1)
-    units = torch.arange(n).flip(0)
-    mine = lambda *shape: given(Place(0, units=units), *shape)
-    twice = units.repeat_interleave(2)
-    yield case("picked, cut in two", lambda x: x.view(m, p), mine(n, 2 * p), Place(0, units=twice))
-    yield case("picked, joined", lambda x: x.view(n, 2, p), given(Place(0, units=twice), m, p),
-               Place(0, units=units))
+    batch_size = torch.arange(n).flip(0)
+    mine = lambda *shape: given(BatchLayout(0, examples=batch_size), *shape)
+    twice = batch_size.repeat_interleave(2)
+    yield case("picked, cut in two", lambda x: x.view(m, p), mine(n, 2 * p), BatchLayout(0, examples=twice))
+    yield case("picked, joined", lambda x: x.view(n, 2, p), given(BatchLayout(0, examples=twice), m, p),
+               BatchLayout(0, examples=batch_size))
     yield case("picked, other dims", lambda x: x.view(n, 2, p), mine(n, 2 * p),
-               Place(0, units=units))
+               BatchLayout(0, examples=batch_size))
     yield case("picked, behind a new dim", lambda x: x.reshape(1, n, p), mine(n, p),
-               Place(1, units=units))
-    yield case("picked, mixed", lambda x: x.view(2, n), given(Place(0, units=twice.roll(1)), m),
+               BatchLayout(1, examples=batch_size))
+    yield case("picked, mixed", lambda x: x.view(2, n), given(BatchLayout(0, examples=twice.roll(1)), m),
                LOST)
     yield case("picked, with before", lambda x: x.flatten(0, 1),
-               given(Place(1, units=units), 2, n, p), LOST,
+               given(BatchLayout(1, examples=batch_size), 2, n, p), LOST,
                given_up="what was picked is not followed there")
     yield case("unsqueeze", lambda x: x.unsqueeze(0), given(0, n, p), 1)
     yield case("unsqueeze at it", lambda x: x.unsqueeze(1), given(1, p, n), 2)
@@ -124,20 +124,20 @@ def reshaping(n, p):
     yield case("expand_as", lambda x, y: x.expand_as(y), [given(0, n, 1), constant(p, n, 2)], 1)
     yield case("broadcast_to", lambda x: torch.broadcast_to(x, (n, n, p)), given(0, n, 1), 1)
     yield case("repeat others", lambda x: x.repeat(1, 2), given(0, n, p), 0)
-    yield case("repeat it", lambda x: x.repeat(2, 1), given(0, n, p), Place(0, 2))
-    yield case("repeat it, merged", lambda x: x.repeat((2, 1)), given(Place(0, 3, 2), 6 * n, p),
-               Place(0, 6, 2))
+    yield case("repeat it", lambda x: x.repeat(2, 1), given(0, n, p), BatchLayout(0, 2))
+    yield case("repeat it, merged", lambda x: x.repeat((2, 1)), given(BatchLayout(0, 3, 2), 6 * n, p),
+               BatchLayout(0, 6, 2))
     yield case("repeat in front", lambda x: x.repeat(n, 1, 1), given(0, n, p), 1)
-    yield case("repeat in front and it", lambda x: x.repeat(2, 3, 1), given(0, n, p), Place(1, 3))
+    yield case("repeat in front and it", lambda x: x.repeat(2, 3, 1), given(0, n, p), BatchLayout(1, 3))
     yield case("repeat, picked", lambda x: x.repeat(2, 1), mine(n, p),
-               Place(0, units=units.repeat(2)))
+               BatchLayout(0, examples=batch_size.repeat(2)))
     yield case("tile fewer", lambda x: x.tile((2,)), given(0, n, p), 0)
-    yield case("tile it", lambda x: torch.tile(x, (2, 1)), given(0, n, p), Place(0, 2))
-    yield case("tile it, last", lambda x: x.tile((2,)), given(1, p, n), Place(1, 2))
+    yield case("tile it", lambda x: torch.tile(x, (2, 1)), given(0, n, p), BatchLayout(0, 2))
+    yield case("tile it, last", lambda x: x.tile((2,)), given(1, p, n), BatchLayout(1, 2))
 
 
 def joining(n, p):
-    units = torch.arange(n).flip(0)
+    batch_size = torch.arange(n).flip(0)
     pair = [given(0, n, p), given(0, n, p)]
     for name in ("cat", "concat", "concatenate"):
         join = getattr(torch, name)
@@ -145,19 +145,19 @@ def joining(n, p):
         yield case(f"{name} with a constant", lambda x, y, f=join: f([y, x], dim=-1),
                    [given(0, n, p), constant(n, 2)], 0)
         yield case(f"{name}, NumPy's axis", lambda x, y, f=join: f((x, y), axis=1), pair, 0)
-        yield case(f"{name} it", lambda x, y, f=join: f([x, y]), pair, Place(0, 2))
+        yield case(f"{name} it", lambda x, y, f=join: f([x, y]), pair, BatchLayout(0, 2))
         yield case(f"{name} it with a constant", lambda x, y, f=join: f([x, y]),
                    [given(0, n, p), constant(n, p)], LOST)
         yield case(f"{name}, crossed", lambda x, y, f=join: f([x, y]),
                    [given(0, n, n), given(1, n, n)], LOST)
         yield case(f"{name} orders", lambda x, y, f=join: f([x, y]),
-                   [given(0, n, p), given(Place(0, units=units), n, p)],
-                   Place(0, units=torch.cat([torch.arange(n), units])))
+                   [given(0, n, p), given(BatchLayout(0, examples=batch_size), n, p)],
+                   BatchLayout(0, examples=torch.cat([torch.arange(n), batch_size])))
         yield case(f"{name} beside another order", lambda x, y, f=join: f([x, y], 1),
-                   [given(0, n, p), given(Place(0, units=units), n, p)], LOST)
+                   [given(0, n, p), given(BatchLayout(0, examples=batch_size), n, p)], LOST)
     yield case("cat it, merged", lambda x, y: torch.cat([x, y]),
-               [given(Place(0, 1, 2), 2 * n, p), given(0, n, p)],
-               Place(0, units=torch.cat([torch.arange(n).repeat_interleave(2), torch.arange(n)])))
+               [given(BatchLayout(0, 1, 2), 2 * n, p), given(0, n, p)],
+               BatchLayout(0, examples=torch.cat([torch.arange(n).repeat_interleave(2), torch.arange(n)])))
     yield case("a row beside constants", torch.add, [given(picked(1), 1, p), constant(n, p)], LOST,
                given_up="it is in all rows now")
     yield case("stack", lambda x, y: torch.stack([x, y]), pair, 1)
@@ -196,33 +196,33 @@ def along(n, p):
         many = max(p, 3)
         yield case(name, lambda x, f=call: f(x, 1), given(0, n, many), 0)
         yield case(f"{name}, from the end", lambda x, f=call: f(x, -1), given(1, 2, n, many), 1)
-        yield case(f"{name}, merged", lambda x, f=call: f(x, 0), given(Place(1, 2, 3), many, 6 * n),
-                   Place(1, 2, 3))
+        yield case(f"{name}, merged", lambda x, f=call: f(x, 0), given(BatchLayout(1, 2, 3), many, 6 * n),
+                   BatchLayout(1, 2, 3))
         yield case(f"{name} it", lambda x, f=call: f(x, 0), given(0, n, p), LOST)
         yield case(f"{name} it, the last", lambda x, f=call: f(x, -1), given(1, p, n), LOST)
     yield case("softmax without a dim", lambda x: F.softmax(x), given(0, n, p), LOST,
                given_up="torch chooses the dim")
     yield case("sort, default", lambda x: x.sort()[0], given(0, n, p), 0)
     yield case("glu", lambda x: F.glu(x), given(0, n, 2 * p), 0)
-    yield case("glu it", lambda x: F.glu(x, 0), given(0, n, p) if n % 2 == 0 else given(Place(0, 2),
+    yield case("glu it", lambda x: F.glu(x, 0), given(0, n, p) if n % 2 == 0 else given(BatchLayout(0, 2),
                2 * n, p), LOST, given_up="" if n % 2 == 0 else "its halves are not followed")
     turned, back = torch.arange(p).flip(0), torch.arange(n).flip(0)
     yield case("flip", lambda x: x.flip(1), given(0, n, p), 0)
     yield case("flip two", lambda x: x.flip(0, 2), given(1, p, n, 2), 1)
     yield case("flip two, a tuple", lambda x: torch.flip(x, (0, 2)), given(1, p, n, 2), 1)
-    yield case("flip it", lambda x: x.flip(0), given(0, n, p), Place(0, units=back))
-    yield case("flip it among others", lambda x: x.flip(1, 0), given(0, n, p), Place(0, units=back))
+    yield case("flip it", lambda x: x.flip(0), given(0, n, p), BatchLayout(0, examples=back))
+    yield case("flip it among others", lambda x: x.flip(1, 0), given(0, n, p), BatchLayout(0, examples=back))
     yield case("roll", lambda x: x.roll(1, 1), given(0, n, p), 0)
     yield case("roll it", lambda x: x.roll(1, dims=0), given(0, n, p),
-               Place(0, units=torch.arange(n).roll(1)))
+               BatchLayout(0, examples=torch.arange(n).roll(1)))
     yield case("roll all", lambda x: x.roll(1), given(0, n, p), LOST)
     yield case("index_select", lambda x: x.index_select(1, turned), given(0, n, p), 0)
     yield case("index_select it", lambda x: x.index_select(0, back), given(0, n, p),
-               Place(0, units=back))
+               BatchLayout(0, examples=back))
     yield case("index_select it, named", lambda x: torch.index_select(dim=0, index=back, input=x),
-               given(0, n, p), Place(0, units=back))
+               given(0, n, p), BatchLayout(0, examples=back))
     yield case("index_select ids, named", lambda x: torch.index_select(dim=0, index=back, input=x),
-               ids(0, 9, n, p), Place(0, units=back))
+               ids(0, 9, n, p), BatchLayout(0, examples=back))
     yield case("index_select of a table", lambda i, t: t.index_select(0, i),
                [ids(0, 4, n), constant(4, p)], 0)
     yield case("index_select of columns", lambda i, t: t.index_select(1, i),
@@ -230,10 +230,10 @@ def along(n, p):
     chosen = ids(0, n, n)
     chosen.fixed = True  # which rows are picked is data
     yield case("index_select by the batch", lambda x, i: x.index_select(0, i),
-               [given(0, n, p), chosen], Place(0, units=chosen.tensor))
+               [given(0, n, p), chosen], BatchLayout(0, examples=chosen.tensor))
     row = torch.arange(n).flip(0)[:, None].expand(n, p).contiguous()
     yield case("gather", lambda x: x.gather(1, turned.expand(n, p)), given(0, n, p), 0)
-    yield case("gather it", lambda x: x.gather(0, row), given(0, n, p), Place(0, units=back))
+    yield case("gather it", lambda x: x.gather(0, row), given(0, n, p), BatchLayout(0, examples=back))
     yield case("gather by the batch", lambda x, i: x.gather(1, i),
                [given(0, n, p), ids(0, p, n, p)], 0)
     yield case("gather of a table", lambda i, t: t.gather(1, i), [ids(0, 4, n, p), constant(n, 4)],
@@ -242,7 +242,7 @@ def along(n, p):
                given(0, n, p), LOST, given_up="fewer rows are not followed")
     yield case("take_along_dim", lambda x: x.take_along_dim(turned[None], 1), given(0, n, p), 0)
     yield case("take_along_dim it", lambda x: x.take_along_dim(row, 0), given(0, n, p),
-               Place(0, units=back))
+               BatchLayout(0, examples=back))
     yield case("take_along_dim of a table", lambda i, t: t.take_along_dim(i, 1),
                [ids(0, 4, n, p), constant(1, 4)], 0)
     yield case("take_along_dim, flat", lambda x: x.take_along_dim(torch.arange(n)), given(0, n, n),
@@ -250,10 +250,10 @@ def along(n, p):
     yield case("narrow", lambda x: x.narrow(1, 0, 1), given(0, n, p), 0)
     yield case("narrow it", lambda x: x.narrow(0, 1, 2), given(0, n, p), picked(1, 2))
     yield case("narrow it to one", lambda x: x.narrow(0, n - 1, 1), given(0, n, p), picked(n - 1))
-    yield case("narrow it, merged", lambda x: x.narrow(0, 0, n), given(Place(0, 2), 2 * n, p), 0)
+    yield case("narrow it, merged", lambda x: x.narrow(0, 0, n), given(BatchLayout(0, 2), 2 * n, p), 0)
     yield case("chunk", lambda x: x.chunk(2, 1), given(0, n, p), 0)
     yield case("chunk it", lambda x: x.chunk(n), given(0, n, p), [picked(k) for k in range(n)])
-    yield case("chunk its copies", lambda x: x.chunk(2), given(Place(0, 2), 2 * n, p), 0)
+    yield case("chunk its copies", lambda x: x.chunk(2), given(BatchLayout(0, 2), 2 * n, p), 0)
     yield case("split", lambda x: x.split(1, -1), given(0, n, p), 0)
     yield case("split it", lambda x: x.split([n - 1, 1]), given(0, n, p),
                [picked(*range(n - 1)), picked(n - 1)])
@@ -263,9 +263,9 @@ def along(n, p):
                [picked(0), picked(*range(1, n))])
     yield case("repeat_interleave", lambda x: x.repeat_interleave(2, 1), given(0, n, p), 0)
     yield case("repeat_interleave it", lambda x: x.repeat_interleave(2, 0), given(0, n, p),
-               Place(0, 1, 2))
+               BatchLayout(0, 1, 2))
     yield case("repeat_interleave it unevenly", lambda x: x.repeat_interleave(torch.arange(n), 0),
-               given(0, n, p), Place(0, units=torch.arange(n).repeat_interleave(torch.arange(n))))
+               given(0, n, p), BatchLayout(0, examples=torch.arange(n).repeat_interleave(torch.arange(n))))
     yield case("unfold it, one by one", lambda x: x.unfold(0, 1, 1), given(0, n, p), 0)
     yield case("diff with its like", lambda x, y: x.diff(dim=1, prepend=y),
                [given(0, n, p), given(0, n, 1)], LOST,
@@ -295,14 +295,14 @@ def indexing(n, p):
         # what takes a part of it shows which by the units' numbers
         ("1", x(), picked(*[1] * p)), ("1:", x(), picked(*range(1, n))), ("idx", x(), picked(1, 0)),
         ("[1, 0, 0]", x(), picked(1, 0, 0)),
-        (":, 1:", behind(), Place(1, units=torch.arange(1, n))),
+        (":, 1:", behind(), BatchLayout(1, examples=torch.arange(1, n))),
         ("::2", x(), picked(*range(0, n, 2))), ("idx, idx", x(), picked(1, 0)), ("two", x(), LOST),
         ("torch.arange(n) != 1", x(), picked(*[k for k in range(n) if k != 1])),
-        (":n", given(Place(0, 2), 2 * n, p), 0), ("::2", given(Place(0, 1, 2), 2 * n, p), 0),
+        (":n", given(BatchLayout(0, 2), 2 * n, p), 0), ("::2", given(BatchLayout(0, 1, 2), 2 * n, p), 0),
     ):  # fmt: skip
         known = {"torch": torch, "idx": idx, "two": two, "mask": mask, "n": n}
         take = eval(f"lambda x: x[{text}]", known)
-        yield case(f"x[{text}] of {operand.place}", take, operand, expected)
+        yield case(f"x[{text}] of {operand.layout}", take, operand, expected)
     scattered = given(0, 2, 2, n, 2) if n == 2 else given(2, 2, 2, n, 2)
     for text in ("idx, :, :, idx", "[1, 0], :, :, [1, 0]", "(1, 0), :, :, (1, 0)", "a, :, :, a"):
         take = eval(f"lambda x: x[{text}]", {"idx": idx, "a": idx.numpy()})
@@ -328,7 +328,7 @@ def indexing(n, p):
     keep = torch.arange(n) != 1
     yield case("masked_select of rows", lambda x: x.masked_select(keep[:, None]), given(0, n, 1),
                picked(*[k for k in range(n) if k != 1]))
-    yield case("masked_select", lambda x: x.masked_select(keep), given(0, n, n), Place(0, 1, n - 1))
+    yield case("masked_select", lambda x: x.masked_select(keep), given(0, n, n), BatchLayout(0, 1, n - 1))
 
 
 def writing(n, p):
@@ -418,7 +418,7 @@ def writing(n, p):
 def padding(n, p):
     steps = max(p, 2)
     lengths = torch.tensor([steps, *[steps - 1] * (n - 1)])
-    packed = Place(0, units=torch.tensor([*list(range(n)) * (steps - 1), 0]))
+    packed = BatchLayout(0, examples=torch.tensor([*list(range(n)) * (steps - 1), 0]))
     pack = lambda x: pack_padded_sequence(x, lengths, batch_first=True)
     yield case("packed", lambda x: pack(x).data, given(0, n, steps, 2), packed)
     yield case("packed, steps first", lambda x: pack_padded_sequence(x, lengths).data,
@@ -443,10 +443,10 @@ KNOWN = {
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.__name__)
-@pytest.mark.parametrize(("units", "positions"), SIZES)
+@pytest.mark.parametrize(("batch_size", "positions"), SIZES)
 @pytest.mark.filterwarnings("ignore")
-def test_marks_are_those_expected(family, units, positions):
-    require_all(family(units, positions), units)
+def test_marks_are_those_expected(family, batch_size, positions):
+    require_all(family(batch_size, positions), batch_size)
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.__name__)

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode
 import htv
 from htv.engine.provenance import Lost
 from htv.engine.torch_ops import plain_name
-from htv.groups import Place
+from htv.groups import BatchLayout
 
 TRIALS = 24  # of other values: comparisons and choices do not change with every one
 
@@ -24,48 +24,48 @@ TRIALS = 24  # of other values: comparisons and choices do not change with every
 class Operand:
     """A tensor a call takes, the batch's at a place, or a constant where that is None."""
 
-    place: Place | None
+    layout: BatchLayout | None
     tensor: Tensor
     high: int | None = None  # ids are below it
     fixed: bool = False  # data whose dependence on other units is no concern of the gradient's
 
-    def numbers(self, units: int) -> Tensor:
+    def numbers(self, batch_size: int) -> Tensor:
         """The unit of every element."""
         shape = [1] * self.tensor.dim()
-        shape[self.place.dim] = -1
-        return self.place.index(units).reshape(shape).expand(self.tensor.shape)
+        shape[self.layout.dim] = -1
+        return self.layout.index(batch_size).reshape(shape).expand(self.tensor.shape)
 
-    def with_other(self, unit: int, units: int) -> Tensor:
+    def with_other(self, unit: int, batch_size: int) -> Tensor:
         """The tensor with other values where the unit is."""
-        if self.place is None or self.fixed:
+        if self.layout is None or self.fixed:
             return self.tensor.detach()
         if self.high is None:
             other = values(self.tensor.shape)
         else:
             other = torch.randint(self.high, self.tensor.shape)
-        return torch.where(self.numbers(units) == unit, other, self.tensor.detach())
+        return torch.where(self.numbers(batch_size) == unit, other, self.tensor.detach())
 
 
 def values(shape) -> Tensor:
     return torch.rand(shape, dtype=torch.float64) * 0.9 + 0.05
 
 
-def given(place: Place | int, *shape: int) -> Operand:
+def given(layout: BatchLayout | int, *shape: int) -> Operand:
     """Something of the batch with a gradient."""
-    place = Place(place) if isinstance(place, int) else place
-    return Operand(place, values(shape).requires_grad_())
+    layout = BatchLayout(layout) if isinstance(layout, int) else layout
+    return Operand(layout, values(shape).requires_grad_())
 
 
-def data(place: Place | int, *shape: int, fixed: bool = False) -> Operand:
+def data(layout: BatchLayout | int, *shape: int, fixed: bool = False) -> Operand:
     """Something of the batch without a gradient."""
-    place = Place(place) if isinstance(place, int) else place
-    return Operand(place, values(shape), fixed=fixed)
+    layout = BatchLayout(layout) if isinstance(layout, int) else layout
+    return Operand(layout, values(shape), fixed=fixed)
 
 
-def ids(place: Place | int, high: int, *shape: int) -> Operand:
+def ids(layout: BatchLayout | int, high: int, *shape: int) -> Operand:
     """Integers of the batch."""
-    place = Place(place) if isinstance(place, int) else place
-    return Operand(place, torch.randint(high, shape), high)
+    layout = BatchLayout(layout) if isinstance(layout, int) else layout
+    return Operand(layout, torch.randint(high, shape), high)
 
 
 def constant(*shape: int) -> Operand:
@@ -83,14 +83,14 @@ class Case:
     name: str
     call: Callable
     operands: tuple[Operand, ...]
-    expected: Place | Lost | list[Place | Lost]
+    expected: BatchLayout | Lost | list[BatchLayout | Lost]
     given_up: str = ""
     silent: bool = False
 
 
 def case(name, call, operands, expected, given_up="", silent=False) -> Case:
     operands = (operands,) if isinstance(operands, Operand) else tuple(operands)
-    expected = Place(expected) if isinstance(expected, int) else expected
+    expected = BatchLayout(expected) if isinstance(expected, int) else expected
     return Case(name, call, operands, expected, given_up, silent)
 
 
@@ -108,8 +108,8 @@ class Probe(nn.Module):
     @staticmethod
     def _make(mode, call, operands):
         for operand in operands:
-            if operand.place is not None:
-                mode.marks.put(operand.tensor, operand.place)
+            if operand.layout is not None:
+                mode.marks.put(operand.tensor, operand.layout)
         return call(*[operand.tensor for operand in operands])
 
     def forward(self, x):
@@ -125,11 +125,11 @@ def tensors(results) -> list[Tensor]:
     return []
 
 
-def marks_of(c: Case, units: int, tokens: bool = False, **options):
+def marks_of(c: Case, batch_size: int, tokens: bool = False, **options):
     """The results of the call in an attached model's forward, and their marks."""
     probe = Probe(c.call, c.operands)
     with htv.attach(probe, htv.Mean(), **options) as handle:
-        x = torch.zeros(units, 1)
+        x = torch.zeros(batch_size, 1)
         if tokens:
             with handle.tokens():
                 results = tensors(probe(x))
@@ -138,7 +138,7 @@ def marks_of(c: Case, units: int, tokens: bool = False, **options):
     return results, [probe.mode.mark(result) for result in results]
 
 
-def dependence(c: Case, units: int) -> list[Tensor]:
+def dependence(c: Case, batch_size: int) -> list[Tensor]:
     """(units, *shape) of every result: whether an element changes with what a unit owns."""
 
     def run(operands):
@@ -147,13 +147,13 @@ def dependence(c: Case, units: int) -> list[Tensor]:
             return tensors(c.call(*operands))
 
     plain = run([operand.tensor.detach() for operand in c.operands])
-    found = [torch.zeros(units, *result.shape, dtype=torch.bool) for result in plain]
+    found = [torch.zeros(batch_size, *result.shape, dtype=torch.bool) for result in plain]
     for trial in range(TRIALS):
         if trial > 3 and all(bool(seen.any(0).all()) for seen in found):
             break
-        for unit in range(units):
-            torch.default_generator.manual_seed(1000 + trial * units + unit)
-            changed = run([operand.with_other(unit, units) for operand in c.operands])
+        for unit in range(batch_size):
+            torch.default_generator.manual_seed(1000 + trial * batch_size + unit)
+            changed = run([operand.with_other(unit, batch_size) for operand in c.operands])
             for seen, before, after in zip(found, plain, changed, strict=True):
                 seen[unit] |= torch.ne(before, after) & ~(before.isnan() & after.isnan())
     return found
@@ -171,45 +171,45 @@ def holding(seen: Tensor) -> list[int]:
     return [d for d in dims if bool((by_index(seen, d).sum(0) == 1).all())]
 
 
-def same_place(found: Place, expected: Place) -> bool:
+def same_place(found: BatchLayout, expected: BatchLayout) -> bool:
     """Whether they are written the same way."""
     if found.dim != expected.dim or found.guess != expected.guess:
         return False
-    if found.units is None or expected.units is None:
-        pattern = found.units is expected.units
+    if found.examples is None or expected.examples is None:
+        pattern = found.examples is expected.examples
         return pattern and (found.outer, found.times) == (expected.outer, expected.times)
-    return found.units.tolist() == expected.units.tolist()
+    return found.examples.tolist() == expected.examples.tolist()
 
 
-def require_all(cases, units: int, **options) -> None:
+def require_all(cases, batch_size: int, **options) -> None:
     """`require` of all; names every case that fails."""
     failures = []
     for c in cases:
         try:
-            require(c, units, **options)
+            require(c, batch_size, **options)
         except Exception as error:
             failures.append(f"{c.name}: {type(error).__name__}: {error}")
     assert not failures, "\n".join(failures)
 
 
-def require(c: Case, units: int, **options) -> None:
+def require(c: Case, batch_size: int, **options) -> None:
     """The marks are those expected, and the oracle agrees."""
     for operand in c.operands:
-        size = None if operand.place is None else operand.place.size(units)
-        assert size is None or operand.tensor.shape[operand.place.dim] == size, "the case itself"
-    results, marks = marks_of(c, units, **options)
+        size = None if operand.layout is None else operand.layout.size(batch_size)
+        assert size is None or operand.tensor.shape[operand.layout.dim] == size, "the case itself"
+    results, marks = marks_of(c, batch_size, **options)
     expected = c.expected if isinstance(c.expected, list) else [c.expected] * len(results)
     assert results and len(expected) == len(results)
-    found = zip(marks, expected, dependence(c, units), strict=True)
-    for number, (mark, place, seen) in enumerate(found):
+    found = zip(marks, expected, dependence(c, batch_size), strict=True)
+    for number, (mark, layout, seen) in enumerate(found):
         where = f"{c.name}, result {number} of shape {tuple(seen.shape[1:])}: {mark}"
-        if isinstance(place, Lost):
+        if isinstance(layout, Lost):
             assert isinstance(mark, Lost), where
             assert bool(holding(seen)) == bool(c.given_up), f"{where}; held along {holding(seen)}"
             continue
-        assert isinstance(mark, Place) and same_place(mark, place), f"{where}, not {place}"
-        along = by_index(seen, place.dim)
-        others = torch.arange(units)[:, None] != place.index(units)
+        assert isinstance(mark, BatchLayout) and same_place(mark, layout), f"{where}, not {layout}"
+        along = by_index(seen, layout.dim)
+        others = torch.arange(batch_size)[:, None] != layout.index(batch_size)
         assert not bool((along & others).any()), f"{where}: another unit's"
         assert c.silent or bool((along | others).all()), f"{where}: nobody's"
 
@@ -220,7 +220,7 @@ def require_all_of_one(c: Case) -> None:
     for result, mark in zip(results, marks, strict=True):
         if result.dim() == 0 or not result.is_floating_point():
             continue
-        assert isinstance(mark, Place) and same_place(mark, Place(0, times=result.shape[0])), c.name
+        assert isinstance(mark, BatchLayout) and same_place(mark, BatchLayout(0, times=result.shape[0])), c.name
 
 
 class Names(TorchFunctionMode):

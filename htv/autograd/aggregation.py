@@ -1,12 +1,12 @@
 """Where the contributions to one parameter meet before the rule is applied.
 
-Every use of a served parameter takes a *token* of its hub, an empty tensor that only carries a graph edge:
+Every use of a served parameter takes a *token* of its node, an empty tensor that only carries a graph edge:
 
-    parameter -> Hub -> token -> use 1, use 2, ...
+    parameter -> AggregationNode -> token -> use 1, use 2, ...
 
-Parameters whose contributions are small share a hub and its token, each with a ledger of its own. In backward every use
-records its factors in its parameter's ledger and returns no gradient for the token. The autograd engine runs the hub
-once all uses of the token that this backward reaches have run; the hub then applies the rule to the recorded factors,
+Parameters whose contributions are small share a node and its token, each with a buffer of its own. In backward every use
+records its factors in its parameter's buffer and returns no gradient for the token. The autograd engine runs the node
+once all uses of the token that this backward reaches have run; the node then applies the rule to the recorded factors,
 summed per group, and returns the parameters' gradients. So counting the uses (tied weights, a module called twice, an
 output the loss ignores) is left to the engine, and factors live no longer than they must.
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from htv.autograd.accumulation import Accumulation
 from htv.errors import UnsupportedError
-from htv.groups import Groups, Voters
+from htv.groups import GroupedRows, Groups
 from htv.ops import aggregate
 from htv.ops.factors import Factors
 from htv.rules import Rule
@@ -34,24 +34,24 @@ MARKER = torch.empty(0, 7, dtype=torch.uint8, device="cpu")
 MOST_PASSES = 64  # backward passes whose voters are remembered at a time, in as many threads
 
 
-class Passes:
+class NestedBackwards:
     """Which backward passes run inside another (reentrant activation checkpointing), and who votes in each, as far as
-    ledgers met them."""
+    buffers met them."""
 
     def __init__(self) -> None:
         self.outer: dict[int, int] = {}  # the pass that another runs inside
         self.groups: dict[int, tuple[Groups, str]] = {}  # by outermost pass, and a parameter that has them
 
-    def require_same_voters(self, task: int, groups: Groups, name: str) -> None:
+    def require_same_groups(self, task: int, groups: Groups, name: str) -> None:
         """Refuse a backward that joins forwards with different voters, whichever parameters they reach."""
         if self.outer:
             task = self._outermost(task)
         known = self.groups.setdefault(task, (groups, name))
-        if known[0] is groups or known[0].same_voters(groups):
+        if known[0] is groups or known[0].same_groups(groups):
             if len(self.groups) > MOST_PASSES:
                 self.groups.pop(next(iter(self.groups)))
             return
-        told = [f"{g.voters_told()} for {n!r}" for g, n in (known, (groups, name))]
+        told = [f"{g.described()} for {n!r}" for g, n in (known, (groups, name))]
         raise UnsupportedError(
             f"one backward joins two forwards with different groups: {told[0]}, {told[1]}. A part "
             "of the model was called by "
@@ -72,8 +72,8 @@ class Passes:
         return task
 
 
-class Owner:
-    """Whose contributions a ledger gathers: one parameter, with what its ledgers have in common.
+class BufferListener:
+    """Whose contributions a buffer gathers: one parameter, with what its buffers have in common.
 
     name:          of the parameter.
     attached:      whether the handle still serves it.
@@ -84,7 +84,7 @@ class Owner:
 
     name: str
     attached: bool = True
-    passes: Passes
+    passes: NestedBackwards
     settled: set[int]
     accumulation: Accumulation | None = None
 
@@ -92,33 +92,33 @@ class Owner:
         """Called before anything is recorded where `attached` is false; raises."""
 
     def deliver(self, grad: Tensor | None, current: int) -> None:
-        """Called with the aggregated gradient just before the hub hands it to autograd; None where it accumulates.
+        """Called with the aggregated gradient just before the node hands it to autograd; None where it accumulates.
 
         current: the backward pass under way.
         """
 
     def observe(self, parts: list[Factors]) -> None:
-        """Called with what a pass recorded, before it is aggregated, where the ledger was told to."""
+        """Called with what a pass recorded, before it is aggregated, where the buffer was told to."""
 
 
-class Ledger:
+class ContributionBuffer:
     """Factors recorded for one parameter in the backward passes under way: several threads may run one each.
 
     rule and groups:  what to aggregate with, and who votes.
-    owner:            told of what happens; not kept alive, since autograd's graph keeps ledgers.
+    owner:            told of what happens; not kept alive, since autograd's graph keeps buffers.
     observes:         whether to show the owner what is recorded.
-    consumed:         whether a backward has applied the rule: later forwards take another ledger.
+    consumed:         whether a backward has applied the rule: later forwards take another buffer.
     """
 
-    def __init__(self, rule: Rule, groups: Groups, owner: Owner, observes: bool = False):
+    def __init__(self, rule: Rule, groups: Groups, owner: BufferListener, observes: bool = False):
         self.rule, self.groups, self.observes = rule, groups, observes
-        self.owner_name, self._owner = owner.name, weakref.ref(owner)
+        self.parameter_name, self._owner = owner.name, weakref.ref(owner)
         self._parts: dict[int, list[Factors]] = {}  # by pass
         self.consumed = False
 
-    def made(self, make: Callable[..., Factors], voters: Voters, tensors: tuple[Tensor, ...]) -> Factors:
+    def made(self, make: Callable[..., Factors], grouped_rows: GroupedRows, tensors: tuple[Tensor, ...]) -> Factors:
         """The factors of one use."""
-        return make(voters, *tensors)
+        return make(grouped_rows, *tensors)
 
     def record(self, factors: Factors, born: int = -1) -> None:
         """Add the contributions of one use. What an interrupted pass left behind stays apart.
@@ -141,7 +141,7 @@ class Ledger:
         else:
             parts.append(factors)
 
-    def _refuse_reentry(self, owner: Owner, current: int) -> None:
+    def _refuse_reentry(self, owner: BufferListener, current: int) -> None:
         """One outermost backward may apply the rule to a parameter once."""
         others = owner.settled | set(self._parts)
         if any(other != current and owner.passes.related(other, current) for other in others):
@@ -182,13 +182,13 @@ class Ledger:
             if owner is not None:
                 known = owner.passes.groups.get(current)
                 if known is None or known[0] is not self.groups or owner.passes.outer:
-                    owner.passes.require_same_voters(current, self.groups, owner.name)
+                    owner.passes.require_same_groups(current, self.groups, owner.name)
                 if self.observes:
                     owner.observe(parts)
         return current, parts
 
     def delivered(self, current: int, grad: Tensor | None, parameter: Tensor) -> Tensor | None:
-        """The gradient as the hub returns it, once the owner knows of it."""
+        """The gradient as the node returns it, once the owner knows of it."""
         if grad is not None and grad.dtype != parameter.dtype:
             grad = grad.to(parameter.dtype)
         owner = self._owner()
@@ -201,23 +201,23 @@ class Ledger:
         return grad
 
 
-def settle_together(ledgers: list[Ledger], parameters: list[Tensor], gradient_nodes: list) -> list[Tensor | None]:
-    """`Ledger.settle` of several of one rule, in few operations; of those whose gradient goes anywhere."""
-    grads: list[Tensor | None] = [None] * len(ledgers)
+def settle_together(buffers: list[ContributionBuffer], parameters: list[Tensor], gradient_nodes: list) -> list[Tensor | None]:
+    """`ContributionBuffer.settle` of several of one rule, in few operations; of those whose gradient goes anywhere."""
+    grads: list[Tensor | None] = [None] * len(buffers)
     ready = []
-    for i, (ledger, node) in enumerate(zip(ledgers, gradient_nodes, strict=True)):
+    for i, (buffer, node) in enumerate(zip(buffers, gradient_nodes, strict=True)):
         if not _will_run(node):
-            ledger.taken()
-        elif ledger.accumulates:
-            grads[i] = ledger.settle(parameters[i], node)
+            buffer.taken()
+        elif buffer.accumulates:
+            grads[i] = buffer.settle(parameters[i], node)
         else:
-            current, parts = ledger.taken()
+            current, parts = buffer.taken()
             if parts:
                 ready.append((i, current, parts))
     if ready:
-        found = aggregate.aggregate_together([parts for _, _, parts in ready], ledgers[0].rule)
+        found = aggregate.aggregate_together([parts for _, _, parts in ready], buffers[0].rule)
         for (i, current, _), grad in zip(ready, found, strict=True):
-            grads[i] = ledgers[i].delivered(current, grad, parameters[i])
+            grads[i] = buffers[i].delivered(current, grad, parameters[i])
     return grads
 
 
@@ -274,109 +274,109 @@ TWICE = (
 )
 
 
-class Hub(Function):
-    """parameters -> token; backward applies the rule to everything their ledgers recorded."""
+class AggregationNode(Function):
+    """parameters -> token; backward applies the rule to everything their buffers recorded."""
 
     @staticmethod
-    def forward(ctx, ledgers: tuple[Ledger, ...], *parameters: Tensor) -> Tensor:
+    def forward(ctx, buffers: tuple[ContributionBuffer, ...], *parameters: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.ledgers, ctx.parameters = ledgers, parameters
+        ctx.buffers, ctx.parameters = buffers, parameters
         return parameters[0].new_empty(0)
 
     @staticmethod
     def backward(ctx, _):
-        ledgers, parameters = ctx.ledgers, ctx.parameters
+        buffers, parameters = ctx.buffers, ctx.parameters
         device = parameters[0].device.type
         if torch.is_grad_enabled():
             raise RuntimeError(TWICE)
         if torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
-                return Hub.backward(ctx, None)
-        if len(ledgers) == 1:
-            return None, ledgers[0].settle(parameters[0], ctx.next_functions[0][0])
+                return AggregationNode.backward(ctx, None)
+        if len(buffers) == 1:
+            return None, buffers[0].settle(parameters[0], ctx.next_functions[0][0])
         nodes = [node for node, _ in ctx.next_functions]
-        return None, *settle_together(ledgers, parameters, nodes)
+        return None, *settle_together(buffers, parameters, nodes)
 
 
-class Sink:
-    """Where the contributions of one use go: one parameter's ledger.
+class UseRecorder:
+    """Where the contributions of one use go: one parameter's buffer.
 
-    token:   the graph edge to the hub.
+    token:   the graph edge to the node.
     adapt:   from the factors of what the layer computes with to those of the parameter, where the two differ.
     born:    the backward pass in which the use's forward ran, -1 for none.
     """
 
-    __slots__ = ("_adapt", "adapts", "born", "ledger", "token")
+    __slots__ = ("_adapt", "adapts", "born", "buffer", "token")
 
     def __init__(
-        self, token: Tensor, ledger: Ledger, adapt: Callable[[Factors], Factors] | None = None, born: int = -1
+        self, token: Tensor, buffer: ContributionBuffer, adapt: Callable[[Factors], Factors] | None = None, born: int = -1
     ):
-        self.token, self.ledger, self._adapt = token, ledger, adapt
+        self.token, self.buffer, self._adapt = token, buffer, adapt
         self.adapts = adapt is not None
         self.born = born
 
     def wanted(self) -> bool:
-        """Whether the pass under way goes on to the hub: torch.autograd.grad may ask for other gradients only."""
+        """Whether the pass under way goes on to the node: torch.autograd.grad may ask for other gradients only."""
         node = self.token.grad_fn
         try:
             return node is None or torch._C._will_engine_execute_node(node)
-        except RuntimeError:  # torch does not tell here: the hub decides
+        except RuntimeError:  # torch does not tell here: the node decides
             return True
 
     def record(self, factors: Factors) -> None:
         """In backward: record factors of what the layer computes with."""
-        self.ledger.record(factors if self._adapt is None else self._adapt(factors), self.born)
+        self.buffer.record(factors if self._adapt is None else self._adapt(factors), self.born)
 
 
-class Slot:
+class ParameterArgument:
     """One tensor argument of a layer's Function whose gradient is wanted: served by htv, plain, or absent.
 
     value:   what the layer computes with; detached if served.
-    sinks:   if served, where contributions go: one for a parameter, one for each that a derived tensor comes from.
-    tokens:  the sinks' tokens, for the Function's arguments.
+    recorders:   if served, where contributions go: one for a parameter, one for each that a derived tensor comes from.
+    tokens:  the recorders' tokens, for the Function's arguments.
     """
 
-    __slots__ = ("sinks", "tokens", "value")
+    __slots__ = ("recorders", "tokens", "value")
 
-    def __init__(self, value: Tensor | None, sinks: list[Sink] | None = None):
-        self.value, self.sinks = value, sinks
-        if sinks is None:
+    def __init__(self, value: Tensor | None, recorders: list[UseRecorder] | None = None):
+        self.value, self.recorders = value, recorders
+        if recorders is None:
             self.tokens = ()
-        elif len(sinks) == 1:
-            self.tokens = (sinks[0].token,)
+        elif len(recorders) == 1:
+            self.tokens = (recorders[0].token,)
         else:
-            self.tokens = tuple([sink.token for sink in sinks])
+            self.tokens = tuple([recorder.token for recorder in recorders])
 
     @property
     def is_served(self) -> bool:
-        return self.sinks is not None
+        return self.recorders is not None
 
-    def record(self, make: Callable[..., Factors], voters: Voters, *tensors: Tensor) -> None:
+    def record(self, make: Callable[..., Factors], grouped_rows: GroupedRows, *tensors: Tensor) -> None:
         """In backward: record make(voters, *tensors), if this pass wants a gradient of what is served.
 
         make holds no tensors itself, so that what is recorded is known by its arguments: where a compiled backward is
         traced, it is called when that runs.
         """
         factors = None
-        for sink in self.sinks:
-            if sink.wanted():
-                factors = sink.ledger.made(make, voters, tensors) if factors is None else factors
-                sink.record(factors)
+        for recorder in self.recorders:
+            if recorder.wanted():
+                factors = recorder.buffer.made(make, grouped_rows, tensors) if factors is None else factors
+                recorder.record(factors)
 
-    def grad(self, needed: bool, make: Callable[..., Factors], voters: Voters, *tensors: Tensor) -> Tensor | None:
+    def grad(self, needed: bool, make: Callable[..., Factors], grouped_rows: GroupedRows, *tensors: Tensor) -> Tensor | None:
         """In backward: record the factors if served (no gradient here), else the plain gradient if needed."""
-        sinks = self.sinks
-        if sinks is not None:
-            sink = sinks[0]
-            if len(sinks) > 1 or sink.adapts or type(sink.ledger) is not Ledger:
-                self.record(make, voters, *tensors)
+        recorders = self.recorders
+        if recorders is not None:
+            recorder = recorders[0]
+            if len(recorders) > 1 or recorder.adapts or type(recorder.buffer) is not ContributionBuffer:
+                self.record(make, grouped_rows, *tensors)
                 return None
-            node = sink.token.grad_fn  # one parameter as it stands
+            node = recorder.token.grad_fn  # one parameter as it stands
             try:
                 wanted = node is None or torch._C._will_engine_execute_node(node)
-            except RuntimeError:  # see `Sink.wanted`
+            except RuntimeError:  # see `UseRecorder.wanted`
                 wanted = True
             if wanted:
-                sink.ledger.record(make(voters, *tensors), sink.born)
+                recorder.buffer.record(make(grouped_rows, *tensors), recorder.born)
             return None
-        return make(voters.all_alike(), *tensors).total() if needed else None
+        return make(grouped_rows.ungrouped(), *tensors).total() if needed else None

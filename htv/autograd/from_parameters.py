@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from htv.autograd.later import Later
-from htv.autograd.ledger import Sink, Slot
+from htv.autograd.aggregation import ParameterArgument, UseRecorder
+from htv.autograd.deferred import DeferredFactors
 from htv.errors import UnsupportedError
-from htv.groups import Voters, moved
+from htv.groups import GroupedRows, to_device_async
 from htv.ops.factors import EmbeddingFactors, Factors, GroupwiseFactors, LinearFactors, StackedFactors, ViewFactors
 from htv.ops.reference import compute_dtype
 
@@ -27,13 +27,13 @@ class Lookup:
     def __init__(self, ids: Tensor):
         self.tensor, self.nodes = ids, ("EmbeddingBackward", "IndexBackward")
 
-    def by_unit(self, number: int, parameter: Tensor) -> Callable[..., Factors]:
-        """Makes factors of a parameter from voters, `tensor` and the gradient of a source that has a part per unit."""
+    def by_example(self, number: int, parameter: Tensor) -> Callable[..., Factors]:
+        """Makes factors of a parameter from voters, `tensor` and the gradient of a source that has a part per example."""
         num_embeddings = len(parameter)
 
-        def make(voters: Voters, ids: Tensor, grad: Tensor) -> Factors:
-            rows, bounds = voters.grad_rows(grad)
-            return EmbeddingFactors(voters.rows(ids, 0), rows, bounds, num_embeddings)
+        def make(grouped_rows: GroupedRows, ids: Tensor, grad: Tensor) -> Factors:
+            rows, bounds = grouped_rows.grad_rows(grad)
+            return EmbeddingFactors(grouped_rows.rows(ids, 0), rows, bounds, num_embeddings)
 
         return make
 
@@ -51,14 +51,14 @@ class Projection:
     def __init__(self, x: Tensor, has_weight: bool):
         self.tensor, self.has_weight, self.nodes = x, has_weight, ("",)
 
-    def by_unit(self, number: int, parameter: Tensor) -> Callable[..., Factors]:
+    def by_example(self, number: int, parameter: Tensor) -> Callable[..., Factors]:
         is_bias = number > 0 or not self.has_weight
 
-        def make(voters: Voters, x: Tensor, grad: Tensor) -> Factors:
+        def make(grouped_rows: GroupedRows, x: Tensor, grad: Tensor) -> Factors:
             if is_bias:
-                return StackedFactors(voters.sums(grad))
-            rows, bounds = voters.grad_rows(grad)
-            return LinearFactors(voters.rows(x.to(grad.dtype)), rows, bounds)
+                return StackedFactors(grouped_rows.sums(grad))
+            rows, bounds = grouped_rows.grad_rows(grad)
+            return LinearFactors(grouped_rows.rows(x.to(grad.dtype)), rows, bounds)
 
         return make
 
@@ -69,37 +69,37 @@ Origin = Lookup | Projection
 class PartFactors(Factors):
     """Contributions to a tensor of which every group has its own part: the gradient there, zeros elsewhere."""
 
-    def __init__(self, grad: Tensor, voters: Voters):
-        self.grad, self.voters, self.count = grad, voters, voters.count
+    def __init__(self, grad: Tensor, grouped_rows: GroupedRows):
+        self.grad, self.grouped_rows, self.count = grad, grouped_rows, grouped_rows.count
         self.shape, self.device, self.dtype = tuple(grad.shape), grad.device, compute_dtype(grad.dtype)
 
-    def one(self, group: int) -> Tensor:
-        start, end = self.voters.offsets[group : group + 2].tolist()
-        order, weights = self.voters.order, self.voters.groups.weights
+    def contribution(self, group: int) -> Tensor:
+        start, end = self.grouped_rows.offsets[group : group + 2].tolist()
+        order, weights = self.grouped_rows.order, self.grouped_rows.groups.weights
         mine = torch.arange(start, end) if order is None else order[start:end]
         part = torch.zeros_like(self.grad, dtype=self.dtype)
-        rows = part.movedim(self.voters.dim, 0)
-        mine = moved(mine, self.device)
-        rows[mine] = self.grad.movedim(self.voters.dim, 0)[mine].to(self.dtype)
+        rows = part.movedim(self.grouped_rows.dim, 0)
+        mine = to_device_async(mine, self.device)
+        rows[mine] = self.grad.movedim(self.grouped_rows.dim, 0)[mine].to(self.dtype)
         return part if weights is None else part * weights[group].item()
 
     def total(self) -> Tensor:
-        return sum(self.one(e) for e in range(self.count))
+        return sum(self.contribution(e) for e in range(self.count))
 
 
-class DerivedTensor:
+class TensorFromParameters:
     """A tensor computed from `parameters` with a graph of its own.
 
     source:  the tensor.
-    sinks:   those of the parameters.
+    recorders:   those of the parameters.
     origin:  how the source was made, if that is known.
 
     The way back is fixed here: what is done to the source in place later does not concern the uses made now.
     Raises UnsupportedError if the source also depends on anything else that needs a gradient.
     """
 
-    def __init__(self, source: Tensor, parameters: list[Tensor], sinks: list[Sink], origin: Origin | None = None):
-        self.source, self.parameters, self.sinks, self.origin = source, parameters, sinks, origin
+    def __init__(self, source: Tensor, parameters: list[Tensor], recorders: list[UseRecorder], origin: Origin | None = None):
+        self.source, self.parameters, self.recorders, self.origin = source, parameters, recorders, origin
         self._view = _view_of(source, parameters[0]) if len(parameters) == 1 else None
         self._edge = get_gradient_edge(source)
         self._require_own_graph()
@@ -114,9 +114,9 @@ class DerivedTensor:
                 continue
             seen.add(node)
             leaf = getattr(node, "variable", None)
-            if (leaf is not None and id(leaf) not in own) or node.name() == "HubBackward":
+            if (leaf is not None and id(leaf) not in own) or node.name() == "AggregationNodeBackward":
                 what = "the batch" if leaf is None else f"a tensor of shape {tuple(leaf.shape)}"
-                names = ", ".join(repr(sink.ledger.owner_name) for sink in self.sinks)
+                names = ", ".join(repr(recorder.buffer.parameter_name) for recorder in self.recorders)
                 raise UnsupportedError(
                     f"a tensor of shape {tuple(self.source.shape)} was taken to be computed from the served "
                     f"parameters {names} alone, but it also depends on {what}, whose gradient would be lost. Remedy: "
@@ -124,33 +124,33 @@ class DerivedTensor:
                 )
             ahead.extend(n for n, _ in node.next_functions)
 
-    def slot(self) -> Slot:
+    def argument(self) -> ParameterArgument:
         """For a layer that computes with the source."""
-        adapted = [Sink(s.token, s.ledger, self._adapt(number), s.born) for number, s in enumerate(self.sinks)]
-        return Slot(self.source.detach(), adapted)
+        adapted = [UseRecorder(s.token, s.buffer, self._adapt(number), s.born) for number, s in enumerate(self.recorders)]
+        return ParameterArgument(self.source.detach(), adapted)
 
     @property
     def is_view(self) -> bool:
         return self._view is not None
 
-    def record_by_unit(self, grad: Tensor, voters: Voters) -> None:
-        """Record the gradient of a source of which every unit has its own part, where `voters` says."""
-        for number, (sink, p) in enumerate(zip(self.sinks, self.parameters, strict=True)):
-            if not sink.wanted():
+    def record_by_example(self, grad: Tensor, grouped_rows: GroupedRows) -> None:
+        """Record the gradient of a source of which every example has its own part, where `grouped_rows` says."""
+        for number, (recorder, p) in enumerate(zip(self.recorders, self.parameters, strict=True)):
+            if not recorder.wanted():
                 continue
             if self.origin is not None:
-                make, tensors = self.origin.by_unit(number, p), (self.origin.tensor, grad)
-                sink.record(sink.ledger.made(make, voters, tensors))
+                make, tensors = self.origin.by_example(number, p), (self.origin.tensor, grad)
+                recorder.record(recorder.buffer.made(make, grouped_rows, tensors))
             else:
                 pull_back = lambda grad, number=number: self._pull_back(grad, number)
-                sink.record(GroupwiseFactors(PartFactors(grad, voters), pull_back, p))
+                recorder.record(GroupwiseFactors(PartFactors(grad, grouped_rows), pull_back, p))
 
     def _adapt(self, number: int) -> Callable[[Factors], Factors]:
         """From factors of the source to factors of one parameter."""
         parameter = self.parameters[number]
 
         def adapt(factors: Factors) -> Factors:
-            if isinstance(factors, Later):
+            if isinstance(factors, DeferredFactors):
                 return self._adapt_later(factors, number)
             if self._view is not None:
                 return ViewFactors.of(factors, self._view, parameter)
@@ -162,18 +162,18 @@ class DerivedTensor:
 
         return adapt
 
-    def _adapt_later(self, later: Later, number: int) -> Later:
+    def _adapt_later(self, later: DeferredFactors, number: int) -> DeferredFactors:
         """The same where a backward is traced: through the graph of the source now, the rest when the backward runs."""
         if self._view is not None:
             view = self._view
             return later.then(lambda factors, parameter: ViewFactors.of(factors, view, parameter))
-        values = later.stacked_now(self.sinks[number].ledger.owner_name)
+        values = later.stacked_now(self.recorders[number].buffer.parameter_name)
         if isinstance(self.origin, Lookup):
             count = len(self.parameters[number])
-            make = lambda voters, ids, values: Lookup.stacked(ids, voters.along(values, dim=0), count)
-            return Later(make, later.voters, (self.origin.tensor, values))
-        make = lambda voters, values: StackedFactors(voters.along(values, dim=0))
-        return Later(make, later.voters, (self._pull_back(values, number, batched=True),))
+            make = lambda grouped_rows, ids, values: Lookup.stacked(ids, grouped_rows.along(values, dim=0), count)
+            return DeferredFactors(make, later.grouped_rows, (self.origin.tensor, values))
+        make = lambda grouped_rows, values: StackedFactors(grouped_rows.along(values, dim=0))
+        return DeferredFactors(make, later.grouped_rows, (self._pull_back(values, number, batched=True),))
 
     def _pull_back(self, grad: Tensor, number: int, batched: bool = False) -> Tensor:
         """One parameter's part of the vector-Jacobian product of (*source.shape), or of a stack of these."""
@@ -209,7 +209,7 @@ def _view_of(source: Tensor, parameter: Tensor) -> tuple[tuple[int, ...], tuple[
 
 @contextmanager
 def _without_hooks(parameters: list[Tensor]) -> Iterator[None]:
-    """Hooks on the parameters are for their gradients, not for contributions on their way into a ledger."""
+    """Hooks on the parameters are for their gradients, not for contributions on their way into a buffer."""
     hooks = [(p._backward_hooks, dict(p._backward_hooks)) for p in parameters if p._backward_hooks]
     for live, _ in hooks:
         live.clear()

@@ -22,12 +22,12 @@ class GroupwiseFactors(Factors):
         self.inner, self.pull_back = inner, pull_back
         self.shape, self.count, self.device, self.dtype = tuple(parameter.shape), inner.count, inner.device, inner.dtype
 
-    def write(self, rows: slice, columns: slice, out: Tensor) -> None:
+    def fill_block(self, rows: slice, columns: slice, out: Tensor) -> None:
         for e in range(self.count):
-            out[e] = self.one(e).reshape(*two_dims(self.shape), *self.shape[2:])[rows, columns]
+            out[e] = self.contribution(e).reshape(*two_dims(self.shape), *self.shape[2:])[rows, columns]
 
-    def one(self, group: int) -> Tensor:
-        return self.pull_back(self.inner.one(group)).to(self.dtype)
+    def contribution(self, group: int) -> Tensor:
+        return self.pull_back(self.inner.contribution(group)).to(self.dtype)
 
     def total(self) -> Tensor:
         return self.pull_back(self.inner.total())

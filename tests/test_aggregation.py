@@ -6,14 +6,14 @@ import pytest
 import torch
 
 import htv
-from htv.autograd.ledger import (
+from htv.autograd.aggregation import (
+    AggregationNode,
+    BufferListener,
+    ContributionBuffer,
     Function,
-    Hub,
-    Ledger,
-    Owner,
-    Passes,
-    Sink,
-    Slot,
+    NestedBackwards,
+    ParameterArgument,
+    UseRecorder,
     settle_together,
 )
 from htv.groups import Groups
@@ -22,11 +22,11 @@ from htv.ops.factors import StackedFactors
 GROUPS = Groups.each(3)
 
 
-class Parameter(Owner):
+class Parameter(BufferListener):
     """An owner that remembers what it was told."""
 
     def __init__(self, name="p"):
-        self.name, self.passes, self.settled = name, Passes(), set()
+        self.name, self.passes, self.settled = name, NestedBackwards(), set()
         self.delivered, self.observed = [], []
 
     def guard(self):
@@ -57,84 +57,84 @@ P = torch.zeros(1)
 
 def test_what_was_recorded_is_aggregated_once(task):
     owner = Parameter()
-    ledger = Ledger(htv.Median(), GROUPS, owner)
-    ledger.record(rows(1.0, 2.0, 9.0))
-    assert not ledger.consumed
-    assert ledger.settle(P, None).tolist() == [6.0]  # E times the median
-    assert ledger.consumed and owner.settled == {7}
+    buffer = ContributionBuffer(htv.Median(), GROUPS, owner)
+    buffer.record(rows(1.0, 2.0, 9.0))
+    assert not buffer.consumed
+    assert buffer.settle(P, None).tolist() == [6.0]  # E times the median
+    assert buffer.consumed and owner.settled == {7}
     ((grad, current),) = owner.delivered
     assert grad.tolist() == [6.0] and current == 7
-    assert ledger.settle(P, None) is None and len(owner.delivered) == 1
+    assert buffer.settle(P, None) is None and len(owner.delivered) == 1
 
 
 def test_several_uses_are_summed_by_group_before_the_rule(task):
     owner = Parameter()
-    ledger = Ledger(htv.Median(), GROUPS, owner)
-    ledger.record(rows(1.0, 2.0, 9.0))
-    ledger.record(rows(4.0, 0.0, 0.0))
-    assert ledger.settle(P, None).tolist() == [15.0]  # the median of 5, 2, 9
+    buffer = ContributionBuffer(htv.Median(), GROUPS, owner)
+    buffer.record(rows(1.0, 2.0, 9.0))
+    buffer.record(rows(4.0, 0.0, 0.0))
+    assert buffer.settle(P, None).tolist() == [15.0]  # the median of 5, 2, 9
 
 
 def test_nothing_recorded_settles_nothing(task):
     owner = Parameter()
-    ledger = Ledger(htv.Mean(), GROUPS, owner, observes=True)
-    assert ledger.settle(P, None) is None and ledger.taken() == (7, None)
-    assert not ledger.consumed and not owner.delivered and not owner.observed and not owner.settled
+    buffer = ContributionBuffer(htv.Mean(), GROUPS, owner, observes=True)
+    assert buffer.settle(P, None) is None and buffer.taken() == (7, None)
+    assert not buffer.consumed and not owner.delivered and not owner.observed and not owner.settled
 
 
 def test_every_pass_has_its_own(task):
     owner = Parameter()
-    ledger = Ledger(htv.Mean(), GROUPS, owner)
-    ledger.record(rows(1.0, 1.0, 1.0))
+    buffer = ContributionBuffer(htv.Mean(), GROUPS, owner)
+    buffer.record(rows(1.0, 1.0, 1.0))
     task(8)
-    ledger.record(rows(2.0, 2.0, 2.0))
-    assert ledger.settle(P, None).tolist() == [6.0]
+    buffer.record(rows(2.0, 2.0, 2.0))
+    assert buffer.settle(P, None).tolist() == [6.0]
     task(7)
-    assert ledger.settle(P, None).tolist() == [3.0]
+    assert buffer.settle(P, None).tolist() == [3.0]
     assert [current for _, current in owner.delivered] == [8, 7]
     assert owner.settled == {7}  # passes of their own need not be remembered
 
 
 def test_a_gradient_has_its_parameters_type(task):
     owner = Parameter()
-    ledger = Ledger(htv.Mean(), GROUPS, owner)
-    ledger.record(rows(1.0, 1.0, 1.0))
-    grad = ledger.settle(P.bfloat16(), None)
+    buffer = ContributionBuffer(htv.Mean(), GROUPS, owner)
+    buffer.record(rows(1.0, 1.0, 1.0))
+    grad = buffer.settle(P.bfloat16(), None)
     assert grad.dtype == torch.bfloat16 and owner.delivered[0][0] is grad
-    assert ledger.delivered(7, None, P) is None and owner.delivered[1] == (None, 7)
+    assert buffer.delivered(7, None, P) is None and owner.delivered[1] == (None, 7)
 
 
 def test_a_guard_keeps_contributions_out(task):
     owner = Parameter()
     owner.attached = False
-    ledger = Ledger(htv.Mean(), GROUPS, owner)
+    buffer = ContributionBuffer(htv.Mean(), GROUPS, owner)
     with pytest.raises(RuntimeError, match="gone"):
-        ledger.record(rows(1.0, 1.0, 1.0))
-    assert ledger.settle(P, None) is None
+        buffer.record(rows(1.0, 1.0, 1.0))
+    assert buffer.settle(P, None) is None
 
 
 def test_a_graph_outlives_its_model(task):
     owner = Parameter()
-    ledger = Ledger(htv.Mean(), GROUPS, owner, observes=True)
+    buffer = ContributionBuffer(htv.Mean(), GROUPS, owner, observes=True)
     del owner
     gc.collect()
-    ledger.record(rows(1.0, 1.0, 1.0), born=3)
-    assert not ledger.accumulates and ledger.owner_name == "p"
-    assert ledger.settle(P, None).tolist() == [3.0]
+    buffer.record(rows(1.0, 1.0, 1.0), born=3)
+    assert not buffer.accumulates and buffer.parameter_name == "p"
+    assert buffer.settle(P, None).tolist() == [3.0]
 
 
 @pytest.mark.parametrize("observes", [False, True])
 def test_an_owner_sees_what_it_asked_for(task, observes):
     owner = Parameter()
-    ledger = Ledger(htv.Mean(), GROUPS, owner, observes)
+    buffer = ContributionBuffer(htv.Mean(), GROUPS, owner, observes)
     part = rows(1.0, 1.0, 1.0)
-    ledger.record(part)
-    ledger.settle(P, None)
+    buffer.record(part)
+    buffer.settle(P, None)
     assert owner.observed == ([[part]] if observes else [])
 
 
 def test_passes_inside_one_another_are_related():
-    passes = Passes()
+    passes = NestedBackwards()
     passes.outer.update({3: 2, 2: 1, 5: 4})
     assert passes.related(3, 1) and passes.related(3, 2)
     assert passes.related(2, 1) and passes.related(4, 5)
@@ -143,32 +143,32 @@ def test_passes_inside_one_another_are_related():
 
 def test_a_reentrant_pass_is_known_by_where_its_forward_ran(task):
     owner = Parameter()
-    ledger = Ledger(htv.Mean(), GROUPS, owner)
-    ledger.record(rows(1.0, 1.0, 1.0))  # no forward of its own
-    ledger.record(rows(1.0, 1.0, 1.0), born=7)  # ran in this very pass
+    buffer = ContributionBuffer(htv.Mean(), GROUPS, owner)
+    buffer.record(rows(1.0, 1.0, 1.0))  # no forward of its own
+    buffer.record(rows(1.0, 1.0, 1.0), born=7)  # ran in this very pass
     assert owner.passes.outer == {}
-    ledger.settle(P, None)
+    buffer.settle(P, None)
     task(8)
-    Ledger(htv.Mean(), GROUPS, owner).record(rows(1.0, 1.0, 1.0), born=2)
+    ContributionBuffer(htv.Mean(), GROUPS, owner).record(rows(1.0, 1.0, 1.0), born=2)
     assert owner.passes.outer == {8: 2}
 
 
 @pytest.mark.parametrize("settled", [False, True])
 def test_related_passes_may_not_both_contribute(task, settled):
     owner = Parameter()
-    ledger = Ledger(htv.Mean(), GROUPS, owner)
+    buffer = ContributionBuffer(htv.Mean(), GROUPS, owner)
     task(8)
-    ledger.record(rows(1.0, 1.0, 1.0), born=7)
+    buffer.record(rows(1.0, 1.0, 1.0), born=7)
     if settled:
-        ledger.settle(P, None)
+        buffer.settle(P, None)
         assert owner.settled == {8}
-        ledger = Ledger(htv.Mean(), GROUPS, owner)
+        buffer = ContributionBuffer(htv.Mean(), GROUPS, owner)
     task(7)
     with pytest.raises(RuntimeError, match="use_reentrant=False"):
-        ledger.record(rows(1.0, 1.0, 1.0))
+        buffer.record(rows(1.0, 1.0, 1.0))
     task(9)  # of another thread
-    ledger.record(rows(2.0, 2.0, 2.0))
-    assert ledger.settle(P, None).tolist() == [6.0]
+    buffer.record(rows(2.0, 2.0, 2.0))
+    assert buffer.settle(P, None).tolist() == [6.0]
     assert owner.settled == ({8, 9} if settled else {9})
 
 
@@ -184,39 +184,39 @@ class Block:
 
 def test_contributions_may_be_gathered_over_passes(task, monkeypatch):
     owner = Parameter()
-    ledger = Ledger(htv.Mean(), GROUPS, owner)
-    assert not ledger.accumulates
+    buffer = ContributionBuffer(htv.Mean(), GROUPS, owner)
+    assert not buffer.accumulates
     owner.accumulation = Block()
-    assert ledger.accumulates
+    assert buffer.accumulates
     part = rows(1.0, 1.0, 1.0)
-    ledger.record(part)
+    buffer.record(part)
     monkeypatch.setattr(torch._C, "_will_engine_execute_node", lambda node: True)
-    assert ledger.settle(P, None) is None
+    assert buffer.settle(P, None) is None
     assert owner.accumulation.added == [(7, [part], GROUPS)] and owner.delivered == [(None, 7)]
 
     def does_not_tell(node):
         raise RuntimeError("leaves")
 
-    ledger.record(part)
+    buffer.record(part)
     monkeypatch.setattr(torch._C, "_will_engine_execute_node", does_not_tell)
     with pytest.raises(RuntimeError, match="accumulate"):
-        ledger.settle(P, None)
+        buffer.settle(P, None)
 
 
 def test_parameters_of_a_hub_settle_by_themselves(task, monkeypatch):
     """One not wanted by this pass, one that accumulates, one nothing came to, two others."""
     monkeypatch.setattr(torch._C, "_will_engine_execute_node", lambda node: node != "unwanted")
     owners = [Parameter(str(i)) for i in range(5)]
-    ledgers = [Ledger(htv.Median(), GROUPS, owner) for owner in owners]
+    buffers = [ContributionBuffer(htv.Median(), GROUPS, owner) for owner in owners]
     owners[1].accumulation = Block()
     for i in (0, 1, 3, 4):
-        ledgers[i].record(rows(1.0, 2.0 + i, 9.0))
+        buffers[i].record(rows(1.0, 2.0 + i, 9.0))
     nodes = ["unwanted", "1", "2", "3", "4"]
-    grads = settle_together(ledgers, [P] * 3 + [P.double(), P], nodes)
+    grads = settle_together(buffers, [P] * 3 + [P.double(), P], nodes)
     assert grads[:3] == [None] * 3 and [g.item() for g in grads[3:]] == [15.0, 18.0]
     assert grads[3].dtype == torch.float64
     assert [len(owner.delivered) for owner in owners] == [0, 1, 0, 1, 1]
-    assert [ledger.consumed for ledger in ledgers] == [True, True, False, True, True]
+    assert [buffer.consumed for buffer in buffers] == [True, True, False, True, True]
     assert len(owners[1].accumulation.added) == 1
 
 
@@ -224,42 +224,42 @@ class Use(torch.autograd.Function):
     """x * p for every row of x; records what each of them contributes to p."""
 
     @staticmethod
-    def forward(ctx, x, slot, *tokens):
-        ctx.x, ctx.slot = x, slot
-        return x * slot.value
+    def forward(ctx, x, argument, *tokens):
+        ctx.x, ctx.argument = x, argument
+        return x * argument.value
 
     @staticmethod
     def backward(ctx, grad):
-        make = lambda voters, grad, x: StackedFactors(grad * x)
-        kept = ctx.slot.grad(True, make, GROUPS.voters(GROUPS.home), grad, ctx.x)
+        make = lambda grouped_rows, grad, x: StackedFactors(grad * x)
+        kept = ctx.argument.grad(True, make, GROUPS.grouped_rows(GROUPS.input_layout), grad, ctx.x)
         assert kept is None
-        return (grad * ctx.slot.value, None, *[None] * len(ctx.slot.tokens))
+        return (grad * ctx.argument.value, None, *[None] * len(ctx.argument.tokens))
 
 
 X = torch.tensor([[1.0], [2.0], [9.0]])
 
 
-def served(rule=None, name="p"):
+def tracked(rule=None, name="p"):
     owner, p = Parameter(name), torch.ones(1, requires_grad=True)
-    ledger = Ledger(rule or htv.Median(), GROUPS, owner)
-    return owner, p, ledger
+    buffer = ContributionBuffer(rule or htv.Median(), GROUPS, owner)
+    return owner, p, buffer
 
 
 def test_a_hub_runs_after_all_uses_of_its_token():
-    owner, p, ledger = served()
-    slot = Slot(p.detach(), [Sink(Hub.apply((ledger,), p), ledger)])
-    assert slot.is_served and len(slot.tokens) == 1
-    out = Use.apply(X, slot, *slot.tokens) + 2 * Use.apply(X.flip(0), slot, *slot.tokens)
-    assert slot.tokens[0].shape == (0,)
+    owner, p, buffer = tracked()
+    argument = ParameterArgument(p.detach(), [UseRecorder(AggregationNode.apply((buffer,), p), buffer)])
+    assert argument.is_served and len(argument.tokens) == 1
+    out = Use.apply(X, argument, *argument.tokens) + 2 * Use.apply(X.flip(0), argument, *argument.tokens)
+    assert argument.tokens[0].shape == (0,)
     out.sum().backward()
     assert p.grad.tolist() == [33.0]  # three times the median of 19, 6 and 11
     assert len(owner.delivered) == 1
 
 
 def test_a_hub_of_two_returns_each_ones_own():
-    (_, p, a), (_, q, b) = served(), served()
-    token = Hub.apply((a, b), p, q)
-    first, second = (Slot(t.detach(), [Sink(token, ledger)]) for t, ledger in ((p, a), (q, b)))
+    (_, p, a), (_, q, b) = tracked(), tracked()
+    token = AggregationNode.apply((a, b), p, q)
+    first, second = (ParameterArgument(t.detach(), [UseRecorder(token, buffer)]) for t, buffer in ((p, a), (q, b)))
     (Use.apply(X, first, token) + Use.apply(3 * X, second, token)).sum().backward()
     assert p.grad.tolist() == [6.0] and q.grad.tolist() == [18.0]
     assert a.consumed and b.consumed
@@ -267,9 +267,9 @@ def test_a_hub_of_two_returns_each_ones_own():
 
 def test_only_what_a_pass_goes_on_to_is_recorded():
     """autograd.grad of one parameter leaves nothing of another's behind."""
-    (_, p, a), (owner, q, b) = served(), served()
-    slot = lambda t, ledger: Slot(t.detach(), [Sink(Hub.apply((ledger,), t), ledger)])
-    first, second = slot(p, a), slot(q, b)
+    (_, p, a), (owner, q, b) = tracked(), tracked()
+    argument = lambda t, buffer: ParameterArgument(t.detach(), [UseRecorder(AggregationNode.apply((buffer,), t), buffer)])
+    first, second = argument(p, a), argument(q, b)
     out = Use.apply(X, first, *first.tokens) + Use.apply(X, second, *second.tokens)
     (grad,) = torch.autograd.grad(out.sum(), p)
     assert grad.tolist() == [6.0] and not owner.delivered and not b._parts
@@ -280,38 +280,38 @@ def test_one_derived_value_makes_its_factors_once(task, monkeypatch):
     unwanted = object()
     monkeypatch.setattr(torch._C, "_will_engine_execute_node", lambda node: node is not unwanted)
     owners = [Parameter(str(i)) for i in range(3)]
-    ledgers = [Ledger(htv.Mean(), GROUPS, owner) for owner in owners]
+    buffers = [ContributionBuffer(htv.Mean(), GROUPS, owner) for owner in owners]
     tokens = [type("Token", (), {"grad_fn": node})() for node in (None, unwanted, "wanted")]
     double = lambda factors: StackedFactors(2 * factors.values)
-    sinks = [Sink(t, ld, a) for t, ld, a in zip(tokens, ledgers, (None, None, double), strict=True)]
+    recorders = [UseRecorder(t, ld, a) for t, ld, a in zip(tokens, buffers, (None, None, double), strict=True)]
     made = []
 
-    def make(voters, values):
+    def make(grouped_rows, values):
         made.append(values)
         return StackedFactors(values)
 
-    Slot(P, sinks).record(make, None, torch.ones(3, 1))
+    ParameterArgument(P, recorders).record(make, None, torch.ones(3, 1))
     assert len(made) == 1
-    assert [ledger.settle(P, None) for ledger in ledgers[:2]] == [torch.tensor([3.0]), None]
-    assert ledgers[2].settle(P, None).tolist() == [6.0]
+    assert [buffer.settle(P, None) for buffer in buffers[:2]] == [torch.tensor([3.0]), None]
+    assert buffers[2].settle(P, None).tolist() == [6.0]
 
 
 def test_a_sink_tells_in_which_pass_its_forward_ran(task):
-    owner, _, ledger = served()
-    sink = Sink(P, ledger, born=7)
+    owner, _, buffer = tracked()
+    recorder = UseRecorder(P, buffer, born=7)
     task(8)
-    sink.record(rows(1.0, 1.0, 1.0))
+    recorder.record(rows(1.0, 1.0, 1.0))
     assert owner.passes.outer == {8: 7}
 
 
 def test_a_slot_that_is_not_served_gives_the_plain_gradient():
-    slot = Slot(P)
-    assert not slot.is_served and slot.tokens == ()
+    argument = ParameterArgument(P)
+    assert not argument.is_served and argument.tokens == ()
     groups = Groups.by_id([0, 0, 1], 3, weight="equal")
-    make = lambda voters, values: StackedFactors(voters.along(values, dim=0))
-    grad = slot.grad(True, make, groups.voters(groups.home), X)
+    make = lambda grouped_rows, values: StackedFactors(grouped_rows.along(values, dim=0))
+    grad = argument.grad(True, make, groups.grouped_rows(groups.input_layout), X)
     assert grad.tolist() == [12.0]  # without the weights
-    assert slot.grad(False, make, None, X) is None
+    assert argument.grad(False, make, None, X) is None
 
 
 class Doubled(Function):

@@ -2,49 +2,49 @@
 
 import pytest
 import torch
-from place_cases import Probe, case, data, given, marks_of, require, same_place, tensors
+from layout_cases import Probe, case, data, given, marks_of, require, same_place, tensors
 from torch import nn
 
 import htv
 from htv.engine.provenance import CONSTANT, LOST, Lost, Marks
-from htv.groups import Place
+from htv.groups import BatchLayout
 
 
 @pytest.mark.parametrize(
-    ("a", "b", "units", "same"),
+    ("a", "b", "batch_size", "same"),
     [
-        (Place(0), Place(0), 3, True),
-        (Place(0), Place(1), 3, False),
-        (Place(1, 2, 3), Place(1, 2, 3), 4, True),
-        (Place(0, 2, 1), Place(0, 1, 2), 3, False),
-        (Place(0, 2, 1), Place(0, 1, 2), 1, True),
-        (Place(0, 2), Place(0, 3), 1, False),
-        (Place(0, 2), Place(0), 3, False),
-        (Place(0, units=torch.tensor([0, 1, 2])), Place(0), 3, True),
-        (Place(0, units=torch.tensor([0, 2, 1])), Place(0), 3, False),
-        (Place(0, units=torch.tensor([0, 0, 1, 1])), Place(0, 1, 2), 2, True),
-        (Place(0, units=torch.tensor([0, 0, 1, 1])), Place(0, 2, 1), 2, False),
-        (Place(0, units=torch.tensor([1, 0])), Place(0, units=torch.tensor([1, 0])), 2, True),
-        (Place(0, units=torch.tensor([1, 0])), Place(0, units=torch.tensor([0, 1])), 2, False),
-        (Place(0, units=torch.tensor([0, 1])), Place(0, units=torch.tensor([0])), 2, False),
-        (Place(0, units=torch.tensor([0, 0])), Place(0, 2), 1, True),
+        (BatchLayout(0), BatchLayout(0), 3, True),
+        (BatchLayout(0), BatchLayout(1), 3, False),
+        (BatchLayout(1, 2, 3), BatchLayout(1, 2, 3), 4, True),
+        (BatchLayout(0, 2, 1), BatchLayout(0, 1, 2), 3, False),
+        (BatchLayout(0, 2, 1), BatchLayout(0, 1, 2), 1, True),
+        (BatchLayout(0, 2), BatchLayout(0, 3), 1, False),
+        (BatchLayout(0, 2), BatchLayout(0), 3, False),
+        (BatchLayout(0, examples=torch.tensor([0, 1, 2])), BatchLayout(0), 3, True),
+        (BatchLayout(0, examples=torch.tensor([0, 2, 1])), BatchLayout(0), 3, False),
+        (BatchLayout(0, examples=torch.tensor([0, 0, 1, 1])), BatchLayout(0, 1, 2), 2, True),
+        (BatchLayout(0, examples=torch.tensor([0, 0, 1, 1])), BatchLayout(0, 2, 1), 2, False),
+        (BatchLayout(0, examples=torch.tensor([1, 0])), BatchLayout(0, examples=torch.tensor([1, 0])), 2, True),
+        (BatchLayout(0, examples=torch.tensor([1, 0])), BatchLayout(0, examples=torch.tensor([0, 1])), 2, False),
+        (BatchLayout(0, examples=torch.tensor([0, 1])), BatchLayout(0, examples=torch.tensor([0])), 2, False),
+        (BatchLayout(0, examples=torch.tensor([0, 0])), BatchLayout(0, 2), 1, True),
     ],
 )
-def test_same_places(a, b, units, same):
-    assert a.same(b, units) is same and b.same(a, units) is same
-    assert a.same(a, units)
-    if units > 1 and a.dim == b.dim:  # the order of units is all there is to it
-        assert (a.index(units).tolist() == b.index(units).tolist()) is same
+def test_same_places(a, b, batch_size, same):
+    assert a.same(b, batch_size) is same and b.same(a, batch_size) is same
+    assert a.same(a, batch_size)
+    if batch_size > 1 and a.dim == b.dim:  # the order of units is all there is to it
+        assert (a.index(batch_size).tolist() == b.index(batch_size).tolist()) is same
 
 
 def test_places_elsewhere_keep_their_pattern():
-    units = torch.tensor([1, 0])
-    place = Place(0, 2, 3, guess="so").at(2)
-    assert (place.dim, place.outer, place.times, place.guess) == (2, 2, 3, "so")
-    assert Place(0, units=units).at(1).units is units
-    assert place.at(2) is place
-    assert place.size(4) == 24 and Place(0, units=units).size(4) == 2
-    assert place.index(2).tolist() == [0, 0, 0, 1, 1, 1] * 2
+    batch_size = torch.tensor([1, 0])
+    layout = BatchLayout(0, 2, 3, guess="so").at(2)
+    assert (layout.dim, layout.outer, layout.times, layout.guess) == (2, 2, 3, "so")
+    assert BatchLayout(0, examples=batch_size).at(1).examples is batch_size
+    assert layout.at(2) is layout
+    assert layout.size(4) == 24 and BatchLayout(0, examples=batch_size).size(4) == 2
+    assert layout.index(2).tolist() == [0, 0, 0, 1, 1, 1] * 2
 
 
 ONE, OTHER = torch.tensor([2, 0, 1]), torch.tensor([2, 1, 0])
@@ -98,7 +98,7 @@ def test_rows_that_vote_keep_their_order():
         (lambda x: x[:, 1:], True),
     ):
         _, marks = marks_of(case("", call, given(0, 3, 4, 2), 0), 3, tokens=True)
-        assert isinstance(marks[0], Place) is kept
+        assert isinstance(marks[0], BatchLayout) is kept
         require(case("where only examples vote", call, given(0, 3, 4, 2), 0), 3)
 
 
@@ -106,14 +106,14 @@ def test_statistics_of_the_batch_are_shared_only_where_asked():
     centred = case("centred", lambda x: x - x.mean(0), given(0, 3, 4), LOST)
     require(centred, 3)
     _, marks = marks_of(centred, 3, batch_norm="shared")
-    assert same_place(marks[0], Place(0))
+    assert same_place(marks[0], BatchLayout(0))
     both = given(0, 3, 4), given(0, 3, 4)
     crossed = case("not broadcast", lambda x, y: x + y.cumsum(0), both, LOST)
     assert isinstance(marks_of(crossed, 3, batch_norm="shared")[1][0], Lost)
 
 
 def test_data_has_no_say_unless_it_is_sure():
-    guess = Place(1, guess="an input")
+    guess = BatchLayout(1, guess="an input")
     meets = lambda first, second: case("", torch.mul, (first, second), 0)
     require(meets(given(0, 3, 3), data(guess, 3, 3, fixed=True)), 3)
     require(case("", torch.mul, (given(0, 3, 3), data(1, 3, 3)), LOST), 3)
@@ -126,7 +126,7 @@ def test_data_has_no_say_unless_it_is_sure():
 
 def test_marks_are_kept_by_identity():
     marks, x, y = Marks(), torch.zeros(2), torch.zeros(2)
-    marks.put(x, Place(0))
+    marks.put(x, BatchLayout(0))
     assert marks.get(x).dim == 0 and marks.get(y) is None and marks.current(y, None) is None
     later = Marks(marks)
     assert later.get(x) is marks.get(x) and later.current(x, None) is marks.get(x)
@@ -145,13 +145,13 @@ def test_a_view_is_looked_at_again_after_its_memory_was_written_to():
 
     def again(tensor):
         asked.append(tensor)
-        return Place(0)
+        return BatchLayout(0)
 
     marks.put(view, CONSTANT)
     assert marks.current(view, again) == CONSTANT and not asked
     base[0] = 1
-    assert same_place(marks.current(view, again), Place(0)) and asked == [view]
-    assert same_place(marks.current(view, again), Place(0)) and asked == [view]
+    assert same_place(marks.current(view, again), BatchLayout(0)) and asked == [view]
+    assert same_place(marks.current(view, again), BatchLayout(0)) and asked == [view]
 
 
 def test_writing_nothing_leaves_a_target_open():

@@ -1,13 +1,13 @@
 """Where the batch is after one call: arithmetic, layers' functions, reductions, products.
 
-Every row says where it must be; `place_cases` checks that against what really depends on which
-unit. Moves of parts of the batch, indices and writes are in test_batch_moves.py.
+Every row says where it must be; `layout_cases` checks that against what really depends on which
+unit. Moves of parts of the batch, indices and writes are in test_probing.py.
 """
 
 import pytest
 import torch
 import torch.nn.functional as F
-from place_cases import (
+from layout_cases import (
     Operand,
     case,
     constant,
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from htv.engine import torch_ops
 from htv.engine.provenance import LOST
-from htv.groups import Place
+from htv.groups import BatchLayout
 
 SIZES = [(3, 3), (3, 5), (4, 2)]  # examples and positions: as many, more, fewer
 
@@ -103,7 +103,7 @@ def unary(n, p):
     for name in sorted(torch_ops.UNARY - IN_CHANNELS.keys() - NOT_TRIED.keys()):
         call, silent = UNARY_CALLS.get(name) or unary_call(name), name in SILENT
         yield case(name, call, given(1, p, n, 6), 1, silent=silent)
-        yield case(f"{name}, merged", call, given(Place(1, 2, 3), p, 6 * n, 6), Place(1, 2, 3),
+        yield case(f"{name}, merged", call, given(BatchLayout(1, 2, 3), p, 6 * n, 6), BatchLayout(1, 2, 3),
                    silent=silent)
     for name, ndim in IN_CHANNELS.items():
         call = getattr(F, name, getattr(torch, name, None))
@@ -149,13 +149,13 @@ def elementwise(n, p):
                    n)][:: 1 if p == n else -1] if p == n else [given(0, n, 1, n), given(0, n, n)],
                    LOST)
         # Only some do here: the first and the last index of both orders agree.
-        yield case(f"{name}, outer and times", call, [given(Place(0, 2), 2 * n, p),
-                   given(Place(0, 1, 2), 2 * n, p)], LOST)
-        yield case(f"{name}, picked", call, [given(Place(0, units=rows), 2 * n, p),
-                   given(Place(0, units=rows.clone()), 2 * n, 1)], Place(0, units=rows))
+        yield case(f"{name}, outer and times", call, [given(BatchLayout(0, 2), 2 * n, p),
+                   given(BatchLayout(0, 1, 2), 2 * n, p)], LOST)
+        yield case(f"{name}, picked", call, [given(BatchLayout(0, examples=rows), 2 * n, p),
+                   given(BatchLayout(0, examples=rows.clone()), 2 * n, 1)], BatchLayout(0, examples=rows))
         other = rows.roll(1)
-        yield case(f"{name}, picked otherwise", call, [given(Place(0, units=rows), 2 * n, p),
-                   given(Place(0, units=other), 2 * n, p)], LOST)
+        yield case(f"{name}, picked otherwise", call, [given(BatchLayout(0, examples=rows), 2 * n, p),
+                   given(BatchLayout(0, examples=other), 2 * n, p)], LOST)
 # fmt: on
 
 
@@ -229,11 +229,11 @@ def rowwise(n, p):
     yield case("grid_sample", lambda x: F.grid_sample(x, grid, align_corners=False), image(), 0)
     yield case("pixel_shuffle", lambda x: F.pixel_shuffle(x, 2), image(4), 0)
     yield case("pixel_shuffle, unbatched", lambda x: F.pixel_shuffle(x, 2),
-               given(Place(0, 4), 4 * n, 2, 2), LOST)
+               given(BatchLayout(0, 4), 4 * n, 2, 2), LOST)
     yield case("pixel_unshuffle", lambda x: F.pixel_unshuffle(x, 2), image(4), 0)
     yield case("channel_shuffle", lambda x: F.channel_shuffle(x, 2), image(4), 0)
     yield case("channel_shuffle of channels", lambda x: F.channel_shuffle(x, 2),
-               given(Place(1, 2), p, 2 * n, 2, 2), LOST, given_up="channels are not told apart")
+               given(BatchLayout(1, 2), p, 2 * n, 2, 2), LOST, given_up="channels are not told apart")
     yield case("fold", lambda x: F.fold(x, 3, 2), given(0, n, 8, 4), 0)
     yield case("im2col", lambda x: F.unfold(x, 2), image(), 0)
     yield case("im2col of channels", lambda x: F.unfold(x, 2), given(1, p, n, 4, 4), LOST,
@@ -248,8 +248,8 @@ def rowwise(n, p):
     yield case("layer_norm over two", lambda x: F.layer_norm(x, (p, 4)), given(0, n, p, 4), 0)
     yield case("layer_norm over the batch", lambda x: F.layer_norm(x, (n, 4)), given(1, p, n, 4),
                LOST)
-    yield case("rms_norm", lambda x: F.rms_norm(x, (4,)), given(Place(0, 2, 3), 6 * n, 4),
-               Place(0, 2, 3))
+    yield case("rms_norm", lambda x: F.rms_norm(x, (4,)), given(BatchLayout(0, 2, 3), 6 * n, 4),
+               BatchLayout(0, 2, 3))
     yield case("rms_norm over the batch", lambda x: F.rms_norm(x, (n,)), given(1, p, n), LOST)
     square = torch.rand(n, n, dtype=torch.float64)
     yield case("linear", lambda x: F.linear(x, square), given(1, p, n, n), 1)
@@ -316,8 +316,8 @@ def reducing(n, p):
         yield case(f"{name} over the batch, from the end", lambda x, f=call: f(x, -1),
                    given(1, p, n), LOST)
         yield case(f"{name} of all", call, given(0, n, p), LOST)
-        yield case(f"{name}, merged", lambda x, f=call: f(x, 0), given(Place(1, 3, 2), p, 6 * n),
-                   Place(0, 3, 2))
+        yield case(f"{name}, merged", lambda x, f=call: f(x, 0), given(BatchLayout(1, 3, 2), p, 6 * n),
+                   BatchLayout(0, 3, 2))
         if name not in KEEP_NO_DIM:
             yield case(f"{name}, kept", lambda x, f=call: f(x, 0, keepdim=True), given(1, p, n), 1)
     yield case("two dims", lambda x: x.sum((0, 2)), given(1, p, n, 2), 0)
@@ -346,8 +346,8 @@ def multiplying(n, p):
     for name, call in (("matmul", torch.matmul), ("mm", torch.mm), ("@", lambda x, y: x @ y)):
         yield case(f"{name}, rows", call, two, 0)
         yield case(f"{name}, columns", call, [constant(2, p), given(1, p, n)], 1)
-        yield case(f"{name}, merged rows", call, [given(Place(0, 2, 3), 6 * n, p), constant(p, 2)],
-                   Place(0, 2, 3))
+        yield case(f"{name}, merged rows", call, [given(BatchLayout(0, 2, 3), 6 * n, p), constant(p, 2)],
+                   BatchLayout(0, 2, 3))
         yield case(f"{name}, contracted rows", call, [constant(p, n), given(0, n, n)], LOST)
         yield case(f"{name}, contracted columns", call, [given(1, n, n), constant(n, p)], LOST)
         yield case(f"{name}, all pairs", lambda x, f=call: f(x, x.t()), given(0, n, p), LOST)
@@ -469,10 +469,10 @@ def one_thread():
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.__name__)
-@pytest.mark.parametrize(("units", "positions"), SIZES)
+@pytest.mark.parametrize(("batch_size", "positions"), SIZES)
 @pytest.mark.filterwarnings("ignore")
-def test_marks_are_those_expected(family, units, positions):
-    require_all(family(units, positions), units)
+def test_marks_are_those_expected(family, batch_size, positions):
+    require_all(family(batch_size, positions), batch_size)
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.__name__)
