@@ -440,8 +440,8 @@ def _extremes_per_side(rule: Rule, name: str, value: int | float, num_groups: in
         count = min(round(float(value) * (num_groups - 1)), (num_groups - 1) // 2)
     if 2 * count >= num_groups:
         raise ValueError(
-            f"{rule}: {name}={value} takes {count} values from each side of {num_groups} groups and "
-            "leaves none; "
+            f"{rule}: {name}={value} takes {count} values from each side of {num_groups} groups "
+            "and leaves none; "
             f"use at most {(num_groups - 1) // 2}"
         )
     return count
