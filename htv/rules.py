@@ -4,8 +4,9 @@ htv's own rules are frozen dataclasses. They are validated when they are made, p
 that makes them, can be pickled, and resolve themselves for a given number of groups into a
 `Statistic`, the form kernels understand. Rules of your own subclass `Rule` and define `reduce`.
 
-Scale convention: the aggregated gradient is ``E * stat({c_e})`` over the contributions ``c_e`` of E groups, so that
-``Mean()`` is what plain autograd puts in `.grad`, for mean- and sum-reduced losses alike.
+Scale convention: the aggregated gradient is ``E * stat({c_e})`` over the contributions ``c_e`` of E
+groups, so that ``Mean()`` is what plain autograd puts in `.grad`, for mean- and sum-reduced losses
+alike.
 """
 
 from __future__ import annotations
@@ -39,12 +40,12 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Statistic:
-    """The kernel-side form of a rule, resolved for one number of groups.
+    """Name a statistic, with its numbers: a rule resolved for so many groups, as kernels take it.
 
     name:       which statistic: a name of `htv.ops.statistics`, or `OPEN` for a rule of the user's.
-    count:      its integer parameter: least |sum of signs| that is kept (masks), values per side (trimmed and
-                winsorized mean), number of buckets (median of means), -1 / 0 / +1 for the lower / midpoint /
-                higher median; 0 where a statistic has none.
+    count:      its integer parameter: least |sum of signs| that is kept (masks), values per side
+                (trimmed and winsorized mean), number of buckets (median of means), -1 / 0 / +1 for
+                the lower / midpoint / higher median; 0 where a statistic has none.
     votes:      `sand_mask` only: tau * E, the |sum of signs| at which the soft mask opens.
     k:          `sand_mask` only: its steepness, in units of the contributions' variance.
     normalise:  divide the result by ``1e-10 + mean(mask)`` over the coordinates of one parameter.
@@ -63,13 +64,7 @@ OPEN = "reduce"  # the name of the statistic of rules that define reduce()
 
 
 class Rule:
-    """Base of all rules. Subclass it and define `reduce` to aggregate by a function of your own:
-
-        class Clipped(htv.Rule):
-            def reduce(self, contributions):
-                return contributions.clamp(-1, 1).mean(dim=0)
-
-        handle = htv.attach(model, Clipped())
+    """Aggregate by a function of your own: subclass this and define `reduce`. Base of all rules.
 
     Such a rule serves every layer, on every device, wherever a rule is taken: `htv.attach`,
     `htv.linear_grad`, `htv.check`. It may be a plain class, compared by identity, or a dataclass
@@ -79,6 +74,15 @@ class Rule:
     streaming:  whether a fixed state per coordinate is enough; order rules, and rules of your own,
                 need all E values.
     is_open:    whether the class is a rule of the user's own, that is, defines `reduce`.
+
+    Raises TypeError, when it is made, for a class that defines neither `reduce` nor `statistic`.
+
+    >>> class Clipped(htv.Rule):
+    ...     def reduce(self, contributions):
+    ...         return contributions.clamp(-1, 1).mean(dim=0)
+    >>> x, grad_output = torch.ones(2, 1), torch.tensor([[0.5, 3.0], [0.5, 0.0]])
+    >>> htv.linear_grad(x, grad_output, Clipped()).flatten()
+    tensor([1., 1.])
     """
 
     streaming: ClassVar[bool] = True
@@ -104,7 +108,7 @@ class Rule:
 
     @property
     def needs_several(self) -> bool:
-        """Whether one group alone makes the rule meaningless: its result would be the plain gradient."""
+        """Tell whether one group alone makes the rule meaningless: plain is what it would get."""
         return True
 
     def reduce(self, contributions: Tensor) -> Tensor:
@@ -114,8 +118,9 @@ class Rule:
                         the groups; float32 for half precision, else of the parameter's type. They
                         may be written to, but not kept.
 
-        Returns (*box), of the same dtype and device. `.grad` holds E times that, as for all rules,
-        so that ``contributions.mean(dim=0)`` is plain training.
+        Returns (*box), of the same dtype and device; anything else is refused by a TypeError or
+        ValueError that names the class. `.grad` holds E times that, as for all rules, so that
+        ``contributions.mean(dim=0)`` is plain training.
 
         The box has as many dims as the parameter and holds a part of its coordinates, so that all
         contributions to it fit into a few MB. Where it is cut is not promised: the result at a
@@ -129,9 +134,9 @@ class Rule:
         raise TypeError(f"{type(self).__name__} does not define reduce()")
 
     def statistic(self, num_groups: int) -> Statistic:
-        """Resolve for `num_groups` groups; raises ValueError where it is undefined for so few.
+        """Resolve the rule for `num_groups` groups; a rule of your own has no need to define it.
 
-        A rule of your own has no need to define it.
+        Raises ValueError where the rule is undefined for so few.
         """
         _check_groups(num_groups, 1, self, "there is nothing to reduce")
         return Statistic(OPEN, reduce=self.reduce)
@@ -153,7 +158,9 @@ def refuse_open(rules: Iterable[Rule], where: str, remedy: str) -> None:
 
 def _check_groups(num_groups: int, least: int, rule: Rule, why: str) -> None:
     if num_groups < least:
-        raise ValueError(f"{rule} needs at least {least} group{'s' * (least > 1)}, got {num_groups}: {why}")
+        raise ValueError(
+            f"{rule} needs at least {least} group{'s' * (least > 1)}, got {num_groups}: {why}"
+        )
 
 
 def _check_real(owner: str, name: str, value: object, low: float, high: float, wanted: str) -> None:
@@ -169,8 +176,9 @@ def _check_bool(owner: str, name: str, value: object) -> None:
 
 
 def needed_votes(tau: float, num_groups: int) -> float:
-    """tau * E, snapped to the integer it is meant to be, so that exact ties such as tau = .4, E = 50 are kept.
+    """Return tau * E, snapped to the integer it is meant to be.
 
+    So exact ties such as tau = .4, E = 50 are kept.
     The comparison ``|sum of signs| >= tau * E`` is between integers once this is rounded up.
     """
     votes = float(tau) * num_groups
@@ -180,7 +188,12 @@ def needed_votes(tau: float, num_groups: int) -> float:
 
 @dataclass(frozen=True)
 class Mean(Rule):
-    """The plain sum of contributions: what autograd does without htv."""
+    """Take the plain sum of contributions: what autograd does without htv.
+
+    >>> x, grad_output = torch.ones(3, 1), torch.tensor([[1.0, 2.0], [3.0, -2.0], [5.0, 3.0]])
+    >>> htv.linear_grad(x, grad_output, htv.Mean()).flatten()
+    tensor([9., 3.])
+    """
 
     @property
     def needs_several(self) -> bool:
@@ -207,11 +220,19 @@ class _Masked(Rule):
 
 @dataclass(frozen=True)
 class AndMask(_Masked):
-    """Keep the mean where at least a share `tau` of the groups, net of dissent, agrees on its sign; else 0.
+    """Keep the mean where a share of the groups, net of dissent, agrees on its sign; else give 0.
 
-    A coordinate is kept iff ``|sum_e sign(c_e)| >= tau * E``; an exact zero votes for neither sign. With `rescale`,
-    the result is divided by ``1e-10 + kept fraction`` of its parameter tensor.
+    tau:      in [0, 1]: a coordinate is kept iff ``|sum_e sign(c_e)| >= tau * E``; an exact zero
+              votes for neither sign.
+    rescale:  divide the result by ``1e-10 + kept fraction`` of its parameter tensor.
+
+    Raises TypeError or ValueError for anything else.
+
     Parascandolo et al. 2020, "Learning explanations that are hard to vary", arXiv 2009.00329.
+
+    >>> x, grad_output = torch.ones(3, 1), torch.tensor([[1.0, 2.0], [3.0, -2.0], [5.0, 3.0]])
+    >>> htv.linear_grad(x, grad_output, htv.AndMask(0.9)).flatten()
+    tensor([9., 0.])
     """
 
     rescale: bool = False
@@ -233,16 +254,36 @@ class AndMask(_Masked):
 
 @dataclass(frozen=True)
 class XorMask(_Masked):
-    """The complement of `AndMask`: keep the mean only where groups disagree. A diagnostic (arXiv 2009.00329)."""
+    """Keep the mean only where groups disagree: the complement of `AndMask`, a diagnostic.
+
+    tau:  in [0, 1]: a coordinate is kept iff ``|sum_e sign(c_e)| < tau * E``.
+
+    Raises TypeError or ValueError for anything else.
+
+    Parascandolo et al. 2020, "Learning explanations that are hard to vary", arXiv 2009.00329.
+
+    >>> x, grad_output = torch.ones(3, 1), torch.tensor([[1.0, 2.0], [3.0, -2.0], [5.0, 3.0]])
+    >>> htv.linear_grad(x, grad_output, htv.XorMask(0.9)).flatten()
+    tensor([0., 3.])
+    """
 
     _name = "xor_mask"
 
 
 @dataclass(frozen=True)
 class GeometricMean(_Masked):
-    """Where `AndMask(tau)` keeps: ``sign(mean) * exp(mean_e log(|c_e| + 1e-10))``; else 0 (arXiv 2009.00329).
+    """Take ``sign(mean) * exp(mean_e log(|c_e| + 1e-10))`` where `AndMask` keeps; else 0.
 
-    The 1e-10 is the paper's and absolute: contributions much smaller than it are not told apart from zero.
+    tau:  in [0, 1], as that of `AndMask`.
+
+    The 1e-10 is the paper's and absolute: contributions much smaller than it are not told apart
+    from zero. Raises TypeError or ValueError for another tau.
+
+    Parascandolo et al. 2020, "Learning explanations that are hard to vary", arXiv 2009.00329.
+
+    >>> x, grad_output = torch.ones(2, 1), torch.tensor([[1.0, 2.0], [4.0, -2.0]])
+    >>> htv.linear_grad(x, grad_output, htv.GeometricMean(0.9)).flatten().round()
+    tensor([4., 0.])
     """
 
     _name = "geometric_mean"
@@ -250,13 +291,23 @@ class GeometricMean(_Masked):
 
 @dataclass(frozen=True)
 class SandMask(Rule):
-    """A smooth AND-mask: ``m = max(0, tanh(k / Var_e(c) * (agreement - tau)))``, result ``m * mean / mean(m)``.
+    """Weight the mean by a smooth AND-mask, ``m = max(0, tanh(k / Var_e(c) * (agreement - tau)))``.
 
-    The variance is unbiased, so at least two groups are needed; k is in units of that variance, which makes this the
-    one rule whose mask depends on the scale of the loss. Contributions to a mean-reduced loss are 1 / E of the groups'
-    own gradients, in whose units papers give k: pass ``k / E**2`` for theirs. At tau = 1 the mask is identically 0, and
-    a warning says so.
+    tau:  in [0, 1], the share of the groups, net of dissent, at which the mask opens. At 1 it is 0
+          everywhere, and a warning says so.
+    k:    above 0, the steepness of the mask, in units of the contributions' variance.
+
+    The result is ``m * mean / (1e-10 + mean(m))``, over one parameter. The variance is unbiased, so
+    at least two groups are needed. Its unit makes this the one rule whose mask depends on the scale
+    of the loss: contributions to a mean-reduced loss are 1 / E of the groups' own gradients, in
+    whose units papers give k, so pass ``k / E**2`` for theirs. Raises TypeError or ValueError for
+    anything else.
+
     Shahtalebi et al. 2021, "SAND-mask", arXiv 2106.02266.
+
+    >>> x, grad_output = torch.ones(2, 1), torch.tensor([[1.0, 2.0], [1.5, -2.0]])
+    >>> htv.linear_grad(x, grad_output, htv.SandMask(0.5, k=1.0)).flatten().round()
+    tensor([5., 0.])
     """
 
     tau: float
@@ -265,8 +316,13 @@ class SandMask(Rule):
     def __post_init__(self) -> None:
         _check_real("SandMask", "tau", self.tau, 0.0, 1.0, "in [0, 1]")
         if self.tau == 1:
-            warnings.warn("SandMask: at tau = 1 the mask is 0 everywhere, and nothing is ever trained", stacklevel=3)
-        _check_real("SandMask", "k", self.k, math.ulp(0.0), sys.float_info.max, "above 0 and finite")
+            warnings.warn(
+                "SandMask: at tau = 1 the mask is 0 everywhere, and nothing is ever trained",
+                stacklevel=3,
+            )
+        _check_real(
+            "SandMask", "k", self.k, math.ulp(0.0), sys.float_info.max, "above 0 and finite"
+        )
 
     def statistic(self, num_groups: int) -> Statistic:
         _check_groups(num_groups, 2, self, "its mask divides by the variance over groups")
@@ -276,7 +332,12 @@ class SandMask(Rule):
 
 @dataclass(frozen=True)
 class SignSum(Rule):
-    """Sum of the signs of the contributions: every group has one vote per coordinate, whatever its size."""
+    """Sum the signs of the contributions: a group has one vote per coordinate, whatever its size.
+
+    >>> x, grad_output = torch.ones(3, 1), torch.tensor([[1.0, 2.0], [3.0, -2.0], [5.0, 3.0]])
+    >>> htv.linear_grad(x, grad_output, htv.SignSum()).flatten()
+    tensor([3., 1.])
+    """
 
     @property
     def needs_several(self) -> bool:
@@ -289,7 +350,17 @@ class SignSum(Rule):
 
 @dataclass(frozen=True)
 class Median(Rule):
-    """E times the coordinate-wise median. For even E, the midpoint of the two middle values unless told otherwise."""
+    """Take E times the coordinate-wise median.
+
+    interpolation:  for even E, the "midpoint" of the two middle values, or the "lower" or "higher"
+                    of them.
+
+    Raises ValueError for another one.
+
+    >>> x, grad_output = torch.ones(3, 1), torch.tensor([[1.0, 2.0], [3.0, -2.0], [5.0, 3.0]])
+    >>> htv.linear_grad(x, grad_output, htv.Median()).flatten()
+    tensor([9., 6.])
+    """
 
     interpolation: Literal["midpoint", "lower", "higher"] = "midpoint"
 
@@ -298,20 +369,31 @@ class Median(Rule):
     def __post_init__(self) -> None:
         if self.interpolation not in ("midpoint", "lower", "higher"):
             raise ValueError(
-                f"Median: interpolation must be 'midpoint', 'lower' or 'higher', got {self.interpolation!r}"
+                "Median: interpolation must be 'midpoint', 'lower' or 'higher', "
+                f"got {self.interpolation!r}"
             )
 
     def statistic(self, num_groups: int) -> Statistic:
         _check_groups(num_groups, 1, self, "there is nothing to rank")
-        return Statistic("median", count={"lower": -1, "midpoint": 0, "higher": 1}[self.interpolation])
+        return Statistic(
+            "median", count={"lower": -1, "midpoint": 0, "higher": 1}[self.interpolation]
+        )
 
 
 @dataclass(frozen=True)
 class MedianOfMeans(Rule):
-    """E times the median of the means of `k` consecutive, nearly equal buckets of groups (M3 is ``k = 3``).
+    """Take E times the median of the means of consecutive, nearly equal buckets of groups.
 
-    The first ``E mod k`` buckets hold one group more, as in `torch.tensor_split`.
+    k:  the number of buckets, an integer >= 1 and at most E; M3 is ``k = 3``. The first ``E mod k``
+        of them hold one group more, as in `torch.tensor_split`.
+
+    Raises TypeError or ValueError for anything else.
+
     Zielinski, Krishnan, Chatterjee 2020, "Weak and strong gradient directions", arXiv 2003.07422.
+
+    >>> x, grad_output = torch.ones(4, 1), torch.tensor([[1.0], [3.0], [2.0], [8.0]])
+    >>> htv.linear_grad(x, grad_output, htv.MedianOfMeans(2)).flatten()
+    tensor([14.])
     """
 
     k: int
@@ -329,7 +411,9 @@ class MedianOfMeans(Rule):
         return self.k > 1
 
     def statistic(self, num_groups: int) -> Statistic:
-        _check_groups(num_groups, int(self.k), self, "each of its k buckets needs one; use a smaller k")
+        _check_groups(
+            num_groups, int(self.k), self, "each of its k buckets needs one; use a smaller k"
+        )
         return Statistic("median_of_means", count=int(self.k))
 
 
@@ -345,7 +429,10 @@ def _check_extremes(owner: str, name: str, value: object) -> None:
 
 
 def _extremes_per_side(rule: Rule, name: str, value: int | float, num_groups: int) -> int:
-    """The count per side; a fraction q means the nearest rank to ``q * (E - 1)``, halves to even, as percentiles do."""
+    """Return the count per side.
+
+    A fraction q means the nearest rank to ``q * (E - 1)``, halves to even, as percentiles do.
+    """
     _check_groups(num_groups, 1, rule, "there is nothing to rank")
     if isinstance(value, Integral):
         count = int(value)
@@ -353,7 +440,8 @@ def _extremes_per_side(rule: Rule, name: str, value: int | float, num_groups: in
         count = min(round(float(value) * (num_groups - 1)), (num_groups - 1) // 2)
     if 2 * count >= num_groups:
         raise ValueError(
-            f"{rule}: {name}={value} takes {count} values from each side of {num_groups} groups and leaves none; "
+            f"{rule}: {name}={value} takes {count} values from each side of {num_groups} groups "
+            "and leaves none; "
             f"use at most {(num_groups - 1) // 2}"
         )
     return count
@@ -361,9 +449,16 @@ def _extremes_per_side(rule: Rule, name: str, value: int | float, num_groups: in
 
 @dataclass(frozen=True)
 class TrimmedMean(Rule):
-    """E times the mean without the `trim` smallest and `trim` largest values of each coordinate.
+    """Take E times the mean without the smallest and largest values of each coordinate.
 
-    trim: an int counts values per side; a float in [0, .5) is a fraction per side, nearest rank. 2 * count < E.
+    trim:  how many of them to leave out on each side: a count (int), or a fraction of E (float in
+           [0, .5)), nearest rank. Twice the count must stay below E.
+
+    Raises TypeError or ValueError for anything else.
+
+    >>> x, grad_output = torch.ones(4, 1), torch.tensor([[1.0], [3.0], [2.0], [8.0]])
+    >>> htv.linear_grad(x, grad_output, htv.TrimmedMean(1)).flatten()
+    tensor([10.])
     """
 
     trim: int | float
@@ -378,15 +473,26 @@ class TrimmedMean(Rule):
         return self.trim > 0
 
     def statistic(self, num_groups: int) -> Statistic:
-        return Statistic("trimmed_mean", count=_extremes_per_side(self, "trim", self.trim, num_groups))
+        return Statistic(
+            "trimmed_mean", count=_extremes_per_side(self, "trim", self.trim, num_groups)
+        )
 
 
 @dataclass(frozen=True)
 class WinsorizedMean(Rule):
-    """E times the mean after clipping each coordinate to its (c+1)-th smallest and largest values.
+    """Take E times the mean after clipping the smallest and largest values of each coordinate.
 
-    winsorize: an int is the count c per side; a float in [0, .5) is a fraction per side, nearest rank. 2 * c < E.
-    Chatterjee 2020, "Coherent gradients", arXiv 2002.10657 (his c is a percentile: pass ``winsorize=c / 100``).
+    winsorize:  c, how many values to clip on each side, to the (c+1)-th: a count (int), or a
+                fraction of E (float in [0, .5)), nearest rank. Twice the count must stay below E.
+
+    Raises TypeError or ValueError for anything else.
+
+    Chatterjee 2020, "Coherent gradients", arXiv 2002.10657 (his c is a percentile: pass
+    ``winsorize=c / 100``).
+
+    >>> x, grad_output = torch.ones(4, 1), torch.tensor([[1.0], [3.0], [2.0], [8.0]])
+    >>> htv.linear_grad(x, grad_output, htv.WinsorizedMean(1)).flatten()
+    tensor([10.])
     """
 
     winsorize: int | float
@@ -401,4 +507,7 @@ class WinsorizedMean(Rule):
         return self.winsorize > 0
 
     def statistic(self, num_groups: int) -> Statistic:
-        return Statistic("winsorized_mean", count=_extremes_per_side(self, "winsorize", self.winsorize, num_groups))
+        return Statistic(
+            "winsorized_mean",
+            count=_extremes_per_side(self, "winsorize", self.winsorize, num_groups),
+        )

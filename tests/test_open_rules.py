@@ -365,11 +365,20 @@ def test_a_rule_that_resolves_itself_otherwise_every_time_is_followed():
         def statistic(self, num_groups):
             return htv.AndMask(self.tau).statistic(num_groups)
 
+    @dataclass(frozen=True)
+    class Scheduled(htv.Rule):
+        taus: list
+
+        def statistic(self, num_groups):
+            return htv.AndMask(self.taus[-1]).statistic(num_groups)
+
     x, g, rule = torch.randn(6, 4), torch.randn(6, 3), Annealed()
+    scheduled = Scheduled([])
     for rule.tau in (0.0, 0.7, 0.3):
-        assert torch.equal(
-            htv.linear_grad(x, g, rule), htv.linear_grad(x, g, htv.AndMask(rule.tau))
-        )
+        scheduled.taus.append(rule.tau)
+        expected = htv.linear_grad(x, g, htv.AndMask(rule.tau))
+        assert torch.equal(htv.linear_grad(x, g, rule), expected)
+        assert torch.equal(htv.linear_grad(x, g, scheduled), expected)
 
 
 def test_a_rule_that_cannot_be_hashed():

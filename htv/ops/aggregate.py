@@ -57,12 +57,14 @@ _resolutions: dict[tuple[int, int], _Resolved] = {}  # by the rule's id and the 
 
 
 def _resolved(rule: Rule, count: int) -> _Resolved:
-    """Resolve a rule, and keep that for the next time if it cannot come out otherwise then."""
+    """Resolve a rule, and keep that for the next time if it cannot come out otherwise then.
+
+    What a class of the user's own makes of a number of groups may change between two steps.
+    """
     statistic = statistics.resolve(rule, count)
     numbers = None if statistic.reduce is not None else schema.numbers(statistic)
     found = _Resolved(rule, statistic, numbers)
-    frozen = getattr(type(rule), "__dataclass_params__", None)
-    if frozen is not None and frozen.frozen:
+    if type(rule).__module__ == Rule.__module__:
         if len(_resolutions) >= MOST_RESOLVED:
             _resolutions.clear()
         _resolutions[id(rule), count] = found

@@ -71,8 +71,9 @@ def _operator(name: str, grads: Tensor, compiling: bool) -> Callable | None:
     key = None
     if not compiling:
         key = name, grads.dtype, grads.device, backend.setting()
-        if key in _operators:
-            return _operators[key]
+        kept = _operators.get(key, False)
+        if kept is not False:
+            return kept
     dtype = reference.compute_dtype(grads.dtype)
     server = backend.choose(backend.Problem("stacked", name, grads.device, dtype))
     found = None if server == "reference" else backend.operator("stacked", server)

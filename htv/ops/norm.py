@@ -71,8 +71,9 @@ _operators = registry.kept_choices()
 def _operator(op: str, x: Tensor) -> Callable | None:
     """Return the operator that serves an op for such inputs, or None where none does."""
     key = op, x.dtype, x.device, backend.setting()
-    if key in _operators:
-        return _operators[key]
+    kept = _operators.get(key, False)
+    if kept is not False:
+        return kept
     problem = backend.Problem(op, "", x.device, compute_dtype(x.dtype))
     server = backend.choose(problem)
     found = None if server == "reference" else backend.operator(op, server)
