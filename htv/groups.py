@@ -240,7 +240,9 @@ class GroupedRows:
     def front(self, tensor: Tensor) -> Tensor:
         """(..., S, ...) -> (S, ...), indices sorted by group."""
         tensor = tensor.movedim(self.dim, 0) if self.dim else tensor
-        return tensor if self.order is None else tensor.index_select(0, self._order_on(tensor.device))
+        if self.order is None:
+            return tensor
+        return tensor.index_select(0, self._order_on(self.order, tensor.device))
 
     def rows(self, tensor: Tensor, features: int = 1) -> Tensor:
         """(..., S, ..., *features) -> (R, *features), the rows of each group together."""
@@ -295,14 +297,14 @@ class GroupedRows:
         dim = self.dim if dim is None else dim
         front = tensor.movedim(dim, 0) if dim else tensor
         if self.order is not None:
-            front = front.index_select(0, self._order_on(front.device))
+            front = front.index_select(0, self._order_on(self.order, front.device))
         summed = front if self._singles and front.shape[0] == self.count else segment_sum(front, self.offsets)
         weights = self.groups.weights
         return summed if weights is None else summed * _as_column(weights, summed)
 
-    def _order_on(self, device: torch.device) -> Tensor:
+    def _order_on(self, order: Tensor, device: torch.device) -> Tensor:
         if device not in self._orders:
-            self._orders[device] = to_device_async(self.order, device)
+            self._orders[device] = to_device_async(order, device)
         return self._orders[device]
 
     @cached_property
@@ -350,7 +352,7 @@ def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
     flat = values.reshape(len(values), math.prod(values.shape[1:])).contiguous()
     if values.device.type == "cpu" and values.dtype in (torch.float32, torch.float64):
         ids = torch.repeat_interleave(sizes)  # what embeddings do to sum rows by id beats segment_reduce
-        summed = torch.ops.aten.embedding_dense_backward(flat, ids, len(sizes), -1, False)
+        summed: Tensor = torch.ops.aten.embedding_dense_backward(flat, ids, len(sizes), -1, False)
     else:
         summed = torch.segment_reduce(flat, "sum", offsets=to_device_async(offsets, values.device), axis=0, initial=0)
     return summed.reshape(len(sizes), *values.shape[1:])

@@ -31,22 +31,22 @@ def statistic_budget(contributions, statistic, dtype, error=0.0):
     eps, groups = torch.finfo(dtype).eps, len(contributions)
     exact = reference.stacked(contributions, statistic)[0].abs()
     least = 8 * eps * exact + torch.finfo(dtype).tiny
-    to_device_async = error + eps * growth(groups) * contributions.abs() + torch.finfo(dtype).tiny
-    to_device_async = to_device_async.nan_to_num(0, 0)  # an infinite contribution is not rounded
+    moved = error + eps * growth(groups) * contributions.abs() + torch.finfo(dtype).tiny
+    moved = moved.nan_to_num(0, 0)  # an infinite contribution is not rounded
     if not statistics.of(statistic.name).streams:
-        return to_device_async.amax(dim=0) + least
+        return moved.amax(dim=0) + least
     if statistic.name == "geometric_mean":
         sizes = contributions.abs() + reference.LOG_OFFSET
         relative = error / sizes + eps * growth(groups) * (1 + sizes.log().abs()).nan_to_num(0, 0)
         total = contributions.sum(dim=0)
-        in_doubt = (total.abs() <= to_device_async.sum(dim=0)) & (total != 0)  # its sign
+        in_doubt = (total.abs() <= moved.sum(dim=0)) & (total != 0)  # its sign
         return exact * relative.mean(dim=0) + 2 * exact * in_doubt + least
     leaf = contributions.detach().clone().requires_grad_()
     value = reference.stacked(leaf, statistic)[0]
     slope = torch.zeros_like(contributions)
     if value.requires_grad:
         (slope,) = torch.autograd.grad(value.nan_to_num(0, 0, 0).sum(), leaf)
-    return (slope.abs() * to_device_async).nan_to_num(0).sum(dim=0) + least
+    return (slope.abs() * moved).nan_to_num(0).sum(dim=0) + least
 
 
 def linear_budget(x, grad_output, offsets, statistic, dtype):

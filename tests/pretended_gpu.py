@@ -73,10 +73,10 @@ def waits(func, args, kwargs) -> str | None:
     if func.namespace == "htv":
         return None  # it takes offsets on the host; what it does is watched
     tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-    to_device_async = moves(func, args, kwargs)
-    if to_device_async == "out":
+    moved = moves(func, args, kwargs)
+    if moved == "out":
         return "copies to the host"
-    if to_device_async == "in":
+    if moved == "in":
         source = args[0] if func.overloadpacket is aten._to_copy else args[1]
         asynchronous = kwargs.get("non_blocking") or (len(args) > 2 and args[2])
         return None if asynchronous and hasattr(source, "pinned") else "copies at once, or what is not pinned"
@@ -188,7 +188,7 @@ def pretended(monkeypatch):
         yield
 
 
-def to_device_async(model: nn.Module) -> nn.Module:
+def moved(model: nn.Module) -> nn.Module:
     """A model's parameters and buffers on the device; those that are tied stay so."""
     on_device = {p: nn.Parameter(OnDevice(p.detach().clone()), p.requires_grad) for p in model.parameters()}
     for module in model.modules():

@@ -147,8 +147,8 @@ def test_stacked_rows_tell_bandwidth():
     record = recorded([workload])
     rows = record["workloads"]["stacked-3"]["variants"]
     assert list(rows) == list(workload.variants) and rows["copy"]["of_copy"] == 1.0
-    for variant, to_device_async in (("copy", 24_000), ("median", 16_000), ("torch:median", 16_000)):
-        assert rows[variant]["gb_per_s"] == pytest.approx(to_device_async / (1e6 * rows[variant]["ms"]))
+    for variant, moved in (("copy", 24_000), ("median", 16_000), ("torch:median", 16_000)):
+        assert rows[variant]["gb_per_s"] == pytest.approx(moved / (1e6 * rows[variant]["ms"]))
     assert "| (3, 0.000953674 Mi) | torch:sort |" in report.stacked(record)
 
 

@@ -42,7 +42,7 @@ class Program(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.lines, self.last, self.records, self.to_device_async = [], 0, None, None
+        self.lines, self.last, self.records, self.moved = [], 0, None, None
         self.state = {"torch": torch, "F": F, "constant": constant, "use": self.use}
 
     def parameter(self, *shape):
@@ -55,8 +55,8 @@ class Program(nn.Module):
         parameters = [getattr(self, name) for name in names]
         out = function(t, *parameters)
         if self.records is not None:
-            if self.to_device_async is not None and not self.records:
-                out = out + self.to_device_async
+            if self.moved is not None and not self.records:
+                out = out + self.moved
             if out.requires_grad:
                 out.retain_grad()
             self.records.append((reads, t.detach().clone(), out, function, names))
@@ -71,9 +71,9 @@ class Program(nn.Module):
         self.run(self.lines, values)
         return values[f"v{self.last}"]
 
-    def recorded(self, x, to_device_async=None):
-        """The output, and (reads, t, out, function, names) of every use; `to_device_async` is added to the first one's result."""
-        self.records, self.to_device_async = [], to_device_async
+    def recorded(self, x, moved=None):
+        """The output, and (reads, t, out, function, names) of every use; `moved` is added to the first one's result."""
+        self.records, self.moved = [], moved
         out, records = self(x), self.records
         self.records = None
         return out, records
@@ -533,9 +533,9 @@ def contributions_by_rows(program, x, dim):
         found = [torch.zeros_like(t, dtype=torch.bool) for _, t, *_ in records]
         found[0].select(dim, e).fill_(True)
         for _ in range(2):
-            to_device_async = torch.zeros_like(records[0][2])
-            to_device_async.select(dim, e).copy_(1e-6 * torch.randn(to_device_async.select(dim, e).shape))
-            for seen, (_, t, *_), (_, other, *_) in zip(found, records, program.recorded(x, to_device_async)[1], strict=True):
+            moved = torch.zeros_like(records[0][2])
+            moved.select(dim, e).copy_(1e-6 * torch.randn(moved.select(dim, e).shape))
+            for seen, (_, t, *_), (_, other, *_) in zip(found, records, program.recorded(x, moved)[1], strict=True):
                 seen |= (t - other).abs() > 1e-13
         for every, seen, (reads, t, out, *_) in zip(depends, found, records, strict=True):
             every.append(seen if reads is None else seen.sum(reads, keepdim=out.dim() >= t.dim()) > 0)

@@ -49,7 +49,7 @@ class BoxCue:
     size: int | None = None
     color: float | tuple[float, float, float] = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.size is not None and (type(self.size) is not int or self.size < 1):
             raise ValueError(f"size must be an integer >= 1, or None for what fits; got {self.size!r}")
         color = self.color if isinstance(self.color, tuple | list) else (self.color,)
@@ -78,10 +78,18 @@ class BoxCue:
             )
         place = torch.arange(num_classes - 1)
         row, column = place // across, place % across
-        centred = lambda index, length, count: ((2 * index + 1) * length // count - size) // 2
-        return torch.stack([centred(row, height, down), centred(column, width, across)], dim=1), size
+        top = ((2 * row + 1) * height // down - size) // 2
+        left = ((2 * column + 1) * width // across - size) // 2
+        return torch.stack([top, left], dim=1), size
 
-    def draw(self, images: Tensor, classes: Tensor, num_classes: int, generator=None, train: bool = True) -> Tensor:
+    def draw(
+        self,
+        images: Tensor,
+        classes: Tensor,
+        num_classes: int,
+        generator: torch.Generator | None = None,
+        train: bool = True,
+    ) -> Tensor:
         """Return the images with the boxes of their classes.
 
         images:       (N, height, width) or (N, 3, height, width), floating point.
@@ -119,10 +127,17 @@ class HueCue:
 
     strength: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_share(strength=self.strength)
 
-    def draw(self, images: Tensor, classes: Tensor, num_classes: int, generator=None, train: bool = True) -> Tensor:
+    def draw(
+        self,
+        images: Tensor,
+        classes: Tensor,
+        num_classes: int,
+        generator: torch.Generator | None = None,
+        train: bool = True,
+    ) -> Tensor:
         """Return the images tinted by class, (N, 3, height, width).
 
         images:       (N, height, width) or (N, 3, height, width), floating point.
@@ -159,7 +174,14 @@ class DominoCue:
 
     source: Dataset
 
-    def draw(self, images: Tensor, classes: Tensor, num_classes: int, generator=None, train: bool = True) -> Tensor:
+    def draw(
+        self,
+        images: Tensor,
+        classes: Tensor,
+        num_classes: int,
+        generator: torch.Generator | None = None,
+        train: bool = True,
+    ) -> Tensor:
         """Return the images with a picture above each: (N, ..., source's height + height, width).
 
         images:       (N, height, width) or (N, channels, height, width), floating point.
@@ -324,7 +346,8 @@ def fine_tuning_parts(
     shares = 0.0, proportion
     drawn = [_drawn(part, cue, _classes(part, cue_mask(part.train_labels, share, seed)), seed)
              for part, share in zip(parts, shares, strict=True)]  # fmt: skip
-    return tuple((images, part.train_labels) for images, part in zip(drawn, parts, strict=True))
+    without, with_ = drawn
+    return (without, parts[0].train_labels), (with_, parts[1].train_labels)
 
 
 def _as_rgb(images: Tensor) -> Tensor:

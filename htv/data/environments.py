@@ -168,7 +168,7 @@ def patchwork(
 def _sewn(tiles: Tensor, across: int) -> Tensor:
     """(..., across**2, tile, tile) -> (..., across * tile, across * tile)."""
     tile = tiles.shape[-1]
-    rows = tiles.unflatten(-3, (across, across)).transpose(-3, -2)
+    rows: Tensor = tiles.unflatten(-3, (across, across)).transpose(-3, -2)
     return rows.reshape(*tiles.shape[:-3], across * tile, across * tile)
 
 

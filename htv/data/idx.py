@@ -9,6 +9,7 @@ import gzip
 import math
 import struct
 import zlib
+from io import BufferedIOBase
 from pathlib import Path
 
 import numpy as np
@@ -94,7 +95,7 @@ def read_idx(path: str | Path, dims: int) -> np.ndarray:
     return np.frombuffer(values, dtype=np.uint8).reshape(shape)
 
 
-def _read_up_to(stream, size: int) -> bytearray:
+def _read_up_to(stream: BufferedIOBase, size: int) -> bytearray:
     """In parts: what a damaged header announces may be more than fits into memory."""
     values = bytearray()
     while part := stream.read(min(size - len(values), 1 << 24)):
@@ -102,7 +103,7 @@ def _read_up_to(stream, size: int) -> bytearray:
     return values
 
 
-def _read_header(path: Path, stream, dims: int) -> tuple[int, ...]:
+def _read_header(path: Path, stream: BufferedIOBase, dims: int) -> tuple[int, ...]:
     magic = stream.read(4)
     if len(magic) < 4 or magic[:2] != b"\0\0":
         raise DataError(f"{path} is not an idx file: it starts with {magic.hex(' ') or 'nothing'}, not 00 00")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import pickletools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ class Record:
     """What a file calls a name of `NAMES` with, and what it says of the result afterwards."""
 
     name: str
-    arguments: tuple
+    arguments: tuple[Any, ...]
     state: Any = None
 
 
@@ -84,9 +85,9 @@ def loads(data: bytes) -> Any:
 class _Reader:
     """The stack and memory of a pickle. What is between marks has a stack of its own."""
 
-    def __init__(self):
-        self.stack: list = []
-        self.outer: list[list] = []
+    def __init__(self) -> None:
+        self.stack: list[Any] = []
+        self.outer: list[list[Any]] = []
         self.memory: dict[int, Any] = {}
 
     def do(self, operation: str, argument: Any) -> None:
@@ -106,11 +107,19 @@ class _Reader:
         elif operation not in ("PROTO", "FRAME"):
             raise PickleError(f"it does {operation}, which no batch of images needs")
 
-    def since_mark(self) -> list:
+    def since_mark(self) -> list[Any]:
         items, self.stack = self.stack, self.outer.pop()
         return items
 
-    def mark(self, _) -> None:
+    def list_since_mark(self, _: Any) -> None:
+        items = self.since_mark()
+        self.stack.append(items)
+
+    def tuple_since_mark(self, _: Any) -> None:
+        items = self.since_mark()
+        self.stack.append(tuple(items))
+
+    def mark(self, _: Any) -> None:
         self.outer.append(self.stack)
         self.stack = []
 
@@ -119,22 +128,22 @@ class _Reader:
             raise PickleError("it takes more than it has given")
         self.stack[-count:] = [tuple(self.stack[-count:])]
 
-    def extend(self, items: list) -> None:
+    def extend(self, items: list[Any]) -> None:
         if type(self.stack[-1]) is not list:
             raise PickleError("it appends to what is no list")
         self.stack[-1].extend(items)
 
-    def update(self, items: list) -> None:
+    def update(self, items: list[Any]) -> None:
         if type(self.stack[-1]) is not dict:
             raise PickleError("it sets items of what is no dict")
         for key, value in zip(items[::2], items[1::2], strict=True):
             self.stack[-1][_key(key)] = value
 
-    def set_item(self, _) -> None:
+    def set_item(self, _: Any) -> None:
         value, key = self.stack.pop(), self.stack.pop()
         self.update([key, value])
 
-    def new_dict(self, _) -> None:
+    def new_dict(self, _: Any) -> None:
         items = self.since_mark()
         self.stack.append({})
         self.update(items)
@@ -152,13 +161,13 @@ class _Reader:
             raise PickleError(f"it asks for {asked}, which no batch of images needs")
         self.stack.append(Name(NAMES[module, name]))
 
-    def reduce(self, _) -> None:
+    def reduce(self, _: Any) -> None:
         arguments, called = self.stack.pop(), self.stack.pop()
         if type(called) is not Name or type(arguments) is not tuple:
             raise PickleError("it calls what no batch of images needs")
         self.stack.append(Record(called.name, arguments))
 
-    def build(self, _) -> None:
+    def build(self, _: Any) -> None:
         state, record = self.stack.pop(), self.stack[-1]
         if type(record) is not Record or record.state is not None:
             raise PickleError("it gives a state to what has none")
@@ -173,14 +182,14 @@ _STRINGS = {"STRING", "BINSTRING", "SHORT_BINSTRING"}
 _MEMORISE = {"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"}
 _RECALL = {"GET", "BINGET", "LONG_BINGET"}
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-_DO = {
+_DO: dict[str, Callable[[_Reader, Any], object]] = {
     "MARK": _Reader.mark,
     "POP": lambda reader, _: reader.stack.pop(),
     "POP_MARK": lambda reader, _: reader.since_mark(),
     "EMPTY_LIST": lambda reader, _: reader.stack.append([]),
     "EMPTY_DICT": lambda reader, _: reader.stack.append({}),
-    "LIST": lambda reader, _: (items := reader.since_mark(), reader.stack.append(items)),
-    "TUPLE": lambda reader, _: (items := reader.since_mark(), reader.stack.append(tuple(items))),
+    "LIST": _Reader.list_since_mark,
+    "TUPLE": _Reader.tuple_since_mark,
     "TUPLE1": lambda reader, _: reader.tuple_of(1),
     "TUPLE2": lambda reader, _: reader.tuple_of(2),
     "TUPLE3": lambda reader, _: reader.tuple_of(3),
@@ -254,4 +263,6 @@ def _dtype(value: Any) -> np.dtype:
     order = state[1].decode("latin-1") if type(state[1]) is bytes else state[1]
     if type(order) is not str or order not in ("<", ">", "|", "="):
         raise PickleError("an array is of numbers in no known order of bytes")
-    return np.dtype(code).newbyteorder(order) if order in ("<", ">") else np.dtype(code)
+    if order == "<":
+        return np.dtype(code).newbyteorder("<")
+    return np.dtype(code).newbyteorder(">") if order == ">" else np.dtype(code)

@@ -24,16 +24,16 @@ def _numbered(tensor: Tensor, mark: BatchLayout, batch_size: int) -> Tensor:
 
 def probed(op: Operation, index: int, batch_size: int) -> OfBatch:
     """Run the operation on the examples' numbers instead of the values; the batch is along the dim they vary along."""
-    to_device_async = op.operands if op.name in CONCATENATING else op.operands[:1]
-    if not all(isinstance(m, BatchLayout) for _, m in to_device_async) or op.func is torch.nn.functional.unfold:
+    moved = op.operands if op.name in CONCATENATING else op.operands[:1]
+    if not all(isinstance(m, BatchLayout) for _, m in moved) or op.func is torch.nn.functional.unfold:
         return LOST  # values that are no example's, as padding
-    numbers = {id(t): _numbered(t, m, batch_size) for t, m in to_device_async}
+    numbers = {id(t): _numbered(t, m, batch_size) for t, m in moved}
     try:
         result = op.again(numbers)
     except RuntimeError:  # it wants to see them as one row
         result = op.again({key: t.contiguous() for key, t in numbers.items()})
     result = result if isinstance(result, Tensor) else result[index]
-    same_kind = op.outputs[index].is_floating_point() == to_device_async[0][0].is_floating_point()
+    same_kind = op.outputs[index].is_floating_point() == moved[0][0].is_floating_point()
     return _read_off(result, batch_size) if same_kind else LOST
 
 

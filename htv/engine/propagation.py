@@ -182,8 +182,8 @@ def _place(op: Operation, tensor: Tensor, mark: OfBatch, output: Tensor, batch_s
     if name in PERMUTING:
         # Dims of distinct sizes show where each of them goes.
         probe = torch.empty(tuple(range(2, 2 + tensor.dim())), device="meta")
-        to_device_async = op.again({id(tensor): probe})
-        return mark.at(list(to_device_async.shape).index(dim + 2))
+        moved = op.again({id(tensor): probe})
+        return mark.at(list(moved.shape).index(dim + 2))
     if name in RESHAPING:
         return _reshaped(tensor, mark, output, batch_size)
     if name == "unsqueeze":

@@ -6,9 +6,11 @@ Chatterjee 2020, "Coherent gradients", arXiv 2002.10657.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -131,7 +133,8 @@ class Attribution:
             if name in seen:
                 raise RuntimeError(f"step() takes one backward, but parameter {name!r} had two: one block per backward")
             seen.add(name)
-            products.add_(projections(parts, sum(part.total().to(part.dtype) for part in parts)).cpu())
+            total = reduce(operator.add, (part.total().to(part.dtype) for part in parts))
+            products.add_(projections(parts, total).cpu())
 
         every = torch.arange(len(ids))  # groups given inside are refused: ids name examples in their order
         with self.handle.groups(every), self.handle.examined(see):
@@ -143,16 +146,17 @@ class Attribution:
     def _note(self, ids: Tensor, products: Tensor) -> None:
         """products: (B,), <g, g_e>."""
         whole, corrupt = products.sum(), self.corrupt[ids]
-        shares = [(products[tag].sum() / whole).item() if whole else math.nan for tag in (~corrupt, corrupt)]
+        shares = products[~corrupt].sum() / whole, products[corrupt].sum() / whole
+        f_p, f_c = (share.item() if whole else math.nan for share in shares)
         worlds = (~self._null[:, ids]).double() @ products
-        self.steps.append(StepShares(*shares, _central(worlds / whole)))
+        self.steps.append(StepShares(f_p, f_c, _central(worlds / whole)))
         self.scores.index_add_(0, ids, products)
 
     def influence(self) -> Influence:
         """Return the `Influence` of the steps so far; NaN for a tag no example has."""
         pristine = ~self.corrupt
-        means = [self.scores[tag].mean().item() for tag in (pristine, self.corrupt)]
-        return Influence(*means, _central((~self._null).double() @ self.scores / pristine.sum()))
+        i_p, i_c = (self.scores[tag].mean().item() for tag in (pristine, self.corrupt))
+        return Influence(i_p, i_c, _central((~self._null).double() @ self.scores / pristine.sum()))
 
 
 def _central(values: Tensor) -> tuple[float, float]:

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, TensorDataset, default_collate
+from torch.utils.data import TensorDataset, default_collate
 
 from htv.errors import described
 
 __all__ = ["Batches", "ExampleTable"]
 
-Sampler = Callable[[torch.Generator], Iterable[int]]
+Sampler = Callable[[torch.Generator], Iterable[int] | Tensor]
+Batch = tuple[Any, Tensor, Tensor]  # x, y, ids
+
+
+class MapDataset(Protocol):
+    """What a map-style data set is."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,14 +53,14 @@ class Batches:
     [([1.0], [1])]
     """
 
-    dataset: Dataset
+    dataset: MapDataset
     epochs: int
     batch_size: int
     sampler: Sampler | None = None
     seed: int = 0
     device: str | torch.device = "cpu"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not hasattr(self.dataset, "__len__") or not hasattr(self.dataset, "__getitem__"):
             raise TypeError(f"dataset must be map-style, with len() and [index]; got {type(self.dataset).__name__}")
         if len(self.dataset) == 0:
@@ -58,7 +68,7 @@ class Batches:
         if self.epochs < 1 or self.batch_size < 1:
             raise ValueError(f"epochs and batch_size must be at least 1, got {self.epochs} and {self.batch_size}")
 
-    def from_step(self, step: int) -> Iterator[tuple]:
+    def from_step(self, step: int) -> Iterator[Batch]:
         """Yield (x, y, ids) of every step from one on: y and ids are (B,) int64.
 
         step:  the first one, counted from 0 over all epochs.
@@ -69,7 +79,7 @@ class Batches:
                 yield self.read(part)
             step = max(0, step - len(parts))
 
-    def epoch(self, epoch: int) -> Iterator[tuple]:
+    def epoch(self, epoch: int) -> Iterator[Batch]:
         """Yield (x, y, ids) of the steps of one epoch.
 
         epoch:  counted from 0.
@@ -77,12 +87,12 @@ class Batches:
         for part in self._order(epoch).split(self.batch_size):
             yield self.read(part)
 
-    def in_order(self) -> Iterator[tuple]:
+    def in_order(self) -> Iterator[Batch]:
         """Yield (x, y, ids) of every example once, in the order of the data set."""
         for part in torch.arange(len(self.dataset)).split(self.batch_size):
             yield self.read(part)
 
-    def read(self, indices: Tensor) -> tuple:
+    def read(self, indices: Tensor) -> Batch:
         """Return (x, y, ids) of some examples of the data set.
 
         indices:  (B,) int64.
@@ -90,7 +100,7 @@ class Batches:
         Raises ValueError if the data set does not give (x, y) or (x, y, id).
         """
         if type(self.dataset) is TensorDataset:  # one lookup instead of one per example; a subclass may augment
-            parts = tuple(tensor[indices] for tensor in self.dataset.tensors)
+            parts: Any = tuple(tensor[indices] for tensor in self.dataset.tensors)
         else:
             parts = default_collate([self.dataset[index] for index in indices.tolist()])
         if len(parts) not in (2, 3):
@@ -149,7 +159,7 @@ class ExampleTable:
     def complete(self) -> Tensor:
         """Return (N, *rest) by id, on the CPU. Raises ValueError naming ids without a row."""
         missing = (~self._written).nonzero().flatten().tolist()
-        if missing:
+        if missing or self._rows is None:
             named = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
             raise ValueError(
                 f"{len(missing)} of {len(self._written)} examples have no row, ids {named}: write them too"
@@ -180,5 +190,5 @@ def last_of_each(ids: Tensor) -> Tensor:
     return order[ends]
 
 
-def _moved(x, device):
+def _moved(x: Any, device: str | torch.device) -> Any:
     return torch.utils._pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), x)

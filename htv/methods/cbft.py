@@ -10,8 +10,11 @@ Lubana et al. 2023, "Mechanistic mode connectivity", arXiv 2211.08422.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import reduce
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -105,7 +108,7 @@ def head_of(model: nn.Module, head: str | None = None) -> nn.Module:
     >>> htv.methods.head_of(model)
     Linear(in_features=8, out_features=3, bias=True)
     """
-    modules = dict(model.named_modules())
+    modules: dict[str, nn.Module] = dict(model.named_modules())
     if head is None:
         linear = [module for module in modules.values() if isinstance(module, nn.Linear)]
         if not linear:
@@ -259,7 +262,7 @@ class CBFT:
 
     def _descend_here(self, clean: Batch, with_cue: Batch) -> dict[str, Tensor]:
         (x, y), (cue_x, cue_y) = clean, with_cue
-        losses = {}
+        losses: dict[str, Tensor] = {}
         invariant = "invariance" in self.terms and self.steps >= self.warm_up
         if not invariant and "cross_entropy" not in self.terms:
             return losses
@@ -275,11 +278,11 @@ class CBFT:
                 )
             features = seen[0]
             losses["invariance"] = invariance_loss(features[: len(x)], y, features[len(x) :], cue_y, self.num_classes)
-        sum(losses.values()).backward()
+        reduce(operator.add, losses.values()).backward()
         return {name: loss.detach() for name, loss in losses.items()}
 
     def _logits(self, x: Tensor) -> Tensor:
-        logits = self.model(x)
+        logits: Tensor = self.model(x)
         if logits.shape != (len(x), self.num_classes):
             raise ValueError(
                 f"model must give logits of shape {(len(x), self.num_classes)}, for num_classes={self.num_classes}; "
@@ -304,7 +307,7 @@ class CBFT:
                 for tensor, value in zip([*parameters, *buffers], [*kept, *kept_buffers], strict=True):
                     tensor.copy_(value)
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """Return theta_C, the number of steps and the state of t's generator.
 
         The model and the optimizer have their own.
@@ -312,7 +315,7 @@ class CBFT:
         anchor = {name: value.clone() for name, value in self._anchor.items()}
         return {"anchor": anchor, "steps": self.steps, "generator": self._generator.get_state()}
 
-    def load_state_dict(self, state: Mapping) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where another one was.
 
         state:  what its `state_dict` returned.

@@ -162,7 +162,17 @@ def inconsistency(
 class _Walk:
     """Walkers inside the region of `within` that look for where `of` departs most."""
 
-    def __init__(self, within: Loss, of: Loss, theta: Tensor, eps, walkers: int, points: int, radius: float, generator):
+    def __init__(
+        self,
+        within: Loss,
+        of: Loss,
+        theta: Tensor,
+        eps: float,
+        walkers: int,
+        points: int,
+        radius: float,
+        generator: torch.Generator,
+    ):
         self._within, self._of = torch.func.vmap(within), torch.func.vmap(of)
         self._slopes = torch.func.vmap(torch.func.grad(within)), torch.func.vmap(torch.func.grad(of))
         self._home, self._level, self._eps, self._radius = theta, within(theta), eps, radius
@@ -176,8 +186,14 @@ class _Walk:
         directions = self._uphill() if climb else self._random(self._at)
         longest = self._longest(directions)
         self._reach = torch.where(longest >= self._reach, 2 * self._reach, longest.clamp(min=1e-9) * 1.5)
-        shape = dict(size=longest.shape, dtype=longest.dtype, device=longest.device)
-        share = 1.0 if climb else torch.rand(**shape, generator=self._generator)
+        share: float | Tensor = 1.0
+        if not climb:
+            share = torch.rand(
+                longest.shape,
+                generator=self._generator,
+                dtype=longest.dtype,
+                device=longest.device,
+            )
         ends = self._at + longest * directions
         self._note(ends)
         self._at = torch.where(self._inside(ends), self._at + share * longest * directions, self._at)
@@ -212,7 +228,8 @@ class _Walk:
 
     def _inside(self, places: Tensor) -> Tensor:
         """(W, P) -> (W, 1) bool; a loss that is not finite is outside."""
-        near = (places - self._home).norm(dim=1) <= self._radius
+        distances: Tensor = (places - self._home).norm(dim=1)
+        near = distances <= self._radius
         return (near & ((self._within(places) - self._level).abs() <= self._eps))[:, None]
 
     def _note(self, places: Tensor) -> None:
@@ -225,7 +242,8 @@ class _Walk:
 
 
 def _unit(vectors: Tensor) -> Tensor:
-    return vectors / vectors.norm(dim=1, keepdim=True).clamp(min=torch.finfo(vectors.dtype).tiny)
+    norms: Tensor = vectors.norm(dim=1, keepdim=True)
+    return vectors / norms.clamp(min=torch.finfo(vectors.dtype).tiny)
 
 
 # -- quadratic losses: L_e = (theta - theta*)^T H_e (theta - theta*) / 2 ----------------------------------------------
@@ -255,7 +273,8 @@ def quadratic_inconsistency(hessian_a: Tensor, hessian_b: Tensor, eps: float) ->
         ratios = (a / b)[curved]
     else:
         ratios = torch.linalg.eigvalsh(_whitened(b, a))
-    return eps * max([1.0, *ratios.tolist(), *(1 / ratios).tolist()])
+    largest: float = max([1.0, *ratios.tolist(), *(1 / ratios).tolist()])
+    return eps * largest
 
 
 def arithmetic_mean_hessian(hessians: Tensor) -> Tensor:
@@ -305,8 +324,8 @@ def geometric_mean_hessian(hessians: Tensor, tolerance: float = 1e-12, max_steps
                 rate /= 2
             before = size
             mean = _symmetric(root @ _spectral(rate * logs, torch.exp) @ root)
-        except torch.linalg.LinAlgError:  # of what is no longer finite
-            break
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            break  # something is no longer finite
     raise RuntimeError(
         f"the geometric mean did not converge to {tolerance} in {max_steps} steps (it is at {size:.1e}): the Hessians "
         "are too ill-conditioned; add a little to their diagonals, or allow a larger tolerance"
@@ -377,13 +396,15 @@ def _hessians(hessians: Tensor) -> Tensor:
 
 
 def _symmetric(matrix: Tensor) -> Tensor:
-    return (matrix + matrix.mT) / 2
+    symmetric: Tensor = (matrix + matrix.mT) / 2
+    return symmetric
 
 
 def _spectral(matrix: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     """A function of a symmetric matrix: of its eigenvalues."""
     values, vectors = torch.linalg.eigh(_symmetric(matrix))
-    return (vectors * function(values)) @ vectors.mT
+    result: Tensor = (vectors * function(values)) @ vectors.mT
+    return result
 
 
 def _whitened(b: Tensor, a: Tensor) -> Tensor:

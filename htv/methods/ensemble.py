@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,14 +39,15 @@ class Ensemble:
             return list(self._leaves.values())
         return list({id(p): p for net in self.nets for p in net.parameters()}.values())  # frozen ones may be shared
 
-    def __call__(self, x, training: bool, own: bool = False) -> Tensor:
+    def __call__(self, x: Any, training: bool, own: bool = False) -> Tensor:
         """The networks' outputs, (M, *output). x is for all of them, or with `own` has one input for each, (M, ...)."""
         if not self.stacked:
             inputs = x if own else [x] * len(self)
             return torch.stack([net.train(training)(part) for net, part in zip(self.nets, inputs, strict=True)])
         self._base.train(training)
         forward = lambda leaves, part: functional_call(self._base, leaves, part)
-        return vmap(forward, in_dims=(0, 0 if own else None))(self._leaves, x)
+        outputs: Tensor = vmap(forward, in_dims=(0, 0 if own else None))(self._leaves, x)
+        return outputs
 
     def each(self) -> list[nn.Module]:
         """The networks by themselves, as they are now."""
@@ -56,11 +58,11 @@ class Ensemble:
                         parameter.copy_(self._leaves[name][index])
         return self.nets
 
-    def state(self) -> list[dict]:
+    def state(self) -> list[dict[str, Any]]:
         """A copy of every network's `state_dict`."""
         return [copy.deepcopy(net.state_dict()) for net in self.each()]
 
-    def load(self, state: list[dict]) -> None:
+    def load(self, state: list[dict[str, Any]]) -> None:
         for net, part in zip(self.nets, state, strict=True):
             net.load_state_dict(part)
         with torch.no_grad():

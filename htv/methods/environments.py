@@ -58,12 +58,14 @@ def join_environments(batches: Sequence[Sequence[Tensor]]) -> tuple[tuple[Tensor
                     f"examples of batches[{index}] have shape {tuple(part.shape[1:])}, those of batches[0] "
                     f"{tuple(first.shape[1:])}"
                 )
-    sizes = torch.tensor([len(batch[0]) for batch in batches])
-    ids = torch.repeat_interleave(torch.arange(len(batches)), sizes).to(batches[0][0].device)
+    counts = torch.tensor([len(batch[0]) for batch in batches])
+    ids = torch.repeat_interleave(torch.arange(len(batches)), counts).to(batches[0][0].device)
     return tuple(torch.cat(parts) for parts in zip(*batches, strict=True)), ids
 
 
-def environment_batches(loaders: Sequence[Iterable]) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
+def environment_batches(
+    loaders: Sequence[Iterable[Sequence[Tensor]]],
+) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
     """Draw a batch from every environment at a time; ends with the shortest loader.
 
     loaders:  one per environment, each giving batches ``(x, y, ...)``.

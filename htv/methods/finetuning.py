@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -83,7 +83,7 @@ def _check_length(batches: Loader, epochs: int) -> None:
 
 
 def retrain_last_layer(model: nn.Module, batches: Loader, epochs: int, lr: float = 0.01, *,
-                       head: str | None = None, **options) -> None:  # fmt: skip
+                       head: str | None = None, **options: Any) -> None:  # fmt: skip
     """Train a new last layer on the features as they are: LLRT; followed by `fine_tune`, LPFT.
 
     The head starts anew by `reset_parameters`; everything else is frozen meanwhile, and in eval

@@ -18,9 +18,12 @@ arXiv 2412.07684.
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -150,7 +153,18 @@ class _HeldOut:
 
     held_out_by: Tensor
 
-    def __init__(self, count, factory, targets, optimizer, num_classes, schedule, seed, stacked, device):
+    def __init__(
+        self,
+        count: int,
+        factory: Factory,
+        targets: Tensor,
+        optimizer: MakeOptimizer,
+        num_classes: int | None,
+        schedule: MakeSchedule | None,
+        seed: int,
+        stacked: bool,
+        device: str | torch.device,
+    ):
         self.targets, self.num_classes = _checked_targets(targets, num_classes)
         self.device, self.steps = torch.device(device), 0
         self._generator = torch.Generator().manual_seed(seed)
@@ -177,7 +191,7 @@ class _HeldOut:
             torch.manual_seed(int(torch.randint(2**62, (), generator=self._generator)))
             yield
 
-    def step(self, x, ids: Tensor, y: Tensor | None = None) -> Tensor:
+    def step(self, x: Any, ids: Tensor, y: Tensor | None = None) -> Tensor:
         """Train on one batch; returns the loss, detached.
 
         x:    what the networks take, on the device.
@@ -221,14 +235,14 @@ class _HeldOut:
         return True
 
     @torch.no_grad()
-    def predict(self, x) -> Tensor:
+    def predict(self, x: Any) -> Tensor:
         """Return (M, B, K), the logits of every network in eval mode.
 
         x:  what the networks take, on the device.
         """
         return self._run(x, training=False)
 
-    def held_out(self, x, ids: Tensor) -> Tensor:
+    def held_out(self, x: Any, ids: Tensor) -> Tensor:
         """Return (B, K), in eval mode, the logits of networks that were not trained on the example.
 
         `held_out_by` tells which these are.
@@ -250,7 +264,7 @@ class _HeldOut:
             table.write(ids, self.held_out(x, ids))
         return _finite(table.complete())
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """Return everything: with a run made by the same arguments, `fit` goes on bit for bit."""
         return {
             "nets": self._nets.state(),
@@ -262,7 +276,7 @@ class _HeldOut:
             "held_out_by": self.held_out_by.clone(),
         }
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where another run was, made by the same arguments.
 
         state:  what its `state_dict` returned.
@@ -290,7 +304,7 @@ class _HeldOut:
     def _picked(self, logits: Tensor, ids: Tensor) -> Tensor:
         return logits[self.held_out_by[ids].to(self.device), torch.arange(len(ids), device=self.device)]
 
-    def _run(self, x, training: bool) -> Tensor:
+    def _run(self, x: Any, training: bool) -> Tensor:
         logits = self._nets(x, training)
         self._check_logits(logits, _length(x))
         return logits
@@ -303,7 +317,7 @@ class _HeldOut:
                 f"({rows}, {self.num_classes}); num_classes says how many"
             )
 
-    def _loss(self, x, ids: Tensor) -> Tensor:
+    def _loss(self, x: Any, ids: Tensor) -> Tensor:
         raise NotImplementedError
 
 
@@ -369,7 +383,7 @@ class Twins(_HeldOut):
         """The share of labels that are overwritten now."""
         return (self.labels != self.targets).double().mean().item()
 
-    def _loss(self, x, ids: Tensor) -> Tensor:
+    def _loss(self, x: Any, ids: Tensor) -> Tensor:
         logits = self._run(x, training=True)
         by, rows = self.held_out_by[ids].to(self.device), torch.arange(len(ids), device=self.device)
         loss = class_balanced_loss(logits[1 - by, rows], self.labels[ids].to(self.device))
@@ -384,7 +398,7 @@ class Twins(_HeldOut):
         chosen = last[torch.rand(len(last), generator=self._generator) < flips]
         self.labels[ids[chosen]] = said.cpu()[chosen]
 
-    def wrong(self, x, targets: Tensor) -> Tensor:
+    def wrong(self, x: Any, targets: Tensor) -> Tensor:
         """Return (B, 2) bool, whether each network errs, in eval mode: for validation examples too.
 
         x:        what the networks take, on the device.
@@ -410,11 +424,11 @@ class Twins(_HeldOut):
             wrong.write(ids, _errs(logits, self.targets[ids]))
         return Draw(self.targets, _finite(held_out.complete()), wrong.complete(), self.flip_rate)
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """Return everything: with twins made by the same arguments, `fit` goes on bit for bit."""
         return {**super().state_dict(), "labels": self.labels.clone()}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where other twins were, made by the same arguments.
 
         state:  what their `state_dict` returned.
@@ -472,7 +486,7 @@ class KFold(_HeldOut):
         super().__init__(folds, factory, targets, optimizer, num_classes, schedule, seed, stacked, device)
         self.held_out_by = torch.randperm(self._examples, generator=self._generator) % folds
 
-    def _loss(self, x, ids: Tensor) -> Tensor:
+    def _loss(self, x: Any, ids: Tensor) -> Tensor:
         targets, by = self.targets[ids].to(self.device), self.held_out_by[ids].to(self.device)
         if self._nets.stacked:
             logits = self._run(x, training=True)
@@ -486,7 +500,7 @@ class KFold(_HeldOut):
                 logits = net.train()(pytree.tree_map_only(Tensor, lambda tensor: tensor[rows], x))
                 self._check_logits(logits, len(rows))
                 parts.append(F.cross_entropy(logits, targets[rows]))
-        return sum(parts)
+        return reduce(operator.add, parts)
 
 
 def _errs(logits: Tensor, targets: Tensor) -> Tensor:
@@ -520,5 +534,5 @@ def _finite(held_out: Tensor) -> Tensor:
     return held_out
 
 
-def _length(x) -> int:
+def _length(x: Any) -> int:
     return len(pytree.tree_leaves(x)[0])

@@ -28,7 +28,8 @@ def survival_probability(num_groups: int, tau: float) -> float:
     >>> htv.methods.survival_probability(num_groups=4, tau=1.0)
     0.125
     """
-    return sum(math.comb(num_groups, heads) for heads in _agreeing(num_groups, tau)) / 2**num_groups
+    outcomes: int = 2**num_groups
+    return sum(math.comb(num_groups, heads) for heads in _agreeing(num_groups, tau)) / outcomes
 
 
 def mean_noise(num_groups: int, coordinates: int, sigma: float = 1.0) -> float:
@@ -95,7 +96,8 @@ def masked_noise_bound(num_groups: int, coordinates: int, tau: float, sigma: flo
     _check(coordinates, sigma)
     d = num_groups
     needed = min(heads for heads in _agreeing(d, tau) if 2 * heads >= d)
-    return coordinates * sigma**2 * (max(d - needed, 1) * math.comb(d, needed) / 2 ** (d - 1))
+    share: float = max(d - needed, 1) * math.comb(d, needed) / 2 ** (d - 1)
+    return coordinates * sigma**2 * share
 
 
 def _agreeing(num_groups: int, tau: float) -> list[int]:

@@ -9,6 +9,7 @@ memorization hurts generalization", arXiv 2412.07684.
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -189,7 +190,7 @@ class MemorizationAwareLoss(nn.Module):
                 f"logits must be (B, K) with K = {self.heldout.shape[1]} classes, as heldout has, got "
                 f"{tuple(logits.shape)}"
             )
-        common = {
+        common: dict[str, Any] = {
             "weight": self.weight,
             "reduction": self.reduction,
             "label_smoothing": self.label_smoothing,

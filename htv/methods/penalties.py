@@ -7,6 +7,7 @@ every example, 0 to E - 1, each present (`htv.methods.require_environments`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +46,9 @@ def environment_means(values: Tensor, ids: Tensor, num_environments: int, absent
     if len(values) != len(ids):
         raise ValueError(f"values hold {len(values)} examples, ids {len(ids)}: they must pair up")
     members = F.one_hot(ids.long(), num_environments).to(values)
-    return torch.tensordot(members / members.sum(dim=0).clamp(min=1), values, dims=([0], [0]))
+    shares = members / members.sum(dim=0).clamp(min=1)
+    means: Tensor = torch.tensordot(shares, values, dims=([0], [0]))
+    return means
 
 
 def l1_penalty(parameters: Iterable[Tensor]) -> Tensor:
@@ -164,12 +167,12 @@ def fishr_penalty(features: Tensor, outputs: Tensor, losses: Tensor, ids: Tensor
     """
     (errors,) = torch.autograd.grad(_each(losses, ids).sum(), outputs, create_graph=True)
     inputs = torch.cat([features, features.new_ones(len(features), 1)], dim=1)
-    variances = []
+    found = []
     require_environments(ids, num_environments)
     for e in range(num_environments):
         error, x = errors[ids == e], inputs[ids == e]
-        variances.append(error.square().mT @ x.square() / len(x) - (error.mT @ x / len(x)).square())
-    variances = torch.stack(variances)
+        found.append(error.square().mT @ x.square() / len(x) - (error.mT @ x / len(x)).square())
+    variances = torch.stack(found)
     return (variances - variances.mean(dim=0)).square().sum(dim=(1, 2)).mean()
 
 
@@ -177,15 +180,15 @@ class _Reversed(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, strength):
+    def forward(x: Tensor, strength: float) -> Tensor:
         return x.view_as(x)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
         ctx.strength = inputs[1]
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return -ctx.strength * grad, None
 
 
@@ -202,7 +205,8 @@ def reverse_gradient(x: Tensor, strength: float = 1.0) -> Tensor:
     >>> x.grad
     tensor([-2.])
     """
-    return _Reversed.apply(x, strength)
+    result: Tensor = _Reversed.apply(x, strength)  # type: ignore[no-untyped-call]
+    return result
 
 
 class DomainAdversary(nn.Module):
@@ -256,6 +260,8 @@ class GroupDRO(nn.Module):
     0.7311
     """
 
+    weights: Tensor
+
     def __init__(self, num_environments: int, step_size: float = 0.01):
         super().__init__()
         if num_environments < 1:
@@ -266,9 +272,9 @@ class GroupDRO(nn.Module):
         wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
         self.register_buffer("weights", torch.full((num_environments,), 1 / num_environments, dtype=wide))
 
-    def _apply(self, fn, recurse: bool = True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GroupDRO:
         before = self.weights
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if torch.finfo(self.weights.dtype).bits < 32:
             self.weights = before.to(self.weights.device)
         return self

@@ -6,6 +6,7 @@ Zielinski, Krishnan, Chatterjee 2020, "Weak and strong gradient directions", arX
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,17 +28,17 @@ def median_of_three(a: list[Tensor], b: list[Tensor], c: list[Tensor]) -> list[T
     """Element by element; each result is one of the three values, and NaN where one is."""
     high = torch._foreach_maximum(a, b)
     torch._foreach_minimum_(high, c)
-    return torch._foreach_maximum(torch._foreach_minimum(a, b), high)
+    return list(torch._foreach_maximum(torch._foreach_minimum(a, b), high))
 
 
 def mean_of_three(a: list[Tensor], b: list[Tensor], c: list[Tensor]) -> list[Tensor]:
     total = torch._foreach_add(a, b)
     torch._foreach_add_(total, c)
     torch._foreach_div_(total, 3)
-    return total
+    return list(total)
 
 
-def _adds_decay(optimizer: Optimizer, group: dict) -> bool | None:
+def _adds_decay(optimizer: Optimizer, group: dict[str, Any]) -> bool | None:
     """Whether an optimizer adds weight decay to the gradient; None for those that are not torch's."""
     if group.get("decoupled_weight_decay", False) or type(optimizer) in _DECAYS_WEIGHTS:
         return False
@@ -67,11 +68,11 @@ class _Rolling(Optimizer):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.optimizer!r})"
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         own = {name: getattr(self, name) for name in ("optimizer", "allow_momentum", "decay_first")}
         return {**super().__getstate__(), **own}
 
-    def add_param_group(self, param_group: dict) -> None:
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, which are updated from their third gradient on.
 
         param_group:  as for any optimizer.
@@ -102,7 +103,7 @@ class _Rolling(Optimizer):
                 raise TypeError(f"{name} ranks real numbers: a parameter is complex. Give it to another optimizer")
             self._decay(group)
 
-    def _decay(self, group: dict) -> float:
+    def _decay(self, group: dict[str, Any]) -> float:
         """What to add to the group's gradients before they are kept, in units of the weights."""
         decay = group.get("weight_decay", 0)
         if not decay:
@@ -117,7 +118,7 @@ class _Rolling(Optimizer):
         return float(decay) if first else 0.0
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None):
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Keep the gradients, and update parameters that have had three of them.
 
         A parameter whose gradient is None sits the step out: it is not updated, and what is kept of
@@ -153,13 +154,16 @@ class _Rolling(Optimizer):
             self._keep(self.state[p], grad)
         return loss
 
-    def _with_decay(self, present: list[tuple[Tensor, dict]]) -> list[Tensor]:
+    def _with_decay(self, present: list[tuple[Tensor, dict[str, Any]]]) -> list[Tensor]:
         """What is kept: in float32 for half precision, where a decay may be too small to count."""
         found = []
         for p, group in present:
             decay = self._decay(group)
             sign = -1.0 if group.get("maximize", False) else 1.0  # the wrapped optimizer turns the whole around
-            grad = p.grad.to(state_dtype(p)) if p.dtype in HALF else p.grad
+            grad = p.grad
+            assert grad is not None
+            if p.dtype in HALF:
+                grad = grad.to(state_dtype(p))
             found.append(grad.add(p, alpha=sign * decay) if decay else grad)
         return found
 
@@ -175,7 +179,7 @@ class _Rolling(Optimizer):
                 group["weight_decay"] = decay
 
     @staticmethod
-    def _keep(state: dict, grad: Tensor) -> None:
+    def _keep(state: dict[str, Tensor], grad: Tensor) -> None:
         if "older" in state:
             state["older"].copy_(grad)
             state["older"], state["newer"] = state["newer"], state["older"]
@@ -184,13 +188,13 @@ class _Rolling(Optimizer):
             state["older"] = state.pop("newer")
         state["newer"] = grad.detach().clone(memory_format=torch.preserve_format)
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """Return an optimizer's state, the kept gradients, and the wrapped one's state."""
         kind = {"format": _FORMAT, "rule": type(self).__name__, "wraps": type(self.optimizer).__name__}
         return {**super().state_dict(), "kind": kind, "wrapped": self.optimizer.state_dict()}
 
     @torch.no_grad()
-    def load_state_dict(self, state_dict: dict) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on as the optimizer whose state it is would.
 
         state_dict:  what that returned.
@@ -204,7 +208,7 @@ class _Rolling(Optimizer):
         self.optimizer.load_state_dict(state_dict["wrapped"])
         self.param_groups = self.optimizer.param_groups
 
-    def _check_state(self, state_dict: dict) -> None:
+    def _check_state(self, state_dict: dict[str, Any]) -> None:
         kind = state_dict.get("kind")
         mine = f"{type(self).__name__} around {type(self.optimizer).__name__}"
         if not isinstance(kind, dict) or kind.get("format") != _FORMAT:

@@ -6,7 +6,7 @@ Feldman and Zhang 2020, "What neural networks memorize and why", arXiv 2008.0370
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -93,11 +93,11 @@ class SubsetScores:
         within = self._test_hits_in.double()
         return within / self._in - (self._test_hits[:, None] - within) / (self.models - self._in)
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """Return the counts, copied."""
         return _copied(vars(self))
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from the counts of another.
 
         state:  what its `state_dict` returned.
@@ -110,7 +110,7 @@ class SubsetScores:
         vars(self).update(_copied(state))
 
 
-def _copied(state: dict) -> dict:
+def _copied(state: dict[str, Any]) -> dict[str, Any]:
     return {name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()}
 
 

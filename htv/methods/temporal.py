@@ -118,8 +118,17 @@ class TemporalAndMaskAdam(Optimizer):
                 self._update(params, **{key: value for key, value in group.items() if key in self.defaults})
         return loss
 
-    def _update(self, params: list[Tensor], lr, betas, eps: float, tau: float, weight_decay: float, maximize: bool):
-        grads = [p.grad for p in params]
+    def _update(
+        self,
+        params: list[Tensor],
+        lr: float | Tensor,
+        betas: tuple[float, float, float],
+        eps: float,
+        tau: float,
+        weight_decay: float,
+        maximize: bool,
+    ) -> None:
+        grads = [p.grad for p in params if p.grad is not None]
         if any(g.is_sparse for g in grads):
             raise RuntimeError(
                 "TemporalAndMaskAdam keeps signs of every coordinate and takes no sparse gradients: make the embedding "
@@ -129,7 +138,7 @@ class TemporalAndMaskAdam(Optimizer):
         grads = [g.float() if g.dtype in HALF else g for g in grads]
         weights = [p.float() + self.state[p][ROUNDING] if p.dtype in HALF else p for p in params]
         if maximize:
-            grads = torch._foreach_neg(grads)
+            grads = list(torch._foreach_neg(grads))
         beta1, beta2, beta3 = betas
         torch._foreach_lerp_(averages, grads, 1 - beta1)
         torch._foreach_mul_(squares, beta2)
@@ -154,7 +163,8 @@ class TemporalAndMaskAdam(Optimizer):
                 self.state[p][ROUNDING].copy_(torch.where(p.isfinite(), weight - p, 0))
 
     def _state(self, parameter: Tensor) -> dict[str, Tensor]:
-        state, dtype = self.state[parameter], state_dtype(parameter)
+        state: dict[str, Tensor] = self.state[parameter]
+        dtype = state_dtype(parameter)
         for name in (*STATE, *[ROUNDING] * (parameter.dtype in HALF)):
             if name not in state:
                 state[name] = torch.zeros_like(parameter, dtype=dtype)
@@ -198,7 +208,7 @@ def _check_hyperparameters(group: dict[str, Any]) -> None:
     def number(name: str, value: object, wanted: str, fits: Callable[[float], bool]) -> None:
         if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{name} must be a number {wanted}, got {value!r}")
-        if not fits(value):
+        if not fits(float(value)):
             raise ValueError(f"{name} must be {wanted}, got {value!r}")
 
     lr, betas = group["lr"], group["betas"]

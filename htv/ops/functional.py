@@ -10,6 +10,7 @@ inputs are computed in float32. A NaN among the E values of a coordinate gives N
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -216,7 +217,10 @@ def sand_mask(grads: Tensor, tau: float, k: float) -> Tensor:
     return apply_rule(grads, SandMask(tau, k))
 
 
-def median(grads: Tensor, interpolation: str = "midpoint") -> Tensor:
+def median(
+    grads: Tensor,
+    interpolation: Literal["midpoint", "lower", "higher"] = "midpoint",
+) -> Tensor:
     """Compute the median of each coordinate.
 
     grads:          (E, *shape), floating point.

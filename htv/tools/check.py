@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ from htv.rules import Rule
 
 __all__ = ["CheckReport", "check", "one_group_at_a_time"]
 
+Contributions = dict[str, Tensor | None]  # by parameter; None where no group reached it
 MOVES = 3  # how often rounding is drawn anew
 EPSILON = {t: torch.finfo(t).eps for t in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 
@@ -52,13 +55,17 @@ class CheckReport:
         return True
 
 
-def one_group_at_a_time(loss_of_group, parameters: dict[str, Tensor], num_groups: int) -> dict[str, Tensor | None]:
+def one_group_at_a_time(
+    loss_of_group: Callable[[int], Tensor],
+    parameters: dict[str, Tensor],
+    num_groups: int,
+) -> Contributions:
     """The oracle: contributions by `num_groups` separate plain backwards.
 
     loss_of_group:  e -> the scalar part of the loss that belongs to group e.
     Returns name -> (E, *shape), or None where no group reached the parameter.
     """
-    stacks: dict[str, list] = {name: [] for name in parameters}
+    stacks: dict[str, list[Tensor | None]] = {name: [] for name in parameters}
     for e in range(num_groups):
         grads = torch.autograd.grad(loss_of_group(e), list(parameters.values()), allow_unused=True)
         for name, grad in zip(parameters, grads, strict=True):
@@ -82,7 +89,7 @@ def aggregated(contributions: Tensor, rule: Rule) -> Tensor:
 
 def check(
     model: nn.Module,
-    batch,
+    batch: Any,
     rule: RuleChoice,
     groups: Tensor | None = None,
     exclude: tuple[str, ...] | list[str] | str = (),
@@ -158,7 +165,8 @@ def check(
 
 def _cast(model: nn.Module, dtype: torch.dtype, batch_norm: str = "error") -> nn.Module:
     """A copy that computes in dtype, without dropout; with BatchNorms in eval mode where "frozen" says so."""
-    twin = copy.deepcopy(model)._apply(lambda t: t.to(dtype) if t.is_floating_point() else t)
+    twin = copy.deepcopy(model)
+    twin._apply(lambda t: t.to(dtype) if t.is_floating_point() else t)
     for module in twin.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.eval()
@@ -189,7 +197,11 @@ def _gradients(loss: Tensor, parameters: dict[str, Tensor]) -> dict[str, Tensor 
     return {name: None if g is None else g.double() for name, g in zip(parameters, grads, strict=True)}
 
 
-def _one_by_one(model: nn.Module, like: _Call, groups: Tensor | None):
+def _one_by_one(
+    model: nn.Module,
+    like: _Call,
+    groups: Tensor | None,
+) -> tuple[Contributions, Contributions]:
     """Gradients of a model that is not attached, in float64: of the whole batch, and (E, *shape) of each group."""
     call, parameters = like.to(model), _trained(model)
     grouped_rows = Groups.each(call.size) if groups is None else Groups.by_id(groups, call.size)
@@ -207,11 +219,18 @@ class _Call:
     """
 
     def __init__(
-        self, model: nn.Module, batch, dtype: torch.dtype, dim: int, wanted: tuple[str, ...], size: int | None
+        self,
+        model: nn.Module,
+        batch: Any,
+        dtype: torch.dtype,
+        dim: int,
+        wanted: tuple[str, ...],
+        size: int | None,
     ):
         cast = lambda t: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t
         batch = pytree.tree_map(cast, batch)
-        self.args, self.kwargs = ((), batch) if isinstance(batch, dict) else (batch, {})
+        self.args: Any = () if isinstance(batch, dict) else batch
+        self.kwargs: dict[str, Any] = batch if isinstance(batch, dict) else {}
         if not isinstance(self.args, (tuple, list)):
             self.args = (self.args,)
         tensors = named_tensors(parameter_names(model.forward), tuple(self.args), self.kwargs)
@@ -238,7 +257,7 @@ class _Call:
         self._buffers = [(b, b.clone(), b._version) for b in model.buffers()]
 
     def _outputs(self, rows: Tensor | None) -> list[Tensor]:
-        def cut(value):
+        def cut(value: Any) -> Any:
             is_batch = isinstance(value, Tensor) and value.dim() > self.dim and value.shape[self.dim] == self.size
             return value.index_select(self.dim, rows.to(value.device)) if is_batch and rows is not None else value
 
@@ -279,7 +298,9 @@ def _exact_noise(contributions: dict[str, Tensor | None], plain: dict[str, Tenso
     for name, stacked in contributions.items():
         if stacked is None or not stacked.numel():
             continue
-        gap = (stacked.sum(dim=0) - plain[name]).abs().max().item()
+        whole = plain[name]
+        assert whole is not None  # some group reaches it
+        gap = (stacked.sum(dim=0) - whole).abs().max().item()
         if not gap <= 1e-4 * scale:
             raise ValueError(
                 f"the plain gradient of parameter {name!r} is not the sum of its groups' gradients (they differ by "
@@ -301,7 +322,14 @@ def _noise(stacked: Tensor, rounded: list[Tensor], exact: float) -> Tensor:
     return 2 * torch.where(reached, torch.maximum(off, usual), off) + exact
 
 
-def _compare(found, plain, contributions, rounded, rules, relative: float) -> CheckReport:
+def _compare(
+    found: dict[str, Any],
+    plain: dict[str, Any],
+    contributions: dict[str, Any],
+    rounded: list[dict[str, Any]],
+    rules: dict[str, Any],
+    relative: float,
+) -> CheckReport:
     """rounded: the contributions as computed one group at a time in the type of what was found, several times."""
     exact, scale = _exact_noise(contributions, plain), _scale(contributions)
     worst = ambiguous = total = 0.0
@@ -359,11 +387,11 @@ def _noticed(rule: Rule | None, groups: int) -> tuple[bool, bool, bool]:
     return definition.by_sign, definition.steep, statistic.normalise
 
 
-def _sensitivity(stacked: Tensor, off: Tensor, rule: Rule) -> Tensor:
+def _sensitivity(stacked: Tensor, off: Tensor, rule: Any) -> Tensor:
     """How far noise in the contributions moves a rule that may magnify it, as far as a few draws tell."""
     generator = torch.Generator().manual_seed(0)
-    expected, to_device_async = aggregated(stacked, rule), torch.zeros_like(stacked[0])
+    expected, moved = aggregated(stacked, rule), torch.zeros_like(stacked[0])
     for _ in range(8):
         drawn = torch.randint(0, 2, stacked.shape, generator=generator).to(stacked) * 2 - 1
-        to_device_async = torch.maximum(to_device_async, (aggregated(stacked + drawn * off, rule) - expected).abs())
-    return 2 * to_device_async
+        moved = torch.maximum(moved, (aggregated(stacked + drawn * off, rule) - expected).abs())
+    return 2 * moved

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from htv.ops.factors import (
     LinearFactors,
     StackedFactors,
 )
-from htv.rules import AndMask, Median
+from htv.rules import AndMask, Median, Rule
 
 __all__ = ["Explanation", "Row", "explain"]
 
@@ -73,6 +74,7 @@ USES: dict[type[nn.Module], str] = {
 }
 
 
+Uses = dict[str, tuple[list[str], str | None]]  # by parameter: kinds of use, and why none is served
 RULES = AndMask(0.5), Median()  # one that streams, one that ranks
 
 
@@ -118,12 +120,12 @@ class Explanation:
         return tuple(row.parameter for row in self.rows if row.streaming.startswith("unsupported"))
 
     def __str__(self) -> str:
-        lines = [("parameter", "shape", "use", "streaming rules", "order rules")]
+        lines = [["parameter", "shape", "use", "streaming rules", "order rules"]]
         for row in self.rows:
             paths = (
                 f"{path}{_share(extra)}" for path, extra in zip((row.streaming, row.order), row.extra, strict=True)
             )
-            lines.append((row.parameter, "x".join(map(str, row.shape)) or "()", row.use, *paths))
+            lines.append([row.parameter, "x".join(map(str, row.shape)) or "()", row.use, *paths])
         widths = [max(len(line[column]) for line in lines) for column in range(4)]
         table = [
             "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[4]]).rstrip()
@@ -139,7 +141,10 @@ def _share(extra: float | None) -> str:
 
 
 def explain(
-    model: nn.Module, batch=None, batch_argument: str | tuple[str, ...] | list[str] = (), batch_dim: int = 0
+    model: nn.Module,
+    batch: Any = None,
+    batch_argument: str | tuple[str, ...] | list[str] = (),
+    batch_dim: int = 0,
 ) -> Explanation:
     """Tell which path serves each parameter of a model, and how much work that adds.
 
@@ -172,7 +177,13 @@ def _row_by_class(name: str, parameter: nn.Parameter, kinds: list[str], refusal:
     return Row(name, tuple(parameter.shape), " + ".join(kinds) or "-", *paths)
 
 
-def _row_by_run(name: str, parameter: nn.Parameter, kinds: list[str], refusal: str | None, plans: list | None) -> Row:
+def _row_by_run(
+    name: str,
+    parameter: nn.Parameter,
+    kinds: list[str],
+    refusal: str | None,
+    plans: list[tuple[str, float | None]] | None,
+) -> Row:
     use = " + ".join(kinds) or "-"
     if refusal or plans is None:
         paths = (refusal, "-") if refusal else ("not used in this forward",) * 2
@@ -181,7 +192,7 @@ def _row_by_run(name: str, parameter: nn.Parameter, kinds: list[str], refusal: s
     return Row(name, tuple(parameter.shape), use, streaming, order, (work, ranking))
 
 
-def _path(kinds: list[str], rule, device: torch.device) -> str:
+def _path(kinds: list[str], rule: Rule, device: torch.device) -> str:
     if len(kinds) > 1:
         return f"summed per group, then {dispatch.path(Factors, rule, device)}"
     (kind,) = kinds
@@ -194,7 +205,7 @@ def _path(kinds: list[str], rule, device: torch.device) -> str:
     return others if others == views else f"{others}; views: {views}"
 
 
-def _uses_by_class(model: nn.Module) -> dict[str, tuple[list[str], str | None]]:
+def _uses_by_class(model: nn.Module) -> Uses:
     owners: dict[int, list[nn.Module]] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
@@ -203,7 +214,7 @@ def _uses_by_class(model: nn.Module) -> dict[str, tuple[list[str], str | None]]:
         id(parametrizations): module
         for module in model.modules()
         if parametrize.is_parametrized(module)
-        for parametrizations in module.parametrizations.values()
+        for parametrizations in cast(nn.ModuleDict, module.parametrizations).values()
     }
     used = {}
     for name, parameter in model.named_parameters():
@@ -252,14 +263,22 @@ def _refusal(module: nn.Module) -> str | None:
 
 
 def _uses_by_running(
-    model: nn.Module, batch, batch_argument, batch_dim: int
-) -> tuple[dict, dict, str, tuple[str, ...]]:
+    model: nn.Module,
+    batch: Any,
+    batch_argument: str | tuple[str, ...] | list[str],
+    batch_dim: int,
+) -> tuple[Uses, dict[str, list[tuple[str, float | None]]], str, tuple[str, ...]]:
     """Kinds of use and refusals by parameter, plans under both rules, the batch's source, where it was lost."""
     args, kwargs = ((), batch) if isinstance(batch, dict) else (batch, {})
     args = tuple(args) if isinstance(args, (tuple, list)) else (args,)
-    used = {name: ([], "frozen: no gradient") for name, p in model.named_parameters() if not p.requires_grad}
-    plans: dict[str, list] = {}
-    settings = {"batch": batch_argument, "batch_dim": batch_dim, "allow_single": True}
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    used: Uses = {name: ([], "frozen: no gradient") for name in frozen}
+    plans: dict[str, list[tuple[str, float | None]]] = {}
+    settings: dict[str, Any] = {
+        "batch": batch_argument,
+        "batch_dim": batch_dim,
+        "allow_single": True,
+    }
     attached = attach(model, RULES[0], on_unsupported="plain", stats=True, **settings)
     with attached as handle, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -280,6 +299,6 @@ def _uses_by_running(
     return used, plans, session.batch_source, lost
 
 
-def _as_dict(result):
+def _as_dict(result: Any) -> Any:
     """Models may return a mapping that is no dict."""
     return dict(result) if hasattr(result, "items") else result

@@ -52,8 +52,8 @@ def there_and_back(operator: Callable) -> Callable:
     """The operator for tensors on the CPU: floating-point ones go to the device, results come back."""
 
     def op(*arguments):
-        to_device_async = (placed(a) if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments)
-        return tuple(result.cpu() for result in operator(*to_device_async))
+        moved = (placed(a) if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments)
+        return tuple(result.cpu() for result in operator(*moved))
 
     return op
 

@@ -30,7 +30,7 @@ __all__ = [
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 Forward = Callable[[nn.Module, Any], Tensor]
-Statistics = Iterable | Literal["interpolated"] | None
+Statistics = Iterable[Any] | Literal["interpolated"] | None
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def barrier(t: Tensor, losses: Tensor) -> Barrier:
 def evaluate_along(
     path: WeightPath,
     model: nn.Module,
-    datasets: Mapping[str, Iterable],
+    datasets: Mapping[str, Iterable[Any]],
     points: int | Sequence[float] | Tensor = 21,
     *,
     bn_data: Statistics = None,
@@ -149,24 +149,24 @@ def evaluate_along(
     path.coefficients(t, extrapolate)  # before any work
     probe = path.probe(model)
     probe.model.eval()
-    reestimated = _checked_statistics(probe.model, bn_data)
+    statistics = _checked_statistics(probe.model, bn_data)
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in datasets}
     for value in t.tolist():
         probe.move(value, extrapolate)
-        if reestimated:
-            reestimate_batchnorm(probe.model, bn_data, forward=forward)
+        if statistics is not None:
+            reestimate_batchnorm(probe.model, statistics, forward=forward)
         for name, data in datasets.items():
             found[name].append(_evaluate(probe.model, name, data, criterion, forward))
     columns = {name: torch.tensor(rows, dtype=torch.float64).unbind(1) for name, rows in found.items()}
     return PathProfile(t, {name: c[0] for name, c in columns.items()}, {name: c[1] for name, c in columns.items()})
 
 
-def _checked_statistics(model: nn.Module, bn_data: Statistics) -> bool:
-    """Whether statistics are to be re-estimated."""
+def _checked_statistics(model: nn.Module, bn_data: Statistics) -> Iterable[Any] | None:
+    """The batches to re-estimate statistics from; None if they are not to be."""
     if isinstance(bn_data, str):
         if bn_data != "interpolated":
             raise ValueError(f"bn_data must be batches, None or 'interpolated', got {bn_data!r}")
-        return False
+        return None
     found = batchnorms(model)
     if bn_data is None:
         if found:
@@ -175,17 +175,19 @@ def _checked_statistics(model: nn.Module, bn_data: Statistics) -> bool:
                 f"{type(module).__name__} {name!r} has running statistics, which hold for no interior point of a path: "
                 "pass bn_data=, training batches to re-estimate them from (or 'interpolated' to go without)"
             )
-        return False
+        return None
     require_repeatable("bn_data", bn_data)
-    return bool(found)
+    return bn_data if found else None
 
 
 @torch.no_grad()
 def _evaluate(
-    model: nn.Module, name: str, data: Iterable, criterion: Criterion, forward: Forward | None
+    model: nn.Module, name: str, data: Iterable[Any], criterion: Criterion, forward: Forward | None
 ) -> tuple[float, float]:
     """Mean loss and accuracy over a data set; one synchronisation."""
-    loss, right, examples, classified = 0.0, 0.0, 0, 0
+    loss: float | Tensor = 0.0
+    right: float | Tensor = 0.0
+    examples = classified = 0
     for batch in data:
         outputs = model(inputs_of(model, batch)) if forward is None else forward(model, batch)
         targets = batch[1].to(outputs.device)
@@ -267,7 +269,7 @@ class MechanisticSimilarity:
 def mechanistic_similarity(
     first: Weights,
     second: Weights,
-    datasets: Mapping[str, Iterable],
+    datasets: Mapping[str, Iterable[Any]],
     base: str,
     *,
     tolerance: float,
@@ -334,8 +336,9 @@ def mechanistic_similarity(
     interventions = {}
     for name, losses in ends.items():
         if name != base:
-            changes = tuple(after - before for after, before in zip(losses, ends[base], strict=True))
-            interventions[name] = Invariance(losses, changes, tuple(abs(change) <= tolerance for change in changes))
+            changes = losses[0] - ends[base][0], losses[1] - ends[base][1]
+            invariant = abs(changes[0]) <= tolerance, abs(changes[1]) <= tolerance
+            interventions[name] = Invariance(losses, changes, invariant)
     return MechanisticSimilarity(tolerance, base, interventions, profiles)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 __all__ = ["Entry", "Group", "Layout", "template_of"]
 
@@ -50,7 +51,7 @@ class Layout:
     @staticmethod
     def of(model: nn.Module) -> Layout:
         state = _tensors(model)
-        if any(isinstance(tensor, nn.parameter.UninitializedTensorMixin) for tensor in state.values()):
+        if any(is_lazy(tensor) for tensor in state.values()):
             raise ValueError("the model has lazy parameters without a shape: run it on a batch first")
         tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(
             model.named_buffers(remove_duplicate=False)
@@ -110,7 +111,7 @@ class Layout:
         """
         (_, start), *others = states.items()
         constants: dict[str, Tensor] = {}
-        keys: dict[tuple, list[str]] = {}
+        keys: dict[tuple[bool, torch.dtype, torch.device], list[str]] = {}
         for name, tensor in start.items():
             differs = next((role for role, state in others if not _equal(state[name], tensor)), None)
             floating = tensor.is_floating_point() or tensor.is_complex()

@@ -47,7 +47,7 @@ class Matching:
 def match_permutations(
     reference: nn.Module,
     model: nn.Module,
-    data: Iterable,
+    data: Iterable[Any],
     spec: PermutationSpec | None = None,
     *,
     forward: Forward | None = None,
@@ -102,7 +102,12 @@ def match_permutations(
 
 @torch.no_grad()
 def activation_correlations(
-    reference: nn.Module, model: nn.Module, data: Iterable, spec: PermutationSpec, *, forward: Forward | None = None
+    reference: nn.Module,
+    model: nn.Module,
+    data: Iterable[Any],
+    spec: PermutationSpec,
+    *,
+    forward: Forward | None = None,
 ) -> dict[str, Tensor]:
     """Correlate every unit of one model with every unit of the other, over data, in eval mode.
 
@@ -193,7 +198,7 @@ def _observe(
 
 @contextmanager
 def _watching(net: nn.Module, outputs: dict[str, list[Tensor]]) -> Iterator[None]:
-    def keeping(name: str) -> Callable:
+    def keeping(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
         return lambda module, args, output: outputs[name].append(output.detach().clone())  # may be changed in place
 
     hooks = [net.get_submodule(name).register_forward_hook(keeping(name)) for name in outputs]
@@ -204,7 +209,7 @@ def _watching(net: nn.Module, outputs: dict[str, list[Tensor]]) -> Iterator[None
             hook.remove()
 
 
-def _assigned(units: Units, correlations: Tensor, assign: Callable) -> Tensor:
+def _assigned(units: Units, correlations: Tensor, assign: Callable[..., Any]) -> Tensor:
     """The permutation of largest total correlation; blocks are assigned by what their own best assignments reach."""
     width = units.size // units.blocks
     blocks = correlations.view(units.blocks, width, units.blocks, width).transpose(1, 2)
@@ -215,8 +220,8 @@ def _assigned(units: Units, correlations: Tensor, assign: Callable) -> Tensor:
     return torch.cat([best[i][j] + j * width for i, j in enumerate(chosen)])
 
 
-def _linear_sum_assignment() -> Callable:
+def _linear_sum_assignment() -> Callable[..., Any]:
     require("matching units", "methods", "scipy")
     from scipy.optimize import linear_sum_assignment
 
-    return linear_sum_assignment
+    return linear_sum_assignment  # type: ignore[no-any-return]

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import copy
 import math
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +63,8 @@ class WeightPath(nn.Module, ABC):
     True
     """
 
+    points: Sequence[nn.ParameterList]  # in an nn.ModuleList
+
     def __init__(
         self,
         start: Weights,
@@ -82,7 +86,9 @@ class WeightPath(nn.Module, ABC):
         if isinstance(middle, int):
             flats[1:1] = [_on_chord(flats[0], flats[-1], k / (middle + 1)) for k in range(1, middle + 1)]
         indices = _trained_indices(trained, len(flats))
-        self.points = nn.ModuleList(self._as_parameters(flat, k in indices) for k, flat in enumerate(flats))
+        self.points = nn.ModuleList(  # type: ignore[assignment]
+            self._as_parameters(flat, k in indices) for k, flat in enumerate(flats)
+        )
 
     def _as_parameters(self, flats: list[Tensor], trained: bool) -> nn.ParameterList:
         groups = zip(flats, self.layout.groups, strict=True)
@@ -402,7 +408,8 @@ def _mix(points: list[Tensor], coefficients: Tensor) -> Tensor:
     wide = torch.promote_types(points[0].dtype, torch.float32)
     real = wide if not wide.is_complex else wide.to_real()
     columns = coefficients.to(points[0].device, real).unsqueeze(-1).unbind(-2)
-    return sum(c * point.to(wide) for c, point in zip(columns, points, strict=True)).to(points[0].dtype)
+    parts = (c * point.to(wide) for c, point in zip(columns, points, strict=True))
+    return reduce(operator.add, parts).to(points[0].dtype)
 
 
 def _combine(points: list[Tensor], coefficients: list[float], out: Tensor) -> None:

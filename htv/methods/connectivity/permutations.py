@@ -288,9 +288,10 @@ def channel_dim(module: nn.Module) -> int:
 def channels_of(module: nn.Module) -> int | None:
     """Of a layer's output; None if it is no layer with channels."""
     names = ("out_features", "out_channels", "num_features", "num_channels", "embedding_dim", "num_parameters")
-    if hasattr(module, "normalized_shape"):
-        return module.normalized_shape[-1]
-    return next((getattr(module, name) for name in names if hasattr(module, name)), None)
+    found: Any = next((getattr(module, name) for name in names if hasattr(module, name)), None)
+    shape: Any = getattr(module, "normalized_shape", None)
+    found = found if shape is None else shape[-1]
+    return None if found is None else int(found)
 
 
 def _is_layer(module: nn.Module) -> bool:
@@ -306,9 +307,9 @@ class _LayerReader:
     """Reads units by the names of their layers."""
 
     def __init__(self, model: nn.Module):
-        self.modules = dict(model.named_modules())
+        self.modules: dict[str, nn.Module] = dict(model.named_modules())
         self.parameters = [name for name, _ in model.named_parameters()]
-        self.tensors = dict(model.named_parameters(remove_duplicate=False))
+        self.tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
         self.tensors |= model.named_buffers(remove_duplicate=False)
         self.covered: set[str] = set()  # layers and single parameters
         self.taken: dict[tuple[str, int], str] = {}
@@ -362,8 +363,9 @@ class _LayerReader:
         for entry in producers:
             if isinstance(entry, str):
                 module = self._module(units, entry)
-                if produced_axes(module):
-                    return channels_of(module)
+                size = channels_of(module) if produced_axes(module) else None
+                if size is not None:
+                    return size
         raise ValueError(f"producers of units {units!r} hold no linear or convolutional layer or embedding")
 
     def _of(self, units: str, size: int, name: str, role: str) -> list[UnitAxis]:

@@ -99,5 +99,5 @@ def sample_truncated_normal(
     if not last > first:
         raise ValueError(f"[low, high] = [{low}, {high}] is too far from mean={mean} for std={std}: no mass is there")
     uniform = torch.rand(count, generator=generator, dtype=torch.float64)
-    normal = sign * torch.special.ndtri(torch.lerp(first, last, uniform))
+    normal: Tensor = sign * torch.special.ndtri(torch.lerp(first, last, uniform))
     return (mean + std * normal).clamp(low, high)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -22,7 +23,10 @@ def batchnorms(model: nn.Module) -> dict[str, _NormBase]:
 
 @torch.no_grad()
 def reestimate_batchnorm(
-    model: nn.Module, data: Iterable, *, forward: Callable[[nn.Module, Any], Tensor] | None = None
+    model: nn.Module,
+    data: Iterable[Any],
+    *,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
 ) -> None:
     """Set the running statistics of every BatchNorm to averages over data, in place.
 
@@ -69,7 +73,7 @@ def inputs_of(model: nn.Module, batch: Any) -> Tensor:
     return x if parameter is None else x.to(parameter.device)
 
 
-def require_repeatable(role: str, data: Iterable) -> None:
+def require_repeatable(role: str, data: Iterable[Any]) -> None:
     """Raise TypeError for an iterator: the second time nothing would be left of it."""
     if iter(data) is data:
         raise TypeError(f"{role} is an iterator, which can be gone through only once: pass a list or a DataLoader")
@@ -86,6 +90,15 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def _running(module: _NormBase) -> tuple[Tensor, Tensor]:
+    assert module.running_mean is not None and module.running_var is not None
+    return module.running_mean, module.running_var
+
+
+def _in_half(module: _NormBase) -> bool:
+    return _running(module)[0].dtype in HALF
+
+
 @contextmanager
 def _averaging(named: Mapping[str, _NormBase]) -> Iterator[None]:
     """Every call of these weighs as much as its batch in the running statistics.
@@ -95,10 +108,10 @@ def _averaging(named: Mapping[str, _NormBase]) -> Iterator[None]:
     """
     names, modules = {module: name for name, module in named.items()}, list(named.values())
     momenta = [module.momentum for module in modules]
-    seen: dict[nn.Module, int] = {}
-    sums: dict[nn.Module, list[Tensor]] = {}
+    seen: dict[_NormBase, int] = {}
+    sums: defaultdict[_NormBase, list[Any]] = defaultdict(lambda: [0.0, 0.0])
 
-    def before(module: _NormBase, args: tuple, kwargs: dict) -> None:
+    def before(module: _NormBase, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs["input"]
         size = len(x)
         if x.numel() == module.num_features:
@@ -110,19 +123,18 @@ def _averaging(named: Mapping[str, _NormBase]) -> Iterator[None]:
             module.reset_running_stats()
         seen[module] = seen.get(module, 0) + size
         module.momentum = size / max(1, seen[module])
-        if size and module.running_mean.dtype in HALF:
+        if size and _in_half(module):
             module.momentum = 1.0
 
-    def after(module: _NormBase, args: tuple, kwargs: dict, y: Tensor) -> None:
-        if module.momentum == 1.0 and module.running_mean.dtype in HALF:
-            kept = (module.running_mean.float(), module.running_var.float())
-            earlier = sums.get(module, (0, 0))
-            sums[module] = [a + len(y) * b for a, b in zip(earlier, kept, strict=True)]
+    def after(module: _NormBase, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
+        if module.momentum == 1.0 and _in_half(module):
+            for index, kept in enumerate(_running(module)):
+                sums[module][index] += len(y) * kept.float()
 
     hooks = [module.register_forward_pre_hook(before, with_kwargs=True) for module in modules]
     hooks += [module.register_forward_hook(after, with_kwargs=True) for module in modules]
-    for module in modules:
-        module.train()
+    for one in modules:
+        one.train()
     try:
         yield
         empty = next((names[module] for module, size in seen.items() if not size), None)
@@ -134,5 +146,5 @@ def _averaging(named: Mapping[str, _NormBase]) -> Iterator[None]:
         for module, momentum in zip(modules, momenta, strict=True):
             module.momentum = momentum
         for module, totals in sums.items():
-            for kept, total in zip((module.running_mean, module.running_var), totals, strict=True):
+            for kept, total in zip(_running(module), totals, strict=True):
                 kept.copy_(total / seen[module])

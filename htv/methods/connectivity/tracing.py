@@ -261,7 +261,9 @@ class _Follower(fx.Interpreter):
             return None
         if node.op == "call_module":
             return self._through_module(node, result)
-        name = node.target if node.op == "call_method" else getattr(node.target, "__name__", str(node.target))
+        name = str(node.target)
+        if node.op != "call_method":
+            name = getattr(node.target, "__name__", name)
         return self._through_function(node, name.rstrip("_"), result)
 
     def _through_function(self, node: fx.Node, name: str, result: Any) -> Any:
@@ -272,12 +274,14 @@ class _Follower(fx.Interpreter):
         tracked = self._tracked(node)
         if not tracked or (name in SHAPES and not isinstance(result, Tensor)):
             return None
-        place = self.places.get(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
+        source: Any = node.args[0] if node.args else None
+        place = self.places.get(source) if isinstance(source, fx.Node) else None
         if isinstance(place, tuple) and name == "getitem":
-            return place[node.args[1]]
+            index: Any = node.args[1]
+            return place[index]
         if not isinstance(place, _Place) or len(tracked) > 1:
             raise _Refusal(f"operation {name!r} ({node.name})")
-        x = self.env[node.args[0]]
+        x = self.env[source]
         if name in SPATIAL:
             return self._spatial(node.name, name, place, x, result)
         if name in REDUCTIONS:
@@ -285,16 +289,16 @@ class _Follower(fx.Interpreter):
             return self._reduced(place, x, *args[1:], **kwargs)
         if name in MOVING:
             args, kwargs = self.fetch_args_kwargs_from_env(node)
-            call = getattr(torch.Tensor, name) if node.op == "call_method" else node.target
+            call: Any = getattr(torch.Tensor, name) if node.op == "call_method" else node.target
             return self._moved(f"operation {name!r} ({node.name})", place, x, lambda t: call(t, *args[1:], **kwargs))
         raise _Refusal(f"operation {name!r} ({node.name})")
 
-    def _through_module(self, node: fx.Node, result: Any) -> _Place | None:
+    def _through_module(self, node: fx.Node, result: Any) -> Any:
         name, module = str(node.target), self.module.get_submodule(str(node.target))
         self.reached.update(id(p) for p in module.parameters())
         groups = f" of {module.groups} groups" if getattr(module, "groups", 1) > 1 else ""
         where = f"layer {name!r}, a {type(module).__name__}{groups}"
-        source = node.args[0] if node.args else next(iter(node.kwargs.values()))
+        source: Any = node.args[0] if node.args else next(iter(node.kwargs.values()))
         place, x = self.places.get(source), self.env.get(source, source)
         if isinstance(place, tuple) or len(self._tracked(node)) > (place is not None):
             raise _Refusal(where)
@@ -415,7 +419,7 @@ class _Follower(fx.Interpreter):
 
     def _elementwise(self, node: fx.Node, result: Tensor) -> _Place | None:
         tensors = [source for source in node.all_input_nodes if isinstance(self.env[source], Tensor)]
-        aligned = {}
+        aligned: dict[fx.Node, _Place] = {}
         for source in tensors:
             place = self.places.get(source)
             if isinstance(place, tuple):
@@ -462,10 +466,11 @@ class _Follower(fx.Interpreter):
                 )
 
     def spec(self, on_unsupported: str) -> PermutationSpec:
-        units, pinned = [], {}
+        units: list[Units] = []
+        pinned: dict[str, str] = {}
         for index, found in enumerate(self.sets):
             if index != self.frozen and self._root(index) == self.frozen:
-                pinned[found.name] = self._set(self.frozen).pinned
+                pinned[found.name] = self._set(self.frozen).pinned or ""
             if self._root(index) != index or index == self.frozen or not found.axes:
                 continue
             if found.size % found.blocks:
@@ -478,7 +483,9 @@ class _Follower(fx.Interpreter):
             if found.size == 1:
                 found.pinned = found.pinned or "units of other layers that meet them leave no two to exchange"
             if found.pinned or found.refused:
-                pinned[found.name] = f"not followed through {found.refused}" if found.refused else found.pinned
+                pinned[found.name] = found.pinned or ""
+                if found.refused:
+                    pinned[found.name] = f"not followed through {found.refused}"
                 continue
             units.append(self._finished(found))
         return PermutationSpec(tuple(units), pinned)

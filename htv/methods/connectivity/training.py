@@ -23,7 +23,7 @@ Sampler = Callable[..., Tensor]
 def train_curve(
     path: WeightPath,
     model: nn.Module,
-    data: Iterable,
+    data: Iterable[Any],
     optimizer: Optimizer,
     *,
     epochs: int = 1,
