@@ -6,7 +6,7 @@ import os
 import pretended_gpu
 import pytest
 import torch
-from pretended_gpu import OnDevice, Waits, pretended, to_device_async, values
+from pretended_gpu import OnDevice, Waits, pretended, moved, values
 from torch import nn
 
 import htv
@@ -129,7 +129,7 @@ def test_a_step_waits_for_nothing(server, model, grouped_rows, rule, monkeypatch
     wanted = gradients(net, batch, rule, VOTERS[grouped_rows])
     net.zero_grad()
     with pretended(monkeypatch), htv.use_backend(server):
-        found = gradients(to_device_async(net), OnDevice(batch), rule, VOTERS[grouped_rows])
+        found = gradients(moved(net), OnDevice(batch), rule, VOTERS[grouped_rows])
     assert all(p.device == pretended_gpu.CUDA for p in net.parameters())
     for parameter, one, other in zip(dict(net.named_parameters()), found, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5, msg=lambda m, name=parameter: f"{name}: {m}")
@@ -157,7 +157,7 @@ def test_a_capture_holds_who_votes(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pytest.fail("copies"))
-        assert torch.equal(values(groups.to_device_async(order, pretended_gpu.CUDA)), order)
-        assert groups.to_device_async(order[:0], pretended_gpu.CUDA).shape == (0,)
+        assert torch.equal(values(groups.moved(order, pretended_gpu.CUDA)), order)
+        assert groups.moved(order[:0], pretended_gpu.CUDA).shape == (0,)
         with pytest.raises(RuntimeError, match="cannot capture who votes with 5000 values"):
-            groups.to_device_async(torch.arange(5000), pretended_gpu.CUDA)
+            groups.moved(torch.arange(5000), pretended_gpu.CUDA)

@@ -552,3 +552,24 @@ def test_exchanged_parameters_are_refused(exchange):
         pair.model.load_state_dict(copy.deepcopy(pair.eager.state_dict()), assign=True)
     with pytest.raises(DYNAMO_ERRORS, match="parameters changed while attached"):
         pair.compiled(ids())
+
+
+class Halved(htv.Rule):
+    """A rule of one's own that is not hashable, as a dataclass with eq is not."""
+
+    __hash__ = None
+
+    def reduce(self, contributions):
+        return contributions.mean(dim=0) / 2
+
+
+def test_a_rule_of_ones_own_is_refused_by_name():
+    model, x = nn.Linear(4, 3), torch.randn(5, 4)
+    model(x).sum().backward()
+    plain, model.weight.grad = model.weight.grad, None
+    with htv.attach(model, Halved()):
+        model(x).sum().backward()
+        torch.testing.assert_close(model.weight.grad, plain / 2)
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        with pytest.raises(Exception, match="Halved is a rule of your own, and a compiled model cannot"):
+            compiled(x)

@@ -85,6 +85,7 @@ class SessionLike(ModeSession, Protocol):
     collects_stats: bool
     examine: Callable[[str, list[Factors]], None] | None
     only_means: bool
+    rules: list[Rule]
     passes: NestedBackwards
     told_of_sums: bool
 

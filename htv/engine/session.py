@@ -141,7 +141,8 @@ class Session:
         self._found: dict[tuple, dict[tuple, Mark]] = {}  # marks of results, by size of the batch
         # By the number of groups: who shares a node.
         self._nodes: dict[int, dict[TrackedParameter, tuple[TrackedParameter, ...]]] = {}
-        self.rules = {tracked.rule for tracked in self._tracked.values()}
+        # By identity: a rule of the user's own may not be hashable.
+        self.rules = list({id(t.rule): t.rule for t in self._tracked.values()}.values())
         self.only_means = all(type(rule) is Mean for rule in self.rules)
         self._plain = [p for name, p in parameters.items() if rules[name] is None]
         self._modules = list(model.modules())

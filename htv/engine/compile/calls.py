@@ -32,6 +32,7 @@ from htv.engine.group_spec import StaticGroupSpec
 from htv.engine.guard_state import PASSES, CompileGuardState, forwards
 from htv.engine.mode import ServingMode
 from htv.errors import UnsupportedError
+from htv.rules import refuse_open
 
 __all__ = ["call"]
 
@@ -160,6 +161,9 @@ def _run(forward: ForwardStandIn, tensors: list[Tensor], voting: tuple, args: tu
         raise UnsupportedError("an attached model can be traced by torch.compile alone: detach its handle first")
     if torch.compiler.is_exporting():
         raise UnsupportedError(EXPORTING.format("torch.export"))
+    if torch.is_grad_enabled():
+        remedy = "run this model without torch.compile"
+        refuse_open(session.rules, "a compiled model", remedy)
     if torch.is_grad_enabled() and not session.only_means:
         ranks.refuse_data_parallel()
     outer = session.running()
