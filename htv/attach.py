@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any, NoReturn, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -37,36 +38,49 @@ def attach(
 ) -> Handle:
     """Aggregate the per-group gradients of a model's parameters by a rule.
 
-    From then on ``loss.backward()`` (or `torch.autograd.grad`) gives each parameter ``E * stat({c_e})`` over the
-    contributions c_e of the E groups of the batch, and any optimizer works unchanged. No class, parameter or state_dict
-    key of the model changes; forwards without gradients run as before.
+    From then on ``loss.backward()`` (or `torch.autograd.grad`) gives each parameter
+    ``E * stat({c_e})`` over the contributions c_e of the E groups of the batch, and any optimizer
+    works unchanged. No class, parameter or state_dict key of the model changes; forwards without
+    gradients run as before.
 
-    model:           any module whose parameters are used in ways `htv.explain` lists as served. For what torch.compile
-                     returned, the module it was made of; torch.compile may as well be called later.
-    rule:            an `htv.Rule` for all parameters, or a callable (name, parameter) -> rule, or None for a plain
-                     gradient.
-    exclude:         parameters that keep their plain gradient: names, module names, or patterns such as "*.bias".
-    on_unsupported:  "error" refuses a use whose contributions cannot be separated; "plain" warns once and lets the
-                     contributions of that use be summed plainly.
-    batch_dim:       the dim of the model's inputs that holds the examples: 1 for sequence-first models.
-    batch_norm:      what becomes of BatchNorm modules in train mode, which couple the examples of a batch: "error"
-                     refuses them; "frozen" runs them on their running statistics, which stay as they are; "shared" lets
-                     an example's contribution be its rows' part of the plain gradient, with what passes through the
-                     shared statistics.
+    model:           any module whose parameters are used in ways `htv.explain` lists as served. For
+                     what torch.compile returned, the module it was made of; torch.compile may as
+                     well be called later.
+    rule:            an `htv.Rule` for all parameters, or a callable (name, parameter) -> rule, or
+                     None for a plain gradient.
+    exclude:         parameters that keep their plain gradient: names, module names, or patterns
+                     such as "*.bias".
+    on_unsupported:  "error" refuses a use whose contributions cannot be separated; "plain" warns
+                     once and lets the contributions of that use be summed plainly.
+    stats:           collect what `Handle.stats` returns, at about the price of aggregating every
+                     parameter once more.
+    batch_dim:       the dim of the model's inputs that holds the examples: 1 for sequence-first
+                     models.
+    batch_norm:      what becomes of BatchNorm modules in train mode, which couple the examples of a
+                     batch: "error" refuses them; "frozen" runs them on their running statistics,
+                     which stay as they are; "shared" lets an example's contribution be its rows'
+                     part of the plain gradient, with what passes through the shared statistics.
     batch:           the arguments of the forward that hold the examples, by name: "input_ids", or
-                     several where examples
-                     come in two parts. Without it, all tensor arguments of one size in the batch's
-                     dim are taken;
-                     tensors of size 1 beside them are constants, and other sizes are refused.
+                     several where examples come in two parts. Without it, all tensor arguments of
+                     one size in the batch's dim are taken; tensors of size 1 beside them are
+                     constants, and other sizes are refused.
     methods:         other methods of the model, or of its parts ("encoder.embed"), that are called
-                     in its place and are
-                     to be served as one forward: "training_step", "get_action_and_value".
+                     in its place and are to be served as one forward: "training_step",
+                     "get_action_and_value".
     allow_single:    let a batch of one group pass, whose aggregate is its plain gradient, under
                      rules that need several.
-    stats:           collect what `Handle.stats` returns, at about the price of aggregating every parameter once more.
 
-    Raises TypeError or ValueError for bad arguments, RuntimeError if the model, a part of it or one of its parameters
+    Returns a `Handle`, which is also a context manager that detaches. Raises TypeError or
+    ValueError for bad arguments, RuntimeError if the model, a part of it or one of its parameters
     is attached already, or if a parameter has no shape yet.
+
+    >>> model = torch.nn.Linear(2, 1, bias=False)
+    >>> x = torch.tensor([[1.0, 1.0], [3.0, -1.0]])
+    >>> handle = htv.attach(model, htv.AndMask(1.0))
+    >>> model(x).mean().backward()
+    >>> model.weight.grad
+    tensor([[2., 0.]])
+    >>> handle.detach()
     """
     while type(model).__name__ == "OptimizedModule":  # what torch.compile returns
         model = model._orig_mod
@@ -188,9 +202,18 @@ def served_parameters(handle: Handle) -> dict[str, nn.Parameter]:
 
 
 class Handle:
-    """What `attach` returns: who votes, what was measured, and the way back.
+    """Say who votes, tell what was measured, and lead back to the plain model.
 
-    Also a context manager that detaches in the end.
+    `attach` makes it, of a private session; it is not made by hand. As a context manager, it
+    detaches at the end of the block.
+
+    >>> model = torch.nn.Linear(2, 1)
+    >>> with htv.attach(model, htv.Median()) as handle:
+    ...     model(torch.ones(4, 2)).sum().backward()
+    ...     print(handle)
+    <htv.Handle attached: 2 parameters of Linear served>
+    >>> handle
+    <htv.Handle detached: 2 parameters of Linear served>
     """
 
     __slots__ = ("_session", "__weakref__")
@@ -200,12 +223,12 @@ class Handle:
 
     @property
     def model(self) -> nn.Module:
-        """The attached model."""
+        """Return the attached model."""
         return self._session.model
 
     @property
     def attached(self) -> bool:
-        """Whether the model is still attached: `detach` was not called."""
+        """Tell whether the model is still attached: `detach` was not called."""
         return self._session.attached
 
     def __repr__(self) -> str:
@@ -213,7 +236,7 @@ class Handle:
         count, model = len(self._session.tracked()), type(self.model).__name__
         return f"<htv.Handle {state}: {count} parameters of {model} served>"
 
-    def __reduce_ex__(self, protocol):
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
         raise RuntimeError(
             "a handle cannot be copied or pickled: copy the model, and attach to the copy"
         )
@@ -221,97 +244,161 @@ class Handle:
     def __enter__(self) -> Handle:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.detach()
 
     def detach(self) -> None:
-        """Restore the model exactly: forwards, hooks, nothing left behind.
+        """Restore the model exactly, with nothing left behind. Detaching twice does nothing.
 
-        Detaching twice does nothing.
+        >>> model = torch.nn.Linear(2, 1)
+        >>> htv.attach(model, htv.Median()).detach()
+        >>> "forward" in vars(model)
+        False
         """
         self._session.detach()
 
     def groups(self, ids: Tensor, weight: str = "size") -> AbstractContextManager[None]:
-        """Forwards inside the block let examples with equal ids vote together.
+        """Let examples with equal ids vote together, in forwards inside the block.
 
         ids:     (N,) integers, one per index of the batch's dim; any values in any order. For a
-                 PackedSequence one per
-                 example, in the order it was packed from, or one per row of its data.
-        weight:  "size": a group's contribution is the sum of its examples', as the loss has it; "equal": it is scaled
-                 as if every group had N / E examples, so that the mean of every group (environment) counts once.
+                 PackedSequence one per example, in the order it was packed from, or one per row of
+                 its data.
+        weight:  "size": a group's contribution is the sum of its examples', as the loss has it;
+                 "equal": it is scaled as if every group had N / E examples, so that the mean of
+                 every group (environment) counts once.
+
+        Raises ValueError for another weight and ids that do not fit the batch, RuntimeError inside
+        another block of the kind or once detached.
+
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> x = torch.tensor([[1.0], [2.0], [-4.0]])
+        >>> with htv.attach(model, htv.Median()) as handle:
+        ...     with handle.groups(torch.tensor([0, 0, 1])):
+        ...         model(x).sum().backward()
+        >>> model.weight.grad
+        tensor([[-1.]])
         """
         return self._session.voting(GroupSpec("ids", ids, weight), "groups")
 
     def packed(self, cu_seqlens: Tensor, weight: str = "size") -> AbstractContextManager[None]:
-        """Forwards inside the block take packed sequences: inputs of shape (total, ...) or (1, total, ...).
+        """Take packed sequences in forwards inside the block.
 
-        cu_seqlens: (E + 1,) integers from 0 to total; rows cu_seqlens[e]:cu_seqlens[e + 1] vote together.
-        weight:     as for `groups`.
+        The batch is of shape (total, ...) or (1, total, ...).
+        cu_seqlens:  (E + 1,) integers from 0 to total; rows cu_seqlens[e]:cu_seqlens[e + 1] vote
+                     together.
+        weight:      as for `groups`.
+
+        Raises what `groups` does.
+
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> with htv.attach(model, htv.AndMask(1.0)) as handle:
+        ...     with handle.packed(torch.tensor([0, 2, 3])):
+        ...         model(torch.tensor([[2.0], [-1.0], [1.0]])).sum().backward()
+        >>> model.weight.grad
+        tensor([[2.]])
         """
         return self._session.voting(GroupSpec("packed", cu_seqlens, weight), "packed")
 
     def tokens(self, mask: Tensor | None = None) -> AbstractContextManager[None]:
-        """Forwards inside the block let every row a layer sees vote by itself: every token of every example.
+        """Let every row a layer sees vote by itself inside the block: every token of every example.
 
-        The contribution of a token is its row's part of the parameter's gradient, including what other tokens draw from
-        it through attention. Layers on (..., features) can be served so; convolutions and parameters that differ from
-        token to token (positions) are refused.
+        The contribution of a token is its row's part of the parameter's gradient, including what
+        other tokens draw from it through attention. Layers on (..., features) can be served so;
+        convolutions and parameters that differ from token to token (positions) are refused.
 
-        mask: (N, T) booleans, True where a token votes; what the others (padding) contribute is left out.
+        mask:  (N, T) booleans, True where a token votes; what the others (padding) contribute is
+               left out. Default: all vote.
+
+        Raises RuntimeError inside another block of the kind or once detached.
+
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> x = torch.tensor([[[1.0], [2.0]], [[9.0], [0.0]]])
+        >>> with htv.attach(model, htv.Median()) as handle:
+        ...     with handle.tokens(torch.tensor([[True, True], [True, False]])):
+        ...         model(x).sum().backward()
+        >>> model.weight.grad
+        tensor([[6.]])
         """
         return self._session.voting(GroupSpec("rows", mask, "size"), "tokens")
 
-    def forward(self, *batch, **named) -> ForwardBlock:
+    def forward(self, *batch: Any, **named: Any) -> ForwardBlock:
         """Serve all that a block computes as one forward of the model.
 
-        For code that calls parts of the model one by one: a training step, the methods of an
-                                                           agent, a loss that uses
-        parameters. What is computed between the calls is followed, too.
+        For code that calls parts of the model one by one: a training step, the methods of an agent,
+        a loss that uses parameters. What is computed between the calls is followed, too.
 
-        batch, named: the tensors that hold the examples, in their dim `batch_dim`; tuples,
-                      mappings and PackedSequences
-                      of these as well.
+        batch:  tensors that hold the examples, in their dim `batch_dim`; tuples, mappings and
+                PackedSequences of these as well.
+        named:  more of these, by name.
 
         Returns a context manager. Raises RuntimeError inside another forward, ValueError if the
         tensors' sizes disagree.
 
-            with handle.forward(x):
-                loss = criterion(model.head(model.encode(x).flatten(0, 1)), y.flatten())
-            loss.backward()
+        >>> body, head = torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)
+        >>> model, x = torch.nn.ModuleList([body, head]), torch.randn(5, 3)
+        >>> with htv.attach(model, htv.Median()) as handle:
+        ...     with handle.forward(x):
+        ...         loss = head(body(x).relu()).sum()
+        ...     loss.backward()
+        >>> body.weight.grad.shape
+        torch.Size([4, 3])
         """
         self._session.require_attached("forward")
         return ForwardBlock(self._session, batch, named)
 
     def accumulate(self) -> AbstractContextManager[None]:
-        """Let the groups of all backwards inside the block vote together, as if they were one large batch.
+        """Let the groups of all backwards inside the block vote together, as those of one batch.
 
-        Inside, served parameters get no gradient; the block's end adds the aggregated one to `.grad`, ready for
-        clipping and the optimizer. Divide the loss by the number of micro-batches, as for plain accumulation. If the
-        block raises, what it gathered is dropped. Hooks on served parameters do not run for what the block adds.
+        Inside, served parameters get no gradient; the block's end adds the aggregated one to
+        `.grad`, ready for clipping and the optimizer. Divide the loss by the number of
+        micro-batches, as for plain accumulation. If the block raises, what it gathered is dropped.
+        Hooks on served parameters do not run for what the block adds.
 
-        Exact for streaming rules (masks, sums). Median, TrimmedMean and WinsorizedMean need all contributions at once
-        and are refused; MedianOfMeans(k) takes k micro-batches of equally many groups as its buckets.
+        Exact for streaming rules (masks, sums). Median, TrimmedMean and WinsorizedMean need all
+        contributions at once and are refused; MedianOfMeans(k) takes k micro-batches of equally
+        many groups as its buckets.
 
-        Raises ValueError for such a rule or a group id that occurs in two micro-batches, RuntimeError for nested blocks
-        and for torch.autograd.grad() inside.
+        Raises ValueError for such a rule or a group id that occurs in two micro-batches,
+        RuntimeError for nested blocks and for torch.autograd.grad() inside.
+
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> with htv.attach(model, htv.AndMask(1.0)) as handle:
+        ...     with handle.accumulate():
+        ...         for x in (torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0], [4.0]])):
+        ...             (model(x).mean() / 2).backward()
+        >>> model.weight.grad
+        tensor([[2.5000]])
         """
         return self._session.accumulate()
 
     def examined(self, see: Callable[[str, list[Factors]], None]) -> AbstractContextManager[None]:
-        """Show what backwards record to a function, before it is aggregated, where forward and backward are inside.
+        """Show a function what backwards record, before it is aggregated.
 
-        see: called as see(name, parts) once per served parameter and backward; the parameter's contributions are the
-             sums of the parts' (`htv.ops.factors`, `htv.ops.agreement`). `stats` is not updated inside.
+        Forward and backward go inside the block. `stats` is not updated there.
+
+        see:  called as see(name, parts) once per served parameter and backward; the parameter's
+              contributions are the sums of the parts' (`htv.ops.factors`, `htv.ops.agreement`).
+
+        Raises RuntimeError once detached.
         """
         return self._session.examined(see)
 
     def stats(self) -> dict[str, Agreement]:
-        """Per parameter, `kept_fraction`, `mean_agreement` and `m_coherence` of its last backward.
+        """Return how far the contributions of each parameter's last backward agreed.
 
-        Needs ``attach(..., stats=True)``. Votes come from the path that serves sign counts, the sum of contributions
-        from the plain gradient, their norms from the factors (by Gram matrices where groups have few rows): together
-        about the price of aggregating once more. Only parameters used in several ways at once take a full sliced pass.
-        Parameters that received no contribution yet are absent.
+        Needs ``attach(..., stats=True)``; RuntimeError otherwise. Votes come from the path that
+        serves sign counts, the sum of contributions from the plain gradient, their norms from the
+        factors (by Gram matrices where groups have few rows): together about the price of
+        aggregating once more. Only parameters used in several ways at once take a full sliced pass.
+
+        Returns an `Agreement` by parameter name; parameters that received no contribution yet are
+        absent.
+
+        >>> model, x = torch.nn.Linear(2, 1, bias=False), torch.tensor([[1.0, 1.0], [1.0, -1.0]])
+        >>> with htv.attach(model, htv.AndMask(1.0), stats=True) as handle:
+        ...     model(x).sum().backward()
+        ...     handle.stats()["weight"].mean_agreement
+        0.5
         """
         session = self._session
         if not session.collects_stats:

@@ -248,25 +248,32 @@ def rowwise(operands: list[tuple[Tensor, Mark | None]], output: Tensor, batch_si
 
 
 def declare_rowwise(function):
-    """Declare that a function computes every example by itself, whatever is inside that htv cannot see.
+    """Declare that a function computes every example by itself, whatever htv cannot see inside.
 
     For functions of torch.jit.script, custom autograd.Functions and calls into other libraries:
-    row i of the batch's dim
-    of each result may depend on row i of the arguments that hold examples, on no other row, and on
-    no served parameter.
-    Without it what such a function returns is lost to htv unless its autograd graph tells where
-    the examples are.
+    row i of the batch's dim of each result may depend on row i of the arguments that hold examples,
+    on no other row, and on no served parameter. Without it what such a function returns is lost to
+    htv unless its autograd graph tells where the examples are.
 
-    function: a function of tensors, or a subclass of torch.autograd.Function, which is marked and
-              returned.
+    function:  a function of tensors, or a subclass of torch.autograd.Function, which is marked and
+               returned.
 
     Returns the function, to be called in its place. What it says is believed: a wrong declaration
-    is a wrong gradient.
+    is a wrong gradient. Raises TypeError for what is neither.
 
-        fast_gelu = htv.rowwise(torch.jit.script(fast_gelu))
-
-        @htv.rowwise
-        class Clamped(torch.autograd.Function): ...
+    >>> @htv.rowwise
+    ... class Doubled(torch.autograd.Function):
+    ...     @staticmethod
+    ...     def forward(ctx, x):
+    ...         return 2 * x
+    ...     @staticmethod
+    ...     def backward(ctx, grad):
+    ...         return 2 * grad
+    >>> layer = torch.nn.Linear(1, 1, bias=False)
+    >>> model = torch.nn.Sequential(layer, torch.nn.Identity(), torch.nn.Linear(1, 1))
+    >>> model[1].forward = Doubled.apply
+    >>> htv.check(model, torch.randn(4, 1), htv.Median()).parameters
+    3
     """
     if isinstance(function, type) and issubclass(function, torch.autograd.Function):
         setattr(function, ROWWISE, True)

@@ -80,7 +80,7 @@ class ForwardBlock:
             self.__exit__(None, None, None)
             raise
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         mode, self._mode = self._mode, None
         try:
             self._session.close(mode, None)
