@@ -5,10 +5,11 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, NoReturn, SupportsIndex
+from typing import Any, NoReturn, SupportsIndex, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from htv.engine import ranks
 from htv.engine.forward import ForwardStandIn
@@ -22,6 +23,7 @@ from htv.rules import Mean, Rule
 __all__ = ["Handle", "attach"]
 
 RuleChoice = Rule | Callable[[str, nn.Parameter], Rule | None]
+Names = tuple[str, ...] | list[str] | str
 
 
 def attach(
@@ -83,7 +85,7 @@ def attach(
     >>> handle.detach()
     """
     while type(model).__name__ == "OptimizedModule":  # what torch.compile returns
-        model = model._orig_mod
+        model = cast(nn.Module, model._orig_mod)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if not (isinstance(rule, Rule) or (callable(rule) and not isinstance(rule, type))):
@@ -117,7 +119,7 @@ def attach(
     return Handle(Session(model, rules, settings, tracked))
 
 
-def _as_names(argument: str, value) -> tuple[str, ...]:
+def _as_names(argument: str, value: object) -> tuple[str, ...]:
     names = tuple(value) if isinstance(value, (list, tuple)) else (value,)
     if not all(isinstance(name, str) for name in names):
         raise TypeError(f"{argument} must be a name or several, got {value!r}")
@@ -158,7 +160,7 @@ def _refuse_scripted(model: nn.Module, rules: dict[str, Rule | None]) -> None:
                 )
 
 
-def _choose_rules(model: nn.Module, rule: RuleChoice, exclude) -> dict[str, Rule | None]:
+def _choose_rules(model: nn.Module, rule: RuleChoice, exclude: Names) -> dict[str, Rule | None]:
     """Parameter name -> its rule, or None for a plain gradient; tied parameters go by their first name."""
     patterns = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     aliases: dict[int, list[str]] = {}
@@ -166,7 +168,7 @@ def _choose_rules(model: nn.Module, rule: RuleChoice, exclude) -> dict[str, Rule
         aliases.setdefault(id(parameter), []).append(name)
     unmatched = set(patterns)
     for name, parameter in model.named_parameters():
-        if isinstance(parameter, nn.parameter.UninitializedTensorMixin):
+        if is_lazy(parameter):
             raise RuntimeError(
                 f"parameter {name!r} is not initialized: it gets its shape from a first batch. Run the model once first"
             )

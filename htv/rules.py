@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -88,13 +88,13 @@ class Rule:
     streaming: ClassVar[bool] = True
     is_open: ClassVar[bool] = False
 
-    def __init_subclass__(cls, **kwargs) -> None:
+    def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.is_open = cls.reduce is not Rule.reduce
         if cls.is_open:
             cls.streaming = False
 
-    def __new__(cls, *args, **kwargs):
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         if not cls.is_open and cls.statistic is Rule.statistic:
             raise TypeError(
                 f"{cls.__name__} is not a complete rule: define {cls.__name__}.reduce(self, "

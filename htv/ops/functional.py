@@ -10,7 +10,7 @@ inputs are computed in float32. A NaN among the E values of a coordinate gives N
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -67,14 +67,13 @@ def stacked(grads: Tensor, statistic: Statistic) -> tuple[Tensor, Tensor]:
 _operators = registry.kept_choices()
 
 
-def _operator(name: str, grads: Tensor, compiling: bool) -> Callable | None:
+def _operator(name: str, grads: Tensor, compiling: bool) -> Callable[..., Any] | None:
     """Return the operator that serves a stacked statistic, or None for the reference."""
-    key = None
+    key = name, grads.dtype, grads.device, None if compiling else backend.setting()
     if not compiling:
-        key = name, grads.dtype, grads.device, backend.setting()
-        kept = _operators.get(key, False)
+        kept: Any = _operators.get(key, False)
         if kept is not False:
-            return kept
+            return cast("Callable[..., Any] | None", kept)
     dtype = reference.compute_dtype(grads.dtype)
     server = backend.choose(backend.Problem("stacked", name, grads.device, dtype))
     found = None if server == "reference" else backend.operator("stacked", server)

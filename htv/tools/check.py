@@ -356,7 +356,7 @@ def _compare(
             if normalised:  # signs left out still count in the kept fraction
                 slack = (~compared).sum().item() / max(1, (compared & (expected != 0)).sum().item())
                 budget = budget + slack * expected.abs()
-        if steep and rule.is_open:  # zeros that are exact stay so: their sign would be no noise
+        if steep and rule is not None and rule.is_open:  # zeros that are exact stay so: their sign would be no noise
             budget = budget + _sensitivity(stacked, off * reached, rule)
         elif steep and relative > 1e-9:
             budget = budget + _sensitivity(stacked, off, rule)
