@@ -28,21 +28,42 @@ from setuptools.command.build_ext import build_ext
 CSRC = Path("csrc")
 TORCH_TARGET = "0x020b000000000000"  # the ABI of torch 2.11, the oldest served
 
-COMMON = ["-std=c++20", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-fno-math-errno", "-fno-trapping-math"]
+COMMON = [
+    "-std=c++20",
+    "-O3",
+    "-g0",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+]
 SANITIZED = ["-O1", "-g1", "-fno-omit-frame-pointer"]
 SANITIZED += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-EXACT = "-ffp-contract=off"  # a * b + c is rounded once only where a kernel says so: medians stay exact
+EXACT = (
+    "-ffp-contract=off"  # a * b + c is rounded once only where a kernel says so: medians stay exact
+)
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-ICELAKE = [*AVX512, *(f"-m{f}" for f in ("avx512vpopcntdq", "avx512vbmi", "avx512vbmi2", "avx512bitalg", "gfni"))]
+ICELAKE = [
+    *AVX512,
+    *(f"-m{f}" for f in ("avx512vpopcntdq", "avx512vbmi", "avx512vbmi2", "avx512bitalg", "gfni")),
+]
 NOISE = ["-Wno-maybe-uninitialized"]  # from the intrinsics of these in GCC 12
 ZEN4 = [*ICELAKE, "-mavx512bf16"]
 # In the order of csrc/cpu/isa.h, by its names.
 ISAS = {"baseline": [], "avx2": AVX2} | {
-    name: [*flags, *NOISE] for name, flags in {"avx512": AVX512, "icelake": ICELAKE, "zen4": ZEN4}.items()
+    name: [*flags, *NOISE]
+    for name, flags in {"avx512": AVX512, "icelake": ICELAKE, "zen4": ZEN4}.items()
 }
 
-NVCC = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-fmad=false", "-DUSE_CUDA"]  # -fmad as EXACT
+NVCC = [
+    "-std=c++20",
+    "-O3",
+    "--expt-relaxed-constexpr",
+    "-fmad=false",
+    "-DUSE_CUDA",
+]  # -fmad as EXACT
 ELEMENTS = ("double", "float", "BFloat16", "Float16")  # cuda/*_kernel.cu are compiled once for each
 
 
@@ -63,7 +84,9 @@ def wanted_nvcc() -> str | None:
     """The nvcc to build CUDA kernels with, or None to leave them out."""
     wish, nvcc = choice("HTV_CUDA", ("auto", "0", "1")), find_nvcc()
     if wish == "1" and nvcc is None:
-        raise SystemExit("HTV_CUDA=1, but no nvcc was found: put it on PATH, set CUDA_HOME, or use HTV_CUDA=auto")
+        raise SystemExit(
+            "HTV_CUDA=1, but no nvcc was found: put it on PATH, set CUDA_HOME, or use HTV_CUDA=auto"
+        )
     if wish == "auto":
         import torch
 
@@ -79,7 +102,9 @@ def cuda_archs() -> list[str]:
 
 
 def first_line(command: list[str]) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[
+        0
+    ]
 
 
 def pybind11_includes() -> list[str]:
@@ -97,15 +122,25 @@ class Ninja:
     """A build file: rules, then one edge per object or library."""
 
     def __init__(self, folder: Path):
-        self.folder, self.lines, self.objects = folder.resolve(), ["ninja_required_version = 1.5"], []
+        self.folder, self.lines, self.objects = (
+            folder.resolve(),
+            ["ninja_required_version = 1.5"],
+            [],
+        )
 
     def rule(self, name: str, command: str, deps: bool = True) -> None:
         self.lines += [f"rule {name}", f"  command = {command}", f"  description = {name} $out"]
         self.lines += ["  depfile = $out.d", "  deps = gcc"] if deps else []
 
     def build(self, out: Path | str, rule: str, sources: list, flags: list[str]) -> str:
-        escaped = [str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:") for path in [out, *sources]]
-        self.lines += [f"build {escaped[0]}: {rule} {' '.join(escaped[1:])}", f"  flags = {shlex.join(flags)}"]
+        escaped = [
+            str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+            for path in [out, *sources]
+        ]
+        self.lines += [
+            f"build {escaped[0]}: {rule} {' '.join(escaped[1:])}",
+            f"  flags = {shlex.join(flags)}",
+        ]
         return str(out)
 
     def run(self) -> None:
@@ -113,9 +148,13 @@ class Ninja:
         (self.folder / "build.ninja").write_text("\n".join(self.lines) + "\n")
         ninja = shutil.which("ninja") or str(Path(sys.executable).with_name("ninja"))
         jobs = os.environ.get("MAX_JOBS")
-        done = subprocess.run([ninja, "-C", self.folder, *(["-j", jobs] if jobs else [])], check=False)
+        done = subprocess.run(
+            [ninja, "-C", self.folder, *(["-j", jobs] if jobs else [])], check=False
+        )
         if done.returncode != 0:
-            raise SystemExit(f"compilation failed, see above; the commands stand in {self.folder / 'build.ninja'}")
+            raise SystemExit(
+                f"compilation failed, see above; the commands stand in {self.folder / 'build.ninja'}"
+            )
 
 
 class BuildExtensions(build_ext):
@@ -137,9 +176,13 @@ class BuildExtensions(build_ext):
         ninja.rule("cxx", f"{cxx} -MMD -MF $out.d $flags -c $in -o $out")
         ninja.rule("nvcc", f"{nvcc} -MMD -MF $out.d $flags -c $in -o $out")
         ninja.rule("link", f"{cxx} -shared $in -o $out $flags", deps=False)
-        ninja.rule("nvlink", f"{nvcc} -ccbin {cxx} -shared -cudart static $in -o $out $flags", deps=False)
+        ninja.rule(
+            "nvlink", f"{nvcc} -ccbin {cxx} -shared -cudart static $in -o $out $flags", deps=False
+        )
 
-        def compiled(source: str, flags: list[str], out: str | None = None, rule: str = "cxx") -> str:
+        def compiled(
+            source: str, flags: list[str], out: str | None = None, rule: str = "cxx"
+        ) -> str:
             return ninja.build((out or source) + ".o", rule, [(CSRC / source).resolve()], flags)
 
         sanitize = choice("HTV_SANITIZE", ("0", "1")) == "1"
@@ -164,7 +207,14 @@ class BuildExtensions(build_ext):
         if nvcc:
             codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
             codes += [f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
-            flags = [*NVCC, "-Xcompiler=-fPIC,-fvisibility=hidden", "-ccbin", cxx, *codes, *torch_flags]
+            flags = [
+                *NVCC,
+                "-Xcompiler=-fPIC,-fvisibility=hidden",
+                "-ccbin",
+                cxx,
+                *codes,
+                *torch_flags,
+            ]
             for source in sorted(CSRC.glob("cuda/*.cu")):
                 name = f"cuda/{source.name}"
                 if not source.stem.endswith("_kernel"):
@@ -182,7 +232,9 @@ class BuildExtensions(build_ext):
             "HTV_TORCH_TARGET": TORCH_TARGET,
             "HTV_CUDA_ARCHS": " ".join(archs),
         }
-        defines = [f'-D{name}="{value}"' for name, value in strings.items()] + [f"-DHTV_WITH_CUDA={int(bool(nvcc))}"]
+        defines = [f'-D{name}="{value}"' for name, value in strings.items()] + [
+            f"-DHTV_WITH_CUDA={int(bool(nvcc))}"
+        ]
         includes = [flag for path in pybind11_includes() for flag in ("-isystem", path)]
         includes += ["-isystem", sysconfig.get_path("include")]
         host_objects = [compiled("host.cpp", [*cpu, *defines, *includes]), isa_object]
@@ -207,7 +259,12 @@ else:
     extensions = {}
 
 setup(
-    packages=[*find_packages(include=["htv", "htv.*"]), "htv.bench", "htv.bench.gpu", "htv.triton_kernels"],
+    packages=[
+        *find_packages(include=["htv", "htv.*"]),
+        "htv.bench",
+        "htv.bench.gpu",
+        "htv.triton_kernels",
+    ],
     package_dir={"htv.bench": "bench", "htv.triton_kernels": "triton_kernels"},
     **extensions,
 )

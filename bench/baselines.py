@@ -19,7 +19,9 @@ from htv.tools.timing import Step
 Contributions = Callable[[], Iterator[tuple[nn.Parameter, Tensor]]]
 
 
-def loss(model: Callable[[Tensor], Tensor], criterion: nn.Module, x: Tensor, targets: Tensor) -> Tensor:
+def loss(
+    model: Callable[[Tensor], Tensor], criterion: nn.Module, x: Tensor, targets: Tensor
+) -> Tensor:
     """The mean over examples, and over tokens where each has several."""
     return criterion(model(x).flatten(0, -2), targets.flatten())
 
@@ -30,7 +32,9 @@ def loop(model: nn.Module, criterion: nn.Module, x: Tensor, targets: Tensor) -> 
 
     def contributions():
         examples = [
-            torch.autograd.grad(loss(model, criterion, x[e : e + 1], targets[e : e + 1]) / len(x), parameters)
+            torch.autograd.grad(
+                loss(model, criterion, x[e : e + 1], targets[e : e + 1]) / len(x), parameters
+            )
             for e in range(len(x))
         ]
         by_parameter = [list(grads) for grads in zip(*examples, strict=True)]
@@ -98,7 +102,12 @@ DISTRIBUTIONS = {"opacus": "opacus", "backpack": "backpack-for-pytorch"}  # of t
 
 
 def step(
-    method: str, model: nn.Module, x: Tensor, targets: Tensor, rule: Rule, criterion: nn.Module | None = None
+    method: str,
+    model: nn.Module,
+    x: Tensor,
+    targets: Tensor,
+    rule: Rule,
+    criterion: nn.Module | None = None,
 ) -> Step:
     """Forward, backward and aggregation by `method`: the same `.grad` as with `rule` attached, up to rounding.
 
@@ -107,7 +116,9 @@ def step(
     try:
         contributions = METHODS[method](model, criterion or nn.CrossEntropyLoss(), x, targets)
     except ModuleNotFoundError as error:
-        raise RuntimeError(f"not installed (pip install {DISTRIBUTIONS.get(method)}): {error}") from error
+        raise RuntimeError(
+            f"not installed (pip install {DISTRIBUTIONS.get(method)}): {error}"
+        ) from error
 
     def run() -> None:
         for parameter, grads in contributions():
@@ -126,7 +137,10 @@ def reduce(grads: Tensor, rule: Rule) -> Tensor:
     if statistic.name == "median" and count == -1:  # the lower of two
         return grads.median(dim=0).values
     if statistic.name == "median_of_means":
-        grads, groups = torch.stack([bucket.mean(dim=0) for bucket in grads.tensor_split(count)]), count
+        grads, groups = (
+            torch.stack([bucket.mean(dim=0) for bucket in grads.tensor_split(count)]),
+            count,
+        )
     ranked = grads.sort(dim=0).values
     if statistic.name == "trimmed_mean":
         return ranked[count : groups - count].mean(dim=0)

@@ -28,7 +28,9 @@ OPERATIONS = ("aten::", "htv::")
 LEFT = "Python, engine, dispatch"
 
 
-def own_times(steps: dict[str, Step], rounds: int) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+def own_times(
+    steps: dict[str, Step], rounds: int
+) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
     """variant -> milliseconds of a step, and operation -> variant -> those of them that are the operation's own.
 
     Of every variant a plain step and a profiled one in turn: what disturbs this machine then hits both alike.
@@ -43,7 +45,9 @@ def own_times(steps: dict[str, Step], rounds: int) -> tuple[dict[str, float], di
             for event in profiled.key_averages():
                 if event.key.startswith(OPERATIONS):
                     seen[event.key][variant].append(event.self_cpu_time_total / 1e3)
-    operations = {name: {v: statistics.median(times) for v, times in by.items()} for name, by in seen.items()}
+    operations = {
+        name: {v: statistics.median(times) for v, times in by.items()} for name, by in seen.items()
+    }
     return {variant: statistics.median(times) for variant, times in walls.items()}, operations
 
 
@@ -58,7 +62,11 @@ def measure(name: str, threads: int, rounds: int) -> dict:
     """The record: wall time of every variant, and the operations of at least 1% of some step."""
     torch.set_num_threads(threads)
     workload = WORKLOADS[name]
-    steps = {variant: workload.prepare(variant) for variant in workload.variants if variant not in workload.peers}
+    steps = {
+        variant: workload.prepare(variant)
+        for variant in workload.variants
+        if variant not in workload.peers
+    }
     for step in steps.values():
         step()
     walls, operations = own_times(steps, rounds)
@@ -67,8 +75,12 @@ def measure(name: str, threads: int, rounds: int) -> dict:
         for operation, times in operations.items()
         if any(time > 0.01 * walls[variant] for variant, time in times.items())
     }
-    spent = {variant: sum(times.get(variant, 0.0) for times in operations.values()) for variant in steps}
-    listed = {variant: sum(times.get(variant, 0.0) for times in large.values()) for variant in steps}
+    spent = {
+        variant: sum(times.get(variant, 0.0) for times in operations.values()) for variant in steps
+    }
+    listed = {
+        variant: sum(times.get(variant, 0.0) for times in large.values()) for variant in steps
+    }
     return {
         **env_info.stamp("python", "-m", "htv.bench.breakdown", *sys.argv[1:]),
         "workload": name,
@@ -98,7 +110,9 @@ def table(record: dict) -> str:
         f"|---|{'---|' * len(variants)}",
     ]
     for name, times in rows.items():
-        lines.append(f"| {name} | {' | '.join(f'{times[v]:.1f}' if v in times else '-' for v in variants)} |")
+        lines.append(
+            f"| {name} | {' | '.join(f'{times[v]:.1f}' if v in times else '-' for v in variants)} |"
+        )
     counts = ", ".join(f"{variant} {count:,}" for variant, count in record["calls"].items())
     return "\n".join([*lines, "", f"Functions that Python calls in a step: {counts}."])
 
@@ -111,7 +125,9 @@ def main(
 ) -> None:
     steps = [name for name, one in WORKLOADS.items() if one.kind == WORKLOADS["resnet18"].kind]
     if workload not in steps:
-        raise typer.BadParameter(f"{workload} is no training step; choose one of {', '.join(steps)}")
+        raise typer.BadParameter(
+            f"{workload} is no training step; choose one of {', '.join(steps)}"
+        )
     record = measure(workload, threads, rounds)
     out.mkdir(parents=True, exist_ok=True)
     replace_text(out / f"breakdown-{workload}.json", json.dumps(record, indent=1) + "\n")

@@ -52,7 +52,14 @@ class Route:
 
 
 def linear(
-    name: str, groups: int, rows: int, inputs: int, outputs: int, rule: Rule, each: float, sparse: bool = False
+    name: str,
+    groups: int,
+    rows: int,
+    inputs: int,
+    outputs: int,
+    rule: Rule,
+    each: float,
+    sparse: bool = False,
 ) -> Route:
     """rows per group; `each`: operations per contribution; sparse: half of either factor is 0, as after ReLU."""
     x, grad = torch.randn(groups * rows, inputs), torch.randn(groups * rows, outputs)
@@ -62,32 +69,58 @@ def linear(
     contributions = float(groups * inputs * outputs)
     products = 0.0 if rows == 1 and not rule.streaming else contributions * rows
     moved = 4.0 * (x.numel() + grad.numel() + inputs * outputs)
-    return Route(name, products, contributions * each, moved, lambda: htv.linear_grad(x, grad, rule, cu_seqlens=bounds))
+    return Route(
+        name,
+        products,
+        contributions * each,
+        moved,
+        lambda: htv.linear_grad(x, grad, rule, cu_seqlens=bounds),
+    )
 
 
-def conv(name: str, groups: int, channels: int, size: int, rule: Rule, each: float, depthwise: bool = False) -> Route:
+def conv(
+    name: str,
+    groups: int,
+    channels: int,
+    size: int,
+    rule: Rule,
+    each: float,
+    depthwise: bool = False,
+) -> Route:
     """A 3 x 3 convolution (7 x 7 if depthwise) that keeps the size; one example is a group."""
     kernel = 7 if depthwise else 3
     x, grad = torch.randn(2, groups, channels, size, size).unbind()
     geometry = ConvGeometry(1, kernel // 2, 1, channels if depthwise else 1, 2)
     voters = GroupedRows(Groups.each(groups), BatchLayout(0))
     weights = float(channels * (1 if depthwise else channels) * kernel**2)
-    run = lambda: aggregate.aggregate([ConvFactors(x, grad, (kernel, kernel), geometry, voters)], rule)
+    run = lambda: aggregate.aggregate(
+        [ConvFactors(x, grad, (kernel, kernel), geometry, voters)], rule
+    )
     moved = 4.0 * (x.numel() + grad.numel() + weights)
     return Route(name, groups * weights * size**2, groups * weights * each, moved, run)
 
 
-def stacked(groups: int, coordinates: int, function: Callable[[Tensor], Tensor], name: str, each: float) -> Route:
+def stacked(
+    groups: int, coordinates: int, function: Callable[[Tensor], Tensor], name: str, each: float
+) -> Route:
     grads = torch.randn(groups, coordinates)
     moved = 4.0 * coordinates * (groups + 1)
-    return Route(f"stacked {name}, E = {groups}", 0.0, groups * coordinates * each, moved, lambda: function(grads))
+    return Route(
+        f"stacked {name}, E = {groups}",
+        0.0,
+        groups * coordinates * each,
+        moved,
+        lambda: function(grads),
+    )
 
 
 def embedding(name: str, rule: Rule, groups: int, rows: int, tokens: int, width: int) -> Route:
     ids, grad = torch.randint(0, tokens, (groups * rows,)), torch.randn(groups * rows, width)
     bounds = torch.arange(groups + 1) * rows
     run = lambda: aggregate.aggregate([EmbeddingFactors(ids, grad, bounds, tokens)], rule)
-    moved = 4.0 * (3 * grad.numel() + tokens * width)  # read, sorted into pairs, read again; the table written
+    moved = 4.0 * (
+        3 * grad.numel() + tokens * width
+    )  # read, sorted into pairs, read again; the table written
     return Route(name, 0.0, VOTE * grad.numel(), moved, run)
 
 
@@ -134,8 +167,14 @@ def ceilings(seconds: float) -> dict[str, float]:
         },
         seconds,
     )
-    work = {"torch": 2048 * 1024**2, "htv": 2048 * 1024**2, "convolution": images.numel() * weight[0].numel()}
-    products = {f"{name}_multiply_adds": 1e3 * each / times[name].lower for name, each in work.items()}
+    work = {
+        "torch": 2048 * 1024**2,
+        "htv": 2048 * 1024**2,
+        "convolution": images.numel() * weight[0].numel(),
+    }
+    products = {
+        f"{name}_multiply_adds": 1e3 * each / times[name].lower for name, each in work.items()
+    }
     return {
         **products,
         "multiply_adds": max(products.values()),

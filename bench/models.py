@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 
 def mlp(
-    sizes: tuple[int, ...] = (12, 16, 16, 4), activation: type[nn.Module] = nn.ReLU, norm: bool = True
+    sizes: tuple[int, ...] = (12, 16, 16, 4),
+    activation: type[nn.Module] = nn.ReLU,
+    norm: bool = True,
 ) -> nn.Module:
     """Linear layers of the given sizes, an activation between them, a LayerNorm after the first."""
     layers = []
@@ -38,11 +40,15 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block, its MLP scaled by a parameter unless told not to."""
 
-    def __init__(self, width: int, heads: int, causal: bool, expansion: int = 2, scaled: bool = True):
+    def __init__(
+        self, width: int, heads: int, causal: bool, expansion: int = 2, scaled: bool = True
+    ):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attention = Attention(width, heads, causal)
-        self.mlp = nn.Sequential(nn.Linear(width, expansion * width), nn.GELU(), nn.Linear(expansion * width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, expansion * width), nn.GELU(), nn.Linear(expansion * width, width)
+        )
         self.scale = nn.Parameter(torch.full((width,), 0.5)) if scaled else 1.0
 
     def forward(self, x: Tensor) -> Tensor:
@@ -68,7 +74,9 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.tokens = nn.Embedding(vocabulary, width)
         self.positions = nn.Embedding(context, width)
-        self.blocks = nn.ModuleList(Block(width, heads, True, expansion, scaled) for _ in range(layers))
+        self.blocks = nn.ModuleList(
+            Block(width, heads, True, expansion, scaled) for _ in range(layers)
+        )
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, vocabulary, bias=False)
         if tied:
@@ -81,9 +89,13 @@ class LanguageModel(nn.Module):
         return self.head(self.norm(x))
 
 
-def transformer(vocabulary: int, width: int, heads: int, layers: int, expansion: int = 4) -> nn.Module:
+def transformer(
+    vocabulary: int, width: int, heads: int, layers: int, expansion: int = 4
+) -> nn.Module:
     """Embedding, causal pre-norm blocks, untied head: no positions, no final norm. (E, T) ids -> (E, T, vocabulary)."""
-    blocks = (Block(width, heads, causal=True, expansion=expansion, scaled=False) for _ in range(layers))
+    blocks = (
+        Block(width, heads, causal=True, expansion=expansion, scaled=False) for _ in range(layers)
+    )
     return nn.Sequential(nn.Embedding(vocabulary, width), *blocks, nn.Linear(width, vocabulary))
 
 
@@ -93,7 +105,9 @@ def rotated(x: Tensor) -> Tensor:
     frequency = 10000.0 ** (-torch.arange(half, device=x.device) / half)
     angle = torch.arange(x.shape[-2], device=x.device)[:, None] * frequency
     a, b = x[..., :half], x[..., half:]
-    return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], dim=-1).to(x.dtype)
+    return torch.cat(
+        [a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], dim=-1
+    ).to(x.dtype)
 
 
 class LlamaBlock(nn.Module):
@@ -104,7 +118,10 @@ class LlamaBlock(nn.Module):
         self.heads = heads
         self.norm1, self.norm2 = nn.RMSNorm(width, eps=1e-5), nn.RMSNorm(width, eps=1e-5)
         self.q, self.k, self.v, self.o = (nn.Linear(width, width, bias=False) for _ in range(4))
-        self.gate, self.up = nn.Linear(width, hidden, bias=False), nn.Linear(width, hidden, bias=False)
+        self.gate, self.up = (
+            nn.Linear(width, hidden, bias=False),
+            nn.Linear(width, hidden, bias=False),
+        )
         self.down = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -127,7 +144,9 @@ class ConvNeXtBlock(nn.Module):
         super().__init__()
         self.depthwise = nn.Conv2d(width, width, 7, padding=3, groups=width)
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
         self.scale = nn.Parameter(torch.full((width,), 0.1))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -152,7 +171,9 @@ class ConvNeXtStage(nn.Module):
 class VisionTransformer(nn.Module):
     """Patches by a strided convolution, a class token, a learned position table larger than needed."""
 
-    def __init__(self, size: int = 8, patch: int = 4, width: int = 16, heads: int = 2, layers: int = 2):
+    def __init__(
+        self, size: int = 8, patch: int = 4, width: int = 16, heads: int = 2, layers: int = 2
+    ):
         super().__init__()
         self.patches = nn.Conv2d(3, width, patch, stride=patch)
         self.class_token = nn.Parameter(torch.randn(1, 1, width) * 0.1)
@@ -195,7 +216,10 @@ class Bottleneck(nn.Module):
         self.conv1 = nn.Conv2d(before, middle, 1, bias=False)
         self.conv2 = nn.Conv2d(middle, middle, 3, stride, padding=1, bias=False)
         self.conv3 = nn.Conv2d(middle, after, 1, bias=False)
-        self.norm1, self.norm2 = nn.GroupNorm(norm_groups, middle), nn.GroupNorm(norm_groups, middle)
+        self.norm1, self.norm2 = (
+            nn.GroupNorm(norm_groups, middle),
+            nn.GroupNorm(norm_groups, middle),
+        )
         self.norm3, self.shortcut = nn.GroupNorm(norm_groups, after), nn.Identity()
         if stride != 1 or before != after:
             conv = nn.Conv2d(before, after, 1, stride, bias=False)
@@ -220,7 +244,9 @@ class ResNet18(nn.Module):
         stages, channels = [], width
         for stage, depth in enumerate(self.depths):
             for nth in range(depth):
-                stages.append(self.block(channels, width << stage, 2 if stage and not nth else 1, norm_groups))
+                stages.append(
+                    self.block(channels, width << stage, 2 if stage and not nth else 1, norm_groups)
+                )
                 channels = self.expansion * width << stage
         self.stages = nn.Sequential(*stages)
         self.head = nn.Linear(channels, classes)
@@ -252,7 +278,9 @@ def whole_models() -> dict:
         "language model": make(LanguageModel, lambda: torch.randint(0, 29, (5, 9))),
         "resnet18": make(ResNet18, lambda: torch.randn(4, 3, 32, 32)),
         "vit": make(VisionTransformer, lambda: torch.randn(5, 3, 8, 8)),
-        "transformer": make(lambda: transformer(29, 16, 2, 2), lambda: torch.randint(0, 29, (5, 9))),
+        "transformer": make(
+            lambda: transformer(29, 16, 2, 2), lambda: torch.randint(0, 29, (5, 9))
+        ),
         "llama block": make(lambda: LlamaBlock(16, 2, 24), lambda: torch.randn(5, 9, 16)),
         "convnext stage": make(ConvNeXtStage, lambda: torch.randn(5, 4, 8, 8)),
     }

@@ -17,11 +17,15 @@ AXES = {"groups": "batch size E", "width": "width", "rows": "rows per example T"
 
 def save(record: dict, folder: Path, stem: str) -> dict[str, str]:
     """Writes the plots there is something to plot for; name -> file name."""
-    steps = {n: w for n, w in record["workloads"].items() if w["kind"] == "step" and "axis" not in w}
+    steps = {
+        n: w for n, w in record["workloads"].items() if w["kind"] == "step" and "axis" not in w
+    }
     grows = [w for w in record["workloads"].values() if "axis" in w]
     written = {}
     if _any(steps.values(), "ratio"):
-        written["ratio"] = _save(_bars(steps, "ratio", "time of a step over plain"), folder / f"{stem}-ratio.png")
+        written["ratio"] = _save(
+            _bars(steps, "ratio", "time of a step over plain"), folder / f"{stem}-ratio.png"
+        )
     if _any(steps.values(), "peak_ratio"):
         title = "peak memory of a step over plain"
         written["memory"] = _save(_bars(steps, "peak_ratio", title), folder / f"{stem}-memory.png")
@@ -31,7 +35,12 @@ def save(record: dict, folder: Path, stem: str) -> dict[str, str]:
 
 
 def _any(workloads, number: str) -> bool:
-    return any(number in row for w in workloads for variant, row in w["variants"].items() if variant != "plain")
+    return any(
+        number in row
+        for w in workloads
+        for variant, row in w["variants"].items()
+        if variant != "plain"
+    )
 
 
 def canvas(width: float, height: float):
@@ -94,7 +103,9 @@ def _lines(grows: list[dict]):
                 axes.plot(*zip(*known, strict=True), marker="o", color=color, label=rule)
         axes.axhline(1, color="black", linewidth=0.8, linestyle="--")
         axes.set(xscale="log", yscale="log", xlabel=AXES[name])
-        axes.set_xticks([w["value"] for w in points], [str(w["value"]) for w in points], minor=False)
+        axes.set_xticks(
+            [w["value"] for w in points], [str(w["value"]) for w in points], minor=False
+        )
         axes.set_xticks([], minor=True)
         axes.yaxis.set_major_formatter("{x:g}x")
         axes.yaxis.set_minor_formatter("{x:g}x")

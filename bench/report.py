@@ -7,7 +7,11 @@ from htv.bench.targets import TARGETS, Target
 from htv.bench.workloads import RULES
 
 TARGET_HEAD = ["workload", "rule", "number", "target", "measured", ""]
-NUMBERS = {"ratio": "time over plain", "peak_ratio": "peak memory over plain", "of_copy": "share of copy bandwidth"}
+NUMBERS = {
+    "ratio": "time over plain",
+    "peak_ratio": "peak memory over plain",
+    "of_copy": "share of copy bandwidth",
+}
 
 
 def markdown(record: dict, pictures: dict[str, str]) -> str:
@@ -23,7 +27,10 @@ def markdown(record: dict, pictures: dict[str, str]) -> str:
     }
     settings = record["settings"]
     sections = [
-        ("# Benchmark", f"`{record['command']}`, {machine(record)}; {record['took_seconds'] / 60:.0f} minutes."),
+        (
+            "# Benchmark",
+            f"`{record['command']}`, {machine(record)}; {record['took_seconds'] / 60:.0f} minutes.",
+        ),
         ("## Training steps", steps(record)),
         ("", shown.get("ratio")),
         ("", shown.get("memory")),
@@ -42,14 +49,18 @@ def markdown(record: dict, pictures: dict[str, str]) -> str:
             "two.",
         ),
     ]
-    return "\n\n".join("\n\n".join(filter(None, section)) for section in sections if section[1]) + "\n"
+    return (
+        "\n\n".join("\n\n".join(filter(None, section)) for section in sections if section[1]) + "\n"
+    )
 
 
 def machine(record: dict) -> str:
     """Where, when and with what it was measured."""
     facts = record["machine"]
     versions = {"torch": facts["versions"]["torch"], **record.get("peers", {})}
-    libraries = ", ".join(f"{name} {version}" for name, version in versions.items() if version != "not installed")
+    libraries = ", ".join(
+        f"{name} {version}" for name, version in versions.items() if version != "not installed"
+    )
     return f"{record['date'][:10]}, {facts['cpu']}, {facts['threads']} threads, {facts['cpu_capability']}, {libraries}"
 
 
@@ -65,7 +76,9 @@ def table(head: list[str], rows: list[list[str]]) -> str | None:
     """None without rows."""
     if not rows:
         return None
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
+    return "\n".join(
+        "| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)
+    )
 
 
 def times(value: float) -> str:
@@ -90,7 +103,13 @@ def steps(record: dict) -> str | None:
         variants = workload["variants"]
         plain = variants["plain"]
         memory = f", {plain['peak_bytes'] / 1e6:.0f} MB" if "peak_bytes" in plain else ""
-        rows.append([name, f"{plain['ms']:.0f} ms{memory}", *(cell(variants.get(rule)) for rule in RULES[1:])])
+        rows.append(
+            [
+                name,
+                f"{plain['ms']:.0f} ms{memory}",
+                *(cell(variants.get(rule)) for rule in RULES[1:]),
+            ]
+        )
     return table(["forward and backward", *RULES], rows)
 
 
@@ -112,7 +131,11 @@ def failures(record: dict) -> str | None:
         for variant, row in workload["variants"].items():
             for key in ("error", "memory_error"):
                 if key in row:
-                    who = f"memory of {name} {variant}" if key == "memory_error" else f"{name} {variant}"
+                    who = (
+                        f"memory of {name} {variant}"
+                        if key == "memory_error"
+                        else f"{name} {variant}"
+                    )
                     said.setdefault(row[key], []).append(who)
     return "\n".join(f"- {', '.join(who)}: `{error}`" for error, who in said.items()) or None
 
@@ -127,7 +150,9 @@ def stacked(record: dict) -> str | None:
             if "error" in row:
                 rows.append([shape, variant, "fails", "", "", ""])
             elif variant != "copy":
-                rate = f"{row['gb_per_s']:.2g}" if row["gb_per_s"] < 10 else f"{row['gb_per_s']:.0f}"
+                rate = (
+                    f"{row['gb_per_s']:.2g}" if row["gb_per_s"] < 10 else f"{row['gb_per_s']:.0f}"
+                )
                 rows.append([shape, variant, f"{row['ms']:.1f} ms", rate, f"{row['of_copy']:.1%}",
                              f"{copy['gb_per_s']:.0f}"])  # fmt: skip
     return table(["float32", "statistic", "time", "GB/s", "of the copy's", "copy GB/s"], rows)
@@ -149,14 +174,25 @@ def targets(record: dict) -> str | None:
     for target in TARGETS:
         value = target.measured(record)
         if value is not None:
-            rows.append([*target_cells(target), f"{value:.2f}", "met" if target.met(record) else "**not met**"])
+            rows.append(
+                [
+                    *target_cells(target),
+                    f"{value:.2f}",
+                    "met" if target.met(record) else "**not met**",
+                ]
+            )
     return table(TARGET_HEAD, rows)
 
 
 def target_cells(target: Target) -> list[str]:
     """Workload, rule, number and bound."""
     sign, bound = ("<=", target.most) if target.most is not None else (">=", target.least)
-    return [target.workload, target.variant, NUMBERS.get(target.number, target.number), f"{sign} {bound:g}"]
+    return [
+        target.workload,
+        target.variant,
+        NUMBERS.get(target.number, target.number),
+        f"{sign} {bound:g}",
+    ]
 
 
 def on_screen(text: str) -> str:
@@ -170,7 +206,11 @@ def on_screen(text: str) -> str:
             del table[1]
             widths = [max(map(len, column)) for column in zip(*table, strict=True)]
             for row in table:
-                lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+                lines.append(
+                    "  ".join(
+                        cell.ljust(width) for cell, width in zip(row, widths, strict=True)
+                    ).rstrip()
+                )
             table = []
         if not line.startswith("!["):
             lines.append(line)

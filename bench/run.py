@@ -47,7 +47,9 @@ def chosen_variants(workload: Workload, names: list[str] | None, peers: bool) ->
     """The unit, and those of its variants that are named, in the workload's order; all for None."""
     left_out = () if peers else workload.peers
     wanted = workload.variants if names is None else (workload.unit, *names)
-    return [variant for variant in workload.variants if variant in wanted and variant not in left_out]
+    return [
+        variant for variant in workload.variants if variant in wanted and variant not in left_out
+    ]
 
 
 def run(
@@ -78,7 +80,11 @@ def run(
     replace_text(out / f"{STEM}.md", text)
     console.print(report.on_screen(text), soft_wrap=True, highlight=False, markup=False)
     written = (f"{STEM}.md", f"{STEM}.json", *pictures.values())
-    console.print("Written: " + ", ".join(str(out / name) for name in written), soft_wrap=True, highlight=False)
+    console.print(
+        "Written: " + ", ".join(str(out / name) for name in written),
+        soft_wrap=True,
+        highlight=False,
+    )
     ours = (
         row
         for workload in workloads
@@ -105,9 +111,14 @@ def measure_all(
             "kind": workload.kind,
             "unit": workload.unit,
             **workload.facts(),
-            "variants": measure(workload, names, settings, lambda doing, of=workload.name: now(of, doing)),
+            "variants": measure(
+                workload, names, settings, lambda doing, of=workload.name: now(of, doing)
+            ),
         }
-    versions = {name: env_info.version(distribution) for name, distribution in baselines.DISTRIBUTIONS.items()}
+    versions = {
+        name: env_info.version(distribution)
+        for name, distribution in baselines.DISTRIBUTIONS.items()
+    }
     return {
         **env_info.stamp("htv", *sys.argv[1:]),
         "took_seconds": round(time.perf_counter() - begin, 1),
@@ -117,7 +128,9 @@ def measure_all(
     }
 
 
-def measure(workload: Workload, variants: list[str], settings: Settings, now: Callable[[str], None]) -> dict[str, dict]:
+def measure(
+    workload: Workload, variants: list[str], settings: Settings, now: Callable[[str], None]
+) -> dict[str, dict]:
     """variant -> its numbers, or {"error": one line}. The unit comes first, and must not fail."""
     steps: dict[str, Step] = {}
     rows: dict[str, dict] = {}
@@ -153,7 +166,9 @@ def measure(workload: Workload, variants: list[str], settings: Settings, now: Ca
             now(f"memory of {variant}")
             rows[variant] |= _peak(workload, variant, settings)
             if "peak_bytes" in rows[variant] and "peak_bytes" in rows[workload.unit]:
-                rows[variant]["peak_ratio"] = rows[variant]["peak_bytes"] / rows[workload.unit]["peak_bytes"]
+                rows[variant]["peak_ratio"] = (
+                    rows[variant]["peak_bytes"] / rows[workload.unit]["peak_bytes"]
+                )
     return {variant: rows[variant] for variant in variants}
 
 
@@ -173,7 +188,9 @@ def _check_memory(workload: Workload) -> None:
     available = 1024 * int(meminfo.read_text().split("MemAvailable:")[1].split()[0])
     needed = 2.5 * workload.materialised_bytes()  # the gradients, sorted or stacked
     if needed > available:
-        raise MemoryError(f"left out: needs about {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are free")
+        raise MemoryError(
+            f"left out: needs about {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are free"
+        )
 
 
 def _nothing() -> None:

@@ -45,7 +45,11 @@ TARGETS = (
         for workload, most in STEPS.items()
         for rule in RULES
     ),
-    *(Target(workload, rule, "peak_ratio", most=most[-1]) for workload, most in STEPS.items() for rule in RULES),
+    *(
+        Target(workload, rule, "peak_ratio", most=most[-1])
+        for workload, most in STEPS.items()
+        for rule in RULES
+    ),
     Target("stacked-32", "median", "speed-up over torch:median", least=25),
     Target("stacked-3", "median", "of_copy", least=0.5),
 )

@@ -59,7 +59,13 @@ class TrainingStep:
 
     def rules(self) -> dict[str, Rule | None]:
         """Plain training first."""
-        rules = (None, htv.Mean(), htv.AndMask(TAU), htv.Median(), htv.WinsorizedMean(self.winsorize))
+        rules = (
+            None,
+            htv.Mean(),
+            htv.AndMask(TAU),
+            htv.Median(),
+            htv.WinsorizedMean(self.winsorize),
+        )
         return dict(zip(RULES, rules, strict=True))
 
     def prepare(self, variant: str) -> Step:
@@ -190,7 +196,9 @@ def _images(count: int, *shape: int) -> Callable[[], tuple[Tensor, Tensor]]:
     return lambda: (torch.randn(count, *shape), torch.randint(0, 10, (count,)))
 
 
-def _scaling(what: str, value: int, groups: int = 64, width: int = 512, rows: int = 1) -> TrainingStep:
+def _scaling(
+    what: str, value: int, groups: int = 64, width: int = 512, rows: int = 1
+) -> TrainingStep:
     """Three square linear layers with GELU between them, (groups, rows, width); as many classes as inputs."""
     shape = (groups,) if rows == 1 else (groups, rows)
     return TrainingStep(
@@ -247,9 +255,15 @@ def selected(names: list[str] | None) -> list[Workload]:
     """Those named, or whose name begins with one of `names` and a hyphen; all for None. ValueError for others."""
     chosen: dict[str, Workload] = {}
     for wanted in names or list(WORKLOADS):
-        found = {name: w for name, w in WORKLOADS.items() if name == wanted or name.startswith(f"{wanted}-")}
+        found = {
+            name: w
+            for name, w in WORKLOADS.items()
+            if name == wanted or name.startswith(f"{wanted}-")
+        }
         if not found:
-            raise ValueError(f"unknown workload {wanted!r}, use {', '.join(WORKLOADS)}, or how several of them begin")
+            raise ValueError(
+                f"unknown workload {wanted!r}, use {', '.join(WORKLOADS)}, or how several of them begin"
+            )
         chosen |= found
     return list(chosen.values())
 

@@ -82,12 +82,17 @@ def breakdown_block() -> str:
 
 def experiment_block(name: str) -> str:
     """What `htv experiment` found. name: of the record under docs/results, "digits/memorisation" in a folder there."""
-    return experiments.block(json.loads((ROOT / f"docs/results/{name}.json").read_text()), f"../results/{name}.png")
+    return experiments.block(
+        json.loads((ROOT / f"docs/results/{name}.json").read_text()), f"../results/{name}.png"
+    )
 
 
 def experiment_blocks(*names: str) -> tuple:
     records = {name: ROOT / f"docs/results/{name}.json" for name in names}
-    return tuple((name.replace("/", "-"), record, partial(experiment_block, name)) for name, record in records.items())
+    return tuple(
+        (name.replace("/", "-"), record, partial(experiment_block, name))
+        for name, record in records.items()
+    )
 
 
 def kernels_block() -> str:
@@ -99,14 +104,25 @@ def kernels_block() -> str:
 
 BLOCKS = {
     "README.md": (("demo", DEMO, demo_block), ("bench", BENCH, bench_block)),
-    "docs/performance.md": (("floors", FLOORS, floors_block), ("breakdown", BREAKDOWN, breakdown_block)),
+    "docs/performance.md": (
+        ("floors", FLOORS, floors_block),
+        ("breakdown", BREAKDOWN, breakdown_block),
+    ),
     "docs/extending.md": (("kernels", ROOT / "htv/ops/registry.py", kernels_block),),
     "docs/methods/ilc.md": experiment_blocks("linear", "spirals", "correlation"),
     "docs/methods/coherence.md": experiment_blocks(
-        "memorisation", "digits/memorisation", "winsorized", "rolling", "attribution", "coherence", "difficulty"
+        "memorisation",
+        "digits/memorisation",
+        "winsorized",
+        "rolling",
+        "attribution",
+        "coherence",
+        "difficulty",
     ),
     "docs/methods/connectivity.md": experiment_blocks("cbft", "paths"),
-    "docs/methods/memorization.md": experiment_blocks("mat-toy", "good-bad-ugly", "worst-group", "memorisation-scores"),
+    "docs/methods/memorization.md": experiment_blocks(
+        "mat-toy", "good-bad-ugly", "worst-group", "memorisation-scores"
+    ),
 }
 
 
@@ -124,7 +140,9 @@ def filled(document: str) -> str:
 
 def bench_report() -> str:
     """bench/results/cpu.md."""
-    return report.markdown(json.loads(BENCH.read_text()), {kind: f"cpu-{kind}.png" for kind in plots.KINDS})
+    return report.markdown(
+        json.loads(BENCH.read_text()), {kind: f"cpu-{kind}.png" for kind in plots.KINDS}
+    )
 
 
 if __name__ == "__main__":

@@ -98,7 +98,9 @@ def attach(
     if batch_norm not in ("error", "frozen", "shared"):
         raise ValueError(f"batch_norm must be 'error', 'frozen' or 'shared', got {batch_norm!r}")
     if type(batch_dim) is not int or batch_dim < 0:
-        raise ValueError(f"batch_dim must be a dim counted from the front, 0, 1, ...; got {batch_dim!r}")
+        raise ValueError(
+            f"batch_dim must be a dim counted from the front, 0, 1, ...; got {batch_dim!r}"
+        )
     batch, methods = _as_names("batch", batch), _as_names("methods", methods)
     for name, module in model.named_modules():
         if isinstance(module.__dict__.get("forward"), ForwardStandIn):
@@ -134,8 +136,14 @@ def _served_methods(model: nn.Module, methods: tuple[str, ...]) -> list[tuple[nn
         try:
             module = model.get_submodule(path)
         except AttributeError:
-            raise ValueError(f"methods={method!r}: {type(model).__name__} has no part {path!r}") from None
-        if name == "forward" or not callable(getattr(module, name, None)) or name in module._modules:
+            raise ValueError(
+                f"methods={method!r}: {type(model).__name__} has no part {path!r}"
+            ) from None
+        if (
+            name == "forward"
+            or not callable(getattr(module, name, None))
+            or name in module._modules
+        ):
             raise ValueError(
                 f"methods={method!r}: {type(module).__name__} has no method {name!r} to serve "
                 "beside its forward"
@@ -148,7 +156,11 @@ def _refuse_scripted(model: nn.Module, rules: dict[str, Rule | None]) -> None:
     """A ScriptModule runs where no mode sees it: its parameters cannot be served."""
     for path, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
-            inside = [n for n, _ in model.named_parameters() if n == path or n.startswith(f"{path}.") or not path]
+            inside = [
+                n
+                for n, _ in model.named_parameters()
+                if n == path or n.startswith(f"{path}.") or not path
+            ]
             if any(rules.get(name) is not None for name in inside):
                 what = f"its part {path!r}" if path else "it"
                 raise UnsupportedError(
@@ -178,8 +190,14 @@ def _choose_rules(model: nn.Module, rule: RuleChoice, exclude: Names) -> dict[st
         unmatched -= hits
         chosen = None if hits else rule if isinstance(rule, Rule) else rule(name, parameter)
         if chosen is not None and not isinstance(chosen, Rule):
-            raise TypeError(f"the rule for parameter {name!r} must be an htv rule or None, got {chosen!r}")
-        if not (parameter.dtype.is_floating_point or parameter.dtype.is_complex or parameter.requires_grad):
+            raise TypeError(
+                f"the rule for parameter {name!r} must be an htv rule or None, got {chosen!r}"
+            )
+        if not (
+            parameter.dtype.is_floating_point
+            or parameter.dtype.is_complex
+            or parameter.requires_grad
+        ):
             chosen = None  # integers, which never have a gradient
         if chosen is not None and not parameter.dtype.is_floating_point:
             raise TypeError(

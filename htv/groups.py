@@ -17,6 +17,7 @@ from torch import Tensor
 
 __all__ = ["Groups", "BatchLayout", "GroupedRows", "to_device_async"]
 
+
 @dataclass(frozen=True, eq=False)
 class BatchLayout:
     """Where the N examples are in one tensor: along `dim`, each of its indices belonging to one example.
@@ -38,10 +39,18 @@ class BatchLayout:
     is_the_one: ClassVar[bool] = False  # set on the one object that stands for all equal places
 
     def at(self, dim: int) -> BatchLayout:
-        return self if dim == self.dim else BatchLayout(dim, self.outer, self.times, self.examples, self.guess)
+        return (
+            self
+            if dim == self.dim
+            else BatchLayout(dim, self.outer, self.times, self.examples, self.guess)
+        )
 
     def size(self, batch_size: int) -> int:
-        return self.outer * batch_size * self.times if self.examples is None else self.examples.shape[0]
+        return (
+            self.outer * batch_size * self.times
+            if self.examples is None
+            else self.examples.shape[0]
+        )
 
     def index(self, batch_size: int) -> Tensor:
         """(size of the dim,) int64: the example of every index."""
@@ -92,11 +101,15 @@ class Groups:
     def each(batch_size: int, dim: int = 0) -> Groups:
         """Every example is a group of its own."""
         if batch_size < 1:
-            raise ValueError(f"the batch is empty: its dim {dim} has size 0, and no group can vote (skip the step)")
+            raise ValueError(
+                f"the batch is empty: its dim {dim} has size 0, and no group can vote (skip the step)"
+            )
         return Groups(batch_size, torch.arange(batch_size + 1), input_layout=BatchLayout(dim))
 
     @staticmethod
-    def by_id(ids: Tensor | list[int], batch_size: int, dim: int = 0, weight: str = "size") -> Groups:
+    def by_id(
+        ids: Tensor | list[int], batch_size: int, dim: int = 0, weight: str = "size"
+    ) -> Groups:
         """Examples with equal ids vote together.
 
         ids:     (N,) integers, any values, any order.
@@ -104,7 +117,12 @@ class Groups:
                  if it had N / E examples, so that its mean counts once.
         """
         ids = torch.as_tensor(ids).cpu()  # at once: how many groups there are decides shapes
-        if ids.dim() != 1 or ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
+        if (
+            ids.dim() != 1
+            or ids.dtype.is_floating_point
+            or ids.dtype.is_complex
+            or ids.dtype == torch.bool
+        ):
             raise ValueError(
                 f"groups must be a 1-D tensor of integer ids, got shape {tuple(ids.shape)} and dtype {ids.dtype}"
             )
@@ -120,14 +138,21 @@ class Groups:
         return Groups(batch_size, _offsets(sizes), order, keys, True, BatchLayout(dim), weights)
 
     @staticmethod
-    def packed(cu_seqlens: Tensor | list[int], batch_size: int, dim: int = 0, weight: str = "size") -> Groups:
+    def packed(
+        cu_seqlens: Tensor | list[int], batch_size: int, dim: int = 0, weight: str = "size"
+    ) -> Groups:
         """Consecutive examples vote together: sequence e owns examples cu_seqlens[e]:cu_seqlens[e + 1].
 
         cu_seqlens: integers from 0 up to the number of examples, as variable-length attention takes them; a sequence of
         length 0 does not vote.
         """
         bounds = torch.as_tensor(cu_seqlens).cpu()
-        if bounds.dim() != 1 or len(bounds) < 2 or bounds.dtype.is_floating_point or bounds.dtype == torch.bool:
+        if (
+            bounds.dim() != 1
+            or len(bounds) < 2
+            or bounds.dtype.is_floating_point
+            or bounds.dtype == torch.bool
+        ):
             raise ValueError(
                 "cu_seqlens must be a 1-D integer tensor of at least two bounds, "
                 f"got shape {tuple(bounds.shape)} and dtype {bounds.dtype}"
@@ -137,19 +162,28 @@ class Groups:
         if bounds[0] != 0 or bounds[-1] != batch_size or bool((sizes < 0).any()):
             raise ValueError(
                 f"cu_seqlens must rise from 0 to the number of packed rows, {batch_size}; it goes from "
-                f"{int(bounds[0])} to {int(bounds[-1])}" + (" and falls in between" if bool((sizes < 0).any()) else "")
+                f"{int(bounds[0])} to {int(bounds[-1])}"
+                + (" and falls in between" if bool((sizes < 0).any()) else "")
             )
         voting = (sizes > 0).nonzero().flatten()
         if len(voting) == 0:
             raise ValueError("cu_seqlens holds no rows: no group can vote (skip the step)")
         keys = voting if len(voting) < len(sizes) else None
         weights = None if weight == "size" else batch_size / (len(voting) * sizes[voting].double())
-        return Groups(batch_size, _offsets(sizes[voting]), keys=keys, input_layout=BatchLayout(dim), weights=weights)
+        return Groups(
+            batch_size,
+            _offsets(sizes[voting]),
+            keys=keys,
+            input_layout=BatchLayout(dim),
+            weights=weights,
+        )
 
     @staticmethod
     def each_row(batch_size: int, dim: int = 0, voting: Tensor | None = None) -> Groups:
         """Every row a layer sees votes by itself. voting: (N, T) bool, False where a row (padding) has no vote."""
-        if voting is not None and (voting.dim() != 2 or voting.dtype != torch.bool or len(voting) != batch_size):
+        if voting is not None and (
+            voting.dim() != 2 or voting.dtype != torch.bool or len(voting) != batch_size
+        ):
             raise ValueError(
                 f"mask must be a boolean tensor of shape ({batch_size}, T), True where a token votes; got shape "
                 f"{tuple(voting.shape)} and dtype {voting.dtype}"
@@ -178,7 +212,9 @@ class Groups:
             return False
         if self.rows_vote:
             same_mask = self.voting is other.voting or (
-                self.voting is not None and other.voting is not None and torch.equal(self.voting, other.voting)
+                self.voting is not None
+                and other.voting is not None
+                and torch.equal(self.voting, other.voting)
             )
             return same_mask and self.batch_size == other.batch_size
         if self.keys is None or other.keys is None:
@@ -188,7 +224,9 @@ class Groups:
     def fits(self, tensor: Tensor, layout: BatchLayout | None = None) -> bool:
         """Whether a tensor has the size of a place, the home by default, where the batch would be."""
         layout = self.input_layout if layout is None else layout
-        return tensor.dim() > layout.dim and tensor.shape[layout.dim] == layout.size(self.batch_size)
+        return tensor.dim() > layout.dim and tensor.shape[layout.dim] == layout.size(
+            self.batch_size
+        )
 
     def grouped_rows(self, layout: BatchLayout) -> GroupedRows:
         """Who votes with the indices of a tensor that has the examples there."""
@@ -197,7 +235,11 @@ class Groups:
     def members(self) -> Tensor:
         """(N,) int64: the group of every example."""
         groups = torch.repeat_interleave(torch.arange(self.count), self.offsets.diff())
-        return groups if self.order is None else torch.empty_like(groups).index_copy_(0, self.order, groups)
+        return (
+            groups
+            if self.order is None
+            else torch.empty_like(groups).index_copy_(0, self.order, groups)
+        )
 
 
 class GroupedRows:
@@ -248,10 +290,18 @@ class GroupedRows:
         """(..., S, ..., *features) -> (R, *features), the rows of each group together."""
         if self.plain:
             lead = tensor.dim() - features
-            return tensor if lead == 1 else tensor.reshape(math.prod(tensor.shape[:lead]), *tensor.shape[lead:])
+            return (
+                tensor
+                if lead == 1
+                else tensor.reshape(math.prod(tensor.shape[:lead]), *tensor.shape[lead:])
+            )
         front = self.front(tensor)
         lead = front.dim() - features
-        rows = front if lead == 1 else front.reshape(math.prod(front.shape[:lead]), *front.shape[lead:])
+        rows = (
+            front
+            if lead == 1
+            else front.reshape(math.prod(front.shape[:lead]), *front.shape[lead:])
+        )
         voting = self.groups.voting
         if voting is None:
             return rows
@@ -260,7 +310,9 @@ class GroupedRows:
                 f"tokens(mask) has {voting.shape[1]} tokens for each of {len(voting)} examples, but a layer saw an "
                 f"input of shape {tuple(tensor.shape)}, whose rows are not these tokens. Remedy: exclude its parameters"
             )
-        return rows.index_select(0, to_device_async(voting.flatten().nonzero().flatten(), rows.device))
+        return rows.index_select(
+            0, to_device_async(voting.flatten().nonzero().flatten(), rows.device)
+        )
 
     def grad_rows(self, grad: Tensor, features: int = 1) -> tuple[Tensor, Tensor]:
         """`rows` of an output's gradient, multiplied by the weights of their groups; and their `bounds`."""
@@ -283,7 +335,12 @@ class GroupedRows:
 
     def sums(self, tensor: Tensor, features: int = 1, dtype: torch.dtype | None = None) -> Tensor:
         """(..., S, ..., *features) -> (E, *features): sums over each group's rows; deterministic, no atomics."""
-        if self.plain and self._singles and tensor.dim() == 1 + features and len(tensor) == self.count:
+        if (
+            self.plain
+            and self._singles
+            and tensor.dim() == 1 + features
+            and len(tensor) == self.count
+        ):
             return tensor if dtype is None or tensor.dtype == dtype else tensor.to(dtype)
         if self.rows_vote:
             return self.rows(tensor, features).to(dtype)
@@ -298,7 +355,11 @@ class GroupedRows:
         front = tensor.movedim(dim, 0) if dim else tensor
         if self.order is not None:
             front = front.index_select(0, self._order_on(self.order, front.device))
-        summed = front if self._singles and front.shape[0] == self.count else segment_sum(front, self.offsets)
+        summed = (
+            front
+            if self._singles and front.shape[0] == self.count
+            else segment_sum(front, self.offsets)
+        )
         weights = self.groups.weights
         return summed if weights is None else summed * _as_column(weights, summed)
 
@@ -335,13 +396,22 @@ def to_device_async(tensor: Tensor, device: torch.device) -> Tensor:
                 f"a CUDA graph cannot capture who votes with {tensor.numel()} values in no regular order: let every "
                 "example vote by itself, or sort the batch by group"
             )
-        values = [torch.full((), value, device=device, dtype=tensor.dtype) for value in tensor.flatten().tolist()]
-        return torch.stack(values).reshape(tensor.shape) if values else tensor.new_empty(tensor.shape, device=device)
+        values = [
+            torch.full((), value, device=device, dtype=tensor.dtype)
+            for value in tensor.flatten().tolist()
+        ]
+        return (
+            torch.stack(values).reshape(tensor.shape)
+            if values
+            else tensor.new_empty(tensor.shape, device=device)
+        )
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _as_column(values: Tensor, beside: Tensor) -> Tensor:
-    return to_device_async(values.to(beside.dtype), beside.device).reshape(-1, *(1,) * (beside.dim() - 1))
+    return to_device_async(values.to(beside.dtype), beside.device).reshape(
+        -1, *(1,) * (beside.dim() - 1)
+    )
 
 
 def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
@@ -351,10 +421,14 @@ def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
         return values.reshape(len(sizes), int(sizes[0]), *values.shape[1:]).sum(dim=1)
     flat = values.reshape(len(values), math.prod(values.shape[1:])).contiguous()
     if values.device.type == "cpu" and values.dtype in (torch.float32, torch.float64):
-        ids = torch.repeat_interleave(sizes)  # what embeddings do to sum rows by id beats segment_reduce
+        ids = torch.repeat_interleave(
+            sizes
+        )  # what embeddings do to sum rows by id beats segment_reduce
         summed: Tensor = torch.ops.aten.embedding_dense_backward(flat, ids, len(sizes), -1, False)
     else:
-        summed = torch.segment_reduce(flat, "sum", offsets=to_device_async(offsets, values.device), axis=0, initial=0)
+        summed = torch.segment_reduce(
+            flat, "sum", offsets=to_device_async(offsets, values.device), axis=0, initial=0
+        )
     return summed.reshape(len(sizes), *values.shape[1:])
 
 

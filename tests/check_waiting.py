@@ -6,7 +6,7 @@ import os
 import pretended_gpu
 import pytest
 import torch
-from pretended_gpu import OnDevice, Waits, pretended, moved, values
+from pretended_gpu import OnDevice, Waits, moved, pretended, values
 from torch import nn
 
 import htv
@@ -25,7 +25,9 @@ class Text(nn.Module):
     def __init__(self):
         super().__init__()
         self.embedding, self.norm = nn.Embedding(9, 8, padding_idx=0), nn.LayerNorm(8)
-        self.attention = nn.MultiheadAttention(8, 2, bias=False, batch_first=True)  # a key's bias has only noise
+        self.attention = nn.MultiheadAttention(
+            8, 2, bias=False, batch_first=True
+        )  # a key's bias has only noise
         self.head = nn.Linear(8, 5)
 
     def forward(self, ids):
@@ -84,14 +86,18 @@ def no_device_calls(monkeypatch):
         monkeypatch.setattr(backend, "TRITON_INSTALLED", False)
         return
     absent = backend._absent
-    monkeypatch.setattr(backend, "_absent", lambda name, where: None if name == "triton" else absent(name, where))
+    monkeypatch.setattr(
+        backend, "_absent", lambda name, where: None if name == "triton" else absent(name, where)
+    )
     launch = GridExecutor.__call__
     monkeypatch.setattr(device, "DEVICE", "cuda")
     for module in (device, stacked):
         monkeypatch.setattr(module, "guard", lambda tensor: contextlib.nullcontext())
     monkeypatch.setattr(device, "capability", lambda where: ((9, 0), 4))
     monkeypatch.setattr(
-        GridExecutor, "__call__", lambda self, *args, **options: launch(self, *map(plain, args), **options)
+        GridExecutor,
+        "__call__",
+        lambda self, *args, **options: launch(self, *map(plain, args), **options),
     )
 
 
@@ -132,7 +138,9 @@ def test_a_step_waits_for_nothing(server, model, grouped_rows, rule, monkeypatch
         found = gradients(moved(net), OnDevice(batch), rule, VOTERS[grouped_rows])
     assert all(p.device == pretended_gpu.CUDA for p in net.parameters())
     for parameter, one, other in zip(dict(net.named_parameters()), found, wanted, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5, msg=lambda m, name=parameter: f"{name}: {m}")
+        torch.testing.assert_close(
+            one, other, rtol=1e-4, atol=1e-5, msg=lambda m, name=parameter: f"{name}: {m}"
+        )
 
 
 def test_what_waits_is_noticed(monkeypatch):
@@ -145,7 +153,9 @@ def test_what_waits_is_noticed(monkeypatch):
             lambda: host.to("cuda", non_blocking=True), lambda: torch.tensor([1.0], device="cuda"),
             lambda: x.new_tensor([2.0]), lambda: x + host, lambda: x[host.long()],
         ):  # fmt: skip
-            with pytest.raises((Waits, NotImplementedError)):  # torch.tensor(device=...) gets past the pretence
+            with pytest.raises(
+                (Waits, NotImplementedError)
+            ):  # torch.tensor(device=...) gets past the pretence
                 wait()
         assert (x + host.pin_memory().to("cuda", non_blocking=True)).device.type == "cuda"
 

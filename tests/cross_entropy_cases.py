@@ -24,7 +24,9 @@ OPTIONS = {
 
 def operands(rows, classes, dtype=torch.float64, scale=3.0):
     torch.manual_seed(rows + classes)
-    logits, shift = (torch.randn(rows, classes, dtype=torch.float64).mul(scale).to(dtype) for _ in range(2))
+    logits, shift = (
+        torch.randn(rows, classes, dtype=torch.float64).mul(scale).to(dtype) for _ in range(2)
+    )
     return logits, torch.randint(0, classes, (rows,)), shift
 
 
@@ -36,7 +38,9 @@ def by_torch(logits, targets, shift, temperature=1.0, **options):
 def loss_and_grad(function, logits, *arguments, **options):
     leaf = logits.detach().clone().requires_grad_()
     loss = function(leaf, *arguments, **options)
-    (grad,) = torch.autograd.grad(loss, leaf, torch.linspace(0.5, 2, loss.numel()).to(loss).view(loss.shape))
+    (grad,) = torch.autograd.grad(
+        loss, leaf, torch.linspace(0.5, 2, loss.numel()).to(loss).view(loss.shape)
+    )
     return loss.detach(), grad
 
 
@@ -44,7 +48,9 @@ def options_for(name, classes, dtype):
     options = dict(OPTIONS[name])
     if "weight" in options:
         options["weight"] = torch.rand(classes, dtype=torch.float64).add(0.1)
-    ours = options | ({"weight": options["weight"].to(compute_dtype(dtype))} if "weight" in options else {})
+    ours = options | (
+        {"weight": options["weight"].to(compute_dtype(dtype))} if "weight" in options else {}
+    )
     if "weight" in options:
         options["weight"] = ours["weight"].double()
     return options, ours
@@ -53,16 +59,26 @@ def options_for(name, classes, dtype):
 def assert_as_exact(found, exact, logits):
     """Within rounding: of float32 (or float64) arithmetic, and of the gradient to the type of the logits once."""
     (loss, grad), (exact_loss, exact_grad) = found, exact
-    assert loss.dtype == compute_dtype(logits.dtype) and grad.dtype == logits.dtype and grad.shape == logits.shape
+    assert (
+        loss.dtype == compute_dtype(logits.dtype)
+        and grad.dtype == logits.dtype
+        and grad.shape == logits.shape
+    )
     eps = torch.finfo(loss.dtype).eps
     largest = logits.double().abs().nan_to_num(0, 0, 0).max().item() if logits.numel() else 0
     tolerance = eps * (40 + 8 * largest)
-    torch.testing.assert_close(loss.double(), exact_loss, rtol=tolerance, atol=tolerance, equal_nan=True)
+    torch.testing.assert_close(
+        loss.double(), exact_loss, rtol=tolerance, atol=tolerance, equal_nan=True
+    )
     scale = exact_grad.abs().nan_to_num(0).max().item() if grad.numel() else 0
     rounding = torch.finfo(grad.dtype).eps if grad.dtype != loss.dtype else 0
     smallest = torch.finfo(grad.dtype).smallest_normal if rounding else 0
     torch.testing.assert_close(
-        grad.double(), exact_grad, rtol=tolerance + rounding, atol=tolerance * scale + smallest, equal_nan=True
+        grad.double(),
+        exact_grad,
+        rtol=tolerance + rounding,
+        atol=tolerance * scale + smallest,
+        equal_nan=True,
     )
 
 

@@ -21,18 +21,48 @@ def compiler() -> str | None:
 
 
 def compile_library(folder: Path) -> Path:
-    flags = ["-std=c++20", "-O1", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
-    flags += ["-ffp-contract=off", "-U_FORTIFY_SOURCE", "-DHTV_EMULATED", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
-    flags += [f"-I{HERE}", f"-I{CSRC}", *(flag for path in include_paths() for flag in ("-isystem", path))]
+    flags = [
+        "-std=c++20",
+        "-O1",
+        "-g0",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-Wall",
+        "-Werror",
+        "-Wno-unknown-pragmas",
+    ]
+    flags += [
+        "-ffp-contract=off",
+        "-U_FORTIFY_SOURCE",
+        "-DHTV_EMULATED",
+        "-DTORCH_TARGET_VERSION=0x020b000000000000",
+    ]
+    flags += [
+        f"-I{HERE}",
+        f"-I{CSRC}",
+        *(flag for path in include_paths() for flag in ("-isystem", path)),
+    ]
     batch_size = [(HERE / "library.cpp", "")]
     for source in sorted(CSRC.glob("cuda/*.cu")):
         if source.stem != "library":
-            batch_size += [(source, e) for e in (ELEMENTS if source.stem.endswith("_kernel") else ("",))]
+            batch_size += [
+                (source, e) for e in (ELEMENTS if source.stem.endswith("_kernel") else ("",))
+            ]
 
     def compile(unit) -> str:
         source, element = unit
         out = str(folder / f"{source.stem}{element}.o")
-        command = [compiler(), *flags, f"-DHTV_ELEMENT={element}", "-x", "c++", "-c", str(source), "-o", out]
+        command = [
+            compiler(),
+            *flags,
+            f"-DHTV_ELEMENT={element}",
+            "-x",
+            "c++",
+            "-c",
+            str(source),
+            "-o",
+            out,
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[:10_000]
         return out
@@ -41,14 +71,23 @@ def compile_library(folder: Path) -> Path:
         objects = list(pool.map(compile, batch_size))
     lib = Path(torch.__file__).with_name("lib")
     library = folder / "emulated.so"
-    subprocess.run([compiler(), "-shared", *objects, "-o", library, f"-L{lib}", "-ltorch", "-ltorch_cpu"], check=True)
+    subprocess.run(
+        [compiler(), "-shared", *objects, "-o", library, f"-L{lib}", "-ltorch", "-ltorch_cpu"],
+        check=True,
+    )
     return library
 
 
 def library() -> Path:
     """Compiled once for the sources as they are: minutes on one core, nothing afterwards. Wants a `compiler`."""
     digest = hashlib.sha256(torch.__version__.encode())
-    for path in sorted((*CSRC.glob("*.h"), *CSRC.glob("cuda/*"), *(HERE / n for n in ("emulator.h", "library.cpp")))):
+    for path in sorted(
+        (
+            *CSRC.glob("*.h"),
+            *CSRC.glob("cuda/*"),
+            *(HERE / n for n in ("emulator.h", "library.cpp")),
+        )
+    ):
         if path.is_file():
             digest.update(path.read_bytes())
     folder = Path(tempfile.gettempdir()) / f"htv-emulated-{os.getuid()}-{digest.hexdigest()[:16]}"

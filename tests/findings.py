@@ -7,7 +7,11 @@ def agreement(name: str, results: dict[str, dict], classes: int = 10) -> list[bo
     """Which findings agree with the paper, given a result for each variant of the full experiment."""
     experiment = load(name)
     assert set(results) == set(experiment.variants(experiment.full))
-    runs = [{"variant": v, "seed": s, "seconds": 1.0, "result": results[v]} for s in range(2) for v in results]
+    runs = [
+        {"variant": v, "seed": s, "seconds": 1.0, "result": results[v]}
+        for s in range(2)
+        for v in results
+    ]
     summary = experiment.summarise(Records(experiment.full, runs, classes))
     assert all(len(row) == len(table.head) for table in summary.tables for row in table.rows)
     return [finding.agrees for finding in summary.findings]

@@ -47,7 +47,10 @@ class Module(nn.Module):
 
 def tokens(forward, **parameters) -> Builder:
     """A builder of a Module and a batch of shape (N, 4, 6); parameters come from functions, drawn anew every time."""
-    return lambda: (Module(forward, **{name: make() for name, make in parameters.items()}), examples(4, 6))
+    return lambda: (
+        Module(forward, **{name: make() for name, make in parameters.items()}),
+        examples(4, 6),
+    )
 
 
 def drawn(*shape: int) -> Callable[[], Tensor]:
@@ -72,7 +75,9 @@ def rms(self, x):
 
 def gemma_rms(self, x):
     y = x.float() if x.dtype == torch.bfloat16 else x
-    return (y / torch.sqrt(y.square().mean(-1, keepdim=True) + 1e-6) * (1.0 + self.weight)).type_as(x)
+    return (y / torch.sqrt(y.square().mean(-1, keepdim=True) + 1e-6) * (1.0 + self.weight)).type_as(
+        x
+    )
 
 
 # -- attention --------------------------------------------------------------------------------------------------------
@@ -84,7 +89,10 @@ def attention(call, batch_first: bool = True, **options) -> Builder:
 
 def merged_heads(self, x):
     n, t, d = x.shape
-    q, k, v = (y.view(n, t, 2, d // 2).transpose(1, 2).reshape(n * 2, t, d // 2) for y in self.qkv(x).chunk(3, -1))
+    q, k, v = (
+        y.view(n, t, 2, d // 2).transpose(1, 2).reshape(n * 2, t, d // 2)
+        for y in self.qkv(x).chunk(3, -1)
+    )
     y = torch.bmm(torch.softmax(q @ k.transpose(1, 2), -1), v)
     return self.out(y.view(n, 2, t, d // 2).transpose(1, 2).reshape(n, t, d))
 
@@ -92,16 +100,36 @@ def merged_heads(self, x):
 def functional_attention(self, x):
     y = x.transpose(0, 1)
     found, weights = F.multi_head_attention_forward(
-        y, y, y, 6, 2, self.w, self.b, None, None, False, 0.0, self.out, None, average_attn_weights=False
+        y,
+        y,
+        y,
+        6,
+        2,
+        self.w,
+        self.b,
+        None,
+        None,
+        False,
+        0.0,
+        self.out,
+        None,
+        average_attn_weights=False,
     )
     return found.transpose(0, 1), weights
 
 
 def separate_projections(self, x):
     y = x.transpose(0, 1)
-    weights = dict(q_proj_weight=self.q, k_proj_weight=self.k, v_proj_weight=self.v, use_separate_proj_weight=True)
+    weights = dict(
+        q_proj_weight=self.q,
+        k_proj_weight=self.k,
+        v_proj_weight=self.v,
+        use_separate_proj_weight=True,
+    )
     options = (6, 2, None, self.b, None, None, False, 0.0, self.out, None)
-    return F.multi_head_attention_forward(y, y[..., :3], y[..., :4], *options, **weights)[0].transpose(0, 1)
+    return F.multi_head_attention_forward(y, y[..., :3], y[..., :4], *options, **weights)[
+        0
+    ].transpose(0, 1)
 
 
 def rotated(self, x):
@@ -110,7 +138,11 @@ def rotated(self, x):
     qk = self.qk(x).reshape(n, t, d // 2, 2)
     pairs = torch.view_as_complex((qk.float() if x.dtype == torch.bfloat16 else qk).contiguous())
     angles = torch.outer(torch.arange(t), 0.5 ** torch.arange(d // 2)).to(pairs.real.dtype)
-    turned = torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(2).to(x.dtype)
+    turned = (
+        torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles))
+        .flatten(2)
+        .to(x.dtype)
+    )
     halves = torch.cat([-x[..., d // 2 :], x[..., : d // 2]], dim=-1)
     weights = torch.tril(turned @ halves.transpose(-1, -2))
     return self.out(weights / torch.linalg.norm(weights, dim=-1, keepdim=True) @ x)
@@ -128,7 +160,12 @@ def relative_bias(self, x):
 def windows(self, x):
     """(N, 4, 4, 6) images cut into shifted windows of 2 by 2, merged with the batch, and put together again."""
     n = len(x)
-    y = torch.roll(x, (-1, -1), (1, 2)).view(n, 2, 2, 2, 2, 6).permute(0, 1, 3, 2, 4, 5).reshape(-1, 4, 6)
+    y = (
+        torch.roll(x, (-1, -1), (1, 2))
+        .view(n, 2, 2, 2, 2, 6)
+        .permute(0, 1, 3, 2, 4, 5)
+        .reshape(-1, 4, 6)
+    )
     q, k, v = self.qkv(y).chunk(3, -1)
     y = torch.softmax(q @ k.mT + self.bias, -1) @ v
     y = y.view(n, 2, 2, 2, 2, 6).permute(0, 1, 3, 2, 4, 5).reshape(n, 4, 4, 6)
@@ -148,13 +185,18 @@ def decoder(**options) -> Builder:
         mask = nn.Transformer.generate_square_subsequent_mask(4, dtype=x.dtype)
         return self.l(x, torch.tanh(x), tgt_mask=mask, memory_key_padding_mask=x[..., 0] > 1)
 
-    return tokens(forward, l=lambda: nn.TransformerDecoderLayer(6, 2, 8, dropout=0.0, batch_first=True, **options))
+    return tokens(
+        forward,
+        l=lambda: nn.TransformerDecoderLayer(6, 2, 8, dropout=0.0, batch_first=True, **options),
+    )
 
 
 def frozen_encoder() -> Builder:
     """An encoder in eval mode without a parameter to train would take torch's fused inference path."""
     model, x = encoder(2, evaluated=True)()
-    return Module(lambda m, x: m.head(m.encoder(x)), encoder=model.requires_grad_(False), head=nn.Linear(6, 3)), x
+    return Module(
+        lambda m, x: m.head(m.encoder(x)), encoder=model.requires_grad_(False), head=nn.Linear(6, 3)
+    ), x
 
 
 # -- recurrence -------------------------------------------------------------------------------------------------------
@@ -172,12 +214,17 @@ class Recurrent(nn.Module):
         x = x if self.batch_first else x.transpose(0, 1)
         if self.packed:
             lengths = 1 + (x[:, :3, 0] > 0).sum(1)
-            x = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+            x = nn.utils.rnn.pack_padded_sequence(
+                x, lengths, batch_first=True, enforce_sorted=False
+            )
         y, hidden = self.layer(x)
         if self.packed:
             y, _ = nn.utils.rnn.pad_packed_sequence(y, batch_first=True, total_length=4)
         y = y if self.batch_first else y.transpose(0, 1)
-        return [y, *(h.transpose(0, 1) for h in (hidden if isinstance(hidden, tuple) else (hidden,)))]
+        return [
+            y,
+            *(h.transpose(0, 1) for h in (hidden if isinstance(hidden, tuple) else (hidden,))),
+        ]
 
 
 def recurrent(kind: str, **options) -> Builder:
@@ -213,7 +260,9 @@ class Symmetric(nn.Module):
         return w.triu() + w.triu(1).mT
 
 
-def parametrized(layer: Callable[[], nn.Module], how: Callable[[nn.Module], nn.Module], *shape: int, train=True):
+def parametrized(
+    layer: Callable[[], nn.Module], how: Callable[[nn.Module], nn.Module], *shape: int, train=True
+):
     return of(lambda: nn.Sequential(how(layer())).train(train), *shape)
 
 
@@ -294,7 +343,9 @@ def mixture(self, x):
     top = weights.argmax(-1)
     for expert in range(3):
         (rows,) = torch.where(top == expert)
-        out.index_add_(0, rows, torch.tanh(F.linear(flat[rows], self.w[expert])) * weights[rows, expert, None])
+        out.index_add_(
+            0, rows, torch.tanh(F.linear(flat[rows], self.w[expert])) * weights[rows, expert, None]
+        )
     return out.view_as(x)
 
 
@@ -314,14 +365,20 @@ class Tied(nn.Module):
 
     def __init__(self, checkpointed: bool = False):
         super().__init__()
-        self.embedding, self.body, self.head = nn.Embedding(11, 6), nn.Linear(6, 6), nn.Linear(6, 11, bias=False)
+        self.embedding, self.body, self.head = (
+            nn.Embedding(11, 6),
+            nn.Linear(6, 6),
+            nn.Linear(6, 11, bias=False),
+        )
         self.head.weight = self.embedding.weight
         self.checkpointed = checkpointed
 
     def forward(self, x):
         y = self.embedding(x)
         for layer in (self.body, self.head):
-            y = torch.tanh(checkpoint(layer, y, use_reentrant=False) if self.checkpointed else layer(y))
+            y = torch.tanh(
+                checkpoint(layer, y, use_reentrant=False) if self.checkpointed else layer(y)
+            )
         return y
 
 
@@ -382,7 +439,9 @@ def masked_rows(self, x):
 def shuffled_tokens(self, x):
     """Rows of all examples in an order of their own, and back."""
     flat = x.reshape(-1, 6)
-    order = (torch.arange(len(flat)) * 5 + 3) % len(flat)  # 5 and the number of rows have no common divisor
+    order = (torch.arange(len(flat)) * 5 + 3) % len(
+        flat
+    )  # 5 and the number of rows have no common divisor
     order = order if len(order.unique()) == len(flat) else order.sort().indices
     return self.l(flat[order])[order.argsort()].reshape(*x.shape[:2], -1)
 
@@ -792,5 +851,7 @@ TABLE: dict[str, dict[str, Builder]] = {
 
 BASIC = ("Linear", "Convolution", "Transposed convolution", "Embedding", "Normalisation", "PReLU",
          "Tokens, positions, scales, gates")  # fmt: skip
-LAYERS: dict[str, Builder] = {name: build for rows in TABLE.values() for name, build in rows.items()}
+LAYERS: dict[str, Builder] = {
+    name: build for rows in TABLE.values() for name, build in rows.items()
+}
 warnings.filterwarnings("ignore", message="Using padding='same' with even kernel lengths")

@@ -220,7 +220,9 @@ def require_all_of_one(c: Case) -> None:
     for result, mark in zip(results, marks, strict=True):
         if result.dim() == 0 or not result.is_floating_point():
             continue
-        assert isinstance(mark, BatchLayout) and same_place(mark, BatchLayout(0, times=result.shape[0])), c.name
+        assert isinstance(mark, BatchLayout) and same_place(
+            mark, BatchLayout(0, times=result.shape[0])
+        ), c.name
 
 
 class Names(TorchFunctionMode):

@@ -29,7 +29,13 @@ RULES = [
     htv.WinsorizedMean(1),
     htv.WinsorizedMean(0.2),
 ]
-IDENTITIES = [htv.Mean(), htv.AndMask(0.0), htv.WinsorizedMean(0), htv.TrimmedMean(0), htv.MedianOfMeans(1)]
+IDENTITIES = [
+    htv.Mean(),
+    htv.AndMask(0.0),
+    htv.WinsorizedMean(0),
+    htv.TrimmedMean(0),
+    htv.MedianOfMeans(1),
+]
 by_name = {"ids": repr}  # for pytest.mark.parametrize
 
 
@@ -51,10 +57,16 @@ def stat(rule: Rule, c: np.ndarray) -> np.ndarray:
         case htv.XorMask(tau):
             return (votes < round(tau * e, 6)) * mean
         case htv.GeometricMean(tau):
-            return (votes >= round(tau * e, 6)) * np.sign(mean) * stats.gmean(np.abs(c) + 1e-10, axis=0)
+            return (
+                (votes >= round(tau * e, 6))
+                * np.sign(mean)
+                * stats.gmean(np.abs(c) + 1e-10, axis=0)
+            )
         case htv.SandMask(tau, k):
             with np.errstate(divide="ignore", invalid="ignore"):
-                mask = np.maximum(0, np.tanh(k / c.var(0, ddof=1) * ((votes - round(tau * e, 6)) / e)))
+                mask = np.maximum(
+                    0, np.tanh(k / c.var(0, ddof=1) * ((votes - round(tau * e, 6)) / e))
+                )
             mask = np.where(np.isnan(mask), 1e-17, mask)
             return mask * mean / (1e-10 + mask.mean())
         case htv.SignSum():
@@ -76,8 +88,12 @@ def stat(rule: Rule, c: np.ndarray) -> np.ndarray:
 def linear_contributions(x: torch.Tensor, grad_output: torch.Tensor, ids) -> np.ndarray:
     """(E, O, I) in float64, groups in the order of their sorted ids; x (N, *rest, I), grad_output (N, *rest, O)."""
     ids = np.asarray(ids)
-    x, grad_output = (t.double().reshape(len(ids), -1, t.shape[-1]).numpy() for t in (x, grad_output))
-    return np.stack([np.einsum("nro,nri->oi", grad_output[ids == e], x[ids == e]) for e in np.unique(ids)])
+    x, grad_output = (
+        t.double().reshape(len(ids), -1, t.shape[-1]).numpy() for t in (x, grad_output)
+    )
+    return np.stack(
+        [np.einsum("nro,nri->oi", grad_output[ids == e], x[ids == e]) for e in np.unique(ids)]
+    )
 
 
 def away_from_ties(*shape: int, dtype=torch.float32) -> torch.Tensor:

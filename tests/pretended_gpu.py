@@ -79,14 +79,20 @@ def waits(func, args, kwargs) -> str | None:
     if moved == "in":
         source = args[0] if func.overloadpacket is aten._to_copy else args[1]
         asynchronous = kwargs.get("non_blocking") or (len(args) > 2 and args[2])
-        return None if asynchronous and hasattr(source, "pinned") else "copies at once, or what is not pinned"
+        return (
+            None
+            if asynchronous and hasattr(source, "pinned")
+            else "copies at once, or what is not pinned"
+        )
     if not any(isinstance(t, OnDevice) for t in tensors):
         return None
     if func.overloadpacket in READS:
         return "asks for values"
     if func.overloadpacket is aten.repeat_interleave and kwargs.get("output_size") is None:
         return "asks for the size of the result"
-    if func.overloadpacket in INDEXED and any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1]):
+    if func.overloadpacket in INDEXED and any(
+        t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1]
+    ):
         return "takes a mask for an index"
     if any(t.dim() > 0 and not isinstance(t, OnDevice) for t in tensors):
         return "takes a tensor on the host beside those on the device"
@@ -94,7 +100,9 @@ def waits(func, args, kwargs) -> str | None:
 
 
 def run(func, args, kwargs):
-    if func.namespace == "aten":  # within an operator of htv, torch does not take composite ones apart
+    if (
+        func.namespace == "aten"
+    ):  # within an operator of htv, torch does not take composite ones apart
         with Device():
             out = func.decompose(*args, **kwargs)
         if out is not NotImplemented:
@@ -111,9 +119,15 @@ def run(func, args, kwargs):
     if func.namespace == "htv":
         with Device():
             return func._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
-    devices = [torch.device(d).type for d in tree_leaves((args, kwargs)) if isinstance(d, torch.device)]
-    there = "cuda" in devices or ("cpu" not in devices and any(isinstance(t, OnDevice) for t in tree_leaves(args)))
-    plain = lambda a: a.inner if isinstance(a, OnDevice) else CPU if isinstance(a, torch.device) else a
+    devices = [
+        torch.device(d).type for d in tree_leaves((args, kwargs)) if isinstance(d, torch.device)
+    ]
+    there = "cuda" in devices or (
+        "cpu" not in devices and any(isinstance(t, OnDevice) for t in tree_leaves(args))
+    )
+    plain = lambda a: (
+        a.inner if isinstance(a, OnDevice) else CPU if isinstance(a, torch.device) else a
+    )
     given, options = tree_map(plain, (args, kwargs))
     if func.overloadpacket is aten._to_copy and moves(func, args, kwargs) is not None:
         out = func(*given, **options).clone()  # a copy, though both are on the CPU
@@ -170,11 +184,29 @@ def build_guard(folder: Path) -> list[str]:
     """The libraries to load before torch is imported, so that its autograd believes in a device."""
     if hasattr(torch._C, "_cuda_getDeviceCount"):
         return []
-    source, library, input_layout = folder / "guard.cpp", folder / "guard.so", Path(torch.__file__).parent
+    source, library, input_layout = (
+        folder / "guard.cpp",
+        folder / "guard.so",
+        Path(torch.__file__).parent,
+    )
     source.write_text(GUARD)
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"
-    command = ["g++", "-std=c++20", "-shared", "-fPIC", abi, f"-I{input_layout / 'include'}", str(source), "-o", str(library)]
-    subprocess.run([*command, f"-L{input_layout / 'lib'}", "-ltorch_cpu", "-lc10"], check=True, capture_output=True)
+    command = [
+        "g++",
+        "-std=c++20",
+        "-shared",
+        "-fPIC",
+        abi,
+        f"-I{input_layout / 'include'}",
+        str(source),
+        "-o",
+        str(library),
+    ]
+    subprocess.run(
+        [*command, f"-L{input_layout / 'lib'}", "-ltorch_cpu", "-lc10"],
+        check=True,
+        capture_output=True,
+    )
     return [str(input_layout / "lib" / "libtorch_cpu.so"), str(library)]
 
 
@@ -190,7 +222,9 @@ def pretended(monkeypatch):
 
 def moved(model: nn.Module) -> nn.Module:
     """A model's parameters and buffers on the device; those that are tied stay so."""
-    on_device = {p: nn.Parameter(OnDevice(p.detach().clone()), p.requires_grad) for p in model.parameters()}
+    on_device = {
+        p: nn.Parameter(OnDevice(p.detach().clone()), p.requires_grad) for p in model.parameters()
+    }
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             setattr(module, name, on_device[parameter])

@@ -13,7 +13,10 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 def statistics(groups):
     yield from (Statistic("median", interpolation) for interpolation in (-1, 0, 1))
     for name in ("trimmed_mean", "winsorized_mean"):
-        yield from (Statistic(name, count) for count in sorted({0, min(1, (groups - 1) // 2), (groups - 1) // 2}))
+        yield from (
+            Statistic(name, count)
+            for count in sorted({0, min(1, (groups - 1) // 2), (groups - 1) // 2})
+        )
 
 
 def run(op, x, g, offsets, statistic):
@@ -29,7 +32,10 @@ def offsets_of(lengths):
 
 def assert_equals_definition(op, x, g, offsets):
     for statistic in statistics(len(offsets) - 1):
-        value, (expected, _) = run(op, x, g, offsets, statistic), reference.linear(x, g, offsets, statistic)
+        value, (expected, _) = (
+            run(op, x, g, offsets, statistic),
+            reference.linear(x, g, offsets, statistic),
+        )
         assert torch.equal(value.isnan(), expected.isnan()), statistic
         if statistic.name == "median":
             assert torch.equal(value.nan_to_num(), expected.nan_to_num()), statistic
@@ -78,7 +84,11 @@ def assert_counts(op, x, g, offsets, same_sum=True):
     """
     dtype = reference.compute_dtype(x.dtype)
     total = g.to(dtype).t() @ x.to(dtype)
-    terms = (g.to(dtype).abs().t() @ x.to(dtype).abs()).nan_to_num(0, 0).amax() if total.numel() else 0.0
+    terms = (
+        (g.to(dtype).abs().t() @ x.to(dtype).abs()).nan_to_num(0, 0).amax()
+        if total.numel()
+        else 0.0
+    )
     atol = 0.0 if same_sum else (8 + len(x) / 8) * torch.finfo(dtype).eps * float(terms)
     for statistic in counted(len(offsets) - 1):
         value, mask_sum = op(x, g, offsets, *schema.numbers(statistic))
@@ -90,7 +100,9 @@ def assert_counts(op, x, g, offsets, same_sum=True):
         else:
             expected = torch.where((expected == 0) & (value == 0), 0, total)
         message = lambda words, of=statistic: f"{of}: {words}"
-        torch.testing.assert_close(value.nan_to_num(), expected.nan_to_num(), rtol=0, atol=atol, msg=message)
+        torch.testing.assert_close(
+            value.nan_to_num(), expected.nan_to_num(), rtol=0, atol=atol, msg=message
+        )
 
 
 # ---- what holds for an implementation `op`, whatever it runs on ----
@@ -98,7 +110,9 @@ def assert_counts(op, x, g, offsets, same_sum=True):
 
 def counts_hold(op, dtype, lengths, out, width, same_sum=True):
     for kind in KINDS:
-        assert_counts(op, *factors(kind, sum(lengths), out, width, dtype), offsets_of(lengths), same_sum)
+        assert_counts(
+            op, *factors(kind, sum(lengths), out, width, dtype), offsets_of(lengths), same_sum
+        )
 
 
 def holds_with_nan_and_infinity(op, dtype, same_sum=True):
@@ -131,4 +145,6 @@ def order_statistics_hold(op, dtype, kind, rows):
 def groups_without_rows_are_zeros(op, kind):
     few = [0, 1, 1, 0, 0, 1, 1, 1, 0, 1, 1, 0]
     for lengths in (few, few * 9):
-        assert_equals_definition(op, *factors(kind, sum(lengths), 5, 20, torch.float32), offsets_of(lengths))
+        assert_equals_definition(
+            op, *factors(kind, sum(lengths), 5, 20, torch.float32), offsets_of(lengths)
+        )

@@ -22,7 +22,11 @@ def statistics(groups):
     buckets = {k for k in (1, 2, 3, groups // 2, groups) if 1 <= k <= groups}
     yield from (Statistic("median_of_means", k) for k in sorted(buckets))
     if groups > 1:
-        yield from (Statistic("sand_mask", votes=tau * groups, k=k) for tau in (0.0, 0.3) for k in (0.1, 10.0))
+        yield from (
+            Statistic("sand_mask", votes=tau * groups, k=k)
+            for tau in (0.0, 0.3)
+            for k in (0.1, 10.0)
+        )
 
 
 def run(op, grads, statistic):
@@ -40,7 +44,9 @@ def assert_within_budget(op, grads, statistic):
     exact, exact_sum = reference.stacked(grads.double(), statistic)
     assert torch.equal(value.isnan(), expected.isnan()), statistic
     finite = expected.isfinite() & exact.isfinite()
-    assert torch.equal(value[~finite & ~expected.isnan()], expected[~finite & ~expected.isnan()]), statistic
+    assert torch.equal(value[~finite & ~expected.isnan()], expected[~finite & ~expected.isnan()]), (
+        statistic
+    )
     budget = budgets.statistic_budget(grads.double(), statistic, value.dtype)
     assert ((value.double() - exact).abs() <= budget)[finite].all(), statistic
     if statistic.name == "sand_mask":
@@ -61,7 +67,9 @@ def delicate_values(groups, width=130):
     yield torch.randint(-2, 3, (groups, width), generator=generator).float()  # ties
     yield torch.where(where < 0.4, normal, zeros)
     yield torch.where(where < 0.1, math.inf, torch.where(where > 0.9, -math.inf, normal))
-    yield (1 + torch.arange(width) / 64).exp2() * (1 + normal.sign() * 2**-20)  # equal in all but their last bits
+    yield (1 + torch.arange(width) / 64).exp2() * (
+        1 + normal.sign() * 2**-20
+    )  # equal in all but their last bits
     yield torch.where(where < 0.5 / groups, math.nan, normal)
     yield torch.where(where < 0.5 / groups, -math.nan, normal)
 
@@ -81,7 +89,9 @@ COUNTING = (65, 96, 257)
 
 
 def holds_on_random_values(op, dtype, groups):
-    grads = torch.randn(groups, 40 if groups < 65 else 8, generator=torch.Generator().manual_seed(0))
+    grads = torch.randn(
+        groups, 40 if groups < 65 else 8, generator=torch.Generator().manual_seed(0)
+    )
     for statistic in statistics(groups):
         assert_within_budget(op, grads.to(dtype), statistic)
 
@@ -89,10 +99,16 @@ def holds_on_random_values(op, dtype, groups):
 def holds_at_every_alignment(op, dtype, width):
     """Rows of any length, and of any first address."""
     for groups in (3, 20, 40, 70)[: 3 if width > 100 else 4]:
-        storage = torch.randn(groups * width + 8, generator=torch.Generator().manual_seed(width)).to(dtype)
+        storage = torch.randn(
+            groups * width + 8, generator=torch.Generator().manual_seed(width)
+        ).to(dtype)
         for shift in (0, 1, 2):
             grads = storage[shift : shift + groups * width].view(groups, width)
-            for statistic in (Statistic("and_mask", groups // 2), Statistic("median"), Statistic("winsorized_mean", 1)):
+            for statistic in (
+                Statistic("and_mask", groups // 2),
+                Statistic("median"),
+                Statistic("winsorized_mean", 1),
+            ):
                 assert_within_budget(op, grads, statistic)
 
 
@@ -120,7 +136,9 @@ def inner_means_hold(op, dtype, groups):
 def holds_with_ties_and_zeros(op, dtype, groups):
     """Zeros of either sign among them."""
     generator = torch.Generator().manual_seed(groups)
-    grads = torch.randint(-1, 2, (groups, 100 if groups < 65 else 24), generator=generator).to(dtype)
+    grads = torch.randint(-1, 2, (groups, 100 if groups < 65 else 24), generator=generator).to(
+        dtype
+    )
     grads = torch.where(torch.rand(grads.shape, generator=generator) < 0.5, grads, -grads)
     for statistic in statistics(groups):
         if statistic.name in ("geometric_mean", "sand_mask", "trimmed_mean", "median_of_means"):
@@ -157,8 +175,18 @@ def hard_searches_end(op, groups):
     far = normal.clone()
     far[0], far[-1] = 3e38, -3e38
     heaps = torch.where(normal > 0, 1.0, 1e-30) + normal.abs() * 1e-35
-    for grads in (normal.exp() ** 20, normal.sign() * normal.exp() ** 20, far, heaps, normal.bfloat16().float()):
-        for statistic in (Statistic("median"), Statistic("trimmed_mean", groups // 3), Statistic("median", -1)):
+    for grads in (
+        normal.exp() ** 20,
+        normal.sign() * normal.exp() ** 20,
+        far,
+        heaps,
+        normal.bfloat16().float(),
+    ):
+        for statistic in (
+            Statistic("median"),
+            Statistic("trimmed_mean", groups // 3),
+            Statistic("median", -1),
+        ):
             assert_within_budget(op, grads, statistic)
 
 

@@ -19,7 +19,9 @@ TESTS = Path(__file__).parent
 PATH = TESTS.parent / "docs" / "supported.md"
 EXACT, REFUSED = "served exactly", "refused clearly"
 
-Row = tuple[str, str, str]  # what, EXACT or REFUSED or both, the tests as "file: function, function; file: ..."
+Row = tuple[
+    str, str, str
+]  # what, EXACT or REFUSED or both, the tests as "file: function, function; file: ..."
 
 WHO_VOTES: list[Row] = [
     ("every example", EXACT, "layers: test_layer"),
@@ -204,7 +206,9 @@ def zoo() -> list[str]:
         for target in node.targets
         if isinstance(target, ast.Name)
     }
-    assigned = [d for name in ("TEXT", "MODELS") for d in ast.walk(dicts[name]) if isinstance(d, ast.Dict)]
+    assigned = [
+        d for name in ("TEXT", "MODELS") for d in ast.walk(dicts[name]) if isinstance(d, ast.Dict)
+    ]
     return [ast.literal_eval(key) for d in assigned for key in d.keys]
 
 
@@ -224,9 +228,14 @@ def text() -> str:
         lines += _section(section, [(name, EXACT, "layers: test_layer") for name in rows])
     reordered = [(name, EXACT, "refusals: test_examples_in_another_order") for name in REORDERED]
     lines += _section("Examples in another order", reordered)
-    lines += _section("Uses that are not served", [(n, REFUSED, "refusals: test_unsupported_use") for n in UNSUPPORTED])
+    lines += _section(
+        "Uses that are not served",
+        [(n, REFUSED, "refusals: test_unsupported_use") for n in UNSUPPORTED],
+    )
     mixing = [(name, REFUSED, "refusals: test_unsupported_use") for name in MIXING]
-    mixing += [(name, REFUSED, "refusals: test_a_parameter_that_meets_the_batch_s_dim") for name in SIZED]
+    mixing += [
+        (name, REFUSED, "refusals: test_a_parameter_that_meets_the_batch_s_dim") for name in SIZED
+    ]
     lines += _section("Examples mixed inside the model", mixing)
     for section, rows in (
         ("Who votes", WHO_VOTES), ("Ways to train", TRAINING), ("BatchNorm", BATCH_NORM), 
@@ -255,7 +264,9 @@ def named(tests: str) -> list[tuple[str, str]]:
 
 def missing() -> list[str]:
     """Tests the table names that do not exist."""
-    shown = {line.rsplit("| ", 1)[1].removesuffix(" |") for line in text().splitlines() if "::" in line}
+    shown = {
+        line.rsplit("| ", 1)[1].removesuffix(" |") for line in text().splitlines() if "::" in line
+    }
     names = {name for cell in shown for name in cell.split(", ")}
     defined = {
         f"{path.name}::{node.name}"

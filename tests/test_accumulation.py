@@ -86,7 +86,10 @@ def test_a_parameter_that_some_micro_batches_do_not_reach():
 @pytest.mark.parametrize("rule", ORDER, **by_name)
 def test_order_rules_are_refused_and_name_median_of_means(rule):
     with htv.attach(mlp(), rule) as handle:
-        with pytest.raises(ValueError, match=r"'0.weight'.*MedianOfMeans\(k\)"), handle.accumulate():
+        with (
+            pytest.raises(ValueError, match=r"'0.weight'.*MedianOfMeans\(k\)"),
+            handle.accumulate(),
+        ):
             pass
 
 
@@ -136,7 +139,10 @@ def test_misuse_is_refused():
                     model(x).sum().backward()
         with pytest.raises(ValueError, match="tokens"), handle.accumulate(), handle.tokens():
             model(x).sum().backward()
-        with pytest.raises(ValueError, match="same number of examples per group"), handle.accumulate():
+        with (
+            pytest.raises(ValueError, match="same number of examples per group"),
+            handle.accumulate(),
+        ):
             for ids in (torch.arange(6), torch.tensor([7, 7, 7, 8, 8, 9])):
                 with handle.groups(ids, weight="equal"):
                     model(x).sum().backward()

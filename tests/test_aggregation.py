@@ -247,9 +247,13 @@ def tracked(rule=None, name="p"):
 
 def test_a_hub_runs_after_all_uses_of_its_token():
     owner, p, buffer = tracked()
-    argument = ParameterArgument(p.detach(), [UseRecorder(AggregationNode.apply((buffer,), p), buffer)])
+    argument = ParameterArgument(
+        p.detach(), [UseRecorder(AggregationNode.apply((buffer,), p), buffer)]
+    )
     assert argument.is_served and len(argument.tokens) == 1
-    out = Use.apply(X, argument, *argument.tokens) + 2 * Use.apply(X.flip(0), argument, *argument.tokens)
+    out = Use.apply(X, argument, *argument.tokens) + 2 * Use.apply(
+        X.flip(0), argument, *argument.tokens
+    )
     assert argument.tokens[0].shape == (0,)
     out.sum().backward()
     assert p.grad.tolist() == [33.0]  # three times the median of 19, 6 and 11
@@ -259,7 +263,10 @@ def test_a_hub_runs_after_all_uses_of_its_token():
 def test_a_hub_of_two_returns_each_ones_own():
     (_, p, a), (_, q, b) = tracked(), tracked()
     token = AggregationNode.apply((a, b), p, q)
-    first, second = (ParameterArgument(t.detach(), [UseRecorder(token, buffer)]) for t, buffer in ((p, a), (q, b)))
+    first, second = (
+        ParameterArgument(t.detach(), [UseRecorder(token, buffer)])
+        for t, buffer in ((p, a), (q, b))
+    )
     (Use.apply(X, first, token) + Use.apply(3 * X, second, token)).sum().backward()
     assert p.grad.tolist() == [6.0] and q.grad.tolist() == [18.0]
     assert a.consumed and b.consumed
@@ -268,7 +275,9 @@ def test_a_hub_of_two_returns_each_ones_own():
 def test_only_what_a_pass_goes_on_to_is_recorded():
     """autograd.grad of one parameter leaves nothing of another's behind."""
     (_, p, a), (owner, q, b) = tracked(), tracked()
-    argument = lambda t, buffer: ParameterArgument(t.detach(), [UseRecorder(AggregationNode.apply((buffer,), t), buffer)])
+    argument = lambda t, buffer: ParameterArgument(
+        t.detach(), [UseRecorder(AggregationNode.apply((buffer,), t), buffer)]
+    )
     first, second = argument(p, a), argument(q, b)
     out = Use.apply(X, first, *first.tokens) + Use.apply(X, second, *second.tokens)
     (grad,) = torch.autograd.grad(out.sum(), p)
@@ -283,7 +292,10 @@ def test_one_derived_value_makes_its_factors_once(task, monkeypatch):
     buffers = [ContributionBuffer(htv.Mean(), GROUPS, owner) for owner in owners]
     tokens = [type("Token", (), {"grad_fn": node})() for node in (None, unwanted, "wanted")]
     double = lambda factors: StackedFactors(2 * factors.values)
-    recorders = [UseRecorder(t, ld, a) for t, ld, a in zip(tokens, buffers, (None, None, double), strict=True)]
+    recorders = [
+        UseRecorder(t, ld, a)
+        for t, ld, a in zip(tokens, buffers, (None, None, double), strict=True)
+    ]
     made = []
 
     def make(grouped_rows, values):

@@ -55,7 +55,11 @@ def named(path: Path, folder: Path, package: str) -> str:
 
 def modules() -> dict[str, Path]:
     found = {}
-    for package, folder in (("htv", htv), ("htv.bench", bench), ("htv.triton_kernels", triton_kernels)):
+    for package, folder in (
+        ("htv", htv),
+        ("htv.bench", bench),
+        ("htv.triton_kernels", triton_kernels),
+    ):
         root = Path(folder.__file__).parent
         for path in sorted(root.rglob("*.py")):
             if "pytest" not in path.parts:
@@ -106,7 +110,11 @@ def test_imports_run_one_way(name):
 
 
 def test_no_import_circle():
-    graph = {name: imports(path) & MODULES.keys() - {name} for name, path in MODULES.items() if name != "htv"}
+    graph = {
+        name: imports(path) & MODULES.keys() - {name}
+        for name, path in MODULES.items()
+        if name != "htv"
+    }
     done: set[str] = set()
 
     def follow(name: str, way: tuple[str, ...]) -> None:
@@ -132,7 +140,16 @@ def test_only_what_users_import_lies_at_the_root():
 
 def test_nothing_else_of_the_repository_can_be_imported(tmp_path):
     """Whatever lies beside htv, in the working tree or an editable install, is no part of the package."""
-    names = ["setup", "tests", "tests.oracles", "docs", "docs.fill_readme", "htv", "csrc", "examples"]
+    names = [
+        "setup",
+        "tests",
+        "tests.oracles",
+        "docs",
+        "docs.fill_readme",
+        "htv",
+        "csrc",
+        "examples",
+    ]
     code = """
 import importlib, sys
 for name in sys.argv[1:]:
@@ -144,7 +161,11 @@ for name in sys.argv[1:]:
 import htv.bench, htv.triton_kernels
 """
     done = subprocess.run(
-        [sys.executable, "-c", code, *names], cwd=tmp_path, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code, *names],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert done.stdout.split() == []
 

@@ -33,7 +33,9 @@ def test_mean_is_plain_grad(name, reduction):
 
     def grads():
         model.zero_grad()
-        F.cross_entropy(model(batch).flatten(0, -2), targets.flatten(), reduction=reduction).backward()
+        F.cross_entropy(
+            model(batch).flatten(0, -2), targets.flatten(), reduction=reduction
+        ).backward()
         return {n: p.grad for n, p in model.named_parameters()}
 
     plain = grads()
@@ -41,10 +43,14 @@ def test_mean_is_plain_grad(name, reduction):
         found = grads()
     scale = max(g.abs().max() for g in plain.values())
     for parameter, grad in plain.items():
-        torch.testing.assert_close(found[parameter], grad, rtol=1e-5, atol=1e-6 * scale.item(), msg=parameter)
+        torch.testing.assert_close(
+            found[parameter], grad, rtol=1e-5, atol=1e-6 * scale.item(), msg=parameter
+        )
 
 
-@pytest.mark.parametrize("rule", [htv.AndMask(0.0), htv.WinsorizedMean(0), htv.MedianOfMeans(1)], **by_name)
+@pytest.mark.parametrize(
+    "rule", [htv.AndMask(0.0), htv.WinsorizedMean(0), htv.MedianOfMeans(1)], **by_name
+)
 def test_identity_anchors_give_plain_grad(rule):
     model, x = mlp().double(), torch.randn(9, 12).double()
     plain = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
@@ -66,7 +72,9 @@ def test_packed_sequences_in_both_layouts():
     model, x = mlp().double(), torch.randn(11, 12).double()
     bounds = torch.tensor([0, 2, 2, 7, 8, 11], dtype=torch.int32)
     weights = torch.randn(11, 4).double()
-    rows = [slice(a, b) for a, b in zip(bounds.tolist()[:-1], bounds.tolist()[1:], strict=True) if b > a]
+    rows = [
+        slice(a, b) for a, b in zip(bounds.tolist()[:-1], bounds.tolist()[1:], strict=True) if b > a
+    ]
     parameters = dict(model.named_parameters())
     loss = lambda rows: (model(x[rows]) * weights[rows]).sum()
     contributions = one_group_at_a_time(lambda e: loss(rows[e]), parameters, len(rows))
@@ -77,7 +85,9 @@ def test_packed_sequences_in_both_layouts():
                     value = (model(x.reshape(*lead, 12)).reshape(11, 4) * weights).sum()
                 grads = torch.autograd.grad(value, list(parameters.values()))
                 for (name, stacked), grad in zip(contributions.items(), grads, strict=True):
-                    torch.testing.assert_close(grad, aggregated(stacked, rule), rtol=1e-9, atol=1e-12, msg=name)
+                    torch.testing.assert_close(
+                        grad, aggregated(stacked, rule), rtol=1e-9, atol=1e-12, msg=name
+                    )
 
 
 def test_two_forwards_before_one_backward_are_one_vote():
@@ -89,7 +99,9 @@ def test_two_forwards_before_one_backward_are_one_vote():
     with htv.attach(model, htv.Median()):
         (model(x).square().sum() + model(z).sin().sum()).backward()
     for name, p in parameters.items():
-        torch.testing.assert_close(p.grad, aggregated(contributions[name], htv.Median()), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(
+            p.grad, aggregated(contributions[name], htv.Median()), rtol=1e-10, atol=1e-12
+        )
 
 
 def test_two_backwards_each_aggregate_and_accumulate():
@@ -151,11 +163,15 @@ def test_a_use_the_loss_ignores_does_not_count():
 
     model, x = TwoHeads().double(), torch.randn(6, 4).double()
     parameters = dict(model.named_parameters())
-    contributions = one_group_at_a_time(lambda e: model(x[e : e + 1])[0].square().sum(), parameters, 6)
+    contributions = one_group_at_a_time(
+        lambda e: model(x[e : e + 1])[0].square().sum(), parameters, 6
+    )
     with htv.attach(model, htv.Median()):
         model(x)[0].square().sum().backward()
     for name, p in parameters.items():
-        torch.testing.assert_close(p.grad, aggregated(contributions[name], htv.Median()), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(
+            p.grad, aggregated(contributions[name], htv.Median()), rtol=1e-10, atol=1e-12
+        )
 
 
 def test_positions_without_a_batch_dim_of_the_batch_s_size():
@@ -175,11 +191,15 @@ def test_position_ids_given_once_for_all_examples():
         x = torch.randn(5, 3, 4)
         weights = torch.randn(5, 3, 4)
         contributions = one_group_at_a_time(
-            lambda e: (model(x[e : e + 1], ids[:1])[0] * weights[e]).sum(), dict(model.named_parameters()), 5
+            lambda e: (model(x[e : e + 1], ids[:1])[0] * weights[e]).sum(),
+            dict(model.named_parameters()),
+            5,
         )
         with htv.attach(model, htv.Median()):
             (grad,) = torch.autograd.grad((model(x, ids) * weights).sum(), list(model.parameters()))
-        torch.testing.assert_close(grad, aggregated(contributions["positions.weight"], htv.Median()))
+        torch.testing.assert_close(
+            grad, aggregated(contributions["positions.weight"], htv.Median())
+        )
 
 
 def test_exclude_and_callable_rules():
@@ -187,21 +207,35 @@ def test_exclude_and_callable_rules():
     names = [n for n, _ in model.named_parameters()]
 
     def grads():
-        return dict(zip(names, torch.autograd.grad(model(x).square().sum(), list(model.parameters())), strict=True))
+        return dict(
+            zip(
+                names,
+                torch.autograd.grad(model(x).square().sum(), list(model.parameters())),
+                strict=True,
+            )
+        )
 
     plain = grads()
     with htv.attach(model, htv.Median()):
         median = grads()
     cases = [
         (dict(rule=htv.Median(), exclude="*.bias"), lambda n: n.endswith("bias")),
-        (dict(rule=htv.Median(), exclude=("0", "3.weight")), lambda n: n.startswith("0.") or n == "3.weight"),
-        (dict(rule=lambda n, p: htv.Median() if p.dim() > 1 else None), lambda n: plain[n].dim() == 1),
+        (
+            dict(rule=htv.Median(), exclude=("0", "3.weight")),
+            lambda n: n.startswith("0.") or n == "3.weight",
+        ),
+        (
+            dict(rule=lambda n, p: htv.Median() if p.dim() > 1 else None),
+            lambda n: plain[n].dim() == 1,
+        ),
     ]
     for arguments, is_plain in cases:
         with htv.attach(model, **arguments):
             found = grads()
         for name in names:
-            torch.testing.assert_close(found[name], (plain if is_plain(name) else median)[name], rtol=1e-10, atol=1e-12)
+            torch.testing.assert_close(
+                found[name], (plain if is_plain(name) else median)[name], rtol=1e-10, atol=1e-12
+            )
 
 
 def test_frozen_then_unfrozen_parameters():
@@ -298,4 +332,6 @@ def test_stats():
     agreement = stacked.sign().sum(0).abs() / 6
     assert stats.mean_agreement == pytest.approx(agreement.mean().item())
     assert stats.kept_fraction == pytest.approx((agreement >= 0.5).double().mean().item())
-    assert stats.m_coherence == pytest.approx((stacked.sum(0).square().sum() / stacked.square().sum()).item())
+    assert stats.m_coherence == pytest.approx(
+        (stacked.sum(0).square().sum() / stacked.square().sum()).item()
+    )

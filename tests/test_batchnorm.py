@@ -58,7 +58,13 @@ def assert_same_statistics(model, expected, tolerance=0.0):
 
 def gradients(model, x, y):
     loss = F.cross_entropy(model(x), y)
-    return dict(zip(dict(model.named_parameters()), torch.autograd.grad(loss, list(model.parameters())), strict=True))
+    return dict(
+        zip(
+            dict(model.named_parameters()),
+            torch.autograd.grad(loss, list(model.parameters())),
+            strict=True,
+        )
+    )
 
 
 # -- replace_batchnorm ------------------------------------------------------------------------------------------------
@@ -77,12 +83,15 @@ def test_every_batch_norm_becomes_a_group_norm_in_place():
     assert [norm.num_groups for norm in norms] == [2, 16, 32, 3, 1]
     assert [norm.training for norm in norms] == [True, False, True, True, True]
     assert [norm.affine for norm in norms] == [True, True, True, True, False]
-    assert norms[1].eps == 0.1 and "affine=False" in repr(norms[4]) and "affine=True" in repr(norms[0])
+    assert (
+        norms[1].eps == 0.1 and "affine=False" in repr(norms[4]) and "affine=True" in repr(norms[0])
+    )
     assert [n for n, _ in model.named_buffers()] == []
 
 
 @pytest.mark.parametrize(
-    ("requested", "channels", "groups"), [(1, 12, 1), (5, 12, 4), (8, 12, 6), (12, 12, 12), (99, 12, 12), (32, 37, 1)]
+    ("requested", "channels", "groups"),
+    [(1, 12, 1), (5, 12, 4), (8, 12, 6), (12, 12, 12), (99, 12, 12), (32, 37, 1)],
 )
 def test_num_groups_is_the_largest_divisor_not_above(requested, channels, groups):
     for kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm):
@@ -92,7 +101,10 @@ def test_num_groups_is_the_largest_divisor_not_above(requested, channels, groups
 @pytest.mark.parametrize("channels", [1, 2, 3, 8, 12, 16, 31, 32, 40, 64, 512])
 def test_groups_of_few_channels_are_no_default(channels):
     """A group of one value is constant: no default may lose inputs of shape (N, C) or (N, C, 1, 1)."""
-    alone, with_space = replace_batchnorm(nn.BatchNorm1d(channels)), replace_batchnorm(nn.BatchNorm2d(channels))
+    alone, with_space = (
+        replace_batchnorm(nn.BatchNorm1d(channels)),
+        replace_batchnorm(nn.BatchNorm2d(channels)),
+    )
     assert channels // alone.num_groups >= min(16, channels) and alone.num_groups <= 32
     assert channels // with_space.num_groups >= min(4, channels) and with_space.num_groups <= 32
 
@@ -149,7 +161,9 @@ def test_a_root_that_is_a_batch_norm_is_returned_anew():
 
 def test_a_shared_module_is_exchanged_for_the_same_one_everywhere():
     norm = nn.BatchNorm1d(8)
-    model = nn.ModuleDict({"a": norm, "b": nn.Sequential(norm, nn.Linear(8, 8), norm), "c": nn.ModuleList([norm])})
+    model = nn.ModuleDict(
+        {"a": norm, "b": nn.Sequential(norm, nn.Linear(8, 8), norm), "c": nn.ModuleList([norm])}
+    )
     replace_batchnorm(model)
     assert type(model["a"]) is nn.GroupNorm
     assert model["a"] is model["b"][0] is model["b"][2] is model["c"][0]
@@ -159,7 +173,11 @@ def test_tied_weights_stay_tied():
     model = nn.Sequential(nn.BatchNorm1d(8), nn.BatchNorm1d(8))
     model[1].weight = model[0].weight
     replace_batchnorm(model)
-    assert model[0] is not model[1] and model[0].weight is model[1].weight and model[0].bias is not model[1].bias
+    assert (
+        model[0] is not model[1]
+        and model[0].weight is model[1].weight
+        and model[0].bias is not model[1].bias
+    )
 
 
 def test_a_model_without_batch_norm_is_returned_as_it_is():
@@ -223,7 +241,9 @@ def test_a_subclass_without_a_forward_of_its_own_is_replaced():
 
 
 def test_replace_decides_module_by_module():
-    model = nn.Sequential(NormAct(8), nn.BatchNorm2d(8), nn.BatchNorm2d(8).eval(), nn.Sequential(NormAct(8)))
+    model = nn.Sequential(
+        NormAct(8), nn.BatchNorm2d(8), nn.BatchNorm2d(8).eval(), nn.Sequential(NormAct(8))
+    )
     kept, seen = model[2], []
 
     def replace(name, module):
@@ -255,16 +275,21 @@ def test_bad_arguments():
     with pytest.raises(TypeError, match="replace must be a callable"):
         replace_batchnorm(mlp(), replace=8)
     model = mlp()
-    with pytest.raises(TypeError, match="replace must return a module or None; for module '1' it returned 3"):
+    with pytest.raises(
+        TypeError, match="replace must return a module or None; for module '1' it returned 3"
+    ):
         replace_batchnorm(model, replace=lambda name, module: 3)
     assert type(model[1]) is nn.BatchNorm1d
 
 
-@pytest.mark.parametrize("options", [{}, {"affine": False}, {"affine": False, "track_running_stats": False}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"affine": False}, {"affine": False, "track_running_stats": False}], ids=str
+)
 def test_lazy_modules_need_to_know_their_channels(options):
     model = nn.Sequential(nn.Linear(5, 16), nn.LazyBatchNorm1d(**options))
     with pytest.raises(
-        RuntimeError, match="module '1' is a LazyBatchNorm1d that does not know its.*Run the model once"
+        RuntimeError,
+        match="module '1' is a LazyBatchNorm1d that does not know its.*Run the model once",
     ):
         replace_batchnorm(model)
     model(torch.randn(4, 5))
@@ -278,7 +303,10 @@ def test_lazy_modules_need_to_know_their_channels(options):
 def test_an_attached_model_is_refused():
     model = nn.Sequential(mlp(), nn.Linear(4, 4))
     for part, name in ((model, "the model"), (model[0], "module '0'")):
-        with htv.attach(part, htv.Median()), pytest.raises(RuntimeError, match=f"{name} is attached: call detach"):
+        with (
+            htv.attach(part, htv.Median()),
+            pytest.raises(RuntimeError, match=f"{name} is attached: call detach"),
+        ):
             replace_batchnorm(model)
     assert type(replace_batchnorm(model)[0][1]) is nn.GroupNorm
 
@@ -300,13 +328,21 @@ def test_the_default_names_module_and_remedies():
     before = statistics(model)
     with htv.attach(model, htv.Median()), pytest.raises(htv.UnsupportedError) as error:
         model(torch.randn(6, 4))
-    for part in ("module '1.1'", "batch_norm='frozen'", "htv.replace_batchnorm", "batch_norm='shared'", ".eval()"):
+    for part in (
+        "module '1.1'",
+        "batch_norm='frozen'",
+        "htv.replace_batchnorm",
+        "batch_norm='shared'",
+        ".eval()",
+    ):
         assert part in str(error.value)
     assert_same_statistics(model, before)
 
 
 def test_unknown_choices_are_refused():
-    with pytest.raises(ValueError, match="batch_norm must be 'error', 'frozen' or 'shared', got 'eval'"):
+    with pytest.raises(
+        ValueError, match="batch_norm must be 'error', 'frozen' or 'shared', got 'eval'"
+    ):
         htv.attach(mlp(), htv.Median(), batch_norm="eval")
 
 
@@ -314,7 +350,10 @@ def test_unknown_choices_are_refused():
 
 FROZEN = {
     "batch norm 1d": lambda: (used(mlp().double(), 9, 5), torch.randn(7, 5).double()),
-    "batch norm 2d": lambda: (used(ConvNet(times=2).double(), 9, 3, 5, 5), torch.randn(7, 3, 5, 5).double()),
+    "batch norm 2d": lambda: (
+        used(ConvNet(times=2).double(), 9, 3, 5, 5),
+        torch.randn(7, 3, 5, 5).double(),
+    ),
     "not affine": lambda: (used(mlp(affine=False).double(), 9, 5), torch.randn(7, 5).double()),
 }
 Y = torch.tensor([0, 1, 2, 3, 1, 2, 0])
@@ -339,7 +378,9 @@ def test_frozen_is_eval_of_the_batch_norms(name, rule):
         torch.manual_seed(0)
         found = gradients(model, x, Y)
         hook = model[-1] if isinstance(model, nn.Sequential) else model.head
-        hook = hook.register_forward_pre_hook(lambda *_: during.extend(m.training for m in model.modules()))
+        hook = hook.register_forward_pre_hook(
+            lambda *_: during.extend(m.training for m in model.modules())
+        )
         for _ in range(2):
             model(x)
         hook.remove()
@@ -449,7 +490,11 @@ SHARED = {
         mlp_by_example,
         (5,),
     ),
-    "linear, batch norm 1d with a cumulative average": (lambda: mlp(momentum=None), mlp_by_example, (5,)),
+    "linear, batch norm 1d with a cumulative average": (
+        lambda: mlp(momentum=None),
+        mlp_by_example,
+        (5,),
+    ),
     "conv1d, batch norm 1d": (sequence, sequence_by_example, (3, 6)),
     "conv2d, batch norm 2d": (ConvNet, conv_net_by_example, (3, 5, 5)),
     "conv2d without bias": (lambda: ConvNet(bias=False), conv_net_by_example, (3, 5, 5)),
@@ -465,9 +510,14 @@ def shared_case(name):
     """A model, its batch, and the contributions of every example to every parameter."""
     make, forward, shape = SHARED[name]
     model, x = used(make().double(), 9, *shape), 1 + 2 * torch.randn(7, *shape).double()
-    own = {n: p.detach().expand(7, *p.shape).clone().requires_grad_() for n, p in model.named_parameters()}
+    own = {
+        n: p.detach().expand(7, *p.shape).clone().requires_grad_()
+        for n, p in model.named_parameters()
+    }
     loss = F.cross_entropy(forward(own, x), Y)
-    torch.testing.assert_close(loss, F.cross_entropy(copy.deepcopy(model)(x), Y), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        loss, F.cross_entropy(copy.deepcopy(model)(x), Y), rtol=1e-12, atol=1e-12
+    )
     contributions = dict(zip(own, torch.autograd.grad(loss, list(own.values())), strict=True))
     return model, x, {n: c.numpy() for n, c in contributions.items()}
 
@@ -493,7 +543,9 @@ def test_shared_statistics(name, rule):
         torch.testing.assert_close(total, grad, rtol=1e-9, atol=1e-13)
         if rule == htv.Mean():
             torch.testing.assert_close(found[parameter], grad, rtol=1e-9, atol=1e-13)
-    assert_same_statistics(model, statistics(twin), tolerance=1e-13)  # as one plain step leaves them
+    assert_same_statistics(
+        model, statistics(twin), tolerance=1e-13
+    )  # as one plain step leaves them
     assert all(module.training for module in model.modules())
 
 
@@ -502,7 +554,10 @@ def test_shared_statistics(name, rule):
 def test_shared_statistics_by_groups(name, rule):
     model, x, contributions = shared_case(name)
     ids = torch.tensor([5, 1, 5, 2, 1, 9, 9])
-    sums = {n: np.stack([c[ids.numpy() == e].sum(0) for e in (1, 2, 5, 9)]) for n, c in contributions.items()}
+    sums = {
+        n: np.stack([c[ids.numpy() == e].sum(0) for e in (1, 2, 5, 9)])
+        for n, c in contributions.items()
+    }
     with htv.attach(model, rule, batch_norm="shared") as handle, handle.groups(ids):
         found = gradients(model, x, Y)
     assert_aggregated(found, sums, rule)
@@ -512,19 +567,28 @@ def test_shared_contributions_are_not_those_of_frozen_statistics():
     """What passes through the statistics matters: leaving it out would be another gradient."""
     model, x, contributions = shared_case("linear, batch norm 1d")
     mean, var = (h := model[0](x).detach()).mean(0), h.var(0, correction=0)
-    own = {n: p.detach().expand(7, *p.shape).clone().requires_grad_() for n, p in model.named_parameters()}
+    own = {
+        n: p.detach().expand(7, *p.shape).clone().requires_grad_()
+        for n, p in model.named_parameters()
+    }
     h = torch.einsum("noi,ni->no", own["0.weight"], x) + own["0.bias"]
     h = F.relu((h - mean) * (var + 1e-5).rsqrt() * own["1.weight"] + own["1.bias"])
     logits = torch.einsum("noi,ni->no", own["3.weight"], h) + own["3.bias"]
     (without,) = torch.autograd.grad(F.cross_entropy(logits, Y), own["0.weight"])
-    assert np.abs(without.numpy() - contributions["0.weight"]).max() > 0.1 * np.abs(contributions["0.weight"]).max()
+    assert (
+        np.abs(without.numpy() - contributions["0.weight"]).max()
+        > 0.1 * np.abs(contributions["0.weight"]).max()
+    )
 
 
 def test_shared_takes_several_steps_as_plain_training_does():
     """With Mean() nothing differs: parameters, statistics and input gradients over several steps of an optimizer."""
     model = used(ConvNet().double(), 9, 3, 5, 5)
     twin = copy.deepcopy(model)
-    batches = [(torch.randn(7, 3, 5, 5).double().requires_grad_(), torch.randint(0, 4, (7,))) for _ in range(4)]
+    batches = [
+        (torch.randn(7, 3, 5, 5).double().requires_grad_(), torch.randint(0, 4, (7,)))
+        for _ in range(4)
+    ]
 
     def train(model):
         optimizer, inputs = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), []
@@ -578,7 +642,11 @@ def test_frozen_modules_without_parameters_that_are_checkpointed(use_reentrant):
     class Checkpointed(nn.Module):
         def __init__(self):
             super().__init__()
-            self.first, self.norm, self.last = nn.Linear(5, 8), nn.BatchNorm1d(8, affine=False), nn.Linear(8, 4)
+            self.first, self.norm, self.last = (
+                nn.Linear(5, 8),
+                nn.BatchNorm1d(8, affine=False),
+                nn.Linear(8, 4),
+            )
 
         def forward(self, x):
             return self.last(checkpoint(self.norm, self.first(x), use_reentrant=use_reentrant))
@@ -609,10 +677,15 @@ def test_torch_batch_norm_is_refused_as_well():
             self.first, self.last = nn.Linear(5, 8), nn.Linear(8, 4)
 
         def forward(self, x):
-            return self.last(torch.batch_norm(self.first(x), None, None, None, None, True, 0.1, 1e-5, False))
+            return self.last(
+                torch.batch_norm(self.first(x), None, None, None, None, True, 0.1, 1e-5, False)
+            )
 
     model = Direct()
-    with htv.attach(model, htv.Median()), pytest.raises(htv.UnsupportedError, match="BatchNorm in train mode"):
+    with (
+        htv.attach(model, htv.Median()),
+        pytest.raises(htv.UnsupportedError, match="BatchNorm in train mode"),
+    ):
         model(torch.randn(6, 5))
 
 
@@ -628,5 +701,8 @@ def test_normalising_over_the_batch_by_hand_is_refused_as_well(keepdim):
             return self.last(h - h.mean(0, keepdim=keepdim))
 
     model = Centred()
-    with htv.attach(model, htv.Median()), pytest.raises(htv.UnsupportedError, match="'last.weight'"):
+    with (
+        htv.attach(model, htv.Median()),
+        pytest.raises(htv.UnsupportedError, match="'last.weight'"),
+    ):
         model(torch.randn(6, 5))

@@ -10,7 +10,9 @@ import htv
 from htv.bench import baselines, breakdown, models, plots, report, run, targets, workloads
 from htv.bench.workloads import PEERS, RULES, WORKLOADS, Stacked, TrainingStep
 
-SETTINGS = run.Settings(threads=torch.get_num_threads(), seconds=0.0, peer_seconds=0.1, rounds=(1, 1), memory=False)
+SETTINGS = run.Settings(
+    threads=torch.get_num_threads(), seconds=0.0, peer_seconds=0.1, rounds=(1, 1), memory=False
+)
 
 
 def small(**changes):
@@ -27,27 +29,47 @@ def test_the_workloads_are_those_of_the_published_comparison():
     facts = {name: workload.facts() for name, workload in WORKLOADS.items()}
     assert facts["mlp-relu"] == facts["mlp-gelu"]
     assert facts["mlp-relu"]["parameters"] == 1_863_690 and facts["mlp-relu"]["input"] == [256, 784]
-    tokens = 1000 * 256 + 4 * (4 * 256 + 256 * 769 - 256 + 3 * 256 + 257 * 256 + 257 * 1024 + 1025 * 256) + 257 * 1000
-    assert facts["transformer"]["parameters"] == tokens and facts["transformer"]["input"] == [16, 128]
-    assert round(facts["resnet18"]["parameters"] / 1e6, 1) == 11.2 and facts["resnet18"]["input"] == [32, 3, 64, 64]
+    tokens = (
+        1000 * 256
+        + 4 * (4 * 256 + 256 * 769 - 256 + 3 * 256 + 257 * 256 + 257 * 1024 + 1025 * 256)
+        + 257 * 1000
+    )
+    assert facts["transformer"]["parameters"] == tokens and facts["transformer"]["input"] == [
+        16,
+        128,
+    ]
+    assert round(facts["resnet18"]["parameters"] / 1e6, 1) == 11.2 and facts["resnet18"][
+        "input"
+    ] == [32, 3, 64, 64]
     assert facts["llama-block"]["input"] == [4, 512, 1024]
-    assert [facts[name]["winsorize"] for name in ("mlp-relu", "transformer", "resnet18", "llama-block")] == [8, 1, 8, 1]
+    assert [
+        facts[name]["winsorize"] for name in ("mlp-relu", "transformer", "resnet18", "llama-block")
+    ] == [8, 1, 8, 1]
     assert facts["stacked-32"] == {"groups": 32, "coordinates": 4 << 20, "winsorize": 8}
     assert {f"stacked-{groups}" for groups in (3, 8, 32, 128, 512)} <= set(WORKLOADS)
-    assert {facts[name]["axis"] for name in facts if name.startswith("scaling")} == {"groups", "width", "rows"}
+    assert {facts[name]["axis"] for name in facts if name.startswith("scaling")} == {
+        "groups",
+        "width",
+        "rows",
+    }
 
 
 def test_targets_and_quick_workloads_exist():
     for target in targets.TARGETS:
         assert target.variant in WORKLOADS[target.workload].variants
         if "over" in target.number:
-            assert target.number.removeprefix("speed-up over ") in WORKLOADS[target.workload].variants
+            assert (
+                target.number.removeprefix("speed-up over ") in WORKLOADS[target.workload].variants
+            )
     assert set(workloads.QUICK) <= set(WORKLOADS)
 
 
 def test_workloads_by_name_or_beginning():
     assert [w.name for w in workloads.selected(["mlp"])] == ["mlp-relu", "mlp-gelu"]
-    assert [w.name for w in workloads.selected(["resnet18", "stacked-3", "resnet18"])] == ["resnet18", "stacked-3"]
+    assert [w.name for w in workloads.selected(["resnet18", "stacked-3", "resnet18"])] == [
+        "resnet18",
+        "stacked-3",
+    ]
     assert len(workloads.selected(None)) == len(WORKLOADS)
     with pytest.raises(ValueError, match="unknown workload 'ml', use mlp-relu"):
         workloads.selected(["ml"])
@@ -107,7 +129,9 @@ def test_a_failing_baseline_is_reported_with_its_own_error(monkeypatch):
     assert rows["vmap:median"] == {"error": "NotImplementedError: no rule for"}
     text = report.markdown(record, {})
     assert "- small vmap:median: `NotImplementedError: no rule for`" in text
-    (row,) = (line for line in report.peers(record).splitlines() if line.startswith("| small | median |"))
+    (row,) = (
+        line for line in report.peers(record).splitlines() if line.startswith("| small | median |")
+    )
     assert row.endswith("| fails | - | - |") and report.times(rows["loop:median"]["ratio"]) in row
 
 
@@ -124,7 +148,10 @@ def test_an_own_variant_that_fails_does_not_end_the_run_but_is_not_a_success(mon
 def test_baselines_that_do_not_fit_are_left_out(monkeypatch):
     monkeypatch.setattr(TrainingStep, "materialised_bytes", lambda self: 10**15)
     rows = run.measure(small(), ["plain", "median", "loop:median"], SETTINGS, lambda doing: None)
-    assert "left out: needs about 2500000.0 GB" in rows["loop:median"]["error"] and "ms" in rows["median"]
+    assert (
+        "left out: needs about 2500000.0 GB" in rows["loop:median"]["error"]
+        and "ms" in rows["median"]
+    )
 
 
 def test_a_slow_baseline_is_called_once():
@@ -162,7 +189,9 @@ def made_up():
     def step(variants, **facts):
         return {"kind": "step", "unit": "plain", "variants": variants} | facts
 
-    ours = {name: row(ratio) for name, ratio in zip(RULES, (1.0, 1.1, 1.15, 24.26, 312.4), strict=True)}
+    ours = {
+        name: row(ratio) for name, ratio in zip(RULES, (1.0, 1.1, 1.15, 24.26, 312.4), strict=True)
+    }
     stacked = {"copy": {"ms": 10.0, "ratio": 1.0, "gb_per_s": 12.0, "of_copy": 1.0},
                "median": {"ms": 5.0, "ratio": 0.5, "gb_per_s": 6.0, "of_copy": 0.5},
                "torch:median": {"ms": 120.0, "ratio": 12.0, "gb_per_s": 0.25, "of_copy": 0.02}}  # fmt: skip
@@ -182,8 +211,14 @@ def made_up():
 
 def test_the_report_shows_the_recorded_numbers():
     text = report.markdown(made_up(), {"ratio": "cpu-ratio.png"})
-    assert "`htv bench`, 2026-01-02, Abacus, 2 threads, beads, torch 9.9, opacus 1.6; 10 minutes." in text
-    assert "| mlp-relu | 20 ms, 1 MB | 1.10x, 0.01x | 1.15x, 0.01x | 24.3x, 0.24x | 312x, 3.12x |" in text
+    assert (
+        "`htv bench`, 2026-01-02, Abacus, 2 threads, beads, torch 9.9, opacus 1.6; 10 minutes."
+        in text
+    )
+    assert (
+        "| mlp-relu | 20 ms, 1 MB | 1.10x, 0.01x | 1.15x, 0.01x | 24.3x, 0.24x | 312x, 3.12x |"
+        in text
+    )
     assert "| mlp-relu | median | 24.3x, 0.24x | - | 100.0x, 1.00x | fails | - |" in text
     assert "| (3, 4 Mi) | median | 5.0 ms | 6 | 50.0% | 12 |" in text
     assert "| rows 4 | 20.0 ms | - | - | 3.00x, 0.03x | - |" in text
@@ -192,11 +227,17 @@ def test_the_report_shows_the_recorded_numbers():
 
 def test_targets_are_met_or_not():
     rows = report.targets(made_up()).splitlines()[2:]
-    assert "| mlp-relu | and-mask | time over plain | <= 1.15 | 1.15 | met |" in rows  # exactly is enough
+    assert (
+        "| mlp-relu | and-mask | time over plain | <= 1.15 | 1.15 | met |" in rows
+    )  # exactly is enough
     assert "| mlp-relu | median | time over plain | <= 2 | 24.26 | **not met** |" in rows
-    assert "| stacked-32 | median | speed-up over torch:median | >= 25 | 24.00 | **not met** |" in rows
+    assert (
+        "| stacked-32 | median | speed-up over torch:median | >= 25 | 24.00 | **not met** |" in rows
+    )
     assert "| stacked-3 | median | share of copy bandwidth | >= 0.5 | 0.50 | met |" in rows
-    assert "| mlp-relu | winsorized | peak memory over plain | <= 1.05 | 3.12 | **not met** |" in rows
+    assert (
+        "| mlp-relu | winsorized | peak memory over plain | <= 1.05 | 3.12 | **not met** |" in rows
+    )
     assert len(rows) == 8  # nothing is said of what was not measured
 
 
@@ -205,7 +246,9 @@ def test_the_report_on_a_screen_keeps_every_cell():
     shown = report.on_screen(text)
     assert "![" not in shown and "| ---" not in shown
     for line in text.splitlines():
-        cells = [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("| ") else []
+        cells = (
+            [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("| ") else []
+        )
         if cells and not set(cells) <= {"---"}:
             assert any(all(cell in other for cell in cells) for other in shown.splitlines()), line
 
@@ -223,7 +266,10 @@ def test_a_record_is_json():
     assert json.loads(json.dumps(record, allow_nan=False)) == record | {
         "settings": record["settings"] | {"rounds": [1, 1]}
     }
-    assert record["machine"]["threads"] == SETTINGS.threads and record["peers"].keys() == baselines.DISTRIBUTIONS.keys()
+    assert (
+        record["machine"]["threads"] == SETTINGS.threads
+        and record["peers"].keys() == baselines.DISTRIBUTIONS.keys()
+    )
     lower, upper = record["workloads"]["small"]["variants"]["mean"]["ms_quartiles"]
     assert 0 < lower <= upper
 
@@ -235,10 +281,15 @@ def test_a_breakdown_accounts_for_all_of_a_step():
     finally:
         torch.set_num_threads(threads)
     assert set(record["wall_ms"]) == {"plain", "mean", "and-mask", "median", "winsorized"}
-    assert "htv::linear" in record["operations_ms"] and "plain" not in record["operations_ms"]["htv::linear"]
+    assert (
+        "htv::linear" in record["operations_ms"]
+        and "plain" not in record["operations_ms"]["htv::linear"]
+    )
     for variant, wall in record["wall_ms"].items():
         parts = sum(times.get(variant, 0.0) for times in record["operations_ms"].values())
-        assert parts + record["other_operations_ms"][variant] + record["left_ms"][variant] == pytest.approx(wall)
+        assert parts + record["other_operations_ms"][variant] + record["left_ms"][
+            variant
+        ] == pytest.approx(wall)
     assert all(name in breakdown.table(record) for name in record["operations_ms"])
     assert 0 < record["calls"]["plain"] < record["calls"]["mean"] <= record["calls"]["and-mask"]
     assert f"plain {record['calls']['plain']:,}" in breakdown.table(record)

@@ -23,7 +23,9 @@ SOURCES = (
     "triton_kernels",
 )
 
-pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="not run from a source tree")
+pytestmark = pytest.mark.skipif(
+    not (ROOT / "setup.py").is_file(), reason="not run from a source tree"
+)
 
 
 @pytest.fixture
@@ -34,7 +36,9 @@ def tree(tmp_path):
     for name in SOURCES:
         source = ROOT / name
         if source.is_dir():
-            shutil.copytree(source, copy / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "build"))
+            shutil.copytree(
+                source, copy / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "build")
+            )
         elif source.is_file():
             shutil.copy(source, copy / name)
     return copy
@@ -43,14 +47,26 @@ def tree(tmp_path):
 def run(tree, *arguments, **settings):
     environment = {k: v for k, v in os.environ.items() if not k.startswith("HTV_")} | settings
     command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        command, cwd=tree, env=environment, capture_output=True, text=True, check=False
+    )
 
 
 def names_in_wheel(tree, tmp_path, **settings):
     pytest.importorskip("setuptools")
     pytest.importorskip("pip")
     target = tmp_path / "wheel"
-    command = ("-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--quiet", "-w", target, ".")
+    command = (
+        "-m",
+        "pip",
+        "wheel",
+        "--no-build-isolation",
+        "--no-deps",
+        "--quiet",
+        "-w",
+        target,
+        ".",
+    )
     done = run(tree, *command, **settings)
     assert done.returncode == 0, done.stderr
     (wheel,) = target.glob("*.whl")
@@ -67,7 +83,9 @@ def test_a_wheel_without_compiled_code(tree, tmp_path):
     assert "htv/py.typed" in names and "htv/cli/commands.py" in names
     benched = {name for name in names if name.startswith("htv/bench/")}
     sources = (*(ROOT / "bench").glob("*.py"), *(ROOT / "bench" / "gpu").glob("*.py"))
-    assert benched == {f"htv/{path.relative_to(ROOT)}" for path in sources}  # no pytest/, no results/
+    assert benched == {
+        f"htv/{path.relative_to(ROOT)}" for path in sources
+    }  # no pytest/, no results/
 
 
 def test_the_source_distribution_is_typed_too(tree):

@@ -27,7 +27,11 @@ def test_names_the_first_wrong_parameter(broken, monkeypatch):
 
     slightly_wrong.done = False
     monkeypatch.setattr(aggregate, "aggregate", slightly_wrong)
-    monkeypatch.setattr(aggregate, "aggregate_together", lambda parts, rule: [slightly_wrong(p, rule) for p in parts])
+    monkeypatch.setattr(
+        aggregate,
+        "aggregate_together",
+        lambda parts, rule: [slightly_wrong(p, rule) for p in parts],
+    )
     with pytest.raises(htv.CheckError, match="differs from one group at a time under Median"):
         htv.check(model, torch.randn(6, 12), htv.Median())
     assert slightly_wrong.done
@@ -50,17 +54,26 @@ def _together(stacked):
     stacked[3] = 0
 
 
-BROKEN = {"dropped": _drop, "counted twice": _twice, "another's": _another, "given to another": _together}
+BROKEN = {
+    "dropped": _drop,
+    "counted twice": _twice,
+    "another's": _another,
+    "given to another": _together,
+}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rule", [htv.AndMask(0.4), htv.Median(), htv.WinsorizedMean(1), htv.TrimmedMean(1)], ids=repr)
+@pytest.mark.parametrize(
+    "rule", [htv.AndMask(0.4), htv.Median(), htv.WinsorizedMean(1), htv.TrimmedMean(1)], ids=repr
+)
 def test_one_group_s_wrong_contribution_is_caught_in_every_type(dtype, rule, monkeypatch):
     model, x = mlp(), torch.randn(6, 12)
     for name, breaks in [("honest", None), *BROKEN.items()]:
 
         def wrong(parts, rule, breaks=breaks):
-            stacked = torch.stack([sum(part.contribution(e) for part in parts) for e in range(parts[0].count)])
+            stacked = torch.stack(
+                [sum(part.contribution(e) for part in parts) for e in range(parts[0].count)]
+            )
             if breaks is not None:
                 breaks(stacked)
             return aggregated(stacked, rule).to(parts[0].dtype)
@@ -83,7 +96,9 @@ def test_whole_models_in_lower_types(name, rule, dtype):
 
 
 def test_a_lost_gradient_is_an_error(monkeypatch):
-    monkeypatch.setattr("htv.autograd.aggregation.ContributionBuffer.settle", lambda self, *parameter: None)
+    monkeypatch.setattr(
+        "htv.autograd.aggregation.ContributionBuffer.settle", lambda self, *parameter: None
+    )
     with pytest.raises(htv.CheckError, match="'0.weight' has no gradient when attached"):
         htv.check(mlp(), torch.randn(6, 12), htv.Median())
 
@@ -112,7 +127,9 @@ def test_the_model_is_left_as_it_is():
     model = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.5)).train()
     before = [p.clone() for p in model.parameters()]
     assert htv.check(model, torch.randn(6, 4), htv.AndMask(0.4))
-    assert model[1].training and all(p.grad is None and p.dtype == torch.float32 for p in model.parameters())
+    assert model[1].training and all(
+        p.grad is None and p.dtype == torch.float32 for p in model.parameters()
+    )
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
@@ -124,14 +141,18 @@ def test_coupled_examples_are_told():
 
 def test_batch_norm_in_train_mode_is_refused_as_attaching_does():
     with pytest.raises(htv.UnsupportedError, match="BatchNorm"):
-        htv.check(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)), torch.randn(6, 4), htv.Median())
+        htv.check(
+            nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)), torch.randn(6, 4), htv.Median()
+        )
 
 
 def test_bad_batches():
     with pytest.raises(ValueError, match="at least one tensor"):
         htv.check(mlp(), (), htv.Median())
     with pytest.raises(ValueError, match="no differentiable tensor"):
-        htv.check(Module(lambda m, x: (m.p * x).sum(), p=torch.randn(4)), torch.randn(3, 4), htv.Median())
+        htv.check(
+            Module(lambda m, x: (m.p * x).sum(), p=torch.randn(4)), torch.randn(3, 4), htv.Median()
+        )
 
 
 def test_the_batch_in_another_dim():
@@ -139,8 +160,15 @@ def test_the_batch_in_another_dim():
     for x in (torch.randn(4, 5, 6), torch.randn(5, 5, 6)):
         assert htv.check(model, x, htv.Median(), batch_dim=1).groups == 5
         ids = torch.tensor([3, 1, 3, 3, 2])
-        assert htv.check(model, x, htv.AndMask(0.4), groups=ids, batch_dim=1, dtype=torch.float32).groups == 3
-    last = Module(lambda m, x: m.r(x)[0][-1], r=nn.GRU(6, 3))  # the batch is in dim 0 of what it returns
+        assert (
+            htv.check(
+                model, x, htv.AndMask(0.4), groups=ids, batch_dim=1, dtype=torch.float32
+            ).groups
+            == 3
+        )
+    last = Module(
+        lambda m, x: m.r(x)[0][-1], r=nn.GRU(6, 3)
+    )  # the batch is in dim 0 of what it returns
     assert htv.check(last, torch.randn(4, 5, 6), htv.Median(), batch_dim=1).groups == 5
     with pytest.raises(ValueError, match="the batch in dim 1"):
         htv.check(mlp(), torch.randn(5), htv.Median(), batch_dim=1)

@@ -43,7 +43,9 @@ def test_python_m_htv_and_what_help_does_not_import():
         "except SystemExit as stop:\n    assert stop.code == 0\n"
         "print([m for m in ('matplotlib', 'sklearn', 'htv.demo', 'htv.data', 'htv.bench') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
 
@@ -102,7 +104,10 @@ def test_mistakes_are_named_without_a_traceback(arguments, message, tmp_path):
     [
         (["--workload", "mlp-relu,alexnet"], "unknown workload 'alexnet', use mlp-relu, mlp-gelu"),
         (["--variant", "mode"], "unknown variant 'mode', use plain, mean"),
-        (["--workload", "stacked", "--variant", "opacus:median"], "unknown variant 'opacus:median', use copy, mean"),
+        (
+            ["--workload", "stacked", "--variant", "opacus:median"],
+            "unknown variant 'opacus:median', use copy, mean",
+        ),
         (["--threads", "0"], "--threads"),
         (["--seconds", "-1"], "--seconds"),
         (["--out", "{tmp}/file"], "is a file; name a folder"),
@@ -111,7 +116,9 @@ def test_mistakes_are_named_without_a_traceback(arguments, message, tmp_path):
 )
 def test_mistakes_of_bench_are_named_before_anything_is_measured(arguments, message, tmp_path):
     (tmp_path / "file").write_text("")
-    result = invoke("bench", "--out", tmp_path / "out", *(a.format(tmp=tmp_path) for a in arguments))
+    result = invoke(
+        "bench", "--out", tmp_path / "out", *(a.format(tmp=tmp_path) for a in arguments)
+    )
     assert result.exit_code == 2
     assert message in " ".join(result.output.split()) and "Traceback" not in result.output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
@@ -120,7 +127,9 @@ def test_mistakes_of_bench_are_named_before_anything_is_measured(arguments, mess
 def test_help_of_bench_names_every_workload():
     shown = "".join(invoke("bench", "--help").output.split())  # names are broken at hyphens
     for name, workload in WORKLOADS.items():
-        kind = name if workload.kind == "step" and workload.axis is None else name.rpartition("-")[0]
+        kind = (
+            name if workload.kind == "step" and workload.axis is None else name.rpartition("-")[0]
+        )
         assert kind in shown
 
 
@@ -134,7 +143,19 @@ def test_no_cuda_names_the_remedy():
 def small_demo(tmp_path_factory):
     """A demo of seconds: one rule, one epoch, few images. Needs attach, and measures memory in three processes."""
     out = tmp_path_factory.mktemp("demo") / "new" / "folder"
-    result = invoke("demo", "--rule", "and-mask:0.3", "--epochs", 1, "--seed", 5, "--train-limit", 200, "--out", out)
+    result = invoke(
+        "demo",
+        "--rule",
+        "and-mask:0.3",
+        "--epochs",
+        1,
+        "--seed",
+        5,
+        "--train-limit",
+        200,
+        "--out",
+        out,
+    )
     assert result.exit_code == 0, result.output
     return result.output, out, json.loads((out / "demo.json").read_text())
 
@@ -148,7 +169,11 @@ def test_demo_writes_what_it_says(small_demo):
 
 def test_demo_records_every_number(small_demo):
     _, _, record = small_demo
-    assert record["setup"]["seed"] == 5 and record["setup"]["epochs"] == 1 and record["setup"]["device"] == "cpu"
+    assert (
+        record["setup"]["seed"] == 5
+        and record["setup"]["epochs"] == 1
+        and record["setup"]["device"] == "cpu"
+    )
     assert record["data"] == {"name": "digits", "classes": 10, "train_images": 200, "wrong_labels": 50,
                               "test_images": 360}  # fmt: skip
     assert record["machine"]["versions"]["torch"] == torch.__version__ and record["machine"]["cpu"]
@@ -171,9 +196,18 @@ def test_demo_records_every_number(small_demo):
 def test_demo_shows_the_recorded_numbers(small_demo):
     output, _, record = small_demo
     for result in record["results"]:
-        (row,) = (line for line in output.splitlines() if line.startswith(f"{result['spec']} ") and "x)" in line)
-        assert f"{result['final']['test_accuracy']:.1%}" in row and f"{result['final']['memorised']:.1%}" in row
-        assert f"{result['ms_per_step']:.1f} (" in row and f"{result['peak_bytes'] / 1e6:.1f} (" in row
+        (row,) = (
+            line
+            for line in output.splitlines()
+            if line.startswith(f"{result['spec']} ") and "x)" in line
+        )
+        assert (
+            f"{result['final']['test_accuracy']:.1%}" in row
+            and f"{result['final']['memorised']:.1%}" in row
+        )
+        assert (
+            f"{result['ms_per_step']:.1f} (" in row and f"{result['peak_bytes'] / 1e6:.1f} (" in row
+        )
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +216,9 @@ def small_bench(tmp_path_factory):
     out = tmp_path_factory.mktemp("bench") / "new" / "folder"
     names = ("--workload", "scaling-groups-16,stacked-3", "--workload", "mlp-relu")
     variants = ("--variant", "and-mask,median", "--variant", "vmap:and-mask")
-    result = invoke("bench", "--quick", *names, *variants, "--threads", torch.get_num_threads(), "--out", out)
+    result = invoke(
+        "bench", "--quick", *names, *variants, "--threads", torch.get_num_threads(), "--out", out
+    )
     assert result.exit_code == 0, result.output
     return result.output, out, json.loads((out / "cpu.json").read_text())
 
@@ -206,19 +242,29 @@ def test_bench_records_every_number(small_bench):
     for row in rows.values():
         lower, upper = row["ms_quartiles"]
         assert 0 < lower <= row["ms"] <= upper and row["runs"] >= 1
-        assert row["ratio"] == pytest.approx(row["ms"] / rows["plain"]["ms"]) and row["peak_bytes"] > 0
+        assert (
+            row["ratio"] == pytest.approx(row["ms"] / rows["plain"]["ms"]) and row["peak_bytes"] > 0
+        )
     assert list(record["workloads"]["stacked-3"]["variants"]) == ["copy", "and-mask", "median"]
     assert f"{rows['median']['ratio']:.3g}"[:3] in output
     if rows["plain"]["memory_method"] != "ru_maxrss":
         examples_by_parameters = 256 * 1_863_690 * 4  # bytes
-        assert rows["vmap:and-mask"]["peak_bytes"] > examples_by_parameters > 4 * rows["median"]["peak_bytes"]
+        assert (
+            rows["vmap:and-mask"]["peak_bytes"]
+            > examples_by_parameters
+            > 4 * rows["median"]["peak_bytes"]
+        )
 
 
 def test_tune_without_a_gpu_says_what_is_missing(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     pytest.importorskip("triton")
     result = invoke("tune")
-    assert result.exit_code == 2 and "needs an NVIDIA GPU" in result.output and "--dry" in result.output
+    assert (
+        result.exit_code == 2
+        and "needs an NVIDIA GPU" in result.output
+        and "--dry" in result.output
+    )
 
 
 @pytest.mark.parametrize(
@@ -254,7 +300,9 @@ def test_tune_writes_a_table_that_is_followed(tmp_path):
 
     entries, output = run("--statistic=and-mask,median")
     assert {entry["words"] for entry in entries} == {0, 2} and "2 entries in" in output
-    assert all((entry["outputs"], entry["groups"], entry["rows"]) == (16, 5, 4) for entry in entries)
+    assert all(
+        (entry["outputs"], entry["groups"], entry["rows"]) == (16, 5, 4) for entry in entries
+    )
     entries, _ = run("--statistic=and-mask", "--shape=32x16x5x4")
     assert sorted(entry["outputs"] for entry in entries) == [16, 16, 32]
     program = (
@@ -265,4 +313,7 @@ def test_tune_writes_a_table_that_is_followed(tmp_path):
         "assert configs.choose(problem) == (configs.Config(**entry['config']), entry['splits'])\n"
     )
     environment = {**os.environ, "HTV_TUNED": str(path)}
-    assert subprocess.run([sys.executable, "-c", program], env=environment, check=False).returncode == 0
+    assert (
+        subprocess.run([sys.executable, "-c", program], env=environment, check=False).returncode
+        == 0
+    )

@@ -34,7 +34,10 @@ class Text(nn.Module):
     def __init__(self, dropout=0.0):
         super().__init__()
         self.table, self.norm, self.twice = nn.Embedding(11, 8), nn.LayerNorm(8), nn.Linear(8, 8)
-        self.positions, self.gamma = nn.Parameter(torch.randn(5, 8)), nn.Parameter(torch.randn(8) / 10)
+        self.positions, self.gamma = (
+            nn.Parameter(torch.randn(5, 8)),
+            nn.Parameter(torch.randn(8) / 10),
+        )
         self.dropout = nn.Dropout(dropout)
         self.register_buffer("scale", torch.tensor(1.5))
         self.register_buffer("calls", torch.zeros(()))
@@ -50,7 +53,10 @@ class Text(nn.Module):
 class Image(nn.Module):
     def __init__(self):
         super().__init__()
-        self.first, self.second = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3, stride=2, groups=2)
+        self.first, self.second = (
+            nn.Conv2d(1, 4, 3, padding=1),
+            nn.Conv2d(4, 4, 3, stride=2, groups=2),
+        )
         self.norm, self.last = nn.GroupNorm(2, 4), nn.Linear(4, 3)
 
     def forward(self, x):
@@ -62,7 +68,11 @@ class Packed(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.table, self.scale, self.linear = nn.Embedding(11, 8), nn.Parameter(torch.randn(8)), nn.Linear(8, 8)
+        self.table, self.scale, self.linear = (
+            nn.Embedding(11, 8),
+            nn.Parameter(torch.randn(8)),
+            nn.Linear(8, 8),
+        )
 
     def forward(self, ids):
         return torch.tanh(self.linear(self.table(ids) * self.scale))
@@ -73,15 +83,22 @@ class Pair:
 
     def __init__(self, model, rule=MEDIAN, backend="aot_eager", compiled=True, **options):
         self.model, self.eager = model, copy.deepcopy(model)
-        self.handle, self.eager_handle = (htv.attach(m, rule, **options) for m in (self.model, self.eager))
+        self.handle, self.eager_handle = (
+            htv.attach(m, rule, **options) for m in (self.model, self.eager)
+        )
         self.compiled = torch.compile(model, fullgraph=True, backend=backend) if compiled else model
 
     def detach(self):
         self.handle.detach(), self.eager_handle.detach()
 
-    def step(self, *inputs, loss=lambda y: y.square().sum(), voting=lambda handle: torch.enable_grad()):
+    def step(
+        self, *inputs, loss=lambda y: y.square().sum(), voting=lambda handle: torch.enable_grad()
+    ):
         """One step of both; compares outputs and gradients."""
-        sides = (self.model, self.compiled, self.handle), (self.eager, self.eager, self.eager_handle)
+        sides = (
+            (self.model, self.compiled, self.handle),
+            (self.eager, self.eager, self.eager_handle),
+        )
         outputs = []
         for model, run, handle in sides:
             model.zero_grad()
@@ -92,8 +109,12 @@ class Pair:
         self.same()
 
     def same(self):
-        for (name, p), q in zip(self.model.named_parameters(), self.eager.parameters(), strict=True):
-            torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5, msg=lambda m: f"{name}: {m}")
+        for (name, p), q in zip(
+            self.model.named_parameters(), self.eager.parameters(), strict=True
+        ):
+            torch.testing.assert_close(
+                p.grad, q.grad, rtol=1e-4, atol=1e-5, msg=lambda m: f"{name}: {m}"
+            )
 
 
 def ids(n=6):
@@ -133,7 +154,9 @@ def test_same_gradients_with_inductor():
     pair.step(ids())
     assert pair.model.calls == pair.eager.calls == 2
     compiled, eager = pair.handle.stats(), pair.eager_handle.stats()
-    assert [compiled[n].kept_fraction for n in eager] == [pytest.approx(a.kept_fraction) for a in eager.values()]
+    assert [compiled[n].kept_fraction for n in eager] == [
+        pytest.approx(a.kept_fraction) for a in eager.values()
+    ]
     with pytest.raises(htv.UnsupportedError, match="'gamma' reached the loss by a path"):
         (pair.compiled(ids()).sum() + pair.model.gamma.square().sum()).backward()
 
@@ -141,25 +164,46 @@ def test_same_gradients_with_inductor():
 x4, x3 = torch.randn(6, 8), torch.randn(6, 5, 8)
 USES = {
     "transposed": lambda: Module(lambda m, x: F.linear(x, m.w.t()), w=torch.randn(8, 8)),
-    "chunk": lambda: Module(lambda m, x: F.linear(x, m.w.chunk(3)[1]) + F.linear(x, m.w[:8]), w=torch.randn(24, 8)),
+    "chunk": lambda: Module(
+        lambda m, x: F.linear(x, m.w.chunk(3)[1]) + F.linear(x, m.w[:8]), w=torch.randn(24, 8)
+    ),
     "matmul": lambda: Module(lambda m, x: x @ m.w, w=torch.randn(8, 4)),
     "positions": lambda: Module(lambda m, x: x + m.e(torch.arange(5)), e=nn.Embedding(9, 8)),
-    "positions, computed with": lambda: Module(lambda m, x: x + m.e(torch.arange(5)).tanh(), e=nn.Embedding(9, 8)),
-    "positions of each": lambda: Module(lambda m, x: x + m.e(torch.arange(5).repeat(6, 1)), e=nn.Embedding(9, 8)),
-    "linear of a constant": lambda: Module(lambda m, x: x * m.l(torch.ones(5, 3)), l=nn.Linear(3, 8)),
+    "positions, computed with": lambda: Module(
+        lambda m, x: x + m.e(torch.arange(5)).tanh(), e=nn.Embedding(9, 8)
+    ),
+    "positions of each": lambda: Module(
+        lambda m, x: x + m.e(torch.arange(5).repeat(6, 1)), e=nn.Embedding(9, 8)
+    ),
+    "linear of a constant": lambda: Module(
+        lambda m, x: x * m.l(torch.ones(5, 3)), l=nn.Linear(3, 8)
+    ),
     "class token": lambda: Module(
-        lambda m, x: m.l(torch.cat([m.c.expand(6, -1, -1), x], 1)), c=torch.randn(1, 1, 8), l=nn.Linear(8, 3)
+        lambda m, x: m.l(torch.cat([m.c.expand(6, -1, -1), x], 1)),
+        c=torch.randn(1, 1, 8),
+        l=nn.Linear(8, 3),
     ),
     "joined biases": lambda: Module(
-        lambda m, x: F.linear(x, m.w, torch.cat([m.a, m.b])), w=torch.randn(8, 8), a=torch.randn(3), b=torch.randn(5)
+        lambda m, x: F.linear(x, m.w, torch.cat([m.a, m.b])),
+        w=torch.randn(8, 8),
+        a=torch.randn(3),
+        b=torch.randn(5),
     ),
     "part of the batch": lambda: Module(lambda m, x: m.l(x[1:4].flip(0)), l=nn.Linear(8, 3)),
-    "chunks of the batch": lambda: Module(lambda m, x: torch.cat([m.l(t) for t in x.chunk(2)]), l=nn.Linear(8, 3)),
-    "merged dims": lambda: Module(lambda m, x: m.l(x.flatten(0, 1)).reshape(6, 5, 3), l=nn.Linear(8, 3)),
+    "chunks of the batch": lambda: Module(
+        lambda m, x: torch.cat([m.l(t) for t in x.chunk(2)]), l=nn.Linear(8, 3)
+    ),
+    "merged dims": lambda: Module(
+        lambda m, x: m.l(x.flatten(0, 1)).reshape(6, 5, 3), l=nn.Linear(8, 3)
+    ),
     "attention": lambda: nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True),
-    "sequence": lambda: nn.Sequential(nn.Conv1d(5, 4, 3, padding="same"), nn.GroupNorm(2, 4), nn.PReLU()),
+    "sequence": lambda: nn.Sequential(
+        nn.Conv1d(5, 4, 3, padding="same"), nn.GroupNorm(2, 4), nn.PReLU()
+    ),
     "checkpoint": lambda: Module(
-        lambda m, x: m.b(checkpoint(m.a, x, use_reentrant=False)), a=nn.Linear(8, 4), b=nn.Linear(4, 4)
+        lambda m, x: m.b(checkpoint(m.a, x, use_reentrant=False)),
+        a=nn.Linear(8, 4),
+        b=nn.Linear(4, 4),
     ),
 }
 
@@ -252,7 +296,13 @@ def test_groups_change_without_compiling_again(weight):
 def test_packed_sequences_change_without_compiling_again(lead):
     pair = Pair(Packed())
     torch._dynamo.utils.counters.clear()
-    for bounds in ([0, 3, 10, 12], [0, 5, 6, 12], [0, 1, 2, 3, 12], [0, 2, 12], [0, 1, 1, 2, 7, 12]):
+    for bounds in (
+        [0, 3, 10, 12],
+        [0, 5, 6, 12],
+        [0, 1, 2, 3, 12],
+        [0, 2, 12],
+        [0, 1, 1, 2, 7, 12],
+    ):
         rows = torch.randint(0, 11, (*lead, 12))
         pair.step(rows, voting=lambda handle: handle.packed(torch.tensor(bounds)))
     assert compiled_frames() == 2  # one for any number of sequences
@@ -273,7 +323,9 @@ def test_groups_opened_inside_a_compiled_function():
             return model(batch).square().sum()
 
     batch, grouped_rows = ids(), torch.tensor([0, 1, 0, 1, 2, 2])
-    torch.compile(step, fullgraph=True, backend="aot_eager")(pair.model, pair.handle, batch, grouped_rows).backward()
+    torch.compile(step, fullgraph=True, backend="aot_eager")(
+        pair.model, pair.handle, batch, grouped_rows
+    ).backward()
     step(pair.eager, pair.eager_handle, batch, grouped_rows).backward()
     pair.same()
 
@@ -308,7 +360,9 @@ def test_wrong_groups():
     with pytest.raises(DYNAMO_ERRORS, match="groups has 2 ids but dim 0 of the batch has size 6"):
         with pair.handle.groups(torch.tensor([0, 1])):
             pair.compiled(ids())
-    with pair.handle.groups(torch.tensor([0, 0, 0, 1, 1, 1])):  # their values are seen when backward runs
+    with pair.handle.groups(
+        torch.tensor([0, 0, 0, 1, 1, 1])
+    ):  # their values are seen when backward runs
         loss = pair.compiled(ids()).sum()
     with pytest.raises(ValueError, match="groups"):
         loss.backward()
@@ -414,7 +468,10 @@ def test_attach_what_was_compiled_before(in_place):
         model.compile(fullgraph=True, backend="aot_eager")
         pair.compiled = model
     pair.step(ids())
-    pair.handle, pair.eager_handle = htv.attach(pair.compiled, MEDIAN), htv.attach(pair.eager, MEDIAN)
+    pair.handle, pair.eager_handle = (
+        htv.attach(pair.compiled, MEDIAN),
+        htv.attach(pair.eager, MEDIAN),
+    )
     assert pair.handle.model is model
     pair.step(ids())
     pair.detach()
@@ -490,7 +547,9 @@ def test_a_gradient_by_another_path_is_refused():
         (pair.compiled(batch).sum() + pair.model.twice.weight.square().sum()).backward()
     pair.step(batch)
     within = torch.compile(
-        lambda x: pair.model(x).sum() + pair.model.twice.weight.square().sum(), fullgraph=True, backend="aot_eager"
+        lambda x: pair.model(x).sum() + pair.model.twice.weight.square().sum(),
+        fullgraph=True,
+        backend="aot_eager",
     )
     with pytest.raises(DYNAMO_ERRORS, match="'twice.weight' reached the loss by a path"):
         within(batch).backward()
@@ -512,7 +571,10 @@ NOWHERE = torch.randn(8)
 REFUSED = {
     "mixed": (lambda m, x: m.l(x.flip(1).cumsum(0)), "it is not known any more"),
     "picked by values": (lambda m, x: m.l(x[m.order]), "picks rows by the values of a tensor"),
-    "computed weight": (lambda m, x: F.linear(x, m.l.weight.tanh()), "through a tensor computed from it"),
+    "computed weight": (
+        lambda m, x: F.linear(x, m.l.weight.tanh()),
+        "through a tensor computed from it",
+    ),
     "global": (lambda m, x: m.l(x + NOWHERE), "neither an argument of the forward"),
     "set": (_sets, "sets attribute 'steps'"),
     "batch norm": (lambda m, x: m.bn(m.l(x)), "BatchNorm in train mode"),
@@ -535,7 +597,8 @@ def test_refused(name):
 
 def test_passed_on_plainly():
     pair = Pair(
-        Module(lambda m, x: m.l(m.k(x).cumsum(0)), l=nn.Linear(4, 3), k=nn.Linear(8, 4)), on_unsupported="plain"
+        Module(lambda m, x: m.l(m.k(x).cumsum(0)), l=nn.Linear(4, 3), k=nn.Linear(8, 4)),
+        on_unsupported="plain",
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -571,5 +634,7 @@ def test_a_rule_of_ones_own_is_refused_by_name():
         model(x).sum().backward()
         torch.testing.assert_close(model.weight.grad, plain / 2)
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-        with pytest.raises(Exception, match="Halved is a rule of your own, and a compiled model cannot"):
+        with pytest.raises(
+            Exception, match="Halved is a rule of your own, and a compiled model cannot"
+        ):
             compiled(x)

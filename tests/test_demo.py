@@ -9,7 +9,15 @@ from torch import nn
 import htv
 from htv.data import digits
 from htv.demo import cost, report
-from htv.demo.training import Setup, aggregating, make_network, make_optimizer, make_task, step, train
+from htv.demo.training import (
+    Setup,
+    aggregating,
+    make_network,
+    make_optimizer,
+    make_task,
+    step,
+    train,
+)
 from htv.demo.variants import PLAIN, parse, parse_all
 
 SMALL = Setup(epochs=2, width=16, batch_size=16)
@@ -25,13 +33,22 @@ def test_specs_become_rules():
 
 
 def test_plain_comes_first_and_once():
-    specs = [variant.spec for variant in parse_all(["median,plain", "and-mask", "and-mask:0.2"], 64)]
+    specs = [
+        variant.spec for variant in parse_all(["median,plain", "and-mask", "and-mask:0.2"], 64)
+    ]
     assert specs == ["plain", "median", "and-mask:0.2"]
-    assert [variant.spec for variant in parse_all(None, 64)] == ["plain", "and-mask:0.2", "median", "winsorized:0.2"]
+    assert [variant.spec for variant in parse_all(None, 64)] == [
+        "plain",
+        "and-mask:0.2",
+        "median",
+        "winsorized:0.2",
+    ]
 
 
 def test_a_spec_reads_back_as_itself():
-    for variant in parse_all(["and-mask:0.35", "median", "winsorized:2", "trimmed", "median-of-means"], 64):
+    for variant in parse_all(
+        ["and-mask:0.35", "median", "winsorized:2", "trimmed", "median-of-means"], 64
+    ):
         assert parse(variant.spec, 64) == variant
 
 
@@ -58,7 +75,9 @@ def test_the_task_is_standardised_and_only_training_labels_are_wrong():
     data = digits()
     task = make_task(data, SMALL)
     assert task.wrong.sum() == round(0.25 * len(data.train_labels))
-    assert torch.equal(task.true != task.noisy, task.wrong) and torch.equal(task.test_labels, data.test_labels)
+    assert torch.equal(task.true != task.noisy, task.wrong) and torch.equal(
+        task.test_labels, data.test_labels
+    )
     assert abs(task.x.mean()) < 1e-4 and abs(task.x.std() - 1) < 1e-3
     assert task.x.shape == (len(data.train_labels), 64)
 
@@ -76,7 +95,9 @@ def test_training_is_repeatable_and_the_identity_rule_is_plain():
 
     def run(rule):
         records = train(task, rule, SMALL, lambda record: None)
-        return [{key: value for key, value in record.items() if key not in drop} for record in records]
+        return [
+            {key: value for key, value in record.items() if key not in drop} for record in records
+        ]
 
     plain = run(None)
     assert [record["epoch"] for record in plain] == [1, 2] and plain[1]["loss"] < plain[0]["loss"]
@@ -85,7 +106,13 @@ def test_training_is_repeatable_and_the_identity_rule_is_plain():
     assert run(htv.Median())[-1]["loss"] != pytest.approx(plain[-1]["loss"], rel=1e-4)
 
 
-RULES = [htv.AndMask(0.2), htv.Median(), htv.WinsorizedMean(0.2), htv.TrimmedMean(3), htv.MedianOfMeans(5)]
+RULES = [
+    htv.AndMask(0.2),
+    htv.Median(),
+    htv.WinsorizedMean(0.2),
+    htv.TrimmedMean(3),
+    htv.MedianOfMeans(5),
+]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=repr)
@@ -116,7 +143,9 @@ def test_rough_times_are_told():
 
 def test_report_with_made_up_numbers(tmp_path):
     def result(spec, memorised, vmap):
-        epochs = [{"epoch": e, "test_accuracy": 0.5 + e / 10, "memorised": memorised} for e in (1, 2)]
+        epochs = [
+            {"epoch": e, "test_accuracy": 0.5 + e / 10, "memorised": memorised} for e in (1, 2)
+        ]
         return {"spec": spec, "epochs": epochs, "final": epochs[-1], "ms_per_step": 2.0, "peak_bytes": 10_000_000,
                 "vmap_ms_per_step": vmap, "vmap_peak_bytes": vmap}  # fmt: skip
 

@@ -13,7 +13,9 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
 
 
-committed = pytest.mark.skipif(not (RESULTS / "cpu.json").is_file(), reason="no complete run yet: make bench")
+committed = pytest.mark.skipif(
+    not (RESULTS / "cpu.json").is_file(), reason="no complete run yet: make bench"
+)
 
 
 @pytest.fixture
@@ -37,12 +39,16 @@ def test_measured_blocks_are_up_to_date(fill_readme, document):
     text = (ROOT / document).read_text()
     assert fill_readme.filled(document) == text, "run: python docs/fill_readme.py"
     names = [name for name, _, _ in fill_readme.BLOCKS[document]]
-    assert names and all(f"<!-- {name} -->" in text and f"<!-- /{name} -->" in text for name in names)
+    assert names and all(
+        f"<!-- {name} -->" in text and f"<!-- /{name} -->" in text for name in names
+    )
 
 
 @committed
 def test_the_report_is_of_the_record(fill_readme):
-    assert (RESULTS / "cpu.md").read_text() == fill_readme.bench_report(), "run: python docs/fill_readme.py"
+    assert (RESULTS / "cpu.md").read_text() == fill_readme.bench_report(), (
+        "run: python docs/fill_readme.py"
+    )
     assert all((RESULTS / f"cpu-{kind}.png").is_file() for kind in plots.KINDS)
 
 

@@ -16,7 +16,9 @@ def test_the_answer_by_class_agrees_with_a_run(name):
     assert not by_run.unsupported and not by_class.unsupported
     assert [row.parameter for row in by_run.rows] == [n for n, _ in model.named_parameters()]
     for guess, seen in zip(by_class.rows, by_run.rows, strict=True):
-        if guess.use != "own forward" and guess.parameter != "positions.weight":  # looked up by torch.arange
+        if (
+            guess.use != "own forward" and guess.parameter != "positions.weight"
+        ):  # looked up by torch.arange
             assert_alike(guess, seen)
 
 
@@ -39,16 +41,27 @@ def test_every_layer_is_served_as_it_is_explained(layer):
     model, batch = LAYERS[layer]()
     by_class, by_run = htv.explain(model), htv.explain(model, batch)
     assert not by_run.unsupported
-    assert all(row.use != "-" and row.streaming and row.order for row in by_run.rows if "frozen" not in row.streaming)
+    assert all(
+        row.use != "-" and row.streaming and row.order
+        for row in by_run.rows
+        if "frozen" not in row.streaming
+    )
     for guess, seen in zip(by_class.rows, by_run.rows, strict=True):
         assert not guess.streaming.startswith("unsupported")
         # What a module of one's own does with others (a second use, a chunk of their weights) no class tells.
-        if guess.use != "own forward" and type(model) not in (Module, Tied, Lora) and "frozen" not in seen.streaming:
+        if (
+            guess.use != "own forward"
+            and type(model) not in (Module, Tied, Lora)
+            and "frozen" not in seen.streaming
+        ):
             assert_alike(guess, seen)
 
 
 LIKE_ITS_CLASS = {
-    nn.MultiheadAttention: lambda: (nn.MultiheadAttention(6, 2, batch_first=True, add_bias_kv=True), 3),
+    nn.MultiheadAttention: lambda: (
+        nn.MultiheadAttention(6, 2, batch_first=True, add_bias_kv=True),
+        3,
+    ),
     nn.LSTM: lambda: (nn.LSTM(6, 4, batch_first=True, proj_size=2), 1),
     nn.Bilinear: lambda: (nn.Bilinear(6, 6, 2), 2),
 }
@@ -77,7 +90,10 @@ def test_computed_weights():
         assert rows["0.bias"].use == "linear bias"
         for number in (0, 1):
             row = rows[f"0.parametrizations.weight.original{number}"]
-            assert row.use == "linear (computed)" and row.streaming in (path, path.replace("fused", "sliced"))
+            assert row.use == "linear (computed)" and row.streaming in (
+                path,
+                path.replace("fused", "sliced"),
+            )
 
 
 def test_unsupported_modules_are_listed_with_the_reason():

@@ -34,7 +34,11 @@ def dry(tmp_path_factory):
     log = (out / "gpu-dry.log").read_text()
     assert done.returncode == 0, done.stdout + log[-10_000:]
     assert {path.name for path in out.iterdir()} == {"gpu-dry.json", "gpu-dry.md", "gpu-dry.log"}
-    return json.loads((out / "gpu-dry.json").read_text()), done.stdout, (out / "gpu-dry.md").read_text()
+    return (
+        json.loads((out / "gpu-dry.json").read_text()),
+        done.stdout,
+        (out / "gpu-dry.md").read_text(),
+    )
 
 
 def test_a_dry_run_is_complete(dry):
@@ -52,28 +56,47 @@ def test_a_dry_run_is_complete(dry):
     assert set(record["workloads"]) == wanted
     for name, workload in record["workloads"].items():
         assert "error" not in workload, name
-        assert "ms" in workload["variants"][workload["unit"]] and "ms" in workload["variants"]["median"], name
+        assert (
+            "ms" in workload["variants"][workload["unit"]]
+            and "ms" in workload["variants"]["median"]
+        ), name
         assert all("error" in row or row["runs"] >= 1 for row in workload["variants"].values())
 
 
 def kernels_named():
-    return [*(w.name for w in kernels.stacked(dry=True)), *(make.args[0] for make in kernels.problems(dry=True))]
+    return [
+        *(w.name for w in kernels.stacked(dry=True)),
+        *(make.args[0] for make in kernels.problems(dry=True)),
+    ]
 
 
 def test_every_number_of_a_dry_run_is_marked(dry):
     record, _, text = dry
-    rows = [row for workload in record["workloads"].values() for row in workload["variants"].values()]
-    assert all(row["dry"] is True for row in (*rows, record["ceilings"], record["correctness"], record["sanitizer"]))
+    rows = [
+        row for workload in record["workloads"].values() for row in workload["variants"].values()
+    ]
+    assert all(
+        row["dry"] is True
+        for row in (*rows, record["ceilings"], record["correctness"], record["sanitizer"])
+    )
     assert report.DRY in text and "| met |" not in text and "not met" not in text
     fulfilled = copy.deepcopy(record)
-    for row in (row for workload in fulfilled["workloads"].values() for row in workload["variants"].values()):
+    for row in (
+        row for workload in fulfilled["workloads"].values() for row in workload["variants"].values()
+    ):
         row |= {"ratio": 0.5, "peak_ratio": 0.5, "of_copy": 1.0}
-    assert "met" not in report.targets(fulfilled) and report.targets(fulfilled).count("dry run") >= 15
-    assert report.targets(fulfilled | {"dry": False}).count("| met |") == report.targets(fulfilled).count("dry run")
+    assert (
+        "met" not in report.targets(fulfilled) and report.targets(fulfilled).count("dry run") >= 15
+    )
+    assert report.targets(fulfilled | {"dry": False}).count("| met |") == report.targets(
+        fulfilled
+    ).count("dry run")
 
 
 def test_targets_are_about_what_is_measured():
-    names = {workload.name: workload.variants for workload in training.workloads(dry=False).values()}
+    names = {
+        workload.name: workload.variants for workload in training.workloads(dry=False).values()
+    }
     names |= {name: ("plain", *kernels.RULES) for name in kernels_named()}
     for target in TARGETS:
         assert target.variant in names[target.workload], target
@@ -102,7 +125,9 @@ def main(monkeypatch, tmp_path, steps, minutes=5.0):
     """The command with other steps, name: program; returns its status and record."""
     programs = {name: textwrap.dedent(program) for name, program in steps.items()}
     decides = ("correctness",)
-    monkeypatch.setattr(run, "STEPS", tuple(run.Step(n, 1, 3, dry=3, decides=n in decides) for n in programs))
+    monkeypatch.setattr(
+        run, "STEPS", tuple(run.Step(n, 1, 3, dry=3, decides=n in decides) for n in programs)
+    )
     monkeypatch.setattr(run, "program", lambda step: ["-c", programs[step.name]])
     monkeypatch.setattr(run, "GRACE", 0.0)
     monkeypatch.setattr(run, "REPORTING", 0.0)
@@ -146,7 +171,10 @@ def test_a_step_that_fails_or_hangs_does_not_end_the_run(monkeypatch, tmp_path):
     assert not survived.exists()
     outcomes = record["steps"]
     assert [outcomes[name]["status"] for name in steps] == ["failed", "failed", "failed", "done"]
-    assert "status -6" in outcomes["crashes"]["error"] and "what it says" in outcomes["raises"]["error"]
+    assert (
+        "status -6" in outcomes["crashes"]["error"]
+        and "what it says" in outcomes["raises"]["error"]
+    )
     assert "ended after" in outcomes["hangs"]["error"] and record["ceilings"]["bytes_per_s"] == 1.0
     assert "a" in record["workloads"]
 
@@ -165,12 +193,20 @@ def test_steps_that_no_time_is_left_for_are_dropped(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     ("found", "status"),
-    [({"correctness": {"wrong": {}}}, 0), ({"correctness": {"wrong": {"a/b": "AssertionError"}}}, 1), (None, 1)],
+    [
+        ({"correctness": {"wrong": {}}}, 0),
+        ({"correctness": {"wrong": {"a/b": "AssertionError"}}}, 1),
+        (None, 1),
+    ],
     ids=["right", "wrong", "failed"],
 )
 def test_the_status_is_that_of_correctness(monkeypatch, tmp_path, found, status):
     counted = {"dry": True, "counts": {}, "parts": {}}
-    program = WRITES.format(found={"correctness": counted | found["correctness"]}) if found else "raise ValueError"
+    program = (
+        WRITES.format(found={"correctness": counted | found["correctness"]})
+        if found
+        else "raise ValueError"
+    )
     assert main(monkeypatch, tmp_path, {"correctness": program})[0] == status
 
 
@@ -180,7 +216,9 @@ def test_the_status_is_that_of_correctness(monkeypatch, tmp_path, found, status)
 @pytest.fixture
 def module(tmp_path, monkeypatch):
     """Writes a module that a `Child` can run; returns its name."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    )
 
     def write(text):
         (tmp_path / "answers.py").write_text(textwrap.dedent(text))
@@ -282,11 +320,15 @@ def test_a_lost_process_is_tried_again_with_less(module, monkeypatch, tmp_path):
     took = {}
     names = ["works", "crashes", "refuses", "rich"]
     job = step.Job(tmp_path / "out.json", 3600.0, dry=False)
-    step.one_by_one(job, module(WORKLOADS), names, lambda name, rows: took.setdefault(name, []).append(rows))
+    step.one_by_one(
+        job, module(WORKLOADS), names, lambda name, rows: took.setdefault(name, []).append(rows)
+    )
     assert took["works"] == [{"variants": {"few": False}}]
     assert took["rich"] == [{"variants": {"few": False}}, {"variants": {"more": True}}]
     assert "crashed" in took["crashes"][0]["error"]
-    assert took["crashes"][1]["variants"] == {"few": True} and "crashed" in took["crashes"][1]["error"]
+    assert (
+        took["crashes"][1]["variants"] == {"few": True} and "crashed" in took["crashes"][1]["error"]
+    )
     assert took["refuses"][0]["error"] == "ValueError: not this one"
 
 
@@ -299,7 +341,10 @@ def test_what_is_missing_is_named_with_a_remedy(monkeypatch):
     monkeypatch.setattr(build, "nvcc", lambda: None)
     monkeypatch.setattr(build, "ninja", lambda: None)
     monkeypatch.delenv("HTV_GPU_LIBRARY", raising=False)
-    assert "torch 2.10.1 is too old: install torch >= 2.11" in build.missing() and "no nvcc" in build.missing()
+    assert (
+        "torch 2.10.1 is too old: install torch >= 2.11" in build.missing()
+        and "no nvcc" in build.missing()
+    )
     assert "no ninja" in build.missing()
     versions["torch"] = "2.11.0+cu130"
     monkeypatch.setenv("HTV_GPU_LIBRARY", "somewhere.so")
@@ -336,7 +381,9 @@ STARTS = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {BURNS.
 def test_a_dry_run_counts_processor_time(monkeypatch, program):
     """Of a process and what it started; however long it slept, or waited for a processor."""
     command = [sys.executable, "-c", program]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as child:
         clock_ = run.Clock(True, child.pid)
         child.stdout.readline()
         wall = run.time.monotonic()

@@ -58,7 +58,10 @@ PLACES = st.builds(dict, outer=st.integers(1, 3), times=st.integers(1, 3))
 def test_rows_are_found_wherever_the_batch_is(ids, layout, dim, random):
     """Merged with dims before and behind it, in any dim, or with its indices picked at random."""
     n, groups = len(ids), Groups.by_id(torch.tensor(ids), len(ids))
-    for found in (BatchLayout(dim, **layout), BatchLayout(dim, examples=torch.tensor([random.randrange(n) for _ in range(5)]))):
+    for found in (
+        BatchLayout(dim, **layout),
+        BatchLayout(dim, examples=torch.tensor([random.randrange(n) for _ in range(5)])),
+    ):
         batch_size = found.index(n)
         size = found.size(n)
         assert len(batch_size) == size
@@ -71,7 +74,10 @@ def test_rows_are_found_wherever_the_batch_is(ids, layout, dim, random):
         grouped_rows = GroupedRows(groups, found)
         rows = grouped_rows.rows(x)
         summed = torch.stack(
-            [x.movedim(dim, 0)[torch.tensor(ids)[batch_size] == key].sum(dim=(0, 1, 2)) for key in sorted(set(ids))]
+            [
+                x.movedim(dim, 0)[torch.tensor(ids)[batch_size] == key].sum(dim=(0, 1, 2))
+                for key in sorted(set(ids))
+            ]
         )
         torch.testing.assert_close(grouped_rows.sums(x), summed)
         torch.testing.assert_close(segment_sum(rows, grouped_rows.bounds(rows)), summed)
@@ -91,7 +97,9 @@ def test_bad_ids(ids, message):
         Groups.by_id(ids, 3)
 
 
-@pytest.mark.parametrize("bounds", [[0, 2], [0, 4], [1, 3], [0, 2, 1, 3], [0], [[0, 3]], [0.0, 3.0]])
+@pytest.mark.parametrize(
+    "bounds", [[0, 2], [0, 4], [1, 3], [0, 2, 1, 3], [0], [[0, 3]], [0.0, 3.0]]
+)
 def test_bad_bounds(bounds):
     with pytest.raises(ValueError, match="cu_seqlens"):
         Groups.packed(torch.tensor(bounds), 3)
@@ -154,7 +162,9 @@ def test_a_tensor_fits_by_the_size_of_its_dim():
     groups = Groups.each(3, dim=1)
     assert groups.fits(torch.zeros(2, 3))
     assert not groups.fits(torch.zeros(3, 2)) and not groups.fits(torch.zeros(3))
-    assert groups.fits(torch.zeros(6), BatchLayout(0, 2)) and not groups.fits(torch.zeros(3), BatchLayout(0, 2))
+    assert groups.fits(torch.zeros(6), BatchLayout(0, 2)) and not groups.fits(
+        torch.zeros(3), BatchLayout(0, 2)
+    )
 
 
 def test_plain_sums_know_no_weights_and_no_mask():
@@ -176,8 +186,12 @@ def test_rows_that_vote_are_those_of_the_mask():
     assert grouped_rows.sums(x).tolist() == rows.tolist()
     with pytest.raises(ValueError, match="not these tokens"):
         grouped_rows.rows(torch.zeros(2, 3, 2))
-    uneven = Groups.each_row(2, voting=MASK).grouped_rows(BatchLayout(0, examples=torch.tensor([0, 0, 0, 1])))
-    with pytest.raises(ValueError, match="not these tokens"):  # as many rows, but not of these units
+    uneven = Groups.each_row(2, voting=MASK).grouped_rows(
+        BatchLayout(0, examples=torch.tensor([0, 0, 0, 1]))
+    )
+    with pytest.raises(
+        ValueError, match="not these tokens"
+    ):  # as many rows, but not of these units
         uneven.rows(torch.zeros(4, 2))
 
 
@@ -205,7 +219,10 @@ def test_sums_along_a_dim_keep_the_others():
     turned = Groups.by_id([1, 0], 2).grouped_rows(BatchLayout(0))
     assert turned.along(torch.tensor([[1.0], [2.0]])).tolist() == [[2.0], [1.0]]
     half = torch.ones(2, 1, dtype=torch.float16)
-    assert Groups.each(2).grouped_rows(BatchLayout(0)).sums(half, dtype=torch.float32).dtype == torch.float32
+    assert (
+        Groups.each(2).grouped_rows(BatchLayout(0)).sums(half, dtype=torch.float32).dtype
+        == torch.float32
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

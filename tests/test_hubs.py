@@ -35,7 +35,16 @@ def model():
 
 
 X = torch.randn(7, 6, generator=torch.Generator().manual_seed(1))
-VECTORS = ["common.weight", "common.bias", "a.0.weight", "a.0.bias", "a.1.bias", "b.0.weight", "b.0.bias", "b.1.bias"]
+VECTORS = [
+    "common.weight",
+    "common.bias",
+    "a.0.weight",
+    "a.0.bias",
+    "a.1.bias",
+    "b.0.weight",
+    "b.0.bias",
+    "b.1.bias",
+]
 
 
 def both(outputs):
@@ -91,7 +100,9 @@ def test_gradients_are_those_of_separate_hubs(model, rule):
 
 def test_a_hub_is_no_larger_than_its_bytes(model, monkeypatch):
     each = 4 * len(X)
-    monkeypatch.setattr(parameter, "NODE_BYTES", 12 * each)  # common.weight + common.bias; a.1.bias + ...
+    monkeypatch.setattr(
+        parameter, "NODE_BYTES", 12 * each
+    )  # common.weight + common.bias; a.1.bias + ...
     with htv.attach(model, htv.Median()):
         assert hubs(both(model(X))) == [1, 1, 2, 2, 2, 2]
 
@@ -114,7 +125,10 @@ def test_what_a_loss_does_not_reach_gets_no_gradient(model):
 
 
 def test_two_losses_of_one_forward(model):
-    first, second = alone(model, htv.Median(), only_a), alone(model, htv.Median(), lambda y: y[1].square().sum())
+    first, second = (
+        alone(model, htv.Median(), only_a),
+        alone(model, htv.Median(), lambda y: y[1].square().sum()),
+    )
     with htv.attach(model, htv.Median()):
         a, b = model(X)
         a.square().sum().backward(retain_graph=True)
@@ -141,7 +155,9 @@ def alone_in(model, y):
     """What torch.autograd.grad finds for a loss that is kept."""
     used = {name: p for name, p in model.named_parameters() if not name.startswith("a.")}
     grads = torch.autograd.grad(y.square().sum(), list(used.values()), retain_graph=True)
-    return {name: None for name, _ in model.named_parameters()} | dict(zip(used, grads, strict=True))
+    return {name: None for name, _ in model.named_parameters()} | dict(
+        zip(used, grads, strict=True)
+    )
 
 
 def test_autograd_grad_of_one_member(model):
@@ -212,7 +228,9 @@ def test_other_numbers_of_groups(model):
             found = {name: p.grad for name, p in model.named_parameters()}
             model.zero_grad()
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(type(handle._session), "sharing_node", lambda self, tracked, groups: (tracked,))
+                patch.setattr(
+                    type(handle._session), "sharing_node", lambda self, tracked, groups: (tracked,)
+                )
                 with handle.groups(torch.tensor(ids)):
                     both(model(X)).backward()
             require_same(model, found)
@@ -227,7 +245,13 @@ def test_aggregate_together(rule):
     linear = [stacks[0], LinearFactors(torch.randn(8, 2), torch.randn(8, 3), torch.arange(9))]
     twice = [[stacks[0], StackedFactors(torch.randn(8, 3))], [stacks[1]]]
     empty = [stacks[0], StackedFactors(torch.randn(8, 0))]
-    for batches in ([[s] for s in stacks], [[s] for s in mixed], [[s] for s in linear], twice, [[s] for s in empty]):
+    for batches in (
+        [[s] for s in stacks],
+        [[s] for s in mixed],
+        [[s] for s in linear],
+        twice,
+        [[s] for s in empty],
+    ):
         found = aggregate.aggregate_together(batches, rule)
         for parts, grad in zip(batches, found, strict=True):
             expected = aggregate.aggregate(parts, rule)

@@ -13,7 +13,9 @@ from htv.rules import Statistic
 
 LEVELS = ("baseline", "avx2", "avx512", "icelake", "zen4")
 
-pytestmark = pytest.mark.skipif(backend.NOT_BUILT is not None, reason="htv was built without compiled kernels")
+pytestmark = pytest.mark.skipif(
+    backend.NOT_BUILT is not None, reason="htv was built without compiled kernels"
+)
 
 
 @pytest.fixture
@@ -66,7 +68,15 @@ def test_numbers_of_no_statistic_are_refused():
 
 def test_build_info(host):
     info = host.build_info()
-    assert set(info) == {"compiler", "flags", "cpu_levels", "torch", "torch_target", "cuda", "cuda_archs"}
+    assert set(info) == {
+        "compiler",
+        "flags",
+        "cpu_levels",
+        "torch",
+        "torch_target",
+        "cuda",
+        "cuda_archs",
+    }
     assert "baseline" in info["cpu_levels"] and set(info["cpu_levels"]) <= set(LEVELS)
     assert info["torch_target"] == "0x020b000000000000"
     assert "-ffast-math" not in info["flags"] and "-march=native" not in info["flags"]
@@ -84,7 +94,9 @@ def test_the_environment_lowers_the_level(host, monkeypatch):
 
 def test_an_unknown_level_is_an_error(host, monkeypatch):
     monkeypatch.setenv("HTV_CPU_CAPABILITY", "avx1024")
-    with pytest.raises(RuntimeError, match="must be baseline, avx2, avx512, icelake or zen4, got 'avx1024'"):
+    with pytest.raises(
+        RuntimeError, match="must be baseline, avx2, avx512, icelake or zen4, got 'avx1024'"
+    ):
         host.cpu_capability()
     with pytest.raises(RuntimeError, match="got 'avx1024'"):
         torch.ops.htv.stacked(torch.ones(2, 3), 0, 0, 0.0, 0.0)

@@ -15,7 +15,13 @@ import htv
 from htv.tools.check import aggregated, one_group_at_a_time
 from oracles import RULES, by_name
 
-FIVE = [htv.Mean(), htv.AndMask(0.4), htv.AndMask(0.4, rescale=True), htv.Median(), htv.WinsorizedMean(1)]
+FIVE = [
+    htv.Mean(),
+    htv.AndMask(0.4),
+    htv.AndMask(0.4, rescale=True),
+    htv.Median(),
+    htv.WinsorizedMean(1),
+]
 THREE = [htv.AndMask(0.4), htv.Median(), htv.WinsorizedMean(1)]
 CASES = [
     pytest.param(name, rule, id=f"{name}-{rule}")
@@ -77,7 +83,11 @@ def test_layer_in_lower_types(layer, dtype, rule):
 
 
 def outputs(model, batch):
-    args, kwargs = ((), batch) if isinstance(batch, dict) else (batch if isinstance(batch, tuple) else (batch,), {})
+    args, kwargs = (
+        ((), batch)
+        if isinstance(batch, dict)
+        else (batch if isinstance(batch, tuple) else (batch,), {})
+    )
     torch.manual_seed(0)
     return [t for t in pytree.tree_leaves(model(*args, **kwargs)) if isinstance(t, torch.Tensor)]
 
@@ -110,14 +120,22 @@ SEQUENCE_FIRST = {
     "layer norm": lambda: nn.LayerNorm(6),
     "RMSNorm": lambda: nn.RMSNorm(6),
     "scale": lambda: Module(lambda m, x: x * m.w, w=torch.randn(6)),
-    "positions": lambda: Module(lambda m, x: torch.tanh(x + m.p[: len(x), None]), p=torch.randn(9, 6)),
-    "positions looked up": lambda: Module(lambda m, x: x * m.e(torch.arange(len(x)))[:, None], e=nn.Embedding(9, 6)),
-    "MultiheadAttention": lambda: Module(lambda m, x: m.a(x, x, x)[0], a=nn.MultiheadAttention(6, 2)),
+    "positions": lambda: Module(
+        lambda m, x: torch.tanh(x + m.p[: len(x), None]), p=torch.randn(9, 6)
+    ),
+    "positions looked up": lambda: Module(
+        lambda m, x: x * m.e(torch.arange(len(x)))[:, None], e=nn.Embedding(9, 6)
+    ),
+    "MultiheadAttention": lambda: Module(
+        lambda m, x: m.a(x, x, x)[0], a=nn.MultiheadAttention(6, 2)
+    ),
     "TransformerEncoderLayer": lambda: nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0),
     "LSTM": lambda: Module(lambda m, x: m.r(x)[0], r=nn.LSTM(6, 4, 2, bidirectional=True)),
     "GRU": lambda: Module(lambda m, x: m.r(x)[0], r=nn.GRU(6, 4)),
     "matmul": lambda: Module(lambda m, x: x @ m.w, w=torch.randn(6, 2)),
-    "einsum": lambda: Module(lambda m, x: torch.einsum("tnd,tde->tne", x, m.w), w=torch.randn(4, 6, 2)),
+    "einsum": lambda: Module(
+        lambda m, x: torch.einsum("tnd,tde->tne", x, m.w), w=torch.randn(4, 6, 2)
+    ),
 }
 
 
@@ -145,7 +163,9 @@ def test_noise_is_that_of_the_plain_model(name):
     for tracked in (False, True):
         with htv.attach(model, htv.Mean()) if tracked else nullcontext():
             y = outputs(model, x)
-            found.append((y[0], *torch.autograd.grad(y[0].square().sum(), list(model.parameters()))))
+            found.append(
+                (y[0], *torch.autograd.grad(y[0].square().sum(), list(model.parameters())))
+            )
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
@@ -165,7 +185,10 @@ ROWS = {
 def test_tokens_of_elementwise_parameters(name, masked):
     """A token's contribution to a parameter all tokens share is its own sum."""
     model = Module(
-        lambda m, x: m.l(torch.tanh(x * m.p + m.q)), l=nn.Linear(6, 3), p=ROWS[name](), q=ROWS[name]()
+        lambda m, x: m.l(torch.tanh(x * m.p + m.q)),
+        l=nn.Linear(6, 3),
+        p=ROWS[name](),
+        q=ROWS[name](),
     ).double()
     x, mask = torch.randn(4, 5, 6).double(), torch.ones(4, 5, dtype=torch.bool)
     if masked:
@@ -173,15 +196,21 @@ def test_tokens_of_elementwise_parameters(name, masked):
     grouped_rows = mask.nonzero().tolist()
     parameters = dict(model.named_parameters())
     parts = one_group_at_a_time(
-        lambda e: model(x[tuple(grouped_rows[e])][None, None]).square().sum(), parameters, len(grouped_rows)
+        lambda e: model(x[tuple(grouped_rows[e])][None, None]).square().sum(),
+        parameters,
+        len(grouped_rows),
     )
     for rule in THREE:
         with htv.attach(model, rule) as handle:
             with handle.tokens(mask if masked else None):
                 y = model(x)
-            grads = torch.autograd.grad((y.square().sum(-1) * mask).sum(), list(parameters.values()))
+            grads = torch.autograd.grad(
+                (y.square().sum(-1) * mask).sum(), list(parameters.values())
+            )
         for (name, stacked), grad in zip(parts.items(), grads, strict=True):
-            torch.testing.assert_close(grad, aggregated(stacked, rule), rtol=1e-9, atol=1e-12, msg=name)
+            torch.testing.assert_close(
+                grad, aggregated(stacked, rule), rtol=1e-9, atol=1e-12, msg=name
+            )
 
 
 # Several parameters that meet in one layer, or one behind the other; and whether they have tokens.
@@ -219,14 +248,20 @@ def test_excluded_parameters_beside_served_ones(name, grouped_rows):
     ids, parameters = torch.tensor([1, 1, 1, 0]), dict(model.named_parameters())
     mask = torch.arange(5) < torch.tensor([2, 5, 1, 3])[:, None]
     loss = lambda rows: (model(x[rows]) * 0.8 + 0.7).square().sum()
-    plain = dict(zip(parameters, torch.autograd.grad(loss(ids >= 0), list(parameters.values())), strict=True))
+    plain = dict(
+        zip(parameters, torch.autograd.grad(loss(ids >= 0), list(parameters.values())), strict=True)
+    )
     parts = one_group_at_a_time(lambda e: loss(ids == e), parameters, 2)
     # Four examples in two groups: as if each group had two.
     tracked = {name: 2 * c[0] + 2 / 3 * c[1] for name, c in parts.items()}
     for excluded in parameters:
         model.zero_grad()
         with htv.attach(model, htv.Mean(), exclude=excluded) as handle:
-            block = handle.groups(ids, weight="equal") if grouped_rows == "equal" else handle.tokens(mask)
+            block = (
+                handle.groups(ids, weight="equal")
+                if grouped_rows == "equal"
+                else handle.tokens(mask)
+            )
             try:
                 with block:
                     value = loss(ids >= 0)
@@ -237,14 +272,21 @@ def test_excluded_parameters_beside_served_ones(name, grouped_rows):
         assert grouped_rows == "equal" or has_tokens is not False
         torch.testing.assert_close(parameters[excluded].grad, plain[excluded])
         for other in parameters.keys() - {excluded} if grouped_rows == "equal" else ():
-            torch.testing.assert_close(parameters[other].grad, tracked[other], msg=lambda m: f"{other}: {m}")
+            torch.testing.assert_close(
+                parameters[other].grad, tracked[other], msg=lambda m: f"{other}: {m}"
+            )
 
 
 @pytest.mark.parametrize("mode", ["sum", "mean"])
 def test_an_excluded_embedding_bag(mode):
     model = Module(lambda m, i: m.h(m.e(i)), e=nn.EmbeddingBag(9, 4, mode=mode), h=nn.Linear(4, 3))
     for size in (5, 7):  # as many examples as ids in a bag
-        assert htv.check(model, torch.randint(0, 9, (size, 5)), htv.Median(), exclude="e.weight").groups == size
+        assert (
+            htv.check(
+                model, torch.randint(0, 9, (size, 5)), htv.Median(), exclude="e.weight"
+            ).groups
+            == size
+        )
 
 
 def test_the_table_of_what_is_supported_is_current():

@@ -25,7 +25,12 @@ REFUSALS = (htv.UnsupportedError, ValueError)
 
 def constant(*shape):
     """Values that depend on the shape alone."""
-    return (torch.arange(math.prod(shape), dtype=torch.float64) * 0.7 + 0.4).sin().add(1.2).reshape(shape)
+    return (
+        (torch.arange(math.prod(shape), dtype=torch.float64) * 0.7 + 0.4)
+        .sin()
+        .add(1.2)
+        .reshape(shape)
+    )
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -101,7 +106,9 @@ def at(d, item):
 def factored(r, t):
     """A shape of as many elements; the sizes of the tensor's dims as factors, merged and cut at random."""
     primes = [
-        f for size in t.shape for f in {4: (2, 2), 6: (2, 3), 8: (2, 4), 9: (3, 3), 12: (3, 4)}.get(size, (size,))
+        f
+        for size in t.shape
+        for f in {4: (2, 2), 6: (2, 3), 8: (2, 4), 9: (3, 3), 12: (3, 4)}.get(size, (size,))
     ]
     shape = []
     for factor in primes:
@@ -143,7 +150,11 @@ def shaping(r, v, t, _):
         case "T":
             return f"{v}.mT" if n > 1 else v
         case "view_as":
-            return f"{v}.contiguous().view_as(constant(*{factored(r, t.reshape(t.shape))}))".replace("-1", "1")
+            return (
+                f"{v}.contiguous().view_as(constant(*{factored(r, t.reshape(t.shape))}))".replace(
+                    "-1", "1"
+                )
+            )
         case "aten":
             return f"torch.ops.aten.transpose.int({v}, 0, {n - 1})"
 
@@ -176,7 +187,13 @@ def moving(r, v, t, _):
                 return f"{v}[{index(r, s, s)}]"
             count = r.choice([s, r.randint(1, 4)])
             first, second = index(r, t.shape[0], count), index(r, t.shape[-1], count)
-            return r.choice([f"{v}[{first}, ..., {second}]", f"{v}[..., {second}]", f"{v}[{first}][..., {second}]"])
+            return r.choice(
+                [
+                    f"{v}[{first}, ..., {second}]",
+                    f"{v}[..., {second}]",
+                    f"{v}[{first}][..., {second}]",
+                ]
+            )
         case "index_select":
             return f"{v}.index_select({d}, {index(r, s, r.choice([s, 2]))})"
         case "gather":
@@ -211,7 +228,20 @@ def joining(r, v, t, others):
     d = r.randrange(t.dim())
     same = [name for name, other in others if other.shape == t.shape] or [v]
     u = r.choice(same)
-    match r.choice(["cat", "cat reversed", "cat constant", "stack", "hstack", "add", "mul", "where", "lerp", "mapped"]):
+    match r.choice(
+        [
+            "cat",
+            "cat reversed",
+            "cat constant",
+            "stack",
+            "hstack",
+            "add",
+            "mul",
+            "where",
+            "lerp",
+            "mapped",
+        ]
+    ):
         case "cat":
             return f"torch.cat([{v}, {u}], {d})"
         case "cat reversed":
@@ -245,13 +275,21 @@ def multiplying(r, v, t, others):
         case "right":
             return f"{v} @ constant({s[-1]}, {r.randint(1, 4)})"
         case "left":
-            return f"constant({r.randint(1, 4)}, {s[-2]}) @ {v}" if t.dim() > 1 else f"constant({s[-1]}) * {v}"
+            return (
+                f"constant({r.randint(1, 4)}, {s[-2]}) @ {v}"
+                if t.dim() > 1
+                else f"constant({s[-1]}) * {v}"
+            )
         case "vector":
             return f"{v} @ constant({s[-1]})" if t.dim() > 1 else v
         case "gram":
             return r.choice([f"{v} @ {v}.mT", f"{v}.mT @ {v}"]) if t.dim() > 1 else v
         case "bmm":
-            return f"torch.bmm({v}, {r.choice([f'{v}.mT', f'constant({s[0]}, {s[-1]}, 2)'])})" if t.dim() == 3 else v
+            return (
+                f"torch.bmm({v}, {r.choice([f'{v}.mT', f'constant({s[0]}, {s[-1]}, 2)'])})"
+                if t.dim() == 3
+                else v
+            )
         case "einsum":
             return f"torch.einsum('{letters}->{''.join(r.sample(letters, r.randint(1, t.dim())))}', {v})"
         case "einsum constant":
@@ -269,12 +307,30 @@ def multiplying(r, v, t, others):
         case "matmul two":
             return f"{v} @ {u}.transpose({r.randrange(other.dim())}, -1)" if other.dim() else v
         case "attention":
-            return f"F.scaled_dot_product_attention({v}, {v}, {u if other.shape == s else v})" if t.dim() > 1 else v
+            return (
+                f"F.scaled_dot_product_attention({v}, {v}, {u if other.shape == s else v})"
+                if t.dim() > 1
+                else v
+            )
 
 
 def reducing(r, v, t, _):
     d = some_dim(r, t)
-    match r.choice(["sum", "mean", "amax", "max", "var", "logsumexp", "norm", "two", "all", "centred", "expanded"]):
+    match r.choice(
+        [
+            "sum",
+            "mean",
+            "amax",
+            "max",
+            "var",
+            "logsumexp",
+            "norm",
+            "two",
+            "all",
+            "centred",
+            "expanded",
+        ]
+    ):
         case "sum":
             return f"{v}.sum({d}{r.choice(['', ', keepdim=True'])})"
         case "mean":
@@ -329,7 +385,9 @@ def broadcasting(r, v, t, _):
         case "pad":
             return f"F.pad({v}, (1, 0), value=0.3)"
         case "pad lead":
-            return f"F.pad({v}, {(0, 0) * r.randrange(t.dim()) + (r.randint(0, 1), r.randint(-1, 1))})"
+            return (
+                f"F.pad({v}, {(0, 0) * r.randrange(t.dim()) + (r.randint(0, 1), r.randint(-1, 1))})"
+            )
 
 
 def writing(r, v, t, others):
@@ -337,7 +395,9 @@ def writing(r, v, t, others):
     d = r.randrange(t.dim())
     s = t.shape[d]
     u = r.choice([name for name, other in others if other.shape == t.shape] or [v])
-    start = r.choice([f"w = {v}.clone()", f"w = {v}.clone()", f"w = torch.zeros({list(t.shape)}).double()"])
+    start = r.choice(
+        [f"w = {v}.clone()", f"w = {v}.clone()", f"w = torch.zeros({list(t.shape)}).double()"]
+    )
     wide = [*t.shape]
     wide.insert(r.randrange(t.dim() + 1), r.randint(1, 4))
     body = {
@@ -364,7 +424,9 @@ def writing(r, v, t, others):
         "index_copy": f"w = w.index_copy({d}, torch.tensor({order(r, s)}), {u})",
         "scatter": f"w = w.scatter_add({d}, {index(r, s, t.numel())}.reshape({list(t.shape)}), {u})",
         "put": f"w[{index(r, t.shape[0], 2)}] = {u}[{index(r, t.shape[0], 2)}]",
-        "in place": r.choice([f"w.unsqueeze_({d})", "w.squeeze_()", f"w.transpose_({d}, 0)", "w.sin_()"]),
+        "in place": r.choice(
+            [f"w.unsqueeze_({d})", "w.squeeze_()", f"w.transpose_({d}, 0)", "w.sin_()"]
+        ),
         "zeros in place": f"w = torch.zeros({wide}).double(); w += {u}",
         "zeros in part": f"w = torch.zeros({wide}).double(); w[{'..., ' * (r.random() < 0.5)}0] = {u}",
         "zeros at places": f"w = torch.zeros({[s, *t.shape]}).double(); "
@@ -386,18 +448,28 @@ def using(r, v, t, program):
         case "linear":
             return use(-1, "F.linear", (o, i), (o,))
         case "derived":
-            made = r.choice(["w * 1.5", "w / w.norm()", "w.sin() + constant(*w.shape)", "w.flip(0)"])
+            made = r.choice(
+                ["w * 1.5", "w / w.norm()", "w.sin() + constant(*w.shape)", "w.flip(0)"]
+            )
             return use(-1, f"lambda t, w: F.linear(t, {made})", (o, i))
         case "view":
             made = r.choice(
-                ["w[1:]", "w.reshape(-1, w.shape[1])", "w.chunk(2)[0]", "w.repeat(2, 1)", "w[:1].expand(3, -1)"]
+                [
+                    "w[1:]",
+                    "w.reshape(-1, w.shape[1])",
+                    "w.chunk(2)[0]",
+                    "w.repeat(2, 1)",
+                    "w[:1].expand(3, -1)",
+                ]
             )
             return use(-1, f"lambda t, w: F.linear(t, {made})", (o + 1, i))
         case "unfold":
             made = r.choice([f"w.unfold(0, {i}, 1)", f"w.as_strided(({o}, {i}), (1, 1))"])
             return use(-1, f"lambda t, w: F.linear(t, {made})", (i + o - 1,))
         case "matmul":
-            return use(-1, "lambda t, w: t @ w", *([(i, o)] if t.dim() < 2 or r.random() < 0.6 else [(i,)]))
+            return use(
+                -1, "lambda t, w: t @ w", *([(i, o)] if t.dim() < 2 or r.random() < 0.6 else [(i,)])
+            )
         case "left" if t.dim() > 1:
             return use(-2, "lambda t, w: w @ t", (o, t.shape[-2]))
         case "per head" if t.dim() > 2:
@@ -412,22 +484,36 @@ def using(r, v, t, program):
             return use(None, "lambda t, p: p - t", [r.randint(1, 4), *t.shape])
         case "token" if t.dim() > 1:
             d = r.randrange(t.dim())
-            shape = [1 if r.random() < 0.7 and x != t.dim() - 1 else s for x, s in enumerate(t.shape)]
+            shape = [
+                1 if r.random() < 0.7 and x != t.dim() - 1 else s for x, s in enumerate(t.shape)
+            ]
             wanted = [*t.shape]
             shape[d] = wanted[d] = r.randint(1, 2)
             return use(d, f"lambda t, p: torch.cat([p.expand({wanted}), t], {d})", shape)
         case "embedding" if t.dim() > 1:
             d = r.randrange(t.dim() - 1)
             rows = f"F.embedding(torch.arange({t.shape[d]}), w)"
-            return use(None, f"lambda t, w: t * {rows}.reshape({[t.shape[d], *[1] * (t.dim() - d - 2), i]})", (5, i))
+            return use(
+                None,
+                f"lambda t, w: t * {rows}.reshape({[t.shape[d], *[1] * (t.dim() - d - 2), i]})",
+                (5, i),
+            )
         case "norm":
             return use(-1, f"lambda t, w, b: F.layer_norm(t, ({i},), w, b)", (i,), (i,))
         case "queries" if t.dim() > 1:
             return use(-1, "lambda t, q: (q @ t.mT).mT", (o, i))
         case "expanded":
-            lead = [t.shape[0], *(t.shape[1:-1] if r.random() < 0.5 else [1] * (t.dim() - 2))] if t.dim() > 1 else []
+            lead = (
+                [t.shape[0], *(t.shape[1:-1] if r.random() < 0.5 else [1] * (t.dim() - 2))]
+                if t.dim() > 1
+                else []
+            )
             made = r.choice([f"p.expand({[*lead, i]})", f"p.repeat({[*lead, 1]})"])
-            return use(None, f"lambda t, p: t * {made}", (i,) if r.random() < 0.5 else [*[1] * len(lead), i])
+            return use(
+                None,
+                f"lambda t, p: t * {made}",
+                (i,) if r.random() < 0.5 else [*[1] * len(lead), i],
+            )
         case "where":
             return use(None, "lambda t, p: torch.where(t > 0, p, t)", suffix())
         case "conv" if t.dim() == 3:
@@ -437,7 +523,19 @@ def using(r, v, t, program):
 
 
 def rowwise(r, v, t, _):
-    match r.choice(["pool", "adaptive", "conv", "norm", "tril", "layer norm", "interpolate", "glu", "normalize"]):
+    match r.choice(
+        [
+            "pool",
+            "adaptive",
+            "conv",
+            "norm",
+            "tril",
+            "layer norm",
+            "interpolate",
+            "glu",
+            "normalize",
+        ]
+    ):
         case "pool":
             return f"F.max_pool1d({v}, 2, 1)"
         case "adaptive":
@@ -476,7 +574,9 @@ OPERATIONS = [
 def drawn(r):
     """A program and a batch for it, with the batch in dim `dim`."""
     n, t, d = (r.choice([1, 2, 3, 3, 4]) for _ in range(3))
-    shape, dim = r.choice([((n, t, d), 0), ((n, t, d), 0), ((t, n, d), 1), ((n, d), 0), ((n, 2, t, d), 0)])
+    shape, dim = r.choice(
+        [((n, t, d), 0), ((n, t, d), 0), ((t, n, d), 1), ((n, d), 0), ((n, 2, t, d), 0)]
+    )
     torch.manual_seed(r.randrange(100))
     x = torch.randn(shape, dtype=torch.float64)
     program, values = Program(), {"x": x}
@@ -511,7 +611,11 @@ def drawn(r):
             others = [(f"v{i + 1}", values[f"v{i + 1}"]) for i in range(program.last)]
             if r.random() < 0.1:
                 others.append(("x", x))
-            step(using(r, v, values[v], program) if use else r.choice(OPERATIONS)(r, v, values[v], others))
+            step(
+                using(r, v, values[v], program)
+                if use
+                else r.choice(OPERATIONS)(r, v, values[v], others)
+            )
     return program, x, dim
 
 
@@ -535,22 +639,32 @@ def contributions_by_rows(program, x, dim):
         for _ in range(2):
             moved = torch.zeros_like(records[0][2])
             moved.select(dim, e).copy_(1e-6 * torch.randn(moved.select(dim, e).shape))
-            for seen, (_, t, *_), (_, other, *_) in zip(found, records, program.recorded(x, moved)[1], strict=True):
+            for seen, (_, t, *_), (_, other, *_) in zip(
+                found, records, program.recorded(x, moved)[1], strict=True
+            ):
                 seen |= (t - other).abs() > 1e-13
         for every, seen, (reads, t, out, *_) in zip(depends, found, records, strict=True):
-            every.append(seen if reads is None else seen.sum(reads, keepdim=out.dim() >= t.dim()) > 0)
-    stacked = {name: torch.zeros(n, *getattr(program, name).shape, dtype=torch.float64) for name in names}
+            every.append(
+                seen if reads is None else seen.sum(reads, keepdim=out.dim() >= t.dim()) > 0
+            )
+    stacked = {
+        name: torch.zeros(n, *getattr(program, name).shape, dtype=torch.float64) for name in names
+    }
     several, nobodys = set(), set()
     for (_, t, out, function, used), seen in zip(records, depends, strict=True):
         if out.grad is None:
             continue
-        mine = [s.expand(out.shape) if n > 1 else torch.ones_like(out, dtype=torch.bool) for s in seen]
+        mine = [
+            s.expand(out.shape) if n > 1 else torch.ones_like(out, dtype=torch.bool) for s in seen
+        ]
         count = sum(m.long() for m in mine)
         several |= set(used) if bool((out.grad[count > 1] != 0).any()) else set()
         nobodys |= set(used) if bool((out.grad[count == 0] != 0).any()) else set()
         for e, m in enumerate(mine):
             parameters = [getattr(program, name) for name in used]
-            grads = torch.autograd.grad(function(t, *parameters), parameters, out.grad * m, allow_unused=True)
+            grads = torch.autograd.grad(
+                function(t, *parameters), parameters, out.grad * m, allow_unused=True
+            )
             for name, grad in zip(used, grads, strict=True):
                 stacked[name][e] += 0 if grad is None else grad
     program.zero_grad()
@@ -572,7 +686,9 @@ def contributions_one_by_one(program, x, dim):
         return None
     stacked = [torch.stack(part) for part in zip(*parts, strict=True)]
     close = lambda a, b: torch.allclose(a, b, rtol=1e-9, atol=1e-9)
-    if not close(sum(losses), total) or not all(close(s.sum(0), p) for s, p in zip(stacked, plain, strict=True)):
+    if not close(sum(losses), total) or not all(
+        close(s.sum(0), p) for s, p in zip(stacked, plain, strict=True)
+    ):
         return None
     return dict(zip(parameters, stacked, strict=True))
 
@@ -595,7 +711,9 @@ def compared(program, x, dim, rule):
         found = torch.zeros_like(p) if p.grad is None else p.grad
         expected, scale = aggregated(stacked, rule), stacked.abs().max().item()
         noise = (stacked.abs() < 1e-9 * (1 + scale)) & (stacked != 0)  # its sign means nothing
-        sure = torch.ones_like(p, dtype=torch.bool) if isinstance(rule, htv.Median) else ~noise.any(0)
+        sure = (
+            torch.ones_like(p, dtype=torch.bool) if isinstance(rule, htv.Median) else ~noise.any(0)
+        )
         off = (found - expected).abs()[sure]
         assert not off.numel() or off.max() <= 1e-8 * (1 + scale), f"{name} is off by {off.max()}"
     return "served"
@@ -661,7 +779,10 @@ def base_scaled(m, x):
 @pytest.mark.parametrize("forward", [seen_later, base_flipped, other_view_flipped, base_scaled])
 def test_views_of_what_is_written_to(forward):
     """A view is what its memory holds when it is used: followed there, or refused."""
-    model, x = Module(forward, l=nn.Linear(6, 6), h=nn.Linear(6, 2)).double(), torch.randn(4, 4, 6).double()
+    model, x = (
+        Module(forward, l=nn.Linear(6, 6), h=nn.Linear(6, 2)).double(),
+        torch.randn(4, 4, 6).double(),
+    )
     parameters = dict(model.named_parameters())
     parts = one_group_at_a_time(lambda e: loss_of(model(x[e : e + 1])), parameters, 4)
     with htv.attach(model, htv.Median()):
@@ -670,4 +791,6 @@ def test_views_of_what_is_written_to(forward):
         except htv.UnsupportedError:
             return
     for name, p in parameters.items():
-        torch.testing.assert_close(p.grad, aggregated(parts[name], htv.Median()), msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(
+            p.grad, aggregated(parts[name], htv.Median()), msg=lambda m: f"{name}: {m}"
+        )

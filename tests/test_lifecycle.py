@@ -15,7 +15,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import htv
-from htv.autograd.aggregation import AggregationNode, BufferListener, ContributionBuffer, NestedBackwards, UseRecorder
+from htv.autograd.aggregation import (
+    AggregationNode,
+    BufferListener,
+    ContributionBuffer,
+    NestedBackwards,
+    UseRecorder,
+)
 from htv.autograd.expand import expand
 from htv.autograd.from_parameters import TensorFromParameters
 from htv.bench.models import mlp
@@ -51,7 +57,9 @@ def require_oracle(model, x, ids=None, rule=MEDIAN):
         loss.backward()
     for name, p in model.named_parameters():
         stacked = torch.stack(expected[name])
-        torch.testing.assert_close(p.grad, aggregated(stacked, rule), rtol=1e-9, atol=1e-10, msg=name)
+        torch.testing.assert_close(
+            p.grad, aggregated(stacked, rule), rtol=1e-9, atol=1e-10, msg=name
+        )
 
 
 IN_PLACE = {
@@ -70,7 +78,10 @@ IN_PLACE = {
 @pytest.mark.parametrize("name", IN_PLACE)
 def test_outputs_may_be_changed_in_place(name):
     make, shape = IN_PLACE[name]
-    require_oracle(Module(lambda m, x: F.softplus(m.l(x).mul_(2.0)), l=make()).double(), torch.randn(shape).double())
+    require_oracle(
+        Module(lambda m, x: F.softplus(m.l(x).mul_(2.0)), l=make()).double(),
+        torch.randn(shape).double(),
+    )
 
 
 def test_embeddings_may_be_changed_in_place():
@@ -116,7 +127,13 @@ def test_a_derived_tensor_that_depends_on_more_than_its_parameters():
             TensorFromParameters(source, [p], [recorder])
     TensorFromParameters(p.exp() * other.detach(), [p], [recorder])
     grouped_rows = GroupedRows(groups, groups.input_layout)
-    copies = expand(TensorFromParameters(p.exp(), [p], [recorder]).argument(), 2, 4, grouped_rows, torch.bfloat16)
+    copies = expand(
+        TensorFromParameters(p.exp(), [p], [recorder]).argument(),
+        2,
+        4,
+        grouped_rows,
+        torch.bfloat16,
+    )
     assert copies.dtype == torch.bfloat16 and copies.shape == (4, 3)
     copies.square().sum().backward()
     assert p.grad.dtype == torch.float32 and owner.settled
@@ -129,7 +146,9 @@ def test_parameters_replaced_while_attached():
     state = {k: v.clone() for k, v in model.state_dict().items()}
     with htv.attach(model, htv.Median()):
         old, model[3] = model[3], nn.Linear(*reversed(model[3].weight.shape))
-        with pytest.raises(RuntimeError, match="parameters changed while attached: '3.weight'.*attach again"):
+        with pytest.raises(
+            RuntimeError, match="parameters changed while attached: '3.weight'.*attach again"
+        ):
             model(x)
         model[3] = old
         model(x)
@@ -164,9 +183,13 @@ def test_copies_of_an_attached_model_are_detached(copied, part):
         square(whole(x)).backward()
         tracked = [p.grad for p in model.parameters()]
         twin = copied(whole)
-        assert all("forward" not in vars(m) and "__reduce_ex__" not in vars(m) for m in twin.modules())
+        assert all(
+            "forward" not in vars(m) and "__reduce_ex__" not in vars(m) for m in twin.modules()
+        )
         assert all(not p._backward_hooks for p in twin.parameters())
-        for a, b in zip(torch.autograd.grad(square(twin(x)), list(twin.parameters())), plain, strict=True):
+        for a, b in zip(
+            torch.autograd.grad(square(twin(x)), list(twin.parameters())), plain, strict=True
+        ):
             torch.testing.assert_close(a, b)
         with htv.attach(twin, htv.AndMask(0.2)):
             square(twin(x)).backward()
@@ -176,7 +199,10 @@ def test_copies_of_an_attached_model_are_detached(copied, part):
 
 
 def test_a_handle_is_not_copied():
-    with htv.attach(mlp(), htv.Median()) as handle, pytest.raises(RuntimeError, match="copy the model"):
+    with (
+        htv.attach(mlp(), htv.Median()) as handle,
+        pytest.raises(RuntimeError, match="copy the model"),
+    ):
         copy.deepcopy(handle)
 
 
@@ -187,7 +213,11 @@ def test_detach_leaves_what_the_user_patched_since():
     model.forward = patch
     del model[0].__dict__["forward"]
     handle.detach()
-    assert model.forward is patch and "forward" not in vars(model[0]) and "forward" not in vars(model[3])
+    assert (
+        model.forward is patch
+        and "forward" not in vars(model[0])
+        and "forward" not in vars(model[3])
+    )
     assert model(x) is x
 
 
@@ -210,14 +240,18 @@ def test_integer_and_uninitialized_parameters():
         assert sorted(s.name for s in handle._session.tracked()) == ["l.bias", "l.weight"]
         square(model(torch.randn(5, 4))).backward()
     lazy = nn.Sequential(nn.LazyLinear(3))
-    with pytest.raises(RuntimeError, match="'0.weight' is not initialized.*Run the model once first"):
+    with pytest.raises(
+        RuntimeError, match="'0.weight' is not initialized.*Run the model once first"
+    ):
         htv.attach(lazy, htv.Median())
     lazy(torch.randn(5, 4))
     htv.attach(lazy, htv.Median()).detach()
 
 
 def test_stats_of_a_parameter_without_coordinates():
-    model = Module(lambda m, x: torch.cat([x * m.q, x[:, :0] * m.p], 1), p=torch.randn(0), q=torch.randn(4))
+    model = Module(
+        lambda m, x: torch.cat([x * m.q, x[:, :0] * m.p], 1), p=torch.randn(0), q=torch.randn(4)
+    )
     with htv.attach(model, htv.Median(), stats=True) as handle:
         square(model(torch.randn(5, 4))).backward()
         stats = handle.stats()
@@ -228,7 +262,11 @@ def test_packed_sequences_dropped_for_being_empty_keep_their_identity():
     first, second = (Groups.packed(torch.tensor(b), 5) for b in ([0, 2, 2, 5], [0, 0, 2, 5]))
     both = Groups.packed(torch.tensor([0, 2, 5]), 5)
     assert first.same_groups(Groups.packed(torch.tensor([0, 1, 1, 5]), 5))
-    assert not first.same_groups(second) and not first.same_groups(both) and not both.same_groups(first)
+    assert (
+        not first.same_groups(second)
+        and not first.same_groups(both)
+        and not both.same_groups(first)
+    )
 
 
 # -- activation checkpointing -----------------------------------------------------------------------------------------
@@ -243,19 +281,30 @@ def test_a_layer_used_in_a_checkpoint_and_elsewhere(reentrant, second):
         y = torch.tanh(checkpoint(m.l, x, use_reentrant=reentrant))
         return checkpoint(m.l, y, use_reentrant=reentrant) if second == "checkpointed" else m.l(y)
 
-    model, x = Module(forward, l=nn.Linear(6, 6)).double(), torch.randn(5, 6).double().requires_grad_()
+    model, x = (
+        Module(forward, l=nn.Linear(6, 6)).double(),
+        torch.randn(5, 6).double().requires_grad_(),
+    )
     if not reentrant:
         return require_oracle(model, x)
     with htv.attach(model, htv.Median()):
-        with pytest.raises(RuntimeError, match="'l.(weight|bias)' is used in a reentrant.*use_reentrant=False"):
+        with pytest.raises(
+            RuntimeError, match="'l.(weight|bias)' is used in a reentrant.*use_reentrant=False"
+        ):
             square(model(x)).backward()
 
 
 def test_reentrant_checkpoints_of_several_layers_and_inside_one_another():
     model = Module(
-        lambda m, x: checkpoint(m.outer, checkpoint(m.a, x, use_reentrant=True), use_reentrant=True),
+        lambda m, x: checkpoint(
+            m.outer, checkpoint(m.a, x, use_reentrant=True), use_reentrant=True
+        ),
         a=nn.Linear(6, 6),
-        outer=Module(lambda m, x: m.c(checkpoint(m.b, x, use_reentrant=True)), b=nn.Linear(6, 6), c=nn.Linear(6, 6)),
+        outer=Module(
+            lambda m, x: m.c(checkpoint(m.b, x, use_reentrant=True)),
+            b=nn.Linear(6, 6),
+            c=nn.Linear(6, 6),
+        ),
     ).double()
     require_oracle(model, torch.randn(5, 6).double().requires_grad_())
     require_oracle(model, torch.randn(5, 6).double().requires_grad_(), ids=[3, 1, 1, 3, 2])
@@ -289,7 +338,9 @@ def test_reentrant_recomputation_among_forwards_of_different_groups():
         with pytest.raises(RuntimeError, match="different groups.*use_reentrant=False"):
             loss.backward()
         del other
-    with htv.attach(model, htv.Median()) as handle:  # step after step, with evaluations between, nothing is refused
+    with htv.attach(
+        model, htv.Median()
+    ) as handle:  # step after step, with evaluations between, nothing is refused
         for ids in ([0, 0, 1, 1, 2], [0, 1, 1, 1, 1], [0, 0, 0, 0, 1]):
             with handle.groups(torch.tensor(ids)):
                 loss = square(model(x))
@@ -340,7 +391,9 @@ def test_recomputation_outside_the_mode_fails_loudly(name):
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("forward", [lambda m, x: x * m.p, lambda m, x: x * m.p.exp()], ids=["itself", "derived"])
+@pytest.mark.parametrize(
+    "forward", [lambda m, x: x * m.p, lambda m, x: x * m.p.exp()], ids=["itself", "derived"]
+)
 def test_tensor_hooks_on_parameters_act_once_on_the_gradient(forward, when):
     x, found, calls = torch.randn(5, 6), [], []
     p = torch.randn(6)
@@ -380,7 +433,9 @@ def test_forwards_before_and_after_a_backward_under_one_loss():
         first, second = (square(model(torch.randn(5, 12))) for _ in range(2))
         first.backward()
         third = square(model(torch.randn(5, 12)))
-        with pytest.raises(htv.UnsupportedError, match="two aggregated gradients.*from before another backward"):
+        with pytest.raises(
+            htv.UnsupportedError, match="two aggregated gradients.*from before another backward"
+        ):
             (second + third).backward()
 
 
@@ -429,7 +484,10 @@ def test_backward_passes_of_two_threads_side_by_side():
         for before in (False, True):  # whether both forwards ran in one thread
             loss = square(model(x)) if before else None
             thread = threading.Thread(
-                target=lambda loss: found.append(gradients(square(model(x)) if loss is None else loss)), args=(loss,)
+                target=lambda loss: found.append(
+                    gradients(square(model(x)) if loss is None else loss)
+                ),
+                args=(loss,),
             )
             thread.start()
             assert between[0].wait(30)
@@ -481,7 +539,9 @@ def test_the_weight_is_not_saved_where_the_input_needs_no_gradient(layer):
         saved = []
         with (
             htv.attach(layer, htv.Median()),
-            torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t),
+            torch.autograd.graph.saved_tensors_hooks(
+                lambda t: saved.append(t.data_ptr()) or t, lambda t: t
+            ),
         ):
             layer(torch.randn(shape, requires_grad=needs))
         assert (layer.weight.data_ptr() in saved) == needs
@@ -495,13 +555,19 @@ def test_group_norm_keeps_the_memory_format():
         y = model(x)
         assert y.stride() == plain.stride() and torch.equal(y, plain)
         grads = torch.autograd.grad(square(y.sin()), [x, *model.parameters()])
-    for a, b in zip(grads, torch.autograd.grad(square(plain.sin()), [x, *model.parameters()]), strict=True):
+    for a, b in zip(
+        grads, torch.autograd.grad(square(plain.sin()), [x, *model.parameters()]), strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_two_backwards_through_one_graph_under_reentrant_neighbours():
     """What an earlier backward settled does not count against a later one."""
-    model = Module(lambda m, x: m.b(checkpoint(m.a, x, use_reentrant=True)), a=nn.Linear(4, 4), b=nn.Linear(4, 3))
+    model = Module(
+        lambda m, x: m.b(checkpoint(m.a, x, use_reentrant=True)),
+        a=nn.Linear(4, 4),
+        b=nn.Linear(4, 3),
+    )
     x = torch.randn(5, 4, requires_grad=True)
     with htv.attach(model, htv.Median()):
         loss = square(model(x))
@@ -514,7 +580,10 @@ def test_two_backwards_through_one_graph_under_reentrant_neighbours():
 
 
 def test_a_scalar_parameter_does_not_raise_the_type_of_what_it_meets():
-    model, x = Module(lambda m, x: x * m.scale.exp(), scale=torch.tensor(0.3)), torch.randn(5, 3, dtype=torch.bfloat16)
+    model, x = (
+        Module(lambda m, x: x * m.scale.exp(), scale=torch.tensor(0.3)),
+        torch.randn(5, 3, dtype=torch.bfloat16),
+    )
     with htv.attach(model, htv.Median()):
         y = model(x)
         assert y.dtype == torch.bfloat16

@@ -59,15 +59,21 @@ def test_an_expert_few_examples_reach_has_no_median(name):
     """An expert that sees no token of an example is given zero by it."""
     model, batch = zoo.MODELS[name]()
     weight = model.double().model.layers[-1].mlp.experts.down_proj
-    loss = lambda rows: model(**{key: value[rows] for key, value in batch.items()}).logits.square().sum()
-    contributions = one_group_at_a_time(lambda e: loss(slice(e, e + 1)), {"weight": weight}, zoo.N)["weight"]
+    loss = lambda rows: (
+        model(**{key: value[rows] for key, value in batch.items()}).logits.square().sum()
+    )
+    contributions = one_group_at_a_time(lambda e: loss(slice(e, e + 1)), {"weight": weight}, zoo.N)[
+        "weight"
+    ]
     examples = contributions.flatten(2).any(dim=2).sum(dim=0)  # that reach each expert
     few = (examples > 0) & (examples < zoo.N / 2)
     assert few.any()
     with htv.attach(model, htv.Median()):
         loss(slice(None)).backward()
     assert not weight.grad[few].any()
-    torch.testing.assert_close(weight.grad, aggregated(contributions, htv.Median()), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(
+        weight.grad, aggregated(contributions, htv.Median()), rtol=1e-6, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "bert", "t5", "mixtral", "gpt2-lora"])
@@ -86,4 +92,6 @@ def test_gradient_checkpointing(name):
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for parameter, grad in gradients().items():
         if grad is not None or expected[parameter] is not None:
-            torch.testing.assert_close(grad, expected[parameter], rtol=1e-6, atol=1e-9, msg=parameter)
+            torch.testing.assert_close(
+                grad, expected[parameter], rtol=1e-6, atol=1e-9, msg=parameter
+            )

@@ -24,9 +24,24 @@ from htv.groups import BatchLayout
         (BatchLayout(0, examples=torch.tensor([0, 2, 1])), BatchLayout(0), 3, False),
         (BatchLayout(0, examples=torch.tensor([0, 0, 1, 1])), BatchLayout(0, 1, 2), 2, True),
         (BatchLayout(0, examples=torch.tensor([0, 0, 1, 1])), BatchLayout(0, 2, 1), 2, False),
-        (BatchLayout(0, examples=torch.tensor([1, 0])), BatchLayout(0, examples=torch.tensor([1, 0])), 2, True),
-        (BatchLayout(0, examples=torch.tensor([1, 0])), BatchLayout(0, examples=torch.tensor([0, 1])), 2, False),
-        (BatchLayout(0, examples=torch.tensor([0, 1])), BatchLayout(0, examples=torch.tensor([0])), 2, False),
+        (
+            BatchLayout(0, examples=torch.tensor([1, 0])),
+            BatchLayout(0, examples=torch.tensor([1, 0])),
+            2,
+            True,
+        ),
+        (
+            BatchLayout(0, examples=torch.tensor([1, 0])),
+            BatchLayout(0, examples=torch.tensor([0, 1])),
+            2,
+            False,
+        ),
+        (
+            BatchLayout(0, examples=torch.tensor([0, 1])),
+            BatchLayout(0, examples=torch.tensor([0])),
+            2,
+            False,
+        ),
         (BatchLayout(0, examples=torch.tensor([0, 0])), BatchLayout(0, 2), 1, True),
     ],
 )

@@ -114,9 +114,15 @@ def paired(m, x):
 
 # Examples have to do with each other before a parameter meets them.
 MIXING = {
-    "batch statistics by hand": lambda: mix(lambda m, x: (lambda y: m.h((y - y.mean(0)) / y.std(0)))(m.l(x))),
-    "batch statistics kept as a dim": lambda: mix(lambda m, x: (lambda y: m.h(y - y.mean(0, keepdim=True)))(m.l(x))),
-    "scaled by the mean of the batch": lambda: mix(lambda m, x: (lambda y: m.h(y * y.mean()))(m.l(x))),
+    "batch statistics by hand": lambda: mix(
+        lambda m, x: (lambda y: m.h((y - y.mean(0)) / y.std(0)))(m.l(x))
+    ),
+    "batch statistics kept as a dim": lambda: mix(
+        lambda m, x: (lambda y: m.h(y - y.mean(0, keepdim=True)))(m.l(x))
+    ),
+    "scaled by the mean of the batch": lambda: mix(
+        lambda m, x: (lambda y: m.h(y * y.mean()))(m.l(x))
+    ),
     "batch maximum": lambda: mix(lambda m, x: (lambda y: m.h(y - y.amax(0)))(m.l(x))),
     "similarity of examples": lambda: mix(lambda m, x: m.h(similarity(m, x)[:, :1].expand(-1, 6))),
     "similarity as attention": lambda: mix(lambda m, x: m.h(similarity(m, x) @ x[:, 0])),
@@ -124,13 +130,19 @@ MIXING = {
     "distances of examples": lambda: mix(
         lambda m, x: (lambda y: m.h(torch.cdist(y, y)[:, :1].expand(-1, 6)))(m.l(x[:, 0]))
     ),
-    "differences of examples": lambda: mix(lambda m, x: (lambda y: m.h(y[:, None] - y[None]))(m.l(x[:, 0]))),
+    "differences of examples": lambda: mix(
+        lambda m, x: (lambda y: m.h(y[:, None] - y[None]))(m.l(x[:, 0]))
+    ),
     "pairs of examples": lambda: mix(paired),
     "x + x.flip(0)": lambda: mix(lambda m, x: m.h(x + x.flip(0))),
     "y + y.flip(0)": lambda: mix(lambda m, x: (lambda y: m.h(y + y.flip(0)))(m.l(x))),
     "y * y.flip(0), detached": lambda: mix(lambda m, x: m.h(m.l(x) * m.l(x).flip(0).detach())),
-    "mixup": lambda: mix(lambda m, x: (lambda y: m.h(0.3 * y + 0.7 * y[torch.arange(len(y)).flip(0)]))(m.l(x))),
-    "mixup by lerp": lambda: mix(lambda m, x: (lambda y: m.h(torch.lerp(y, y.roll(1, 0), 0.3)))(m.l(x))),
+    "mixup": lambda: mix(
+        lambda m, x: (lambda y: m.h(0.3 * y + 0.7 * y[torch.arange(len(y)).flip(0)]))(m.l(x))
+    ),
+    "mixup by lerp": lambda: mix(
+        lambda m, x: (lambda y: m.h(torch.lerp(y, y.roll(1, 0), 0.3)))(m.l(x))
+    ),
     "mixup by take_along_dim": lambda: mix(
         lambda m, x: (lambda y, i: m.h(y + torch.take_along_dim(y, i, 0)))(
             m.l(x), torch.arange(len(x)).flip(0)[:, None, None]
@@ -149,9 +161,13 @@ MIXING = {
         lambda m, x: (lambda y: m.h(F.scaled_dot_product_attention(y, y, y)))(m.l(x[:, 0]))
     ),
     "attention over the batch, per token": lambda: mix(
-        lambda m, x: (lambda y: m.h(F.scaled_dot_product_attention(y, y, y)))(m.l(x).transpose(0, 1))
+        lambda m, x: (lambda y: m.h(F.scaled_dot_product_attention(y, y, y)))(
+            m.l(x).transpose(0, 1)
+        )
     ),
-    "multi-head attention over the batch": lambda: mix(lambda m, x: m.a(x, x, x)[0], a=nn.MultiheadAttention(6, 2)),
+    "multi-head attention over the batch": lambda: mix(
+        lambda m, x: m.a(x, x, x)[0], a=nn.MultiheadAttention(6, 2)
+    ),
     "recurrence along the batch": lambda: mix(lambda m, x: m.r(x)[0], r=nn.LSTM(6, 4)),
     "recurrence along the batch by hand": lambda: mix(running_over_the_batch, l=nn.Linear(6, 6)),
     "the other way's last state": lambda: mix(
@@ -160,11 +176,15 @@ MIXING = {
     "batch as the length of a convolution": lambda: mix(
         lambda m, x: m.c(x[:, 0].T.unsqueeze(0)), c=nn.Conv1d(6, 6, 3, padding=1)
     ),
-    "batch as the space of a group norm": lambda: mix(lambda m, x: m.g(x[:, 0].T.unsqueeze(0)), g=nn.GroupNorm(2, 6)),
+    "batch as the space of a group norm": lambda: mix(
+        lambda m, x: m.g(x[:, 0].T.unsqueeze(0)), g=nn.GroupNorm(2, 6)
+    ),
     "batch as the space of an instance norm": lambda: mix(
         lambda m, x: m.g(x[:, 0].T.unsqueeze(0)), g=nn.InstanceNorm1d(6, affine=True)
     ),
-    "layer norm over the batch": lambda: mix(lambda m, x: m.h(F.layer_norm(m.l(x), tuple(x.shape)))),
+    "layer norm over the batch": lambda: mix(
+        lambda m, x: m.h(F.layer_norm(m.l(x), tuple(x.shape)))
+    ),
     "layer norm over the batch and features": lambda: mix(
         lambda m, x: m.h(F.layer_norm(m.l(x.transpose(0, 1)), (len(x), 6)))
     ),
@@ -172,18 +192,26 @@ MIXING = {
     "shifted along the batch by padding": lambda: mix(
         lambda m, x: (lambda y: m.h(y + F.pad(y, (0, 0, 1, -1))))(m.l(x[:, 0]))
     ),
-    "token shift along the batch": lambda: mix(lambda m, x: (lambda y: m.h(y + F.pad(y, (0, 0, 0, 0, 1, -1))))(m.l(x))),
-    "features rescaled over the batch": lambda: mix(lambda m, x: m.h(m.l(x[:, 0]).renorm(2, 1, 0.5))),
+    "token shift along the batch": lambda: mix(
+        lambda m, x: (lambda y: m.h(y + F.pad(y, (0, 0, 0, 0, 1, -1))))(m.l(x))
+    ),
+    "features rescaled over the batch": lambda: mix(
+        lambda m, x: m.h(m.l(x[:, 0]).renorm(2, 1, 0.5))
+    ),
     "lower triangle over the batch": lambda: mix(lambda m, x: m.h(m.l(x[:, 0]).T.tril().T)),
     "bilinear of two examples": lambda: mix(lambda m, x: m.b(x, x.flip(0)), b=nn.Bilinear(6, 6, 2)),
-    "summed by einsum": lambda: mix(lambda m, x: torch.einsum("ntd,de->te", x, m.w), w=torch.randn(6, 6)),
+    "summed by einsum": lambda: mix(
+        lambda m, x: torch.einsum("ntd,de->te", x, m.w), w=torch.randn(6, 6)
+    ),
     "scattered to other examples": lambda: mix(scattered(lambda n: torch.arange(n).flip(0))),
     "scattered to one example": lambda: mix(scattered(lambda n: torch.zeros(n, dtype=torch.long))),
     "an example's row set to another's": lambda: mix(set_row),
     "an example's row copied from another's": lambda: mix(copied_row),
     "a bank of earlier rows": Bank,
     "singular vectors of the batch": lambda: mix(
-        lambda m, x: m.h(torch.linalg.svd(m.l(x[:, 0]), full_matrices=False)[0][:, :1].expand(-1, 6))
+        lambda m, x: m.h(
+            torch.linalg.svd(m.l(x[:, 0]), full_matrices=False)[0][:, :1].expand(-1, 6)
+        )
     ),
     "outer product over the batch": lambda: mix(
         lambda m, x: m.h(torch.outer(x[:, 0, 0], x[:, 0, 0])[..., None].expand(-1, -1, 6))
@@ -205,45 +233,70 @@ MIXING = {
 }
 # The same where a parameter fits the batch's size: N is 5, then as many as tokens, then as features.
 SIZED = {
-    "mixed by a matrix from the left": lambda n: mix(lambda m, x: m.w @ x[:, 0], w=torch.randn(n, n)),
-    "mixed by einsum": lambda n: mix(lambda m, x: torch.einsum("sn,ntd->std", m.w, x), w=torch.randn(n, n)),
-    "mixed by tensordot": lambda n: mix(lambda m, x: torch.tensordot(x, m.w, ([0], [0])), w=torch.randn(n, 2)),
-    "batch as channels": lambda n: mix(lambda m, x: m.c(x[:, 0].unsqueeze(0)), c=nn.Conv1d(n, n, 1)),
-    "batch as the channels of a prelu": lambda n: mix(lambda m, x: F.prelu(x[:, 0].T, m.a), a=torch.rand(n)),
+    "mixed by a matrix from the left": lambda n: mix(
+        lambda m, x: m.w @ x[:, 0], w=torch.randn(n, n)
+    ),
+    "mixed by einsum": lambda n: mix(
+        lambda m, x: torch.einsum("sn,ntd->std", m.w, x), w=torch.randn(n, n)
+    ),
+    "mixed by tensordot": lambda n: mix(
+        lambda m, x: torch.tensordot(x, m.w, ([0], [0])), w=torch.randn(n, 2)
+    ),
+    "batch as channels": lambda n: mix(
+        lambda m, x: m.c(x[:, 0].unsqueeze(0)), c=nn.Conv1d(n, n, 1)
+    ),
+    "batch as the channels of a prelu": lambda n: mix(
+        lambda m, x: F.prelu(x[:, 0].T, m.a), a=torch.rand(n)
+    ),
     "a learnt tensor expanded to as many rows, compared with the batch": lambda n: mix(
         lambda m, x: m.h(x[:, 0]) @ m.l(m.q.expand(n, -1)).t(),
         l=nn.Linear(6, 6),
         h=nn.Linear(6, 6),
         q=torch.randn(1, 6),
     ),
-    "a row for every place in the batch": lambda n: mix(lambda m, x: x * m.p, p=torch.randn(n, 1, 1)),
-    "a row for every place, sliced": lambda n: mix(lambda m, x: x * m.p[: len(x), None], p=torch.randn(n + 2, 6)),
+    "a row for every place in the batch": lambda n: mix(
+        lambda m, x: x * m.p, p=torch.randn(n, 1, 1)
+    ),
+    "a row for every place, sliced": lambda n: mix(
+        lambda m, x: x * m.p[: len(x), None], p=torch.randn(n + 2, 6)
+    ),
 }
 # Uses of one example at a time that are not served.
 UNSUPPORTED = {
-    "setitem": lambda: Module(lambda m, x: x.clone().__setitem__((slice(None), 0), m.p), p=torch.randn(6)),
+    "setitem": lambda: Module(
+        lambda m, x: x.clone().__setitem__((slice(None), 0), m.p), p=torch.randn(6)
+    ),
     "cat along the batch": lambda: Module(lambda m, x: torch.cat([x, m.p]), p=torch.randn(1, 4, 6)),
     "tensordot": lambda: Module(lambda m, x: torch.tensordot(x, m.w, 1), w=torch.randn(6, 2)),
     "inner": lambda: Module(lambda m, x: torch.inner(x, m.w), w=torch.randn(2, 6)),
     "multi_dot": lambda: Module(
-        lambda m, x: torch.linalg.multi_dot([x[:, 0], m.w, m.v]), w=torch.randn(6, 2), v=torch.randn(2, 3)
+        lambda m, x: torch.linalg.multi_dot([x[:, 0], m.w, m.v]),
+        w=torch.randn(6, 2),
+        v=torch.randn(2, 3),
     ),
     "vecdot": lambda: Module(lambda m, x: torch.linalg.vecdot(x, m.w), w=torch.randn(6)),
-    "cdist to prototypes": lambda: Module(lambda m, x: torch.cdist(x[:, 0], m.w), w=torch.randn(3, 6)),
+    "cdist to prototypes": lambda: Module(
+        lambda m, x: torch.cdist(x[:, 0], m.w), w=torch.randn(3, 6)
+    ),
     "cosine_similarity": lambda: Module(
         lambda m, x: F.cosine_similarity(x[:, :1], m.w[None], dim=-1), w=torch.randn(3, 6)
     ),
     "squeezed in place": lambda: mix(lambda m, x: m.h(m.l(x).unsqueeze(0).clone().squeeze_(0))),
     "unsqueezed in place": lambda: mix(lambda m, x: m.h(m.l(x).clone().unsqueeze_(0))[0]),
-    "transposed in place": lambda: mix(lambda m, x: m.h(m.l(x).clone().transpose_(0, 1)).transpose(0, 1)),
+    "transposed in place": lambda: mix(
+        lambda m, x: m.h(m.l(x).clone().transpose_(0, 1)).transpose(0, 1)
+    ),
     "zeros written to at places several dims of which fit": lambda: mix(written_at_places),
-    "an operation htv does not know": lambda: mix(lambda m, x: m.h(torch.fft.rfft(m.l(x), dim=1).real)),
+    "an operation htv does not know": lambda: mix(
+        lambda m, x: m.h(torch.fft.rfft(m.l(x), dim=1).real)
+    ),
     "an unbatched image": lambda: Module(lambda m, x: m.c(x[0]), c=nn.Conv1d(4, 2, 3)),
     "embedding with max_norm": lambda: Module(
         lambda m, x: m.layer((x[..., 0] > 0).long()), layer=nn.Embedding(5, 3, max_norm=1.0)
     ),
     "embedding with scale_grad_by_freq": lambda: Module(
-        lambda m, x: m.layer((x[..., 0] > 0).long()), layer=nn.Embedding(5, 3, scale_grad_by_freq=True)
+        lambda m, x: m.layer((x[..., 0] > 0).long()),
+        layer=nn.Embedding(5, 3, scale_grad_by_freq=True),
     ),
     "sparse embedding": lambda: Module(
         lambda m, x: m.layer((x[..., 0] > 0).long()), layer=nn.Embedding(5, 3, sparse=True)
@@ -255,7 +308,8 @@ UNSUPPORTED = {
         lambda m, x: x + m.layer(torch.ones(1, 4, 6, requires_grad=True)), layer=nn.Linear(6, 6)
     ),
     "bags by offsets": lambda: Module(
-        lambda m, x: m.layer((x[..., 0] > 0).long().flatten(), torch.arange(len(x)) * 4), layer=nn.EmbeddingBag(5, 3)
+        lambda m, x: m.layer((x[..., 0] > 0).long().flatten(), torch.arange(len(x)) * 4),
+        layer=nn.EmbeddingBag(5, 3),
     ),
 }
 REMEDIES = ("exclude=", "pass ids of shape", "give it a dim of size 1")
@@ -263,7 +317,10 @@ REMEDIES = ("exclude=", "pass ids of shape", "give it a dim of size 1")
 
 # Similarities of all examples with all are refused when a loss of them comes back: a model may
 # return them beside others.
-IN_BACKWARD = {"contrastive loss", "a learnt tensor expanded to as many rows, compared with the batch"}
+IN_BACKWARD = {
+    "contrastive loss",
+    "a learnt tensor expanded to as many rows, compared with the batch",
+}
 
 
 def require_refusal(model, x, name):
@@ -292,7 +349,9 @@ def test_a_parameter_that_meets_the_batch_s_dim(name, size):
 @pytest.mark.parametrize("length", [4, 5], ids=["T != N", "T == N"])
 def test_positions_as_an_input(length):
     """Where there are as many as examples their size says they are the batch's, and the sum says they are not."""
-    model = Module(lambda m, x, at: m.l(x) + m.e(at), l=nn.Linear(6, 6), e=nn.Embedding(5, 6)).double()
+    model = Module(
+        lambda m, x, at: m.l(x) + m.e(at), l=nn.Linear(6, 6), e=nn.Embedding(5, 6)
+    ).double()
     x, at = torch.randn(5, length, 6).double(), torch.arange(length)
     if length == 4:
         with htv.attach(model, htv.Median()):
@@ -300,11 +359,19 @@ def test_positions_as_an_input(length):
             refused(model, lambda: model(x, at), ValueError, *words)
     with htv.attach(model, htv.Median(), batch="args[0]"):
         if length == 5:
-            refused(model, lambda: model(x, at), htv.UnsupportedError, "an input of shape (5,)", "size 1")
+            refused(
+                model,
+                lambda: model(x, at),
+                htv.UnsupportedError,
+                "an input of shape (5,)",
+                "size 1",
+            )
             return
         model.zero_grad()
         model(x, at).square().sum().backward()
-    parts = one_group_at_a_time(lambda e: model(x[e : e + 1], at).square().sum(), dict(model.named_parameters()), 5)
+    parts = one_group_at_a_time(
+        lambda e: model(x[e : e + 1], at).square().sum(), dict(model.named_parameters()), 5
+    )
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.grad, aggregated(parts[name], htv.Median()))
 
@@ -316,7 +383,14 @@ def test_a_hidden_state_as_an_input(kind):
                    r=getattr(nn, kind)(6, 4, batch_first=True, bidirectional=True))  # fmt: skip
     x, hidden = torch.randn(2, 3, 6), [torch.randn(2, 2, 4)] * (1 + (kind == "LSTM"))
     with htv.attach(model, htv.Median()):
-        refused(model, lambda: model(x, *hidden), htv.UnsupportedError, "'r.weight_ih_l0'", "hidden state", "exclude=")
+        refused(
+            model,
+            lambda: model(x, *hidden),
+            htv.UnsupportedError,
+            "'r.weight_ih_l0'",
+            "hidden state",
+            "exclude=",
+        )
 
 
 OUT_OF_ORDER = {
@@ -338,7 +412,13 @@ def test_tokens_out_of_their_order(name, size):
     model = mix(lambda m, x: m.h(OUT_OF_ORDER[name](m.l(x))))
     mask = torch.arange(5) < torch.arange(1, size + 1)[:, None]
     with htv.attach(model, htv.Median()) as handle, handle.tokens(mask):
-        refused(model, lambda: model(torch.randn(size, 5, 6)), htv.UnsupportedError, "'h.weight'", "exclude=")
+        refused(
+            model,
+            lambda: model(torch.randn(size, 5, 6)),
+            htv.UnsupportedError,
+            "'h.weight'",
+            "exclude=",
+        )
 
 
 @pytest.mark.parametrize("make", [nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell])
@@ -357,7 +437,8 @@ def test_coupling_that_needs_no_parameter_to_follow():
     loss = lambda s: F.cross_entropy(5 * s, torch.arange(5))
     (row_grads,) = torch.autograd.grad(loss(rows @ rows.T), rows)
     parts = [
-        torch.autograd.grad((F.normalize(model.l(x[e, 0]), dim=-1) * row_grads[e]).sum(), weight)[0] for e in range(5)
+        torch.autograd.grad((F.normalize(model.l(x[e, 0]), dim=-1) * row_grads[e]).sum(), weight)[0]
+        for e in range(5)
     ]
     with htv.attach(model, htv.Median()):
         (found,) = torch.autograd.grad(loss(model(x)), weight)
@@ -370,7 +451,9 @@ REORDERED = {
     "rolled": (lambda m, x: m.l(torch.tanh(m.l(x)).roll(1, 0)), [4, 0, 1, 2, 3]),
     "parts swapped": (lambda m, x: m.l(torch.cat(x.chunk(2)[::-1])), [3, 4, 0, 1, 2]),
     "gathered": (
-        lambda m, x: m.l(torch.gather(m.l(x[:, 0]), 0, torch.arange(5).flip(0)[:, None].expand(-1, 6))),
+        lambda m, x: m.l(
+            torch.gather(m.l(x[:, 0]), 0, torch.arange(5).flip(0)[:, None].expand(-1, 6))
+        ),
         [4, 3, 2, 1, 0],
     ),
     "repeated": (lambda m, x: m.l(x.repeat_interleave(2, 0)[1:6]), [0, 1, 1, 2, 2]),
@@ -378,7 +461,10 @@ REORDERED = {
     "one example without its dim": (lambda m, x: m.l(x[2]), [2] * 4),
     "rows of some": (lambda m, x: m.l(x.reshape(-1, 6)[[0, 7, 8, 3]]), [0, 1, 2, 0]),
     "data made with other data": (lambda m, x: m.l((x - x.mean(0)) / x.std(0)), [0, 1, 2, 3, 4]),
-    "a row of a table for every place": (lambda m, x: m.l(x) * m.e(torch.arange(5))[:, None], [0, 1, 2, 3, 4]),
+    "a row of a table for every place": (
+        lambda m, x: m.l(x) * m.e(torch.arange(5))[:, None],
+        [0, 1, 2, 3, 4],
+    ),
     "a row of a parameter for every place": (
         lambda m, x: m.l(x) * m.e.weight[torch.arange(5)][:, None],
         [0, 1, 2, 3, 4],
@@ -391,22 +477,40 @@ def test_examples_in_another_order(name):
     forward, examples = REORDERED[name]
     model = Module(forward, l=nn.Linear(6, 6), e=nn.Embedding(9, 6)).double()
     x = torch.randn(5, 4, 6).double()
-    parameters = {n: p for n, p in model.named_parameters() if n.startswith("l.") or "table" in name}
+    parameters = {
+        n: p for n, p in model.named_parameters() if n.startswith("l.") or "table" in name
+    }
     y = model(x)
     weights = torch.randn(y.shape).double()
-    mine = lambda e: torch.tensor([e == example for example in examples]).double().reshape(-1, *(1,) * (y.dim() - 1))
-    contributions = one_group_at_a_time(lambda e: (model(x) * weights * mine(e)).sum(), parameters, 5)
+    mine = lambda e: (
+        torch.tensor([e == example for example in examples])
+        .double()
+        .reshape(-1, *(1,) * (y.dim() - 1))
+    )
+    contributions = one_group_at_a_time(
+        lambda e: (model(x) * weights * mine(e)).sum(), parameters, 5
+    )
     for rule in (htv.AndMask(0.4), htv.WinsorizedMean(1)):
         with htv.attach(model, rule):
             grads = torch.autograd.grad((model(x) * weights).sum(), list(parameters.values()))
         for (name, stacked), grad in zip(contributions.items(), grads, strict=True):
-            torch.testing.assert_close(grad, aggregated(stacked, rule), rtol=1e-9, atol=1e-12, msg=name)
+            torch.testing.assert_close(
+                grad, aggregated(stacked, rule), rtol=1e-9, atol=1e-12, msg=name
+            )
 
 
 def test_unsupported_use_can_be_plain():
-    model = Module(lambda m, x: torch.inner(torch.relu(m.first(x)), m.w), first=nn.Linear(6, 6), w=torch.randn(2, 6))
+    model = Module(
+        lambda m, x: torch.inner(torch.relu(m.first(x)), m.w),
+        first=nn.Linear(6, 6),
+        w=torch.randn(2, 6),
+    )
     plain = dict(
-        zip(["w", "weight", "bias"], torch.autograd.grad(model(X).sum(), list(model.parameters())), strict=True)
+        zip(
+            ["w", "weight", "bias"],
+            torch.autograd.grad(model(X).sum(), list(model.parameters())),
+            strict=True,
+        )
     )
     with htv.attach(model, htv.Median(), on_unsupported="plain"):
         with pytest.warns(UserWarning, match="'w' is used by inner"):
@@ -416,7 +520,12 @@ def test_unsupported_use_can_be_plain():
 
 
 def test_excluded_parameters_may_be_used_anyhow():
-    model = Module(lambda m, x: m.first(x) @ (m.w * m.v), first=nn.Linear(6, 6), w=torch.randn(6, 2), v=torch.ones(2))
+    model = Module(
+        lambda m, x: m.first(x) @ (m.w * m.v),
+        first=nn.Linear(6, 6),
+        w=torch.randn(6, 2),
+        v=torch.ones(2),
+    )
     plain = torch.autograd.grad(model(X).square().sum(), [model.w, model.v])
     with htv.attach(model, htv.Median(), exclude=("w", "v")):
         found = torch.autograd.grad(model(X).square().sum(), [model.w, model.v])
@@ -434,7 +543,14 @@ def test_batch_norm_in_train_mode():
     for affine in (True, False):
         model = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6, affine=affine))
         with htv.attach(model, htv.Median()):
-            refused(model, lambda m=model: m(X[:, 0]), htv.UnsupportedError, "BatchNorm", ".eval()", "GroupNorm")
+            refused(
+                model,
+                lambda m=model: m(X[:, 0]),
+                htv.UnsupportedError,
+                "BatchNorm",
+                ".eval()",
+                "GroupNorm",
+            )
 
 
 @pytest.mark.parametrize(
@@ -446,26 +562,52 @@ def test_a_path_to_a_parameter_outside_the_forward(penalty):
     model = mlp()
     with htv.attach(model, htv.Median()):
         loss = model(torch.randn(6, 12)).sum() + penalty(model)
-        refused(model, loss.backward, htv.UnsupportedError, "does not serve", "weight decay", backward=True)
+        refused(
+            model,
+            loss.backward,
+            htv.UnsupportedError,
+            "does not serve",
+            "weight decay",
+            backward=True,
+        )
 
 
 def test_a_custom_function_inside_the_forward():
     model = Module(lambda m, x: Square.apply(x, m.p), p=torch.randn(6))
     with htv.attach(model, htv.Median()):
-        refused(model, lambda: model(X).sum().backward(), htv.UnsupportedError, "'p'", "custom autograd.Function")
+        refused(
+            model,
+            lambda: model(X).sum().backward(),
+            htv.UnsupportedError,
+            "'p'",
+            "custom autograd.Function",
+        )
 
 
 def test_vmap_inside_the_forward():
     model = Module(lambda m, x: torch.vmap(m.l)(x), l=nn.Linear(6, 6))
     with htv.attach(model, htv.Median()):
-        refused(model, lambda: model(X).sum().backward(), htv.UnsupportedError, "'l.", "exclude", backward=True)
+        refused(
+            model,
+            lambda: model(X).sum().backward(),
+            htv.UnsupportedError,
+            "'l.",
+            "exclude",
+            backward=True,
+        )
 
 
 def test_two_forwards_with_different_groups_in_one_backward():
     model = mlp()
     with htv.attach(model, htv.Median()):
         loss = model(torch.randn(6, 12)).sum() + model(torch.randn(4, 12)).sum()
-        refused(model, loss.backward, htv.UnsupportedError, "two forwards with different groups", backward=True)
+        refused(
+            model,
+            loss.backward,
+            htv.UnsupportedError,
+            "two forwards with different groups",
+            backward=True,
+        )
 
 
 def test_groups_and_packed_of_the_wrong_length():
@@ -504,7 +646,10 @@ def test_refusals_name_the_module():
     inner = Module(lambda m, x: torch.inner(x, m.w), w=torch.randn(6, 6))
     model = nn.ModuleDict({"block": nn.Sequential(nn.Linear(6, 6), inner)})
     model.forward = lambda x: model["block"](x)
-    for used, path, words in ((model, "block.1", "module 'block.1', a Module"), (inner, "", "the model, a Module")):
+    for used, path, words in (
+        (model, "block.1", "module 'block.1', a Module"),
+        (inner, "", "the model, a Module"),
+    ):
         with htv.attach(used, htv.Median()), pytest.raises(htv.UnsupportedError) as caught:
             used(torch.randn(5, 6))
         assert caught.value.module == path and str(caught.value).endswith(f"(in {words})")
@@ -540,7 +685,9 @@ def test_a_gradient_penalty_on_the_input():
     """A second derivative would miss what the first one's backward does not differentiate."""
     model, x = mlp(norm=False), torch.randn(6, 12, requires_grad=True)
     with htv.attach(model, htv.Mean()):
-        penalty = lambda: torch.autograd.grad(model(x).sum(), x, create_graph=True)[0].square().sum().backward()
+        penalty = lambda: (
+            torch.autograd.grad(model(x).sum(), x, create_graph=True)[0].square().sum().backward()
+        )
         refused(model, penalty, RuntimeError, "create_graph")
 
 
@@ -581,8 +728,18 @@ def test_complex_parameters():
         (lambda m, i: m.p.index_select(0, i), [0, -1]),
         (lambda m, i: F.embedding(i, m.p, padding_idx=7), [0, 1]),
         (lambda m, i: F.embedding(i, m.p, padding_idx=-8), [0, 1]),
-        (lambda m, i: F.embedding_bag(i[:, None], m.p, mode="max", per_sample_weights=torch.ones(2, 1)), [0, 1]),
-        (lambda m, i: F.conv1d(i.float()[:, None, None], m.p[:, None, None, 0], stride=2, padding="same"), [0, 1]),
+        (
+            lambda m, i: F.embedding_bag(
+                i[:, None], m.p, mode="max", per_sample_weights=torch.ones(2, 1)
+            ),
+            [0, 1],
+        ),
+        (
+            lambda m, i: F.conv1d(
+                i.float()[:, None, None], m.p[:, None, None, 0], stride=2, padding="same"
+            ),
+            [0, 1],
+        ),
     ],
 )
 def test_what_torch_refuses_stays_refused(forward, ids):
@@ -592,6 +749,8 @@ def test_what_torch_refuses_stays_refused(forward, ids):
     for attached in (False, True):
         if attached:
             htv.attach(model, htv.Median())
-        with pytest.raises((IndexError, RuntimeError, ValueError, AssertionError, NotImplementedError)) as caught:
+        with pytest.raises(
+            (IndexError, RuntimeError, ValueError, AssertionError, NotImplementedError)
+        ) as caught:
             model(ids)
         assert not isinstance(caught.value, htv.UnsupportedError)

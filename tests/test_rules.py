@@ -20,7 +20,9 @@ def test_frozen_printable_pickleable(rule):
         setattr(rule, field, 0.1)
 
 
-@pytest.mark.parametrize("make", [htv.AndMask, htv.XorMask, htv.GeometricMean, lambda tau: htv.SandMask(tau, 1.0)])
+@pytest.mark.parametrize(
+    "make", [htv.AndMask, htv.XorMask, htv.GeometricMean, lambda tau: htv.SandMask(tau, 1.0)]
+)
 @pytest.mark.parametrize("tau", [-0.1, 1.1, float("nan"), float("inf")])
 def test_tau_out_of_range(make, tau):
     with pytest.raises(ValueError, match=r"tau must lie in \[0, 1\]"):
@@ -66,7 +68,9 @@ def test_too_few_groups(rule, groups, message):
         rule.statistic(groups)
 
 
-@pytest.mark.parametrize(("tau", "groups"), [(t, 50) for t in (0.2, 0.4, 0.6, 0.8)] + [(0.2, 25), (0.6, 25)])
+@pytest.mark.parametrize(
+    ("tau", "groups"), [(t, 50) for t in (0.2, 0.4, 0.6, 0.8)] + [(0.2, 25), (0.6, 25)]
+)
 def test_thresholds_are_exact_at_ties(tau, groups):
     """A float mean of signs misses these; |sum of signs| == tau * E must be kept."""
     assert htv.AndMask(tau).statistic(groups).count == round(tau * groups)
@@ -90,7 +94,13 @@ def test_fractions_are_nearest_ranks(groups, percent):
 
 
 def test_the_papers_percentiles():
-    assert [htv.WinsorizedMean(c / 100).statistic(100).count for c in (0, 1, 2, 4, 8)] == [0, 1, 2, 4, 8]
+    assert [htv.WinsorizedMean(c / 100).statistic(100).count for c in (0, 1, 2, 4, 8)] == [
+        0,
+        1,
+        2,
+        4,
+        8,
+    ]
     assert htv.WinsorizedMean(0.01).statistic(32).count == 0
 
 

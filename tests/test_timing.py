@@ -15,14 +15,19 @@ def test_steps_take_turns_and_slow_ones_leave(monkeypatch):
     steps = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
     times = timing.take_turns(steps, seconds=1, rounds=(5, 100), leave_after={"b": 3.0})
     assert "".join(calls) == 3 * "ab" + 2 * "a"
-    assert times == {"a": timing.Timing(1000, 1000, 1000, runs=5), "b": timing.Timing(1000, 1000, 1000, runs=3)}
+    assert times == {
+        "a": timing.Timing(1000, 1000, 1000, runs=5),
+        "b": timing.Timing(1000, 1000, 1000, runs=3),
+    }
 
 
 def test_as_many_rounds_as_the_time_allows(monkeypatch):
     clock = iter(range(100_000))
     monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     steps = {"a": lambda: None, "b": lambda: None}
-    assert timing.take_turns(steps, seconds=7, rounds=(2, 100))["a"].runs == 4  # two seconds a round
+    assert (
+        timing.take_turns(steps, seconds=7, rounds=(2, 100))["a"].runs == 4
+    )  # two seconds a round
     assert timing.take_turns(steps, seconds=7, rounds=(2, 3))["a"].runs == 3
     assert timing.take_turns(steps, seconds=0, rounds=(2, 100))["a"].runs == 2
 
@@ -33,7 +38,9 @@ def test_median_and_quartiles():
 
 
 def test_a_process_of_its_own_returns_json_or_its_words(monkeypatch, tmp_path):
-    (tmp_path / "answer.py").write_text("import sys\nprint('noise')\nprint('{\"said\": \"' + sys.argv[1] + '\"}')\n")
+    (tmp_path / "answer.py").write_text(
+        "import sys\nprint('noise')\nprint('{\"said\": \"' + sys.argv[1] + '\"}')\n"
+    )
     (tmp_path / "fails.py").write_text("raise SystemExit('out of beads')\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     assert timing.in_own_process("answer", "yes") == {"said": "yes"}

@@ -51,7 +51,9 @@ def test_every_backward_of_its_own_is_a_vote_of_its_own():
     """A loss that is differentiated by itself is aggregated by itself, and the results add up in .grad."""
     model, x = mlp().double(), torch.randn(6, 12).double()
     first, second = (lambda y: y.square().sum()), (lambda y: y.sin().sum())
-    parts = [contributions(model, lambda e, f=f: f(model(x[e : e + 1])), 6) for f in (first, second)]
+    parts = [
+        contributions(model, lambda e, f=f: f(model(x[e : e + 1])), 6) for f in (first, second)
+    ]
     with htv.attach(model, MEDIAN):
         y = model(x)
         first(y).backward(retain_graph=True)
@@ -141,7 +143,9 @@ def test_a_scaled_step_with_infinities_is_skipped():
 def test_averaged_copies_follow_an_attached_model():
     model, x = mlp(), torch.randn(6, 12)
     handle = htv.attach(model, MEDIAN)
-    averaged = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5))
+    averaged = torch.optim.swa_utils.AveragedModel(
+        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5)
+    )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     expected = model[0].weight.detach().clone()
     averaged.update_parameters(model)
@@ -178,8 +182,12 @@ CHECKPOINTED = {
     "attention": lambda: nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, batch_first=True),
     "weight norm": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(6, 6)),
     "convolution": lambda: nn.Conv1d(4, 4, 3, padding=1),
-    "used twice": lambda: Module(lambda m, x: m.l(torch.tanh(m.l(x))) + m.l.weight[0], l=nn.Linear(6, 6)),
-    "positions": lambda: Module(lambda m, x: x + m.e(torch.arange(4)) * m.s, e=nn.Embedding(4, 6), s=torch.randn(6)),
+    "used twice": lambda: Module(
+        lambda m, x: m.l(torch.tanh(m.l(x))) + m.l.weight[0], l=nn.Linear(6, 6)
+    ),
+    "positions": lambda: Module(
+        lambda m, x: x + m.e(torch.arange(4)) * m.s, e=nn.Embedding(4, 6), s=torch.randn(6)
+    ),
 }
 
 
@@ -189,12 +197,20 @@ def test_checkpointed_layers(name, use_reentrant):
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
-            self.first, self.inner, self.last = nn.Linear(6, 6), CHECKPOINTED[name](), nn.Linear(6, 3)
+            self.first, self.inner, self.last = (
+                nn.Linear(6, 6),
+                CHECKPOINTED[name](),
+                nn.Linear(6, 3),
+            )
             self.checkpointed = False
 
         def forward(self, x):
             x = self.first(x)
-            y = checkpoint(self.inner, x, use_reentrant=use_reentrant) if self.checkpointed else self.inner(x)
+            y = (
+                checkpoint(self.inner, x, use_reentrant=use_reentrant)
+                if self.checkpointed
+                else self.inner(x)
+            )
             return self.last(y[0] if isinstance(y, tuple) else y)
 
     model, x = Model().double(), torch.randn(5, 4, 6).double()
@@ -222,7 +238,9 @@ def test_a_tied_model_with_every_block_checkpointed():
     found = tracked(model, lambda: square(model(ids)))
     assert found.keys() != expected.keys()
     for name, grad in found.items():
-        torch.testing.assert_close(grad, expected[name.replace(".inner.", ".")], rtol=1e-9, atol=1e-11, msg=name)
+        torch.testing.assert_close(
+            grad, expected[name.replace(".inner.", ".")], rtol=1e-9, atol=1e-11, msg=name
+        )
 
 
 # -- failures ---------------------------------------------------------------------------------------------------------
@@ -252,7 +270,9 @@ FAILING = {
     "forward": lambda m, x: explode(m.first(x)),
     "backward": lambda m, x: m.last(Fuse.apply(m.inner(m.first(x))[0])),
     "never backward": lambda m, x: m.last(m.inner(m.first(x))[0]),
-    "refused": lambda m, x: m.last(m.inner(m.first(x))[0]) + m.first(x.mean(0) + m.last.bias.sum()).sum(),
+    "refused": lambda m, x: (
+        m.last(m.inner(m.first(x))[0]) + m.first(x.mean(0) + m.last.bias.sum()).sum()
+    ),
 }
 
 
@@ -303,7 +323,11 @@ class Turned(nn.Module):
 
     def forward(self, x):
         y = self.first(x).transpose(0, 1)
-        y = self.block(y) if self.use_reentrant is None else checkpoint(self.block, y, use_reentrant=self.use_reentrant)
+        y = (
+            self.block(y)
+            if self.use_reentrant is None
+            else checkpoint(self.block, y, use_reentrant=self.use_reentrant)
+        )
         return y.transpose(0, 1)
 
 

@@ -206,7 +206,9 @@ def test_what_an_unseen_function_takes_from_a_forward_of_another_size_is_refused
     model = between(lambda h: centred_by(h, held[0]))
     with htv.attach(first, RULE), htv.attach(model, RULE):
         held.append(first(torch.randn(4, 5).double()))
-        with pytest.raises(htv.UnsupportedError, match="another forward, of another number of examples"):
+        with pytest.raises(
+            htv.UnsupportedError, match="another forward, of another number of examples"
+        ):
             model(torch.randn(6, 5).double())
 
 

@@ -11,7 +11,13 @@ from htv.bench.models import LanguageModel, mlp
 from htv.tools.check import aggregated, one_group_at_a_time
 from oracles import by_name
 
-RULES = [htv.Mean(), htv.AndMask(0.4), htv.AndMask(0.4, rescale=True), htv.Median(), htv.WinsorizedMean(1)]
+RULES = [
+    htv.Mean(),
+    htv.AndMask(0.4),
+    htv.AndMask(0.4, rescale=True),
+    htv.Median(),
+    htv.WinsorizedMean(1),
+]
 
 
 def require(model, contributions, rule):
@@ -20,7 +26,9 @@ def require(model, contributions, rule):
     for name, p in model.named_parameters():
         stacked, found = contributions[name], p.grad
         expected = aggregated(stacked, rule)
-        if name.endswith("in_proj_bias"):  # the keys' part has no gradient but rounding, whose sign means nothing
+        if name.endswith(
+            "in_proj_bias"
+        ):  # the keys' part has no gradient but rounding, whose sign means nothing
             if getattr(rule, "rescale", False):
                 continue
             values = lambda t: torch.cat([t[..., : len(p) // 3], t[..., 2 * len(p) // 3 :]], -1)
@@ -28,7 +36,9 @@ def require(model, contributions, rule):
         noise = (stacked != 0) & (stacked.abs() <= 1e-12 * largest)
         assert not noise.any(), f"{name}: the test's data has contributions that are only rounding"
         budget = {"rtol": 1e-9, "atol": 1e-11 * stacked.abs().sum(0).max().item()}
-        torch.testing.assert_close(found, expected, **budget, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            found, expected, **budget, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 def per_group(model, loss_of_group, count):
@@ -51,7 +61,10 @@ def test_environments_whose_means_count_once(rule):
 
 @pytest.mark.parametrize("rule", RULES, **by_name)
 def test_packed_sequences_whose_means_count_once(rule):
-    model, x = nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 3)).double(), torch.randn(7, 4).double()
+    model, x = (
+        nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 3)).double(),
+        torch.randn(7, 4).double(),
+    )
     bounds = [0, 1, 5, 5, 7]
     loss = lambda rows: model(x[rows]).square().sum(1)
     means = per_group(model, lambda e: loss(slice(*((0, 1), (1, 5), (5, 7))[e])).mean(), 3)
@@ -137,8 +150,13 @@ class Mixer(nn.Module):
 def copied_per_token(model, ids, loss):
     """name -> (N, T, *shape): gradients of one copy of each parameter per token, by plain autograd."""
     n, t = ids.shape
-    copies = {name: p.detach().expand(n, t, *p.shape).clone().requires_grad_() for name, p in model.named_parameters()}
-    linear = lambda x, name: torch.einsum("nti,ntoi->nto", x, copies[f"{name}.weight"]) + copies[f"{name}.bias"]
+    copies = {
+        name: p.detach().expand(n, t, *p.shape).clone().requires_grad_()
+        for name, p in model.named_parameters()
+    }
+    linear = lambda x, name: (
+        torch.einsum("nti,ntoi->nto", x, copies[f"{name}.weight"]) + copies[f"{name}.bias"]
+    )
     x = torch.gather(copies["embed.weight"], 2, ids[..., None, None].expand(n, t, 1, 4)).squeeze(2)
     y = F.layer_norm(x, (4,)) * copies["norm.weight"] + copies["norm.bias"]
     y = x + torch.softmax(y @ y.transpose(1, 2), -1) @ linear(y, "inner")
@@ -184,10 +202,16 @@ def test_what_has_no_tokens_is_refused():
             with pytest.raises(htv.UnsupportedError, match=words):
                 module(x)
     pooled = Module(lambda m, x: m.a(m.b(x).mean(1)), a=nn.Linear(5, 2), b=nn.Linear(6, 5))
-    with htv.attach(pooled, htv.Median()) as handle, handle.tokens(torch.ones(4, 3, dtype=torch.bool)):
+    with (
+        htv.attach(pooled, htv.Median()) as handle,
+        handle.tokens(torch.ones(4, 3, dtype=torch.bool)),
+    ):
         with pytest.raises(ValueError, match="whose rows are not these tokens"):
             pooled(x).sum().backward()
-    for mask, words in ((torch.ones(4, 3), "boolean"), (torch.zeros(4, 3, dtype=torch.bool), "lets no token vote")):
+    for mask, words in (
+        (torch.ones(4, 3), "boolean"),
+        (torch.zeros(4, 3, dtype=torch.bool), "lets no token vote"),
+    ):
         with htv.attach(pooled, htv.Median()) as handle, handle.tokens(mask):
             with pytest.raises(ValueError, match=words):
                 pooled(x)
@@ -198,12 +222,19 @@ def test_excluded_parameters_are_plain_whoever_votes(excluded):
     """Also in one layer with a served one."""
     model, x = nn.Linear(6, 3), torch.randn(4, 5, 6)
     plain = dict(
-        zip(("weight", "bias"), torch.autograd.grad(model(x).square().sum(), [model.weight, model.bias]), strict=True)
+        zip(
+            ("weight", "bias"),
+            torch.autograd.grad(model(x).square().sum(), [model.weight, model.bias]),
+            strict=True,
+        )
     )
     mask = torch.rand(4, 5) < 0.5
     mask[0, 0] = True
     with htv.attach(model, htv.Mean(), exclude=excluded) as handle:
-        for block in (handle.groups(torch.tensor([1, 1, 1, 0]), weight="equal"), handle.tokens(mask)):
+        for block in (
+            handle.groups(torch.tensor([1, 1, 1, 0]), weight="equal"),
+            handle.tokens(mask),
+        ):
             model.zero_grad()
             with block:
                 loss = model(x).square().sum()

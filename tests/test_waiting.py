@@ -29,7 +29,13 @@ def test_steps_wait_for_nothing(tmp_path):
     interpreted = importlib.util.find_spec("triton") is not None
     environment = {"PYTHONPATH": os.pathsep.join(search), "HTV_TUNED": "", "HTV_BACKEND": "auto"}
     environment["TRITON_INTERPRET"] = str(int(interpreted))
-    options = ["-q", "--import-mode=importlib", "-p", "no:cacheprovider", str(folder / "check_waiting.py")]
+    options = [
+        "-q",
+        "--import-mode=importlib",
+        "-p",
+        "no:cacheprovider",
+        str(folder / "check_waiting.py"),
+    ]
     command = [sys.executable, "-c", RUN, ";".join(build_guard(tmp_path)), *options]
     status, words = patience.run(command, 3600, environment)
     assert status == 0, words

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 try:
     import torchvision  # noqa: F401, what timm and transformers import
-except RuntimeError:  # its wheel expects a torch for CUDA: beside one for the CPU, declaring two operators is enough
+except (
+    RuntimeError
+):  # its wheel expects a torch for CUDA: beside one for the CPU, declaring two operators is enough
     _declared = torch.library.Library("torchvision", "FRAGMENT")
     for _name in ("nms", "qnms"):
         _declared.define(f"{_name}(Tensor boxes, Tensor scores, float threshold) -> Tensor")
@@ -41,7 +43,9 @@ BART = dict(
     decoder_attention_heads=2, encoder_ffn_dim=20, decoder_ffn_dim=20, max_position_embeddings=12, dropout=0.0,
     use_cache=False, decoder_start_token_id=2, forced_eos_token_id=None, **QUIET,
 )  # fmt: skip
-VISION = dict(image_size=12, patch_size=4, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+VISION = dict(
+    image_size=12, patch_size=4, hidden_size=16, num_hidden_layers=2, num_attention_heads=2
+)
 
 
 def tokens(length: int | None = None) -> Tensor:
@@ -69,7 +73,9 @@ def transformer(model: str, config: str, attention: str = "eager", **options) ->
 
 
 def gpt2(attention: str = "eager"):
-    options = dict(vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=12, use_cache=False)
+    options = dict(
+        vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=12, use_cache=False
+    )
     options |= dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=1, eos_token_id=2)
     return transformer("GPT2LMHeadModel", "GPT2Config", attention, **options), padded()
 
@@ -88,14 +94,22 @@ def t5():
 
 
 def vit():
-    options = VISION | dict(intermediate_size=20, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    return transformer("ViTForImageClassification", "ViTConfig", **options), {"pixel_values": images()}
+    options = VISION | dict(
+        intermediate_size=20, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    )
+    return transformer("ViTForImageClassification", "ViTConfig", **options), {
+        "pixel_values": images()
+    }
 
 
 def beit():
-    options = VISION | dict(intermediate_size=20, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    options = VISION | dict(
+        intermediate_size=20, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    )
     options |= dict(drop_path_rate=0.0, use_relative_position_bias=True)
-    return transformer("BeitForImageClassification", "BeitConfig", **options), {"pixel_values": images()}
+    return transformer("BeitForImageClassification", "BeitConfig", **options), {
+        "pixel_values": images()
+    }
 
 
 def whisper():
@@ -115,7 +129,9 @@ def whisper_encoder():
 
 def mixtral():
     """With more experts than every example can reach; the default implementation of experts knows no float64."""
-    options = LLAMA | dict(num_local_experts=8, num_experts_per_tok=2, experts_implementation="eager")
+    options = LLAMA | dict(
+        num_local_experts=8, num_experts_per_tok=2, experts_implementation="eager"
+    )
     return transformer("MixtralForCausalLM", "MixtralConfig", **options), {"input_ids": tokens(4)}
 
 
@@ -129,9 +145,13 @@ def qwen3_moe():
 
 def switch():
     """A capacity no expert reaches: what it drops depends on the other tokens, of the same example alone."""
-    options = T5 | dict(num_experts=4, expert_capacity=64, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1)
+    options = T5 | dict(
+        num_experts=4, expert_capacity=64, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1
+    )
     config = "SwitchTransformersConfig"
-    model = transformer("SwitchTransformersForConditionalGeneration", config, router_jitter_noise=0.0, **options)
+    model = transformer(
+        "SwitchTransformersForConditionalGeneration", config, router_jitter_noise=0.0, **options
+    )
     return model, padded() | {"decoder_input_ids": tokens(4)}
 
 
@@ -155,7 +175,9 @@ def clip_text():
     )  # fmt: skip
     batch = padded()
     ends = batch["attention_mask"].sum(1) - 1
-    batch["input_ids"][torch.arange(len(ends)), ends] = VOCABULARY - 1  # where the pooled token is looked for
+    batch["input_ids"][torch.arange(len(ends)), ends] = (
+        VOCABULARY - 1
+    )  # where the pooled token is looked for
     return transformer("CLIPTextModelWithProjection", "CLIPTextConfig", **options), batch
 
 
@@ -174,24 +196,34 @@ def resnet_groupnorm():
 
 
 def timm_vit():
-    return timm_model("vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2)
+    return timm_model(
+        "vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2
+    )
 
 
 def convnext():
-    return timm_model("convnext_atto", size=32, dims=(4, 8, 8, 8), depths=(1, 1, 1, 1), ls_init_value=0.5)
+    return timm_model(
+        "convnext_atto", size=32, dims=(4, 8, 8, 8), depths=(1, 1, 1, 1), ls_init_value=0.5
+    )
 
 
 def mlp_mixer():
-    return MlpMixer(num_classes=3, img_size=16, patch_size=4, embed_dim=12, num_blocks=2), images(16)
+    return MlpMixer(num_classes=3, img_size=16, patch_size=4, embed_dim=12, num_blocks=2), images(
+        16
+    )
 
 
 def swin():
-    options = dict(img_size=16, patch_size=2, window_size=4, embed_dim=8, depths=(2, 2), num_heads=(2, 2))
+    options = dict(
+        img_size=16, patch_size=2, window_size=4, embed_dim=8, depths=(2, 2), num_heads=(2, 2)
+    )
     return timm_model("swin_tiny_patch4_window7_224", drop_path_rate=0.0, **options)
 
 
 def timm_beit():
-    return timm_model("beit_base_patch16_224", size=32, img_size=32, embed_dim=16, depth=2, num_heads=2)
+    return timm_model(
+        "beit_base_patch16_224", size=32, img_size=32, embed_dim=16, depth=2, num_heads=2
+    )
 
 
 def efficientnet_frozen_norms():
@@ -199,7 +231,9 @@ def efficientnet_frozen_norms():
     stages = efficientnet.decode_arch_def(
         [["ds_r1_k3_s1_e1_c8_se0.25"], ["ir_r2_k3_s2_e2_c8_se0.25_noskip"], ["ir_r1_k5_s1_e2_c8"]]
     )
-    model = efficientnet.EfficientNet(stages, num_classes=3, num_features=12, stem_size=8, act_layer=nn.SiLU)
+    model = efficientnet.EfficientNet(
+        stages, num_classes=3, num_features=12, stem_size=8, act_layer=nn.SiLU
+    )
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             nn.init.normal_(module.running_mean, std=0.1)
@@ -214,7 +248,9 @@ def efficientnet_frozen_norms():
 def lora(base, **options):
     """Adapters on a frozen model, as after some training: B is not zero any more."""
     model, batch = base
-    model = peft.get_peft_model(model, peft.LoraConfig(r=3, lora_alpha=6, lora_dropout=0.0, **options))
+    model = peft.get_peft_model(
+        model, peft.LoraConfig(r=3, lora_alpha=6, lora_dropout=0.0, **options)
+    )
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.1)

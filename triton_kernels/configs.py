@@ -57,14 +57,30 @@ _SMALL_FP32 = Config(32, 32, 16, 8, num_warps=4, num_stages=2)
 # more: 128 x 128 coordinates, 8 warps and 2 words are 3 * 64 of a thread's 255 registers. 0 words: contributions alone.
 TABLE: dict[tuple[str, str], dict[int, tuple[Config, ...]]] = {
     ("sm_90", "half"): {
-        0: (Config(128, 256, 64, 8, 8, 3), Config(128, 128, 64, 8, 8, 3), Config(64, 64, 64, 8, 4, 3)),
-        2: (Config(128, 128, 64, 8, 8, 3), Config(64, 128, 64, 8, 8, 3), Config(64, 64, 64, 8, 4, 3)),
+        0: (
+            Config(128, 256, 64, 8, 8, 3),
+            Config(128, 128, 64, 8, 8, 3),
+            Config(64, 64, 64, 8, 4, 3),
+        ),
+        2: (
+            Config(128, 128, 64, 8, 8, 3),
+            Config(64, 128, 64, 8, 8, 3),
+            Config(64, 64, 64, 8, 4, 3),
+        ),
         3: (Config(64, 128, 64, 8, 8, 3), Config(64, 64, 64, 8, 8, 3)),
         7: (Config(64, 64, 64, 8, 8, 3),),
     },
     ("sm_100", "half"): {
-        0: (Config(128, 256, 64, 8, 8, 3), Config(128, 128, 64, 8, 8, 3), Config(64, 64, 64, 8, 8, 3)),
-        2: (Config(128, 128, 64, 8, 8, 3), Config(64, 128, 64, 8, 8, 3), Config(64, 64, 64, 8, 4, 3)),
+        0: (
+            Config(128, 256, 64, 8, 8, 3),
+            Config(128, 128, 64, 8, 8, 3),
+            Config(64, 64, 64, 8, 8, 3),
+        ),
+        2: (
+            Config(128, 128, 64, 8, 8, 3),
+            Config(64, 128, 64, 8, 8, 3),
+            Config(64, 64, 64, 8, 4, 3),
+        ),
         3: (Config(64, 64, 64, 8, 8, 3),),
         7: (Config(64, 64, 64, 8, 8, 3),),
     },
@@ -92,7 +108,9 @@ TABLE: dict[tuple[str, str], dict[int, tuple[Config, ...]]] = {
     },
 }
 
-MOST_UNALIGNED = 64 * 64  # coordinates, and 32 rows: element-wise loads need the registers that more would take
+MOST_UNALIGNED = (
+    64 * 64
+)  # coordinates, and 32 rows: element-wise loads need the registers that more would take
 LEAST_ROWS = 16  # of a block: what tensor cores take
 MOST_SPLITS = 16
 # Per multiprocessor and cycle: operations by arithmetic, and bytes from L2. What the model of costs knows of a device.
@@ -134,11 +152,19 @@ def cost(problem: Problem, config: Config, splits: int) -> float:
     per_group = padded * per_row + coordinates * (1 + 2 * problem.words) / 128
     programs = config.tiles(problem.outputs, problem.inputs) * problem.parts * splits
     waves = math.ceil(programs / problem.multiprocessors)
-    merged = problem.words * splits * problem.parts * problem.outputs * problem.inputs * 8 if splits > 1 else 0
-    return waves * math.ceil(problem.groups / splits) * per_group + merged / (MEMORY_BYTES * problem.multiprocessors)
+    merged = (
+        problem.words * splits * problem.parts * problem.outputs * problem.inputs * 8
+        if splits > 1
+        else 0
+    )
+    return waves * math.ceil(problem.groups / splits) * per_group + merged / (
+        MEMORY_BYTES * problem.multiprocessors
+    )
 
 
-def choose(problem: Problem, most_splits: int = MOST_SPLITS, entries: tuple | None = None) -> tuple[Config, int]:
+def choose(
+    problem: Problem, most_splits: int = MOST_SPLITS, entries: tuple | None = None
+) -> tuple[Config, int]:
     """A configuration and the number of splits of the groups, at most `most_splits`.
 
     entries: of a tuned table, instead of those of the one in force.
@@ -165,7 +191,9 @@ def _choose(problem: Problem, most_splits: int, entries: tuple) -> tuple[Config,
     found = nearest(entries, problem)
     if found is not None:
         return found[0], min(found[1], most_splits)
-    choices = ((config, splits) for splits in range(1, most_splits + 1) for config in candidates(problem))
+    choices = (
+        (config, splits) for splits in range(1, most_splits + 1) for config in candidates(problem)
+    )
     return min(choices, key=lambda choice: cost(problem, *choice))
 
 
@@ -204,12 +232,16 @@ def user_table() -> Path:
 
 def nearest(entries: tuple[dict, ...], problem: Problem) -> tuple[Config, int] | None:
     """Configuration and splits of the entry nearest to a problem; None where none has its `KEY` and is near."""
-    alike = [entry for entry in entries if all(entry[name] == getattr(problem, name) for name in KEY)]
+    alike = [
+        entry for entry in entries if all(entry[name] == getattr(problem, name) for name in KEY)
+    ]
     if not alike:
         return None
 
     def distance(entry):
-        return sum(math.log(max(1, entry[name]) / max(1, getattr(problem, name))) ** 2 for name in SIZES)
+        return sum(
+            math.log(max(1, entry[name]) / max(1, getattr(problem, name))) ** 2 for name in SIZES
+        )
 
     entry = min(alike, key=distance)
     if distance(entry) > NEAR:
@@ -223,13 +255,23 @@ def load(path: Path) -> tuple[dict, ...]:
     try:
         table = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"tuned table {path} cannot be read: {error}; write it anew, or set HTV_TUNED=") from error
-    if not isinstance(table, dict) or table.get("version") != 1 or not isinstance(table.get("entries"), list):
-        raise ValueError(f'tuned table {path} must be {{"version": 1, "entries": [...]}}; set HTV_TUNED= to do without')
+        raise ValueError(
+            f"tuned table {path} cannot be read: {error}; write it anew, or set HTV_TUNED="
+        ) from error
+    if (
+        not isinstance(table, dict)
+        or table.get("version") != 1
+        or not isinstance(table.get("entries"), list)
+    ):
+        raise ValueError(
+            f'tuned table {path} must be {{"version": 1, "entries": [...]}}; set HTV_TUNED= to do without'
+        )
     for number, entry in enumerate(table["entries"]):
         wrong = _wrong(entry)
         if wrong:
-            raise ValueError(f"tuned table {path}: entry {number}: {wrong}; set HTV_TUNED= to do without")
+            raise ValueError(
+                f"tuned table {path}: entry {number}: {wrong}; set HTV_TUNED= to do without"
+            )
     return tuple(table["entries"])
 
 
@@ -239,7 +281,10 @@ def _wrong(entry: object) -> str | None:
         return f"wants the keys {', '.join((*KEY, *SIZES, 'config', 'splits'))}"
     if (entry["arch"], entry["arithmetic"]) not in TABLE:
         return f"unknown arch and arithmetic {entry['arch']!r}, {entry['arithmetic']!r}"
-    config, numbers = entry["config"], [entry["words"], entry["splits"], *(entry[name] for name in SIZES)]
+    config, numbers = (
+        entry["config"],
+        [entry["words"], entry["splits"], *(entry[name] for name in SIZES)],
+    )
     if not isinstance(config, dict) or set(config) != set(Config._fields):
         return f"config wants the keys {', '.join(Config._fields)}"
     if not all(_is_number(n) for n in (*numbers, *config.values())) or entry["splits"] < 1:
@@ -250,7 +295,11 @@ def _wrong(entry: object) -> str | None:
             return f"{name} must be a power of two of at least {least}, got {value}"
     if not (isinstance(config["num_stages"], int) and isinstance(config["TILES_PER_COLUMN"], int)):
         return "num_stages and TILES_PER_COLUMN must be integers"
-    return None if min(config["num_stages"], config["TILES_PER_COLUMN"]) > 0 else "num_stages must be positive"
+    return (
+        None
+        if min(config["num_stages"], config["TILES_PER_COLUMN"]) > 0
+        else "num_stages must be positive"
+    )
 
 
 def _is_number(value: object) -> bool:

@@ -20,8 +20,12 @@ import triton.language as tl
 from htv.rules import Statistic
 from htv.triton_kernels import device, product, stacked
 
-FEW_OUTPUTS = 16  # output channels of one convolution group below which tensor cores have too little to do
-MOST_VALUES = 2**31  # of the samples that a block of rows looks into; samples themselves start at int64 addresses
+FEW_OUTPUTS = (
+    16  # output channels of one convolution group below which tensor cores have too little to do
+)
+MOST_VALUES = (
+    2**31
+)  # of the samples that a block of rows looks into; samples themselves start at int64 addresses
 DEPTHWISE = {"BLOCK_R": 32, "BLOCK_C": 64, "num_warps": 4, "num_stages": 2}
 LEAST_ROWS = 8 * DEPTHWISE["BLOCK_R"]  # of a split of one group
 MOST_TAPS = 7  # of a program: more sums than that do not fit its registers
@@ -75,7 +79,9 @@ def depthwise_kernel(
         sums = sums + (tl.zeros((BLOCK_R, BLOCK_C), tl.float32),)
     for row in range(begin, end, BLOCK_R):
         valid = (r < end - row)[:, None] & (o < O)[None, :]
-        g = tl.load(grad_output_ptr + row * O + (r[:, None] * O + o[None, :]), mask=valid, other=0.0).to(tl.float32)
+        g = tl.load(
+            grad_output_ptr + row * O + (r[:, None] * O + o[None, :]), mask=valid, other=0.0
+        ).to(tl.float32)
         sample = row // area
         p = (row - sample * area).to(tl.int32) + r
         s = p // area
@@ -137,12 +143,27 @@ def conv(
             1, 1, outputs * groups, columns, columns, product.load_rows, None,
         )  # fmt: skip
     elif groups > 1 and outputs < FEW_OUTPUTS:
-        splits = choice[1] if choice else _splits(x.device, len(offsets) - 1, len(grad_output), geometry, grad_output)
-        value, mask_sum = stacked.stacked(_contributions(x, grad_output, offsets, geometry, outputs, splits), statistic)
+        splits = (
+            choice[1]
+            if choice
+            else _splits(x.device, len(offsets) - 1, len(grad_output), geometry, grad_output)
+        )
+        value, mask_sum = stacked.stacked(
+            _contributions(x, grad_output, offsets, geometry, outputs, splits), statistic
+        )
         return value.view(-1, width, *kernel) * (len(offsets) - 1), mask_sum
     else:
         factors = product.Factors(
-            x, grad_output, offsets, seen, groups, outputs, columns, width, product.load_windows, geometry
+            x,
+            grad_output,
+            offsets,
+            seen,
+            groups,
+            outputs,
+            columns,
+            width,
+            product.load_windows,
+            geometry,
         )
     value, mask_sum = product.aggregate(factors, statistic, choice)
     return value.unflatten(1, (*kernel, width)).movedim(-1, 1).contiguous(), mask_sum
@@ -152,7 +173,12 @@ def _geometry(x, grad_output, width, kernel, stride, padding, dilation):
     """As `product.load_windows` takes it: missing dims are of size 1."""
     three = lambda values, missing: (missing,) * (3 - len(values)) + tuple(values)
     sizes = (x.shape[2:], grad_output.shape[2:], kernel, stride)
-    return (width, *(n for v in sizes for n in three(v, 1)), *three(padding, 0), *three(dilation, 1))
+    return (
+        width,
+        *(n for v in sizes for n in three(v, 1)),
+        *three(padding, 0),
+        *three(dilation, 1),
+    )
 
 
 def _splits(where, groups, rows, geometry, grad_output):
@@ -169,10 +195,24 @@ def _contributions(x, grad_output, offsets, geometry, outputs, splits):
     O, width, taps = grad_output.shape[1], geometry[0], math.prod(geometry[7:10])
     groups, together = len(offsets) - 1, min(geometry[9], MOST_TAPS)
     out = x.new_empty((groups, splits, O * width * taps), dtype=torch.float32)
-    grid = groups * splits, triton.cdiv(O, DEPTHWISE["BLOCK_C"]), width * triton.cdiv(taps, together)
+    grid = (
+        groups * splits,
+        triton.cdiv(O, DEPTHWISE["BLOCK_C"]),
+        width * triton.cdiv(taps, together),
+    )
     with device.guard(x):
         depthwise_kernel[grid](
-            x, grad_output, offsets, out, splits, O, x.shape[1], outputs, geometry, together, **DEPTHWISE
+            x,
+            grad_output,
+            offsets,
+            out,
+            splits,
+            O,
+            x.shape[1],
+            outputs,
+            geometry,
+            together,
+            **DEPTHWISE,
         )
     return out.squeeze(1) if splits == 1 else out.sum(dim=1)
 
@@ -191,7 +231,9 @@ def _check(x, grad_output, offsets, kernel, stride, padding, dilation, groups):
         ("dilation", dilation, 1),
     ):
         if len(sizes) != dims or min(sizes) < least:
-            raise ValueError(f"conv (Triton): {name} must be {dims} numbers of at least {least}, got {list(sizes)}")
+            raise ValueError(
+                f"conv (Triton): {name} must be {dims} numbers of at least {least}, got {list(sizes)}"
+            )
     if groups < 1 or x.shape[1] % groups or grad_output.shape[1] % groups:
         raise ValueError(
             f"conv (Triton): {x.shape[1]} input and {grad_output.shape[1]} output channels do not split into "
@@ -209,4 +251,6 @@ def _check(x, grad_output, offsets, kernel, stride, padding, dilation, groups):
     device.check_offsets("conv", offsets, len(x))
     positions = max(1, math.prod(grad_output.shape[2:]))
     if x[:1].numel() * (64 // positions + 2) >= MOST_VALUES:
-        raise ValueError(f"conv (Triton): samples of {x[:1].numel()} values are too large; use the reference backend")
+        raise ValueError(
+            f"conv (Triton): samples of {x[:1].numel()} values are too large; use the reference backend"
+        )

@@ -69,7 +69,9 @@ def loss_kernel(
     total = tl.zeros((ROWS,), tl.float32)
     for begin in range(0, classes, BLOCK):
         c = begin + tl.arange(0, BLOCK)[None, :]
-        z = shifted(logits_ptr, shift_ptr, at + c, shift_at + c, kept[:, None] & (c < classes), scale)
+        z = shifted(
+            logits_ptr, shift_ptr, at + c, shift_at + c, kept[:, None] & (c < classes), scale
+        )
         higher = tl.maximum(peak, tl.max(z, axis=1))
         base = tl.where(higher == float("-inf"), 0.0, higher)
         total = total * tl.exp(peak - base) + tl.sum(tl.exp(z - base[:, None]), axis=1)
@@ -126,7 +128,14 @@ def gradient_kernel(
     target = tl.load(targets_ptr + row, mask=inside, other=0)
     kept = inside & (target != ignored)
     there = kept[:, None] & (c < classes)
-    z = shifted(logits_ptr, shift_ptr, row[:, None] * stride + c, row[:, None] * shift_stride + c, there, scale)
+    z = shifted(
+        logits_ptr,
+        shift_ptr,
+        row[:, None] * stride + c,
+        row[:, None] * shift_stride + c,
+        there,
+        scale,
+    )
     peak = tl.load(peak_ptr + row, mask=kept, other=0.0)
     log_sum = tl.load(log_sum_ptr + row, mask=kept, other=0.0)
     softmax = tl.exp((z - peak[:, None]) - log_sum[:, None])
@@ -144,13 +153,20 @@ def gradient_kernel(
     grad = tl.load(grad_ptr + row * grad_stride, mask=kept, other=0.0)
     by_class = tl.where(kept[:, None], grad[:, None] * (total[:, None] * softmax - goal), 0.0)
     to = grad_logits_ptr + row[:, None] * classes + c
-    tl.store(to, by_class.to(grad_logits_ptr.dtype.element_ty), mask=inside[:, None] & (c < classes))
+    tl.store(
+        to, by_class.to(grad_logits_ptr.dtype.element_ty), mask=inside[:, None] & (c < classes)
+    )
 
 
 def _check(op: str, logits, targets, shift, weight) -> None:
     require(op, "logits", logits)
     require(op, "shift", shift)
-    if logits.dim() != 2 or shift.shape != logits.shape or logits.shape[1] == 0 or targets.shape != logits.shape[:1]:
+    if (
+        logits.dim() != 2
+        or shift.shape != logits.shape
+        or logits.shape[1] == 0
+        or targets.shape != logits.shape[:1]
+    ):
         raise ValueError(
             f"{op} (Triton): logits and shift must be (N, K), K >= 1, and targets (N,), got {tuple(logits.shape)}, "
             f"{tuple(shift.shape)} and {tuple(targets.shape)}"
@@ -160,7 +176,9 @@ def _check(op: str, logits, targets, shift, weight) -> None:
     if targets.dtype != torch.int64 or not targets.is_contiguous():
         raise TypeError(f"{op} (Triton): targets must be int64, contiguous, got {targets.dtype}")
     if weight is not None and (weight.shape != logits.shape[1:] or weight.dtype != torch.float32):
-        raise ValueError(f"{op} (Triton): weight must be ({logits.shape[1]},) float32, got {tuple(weight.shape)}")
+        raise ValueError(
+            f"{op} (Triton): weight must be ({logits.shape[1]},) float32, got {tuple(weight.shape)}"
+        )
 
 
 def shifted_cross_entropy(
@@ -219,7 +237,9 @@ def shifted_cross_entropy_grad(
     _check("shifted_cross_entropy_grad", logits, targets, shift, weight)
     rows, classes = logits.shape
     # The interpreter's rounding to half precision is wrong.
-    grad_logits = torch.empty(rows, classes, dtype=torch.float32 if UPCAST else logits.dtype, device=logits.device)
+    grad_logits = torch.empty(
+        rows, classes, dtype=torch.float32 if UPCAST else logits.dtype, device=logits.device
+    )
     if rows:
         height, block = tile(classes)
         with guard(logits):

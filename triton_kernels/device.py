@@ -11,7 +11,9 @@ import triton
 from htv.groups import to_device_async
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-UPCAST = triton.knobs.runtime.interpret  # read when kernels are decorated: its half-precision arithmetic is wrong
+UPCAST = (
+    triton.knobs.runtime.interpret
+)  # read when kernels are decorated: its half-precision arithmetic is wrong
 DEVICE = "cpu" if UPCAST else "cuda"
 
 
@@ -52,7 +54,9 @@ def check_offsets(op: str, offsets: torch.Tensor, rows: int) -> None:
     if not offsets.is_cuda:
         bounds = offsets.tolist()
         if bounds[0] < 0 or bounds[-1] > rows or any(a > b for a, b in itertools.pairwise(bounds)):
-            raise ValueError(f"{op} (Triton): offsets must ascend within the {rows} rows, got {bounds}")
+            raise ValueError(
+                f"{op} (Triton): offsets must ascend within the {rows} rows, got {bounds}"
+            )
 
 
 def offsets_on(device: torch.device, offsets: torch.Tensor) -> torch.Tensor:

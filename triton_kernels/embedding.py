@@ -18,7 +18,10 @@ from htv.triton_kernels import device, product
 from htv.triton_kernels import statistic as streaming
 from htv.triton_kernels.stacked import DIGIT, DIGITS, LARGEST, midpoint, to_key, to_value
 
-STREAMING = {"BLOCK": 256, "num_warps": 2}  # features of a program: four for a thread, 16 bytes a store
+STREAMING = {
+    "BLOCK": 256,
+    "num_warps": 2,
+}  # features of a program: four for a thread, 16 bytes a store
 ORDER = {"BLOCK": 128, "num_warps": 2}  # which counts 15 digits of each
 MOST_KEYS = 2**63 - 1  # tokens times groups
 
@@ -32,7 +35,11 @@ def no_bucket(group_index, small, larger):
 def bucket(group_index, small, larger):
     """The bucket of a group, as torch.tensor_split makes them, and how many groups it has."""
     in_larger = larger * (small + 1)
-    found = tl.where(group_index < in_larger, group_index // (small + 1), larger + (group_index - in_larger) // small)
+    found = tl.where(
+        group_index < in_larger,
+        group_index // (small + 1),
+        larger + (group_index - in_larger) // small,
+    )
     return found, small + (found < larger).to(tl.int32)
 
 
@@ -167,7 +174,9 @@ def count_not_larger(state, v, nth, parameters):
     """How many keys are not larger than one, and the least of those that are."""
     (low_key,) = parameters
     key = to_key(v)
-    return state[0] + (key <= low_key).to(tl.int32), tl.minimum(state[1], tl.where(key > low_key, key, LARGEST))
+    return state[0] + (key <= low_key).to(tl.int32), tl.minimum(
+        state[1], tl.where(key > low_key, key, LARGEST)
+    )
 
 
 @triton.jit
@@ -188,7 +197,9 @@ def search(lookups, d, valid, rank, size, bucket_of: tl.constexpr, BLOCK: tl.con
         smaller = ()
         for _ in tl.static_range(1, DIGITS):
             smaller = smaller + (tl.zeros((BLOCK,), tl.int32),)
-        smaller, seen, _ = walk(lookups, d, valid, smaller, (found, shift), count_smaller, bucket_of)
+        smaller, seen, _ = walk(
+            lookups, d, valid, smaller, (found, shift), count_smaller, bucket_of
+        )
         fits = tl.zeros((BLOCK,), tl.int32)
         for digit in tl.static_range(1, DIGITS):
             zeros = tl.where(found + (digit << shift) > 0, size - seen, 0)
@@ -230,7 +241,10 @@ def order_kernel(
     if tl.max(is_open.to(tl.int32)) > 0:
         low_key = search(lookups, d, valid, low_rank, size, bucket_of, BLOCK)
         low, absent = to_value(low_key), size - seen
-        start = tl.where(low_key >= 0, absent, 0), tl.where((absent > 0) & (low_key < 0), 0, LARGEST)
+        start = (
+            tl.where(low_key >= 0, absent, 0),
+            tl.where((absent > 0) & (low_key < 0), 0, LARGEST),
+        )
         counted, _, _ = walk(lookups, d, valid, start, (low_key,), count_not_larger, bucket_of)
         not_larger = counted[0]
         if KIND == "median":
@@ -240,13 +254,21 @@ def order_kernel(
             high_key = search(lookups, d, valid, high_rank, size, bucket_of, BLOCK)
             high = to_value(high_key)
             start = tl.where(high_key <= 0, absent, 0), tl.zeros((BLOCK,), tl.float32)
-            counted, _, _ = walk(lookups, d, valid, start, (low_key, high_key), sum_inside, bucket_of)
-            tails = (not_larger - count).to(tl.float32) * low + (counted[0] - count).to(tl.float32) * high
-            inner = tl.where(low_key == high_key, (size - 2 * count).to(tl.float32) * low, counted[1] + tails)
+            counted, _, _ = walk(
+                lookups, d, valid, start, (low_key, high_key), sum_inside, bucket_of
+            )
+            tails = (not_larger - count).to(tl.float32) * low + (counted[0] - count).to(
+                tl.float32
+            ) * high
+            inner = tl.where(
+                low_key == high_key, (size - 2 * count).to(tl.float32) * low, counted[1] + tails
+            )
             if KIND == "trimmed_mean":
                 value = inner / (size - 2 * count)
             else:
-                value = tl.where(count > 0, inner + count.to(tl.float32) * (low + high), inner) / size
+                value = (
+                    tl.where(count > 0, inner + count.to(tl.float32) * (low + high), inner) / size
+                )
     tl.store(value_ptr + token * D + d, tl.where(nan != nan, nan, value * scale), mask=valid)
 
 
@@ -355,7 +377,9 @@ def embedding_contributions(
     lookups = grad_output.contiguous(), *_sorted(ids, group_index, num_embeddings, groups)
     grid = len(tokens), triton.cdiv(features, STREAMING["BLOCK"])
     with device.guard(grad_output):
-        contributions_kernel[grid](*lookups, tokens.contiguous(), out, features, len(tokens), **STREAMING)
+        contributions_kernel[grid](
+            *lookups, tokens.contiguous(), out, features, len(tokens), **STREAMING
+        )
     return out
 
 
@@ -367,13 +391,17 @@ def _require(op, grad_output, ids, group_index, num_embeddings, groups):
             f"{op} (Triton): wants grad_output (R, D), ids (R,) and voter (R,), "
             f"got {tuple(grad_output.shape)}, {tuple(ids.shape)} and {tuple(group_index.shape)}"
         )
-    if {ids.dtype, group_index.dtype} != {torch.int64} or {ids.device, group_index.device} != {grad_output.device}:
+    if {ids.dtype, group_index.dtype} != {torch.int64} or {ids.device, group_index.device} != {
+        grad_output.device
+    }:
         raise TypeError(
             f"{op} (Triton): ids and voter must be int64 on {grad_output.device}, "
             f"got {ids.dtype} on {ids.device} and {group_index.dtype} on {group_index.device}"
         )
     if num_embeddings < 0 or groups < 1 or num_embeddings * groups > MOST_KEYS:
-        raise ValueError(f"{op} (Triton): cannot tell {num_embeddings} tokens of {groups} groups apart")
+        raise ValueError(
+            f"{op} (Triton): cannot tell {num_embeddings} tokens of {groups} groups apart"
+        )
 
 
 def _sorted(ids, group_index, tokens, groups):

@@ -9,11 +9,17 @@ import torch
 from htv.rules import Statistic
 from htv.triton_kernels import configs, device, product
 
-MOST_FEATURES = 2**24  # times the rows of a block, within int32; blocks themselves start at int64 addresses
+MOST_FEATURES = (
+    2**24
+)  # times the rows of a block, within int32; blocks themselves start at int64 addresses
 
 
 def linear(
-    x: torch.Tensor, grad_output: torch.Tensor, offsets: torch.Tensor, statistic: Statistic, choice=None
+    x: torch.Tensor,
+    grad_output: torch.Tensor,
+    offsets: torch.Tensor,
+    statistic: Statistic,
+    choice=None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x (R, I), grad_output (R, O), offsets (E + 1,) -> value (O, I) fp32, mask_sum () fp64.
 
@@ -30,10 +36,14 @@ def linear(
         )
     (rows, inputs), outputs = x.shape, grad_output.shape[1]
     if max(inputs, outputs) > MOST_FEATURES:
-        raise ValueError(f"linear (Triton): at most {MOST_FEATURES} features, got {inputs} and {outputs}")
+        raise ValueError(
+            f"linear (Triton): at most {MOST_FEATURES} features, got {inputs} and {outputs}"
+        )
     device.check_offsets("linear", offsets, rows)
     if inputs == 0 or outputs == 0:
-        return x.new_zeros((outputs, inputs), dtype=torch.float32), x.new_zeros((), dtype=torch.float64)
+        return x.new_zeros((outputs, inputs), dtype=torch.float32), x.new_zeros(
+            (), dtype=torch.float64
+        )
     return product.aggregate(_factors(x, grad_output, offsets), statistic, choice)
 
 
@@ -48,7 +58,10 @@ def problem(
 
 
 def _factors(x: torch.Tensor, grad_output: torch.Tensor, offsets: torch.Tensor) -> product.Factors:
-    x, grad_output = (t if t.stride(1) == 1 and t.stride(0) >= t.shape[1] else t.contiguous() for t in (x, grad_output))
+    x, grad_output = (
+        t if t.stride(1) == 1 and t.stride(0) >= t.shape[1] else t.contiguous()
+        for t in (x, grad_output)
+    )
     return product.Factors(
         x,
         grad_output,

@@ -30,7 +30,9 @@ from htv.triton_kernels import statistic as streaming
 def load_rows(x_ptr, row, r, r_valid, i, i_valid, part, stride, GEOMETRY: tl.constexpr):
     """x[row + r, i] of a matrix: a linear layer's input. (BLOCK_R, BLOCK_I)"""
     offset = r[:, None] * stride + i[None, :]
-    return tl.load(x_ptr + row * stride + offset, mask=r_valid[:, None] & i_valid[None, :], other=0.0)
+    return tl.load(
+        x_ptr + row * stride + offset, mask=r_valid[:, None] & i_valid[None, :], other=0.0
+    )
 
 
 @triton.jit
@@ -60,9 +62,9 @@ def load_windows(x_ptr, row, r, r_valid, i, i_valid, part, stride, GEOMETRY: tl.
     dz = tap // (taps_H * taps_W) * GEOMETRY[16]
     dy = tap // taps_W % taps_H * GEOMETRY[17]
     dw = tap % taps_W * GEOMETRY[18]
-    offset = (((s * D + z) * H + y) * W + w)[:, None] * stride + (((dz * H + dy) * W + dw) * stride + i % width)[
-        None, :
-    ]
+    offset = (((s * D + z) * H + y) * W + w)[:, None] * stride + (
+        ((dz * H + dy) * W + dw) * stride + i % width
+    )[None, :]
     valid = r_valid[:, None] & i_valid[None, :]
     if GEOMETRY[13] > 0:
         valid &= (z[:, None] + dz[None, :] >= 0) & (z[:, None] + dz[None, :] < D)
@@ -135,9 +137,15 @@ def product_kernel(
     program = tl.program_id(0)
     tiles_o, tiles_i = tl.cdiv(height, BLOCK_O), tl.cdiv(width, BLOCK_I)
     tiles = tiles_o * tiles_i
-    tile, split, part = program % tiles, program // tiles % num_splits, program // tiles // num_splits
+    tile, split, part = (
+        program % tiles,
+        program // tiles % num_splits,
+        program // tiles // num_splits,
+    )
     # Programs that run together form a near-square patch of tiles, so that they share rows of x and g in L2.
-    tile_o, tile_i = tl.swizzle2d(tile // tiles_i, tile % tiles_i, tiles_o, tiles_i, TILES_PER_COLUMN)
+    tile_o, tile_i = tl.swizzle2d(
+        tile // tiles_i, tile % tiles_i, tiles_o, tiles_i, TILES_PER_COLUMN
+    )
     small, larger = num_groups // num_splits, num_groups % num_splits
     first = split * small + tl.minimum(split, larger)
     last = first + small + (split < larger).to(tl.int32)
@@ -216,7 +224,9 @@ def merge_kernel(
         groups = small + (split < larger).to(tl.int32)
         other = ()
         for word in tl.static_range(WORDS):
-            other = other + (tl.load(states_ptr + (word * num_splits + split) * size + at, valid, other=0.0),)
+            other = other + (
+                tl.load(states_ptr + (word * num_splits + split) * size + at, valid, other=0.0),
+            )
         state = merge(state, seen, other, groups)
         seen += groups
     value, mask = finalize(state, num_groups, count, votes, k, 0)
@@ -226,9 +236,13 @@ def merge_kernel(
 
 # -- the host's side -------------------------------------------------------------------------------
 
-SCRATCH_BYTES = 64 << 20  # contributions of a box of coordinates, or states of splits: about what L2 holds
+SCRATCH_BYTES = (
+    64 << 20
+)  # contributions of a box of coordinates, or states of splits: about what L2 holds
 MERGE_BLOCK = 256  # coordinates of a program
-LONG_GROUPS = 512  # rows from which writing and reading a contribution costs less than smaller tiles do
+LONG_GROUPS = (
+    512  # rows from which writing and reading a contribution costs less than smaller tiles do
+)
 
 
 class Factors(NamedTuple):
@@ -266,7 +280,15 @@ class Factors(NamedTuple):
     def problem(self, words: int) -> configs.Problem:
         capability, multiprocessors = device.capability(self.x.device)
         x, g = self.x, self.grad_output
-        sizes = (self.outputs, self.inputs, self.channels, x.stride(0), g.stride(0), x.data_ptr(), g.data_ptr())
+        sizes = (
+            self.outputs,
+            self.inputs,
+            self.channels,
+            x.stride(0),
+            g.stride(0),
+            x.data_ptr(),
+            g.data_ptr(),
+        )
         return configs.Problem(
             configs.architecture(capability),
             "half" if x.element_size() == 2 else precision(x.dtype).replace("ieee", "fp32"),
@@ -287,7 +309,9 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and allowed else "ieee"
 
 
-def aggregate(factors: Factors, statistic: Statistic, choice=None) -> tuple[torch.Tensor, torch.Tensor]:
+def aggregate(
+    factors: Factors, statistic: Statistic, choice=None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """E * stat of all groups' contributions: value (parts * outputs, inputs) fp32, mask_sum () fp64.
 
     choice: (Config, splits) instead of the table's.
@@ -300,7 +324,9 @@ def aggregate(factors: Factors, statistic: Statistic, choice=None) -> tuple[torc
     tiles to 32 x 32; recomputing the products for every digit of a search would cost eight times the product.
     """
     found = absorbed(factors, statistic)
-    value = factors.x.new_empty((factors.parts, factors.outputs, factors.inputs), dtype=torch.float32)
+    value = factors.x.new_empty(
+        (factors.parts, factors.outputs, factors.inputs), dtype=torch.float32
+    )
     if found is not None:
         mask_sum = _streaming(factors, statistic, found, value, choice)
     else:
@@ -314,7 +340,10 @@ def absorbed(factors: Factors, statistic: Statistic) -> streaming.Streaming | No
     name, count = statistic.name, statistic.count
     found = streaming.STREAMING.get(name) or streaming.extremes(name, count)
     if name not in streaming.STREAMING and count > 0 and found is not None:
-        if factors.groups <= stacked.MOST_SORTED and len(factors.grad_output) >= LONG_GROUPS * factors.groups:
+        if (
+            factors.groups <= stacked.MOST_SORTED
+            and len(factors.grad_output) >= LONG_GROUPS * factors.groups
+        ):
             return None
     return found
 
@@ -399,14 +428,20 @@ def _ranked(factors, statistic, value, choice):
         scratch = scratch if scratch.numel() >= splits * size else value.new_empty(splits * size)
         launch(some, box, scratch, scratch, result, found, statistic, config, splits)
         layout = value[first:last, top : top + height, left : left + width]
-        out = layout if layout.is_contiguous() else torch.empty_like(layout, memory_format=torch.contiguous_format)
+        out = (
+            layout
+            if layout.is_contiguous()
+            else torch.empty_like(layout, memory_format=torch.contiguous_format)
+        )
         load = stacked.one_sum if buckets else stacked.one_value
         stacked.ranked(scratch, factors.groups, size, statistic, out, float(factors.groups), load)
         if out is not layout:
             layout.copy_(out)
 
 
-def boxes(factors: Factors, planes: int) -> Iterator[tuple[tuple[int, int], tuple[int, int, int, int]]]:
+def boxes(
+    factors: Factors, planes: int
+) -> Iterator[tuple[tuple[int, int], tuple[int, int, int, int]]]:
     """((first part, last part), (top, left, height, width)) whose values fit `planes` times into SCRATCH_BYTES.
 
     Whole parts if possible, else whole columns; sides are multiples of 128, or of 16 where those do not fit.
@@ -437,6 +472,8 @@ def require_served(op: str, statistic: Statistic, groups: int) -> None:
         names = ", ".join((*streaming.STREAMING, *stacked.ORDER))
         raise ValueError(f"{op} (Triton): unknown statistic {name!r}, have {names}")
     if name in ("trimmed_mean", "winsorized_mean") and not 0 <= 2 * count < groups:
-        raise ValueError(f"{op} (Triton): {name} wants 0 <= 2 * count < groups, got count {count} of {groups} groups")
+        raise ValueError(
+            f"{op} (Triton): {name} wants 0 <= 2 * count < groups, got count {count} of {groups} groups"
+        )
     if name == "median_of_means" and not 1 <= count <= groups:
         raise ValueError(f"{op} (Triton): median_of_means wants 1 to {groups} buckets, got {count}")

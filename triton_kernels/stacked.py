@@ -68,7 +68,9 @@ def to_value(key):
 @triton.jit
 def one_value(grads_ptr, nth, groups, size, coordinates, at, valid):
     """The nth contribution, twice: the second is NaN where the result has to be."""
-    v = tl.load(grads_ptr + nth * tl.cast(coordinates, tl.int64) + at, mask=valid, other=0.0).to(tl.float32)
+    v = tl.load(grads_ptr + nth * tl.cast(coordinates, tl.int64) + at, mask=valid, other=0.0).to(
+        tl.float32
+    )
     return v, v
 
 
@@ -172,7 +174,17 @@ def sort_kernel(
 
 
 @triton.jit
-def search(grads_ptr, rank, groups, size, coordinates, at, valid, load_value: tl.constexpr, BLOCK: tl.constexpr):
+def search(
+    grads_ptr,
+    rank,
+    groups,
+    size,
+    coordinates,
+    at,
+    valid,
+    load_value: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """The key of a rank: the largest that at most `rank` keys are smaller than, found from its highest digit on."""
     found = tl.full((BLOCK,), -(2**31), tl.int32)
     for step in range(8):
@@ -184,7 +196,9 @@ def search(grads_ptr, rank, groups, size, coordinates, at, valid, load_value: tl
             v, poison = load_value(grads_ptr, nth, groups, size, coordinates, at, valid)
             key, counted = to_key(v), ()
             for digit in tl.static_range(1, DIGITS):
-                counted = counted + (smaller[digit - 1] + (key < found + (digit << shift)).to(tl.int32),)
+                counted = counted + (
+                    smaller[digit - 1] + (key < found + (digit << shift)).to(tl.int32),
+                )
             smaller = counted
         fits = tl.zeros((BLOCK,), tl.int32)
         for digit in tl.static_range(1, DIGITS):
@@ -227,7 +241,9 @@ def search_kernel(
         high = to_value(tl.where(not_larger > high_rank, low_key, next_key))
         value = tl.where(count == 0, midpoint(low, high), tl.where(count < 0, low, high))
     else:
-        high_key = search(grads_ptr, high_rank, groups, size, coordinates, at, valid, load_value, BLOCK)
+        high_key = search(
+            grads_ptr, high_rank, groups, size, coordinates, at, valid, load_value, BLOCK
+        )
         high = to_value(high_key)
         inside = tl.zeros((BLOCK,), tl.float32)
         not_smaller = tl.zeros((BLOCK,), tl.int32)
@@ -236,7 +252,9 @@ def search_kernel(
             key = to_key(v)
             not_smaller += (key >= high_key).to(tl.int32)
             inside += tl.where((key > low_key) & (key < high_key), v, 0.0)
-        inner = inside + ((not_larger - count).to(tl.float32) * low + (not_smaller - count).to(tl.float32) * high)
+        inner = inside + (
+            (not_larger - count).to(tl.float32) * low + (not_smaller - count).to(tl.float32) * high
+        )
         inner = tl.where(low_key == high_key, (size - 2 * count).to(tl.float32) * low, inner)
         if KIND == "trimmed_mean":
             value = inner / (size - 2 * count)
@@ -271,11 +289,31 @@ def ranked(
         if size <= MOST_SORTED:
             block = sort_block(size)
             sort_kernel[(triton.cdiv(coordinates, block),)](
-                values, value, coordinates, groups, scale, load, kind, size, count, block, num_warps=4
+                values,
+                value,
+                coordinates,
+                groups,
+                scale,
+                load,
+                kind,
+                size,
+                count,
+                block,
+                num_warps=4,
             )
         else:
             search_kernel[(triton.cdiv(coordinates, SEARCH_BLOCK),)](
-                values, value, coordinates, groups, size, count, scale, load, kind, SEARCH_BLOCK, num_warps=4
+                values,
+                value,
+                coordinates,
+                groups,
+                size,
+                count,
+                scale,
+                load,
+                kind,
+                SEARCH_BLOCK,
+                num_warps=4,
             )
 
 
@@ -283,7 +321,9 @@ def stacked(grads: torch.Tensor, statistic: Statistic) -> tuple[torch.Tensor, to
     """The op `stacked` of `htv.ops.schema`: grads (E, P) contiguous -> value (P,) fp32, mask_sum () fp64."""
     require("stacked", "grads", grads)
     if grads.dim() != 2 or not grads.is_contiguous() or len(grads) == 0:
-        raise ValueError(f"stacked (Triton): grads must be (E, P), contiguous, E >= 1, got {tuple(grads.shape)}")
+        raise ValueError(
+            f"stacked (Triton): grads must be (E, P), contiguous, E >= 1, got {tuple(grads.shape)}"
+        )
     groups, coordinates = grads.shape
     value = grads.new_empty(coordinates, dtype=torch.float32)
     if statistic.name in ORDER:

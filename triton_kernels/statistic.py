@@ -183,7 +183,9 @@ def update_extremes(state, c, nth, COUNT: tl.constexpr):
     for j in tl.static_range(COUNT):
         kept = kept + (tl.minimum(state[j], v),)
         v = tl.maximum(state[j], v)
-    v = tl.where(nth > COUNT, v, -float("inf"))  # until then it is the infinity that stood for no value
+    v = tl.where(
+        nth > COUNT, v, -float("inf")
+    )  # until then it is the infinity that stood for no value
     for j in tl.static_range(COUNT, 2 * COUNT):
         kept = kept + (tl.maximum(state[j], v),)
         v = tl.minimum(state[j], v)
@@ -211,7 +213,9 @@ STREAMING = {
     "mean": Streaming(init_one, update_sum, finalize_mean, merge_sums, 1),
     "and_mask": Streaming(init_two, update_sum_votes, finalize_and_mask, merge_sums, 2),
     "xor_mask": Streaming(init_two, update_sum_votes, finalize_xor_mask, merge_sums, 2),
-    "geometric_mean": Streaming(init_three, update_geometric_mean, finalize_geometric_mean, merge_sums, 3),
+    "geometric_mean": Streaming(
+        init_three, update_geometric_mean, finalize_geometric_mean, merge_sums, 3
+    ),
     "sand_mask": Streaming(init_three, update_sand_mask, finalize_sand_mask, merge_sand_mask, 3),
     "sign_sum": Streaming(init_one, update_votes, finalize_mean, merge_sums, 1),
     "sign_agreement": Streaming(init_one, update_votes, finalize_sign_agreement, merge_sums, 1),
@@ -240,7 +244,9 @@ def extremes(name: str, count: int) -> Streaming | None:
     if count == 0:
         return STREAMING["mean"]
     # The trimmed mean asks for neither the least nor the greatest between: the compiler drops them.
-    finalize, words = (finalize_trimmed_mean, 1) if name == "trimmed_mean" else (finalize_winsorized_mean, 3)
+    finalize, words = (
+        (finalize_trimmed_mean, 1) if name == "trimmed_mean" else (finalize_winsorized_mean, 3)
+    )
     return Streaming(init_extremes, update_extremes, finalize, None, 2 * count + words)
 
 

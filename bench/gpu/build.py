@@ -39,9 +39,13 @@ def missing() -> str:
         if tuple(map(int, re.findall(r"\d+", version)[:2])) < least:
             found.append(f"{name} {version} is too old: install {name} >= {wanted}")
     if not os.environ.get("HTV_GPU_LIBRARY") and nvcc() is None:
-        found.append("no nvcc: put it on PATH, set CUDA_HOME, or name a library built elsewhere in HTV_GPU_LIBRARY")
+        found.append(
+            "no nvcc: put it on PATH, set CUDA_HOME, or name a library built elsewhere in HTV_GPU_LIBRARY"
+        )
     if not os.environ.get("HTV_GPU_LIBRARY") and ninja() is None:
-        found.append("no ninja: install ninja, or name a library built elsewhere in HTV_GPU_LIBRARY")
+        found.append(
+            "no ninja: install ninja, or name a library built elsewhere in HTV_GPU_LIBRARY"
+        )
     if not found and capability() is None:
         found.append("torch sees no GPU: look at nvidia-smi, or use --dry")
     return "; ".join(found)
@@ -49,7 +53,9 @@ def missing() -> str:
 
 def nvcc() -> str | None:
     home = os.environ.get("CUDA_HOME")
-    return shutil.which(f"{home}/bin/nvcc" if home else "nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    return shutil.which(f"{home}/bin/nvcc" if home else "nvcc") or shutil.which(
+        "/usr/local/cuda/bin/nvcc"
+    )
 
 
 def ninja() -> str | None:
@@ -61,7 +67,9 @@ def capability() -> str | None:
     """90 for compute capability 9.0; None without a GPU that torch can use."""
     import torch
 
-    return "".join(map(str, torch.cuda.get_device_capability())) if torch.cuda.is_available() else None
+    return (
+        "".join(map(str, torch.cuda.get_device_capability())) if torch.cuda.is_available() else None
+    )
 
 
 def provide(seconds: float) -> str | None:

@@ -24,15 +24,22 @@ def check(job: step.Job) -> None:
     first = step.Child(MODULE, "--answer", dry=job.dry)
     parts = first.ask("list", min(60.0, job.left()))
     absent = "skipped" if job.dry else "failed"
-    found |= {f"{part}/all": {"status": absent, "error": error} for part, error in parts["absent"].items()}
-    found |= {f"{part}/all": {"status": "failed", "error": error} for part, error in parts["errors"].items()}
+    found |= {
+        f"{part}/all": {"status": absent, "error": error} for part, error in parts["absent"].items()
+    }
+    found |= {
+        f"{part}/all": {"status": "failed", "error": error}
+        for part, error in parts["errors"].items()
+    }
     names = spread(parts["cases"])
     waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
     for name in names:
         waiting.put(name)
     workers = 2 if job.dry else max(1, min(12, (os.cpu_count() or 4) - 3))
     children = [first] + [None] * (workers - 1)
-    threads = [threading.Thread(target=work, args=(job, waiting, found, child)) for child in children]
+    threads = [
+        threading.Thread(target=work, args=(job, waiting, found, child)) for child in children
+    ]
     for thread in threads:
         thread.start()
     while any(thread.is_alive() for thread in threads):
@@ -47,7 +54,9 @@ def spread(cases: dict[str, list[str]]) -> list[str]:
     return [name for _, name in sorted(placed, key=lambda item: item[0])]
 
 
-def work(job: step.Job, waiting: queue.SimpleQueue, found: dict[str, dict], child: step.Child | None) -> None:
+def work(
+    job: step.Job, waiting: queue.SimpleQueue, found: dict[str, dict], child: step.Child | None
+) -> None:
     """Asks a process, and another where that is lost, until nothing waits or no time is left."""
     while job.left() > 3:
         try:
@@ -75,9 +84,15 @@ def summary(names: list[str], found: dict[str, dict], dry: bool) -> dict:
     of = lambda status: {name: row for name, row in found.items() if row["status"] == status}
     wrong, skipped = of("failed"), of("skipped")
     dropped = [name for name in names if name not in found]
-    counts = {"passed": len(of("passed")), "failed": len(wrong), "skipped": len(skipped), "dropped": len(dropped)}
+    counts = {
+        "passed": len(of("passed")),
+        "failed": len(wrong),
+        "skipped": len(skipped),
+        "dropped": len(dropped),
+    }
     parts = {
-        name.partition("/")[0]: {"passed": 0, "failed": 0, "skipped": 0, "dropped": 0} for name in [*names, *found]
+        name.partition("/")[0]: {"passed": 0, "failed": 0, "skipped": 0, "dropped": 0}
+        for name in [*names, *found]
     }
     for name in {*names, *found}:
         parts[name.partition("/")[0]][found.get(name, {}).get("status", "dropped")] += 1

@@ -17,7 +17,9 @@ def save(job: step.Job) -> None:
     found = facts(job.dry)
     job.save(found)
     if not job.dry and not found["gpu"]["cuda_ops"]:
-        raise SystemExit(f"no CUDA kernels: {backend.NOT_BUILT or 'the library was built without them'}")
+        raise SystemExit(
+            f"no CUDA kernels: {backend.NOT_BUILT or 'the library was built without them'}"
+        )
 
 
 def facts(dry: bool) -> dict:
@@ -36,7 +38,9 @@ def facts(dry: bool) -> dict:
             **asked("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit"),
         }
     if nvcc():
-        words = subprocess.run([nvcc(), "--version"], capture_output=True, text=True, check=False).stdout
+        words = subprocess.run(
+            [nvcc(), "--version"], capture_output=True, text=True, check=False
+        ).stdout
         gpu["nvcc"] = next(iter(re.findall(r"release ([\d.]+)", words)), "unknown")
     return {"machine": env_info.describe("cpu" if dry else "cuda"), "gpu": gpu}
 
@@ -44,8 +48,15 @@ def facts(dry: bool) -> dict:
 def asked(*fields: str) -> dict[str, str]:
     """What nvidia-smi says; nothing where it does not answer."""
     try:
-        command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "--id=0"]
-        words = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+        command = [
+            "nvidia-smi",
+            f"--query-gpu={','.join(fields)}",
+            "--format=csv,noheader",
+            "--id=0",
+        ]
+        words = subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=20
+        ).stdout
     except (OSError, subprocess.SubprocessError):
         return {}
     return dict(zip(fields, (value.strip() for value in words.strip().split(",")), strict=False))

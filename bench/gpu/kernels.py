@@ -47,14 +47,18 @@ class Problem:
     servers: tuple[str, ...] = ("triton",)
 
 
-def linear(name: str, device: str, dtype: torch.dtype, groups: int, rows: int, outputs: int, inputs: int) -> Problem:
+def linear(
+    name: str, device: str, dtype: torch.dtype, groups: int, rows: int, outputs: int, inputs: int
+) -> Problem:
     """`rows` per group."""
     x, g = (torch.randn(groups * rows, n, device=device, dtype=dtype) for n in (inputs, outputs))
     bounds = torch.arange(groups + 1) * rows
     ruled = lambda rule: htv.linear_grad(x, g, rule, cu_seqlens=bounds)
     moved = x.element_size() * (x.numel() + g.numel() + outputs * inputs)
     servers = ("cuda", "triton") if rows == 1 else ("triton",)
-    return Problem(name, dtype, lambda: g.t() @ x, ruled, groups * rows * outputs * inputs, moved, servers)
+    return Problem(
+        name, dtype, lambda: g.t() @ x, ruled, groups * rows * outputs * inputs, moved, servers
+    )
 
 
 def conv(
@@ -75,21 +79,31 @@ def conv(
     options = ((1, 1), (pad, pad), (1, 1), False, (0, 0), parts, (False, True, False))
     plain = lambda: torch.ops.aten.convolution_backward(g, x, weight, None, *options)[1]
     factors = ConvFactors(
-        x, g, (kernel, kernel), ConvGeometry(1, pad, 1, parts, 2), GroupedRows(Groups.each(groups), BatchLayout(0))
+        x,
+        g,
+        (kernel, kernel),
+        ConvGeometry(1, pad, 1, parts, 2),
+        GroupedRows(Groups.each(groups), BatchLayout(0)),
     )
     moved = x.element_size() * (x.numel() + g.numel() + weight.numel())
     products = groups * size**2 * weight.numel()
-    return Problem(name, dtype, plain, lambda rule: aggregate.aggregate([factors], rule), products, moved)
+    return Problem(
+        name, dtype, plain, lambda rule: aggregate.aggregate([factors], rule), products, moved
+    )
 
 
-def embedding(name: str, device: str, dtype: torch.dtype, groups: int, rows: int, tokens: int, width: int) -> Problem:
+def embedding(
+    name: str, device: str, dtype: torch.dtype, groups: int, rows: int, tokens: int, width: int
+) -> Problem:
     """`rows` lookups per group."""
     ids = torch.randint(0, tokens, (groups * rows,), device=device)
     grad = torch.randn(groups * rows, width, device=device, dtype=dtype)
     plain = lambda: torch.ops.aten.embedding_dense_backward(grad, ids, tokens, -1, False)
     bounds = torch.arange(groups + 1) * rows
     ruled = lambda rule: aggregate.aggregate([EmbeddingFactors(ids, grad, bounds, tokens)], rule)
-    return Problem(name, dtype, plain, ruled, 0.0, grad.element_size() * (grad.numel() + tokens * width))
+    return Problem(
+        name, dtype, plain, ruled, 0.0, grad.element_size() * (grad.numel() + tokens * width)
+    )
 
 
 def problems(dry: bool) -> list[Callable[[], Problem]]:
@@ -107,19 +121,32 @@ def problems(dry: bool) -> list[Callable[[], Problem]]:
         partial(linear, "one-row-fp32", device, single, many, 1, wide, wide),
         partial(conv, "conv-3x3", device, half, images, few, large, 3),
         partial(conv, "conv-3x3-deep", device, half, images, deep, small, 3),
-        partial(conv, "conv-depthwise", device, half, images, more, middle, 7 if not dry else 3, True),
+        partial(
+            conv, "conv-depthwise", device, half, images, more, middle, 7 if not dry else 3, True
+        ),
         partial(embedding, "embedding", device, half, groups, rows, tokens, narrow),
     ]
 
 
 def stacked(dry: bool) -> list[Stacked]:
-    return [Stacked(groups, 64 << 20, "cuda") if not dry else Stacked(groups, 300, "cpu") for groups in (3, 16, 64)]
+    return [
+        Stacked(groups, 64 << 20, "cuda") if not dry else Stacked(groups, 300, "cpu")
+        for groups in (3, 16, 64)
+    ]
 
 
 def measure(job: step.Job) -> None:
     """Saves {"ceilings", "workloads"} after every workload."""
-    names = ["ceilings", *(w.name for w in stacked(job.dry)), *(make.args[0] for make in problems(job.dry))]
-    found = {"workloads": {name: {"kind": "kernel", "error": step.NO_TIME, "variants": {}} for name in names[1:]}}
+    names = [
+        "ceilings",
+        *(w.name for w in stacked(job.dry)),
+        *(make.args[0] for make in problems(job.dry)),
+    ]
+    found = {
+        "workloads": {
+            name: {"kind": "kernel", "error": step.NO_TIME, "variants": {}} for name in names[1:]
+        }
+    }
 
     def took(name: str, rows: dict) -> None:
         if name == "ceilings":
@@ -138,7 +165,9 @@ def add_floor(workload: dict, rates: dict) -> None:
     rate = rates.get(f"multiply_adds_per_s_{workload['dtype']}")
     if rate is None or "bytes_per_s" not in rates:
         return
-    workload["floor_ms"] = 1e3 * max(workload["multiply_adds"] / rate, workload["bytes"] / rates["bytes_per_s"])
+    workload["floor_ms"] = 1e3 * max(
+        workload["multiply_adds"] / rate, workload["bytes"] / rates["bytes_per_s"]
+    )
     for row in workload["variants"].values():
         if "ms" in row:
             row["of_floor"] = workload["floor_ms"] / row["ms"]
@@ -167,7 +196,9 @@ class Turns:
         once = {name: timed(run) for name, run in self.steps.items()}
         often = {name: run for name, run in self.steps.items() if once[name] < SLOW}
         seconds, rounds = (SECONDS, ROUNDS) if not self.dry else (0.0, (2, 2))
-        return {name: Timing.of([once[name]]) for name in once} | take_turns(often, seconds, rounds, clock=timed)
+        return {name: Timing.of([once[name]]) for name in once} | take_turns(
+            often, seconds, rounds, clock=timed
+        )
 
 
 class Ceilings:
@@ -180,11 +211,22 @@ class Ceilings:
         device = "cpu" if self.dry else "cuda"
         size, length = (8192, 1 << 30) if not self.dry else (32, 1 << 12)
         source, target = torch.randn(length, device=device), torch.empty(length, device=device)
-        found = {"bytes_per_s": 8e3 * length / self._milliseconds(lambda: target.copy_(source)), "dry": self.dry}
+        found = {
+            "bytes_per_s": 8e3 * length / self._milliseconds(lambda: target.copy_(source)),
+            "dry": self.dry,
+        }
         allowed = torch.backends.cuda.matmul.allow_tf32
-        for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("tf32", None), ("fp32", torch.float32)):
+        for name, dtype in (
+            ("bf16", torch.bfloat16),
+            ("fp16", torch.float16),
+            ("tf32", None),
+            ("fp32", torch.float32),
+        ):
             torch.backends.cuda.matmul.allow_tf32 = dtype is None
-            a, b = (torch.randn(size, size, device=device, dtype=dtype or torch.float32) for _ in range(2))
+            a, b = (
+                torch.randn(size, size, device=device, dtype=dtype or torch.float32)
+                for _ in range(2)
+            )
             found[f"multiply_adds_per_s_{name}"] = 1e3 * size**3 / self._milliseconds(lambda: a @ b)
         torch.backends.cuda.matmul.allow_tf32 = allowed
         return found
@@ -199,7 +241,9 @@ class OfProblem:
         steps: dict[str, Step] = {"plain": problem.plain}
         for name, rule in list(RULES.items())[: 1 if few else None]:
             steps[name] = self._by("auto", rule)
-            steps |= {f"{name}@{server}": self._by(server, rule) for server in problem.servers if not few}
+            steps |= {
+                f"{name}@{server}": self._by(server, rule) for server in problem.servers if not few
+            }
         self.turns = Turns(steps, dry)
 
     def _by(self, server: str, rule: Rule) -> Step:
@@ -222,24 +266,36 @@ class OfProblem:
             }
             for name, time in times.items()
         }
-        facts = {"dtype": SHORT[problem.dtype], "multiply_adds": problem.multiply_adds, "bytes": problem.bytes}
+        facts = {
+            "dtype": SHORT[problem.dtype],
+            "multiply_adds": problem.multiply_adds,
+            "bytes": problem.bytes,
+        }
         return {"kind": "kernel", "unit": "plain", **facts, "variants": rows | self.turns.errors}
 
 
 class OfStacked:
     def __init__(self, workload: Stacked, dry: bool):
         self.workload, self.dry = workload, dry
-        wanted = ["copy", *workload.rules(), "torch:mean"] + ["torch:median"] * (workload.groups < 10)
+        wanted = ["copy", *workload.rules(), "torch:mean"] + ["torch:median"] * (
+            workload.groups < 10
+        )
         self.turns = Turns({variant: workload.prepare(variant) for variant in wanted}, dry)
 
     def measure(self) -> dict:
         workload, times = self.workload, self.turns.times()
         rows = {
-            variant: times_over(times["copy"], time) | bandwidth(workload, variant, times) | {"dry": self.dry}
+            variant: times_over(times["copy"], time)
+            | bandwidth(workload, variant, times)
+            | {"dry": self.dry}
             for variant, time in times.items()
         }
         facts = {"kind": workload.kind, "unit": "copy", **workload.facts()}
-        return facts | {"variants": {v: rows.get(v) or self.turns.errors[v] for v in [*rows, *self.turns.errors]}}
+        return facts | {
+            "variants": {
+                v: rows.get(v) or self.turns.errors[v] for v in [*rows, *self.turns.errors]
+            }
+        }
 
 
 def prepared(name: str, dry: bool, few: bool) -> step.Prepared:
@@ -253,6 +309,8 @@ def prepared(name: str, dry: bool, few: bool) -> step.Prepared:
 
 if __name__ == "__main__":
     if "--answer" in sys.argv:
-        step.answer_preparations(lambda name: prepared(name, "--dry" in sys.argv, "--few" in sys.argv))
+        step.answer_preparations(
+            lambda name: prepared(name, "--dry" in sys.argv, "--few" in sys.argv)
+        )
     else:
         step.main(measure)

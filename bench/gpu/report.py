@@ -26,13 +26,17 @@ def markdown(record: dict) -> str:
         ("## Training steps beside plain ones", training(record)),
         ("## What failed", report.failures(record)),
     ]
-    return "\n\n".join("\n\n".join(filter(None, section)) for section in sections if section[1]) + "\n"
+    return (
+        "\n\n".join("\n\n".join(filter(None, section)) for section in sections if section[1]) + "\n"
+    )
 
 
 def machine(record: dict) -> str:
     gpu, facts = record.get("gpu", {}), record.get("machine", {})
     versions = (
-        ", ".join(f"{name} {facts['versions'][name]}" for name in ("torch", "triton")) if facts else "no versions"
+        ", ".join(f"{name} {facts['versions'][name]}" for name in ("torch", "triton"))
+        if facts
+        else "no versions"
     )
     known = {"driver_version": "driver", "cuda": "CUDA", "nvcc": "nvcc", "clocks.max.sm": "at most"}
     more = "".join(f", {words} {gpu[key]}" for key, words in known.items() if gpu.get(key))
@@ -50,13 +54,20 @@ def targets(record: dict) -> str | None:
             verdict = "dry run"
         else:
             verdict = "met" if target.met(record) else "**not met**"
-        rows.append([*report.target_cells(target), "-" if value is None else f"{value:.2f}", verdict])
+        rows.append(
+            [*report.target_cells(target), "-" if value is None else f"{value:.2f}", verdict]
+        )
     return report.table(report.TARGET_HEAD, rows)
 
 
 def steps(record: dict) -> str | None:
     rows = [
-        [name, row["status"], f"{row['seconds']:.0f} s" if "seconds" in row else "", row.get("error", "")]
+        [
+            name,
+            row["status"],
+            f"{row['seconds']:.0f} s" if "seconds" in row else "",
+            row.get("error", ""),
+        ]
         for name, row in record["steps"].items()
     ]
     return report.table(["step", "", "took", ""], rows)
@@ -67,9 +78,14 @@ def correctness(record: dict) -> str | None:
         return None
     found = record["correctness"]
     head = ["part", *found["counts"]]
-    text = report.table(head, [[part, *map(str, counts.values())] for part, counts in found["parts"].items()])
+    text = report.table(
+        head, [[part, *map(str, counts.values())] for part, counts in found["parts"].items()]
+    )
     wrong = [f"- {name}: `{error}`" for name, error in found["wrong"].items()]
-    wrong += [f"- {tool}: `{error}`" for tool, error in record.get("sanitizer", {}).get("wrong", {}).items()]
+    wrong += [
+        f"- {tool}: `{error}`"
+        for tool, error in record.get("sanitizer", {}).get("wrong", {}).items()
+    ]
     return "\n".join([text or "No case ran.", "", *wrong]).strip()
 
 
@@ -113,12 +129,24 @@ def training(record: dict) -> str | None:
                 spread = "-".join(f"{ms:.4g}" for ms in row["ms_quartiles"])
                 memory = f"{row['peak_bytes'] / 1e9:.2f} GB" if "peak_bytes" in row else "-"
                 over = report.times(row["peak_ratio"]) if "peak_ratio" in row else "-"
-                rows.append([name, variant, f"{row['ms']:.4g} ms", spread, report.times(row["ratio"]), memory, over])
+                rows.append(
+                    [
+                        name,
+                        variant,
+                        f"{row['ms']:.4g} ms",
+                        spread,
+                        report.times(row["ratio"]),
+                        memory,
+                        over,
+                    ]
+                )
             else:
                 rows.append([name, variant, "fails", "", "", "", ""])
         if "error" in workload:
             rows.append([name, workload["error"], "", "", "", "", ""])
-    return report.table(["step", "rule", "time", "quartiles", "over plain", "peak memory", "over plain"], rows)
+    return report.table(
+        ["step", "rule", "time", "quartiles", "over plain", "peak memory", "over plain"], rows
+    )
 
 
 def main(path: Path) -> None:
@@ -126,7 +154,11 @@ def main(path: Path) -> None:
     record = json.loads(path.read_text())
     replace_text(path.with_suffix(".md"), markdown(record))
     print(report.on_screen(targets(record) or ""))
-    print(DRY.strip("*") if record["dry"] else "", f"Written: {path.with_suffix('.md')}, {path}", sep="\n")
+    print(
+        DRY.strip("*") if record["dry"] else "",
+        f"Written: {path.with_suffix('.md')}, {path}",
+        sep="\n",
+    )
 
 
 if __name__ == "__main__":

@@ -103,9 +103,18 @@ def wait(child: subprocess.Popen, seconds: float, dry: bool) -> int:
 
 def main() -> int:
     options = parsed()
-    out = Path(os.environ.get("OUT") or options.out or ROOT / ("bench-results" if options.dry else "bench/results"))
+    out = Path(
+        os.environ.get("OUT")
+        or options.out
+        or ROOT / ("bench-results" if options.dry else "bench/results")
+    )
     out.mkdir(parents=True, exist_ok=True)
-    record = {"command": " ".join(["bench/gpu.sh", *sys.argv[1:]]), "dry": options.dry, "date": now(), "steps": {}}
+    record = {
+        "command": " ".join(["bench/gpu.sh", *sys.argv[1:]]),
+        "dry": options.dry,
+        "date": now(),
+        "steps": {},
+    }
     clock = Clock(options.dry)
     minutes = options.minutes or (DRY_MINUTES if options.dry else MINUTES)
     with tempfile.TemporaryDirectory() as scratch:
@@ -113,7 +122,9 @@ def main() -> int:
             if options.only and step.name not in options.only:
                 record["steps"][step.name] = {"status": "left out"}
                 continue
-            later = sum(s.least for s in STEPS[index + 1 :] if not options.only or s.name in options.only)
+            later = sum(
+                s.least for s in STEPS[index + 1 :] if not options.only or s.name in options.only
+            )
             left = 60 * minutes - clock.spent() - later - REPORTING
             seconds = min(step.dry if options.dry else step.most, left)
             if seconds < min(step.least, 10):
@@ -121,7 +132,9 @@ def main() -> int:
             else:
                 outcome, found = run(step, seconds, options.dry, Path(scratch), scratch_log(out))
             record["steps"][step.name] = outcome
-            record |= found | {"workloads": record.get("workloads", {}) | found.get("workloads", {})}
+            record |= found | {
+                "workloads": record.get("workloads", {}) | found.get("workloads", {})
+            }
             say(step.name, outcome, found)
             write(record, out)
         logged(out, record)
@@ -139,14 +152,18 @@ def parsed() -> argparse.Namespace:
         prog="bench/gpu.sh", description="Build, check and measure on a GPU; write a record."
     )
     parser.add_argument(
-        "--dry", action="store_true", help="no GPU: tiny sizes, emulator and interpreter; no number counts"
+        "--dry",
+        action="store_true",
+        help="no GPU: tiny sizes, emulator and interpreter; no number counts",
     )
     parser.add_argument(
         "--minutes",
         type=float,
         help=f"within which it ends (default: {MINUTES}; dry: {DRY_MINUTES:.0f}, of processor time)",
     )
-    parser.add_argument("--only", nargs="+", choices=[s.name for s in STEPS], help="these steps alone")
+    parser.add_argument(
+        "--only", nargs="+", choices=[s.name for s in STEPS], help="these steps alone"
+    )
     parser.add_argument("--out", help="folder for the record, unless OUT names one")
     return parser.parse_args()
 
@@ -173,7 +190,10 @@ def run(step: Step, seconds: float, dry: bool, scratch: Path, log: Path) -> tupl
             end(child)
     outcome = {"status": "done", "seconds": round(time.monotonic() - begin, 1)}
     if status != 0:
-        outcome |= {"status": "failed", "error": error or f"status {status}: {last_line(log, start)}"}
+        outcome |= {
+            "status": "failed",
+            "error": error or f"status {status}: {last_line(log, start)}",
+        }
     found = json.loads(result.read_text()) if result.is_file() else {}
     if found.get("skipped"):
         outcome |= {"status": "skipped", "error": found.pop("skipped")}
@@ -195,8 +215,17 @@ def end(child: subprocess.Popen) -> None:
 
 
 def environment(dry: bool = False) -> dict[str, str]:
-    paths = [ROOT, ROOT / "tests", ROOT / "tests" / "triton_kernels", os.environ.get("PYTHONPATH", "")]
-    found = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, filter(None, paths))), "PYTHONUNBUFFERED": "1"}
+    paths = [
+        ROOT,
+        ROOT / "tests",
+        ROOT / "tests" / "triton_kernels",
+        os.environ.get("PYTHONPATH", ""),
+    ]
+    found = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(map(str, filter(None, paths))),
+        "PYTHONUNBUFFERED": "1",
+    }
     found.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     found.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "4")  # several processes compile at once
     if dry:
@@ -244,8 +273,14 @@ def logged(out: Path, record: dict) -> None:
 
 def succeeded(record: dict) -> bool:
     """Whether every step that decides was done and found nothing wrong; targets decide nothing."""
-    asked = [step for step in STEPS if step.decides and record["steps"].get(step.name, {}).get("status") != "left out"]
-    ended = all(record["steps"].get(step.name, {}).get("status") in ("done", "skipped") for step in asked)
+    asked = [
+        step
+        for step in STEPS
+        if step.decides and record["steps"].get(step.name, {}).get("status") != "left out"
+    ]
+    ended = all(
+        record["steps"].get(step.name, {}).get("status") in ("done", "skipped") for step in asked
+    )
     wrong = record.get("correctness", {}).get("wrong") or record.get("sanitizer", {}).get("wrong")
     return ended and not wrong
 
@@ -254,12 +289,16 @@ def say(name: str, outcome: dict, found: dict) -> None:
     """A line or a few: a machine may keep no more than the end of what was printed."""
     seconds = f"{outcome['seconds']:6.1f} s" if "seconds" in outcome else " " * 8
     print(
-        f"{name:12} {seconds}  {outcome['status']}" + (f": {outcome['error']}" if "error" in outcome else ""),
+        f"{name:12} {seconds}  {outcome['status']}"
+        + (f": {outcome['error']}" if "error" in outcome else ""),
         flush=True,
     )
     part = found.get(name, {})
     if "counts" in part:
-        print(" " * 23 + ", ".join(f"{number} {what}" for what, number in part["counts"].items()), flush=True)
+        print(
+            " " * 23 + ", ".join(f"{number} {what}" for what, number in part["counts"].items()),
+            flush=True,
+        )
     for case, error in list(part.get("wrong", {}).items())[:10]:
         print(f"{'':23}{case}: {error[:200]}", flush=True)
 

@@ -21,7 +21,9 @@ def sanitize(job: step.Job) -> None:
     if reason:
         calls = run_all(job.dry) if job.dry else {}
         wrong = {name: error for name, error in calls.items() if error}
-        job.save({"skipped": reason, "sanitizer": {"dry": job.dry, "calls": list(calls), "wrong": wrong}})
+        job.save(
+            {"skipped": reason, "sanitizer": {"dry": job.dry, "calls": list(calls), "wrong": wrong}}
+        )
         return
     running = {tool: start(tool) for tool in TOOLS}
     wrong, counts = {}, {}
@@ -51,7 +53,9 @@ def why_not() -> str | None:
 
 
 def tool_path() -> str | None:
-    return shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    return shutil.which("compute-sanitizer") or shutil.which(
+        "/usr/local/cuda/bin/compute-sanitizer"
+    )
 
 
 def start(tool: str) -> subprocess.Popen:
@@ -59,7 +63,9 @@ def start(tool: str) -> subprocess.Popen:
     command += [sys.executable, "-m", "htv.bench.gpu.sanitizer", "--call"]
     # every tensor in memory of its own: an address beyond it is then nobody's
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    )
 
 
 def run_all(dry: bool) -> dict[str, str | None]:
@@ -73,7 +79,10 @@ def run_all(dry: bool) -> dict[str, str | None]:
             found[name] = None
         except Exception as error:
             found[name] = f"{type(error).__name__}: {error}"
-        print(f"called: {name}" if found[name] is None else f"wrong: {name}: {found[name]}", flush=True)
+        print(
+            f"called: {name}" if found[name] is None else f"wrong: {name}: {found[name]}",
+            flush=True,
+        )
     return found
 
 

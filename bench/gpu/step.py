@@ -71,7 +71,9 @@ class Child:
     def __init__(self, module: str, *arguments: str, dry: bool = False):
         self._dry = dry
         command = [sys.executable, "-m", module, *arguments]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         self._lines: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
 
@@ -178,7 +180,9 @@ def one_by_one(job: Job, module: str, names: list[str], took: Callable[[str, dic
             child = Child(module, *flags(job), "--few")
             try:
                 _asked(child, f"prepare {name}", job.left() - 10)
-                _measured(job, child, name, lambda name, rows: took(name, rows | {"error": lost[name]}))
+                _measured(
+                    job, child, name, lambda name, rows: took(name, rows | {"error": lost[name]})
+                )
             except Lost as error:
                 took(name, {"error": f"{lost[name]}; then {error}"})
             child.end()

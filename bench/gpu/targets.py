@@ -16,8 +16,15 @@ TARGETS = (
     Target("weight-gradient", "and-mask", "ratio", most=1.15),
     Target("weight-gradient", "median", "ratio", most=2.5),
     *(Target(workload, "and-mask", "ratio", most=most) for workload, (most, _, _) in STEPS.items()),
-    *(Target(workload, "median", "ratio", most=most) for workload, (_, most, _) in STEPS.items() if most),
-    *(Target(workload, "and-mask", "peak_ratio", most=most) for workload, (_, _, most) in STEPS.items()),
+    *(
+        Target(workload, "median", "ratio", most=most)
+        for workload, (_, most, _) in STEPS.items()
+        if most
+    ),
+    *(
+        Target(workload, "and-mask", "peak_ratio", most=most)
+        for workload, (_, _, most) in STEPS.items()
+    ),
     Target("stacked-3", "median", "of_copy", least=0.85),
     Target("stacked-16", "median", "of_copy", least=0.80),
     Target("stacked-64", "median", "of_copy", least=0.60),

@@ -54,7 +54,9 @@ class DeviceStep(TrainingStep):
         return run
 
     def called(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
-        return torch.compile(model, fullgraph=True, backend=self.compiler) if self.compiler else model
+        return (
+            torch.compile(model, fullgraph=True, backend=self.compiler) if self.compiler else model
+        )
 
     def _seeded(self) -> tuple[nn.Module, Tensor, Tensor]:
         torch.manual_seed(0)
@@ -69,7 +71,14 @@ class DeviceStep(TrainingStep):
 class Sizes:
     """Of every model and batch."""
 
-    language: tuple[int, ...] = (50257, 768, 12, 12, 1024, 4)  # vocabulary, width, heads, layers, context, expansion
+    language: tuple[int, ...] = (
+        50257,
+        768,
+        12,
+        12,
+        1024,
+        4,
+    )  # vocabulary, width, heads, layers, context, expansion
     text: tuple[int, int] = (16, 1024)
     llama: tuple[int, ...] = (2048, 32, 8192)  # width, heads, hidden
     layers: int = 16
@@ -80,12 +89,18 @@ class Sizes:
     images: tuple[int, ...] = (128, 3, 224, 224)
 
 
-TINY = Sizes((29, 16, 2, 1, 8, 2), (4, 8), (16, 2, 24), 2, (3, 8), 12, 6, (4, 10, 2), (2, 3, 32, 32))
+TINY = Sizes(
+    (29, 16, 2, 1, 8, 2), (4, 8), (16, 2, 24), 2, (3, 8), 12, 6, (4, 10, 2), (2, 3, 32, 32)
+)
 
 
 def workloads(dry: bool) -> dict[str, DeviceStep]:
     """What targets are about first."""
-    size, common = (TINY, {"device": "cpu", "winsorize": 1}) if dry else (Sizes(), {"device": "cuda", "winsorize": 1})
+    size, common = (
+        (TINY, {"device": "cpu", "winsorize": 1})
+        if dry
+        else (Sizes(), {"device": "cuda", "winsorize": 1})
+    )
     compiled = common | {"compiler": "aot_eager" if dry else "inductor"}
     single = {"dtype": torch.float32}
     by = ("and-mask@cuda", "and-mask@triton", "median@cuda", "median@triton")
@@ -95,14 +110,22 @@ def workloads(dry: bool) -> dict[str, DeviceStep]:
     mlp = lambda: models.mlp((size.mlp,) * 4, nn.ReLU, norm=False)
     resnet = lambda: models.ResNet50(*size.resnet)
     text = lambda: tuple(torch.randint(0, size.language[0], size.text) for _ in range(2))
-    passages = lambda: (torch.randn(*size.passages, size.llama[0]), torch.randint(0, size.llama[0], size.passages))
-    vectors = lambda: (torch.randn(size.vectors, size.mlp), torch.randint(0, size.mlp, (size.vectors,)))
+    passages = lambda: (
+        torch.randn(*size.passages, size.llama[0]),
+        torch.randint(0, size.llama[0], size.passages),
+    )
+    vectors = lambda: (
+        torch.randn(size.vectors, size.mlp),
+        torch.randint(0, size.mlp, (size.vectors,)),
+    )
     images = lambda: (torch.randn(size.images), torch.randint(0, size.resnet[1], size.images[:1]))
 
     found = (
         DeviceStep("gpt2-small", language, text, **common, measured=(*RULES, *PEERS)),
         DeviceStep("mlp-4096", mlp, vectors, **common, **single, measured=(*RULES, *by, *PEERS)),
-        DeviceStep("resnet50", resnet, images, **common, channels_last=True, measured=(*RULES, *PEERS)),
+        DeviceStep(
+            "resnet50", resnet, images, **common, channels_last=True, measured=(*RULES, *PEERS)
+        ),
         DeviceStep("llama-1b", llama, passages, **common, measured=(*RULES, "vmap:and-mask")),
         DeviceStep("gpt2-small-compiled", language, text, **compiled),
         DeviceStep("mlp-4096-bf16", mlp, vectors, **common, measured=(*RULES, *by)),
@@ -115,7 +138,10 @@ def workloads(dry: bool) -> dict[str, DeviceStep]:
 def measure(job: step.Job) -> None:
     """Saves {"workloads", "peers"} after every workload."""
     names = list(workloads(job.dry))
-    found = {name: {"kind": "step", "unit": "plain", "error": step.NO_TIME, "variants": {}} for name in names}
+    found = {
+        name: {"kind": "step", "unit": "plain", "error": step.NO_TIME, "variants": {}}
+        for name in names
+    }
     peers = {name: version(distribution) for name, distribution in DISTRIBUTIONS.items()}
 
     def took(name: str, rows: dict) -> None:
@@ -138,8 +164,12 @@ class Prepared:
         self.times: dict[str, Timing] = {}  # a single call of those that take long
         self.rows: dict[str, dict] = {}
         own = [variant for variant in workload.variants if variant not in workload.peers]
-        self.peers = [variant for variant in workload.variants if variant in workload.peers and not few]
-        workload.prepare("plain")()  # libraries allocate their workspaces at first use: not what is measured
+        self.peers = [
+            variant for variant in workload.variants if variant in workload.peers and not few
+        ]
+        workload.prepare(
+            "plain"
+        )()  # libraries allocate their workspaces at first use: not what is measured
         for variant in own[: 2 if few else None]:
             self._prepare(variant)
 
@@ -191,7 +221,10 @@ class Prepared:
                 row |= times_over(self.times["plain"], self.times[variant])
                 if "peak_bytes" in row and "peak_bytes" in plain:
                     row["peak_ratio"] = row["peak_bytes"] / plain["peak_bytes"]
-        facts = {"dtype": str(self.workload.dtype).removeprefix("torch."), "compiler": self.workload.compiler}
+        facts = {
+            "dtype": str(self.workload.dtype).removeprefix("torch."),
+            "compiler": self.workload.compiler,
+        }
         return {"kind": "step", "unit": "plain", **facts, "variants": self.rows}
 
 
@@ -213,6 +246,8 @@ def _empty(device: str) -> None:
 if __name__ == "__main__":
     if "--answer" in sys.argv:
         dry = "--dry" in sys.argv
-        step.answer_preparations(lambda name: Prepared(workloads(dry)[name], dry, "--few" in sys.argv))
+        step.answer_preparations(
+            lambda name: Prepared(workloads(dry)[name], dry, "--few" in sys.argv)
+        )
     else:
         step.main(measure)

@@ -8,9 +8,15 @@ import htv
 
 LAYERS = {  # module, input
     "conv 3x3": (lambda: nn.Conv2d(64, 128, 3, padding=1), lambda: torch.randn(16, 64, 28, 28)),
-    "conv 3x3, few positions": (lambda: nn.Conv2d(256, 256, 3, padding=1), lambda: torch.randn(32, 256, 4, 4)),
+    "conv 3x3, few positions": (
+        lambda: nn.Conv2d(256, 256, 3, padding=1),
+        lambda: torch.randn(32, 256, 4, 4),
+    ),
     "conv 1x1": (lambda: nn.Conv2d(128, 256, 1), lambda: torch.randn(16, 128, 28, 28)),
-    "depthwise 7x7": (lambda: nn.Conv2d(192, 192, 7, padding=3, groups=192), lambda: torch.randn(16, 192, 14, 14)),
+    "depthwise 7x7": (
+        lambda: nn.Conv2d(192, 192, 7, padding=3, groups=192),
+        lambda: torch.randn(16, 192, 14, 14),
+    ),
     "embedding": (lambda: nn.Embedding(5000, 256), lambda: torch.randint(0, 5000, (16, 256))),
     "layer norm": (lambda: nn.LayerNorm(512), lambda: torch.randn(16, 256, 512)),
 }

@@ -21,6 +21,8 @@ def test_htv(benchmark, grads, rule):
     benchmark(apply_rule, grads, rule)
 
 
-@pytest.mark.parametrize("function", [torch.mean, torch.median, torch.sort], ids=lambda f: f"torch.{f.__name__}")
+@pytest.mark.parametrize(
+    "function", [torch.mean, torch.median, torch.sort], ids=lambda f: f"torch.{f.__name__}"
+)
 def test_torch(benchmark, grads, function):
     benchmark(function, grads, dim=0)

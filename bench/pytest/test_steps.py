@@ -4,7 +4,11 @@ import pytest
 
 from htv.bench.workloads import RULES, WORKLOADS
 
-STEPS = [name for name, workload in WORKLOADS.items() if workload.kind == "step" and workload.axis is None]
+STEPS = [
+    name
+    for name, workload in WORKLOADS.items()
+    if workload.kind == "step" and workload.axis is None
+]
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -14,7 +14,9 @@ from htv.ops.factors import Factors
 from htv.ops.reference import Summary
 from htv.rules import MedianOfMeans, Rule, Statistic
 
-MANY = 1 << 30  # groups: what a statistic needs to know of contributions does not depend on how many there are
+MANY = (
+    1 << 30
+)  # groups: what a statistic needs to know of contributions does not depend on how many there are
 
 
 def refuse_unless_streaming(rule: Rule, name: str) -> None:
@@ -54,10 +56,14 @@ class MicroBatches:
         """A backward pass brings contributions of these groups."""
         if task in self._groups:
             if not self._groups[task].same_groups(groups):
-                raise RuntimeError("one backward inside accumulate() joins two forwards with different groups")
+                raise RuntimeError(
+                    "one backward inside accumulate() joins two forwards with different groups"
+                )
             return
         if groups.rows_vote:
-            raise ValueError("accumulate() cannot be joined with tokens(): let examples vote, or call it without")
+            raise ValueError(
+                "accumulate() cannot be joined with tokens(): let examples vote, or call it without"
+            )
         for other in self._groups.values():
             if groups.named and other.named and bool(torch.isin(groups.keys, other.keys).any()):
                 raise ValueError(
@@ -65,14 +71,19 @@ class MicroBatches:
                     "one micro-batch, for its vote to be counted once. Give the groups of every micro-batch ids of "
                     "their own"
                 )
-            if groups.weights is not None and groups.batch_size * other.count != other.batch_size * groups.count:
+            if (
+                groups.weights is not None
+                and groups.batch_size * other.count != other.batch_size * groups.count
+            ):
                 raise ValueError(
                     "weight='equal' inside accumulate() needs the same number of examples per group in every "
                     f"micro-batch on average, got {other.batch_size}/{other.count} and {groups.batch_size}/{groups.count}"
                 )
         self._groups[task] = groups
         self._unfinished.add(task)  # the engine calls back only where the pass comes to its end
-        torch.autograd.Variable._execution_engine.queue_callback(lambda: self._unfinished.discard(task))
+        torch.autograd.Variable._execution_engine.queue_callback(
+            lambda: self._unfinished.discard(task)
+        )
 
     def require_complete(self) -> None:
         """Refuse what a failed backward left behind: some parameters' contributions would be in, others' not."""
@@ -119,7 +130,9 @@ class Accumulation:
             return self._median_of_means()
         if self._summary is None:
             return None
-        missing = self.batches.count - self._summary.count  # micro-batches that did not reach the parameter
+        missing = (
+            self.batches.count - self._summary.count
+        )  # micro-batches that did not reach the parameter
         statistic = statistics.resolve(self.rule, self.batches.count)
         summary = self._summary
         if missing:

@@ -40,7 +40,9 @@ class NestedBackwards:
 
     def __init__(self) -> None:
         self.outer: dict[int, int] = {}  # the pass that another runs inside
-        self.groups: dict[int, tuple[Groups, str]] = {}  # by outermost pass, and a parameter that has them
+        self.groups: dict[
+            int, tuple[Groups, str]
+        ] = {}  # by outermost pass, and a parameter that has them
 
     def require_same_groups(self, task: int, groups: Groups, name: str) -> None:
         """Refuse a backward that joins forwards with different voters, whichever parameters they reach."""
@@ -116,7 +118,9 @@ class ContributionBuffer:
         self._parts: dict[int, list[Factors]] = {}  # by pass
         self.consumed = False
 
-    def made(self, make: Callable[..., Factors], grouped_rows: GroupedRows, tensors: tuple[Tensor, ...]) -> Factors:
+    def made(
+        self, make: Callable[..., Factors], grouped_rows: GroupedRows, tensors: tuple[Tensor, ...]
+    ) -> Factors:
         """The factors of one use."""
         return make(grouped_rows, *tensors)
 
@@ -201,7 +205,9 @@ class ContributionBuffer:
         return grad
 
 
-def settle_together(buffers: list[ContributionBuffer], parameters: list[Tensor], gradient_nodes: list) -> list[Tensor | None]:
+def settle_together(
+    buffers: list[ContributionBuffer], parameters: list[Tensor], gradient_nodes: list
+) -> list[Tensor | None]:
     """`ContributionBuffer.settle` of several of one rule, in few operations; of those whose gradient goes anywhere."""
     grads: list[Tensor | None] = [None] * len(buffers)
     ready = []
@@ -309,7 +315,11 @@ class UseRecorder:
     __slots__ = ("_adapt", "adapts", "born", "buffer", "token")
 
     def __init__(
-        self, token: Tensor, buffer: ContributionBuffer, adapt: Callable[[Factors], Factors] | None = None, born: int = -1
+        self,
+        token: Tensor,
+        buffer: ContributionBuffer,
+        adapt: Callable[[Factors], Factors] | None = None,
+        born: int = -1,
     ):
         self.token, self.buffer, self._adapt = token, buffer, adapt
         self.adapts = adapt is not None
@@ -351,7 +361,9 @@ class ParameterArgument:
     def is_served(self) -> bool:
         return self.recorders is not None
 
-    def record(self, make: Callable[..., Factors], grouped_rows: GroupedRows, *tensors: Tensor) -> None:
+    def record(
+        self, make: Callable[..., Factors], grouped_rows: GroupedRows, *tensors: Tensor
+    ) -> None:
         """In backward: record make(voters, *tensors), if this pass wants a gradient of what is served.
 
         make holds no tensors itself, so that what is recorded is known by its arguments: where a compiled backward is
@@ -360,15 +372,29 @@ class ParameterArgument:
         factors = None
         for recorder in self.recorders:
             if recorder.wanted():
-                factors = recorder.buffer.made(make, grouped_rows, tensors) if factors is None else factors
+                factors = (
+                    recorder.buffer.made(make, grouped_rows, tensors)
+                    if factors is None
+                    else factors
+                )
                 recorder.record(factors)
 
-    def grad(self, needed: bool, make: Callable[..., Factors], grouped_rows: GroupedRows, *tensors: Tensor) -> Tensor | None:
+    def grad(
+        self,
+        needed: bool,
+        make: Callable[..., Factors],
+        grouped_rows: GroupedRows,
+        *tensors: Tensor,
+    ) -> Tensor | None:
         """In backward: record the factors if served (no gradient here), else the plain gradient if needed."""
         recorders = self.recorders
         if recorders is not None:
             recorder = recorders[0]
-            if len(recorders) > 1 or recorder.adapts or type(recorder.buffer) is not ContributionBuffer:
+            if (
+                len(recorders) > 1
+                or recorder.adapts
+                or type(recorder.buffer) is not ContributionBuffer
+            ):
                 self.record(make, grouped_rows, *tensors)
                 return None
             node = recorder.token.grad_fn  # one parameter as it stands

@@ -14,7 +14,16 @@ from htv.ops.factors import ConvFactors, ConvGeometry, StackedFactors
 from htv.ops.reference import cast, compute_dtype
 
 
-def conv(x: Tensor, weight: ParameterArgument, bias: ParameterArgument, stride, padding, dilation, conv_groups: int, grouped_rows: GroupedRows) -> Tensor:
+def conv(
+    x: Tensor,
+    weight: ParameterArgument,
+    bias: ParameterArgument,
+    stride,
+    padding,
+    dilation,
+    conv_groups: int,
+    grouped_rows: GroupedRows,
+) -> Tensor:
     """F.conv{1,2,3}d. x: (S, C, *space), weight: (O, C / conv_groups, *kernel) -> (S, O, *out_space)."""
     kernel = weight.value.shape[2:]
     if padding == "valid":
@@ -24,16 +33,36 @@ def conv(x: Tensor, weight: ParameterArgument, bias: ParameterArgument, stride, 
             raise ValueError(f"padding='same' needs stride 1, got {stride}")
         x, padding = _pad_same(x, kernel, dilation), 0
     geometry = ConvGeometry.of(stride, padding, dilation, conv_groups, len(kernel))
-    return _Conv.apply(x, weight.value, bias.value, weight, bias, geometry, grouped_rows, *weight.tokens, *bias.tokens)
+    return _Conv.apply(
+        x,
+        weight.value,
+        bias.value,
+        weight,
+        bias,
+        geometry,
+        grouped_rows,
+        *weight.tokens,
+        *bias.tokens,
+    )
 
 
 def conv_transpose(
-    x: Tensor, weight: ParameterArgument, bias: ParameterArgument, stride, padding, output_padding, conv_groups: int, dilation, grouped_rows: GroupedRows
+    x: Tensor,
+    weight: ParameterArgument,
+    bias: ParameterArgument,
+    stride,
+    padding,
+    output_padding,
+    conv_groups: int,
+    dilation,
+    grouped_rows: GroupedRows,
 ) -> Tensor:
     """F.conv_transpose{1,2,3}d. x: (S, C, *space), weight: (C, O / conv_groups, *kernel) -> (S, O, *out_space)."""
     geometry = ConvGeometry.of(stride, padding, dilation, conv_groups, weight.value.dim() - 2)
     tokens = *weight.tokens, *bias.tokens
-    return _ConvTranspose.apply(x, weight.value, bias.value, weight, bias, output_padding, geometry, grouped_rows, *tokens)
+    return _ConvTranspose.apply(
+        x, weight.value, bias.value, weight, bias, output_padding, geometry, grouped_rows, *tokens
+    )
 
 
 def _pad_same(x: Tensor, kernel: tuple[int, ...], dilation) -> Tensor:
@@ -45,13 +74,21 @@ def _pad_same(x: Tensor, kernel: tuple[int, ...], dilation) -> Tensor:
 
 class _Conv(Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, weight_argument, bias_argument, geometry, grouped_rows, *tokens):
-        ctx.arguments, ctx.geometry, ctx.grouped_rows = (weight_argument, bias_argument), geometry, grouped_rows
+    def forward(
+        ctx, x, weight, bias, weight_argument, bias_argument, geometry, grouped_rows, *tokens
+    ):
+        ctx.arguments, ctx.geometry, ctx.grouped_rows = (
+            (weight_argument, bias_argument),
+            geometry,
+            grouped_rows,
+        )
         ctx.unused = (None,) * (4 + len(tokens))
         ctx.save_for_backward(MARKER, x, weight if ctx.needs_input_grad[0] else None)
         ctx.kernel = tuple(weight.shape[2:])
         function = (F.conv1d, F.conv2d, F.conv3d)[weight.dim() - 3]
-        return function(x, weight, bias, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
+        return function(
+            x, weight, bias, geometry.stride, geometry.padding, geometry.dilation, geometry.groups
+        )
 
     @staticmethod
     def gradients(ctx, grad):
@@ -60,13 +97,17 @@ class _Conv(Function):
         return _gradients(ctx, grad, make, _grad_input)
 
 
-def _gradients(ctx, grad: Tensor, make: Callable[..., ConvFactors], grad_input: Callable[..., Tensor]):
+def _gradients(
+    ctx, grad: Tensor, make: Callable[..., ConvFactors], grad_input: Callable[..., Tensor]
+):
     """What either convolution's backward returns. make: weight factors from x and grad; grad_input: from all three."""
     _, x, weight = ctx.saved_tensors
     weight_argument, bias_argument = ctx.arguments
     geometry, grouped_rows, needs = ctx.geometry, ctx.grouped_rows, ctx.needs_input_grad
     x_like, grad_x = cast(x, grad.dtype), None
-    if needs[0]:  # first: the node that comes next then finds the interpreter in the processor's caches
+    if needs[
+        0
+    ]:  # first: the node that comes next then finds the interpreter in the processor's caches
         grad_x = cast(grad_input(grad, x_like, cast(weight, grad.dtype), geometry), x.dtype)
     grad_weight = weight_argument.grad(needs[1], make, grouped_rows, x_like, grad)
     grad_bias = bias_argument.grad(needs[2], _bias_factors, grouped_rows, grad)
@@ -75,7 +116,9 @@ def _gradients(ctx, grad: Tensor, make: Callable[..., ConvFactors], grad_input: 
 
 def _bias_factors(grouped_rows: GroupedRows, grad: Tensor) -> StackedFactors:
     """Contributions (E, O) from the gradient (S, O, *out_space), summed in float32 or wider."""
-    return StackedFactors(grouped_rows.sums(grad.flatten(2).sum(dim=2, dtype=compute_dtype(grad.dtype))))
+    return StackedFactors(
+        grouped_rows.sums(grad.flatten(2).sum(dim=2, dtype=compute_dtype(grad.dtype)))
+    )
 
 
 def _grad_input(grad: Tensor, x: Tensor, weight: Tensor, geometry: ConvGeometry) -> Tensor:
@@ -90,8 +133,23 @@ class _ConvTranspose(Function):
     """The weight's gradient is that of the convolution from the output's gradient to the input."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, weight_argument, bias_argument, output_padding, geometry, grouped_rows, *tokens):
-        ctx.arguments, ctx.geometry, ctx.grouped_rows = (weight_argument, bias_argument), geometry, grouped_rows
+    def forward(
+        ctx,
+        x,
+        weight,
+        bias,
+        weight_argument,
+        bias_argument,
+        output_padding,
+        geometry,
+        grouped_rows,
+        *tokens,
+    ):
+        ctx.arguments, ctx.geometry, ctx.grouped_rows = (
+            (weight_argument, bias_argument),
+            geometry,
+            grouped_rows,
+        )
         ctx.unused = (None,) * (5 + len(tokens))
         ctx.save_for_backward(MARKER, x, weight if ctx.needs_input_grad[0] else None)
         ctx.kernel = tuple(weight.shape[2:])
@@ -106,6 +164,10 @@ class _ConvTranspose(Function):
         return _gradients(ctx, grad, make, _grad_input_transposed)
 
 
-def _grad_input_transposed(grad: Tensor, x: Tensor, weight: Tensor, geometry: ConvGeometry) -> Tensor:
+def _grad_input_transposed(
+    grad: Tensor, x: Tensor, weight: Tensor, geometry: ConvGeometry
+) -> Tensor:
     function = (F.conv1d, F.conv2d, F.conv3d)[grad.dim() - 3]
-    return function(grad, weight, None, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
+    return function(
+        grad, weight, None, geometry.stride, geometry.padding, geometry.dilation, geometry.groups
+    )

@@ -19,7 +19,13 @@ class DeferredFactors(Factors):
     tensors:  while tracing.
     """
 
-    def __init__(self, make: Callable[..., Factors], grouped_rows: GroupedRows, tensors: tuple[Tensor, ...], steps=()):
+    def __init__(
+        self,
+        make: Callable[..., Factors],
+        grouped_rows: GroupedRows,
+        tensors: tuple[Tensor, ...],
+        steps=(),
+    ):
         self.make, self.grouped_rows, self.tensors, self._steps = make, grouped_rows, tensors, steps
 
     def then(self, step: Callable[[Factors, Tensor], Factors]) -> DeferredFactors:

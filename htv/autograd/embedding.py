@@ -10,7 +10,9 @@ from htv.groups import GroupedRows
 from htv.ops.factors import EmbeddingFactors
 
 
-def embedding(ids: Tensor, weight: ParameterArgument, padding_idx: int | None, grouped_rows: GroupedRows) -> Tensor:
+def embedding(
+    ids: Tensor, weight: ParameterArgument, padding_idx: int | None, grouped_rows: GroupedRows
+) -> Tensor:
     """F.embedding. ids: integers with the batch in one of their dims, weight: (V, D) -> (*ids.shape, D)."""
     return _Embedding.apply(ids, weight.value, weight, padding_idx, grouped_rows, *weight.tokens)
 
@@ -18,7 +20,12 @@ def embedding(ids: Tensor, weight: ParameterArgument, padding_idx: int | None, g
 class _Embedding(Function):
     @staticmethod
     def forward(ctx, ids, weight, weight_argument, padding_idx, grouped_rows, *tokens):
-        ctx.argument, ctx.grouped_rows, ctx.num_embeddings, ctx.padding_idx = weight_argument, grouped_rows, len(weight), padding_idx
+        ctx.argument, ctx.grouped_rows, ctx.num_embeddings, ctx.padding_idx = (
+            weight_argument,
+            grouped_rows,
+            len(weight),
+            padding_idx,
+        )
         ctx.unused = (None,) * (3 + len(tokens))
         ctx.save_for_backward(MARKER, ids)
         return F.embedding(ids, weight)
@@ -30,7 +37,11 @@ class _Embedding(Function):
 
         def factors(grouped_rows: GroupedRows, ids: Tensor, grad: Tensor) -> EmbeddingFactors:
             rows, bounds = grouped_rows.grad_rows(grad)
-            return EmbeddingFactors(grouped_rows.rows(ids, 0), rows, bounds, num_embeddings, padding_idx)
+            return EmbeddingFactors(
+                grouped_rows.rows(ids, 0), rows, bounds, num_embeddings, padding_idx
+            )
 
-        grad_weight = ctx.argument.grad(ctx.needs_input_grad[1], factors, ctx.grouped_rows, ids, grad)
+        grad_weight = ctx.argument.grad(
+            ctx.needs_input_grad[1], factors, ctx.grouped_rows, ids, grad
+        )
         return None, grad_weight, *ctx.unused

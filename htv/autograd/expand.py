@@ -15,7 +15,13 @@ from htv.ops.factors import StackedFactors
 from htv.ops.reference import compute_dtype
 
 
-def expand(argument: ParameterArgument, ndim: int, size: int, grouped_rows: GroupedRows, dtype: torch.dtype | None = None) -> Tensor:
+def expand(
+    argument: ParameterArgument,
+    ndim: int,
+    size: int,
+    grouped_rows: GroupedRows,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """Copies of a tensor for every index of the batch's dim, broadcastable against tensors of `ndim` dims.
 
     Its dims are aligned to the right of the ndim dims; the one at the batch's must have size 1, or be missing.
@@ -24,10 +30,17 @@ def expand(argument: ParameterArgument, ndim: int, size: int, grouped_rows: Grou
     """
     shape = [*(1,) * (ndim - argument.value.dim()), *argument.value.shape]
     shape[grouped_rows.dim] = size
-    return _Expand.apply(argument.value, argument, tuple(shape), grouped_rows, dtype, *argument.tokens)
+    return _Expand.apply(
+        argument.value, argument, tuple(shape), grouped_rows, dtype, *argument.tokens
+    )
 
 
-def expand_rows(argument: ParameterArgument, shape: tuple[int, ...], grouped_rows: GroupedRows, dtype: torch.dtype | None = None) -> Tensor:
+def expand_rows(
+    argument: ParameterArgument,
+    shape: tuple[int, ...],
+    grouped_rows: GroupedRows,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """Where rows vote by themselves: copies for every row, the dims of `shape` before the tensor's own."""
     return _Expand.apply(argument.value, argument, shape, grouped_rows, dtype, *argument.tokens)
 
@@ -35,10 +48,16 @@ def expand_rows(argument: ParameterArgument, shape: tuple[int, ...], grouped_row
 class _Expand(Function):
     @staticmethod
     def forward(ctx, source, argument, shape, grouped_rows, dtype, *tokens):
-        ctx.argument, ctx.grouped_rows, ctx.unused = argument, grouped_rows, (None,) * (5 + len(tokens))
+        ctx.argument, ctx.grouped_rows, ctx.unused = (
+            argument,
+            grouped_rows,
+            (None,) * (5 + len(tokens)),
+        )
         ctx.save_for_backward(MARKER)
         source = source if dtype is None else source.to(dtype)
-        return source.reshape((1,) * (len(shape) - source.dim()) + tuple(source.shape)).expand(shape)
+        return source.reshape((1,) * (len(shape) - source.dim()) + tuple(source.shape)).expand(
+            shape
+        )
 
     @staticmethod
     def gradients(ctx, grad):
@@ -59,13 +78,22 @@ def _contributions(grad: Tensor, shape: tuple[int, ...], grouped_rows: GroupedRo
 
 def per_example(derived: TensorFromParameters, grouped_rows: GroupedRows) -> Tensor:
     """A derived tensor of which every example has a part of its own, whose gradient is recorded as that example's."""
-    return _PerExample.apply(derived.source.detach(), derived, grouped_rows, *(recorder.token for recorder in derived.recorders))
+    return _PerExample.apply(
+        derived.source.detach(),
+        derived,
+        grouped_rows,
+        *(recorder.token for recorder in derived.recorders),
+    )
 
 
 class _PerExample(Function):
     @staticmethod
     def forward(ctx, source, derived, grouped_rows, *tokens):
-        ctx.derived, ctx.grouped_rows, ctx.unused = derived, grouped_rows, (None,) * (3 + len(tokens))
+        ctx.derived, ctx.grouped_rows, ctx.unused = (
+            derived,
+            grouped_rows,
+            (None,) * (3 + len(tokens)),
+        )
         ctx.save_for_backward(MARKER)
         return source.view_as(source)
 

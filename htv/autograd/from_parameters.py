@@ -17,7 +17,14 @@ from htv.autograd.aggregation import ParameterArgument, UseRecorder
 from htv.autograd.deferred import DeferredFactors
 from htv.errors import UnsupportedError
 from htv.groups import GroupedRows, to_device_async
-from htv.ops.factors import EmbeddingFactors, Factors, GroupwiseFactors, LinearFactors, StackedFactors, ViewFactors
+from htv.ops.factors import (
+    EmbeddingFactors,
+    Factors,
+    GroupwiseFactors,
+    LinearFactors,
+    StackedFactors,
+    ViewFactors,
+)
 from htv.ops.reference import compute_dtype
 
 
@@ -71,7 +78,11 @@ class PartFactors(Factors):
 
     def __init__(self, grad: Tensor, grouped_rows: GroupedRows):
         self.grad, self.grouped_rows, self.count = grad, grouped_rows, grouped_rows.count
-        self.shape, self.device, self.dtype = tuple(grad.shape), grad.device, compute_dtype(grad.dtype)
+        self.shape, self.device, self.dtype = (
+            tuple(grad.shape),
+            grad.device,
+            compute_dtype(grad.dtype),
+        )
 
     def contribution(self, group: int) -> Tensor:
         start, end = self.grouped_rows.offsets[group : group + 2].tolist()
@@ -98,8 +109,19 @@ class TensorFromParameters:
     Raises UnsupportedError if the source also depends on anything else that needs a gradient.
     """
 
-    def __init__(self, source: Tensor, parameters: list[Tensor], recorders: list[UseRecorder], origin: Origin | None = None):
-        self.source, self.parameters, self.recorders, self.origin = source, parameters, recorders, origin
+    def __init__(
+        self,
+        source: Tensor,
+        parameters: list[Tensor],
+        recorders: list[UseRecorder],
+        origin: Origin | None = None,
+    ):
+        self.source, self.parameters, self.recorders, self.origin = (
+            source,
+            parameters,
+            recorders,
+            origin,
+        )
         self._view = _view_of(source, parameters[0]) if len(parameters) == 1 else None
         self._edge = get_gradient_edge(source)
         self._require_own_graph()
@@ -114,9 +136,13 @@ class TensorFromParameters:
                 continue
             seen.add(node)
             leaf = getattr(node, "variable", None)
-            if (leaf is not None and id(leaf) not in own) or node.name() == "AggregationNodeBackward":
+            if (
+                leaf is not None and id(leaf) not in own
+            ) or node.name() == "AggregationNodeBackward":
                 what = "the batch" if leaf is None else f"a tensor of shape {tuple(leaf.shape)}"
-                names = ", ".join(repr(recorder.buffer.parameter_name) for recorder in self.recorders)
+                names = ", ".join(
+                    repr(recorder.buffer.parameter_name) for recorder in self.recorders
+                )
                 raise UnsupportedError(
                     f"a tensor of shape {tuple(self.source.shape)} was taken to be computed from the served "
                     f"parameters {names} alone, but it also depends on {what}, whose gradient would be lost. Remedy: "
@@ -126,7 +152,10 @@ class TensorFromParameters:
 
     def argument(self) -> ParameterArgument:
         """For a layer that computes with the source."""
-        adapted = [UseRecorder(s.token, s.buffer, self._adapt(number), s.born) for number, s in enumerate(self.recorders)]
+        adapted = [
+            UseRecorder(s.token, s.buffer, self._adapt(number), s.born)
+            for number, s in enumerate(self.recorders)
+        ]
         return ParameterArgument(self.source.detach(), adapted)
 
     @property
@@ -170,10 +199,14 @@ class TensorFromParameters:
         values = later.stacked_now(self.recorders[number].buffer.parameter_name)
         if isinstance(self.origin, Lookup):
             count = len(self.parameters[number])
-            make = lambda grouped_rows, ids, values: Lookup.stacked(ids, grouped_rows.along(values, dim=0), count)
+            make = lambda grouped_rows, ids, values: Lookup.stacked(
+                ids, grouped_rows.along(values, dim=0), count
+            )
             return DeferredFactors(make, later.grouped_rows, (self.origin.tensor, values))
         make = lambda grouped_rows, values: StackedFactors(grouped_rows.along(values, dim=0))
-        return DeferredFactors(make, later.grouped_rows, (self._pull_back(values, number, batched=True),))
+        return DeferredFactors(
+            make, later.grouped_rows, (self._pull_back(values, number, batched=True),)
+        )
 
     def _pull_back(self, grad: Tensor, number: int, batched: bool = False) -> Tensor:
         """One parameter's part of the vector-Jacobian product of (*source.shape), or of a stack of these."""
@@ -192,19 +225,32 @@ class TensorFromParameters:
         return found
 
 
-def _view_of(source: Tensor, parameter: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], int] | None:
+def _view_of(
+    source: Tensor, parameter: Tensor
+) -> tuple[tuple[int, ...], tuple[int, ...], int] | None:
     """(size, stride, offset into the parameter) of a view that shows no element twice; None for other tensors."""
-    if source._base is not parameter or source.dtype != parameter.dtype or source.is_conj() or source.is_neg():
+    if (
+        source._base is not parameter
+        or source.dtype != parameter.dtype
+        or source.is_conj()
+        or source.is_neg()
+    ):
         return None
     end = 1  # what the dims so far reach over; one that strides less shows elements again
-    for stride, size in sorted((s, n) for s, n in zip(source.stride(), source.shape, strict=True) if n > 1):
+    for stride, size in sorted(
+        (s, n) for s, n in zip(source.stride(), source.shape, strict=True) if n > 1
+    ):
         if stride < end:
             return None
         end = stride * size
     dense = torch.empty_like(parameter, device="meta")
     if dense.stride() != parameter.stride():
         return None
-    return tuple(source.shape), source.stride(), source.storage_offset() - parameter.storage_offset()
+    return (
+        tuple(source.shape),
+        source.stride(),
+        source.storage_offset() - parameter.storage_offset(),
+    )
 
 
 @contextmanager

@@ -12,17 +12,27 @@ from htv.ops.factors import BilinearFactors, LinearFactors, StackedFactors
 from htv.ops.reference import cast, compute_dtype
 
 
-def linear(x: Tensor, weight: ParameterArgument, bias: ParameterArgument, grouped_rows: GroupedRows) -> Tensor:
+def linear(
+    x: Tensor, weight: ParameterArgument, bias: ParameterArgument, grouped_rows: GroupedRows
+) -> Tensor:
     """F.linear. x: (*rest, I) with the batch in one of rest, weight: (O, I) -> (*rest, O)."""
-    return _Linear.apply(x, weight.value, bias.value, weight, bias, grouped_rows, *weight.tokens, *bias.tokens)
+    return _Linear.apply(
+        x, weight.value, bias.value, weight, bias, grouped_rows, *weight.tokens, *bias.tokens
+    )
 
 
 class _Linear(Function):
     @staticmethod
     def forward(ctx, x, weight, bias, weight_argument, bias_argument, grouped_rows, *tokens):
-        ctx.arguments, ctx.grouped_rows, ctx.unused = (weight_argument, bias_argument), grouped_rows, (None,) * (3 + len(tokens))
+        ctx.arguments, ctx.grouped_rows, ctx.unused = (
+            (weight_argument, bias_argument),
+            grouped_rows,
+            (None,) * (3 + len(tokens)),
+        )
         needs_x = weight_argument.recorders is not None or ctx.needs_input_grad[1]
-        ctx.save_for_backward(MARKER, x if needs_x else None, weight if ctx.needs_input_grad[0] else None)
+        ctx.save_for_backward(
+            MARKER, x if needs_x else None, weight if ctx.needs_input_grad[0] else None
+        )
         ctx.x_dtype = x.dtype
         y = F.linear(x, weight, bias)
         # With a bias and more than two dims it is a view, which autograd would not let anyone change in place.
@@ -50,15 +60,37 @@ def bias_factors(grouped_rows: GroupedRows, grad: Tensor) -> StackedFactors:
     return StackedFactors(grouped_rows.sums(grad, dtype=compute_dtype(grad.dtype)))
 
 
-def bilinear(left: Tensor, right: Tensor, weight: ParameterArgument, bias: ParameterArgument, grouped_rows: GroupedRows) -> Tensor:
+def bilinear(
+    left: Tensor,
+    right: Tensor,
+    weight: ParameterArgument,
+    bias: ParameterArgument,
+    grouped_rows: GroupedRows,
+) -> Tensor:
     """F.bilinear. left: (*rest, I), right: (*rest, J), weight: (O, I, J) -> (*rest, O)."""
-    return _Bilinear.apply(left, right, weight.value, bias.value, weight, bias, grouped_rows, *weight.tokens, *bias.tokens)
+    return _Bilinear.apply(
+        left,
+        right,
+        weight.value,
+        bias.value,
+        weight,
+        bias,
+        grouped_rows,
+        *weight.tokens,
+        *bias.tokens,
+    )
 
 
 class _Bilinear(Function):
     @staticmethod
-    def forward(ctx, left, right, weight, bias, weight_argument, bias_argument, grouped_rows, *tokens):
-        ctx.arguments, ctx.grouped_rows, ctx.unused = (weight_argument, bias_argument), grouped_rows, (None,) * (3 + len(tokens))
+    def forward(
+        ctx, left, right, weight, bias, weight_argument, bias_argument, grouped_rows, *tokens
+    ):
+        ctx.arguments, ctx.grouped_rows, ctx.unused = (
+            (weight_argument, bias_argument),
+            grouped_rows,
+            (None,) * (3 + len(tokens)),
+        )
         ctx.save_for_backward(MARKER, left, right, weight)
         return F.bilinear(left, right, weight, bias)
 
@@ -68,16 +100,29 @@ class _Bilinear(Function):
         weight_argument, bias_argument = ctx.arguments
         grouped_rows, needs = ctx.grouped_rows, ctx.needs_input_grad
 
-        def weight_factors(grouped_rows: GroupedRows, left: Tensor, right: Tensor, grad: Tensor) -> BilinearFactors:
+        def weight_factors(
+            grouped_rows: GroupedRows, left: Tensor, right: Tensor, grad: Tensor
+        ) -> BilinearFactors:
             rows, bounds = grouped_rows.grad_rows(grad)
-            return BilinearFactors(grouped_rows.rows(left.to(grad.dtype)), grouped_rows.rows(right.to(grad.dtype)), rows, bounds)
+            return BilinearFactors(
+                grouped_rows.rows(left.to(grad.dtype)),
+                grouped_rows.rows(right.to(grad.dtype)),
+                rows,
+                bounds,
+            )
 
-        grad_weight = weight_argument.grad(needs[2], weight_factors, grouped_rows, left, right, grad)
+        grad_weight = weight_argument.grad(
+            needs[2], weight_factors, grouped_rows, left, right, grad
+        )
         grad_bias = bias_argument.grad(needs[3], bias_factors, grouped_rows, grad)
         mixed = "...o,oij,...j->...i", "...o,oij,...i->...j"
         others = right, left
         grad_left, grad_right = (
-            torch.einsum(equation, grad, weight.to(grad.dtype), other.to(grad.dtype)).to(x.dtype) if needed else None
-            for equation, other, x, needed in zip(mixed, others, (left, right), needs[:2], strict=True)
+            torch.einsum(equation, grad, weight.to(grad.dtype), other.to(grad.dtype)).to(x.dtype)
+            if needed
+            else None
+            for equation, other, x, needed in zip(
+                mixed, others, (left, right), needs[:2], strict=True
+            )
         )
         return grad_left, grad_right, grad_weight, grad_bias, *ctx.unused

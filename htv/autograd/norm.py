@@ -19,22 +19,46 @@ from htv.ops.norm import group_norm_backward, norm_sums
 from htv.ops.reference import compute_dtype
 
 
-def layer_norm(x: Tensor, shape: tuple[int, ...], weight: ParameterArgument, bias: ParameterArgument, eps: float, grouped_rows: GroupedRows) -> Tensor:
+def layer_norm(
+    x: Tensor,
+    shape: tuple[int, ...],
+    weight: ParameterArgument,
+    bias: ParameterArgument,
+    eps: float,
+    grouped_rows: GroupedRows,
+) -> Tensor:
     """F.layer_norm. x: (*rest, *shape) with the batch in one of rest; weight and bias: shape."""
     tokens = *weight.tokens, *bias.tokens
-    return _LayerNorm.apply(x, weight.value, bias.value, weight, bias, shape, eps, grouped_rows, *tokens)
+    return _LayerNorm.apply(
+        x, weight.value, bias.value, weight, bias, shape, eps, grouped_rows, *tokens
+    )
 
 
-def group_norm(x: Tensor, num_groups: int, weight: ParameterArgument, bias: ParameterArgument, eps: float, grouped_rows: GroupedRows) -> Tensor:
+def group_norm(
+    x: Tensor,
+    num_groups: int,
+    weight: ParameterArgument,
+    bias: ParameterArgument,
+    eps: float,
+    grouped_rows: GroupedRows,
+) -> Tensor:
     """F.group_norm. x: (S, C, *space); weight and bias: (C,)."""
     tokens = *weight.tokens, *bias.tokens
-    return _GroupNorm.apply(x, weight.value, bias.value, weight, bias, num_groups, eps, grouped_rows, *tokens)
+    return _GroupNorm.apply(
+        x, weight.value, bias.value, weight, bias, num_groups, eps, grouped_rows, *tokens
+    )
 
 
 class _LayerNorm(Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, weight_argument, bias_argument, shape, eps, grouped_rows, *tokens):
-        ctx.arguments, ctx.shape, ctx.grouped_rows = (weight_argument, bias_argument), shape, grouped_rows
+    def forward(
+        ctx, x, weight, bias, weight_argument, bias_argument, shape, eps, grouped_rows, *tokens
+    ):
+        ctx.arguments, ctx.shape, ctx.grouped_rows = (
+            (weight_argument, bias_argument),
+            shape,
+            grouped_rows,
+        )
         ctx.unused = (None,) * (5 + len(tokens))
         y, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, eps)
         ctx.save_for_backward(MARKER, x, weight, bias, mean, rstd)
@@ -45,7 +69,11 @@ class _LayerNorm(Function):
         _, x, weight, bias, mean, rstd = ctx.saved_tensors
         shape, grouped_rows = ctx.shape, ctx.grouped_rows
         sums = _sums_along_batch(grad, x, mean, rstd, len(shape), grouped_rows)
-        grads = _affine_grads(ctx, sums, lambda grouped_rows, sums: StackedFactors(_by_group(sums, shape, grouped_rows)))
+        grads = _affine_grads(
+            ctx,
+            sums,
+            lambda grouped_rows, sums: StackedFactors(_by_group(sums, shape, grouped_rows)),
+        )
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x, _, _ = torch.ops.aten.native_layer_norm_backward(
@@ -69,12 +97,20 @@ def _sums_along_batch(
     grad, x = (t.reshape(*rows, math.prod(x.shape[lead:])).contiguous() for t in (grad, x))
     mean, rstd = (t.to(dtype).reshape(rows).contiguous() for t in (mean, rstd))
     scale, shift = norm_sums(grad, x, mean, rstd)
-    return (scale.unflatten(0, apart), shift.unflatten(0, apart)) if grouped_rows.rows_vote else (scale, shift)
+    return (
+        (scale.unflatten(0, apart), shift.unflatten(0, apart))
+        if grouped_rows.rows_vote
+        else (scale, shift)
+    )
 
 
 def _by_group(sums: Tensor, shape: tuple[int, ...], grouped_rows: GroupedRows) -> Tensor:
     """(E, *shape) from what `_sums_along_batch` returns."""
-    found = grouped_rows.sums(sums.movedim(0, grouped_rows.dim)) if grouped_rows.rows_vote else grouped_rows.along(sums, dim=0)
+    found = (
+        grouped_rows.sums(sums.movedim(0, grouped_rows.dim))
+        if grouped_rows.rows_vote
+        else grouped_rows.along(sums, dim=0)
+    )
     return found.reshape(found.shape[0], *shape)
 
 
@@ -91,12 +127,16 @@ def _group_norm_format(x: Tensor) -> torch.memory_format:
 
 class _GroupNorm(Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, weight_argument, bias_argument, num_groups, eps, grouped_rows, *tokens):
+    def forward(
+        ctx, x, weight, bias, weight_argument, bias_argument, num_groups, eps, grouped_rows, *tokens
+    ):
         ctx.arguments, ctx.grouped_rows = (weight_argument, bias_argument), grouped_rows
         ctx.unused = (None,) * (5 + len(tokens))
         n, channels, space = x.shape[0], x.shape[1], math.prod(x.shape[2:])
         x = x.contiguous(memory_format=_group_norm_format(x))
-        y, mean, rstd = torch.native_group_norm(x, weight, bias, n, channels, space, num_groups, eps)
+        y, mean, rstd = torch.native_group_norm(
+            x, weight, bias, n, channels, space, num_groups, eps
+        )
         ctx.save_for_backward(MARKER, x, weight, mean, rstd)
         return y
 
@@ -104,11 +144,18 @@ class _GroupNorm(Function):
     def gradients(ctx, grad):
         _, x, weight, mean, rstd = ctx.saved_tensors
         grad_x, *sums = group_norm_backward(grad, x, weight, mean, rstd, ctx.needs_input_grad[0])
-        grads = _affine_grads(ctx, sums, lambda grouped_rows, sums: StackedFactors(grouped_rows.along(sums)))
+        grads = _affine_grads(
+            ctx, sums, lambda grouped_rows, sums: StackedFactors(grouped_rows.along(sums))
+        )
         return grad_x, *grads, *ctx.unused
 
 
-def _affine_grads(ctx, sums: Sequence[Tensor], make: Callable[..., StackedFactors]) -> list[Tensor | None]:
+def _affine_grads(
+    ctx, sums: Sequence[Tensor], make: Callable[..., StackedFactors]
+) -> list[Tensor | None]:
     """The gradients of scale and shift, or None where they are recorded. sums: for both; make: their factors."""
     needed = ctx.needs_input_grad[1:3]
-    return [argument.grad(n, make, ctx.grouped_rows, s) for argument, n, s in zip(ctx.arguments, needed, sums, strict=True)]
+    return [
+        argument.grad(n, make, ctx.grouped_rows, s)
+        for argument, n, s in zip(ctx.arguments, needed, sums, strict=True)
+    ]

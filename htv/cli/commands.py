@@ -34,7 +34,10 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
+        ),
     ] = False,
 ) -> None:
     pass
@@ -44,7 +47,9 @@ def _root(
 def demo(
     data: Annotated[
         Path | None,
-        typer.Option(help="Folder of idx files (MNIST's format), plain or .gz. Default: scikit-learn's digits."),
+        typer.Option(
+            help="Folder of idx files (MNIST's format), plain or .gz. Default: scikit-learn's digits."
+        ),
     ] = None,
     rule: Annotated[
         list[str] | None,
@@ -55,12 +60,18 @@ def demo(
         ),
     ] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 50,
-    seed: Annotated[int, typer.Option(min=0, help="Decides split, wrong labels, initial weights and order.")] = 0,
-    out: Annotated[Path, typer.Option(help="Folder for demo.png and demo.json; made if missing.")] = Path("demo"),
+    seed: Annotated[
+        int, typer.Option(min=0, help="Decides split, wrong labels, initial weights and order.")
+    ] = 0,
+    out: Annotated[
+        Path, typer.Option(help="Folder for demo.png and demo.json; made if missing.")
+    ] = Path("demo"),
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     train_limit: Annotated[
         int | None,
-        typer.Option(min=1, help="Train on at most so many images. Default: 3000 with --data, else all."),
+        typer.Option(
+            min=1, help="Train on at most so many images. Default: 3000 with --data, else all."
+        ),
     ] = None,
 ) -> None:
     """Train on real images of which a quarter carry wrong labels, and see which rules learn those by heart.
@@ -115,20 +126,29 @@ def bench(
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Default: what torch takes.")] = None,
     seconds: Annotated[
-        float | None, typer.Option(min=0.0, max=3600.0, help="Time for the turns of one workload; 10, if not quick.")
+        float | None,
+        typer.Option(
+            min=0.0, max=3600.0, help="Time for the turns of one workload; 10, if not quick."
+        ),
     ] = None,
     peers: Annotated[
         bool,
-        typer.Option(help="Also the baselines: a loop, vmap, and Opacus and BackPACK where they are installed."),
+        typer.Option(
+            help="Also the baselines: a loop, vmap, and Opacus and BackPACK where they are installed."
+        ),
     ] = True,
-    memory: Annotated[bool, typer.Option(help="Also peak memory, each variant in a process of its own.")] = True,
+    memory: Annotated[
+        bool, typer.Option(help="Also peak memory, each variant in a process of its own.")
+    ] = True,
     quick: Annotated[
         bool,
-        typer.Option(help="A look within a minute: few calls; mlp-relu and stacked-3, no baselines, unless named."),
+        typer.Option(
+            help="A look within a minute: few calls; mlp-relu and stacked-3, no baselines, unless named."
+        ),
     ] = False,
-    out: Annotated[Path, typer.Option(help="Folder for cpu.md, cpu.json and the plots; made if missing.")] = Path(
-        "bench-results"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Folder for cpu.md, cpu.json and the plots; made if missing.")
+    ] = Path("bench-results"),
 ) -> None:
     """Measure what the rules cost on this machine: time and peak memory of whole training steps over plain ones.
 
@@ -155,7 +175,9 @@ def bench(
         raise typer.BadParameter(str(error), param_hint="--variant") from error
     _check_folder(out)
     try:
-        out.mkdir(parents=True, exist_ok=True)  # what access rights do not tell should show now, not at the end
+        out.mkdir(
+            parents=True, exist_ok=True
+        )  # what access rights do not tell should show now, not at the end
     except OSError as error:
         raise typer.BadParameter(f"{out} cannot be made: {error}", param_hint="--out") from error
     settings = benchmark.Settings(threads or torch.get_num_threads(), memory=memory)
@@ -170,11 +192,18 @@ def bench(
 
 @app.command()
 def experiment(
-    name: Annotated[str | None, typer.Argument(help="Which; without a name, all are listed.")] = None,
-    quick: Annotated[bool, typer.Option(help="A smaller version, within two minutes, to see that it works.")] = False,
-    seeds: Annotated[int | None, typer.Option(min=1, help="How many; each experiment has a default.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="Which; without a name, all are listed.")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option(help="A smaller version, within two minutes, to see that it works.")
+    ] = False,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="How many; each experiment has a default.")
+    ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for what it writes. Default: experiments, or experiments/quick.")
+        Path | None,
+        typer.Option(help="Folder for what it writes. Default: experiments, or experiments/quick."),
     ] = None,
     data: Annotated[
         Path | None,
@@ -183,7 +212,9 @@ def experiment(
             "Default: the digits."
         ),
     ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Runs side by side, in processes that share the threads.")] = 1,
+    jobs: Annotated[
+        int, typer.Option(min=1, help="Runs side by side, in processes that share the threads.")
+    ] = 1,
 ) -> None:
     """Reproduce a result of the papers: the claim beside what is found here.
 
@@ -203,7 +234,9 @@ def experiment(
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="NAME") from error
     if data is not None and not chosen.images:
-        raise typer.BadParameter(f"{name} makes its own data and takes no images", param_hint="--data")
+        raise typer.BadParameter(
+            f"{name} makes its own data and takes no images", param_hint="--data"
+        )
     images = _for_digits(data) if chosen.images else ()
     require("htv experiment", "cli", "rich", "matplotlib", *images)
     require(f"htv experiment {name}", "cli,methods", *chosen.needs)
@@ -235,15 +268,21 @@ def tune(
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
     statistic: Annotated[
         list[str] | None,
-        typer.Option(help="median, and-mask, sand-mask, winsorized: one for every kind of tile. Default: all."),
+        typer.Option(
+            help="median, and-mask, sand-mask, winsorized: one for every kind of tile. Default: all."
+        ),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="The table to write or add to. Default: htv/tuned.json in the user's cache, which is found."),
+        typer.Option(
+            help="The table to write or add to. Default: htv/tuned.json in the user's cache, which is found."
+        ),
     ] = None,
     dry: Annotated[
         bool,
-        typer.Option(help="Every step on the CPU, by Triton's interpreter: shows that it works, not what is fast."),
+        typer.Option(
+            help="Every step on the CPU, by Triton's interpreter: shows that it works, not what is fast."
+        ),
     ] = False,
 ) -> None:
     """Measure which tiles the Triton products are fastest with on this GPU, and write the table they are looked up in.
@@ -262,7 +301,9 @@ def tune(
     from htv.tools import tune as tuning
 
     try:
-        shapes = tuple(map(tuning.Shape.parse, _split(shape) or ())) or (tuning.DRY_SHAPES if dry else tuning.SHAPES)
+        shapes = tuple(map(tuning.Shape.parse, _split(shape) or ())) or (
+            tuning.DRY_SHAPES if dry else tuning.SHAPES
+        )
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--shape") from error
     names = tuple(_split(statistic) or tuning.STATISTICS)
@@ -276,9 +317,25 @@ def tune(
     if missing:
         raise typer.BadParameter(missing, param_hint="htv tune")
     if dry and os.environ.get("TRITON_INTERPRET") != "1":  # Triton reads it when it is imported
-        options = [f"--shape={s}" for s in shapes] + [f"--statistic={name}" for name in names] + [f"--dtype={dtype}"]
-        command = [sys.executable, "-m", "htv", "tune", "--dry", *options, *([f"--out={out}"] if out else [])]
-        raise typer.Exit(subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=False).returncode)
+        options = (
+            [f"--shape={s}" for s in shapes]
+            + [f"--statistic={name}" for name in names]
+            + [f"--dtype={dtype}"]
+        )
+        command = [
+            sys.executable,
+            "-m",
+            "htv",
+            "tune",
+            "--dry",
+            *options,
+            *([f"--out={out}"] if out else []),
+        ]
+        raise typer.Exit(
+            subprocess.run(
+                command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=False
+            ).returncode
+        )
 
     from htv.triton_kernels import configs
 
@@ -291,7 +348,12 @@ def tune(
             except ValueError as error:
                 raise typer.BadParameter(str(error), param_hint="--out") from error
     console = Console()
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=len(shapes) * len(names), completed=-1)
         note = lambda text: progress.update(task, description=text, advance=1)
@@ -349,7 +411,11 @@ def _for_digits(data: Path | None) -> tuple[str, ...]:
 
 def _split(given: list[str] | None) -> list[str] | None:
     """Options that may be repeated or separated by commas."""
-    return [part.strip() for text in given for part in text.split(",") if part.strip()] if given else None
+    return (
+        [part.strip() for text in given for part in text.split(",") if part.strip()]
+        if given
+        else None
+    )
 
 
 def _in_one_line(value: object) -> str:
@@ -363,7 +429,9 @@ def _checked_device(name: str) -> str:
 
     kind, _, index = name.partition(":")
     if kind not in ("cpu", "cuda") or (index and not (kind == "cuda" and index.isdecimal())):
-        raise typer.BadParameter(f"unknown device {name!r}; use cpu, cuda or cuda:N", param_hint="--device")
+        raise typer.BadParameter(
+            f"unknown device {name!r}; use cpu, cuda or cuda:N", param_hint="--device"
+        )
     if kind == "cuda":
         if not torch.cuda.is_available():
             raise typer.BadParameter(

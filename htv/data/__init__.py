@@ -1,7 +1,15 @@
 """Images, label noise, cues, and problems with environments or groups: nothing is downloaded."""
 
 from htv.data.cifar import cifar_folder
-from htv.data.cues import BoxCue, DominoCue, HueCue, add_cue, counterfactuals, cue_mask, fine_tuning_parts
+from htv.data.cues import (
+    BoxCue,
+    DominoCue,
+    HueCue,
+    add_cue,
+    counterfactuals,
+    cue_mask,
+    fine_tuning_parts,
+)
 from htv.data.dataset import DataError, Dataset
 from htv.data.digits import digits
 from htv.data.environments import Environments, linear_environments, patchwork, spirals

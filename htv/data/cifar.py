@@ -15,7 +15,13 @@ from htv.data.dataset import DataError, Dataset
 
 _SIDE = 32
 _KINDS = {  # a file that tells which -> name, classes, training files, test files, key of the labels
-    "data_batch_1": ("cifar10", 10, [f"data_batch_{n}" for n in range(1, 6)], ["test_batch"], b"labels"),
+    "data_batch_1": (
+        "cifar10",
+        10,
+        [f"data_batch_{n}" for n in range(1, 6)],
+        ["test_batch"],
+        b"labels",
+    ),
     "train": ("cifar100", 100, ["train"], ["test"], b"fine_labels"),
 }
 _REMEDY = "give a folder with data_batch_1 to data_batch_5 and test_batch (CIFAR-10), or train and test (CIFAR-100)"
@@ -53,7 +59,9 @@ def cifar_folder(path: str | Path) -> Dataset:
 
     def part(names: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         batches = [_read_batch(folder / name, key, num_classes) for name in names]
-        images, labels = (torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*batches, strict=True))
+        images, labels = (
+            torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*batches, strict=True)
+        )
         return images.to(torch.float32).div_(255), labels
 
     return Dataset(name, num_classes, *part(train), *part(test))
@@ -69,12 +77,23 @@ def _read_batch(path: Path, key: bytes, num_classes: int) -> tuple[np.ndarray, n
         raise DataError(f"{path} cannot be read: {error.strerror or error}; {_REMEDY}") from error
     except pickles.PickleError as error:
         raise DataError(f"{path} is not one of CIFAR's batches: {error}") from error
-    if images.dtype != np.uint8 or images.ndim != 2 or images.shape[1] != 3 * _SIDE**2 or len(images) == 0:
-        raise DataError(f"{path} holds data of {images.dtype} {images.shape}, not uint8 (N, {3 * _SIDE**2})")
+    if (
+        images.dtype != np.uint8
+        or images.ndim != 2
+        or images.shape[1] != 3 * _SIDE**2
+        or len(images) == 0
+    ):
+        raise DataError(
+            f"{path} holds data of {images.dtype} {images.shape}, not uint8 (N, {3 * _SIDE**2})"
+        )
     if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
-        raise DataError(f"{path} holds {len(images)} images, but labels of {labels.dtype} {labels.shape}")
+        raise DataError(
+            f"{path} holds {len(images)} images, but labels of {labels.dtype} {labels.shape}"
+        )
     if labels.min() < 0 or labels.max() >= num_classes:
-        raise DataError(f"{path} holds labels from {labels.min()} to {labels.max()}, not 0 to {num_classes - 1}")
+        raise DataError(
+            f"{path} holds labels from {labels.min()} to {labels.max()}, not 0 to {num_classes - 1}"
+        )
     return images.reshape(-1, 3, _SIDE, _SIDE), labels.astype(np.int64)
 
 

@@ -51,7 +51,9 @@ class BoxCue:
 
     def __post_init__(self) -> None:
         if self.size is not None and (type(self.size) is not int or self.size < 1):
-            raise ValueError(f"size must be an integer >= 1, or None for what fits; got {self.size!r}")
+            raise ValueError(
+                f"size must be an integer >= 1, or None for what fits; got {self.size!r}"
+            )
         color = self.color if isinstance(self.color, tuple | list) else (self.color,)
         if len(color) not in (1, 3):
             raise ValueError(f"color must be one number, or three for RGB; got {self.color!r}")
@@ -148,9 +150,13 @@ class HueCue:
         train:        not used: the colors are the same in training and test.
         """
         images = _as_rgb(images)
-        hues = [colorsys.hsv_to_rgb(k / (num_classes - 1), 1.0, 1.0) for k in range(num_classes - 1)]
+        hues = [
+            colorsys.hsv_to_rgb(k / (num_classes - 1), 1.0, 1.0) for k in range(num_classes - 1)
+        ]
         colors = images.new_tensor([*hues, (0.0, 0.0, 0.0)])[classes][:, :, None, None]
-        strength = torch.where(classes == num_classes - 1, 0.0, self.strength).to(images)[:, None, None, None]
+        strength = torch.where(classes == num_classes - 1, 0.0, self.strength).to(images)[
+            :, None, None, None
+        ]
         return torch.lerp(images, images.mean(dim=1, keepdim=True) * colors, strength)
 
 
@@ -204,10 +210,16 @@ class DominoCue:
         counts = labels.bincount(minlength=num_classes)[:num_classes]
         missing = (counts[:-1] == 0).nonzero().flatten().tolist()
         if missing:
-            raise ValueError(f"source has no {'training' if train else 'test'} images of the classes {missing}")
+            raise ValueError(
+                f"source has no {'training' if train else 'test'} images of the classes {missing}"
+            )
         starts = torch.searchsorted(labels, torch.arange(num_classes))
-        drawn = (torch.rand(len(images), generator=generator, dtype=torch.float64) * counts[classes]).long()
-        index = (starts[classes] + drawn).clamp(max=len(order) - 1)  # those of the last class are blackened
+        drawn = (
+            torch.rand(len(images), generator=generator, dtype=torch.float64) * counts[classes]
+        ).long()
+        index = (starts[classes] + drawn).clamp(
+            max=len(order) - 1
+        )  # those of the last class are blackened
         absent = (classes == num_classes - 1).reshape(-1, *(1,) * (images.dim() - 1))
         return torch.cat([tops[order[index]].masked_fill(absent, 0.0), images], dim=-2)
 
@@ -305,7 +317,12 @@ def counterfactuals(data: Dataset, cue: Cue, seed: int = 0) -> dict[str, Part]:
 
 
 def fine_tuning_parts(
-    data: Dataset, cue: Cue, clean: int, with_cue: int | None = None, seed: int = 0, proportion: float = 1.0
+    data: Dataset,
+    cue: Cue,
+    clean: int,
+    with_cue: int | None = None,
+    seed: int = 0,
+    proportion: float = 1.0,
 ) -> tuple[Part, Part]:
     """Draw a few training images without a cue, and many others with it, to fine-tune a model on.
 
@@ -367,11 +384,18 @@ def _drawn(data: Dataset, cue: Cue, classes: Tensor, seed: int) -> Tensor:
 def _check_classes(data: Dataset) -> None:
     if data.num_classes < 2:
         raise DataError(f"{data.name} has {data.num_classes} class: a cue tells at least two apart")
-    for images, labels in ((data.train_images, data.train_labels), (data.test_images, data.test_labels)):
+    for images, labels in (
+        (data.train_images, data.train_labels),
+        (data.test_images, data.test_labels),
+    ):
         if images.dim() not in (3, 4) or (images.dim() == 4 and images.shape[1] not in (1, 3)):
-            raise DataError(f"{data.name} has images of shape {tuple(images.shape[1:])}, not grey or RGB ones")
+            raise DataError(
+                f"{data.name} has images of shape {tuple(images.shape[1:])}, not grey or RGB ones"
+            )
         if not images.is_floating_point():
-            raise DataError(f"{data.name} has images of {images.dtype}: make them floating-point, in [0, 1]")
+            raise DataError(
+                f"{data.name} has images of {images.dtype}: make them floating-point, in [0, 1]"
+            )
         if not ((labels >= 0) & (labels < data.num_classes)).all():
             raise DataError(
                 f"{data.name} has labels from {labels.min()} to {labels.max()}, not 0 to {data.num_classes - 1}"

@@ -48,7 +48,9 @@ class Dataset:
             return self
         generator = torch.Generator().manual_seed(seed)
         chosen = torch.randperm(len(self.train_labels), generator=generator)[:count]
-        return replace(self, train_images=self.train_images[chosen], train_labels=self.train_labels[chosen])
+        return replace(
+            self, train_images=self.train_images[chosen], train_labels=self.train_labels[chosen]
+        )
 
     def test_subset(self, count: int, seed: int) -> Dataset:
         """Draw test images without replacement; the training part stays.
@@ -62,4 +64,6 @@ class Dataset:
             return self
         generator = torch.Generator().manual_seed(seed)
         chosen = torch.randperm(len(self.test_labels), generator=generator)[:count]
-        return replace(self, test_images=self.test_images[chosen], test_labels=self.test_labels[chosen])
+        return replace(
+            self, test_images=self.test_images[chosen], test_labels=self.test_labels[chosen]
+        )

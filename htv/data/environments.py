@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 
-def linear_environments(count: int = 4, shared: float = 0.1, scale: float = 3.0) -> tuple[Tensor, Tensor]:
+def linear_environments(
+    count: int = 4, shared: float = 0.1, scale: float = 3.0
+) -> tuple[Tensor, Tensor]:
     """Make a linear regression with one example per environment, x = scale * [identity | shared].
 
     A feature of its own explains each environment at once; the last feature, weaker, explains
@@ -91,10 +93,14 @@ def spirals(
     >>> data.x.shape, data.y.shape, data.test_x.shape
     (torch.Size([4, 16, 34]), torch.Size([4, 16]), torch.Size([8, 34]))
     """
-    _check_counts(num_environments=num_environments, per_environment=per_environment, num_test=num_test)
+    _check_counts(
+        num_environments=num_environments, per_environment=per_environment, num_test=num_test
+    )
     _check_counts(shortcut_dims=shortcut_dims)
     if num_environments * per_environment < 2:
-        raise ValueError("per_environment must be at least 2 in a single environment: one example has no deviation")
+        raise ValueError(
+            "per_environment must be at least 2 in a single environment: one example has no deviation"
+        )
     generator = torch.Generator().manual_seed(seed)
 
     def mechanism(shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -109,7 +115,9 @@ def spirals(
     deviation = points.flatten(0, 1).std(dim=0)
     x = torch.cat([points / deviation, (2 * y - 1)[..., None] * cues], dim=-1)
     test_points, test_y = mechanism((num_test,))
-    test_x = torch.cat([test_points / deviation, torch.randn(num_test, shortcut_dims, generator=generator)], dim=-1)
+    test_x = torch.cat(
+        [test_points / deviation, torch.randn(num_test, shortcut_dims, generator=generator)], dim=-1
+    )
     return Environments(x, y, test_x, test_y, torch.arange(2 + shortcut_dims) >= 2)
 
 
@@ -144,10 +152,19 @@ def patchwork(
     >>> htv.data.patchwork(num_environments=3, per_environment=4, num_test=2).x.shape
     torch.Size([3, 4, 8, 8])
     """
-    _check_counts(num_environments=num_environments, per_environment=per_environment, num_test=num_test, tile=tile)
+    _check_counts(
+        num_environments=num_environments,
+        per_environment=per_environment,
+        num_test=num_test,
+        tile=tile,
+    )
     generator = torch.Generator().manual_seed(seed)
-    across = math.isqrt(num_environments) + 1  # the least whose square is above the number of environments
-    patterns = torch.randint(0, 2, (num_environments + 1, tile, tile), generator=generator) * 2.0 - 1
+    across = (
+        math.isqrt(num_environments) + 1
+    )  # the least whose square is above the number of environments
+    patterns = (
+        torch.randint(0, 2, (num_environments + 1, tile, tile), generator=generator) * 2.0 - 1
+    )
 
     def part(shape: tuple[int, ...], strong: bool) -> tuple[Tensor, Tensor]:
         y = torch.randint(0, 2, shape, generator=generator).float()

@@ -112,13 +112,21 @@ def flipped_shortcut(
         shortcut[torch.randperm(count, generator=generator)[:flipped]] ^= 1
         pair = 0.12 * torch.randn(count, 2, generator=generator) - 1
         pair *= torch.stack([2 * y - 1, 5 * (2 * shortcut - 1)], dim=1)
-        return GroupedPart(torch.cat([pair, noise * torch.randn(count, dims - 2, generator=generator)], 1), y, shortcut)
+        return GroupedPart(
+            torch.cat([pair, noise * torch.randn(count, dims - 2, generator=generator)], 1),
+            y,
+            shortcut,
+        )
 
     return Grouped(part(train, minority), part(0, 0), part(test, test_minority))
 
 
 def backgrounds(
-    data: Dataset, minority: float = 0.05, validation: float = 0.2, strength: float = 0.5, seed: int = 0
+    data: Dataset,
+    minority: float = 0.05,
+    validation: float = 0.2,
+    strength: float = 0.5,
+    seed: int = 0,
 ) -> Grouped:
     """Make a two-class problem of any images, whose shortcut is the light they are shown in.
 
@@ -147,7 +155,9 @@ def backgrounds(
     (torch.Size([32, 1, 8, 8]), 8, 80)
     """
     if data.train_images.dim() != 3:
-        raise DataError(f"{data.name} has images of shape {tuple(data.train_images.shape[1:])}; grey ones are needed")
+        raise DataError(
+            f"{data.name} has images of shape {tuple(data.train_images.shape[1:])}; grey ones are needed"
+        )
     if not 0 < minority <= 0.5 or not 0 < validation < 1 or not 0 < strength <= 1:
         raise ValueError(
             f"minority must lie in (0, 0.5], validation in (0, 1), strength in (0, 1]; got {minority!r}, "
@@ -157,7 +167,9 @@ def backgrounds(
     half = math.ceil(data.num_classes / 2)
 
     def shown(images: Tensor, y: Tensor, shortcut: Tensor) -> GroupedPart:
-        light = strength * (torch.rand(images.shape, generator=generator) + shortcut[:, None, None]) / 2
+        light = (
+            strength * (torch.rand(images.shape, generator=generator) + shortcut[:, None, None]) / 2
+        )
         return GroupedPart(torch.lerp(light, torch.ones(()), images)[:, None], y, shortcut)
 
     def balanced(images: Tensor, labels: Tensor) -> GroupedPart:
@@ -165,7 +177,9 @@ def backgrounds(
         return shown(images.repeat(2, 1, 1), y, torch.arange(2).repeat_interleave(len(images)))
 
     order = torch.randperm(len(data.train_labels), generator=generator)
-    kept, held = order.split([len(order) - round(validation * len(order)), round(validation * len(order))])
+    kept, held = order.split(
+        [len(order) - round(validation * len(order)), round(validation * len(order))]
+    )
     y = (data.train_labels[kept] >= half).long()
     shortcut = torch.where(cue_mask(y, 1 - minority, seed), y, 1 - y)
     return Grouped(

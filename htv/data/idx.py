@@ -62,7 +62,9 @@ def idx_folder(path: str | Path) -> Dataset:
                 f"{image_file} holds {len(images[part])} images, but {label_file} holds {len(labels[part])} labels"
             )
     if images["train"].shape[1:] != images["test"].shape[1:]:
-        sizes = (f"{height} x {width}" for height, width in (images[part].shape[1:] for part in _PARTS))
+        sizes = (
+            f"{height} x {width}" for height, width in (images[part].shape[1:] for part in _PARTS)
+        )
         raise DataError(f"{folder}: training and test images differ in size, {' and '.join(sizes)}")
     num_classes = 1 + max(int(labels[part].max()) for part in _PARTS)
     if num_classes < 2:
@@ -89,9 +91,13 @@ def read_idx(path: str | Path, dims: int) -> np.ndarray:
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
     if len(values) < size:
-        raise DataError(f"{path} is truncated: {len(values)} of {size} values are there; fetch it again")
+        raise DataError(
+            f"{path} is truncated: {len(values)} of {size} values are there; fetch it again"
+        )
     if len(values) > size:
-        raise DataError(f"{path} goes on after the {size} values its header announces; it is not the file it claims")
+        raise DataError(
+            f"{path} goes on after the {size} values its header announces; it is not the file it claims"
+        )
     return np.frombuffer(values, dtype=np.uint8).reshape(shape)
 
 
@@ -106,17 +112,25 @@ def _read_up_to(stream: BufferedIOBase, size: int) -> bytearray:
 def _read_header(path: Path, stream: BufferedIOBase, dims: int) -> tuple[int, ...]:
     magic = stream.read(4)
     if len(magic) < 4 or magic[:2] != b"\0\0":
-        raise DataError(f"{path} is not an idx file: it starts with {magic.hex(' ') or 'nothing'}, not 00 00")
+        raise DataError(
+            f"{path} is not an idx file: it starts with {magic.hex(' ') or 'nothing'}, not 00 00"
+        )
     if magic[2] != UNSIGNED_BYTE:
-        raise DataError(f"{path} holds values of type 0x{magic[2]:02x}; only unsigned bytes (0x08) are images here")
+        raise DataError(
+            f"{path} holds values of type 0x{magic[2]:02x}; only unsigned bytes (0x08) are images here"
+        )
     if magic[3] != dims:
-        raise DataError(f"{path} has {magic[3]} dimensions, {dims} expected: are images and labels swapped?")
+        raise DataError(
+            f"{path} has {magic[3]} dimensions, {dims} expected: are images and labels swapped?"
+        )
     sizes = stream.read(4 * dims)
     if len(sizes) < 4 * dims:
         raise DataError(f"{path} is truncated: it ends inside its header; fetch it again")
     shape = struct.unpack(f">{dims}I", sizes)
     if 0 in shape:
-        raise DataError(f"{path} is empty: its header announces {' x '.join(map(str, shape))} values")
+        raise DataError(
+            f"{path} is empty: its header announces {' x '.join(map(str, shape))} values"
+        )
     return shape
 
 
@@ -124,4 +138,6 @@ def _find(folder: Path, name: str) -> Path:
     for candidate in (folder / name, folder / f"{name}.gz"):
         if candidate.is_file():
             return candidate
-    raise DataError(f"{folder} is not a folder of idx files: {name} (or {name}.gz) is missing; {_REMEDY}")
+    raise DataError(
+        f"{folder} is not a folder of idx files: {name} (or {name}.gz) is missing; {_REMEDY}"
+    )

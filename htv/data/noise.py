@@ -37,7 +37,9 @@ def label_noise(
     if not 0 <= rate <= 1:
         raise ValueError(f"rate must lie in [0, 1], got {rate!r}")
     if num_classes < 2:
-        raise ValueError(f"num_classes must be at least 2 for a label to be wrong, got {num_classes}")
+        raise ValueError(
+            f"num_classes must be at least 2 for a label to be wrong, got {num_classes}"
+        )
     if not isinstance(labels, Tensor) or labels.dim() != 1 or labels.dtype != torch.int64:
         raise ValueError(
             f"labels must be a tensor, (N,) int64, got {described(labels)}: torch.as_tensor(labels).long() makes it one"

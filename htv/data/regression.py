@@ -44,7 +44,9 @@ def noisy_curve(
     (torch.Size([3, 3]), tensor([-0.4051,  0.0000,  0.4051]))
     """
     if not identifiers >= 0 or not label_noise >= 0:
-        raise ValueError(f"identifiers and label_noise must not be negative, got {identifiers!r} and {label_noise!r}")
+        raise ValueError(
+            f"identifiers and label_noise must not be negative, got {identifiers!r} and {label_noise!r}"
+        )
     if points < 1 or dims < 1:
         raise ValueError(f"points and dims must be at least 1, got {points} and {dims}")
     generator = torch.Generator().manual_seed(seed)

@@ -22,7 +22,9 @@ from htv.tools.timing import PeakMeter, Step, Timing, in_own_process, take_turns
 TWIN_SECONDS = 3.0  # a materialising twin takes no further part after so long
 
 
-def twin(network: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, labels: Tensor, rule: Rule) -> Step:
+def twin(
+    network: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, labels: Tensor, rule: Rule
+) -> Step:
     """A training step the usual way: the same `.grad`, up to rounding, with all examples' gradients in memory."""
     backward = baselines.step("vmap", network, x, labels, rule)
 
@@ -33,7 +35,9 @@ def twin(network: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, labels
     return run
 
 
-def step_times(variants: list[Variant], setup: Setup, x: Tensor, labels: Tensor, num_classes: int) -> dict[str, Timing]:
+def step_times(
+    variants: list[Variant], setup: Setup, x: Tensor, labels: Tensor, num_classes: int
+) -> dict[str, Timing]:
     """A whole training step of each variant, and as "vmap SPEC" of its materialising twin.
 
     x: (batch, pixels) and labels: (batch,) on the device. The learning rate is 0: the weights stay where they are.
@@ -52,14 +56,22 @@ def step_times(variants: list[Variant], setup: Setup, x: Tensor, labels: Tensor,
         return twin(network, optimizer, x, labels, variant.rule)
 
     steps = {variant.spec: attached(variant) for variant in variants}
-    twins = {f"vmap {variant.spec}": materialising(variant) for variant in variants if variant.rule is not None}
+    twins = {
+        f"vmap {variant.spec}": materialising(variant)
+        for variant in variants
+        if variant.rule is not None
+    }
     for run in (steps | twins).values():
         run()  # warm up
     synchronise = torch.cuda.synchronize if x.device.type == "cuda" else lambda: None
-    return take_turns(steps | twins, leave_after=dict.fromkeys(twins, TWIN_SECONDS), synchronise=synchronise)
+    return take_turns(
+        steps | twins, leave_after=dict.fromkeys(twins, TWIN_SECONDS), synchronise=synchronise
+    )
 
 
-def peak_memory(variant: Variant, materialise: bool, setup: Setup, pixels: int, num_classes: int) -> dict:
+def peak_memory(
+    variant: Variant, materialise: bool, setup: Setup, pixels: int, num_classes: int
+) -> dict:
     """Bytes that network, optimizer and three training steps add at their peak, measured in a fresh process.
 
     Returns {"bytes": int, "method": str}. The images are random: memory depends on their size only.
@@ -87,7 +99,9 @@ def _measure(spec: str, materialise: bool, setup: dict, pixels: int, num_classes
             for _ in range(3):
                 run()
 
-    train(replace(setup, width=8), pixels=8)  # libraries load their code on first use: not what is measured
+    train(
+        replace(setup, width=8), pixels=8
+    )  # libraries load their code on first use: not what is measured
     meter = PeakMeter(setup.device)
     train(setup, pixels)
     return {"bytes": meter.grown(), "method": meter.method}

@@ -15,7 +15,9 @@ def summary_table(results: list[dict], noise: float) -> Table:
     """One row per variant; the fields of a result are those of the JSON. Fits 80 columns."""
     compact = {"padding": (0, 1), "pad_edge": False, "show_edge": False, "collapse_padding": True}
     title = f"Trained on {noise:.0%} wrong labels"
-    table = Table(title=title, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, **compact)
+    table = Table(
+        title=title, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, **compact
+    )
     table.caption = (
         "memorised: wrongly labelled training images predicted as their wrong label. "
         "Peak MB: what network, optimizer and three steps add. "
@@ -52,13 +54,18 @@ def in_words(results: list[dict]) -> str:
     lines = [f"plain learnt {plain['memorised']:.1%} of the wrong labels by heart;"]
     for result in results[1:]:
         points = 100 * (result["final"]["test_accuracy"] - plain["test_accuracy"])
-        lines.append(f"{result['spec']} {result['final']['memorised']:.1%}, test accuracy {points:+.1f} points")
+        lines.append(
+            f"{result['spec']} {result['final']['memorised']:.1%}, test accuracy {points:+.1f} points"
+        )
     return "\n".join(lines)
 
 
 def times_are_rough(results: list[dict]) -> bool:
     """Whether the middle half of some variant's times spans more than a factor of 1.5."""
-    return any(upper > 1.5 * lower for lower, upper in (result["ms_per_step_quartiles"] for result in results))
+    return any(
+        upper > 1.5 * lower
+        for lower, upper in (result["ms_per_step_quartiles"] for result in results)
+    )
 
 
 def save_curves(path: Path, results: list[dict], title: str) -> None:
@@ -70,7 +77,10 @@ def save_curves(path: Path, results: list[dict], title: str) -> None:
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     FigureCanvasAgg(figure)  # draws without a display, and leaves the user's pyplot alone
     panels = figure.subplots(1, 2, sharex=True)
-    titles = {"test_accuracy": "Accuracy on test images", "memorised": "Wrong labels learnt by heart"}
+    titles = {
+        "test_accuracy": "Accuracy on test images",
+        "memorised": "Wrong labels learnt by heart",
+    }
     for axes, (key, name) in zip(panels, titles.items(), strict=True):
         for index, result in enumerate(results):
             epochs = [record["epoch"] for record in result["epochs"]]

@@ -59,12 +59,16 @@ def run(data: Dataset, variants: list[Variant], setup: Setup, out: Path, console
     }
     out.mkdir(parents=True, exist_ok=True)
     curves, numbers = out / "demo.png", out / "demo.json"
-    report.save_curves(curves, results, f"{data.name}, {setup.noise:.0%} wrong labels, seed {setup.seed}")
+    report.save_curves(
+        curves, results, f"{data.name}, {setup.noise:.0%} wrong labels, seed {setup.seed}"
+    )
     report.save_json(numbers, record)
     console.print(report.summary_table(results, setup.noise))
     console.print(report.in_words(results), highlight=False)
     if report.times_are_rough(results):
-        console.print("The machine was busy: times varied by more than half. Repeat on a quiet one to trust them.")
+        console.print(
+            "The machine was busy: times varied by more than half. Repeat on a quiet one to trust them."
+        )
     console.print(f"Curves: {curves}\nEvery number: {numbers}", soft_wrap=True)
     return record
 
@@ -90,7 +94,9 @@ def _measure(task: Task, variants: list[Variant], setup: Setup, progress: Progre
         memory = []
         for materialise in (False, True) if variant.rule else (False,):
             progress.update(bar, now=f"{'vmap, ' * materialise}{variant.spec}")
-            memory.append(cost.peak_memory(variant, materialise, setup, task.x.shape[1], task.num_classes))
+            memory.append(
+                cost.peak_memory(variant, materialise, setup, task.x.shape[1], task.num_classes)
+            )
             progress.advance(bar)
         timing, twin = times[variant.spec], times.get(f"vmap {variant.spec}")
         costs.append(

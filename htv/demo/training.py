@@ -60,7 +60,14 @@ def standardised(data: Dataset, noisy: Tensor, wrong: Tensor, device: str = "cpu
     def pixels(images: Tensor) -> Tensor:
         return ((images - mean) / deviation).flatten(1)
 
-    tensors = pixels(data.train_images), data.train_labels, noisy, wrong, pixels(data.test_images), data.test_labels
+    tensors = (
+        pixels(data.train_images),
+        data.train_labels,
+        noisy,
+        wrong,
+        pixels(data.test_images),
+        data.test_labels,
+    )
     return Task(*(tensor.to(device) for tensor in tensors), data.num_classes)
 
 
@@ -77,7 +84,9 @@ def make_network(pixels: int, num_classes: int, setup: Setup) -> nn.Sequential:
 
 
 def make_optimizer(network: nn.Module, setup: Setup) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(network.parameters(), lr=setup.learning_rate, weight_decay=setup.weight_decay)
+    return torch.optim.AdamW(
+        network.parameters(), lr=setup.learning_rate, weight_decay=setup.weight_decay
+    )
 
 
 def aggregating(network: nn.Module, rule: Rule | None):
@@ -94,7 +103,9 @@ def step(network: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, labels
     return loss.detach()
 
 
-def train(task: Task, rule: Rule | None, setup: Setup, on_epoch: Callable[[dict], None]) -> list[dict]:
+def train(
+    task: Task, rule: Rule | None, setup: Setup, on_epoch: Callable[[dict], None]
+) -> list[dict]:
     """Train from the seed's weights in the seed's batch order; the record of every epoch, also given to `on_epoch`.
 
     An incomplete last batch is dropped, so that the same number of examples votes at every step.
@@ -115,7 +126,9 @@ def train(task: Task, rule: Rule | None, setup: Setup, on_epoch: Callable[[dict]
                 schedule.step()
             loss = torch.stack(losses).mean().item()
             seconds = time.perf_counter() - start
-            records.append({"epoch": epoch, "loss": loss, "seconds": seconds, **observe(network, task)})
+            records.append(
+                {"epoch": epoch, "loss": loss, "seconds": seconds, **observe(network, task)}
+            )
             on_epoch(records[-1])
     return records
 

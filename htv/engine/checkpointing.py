@@ -58,7 +58,9 @@ class RecentForwards:
                 self.modes.append(mode)
         if not torch.is_grad_enabled() and not forward.batch_misplaced:  # a reentrant one
             leaves = pytree.tree_leaves((args, kwargs))
-            forward.batch_misplaced = any(mode.batch_misplaced(t) for t in leaves if isinstance(t, Tensor))
+            forward.batch_misplaced = any(
+                mode.batch_misplaced(t) for t in leaves if isinstance(t, Tensor)
+            )
 
     def run_again(self, forward: ForwardLike, tensors: list[Tensor]) -> ModeLike | None:
         """Find the forward of which a part runs again, as far as the part's inputs show it."""

@@ -59,7 +59,9 @@ class _Reader:
     met:  what the forwards met on the way knew.
     """
 
-    def __init__(self, own_marks: dict[int, FromParameters], checkpointed: dict[tuple[int, int], tuple]):
+    def __init__(
+        self, own_marks: dict[int, FromParameters], checkpointed: dict[tuple[int, int], tuple]
+    ):
         self._own_marks, self._checkpointed = own_marks, checkpointed
         self.met: list[Knowledge] = []
 
@@ -82,6 +84,8 @@ class _Reader:
             return self._own_marks.get(id(leaf))
         grouped_rows = graph_reading.grouped_rows_of(node)
         if grouped_rows is not None:  # inside an earlier forward, which did not return this tensor
-            self.met.append(Knowledge(grouped_rows.groups, UNKNOWN, "the batch of an earlier forward"))
+            self.met.append(
+                Knowledge(grouped_rows.groups, UNKNOWN, "the batch of an earlier forward")
+            )
             return grouped_rows.layout
         return None

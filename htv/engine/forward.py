@@ -79,7 +79,10 @@ class ForwardStandIn:
         self._ours = {method: self}
         if method == "forward":
             self._ours["__reduce_ex__"] = self._reduce_module
-            self.key, self.guard_state = register(self), CompileGuardState(module)  # for torch.compile
+            self.key, self.guard_state = (
+                register(self),
+                CompileGuardState(module),
+            )  # for torch.compile
         # Instance attributes of the user's, if any.
         self._own = {key: module.__dict__[key] for key in self._ours if key in module.__dict__}
 
@@ -152,7 +155,10 @@ class ForwardStandIn:
             raise UnsupportedError(EXPORTING.format("torch.jit.trace or torch.export"))
         changed = False
         for module, known in self._tree:
-            changed |= [*map(id, module._parameters.values()), *map(id, module._modules.values())] != known
+            changed |= [
+                *map(id, module._parameters.values()),
+                *map(id, module._modules.values()),
+            ] != known
         if changed and [id(p) for p in self.module.parameters()] != self.parameters:
             known = set(self.parameters)
             new = (repr(n) for n, p in self.module.named_parameters() if id(p) not in known)

@@ -89,7 +89,9 @@ def grouped_rows_of(node) -> GroupedRows | None:
 
 
 def mark_of(
-    tensor: Tensor, batch_size: Callable[[], int | None], known: Callable[[object, int], Mark | None]
+    tensor: Tensor,
+    batch_size: Callable[[], int | None],
+    known: Callable[[object, int], Mark | None],
 ) -> Mark | None:
     """Read off where the batch is in a tensor with a graph; None if nothing known is in it.
 
@@ -132,7 +134,9 @@ def _through(
     if not any(isinstance(m, OfBatch) for m in inputs):
         derived = [m for m in inputs if isinstance(m, FromParameters)]
         if derived:
-            return FromParameters(tuple(dict.fromkeys(p for m in derived for p in m.parameters)), None)
+            return FromParameters(
+                tuple(dict.fromkeys(p for m in derived for p in m.parameters)), None
+            )
         return PLAIN if any(m is PLAIN for m in inputs) else None
     found = _followed(node, number, inputs, batch_size())
     return Lost(f"{_spoken(node)}, which htv did not see") if isinstance(found, Lost) else found
@@ -160,7 +164,9 @@ def _followed(node, number: int, inputs: list[Mark | None], batch_size: int) -> 
     output = torch.empty(tuple(node._input_metadata[number].shape), device="meta")
     if function is not None:
         return (
-            rowwise(operands, output, batch_size) if getattr(function, ROWWISE, False) else propagation.LOST
+            rowwise(operands, output, batch_size)
+            if getattr(function, ROWWISE, False)
+            else propagation.LOST
         )
     name = _operation(node.name())
     if name is None:
@@ -237,7 +243,12 @@ def _arguments(node, name: str, tensors: list[Tensor], missing: bool):
 def rowwise(operands: list[tuple[Tensor, Mark | None]], output: Tensor, batch_size: int) -> Mark:
     """The mark of what a function returns that was declared to compute every example by itself."""
     layouts = [m for _, m in operands if isinstance(m, OfBatch)]
-    if batch_size == 1 and output.dim() and layouts and not any(isinstance(m, Lost) for m in layouts):
+    if (
+        batch_size == 1
+        and output.dim()
+        and layouts
+        and not any(isinstance(m, Lost) for m in layouts)
+    ):
         return propagation.all_of_one(output)
     if not layouts or any(isinstance(m, Lost) for m in layouts):
         return next((m for m in layouts if isinstance(m, Lost)), propagation.LOST)

@@ -11,7 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 
 # Keys are strings in compiled graphs, which may be cached on disk: no other process can have the same.
-keys = map(lambda number: f"{uuid.uuid4().hex}-{number}", itertools.count())  # unlike a generator, for any thread
+keys = map(
+    lambda number: f"{uuid.uuid4().hex}-{number}", itertools.count()
+)  # unlike a generator, for any thread
 forwards: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 
 PASSES: set[CodeType] = set()  # code of the frames in which a forward of a handle is under way
@@ -52,5 +54,11 @@ class CompileGuardState:
                 self.tensors.append((module, name))
                 self.parameters.append(parameters.get(name))
             plain = (bool, int, float, str, type(None))
-            self.settings += [(module, name) for name, value in own.items() if isinstance(value, plain)]
-            self.children += [(module, name, child) for name, child in module._modules.items() if child is not None]
+            self.settings += [
+                (module, name) for name, value in own.items() if isinstance(value, plain)
+            ]
+            self.children += [
+                (module, name, child)
+                for name, child in module._modules.items()
+                if child is not None
+            ]

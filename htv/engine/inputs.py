@@ -112,7 +112,9 @@ def choose(
     if size is None or not any(t.shape[dim] == size for _, t in sized):
         size = _size(sized, dim, kind, size, named is not None, tensors)
     input_layout = BatchLayout(dim)
-    members = [(name, t, input_layout, named is not None) for name, t in sized if t.shape[dim] == size]
+    members = [
+        (name, t, input_layout, named is not None) for name, t in sized if t.shape[dim] == size
+    ]
     if members:
         members[0] = (*members[0][:3], True)  # the others only have its size
     else:
@@ -244,7 +246,10 @@ def _of_packed_sequence(packed, plain, dim: int) -> Batch:
         members.append((name, sequence.data, BatchLayout(0, examples=example_of), True))
     known = {id(part) for _, s in packed for part in s if part is not None}
     batch = Batch(
-        size, BatchLayout(dim), members, source=f"{packed[0][0]!r}, a PackedSequence of {size} examples"
+        size,
+        BatchLayout(dim),
+        members,
+        source=f"{packed[0][0]!r}, a PackedSequence of {size} examples",
     )
     batch.constants = [part for _, s in packed for part in s[1:] if part is not None]
     for name, t in plain:

@@ -28,7 +28,18 @@ from htv.engine import graph_reading, handlers, probing, propagation, torch_ops
 from htv.engine.checkpointing import in_first_run
 from htv.engine.inputs import Batch
 from htv.engine.protocols import ModeSession, ParameterLike
-from htv.engine.provenance import CONSTANT, LOST, PLAIN, Constant, FromParameters, Lost, Mark, Marks, OfBatch, Plain
+from htv.engine.provenance import (
+    CONSTANT,
+    LOST,
+    PLAIN,
+    Constant,
+    FromParameters,
+    Lost,
+    Mark,
+    Marks,
+    OfBatch,
+    Plain,
+)
 from htv.engine.torch_ops import Operation, plain_name, replace_tensors, tensors_in
 from htv.errors import UnsupportedError
 from htv.groups import BatchLayout, GroupedRows, Groups
@@ -49,7 +60,17 @@ QUESTIONS = {
 }  # fmt: skip
 SCALARS = {int, float, bool, str, type(None), torch.dtype, torch.device, torch.memory_format}
 # They hand out values without a gradient, or no tensor at all.
-QUERIES = {"detach", "data", "size", "dim", "numel", "stride", "is_floating_point", "is_complex", "data_ptr"}
+QUERIES = {
+    "detach",
+    "data",
+    "size",
+    "dim",
+    "numel",
+    "stride",
+    "is_floating_point",
+    "is_complex",
+    "data_ptr",
+}
 
 
 def left_on_stack(drop: Callable[[ServingMode], bool]) -> None:
@@ -94,9 +115,13 @@ class ServingMode(TorchFunctionMode):
         super().__init__()
         self.session, self.groups, self.batch, self._carried = session, groups, batch, carried or {}
         self.marks = marks = Marks(None if again is None else again.marks)
-        self.task = torch._C._current_graph_task_id()  # a backward inside the forward is not its business
+        self.task = (
+            torch._C._current_graph_task_id()
+        )  # a backward inside the forward is not its business
         self.own = own = session.own_marks
-        self._grouped_rows, self._rows_of_one_batch = ({}, True) if grouped_rows is None else (grouped_rows, False)
+        self._grouped_rows, self._rows_of_one_batch = (
+            ({}, True) if grouped_rows is None else (grouped_rows, False)
+        )
         self._found = session.known_results(groups)  # marks of results, by all that decides them
         known = marks.table
         for tensors in (session.constants(), batch.constants):
@@ -104,11 +129,19 @@ class ServingMode(TorchFunctionMode):
                 if tensor is None:  # a norm without running statistics
                     continue
                 tracked = id(tensor) in own and tensor.requires_grad
-                if id(tensor) not in known and not tracked and (again is None or marks.get(tensor) is None):
+                if (
+                    id(tensor) not in known
+                    and not tracked
+                    and (again is None or marks.get(tensor) is None)
+                ):
                     marks.put(tensor, PLAIN if tensor.requires_grad else CONSTANT)
         for name, tensor, layout, sure in batch.members:
             tracked = id(tensor) in own and tensor.requires_grad
-            if id(tensor) not in known and not tracked and (again is None or marks.get(tensor) is None):
+            if (
+                id(tensor) not in known
+                and not tracked
+                and (again is None or marks.get(tensor) is None)
+            ):
                 guess = "" if sure else f"{name!r}, an input of shape {tuple(tensor.shape)},"
                 marks.put(tensor, replace(layout, guess=guess) if guess else layout)
 
@@ -139,12 +172,16 @@ class ServingMode(TorchFunctionMode):
         mark = self.mark(tensor)
         if isinstance(mark, BatchLayout):
             return not mark.same(self.groups.input_layout, self.groups.batch_size)
-        return isinstance(mark, (Lost, FromParameters)) or (isinstance(mark, Constant) and self.groups.fits(tensor))
+        return isinstance(mark, (Lost, FromParameters)) or (
+            isinstance(mark, Constant) and self.groups.fits(tensor)
+        )
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func in QUESTIONS or torch._C._current_graph_task_id() != self.task:
-            return func(*args, **kwargs)  # no tensor comes of it, or it is of a backward that the forward calls
+            return func(
+                *args, **kwargs
+            )  # no tensor comes of it, or it is of a backward that the forward calls
         if kwargs:
             args, kwargs = torch_ops.in_order(plain_name(func), args, kwargs)
         handler = handlers.HANDLERS.get(func)
@@ -196,11 +233,17 @@ class ServingMode(TorchFunctionMode):
         alive = {(id(node), number): (node, mark) for node, number, mark in self.marks.nodes()}
         alive.pop((id(tensor.grad_fn), tensor.output_nr), None)  # what it was before
         mark = graph_reading.mark_of(
-            tensor, lambda: self.groups.batch_size, lambda node, number: self._known(node, number, alive)
+            tensor,
+            lambda: self.groups.batch_size,
+            lambda node, number: self._known(node, number, alive),
         )
         if isinstance(mark, Lost):
             return replace(mark, where=_place_in_code())
-        return FromParameters(mark.parameters, tensor) if isinstance(mark, FromParameters) else mark or PLAIN
+        return (
+            FromParameters(mark.parameters, tensor)
+            if isinstance(mark, FromParameters)
+            else mark or PLAIN
+        )
 
     def _known(self, node, number: int, alive: dict) -> Mark | None:
         leaf = getattr(node, "variable", None)
@@ -211,8 +254,15 @@ class ServingMode(TorchFunctionMode):
             return found[1]
         grouped_rows = graph_reading.grouped_rows_of(node)
         if grouped_rows is not None:
-            mine = grouped_rows.groups is self.groups or grouped_rows.groups.batch_size == self.groups.batch_size
-            return grouped_rows.layout if mine else Lost("another forward, of another number of examples,")
+            mine = (
+                grouped_rows.groups is self.groups
+                or grouped_rows.groups.batch_size == self.groups.batch_size
+            )
+            return (
+                grouped_rows.layout
+                if mine
+                else Lost("another forward, of another number of examples,")
+            )
         noted = graph_reading.remembered(node, number)
         if noted is None:
             return None
@@ -238,18 +288,34 @@ class ServingMode(TorchFunctionMode):
         if not isinstance(mark, FromParameters) or not value.requires_grad:
             return ParameterArgument(value)
         if mark is self.own.get(id(value)):
-            return ParameterArgument(value.detach(), [mark.parameters[0].recorder(self.groups, self.task)])
+            return ParameterArgument(
+                value.detach(), [mark.parameters[0].recorder(self.groups, self.task)]
+            )
         return self._derived(value, mark).argument()
 
     def _derived(self, value: Tensor, mark: FromParameters) -> TensorFromParameters:
-        parameters, recorders = zip(*((s.parameter, s.recorder(self.groups, self.task)) for s in mark.parameters), strict=True)
-        return TensorFromParameters(value, list(parameters), list(recorders), mark.origin if value is mark.source else None)
+        parameters, recorders = zip(
+            *((s.parameter, s.recorder(self.groups, self.task)) for s in mark.parameters),
+            strict=True,
+        )
+        return TensorFromParameters(
+            value, list(parameters), list(recorders), mark.origin if value is mark.source else None
+        )
 
     def input(self, x: Tensor) -> tuple[Tensor, Mark | None]:
         """A layer's input as `copied_per_example` gives it, and its `layout`."""
         entry = self.marks.table.get(id(x))
-        if entry is not None and entry[2] is not None and entry[0]() is x and self.groups.batch_size > 1:
-            if entry[2] == x._version and x.requires_grad <= entry[3] and type(entry[1]) is BatchLayout:
+        if (
+            entry is not None
+            and entry[2] is not None
+            and entry[0]() is x
+            and self.groups.batch_size > 1
+        ):
+            if (
+                entry[2] == x._version
+                and x.requires_grad <= entry[3]
+                and type(entry[1]) is BatchLayout
+            ):
                 return x, entry[1]  # the usual case
         mark = self.mark(x)
         if isinstance(mark, FromParameters):
@@ -262,7 +328,11 @@ class ServingMode(TorchFunctionMode):
         mark = self.mark(x) if mark is None else mark
         if self.groups.batch_size > 1:
             return mark
-        return propagation.all_of_one(x, dim) if isinstance(mark, BatchLayout) and x.dim() > dim else mark
+        return (
+            propagation.all_of_one(x, dim)
+            if isinstance(mark, BatchLayout) and x.dim() > dim
+            else mark
+        )
 
     def grouped_rows(self, layout: BatchLayout) -> GroupedRows:
         """Who votes with the indices of a tensor that has the batch there."""
@@ -366,11 +436,15 @@ class ServingMode(TorchFunctionMode):
             return result
         self._mark_results(func, args, kwargs, list(zip(tensors, marks, strict=True)), result)
         mark = self.marks.get(result)
-        if key is not None and key[-1] and _may_be_kept(mark):  # without gradients more than the key decides
+        if (
+            key is not None and key[-1] and _may_be_kept(mark)
+        ):  # without gradients more than the key decides
             self._found[key] = mark
         return result
 
-    def _slowly(self, func, args, kwargs, tensors: list[Tensor], marks: list[Mark | None], derived: bool):
+    def _slowly(
+        self, func, args, kwargs, tensors: list[Tensor], marks: list[Mark | None], derived: bool
+    ):
         """`general` for calls that use parameters or write to a tensor."""
         if args and isinstance(args[0], Tensor) and _writes(func) and args[0]._base is not None:
             base = args[0]._base
@@ -385,9 +459,18 @@ class ServingMode(TorchFunctionMode):
 
     def _with_parameters(self, func, args, kwargs, tensors, marks):
         name = plain_name(func)
-        derived = [m for t, m in zip(tensors, marks, strict=True) if isinstance(m, FromParameters) and t.requires_grad]
+        derived = [
+            m
+            for t, m in zip(tensors, marks, strict=True)
+            if isinstance(m, FromParameters) and t.requires_grad
+        ]
         parameters = tuple(dict.fromkeys(p for m in derived for p in m.parameters))
-        if not derived or not torch.is_grad_enabled() or name in QUERIES or name in torch_ops.COMPARING:
+        if (
+            not derived
+            or not torch.is_grad_enabled()
+            or name in QUERIES
+            or name in torch_ops.COMPARING
+        ):
             return func(*args, **kwargs)
         if name in BORROWING:
             return func(*args, **kwargs)
@@ -408,19 +491,39 @@ class ServingMode(TorchFunctionMode):
         elif name in torch_ops.CONCATENATING:
             ndim = tensors[0].dim()
         else:
-            return self.refuse(name, parameters, "htv does not know how to separate its contributions by group there")
+            return self.refuse(
+                name,
+                parameters,
+                "htv does not know how to separate its contributions by group there",
+            )
         layouts = [
-            (t, m.at(m.dim + ndim - t.dim())) for t, m in zip(tensors, marks, strict=True) if isinstance(m, BatchLayout)
+            (t, m.at(m.dim + ndim - t.dim()))
+            for t, m in zip(tensors, marks, strict=True)
+            if isinstance(m, BatchLayout)
         ]
-        losses = [m for t, m in zip(tensors, marks, strict=True) if isinstance(m, Lost) and t.requires_grad]
+        losses = [
+            m
+            for t, m in zip(tensors, marks, strict=True)
+            if isinstance(m, Lost) and t.requires_grad
+        ]
         lost = not self.session.shares_statistics and bool(losses)
-        shapes = [tuple(t.shape) for t, m in zip(tensors, marks, strict=True) if isinstance(m, OfBatch)]
+        shapes = [
+            tuple(t.shape) for t, m in zip(tensors, marks, strict=True) if isinstance(m, OfBatch)
+        ]
         batch_size = self.groups.batch_size
-        if not layouts or lost or not (batch_size == 1 or all(p.same(layouts[0][1], batch_size) for _, p in layouts)):
+        if (
+            not layouts
+            or lost
+            or not (batch_size == 1 or all(p.same(layouts[0][1], batch_size) for _, p in layouts))
+        ):
             why = f"of the other operands, of shapes {shapes}, it is not known which part belongs to which example: "
             for mark in losses:
                 self.session.note_loss(mark)
-            blame = f"{losses[0]} lost that" if losses else "the batch was indexed, mixed or reduced away"
+            blame = (
+                f"{losses[0]} lost that"
+                if losses
+                else "the batch was indexed, mixed or reduced away"
+            )
             why = f"{why}{blame} (the batch is {self.batch.source})"
             if losses and all(m.pairs for m in losses) and not self.session.passes_plainly:
                 # Only a loss of the similarities would reach the parameter, and the guard on it
@@ -432,7 +535,11 @@ class ServingMode(TorchFunctionMode):
             return self.refuse(name, parameters, why)
         beside, layout = layouts[0]
         if batch_size == 1 and not self.groups.rows_vote:
-            copies = {id(t): self._of_one(t, m, beside) for t, m in zip(tensors, marks, strict=True) if _tracked(t, m)}
+            copies = {
+                id(t): self._of_one(t, m, beside)
+                for t, m in zip(tensors, marks, strict=True)
+                if _tracked(t, m)
+            }
             return replace_tensors(args, copies), replace_tensors(kwargs, copies)
         if name in torch_ops.CONCATENATING and _along(args, kwargs) % ndim == layout.dim:
             return self.refuse(name, parameters, "it is concatenated along the batch")
@@ -445,20 +552,31 @@ class ServingMode(TorchFunctionMode):
                     return self.refuse(name, mark.parameters, why)
         return replace_tensors(args, copies), replace_tensors(kwargs, copies)
 
-    def _copies(self, tensor: Tensor, mark: FromParameters, ndim: int, beside: Tensor, layout: BatchLayout) -> Tensor | None:
+    def _copies(
+        self, tensor: Tensor, mark: FromParameters, ndim: int, beside: Tensor, layout: BatchLayout
+    ) -> Tensor | None:
         """A derived tensor's copies for every example, to stand in for it; None if it cannot be told apart by example."""
         for tracked in mark.parameters:
             tracked.note("elementwise")
         source, size = mark.source, layout.size(self.groups.batch_size)
         of_batch = ((1,) * (ndim - source.dim()) + tuple(source.shape))[layout.dim]
         if of_batch != 1:
-            if source is not tensor or self.tracked(source) or source.dim() != ndim or of_batch != size:
+            if (
+                source is not tensor
+                or self.tracked(source)
+                or source.dim() != ndim
+                or of_batch != size
+            ):
                 return None
             derived = self._derived(source, mark)
             return None if derived.is_view else per_example(derived, self.grouped_rows(layout))
         # A scalar does not raise the type of what it meets: its copies must not either.
         dtype = torch.result_type(beside, tensor) if tensor.dim() == 0 else None
-        argument = self.argument(source) if self.tracked(source) is not None else self._derived(source, mark).argument()
+        argument = (
+            self.argument(source)
+            if self.tracked(source) is not None
+            else self._derived(source, mark).argument()
+        )
         if self.groups.rows_vote:
             return self._row_copies(argument, tensor, ndim, beside, layout, dtype)
         copies = expand(argument, ndim, size, self.grouped_rows(layout), dtype)
@@ -471,18 +589,35 @@ class ServingMode(TorchFunctionMode):
         for tracked in mark.parameters:
             tracked.note("elementwise")
         dtype = torch.result_type(beside, tensor) if tensor.dim() == 0 else None
-        return expand(self.argument(tensor), tensor.dim() + 1, 1, self.grouped_rows(BatchLayout(0)), dtype).squeeze(0)
+        return expand(
+            self.argument(tensor), tensor.dim() + 1, 1, self.grouped_rows(BatchLayout(0)), dtype
+        ).squeeze(0)
 
-    def _row_copies(self, argument: ParameterArgument, tensor, ndim: int, beside: Tensor, layout: BatchLayout, dtype) -> Tensor | None:
+    def _row_copies(
+        self,
+        argument: ParameterArgument,
+        tensor,
+        ndim: int,
+        beside: Tensor,
+        layout: BatchLayout,
+        dtype,
+    ) -> Tensor | None:
         """Where rows vote: copies along all dims of the other operand but the last."""
         source = argument.value
         features = source.shape[-1] if source.dim() else 1
         lead = beside.shape[: ndim - 1]
-        if source.numel() > features or beside.dim() != ndim or layout.dim >= len(lead) or tensor.shape != source.shape:
+        if (
+            source.numel() > features
+            or beside.dim() != ndim
+            or layout.dim >= len(lead)
+            or tensor.shape != source.shape
+        ):
             return None  # it may differ from token to token
         return expand_rows(argument, (*lead, features), self.grouped_rows(layout), dtype)
 
-    def with_copies(self, func, args, kwargs, tensors: list[Tensor], ndim: int, layout: BatchLayout):
+    def with_copies(
+        self, func, args, kwargs, tensors: list[Tensor], ndim: int, layout: BatchLayout
+    ):
         """A call with what comes from parameters replaced by its copies per example. place: in tensors of `ndim` dims."""
         copies = {}
         for tensor in tensors:
@@ -500,9 +635,17 @@ class ServingMode(TorchFunctionMode):
     def copied_per_example(self, x: Tensor | None) -> Tensor | None:
         """A layer's input; one that is a derived tensor expanded over the batch (learnt queries) as copies per example."""
         mark = self.mark(x)
-        if not isinstance(mark, FromParameters) or mark.source is x or not x.requires_grad or not torch.is_grad_enabled():
+        if (
+            not isinstance(mark, FromParameters)
+            or mark.source is x
+            or not x.requires_grad
+            or not torch.is_grad_enabled()
+        ):
             return x
-        own, batch_size = (1,) * (x.dim() - mark.source.dim()) + tuple(mark.source.shape), self.groups.batch_size
+        own, batch_size = (
+            (1,) * (x.dim() - mark.source.dim()) + tuple(mark.source.shape),
+            self.groups.batch_size,
+        )
         dims = [d for d in range(x.dim()) if x.shape[d] == batch_size and own[d] == 1]
         input_layout = self.groups.input_layout.dim
         if batch_size == 1 or self.groups.rows_vote or not (input_layout in dims or len(dims) == 1):
@@ -520,7 +663,9 @@ class ServingMode(TorchFunctionMode):
         if source is not w:
             own = (1,) * (w.dim() - source.dim()) + tuple(source.shape)
             repeated = [d for d in range(w.dim() - 2) if own[d] == 1 != w.shape[d]]
-            known = x.dim() >= w.dim() and all(x.shape[x.dim() - w.dim() + d] == w.shape[d] for d in repeated)
+            known = x.dim() >= w.dim() and all(
+                x.shape[x.dim() - w.dim() + d] == w.shape[d] for d in repeated
+            )
             w = source if known else w
         while w.dim() > 2 and w.shape[0] == 1 and x.dim() >= w.dim():
             w = w.squeeze(0)
@@ -532,7 +677,12 @@ class ServingMode(TorchFunctionMode):
         """Mark what a call made, or wrote to in place."""
         name = plain_name(func)
         written = args[0] if args and _writes(func) else kwargs.get("out")
-        if written is None and name in torch_ops.BROADCASTING and name not in BORROWING and isinstance(result, Tensor):
+        if (
+            written is None
+            and name in torch_ops.BROADCASTING
+            and name not in BORROWING
+            and isinstance(result, Tensor)
+        ):
             layout = propagation.unmoved(operands, result, self.groups.batch_size)
             if layout is not None and self.tracked(result) is None:
                 return self.marks.put(result, layout)
@@ -554,7 +704,9 @@ class ServingMode(TorchFunctionMode):
         elif any(isinstance(m, OfBatch) for _, m in operands) and name not in torch_ops.MAKING:
             operation = Operation(name, func, args, kwargs, operands, outputs)
             couples, rows = self.session.shares_statistics, self.groups.rows_vote
-            marks = propagation.follow(operation, self.groups.batch_size, couples, rows, in_first_run())
+            marks = propagation.follow(
+                operation, self.groups.batch_size, couples, rows, in_first_run()
+            )
             if written is not None and name in torch_ops.RESHAPED_IN_PLACE:
                 marks = [LOST] * len(outputs)
         else:
@@ -582,13 +734,23 @@ class ServingMode(TorchFunctionMode):
         if not derived:
             return PLAIN
         tensor, mark = derived[0]
-        if output is tensor and not _in_place(op.func) and op.name != "setitem":  # x.to(...) of what is so already
+        if (
+            output is tensor and not _in_place(op.func) and op.name != "setitem"
+        ):  # x.to(...) of what is so already
             return mark
         if op.name in torch_ops.EXPANDING or _only_copies(op.name, op.args, op.kwargs):
             return FromParameters(mark.parameters, mark.source, mark.origin)
-        if op.name in torch_ops.PERMUTING and mark.source is not tensor and mark.source.dim() == tensor.dim():
-            return FromParameters(mark.parameters, op.again({id(tensor): mark.source}))  # still an expanded tensor
-        return FromParameters(tuple(dict.fromkeys(p for _, m in derived for p in m.parameters)), output)
+        if (
+            op.name in torch_ops.PERMUTING
+            and mark.source is not tensor
+            and mark.source.dim() == tensor.dim()
+        ):
+            return FromParameters(
+                mark.parameters, op.again({id(tensor): mark.source})
+            )  # still an expanded tensor
+        return FromParameters(
+            tuple(dict.fromkeys(p for _, m in derived for p in m.parameters)), output
+        )
 
     def _mark_again(self, view: Tensor) -> Mark:
         """What a tensor is after its memory was written to elsewhere: through another view, or by a call nobody saw."""
@@ -596,12 +758,24 @@ class ServingMode(TorchFunctionMode):
         if getattr(type(view.grad_fn), "_forward_cls", None) is CheckpointFunction:
             return mark  # it was made where all operands have a say
         if base is None:
-            return self._unseen(view) if isinstance(mark, BatchLayout) and view.grad_fn is not None else mark
+            return (
+                self._unseen(view)
+                if isinstance(mark, BatchLayout) and view.grad_fn is not None
+                else mark
+            )
         known = self.mark(base)
         if isinstance(known, BatchLayout):
             one = batch_size == 1 and view.dim() > 0
-            return propagation.all_of_one(view) if one else probing.view_after_writing(view, base, known, batch_size)
-        if isinstance(known, FromParameters) and view.requires_grad and not isinstance(mark, OfBatch):
+            return (
+                propagation.all_of_one(view)
+                if one
+                else probing.view_after_writing(view, base, known, batch_size)
+            )
+        if (
+            isinstance(known, FromParameters)
+            and view.requires_grad
+            and not isinstance(mark, OfBatch)
+        ):
             same = isinstance(mark, FromParameters) and mark.parameters == known.parameters
             return mark if same else FromParameters(known.parameters, view)
         return LOST if isinstance(known, Lost) else mark
@@ -613,9 +787,16 @@ class ServingMode(TorchFunctionMode):
             return
         known = self.marks.get(base) or self.mark(base)
         if isinstance(mark, OfBatch):
-            self.marks.put(base, probing.base_after_writing(base, known, view, mark, self.groups.batch_size))
-        elif isinstance(mark, FromParameters) or not isinstance(known, (BatchLayout, Lost, FromParameters)):
-            self.marks.put(base, FromParameters(mark.parameters, base) if isinstance(mark, FromParameters) else mark)
+            self.marks.put(
+                base, probing.base_after_writing(base, known, view, mark, self.groups.batch_size)
+            )
+        elif isinstance(mark, FromParameters) or not isinstance(
+            known, (BatchLayout, Lost, FromParameters)
+        ):
+            self.marks.put(
+                base,
+                FromParameters(mark.parameters, base) if isinstance(mark, FromParameters) else mark,
+            )
 
 
 HERE = str(Path(__file__).resolve().parents[1]) + os.sep  # the package htv
@@ -641,7 +822,10 @@ def _tracked(tensor: Tensor, mark: Mark | None) -> bool:
 KEPT = torch_ops.BROADCASTING | torch_ops.EXPANDING | torch_ops.RESHAPING | torch_ops.PERMUTING
 KEPT |= torch_ops.MULTIPLYING | torch_ops.ROWWISE | set(torch_ops.REDUCING)
 KEPT |= {"unsqueeze", "einsum", "scaled_dot_product_attention", "repeat", "tile"}
-KEPT_OF_ONE = set(torch_ops.ALONG) | {"getitem", "select"}  # a second tensor would be an index, whose values matter
+KEPT_OF_ONE = set(torch_ops.ALONG) | {
+    "getitem",
+    "select",
+}  # a second tensor would be an index, whose values matter
 
 
 @lru_cache(maxsize=4096)
@@ -653,7 +837,9 @@ def _is_kept(func, of_one: bool) -> bool:
 
 
 def _may_be_kept(mark: Mark | None) -> bool:
-    return mark is CONSTANT or mark is PLAIN or (type(mark) is BatchLayout and mark.examples is None)
+    return (
+        mark is CONSTANT or mark is PLAIN or (type(mark) is BatchLayout and mark.examples is None)
+    )
 
 
 @lru_cache(maxsize=4096)

@@ -10,7 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from htv.autograd.accumulation import Accumulation, MicroBatches
-from htv.autograd.aggregation import AggregationNode, BufferListener, ContributionBuffer, UseRecorder
+from htv.autograd.aggregation import (
+    AggregationNode,
+    BufferListener,
+    ContributionBuffer,
+    UseRecorder,
+)
 from htv.engine.protocols import SessionLike
 from htv.groups import Groups
 from htv.ops.agreement import Agreement, agreement
@@ -21,7 +26,9 @@ MOST_DELIVERED = 256  # gradients a parameter expects at a time, in as many thre
 NODE_BYTES = 1 << 20  # that the contributions to parameters of one node may take
 
 
-def share_nodes(parameters: Iterable[TrackedParameter], groups: Groups) -> dict[TrackedParameter, tuple[TrackedParameter, ...]]:
+def share_nodes(
+    parameters: Iterable[TrackedParameter], groups: Groups
+) -> dict[TrackedParameter, tuple[TrackedParameter, ...]]:
     """Which parameters share a node: vectors in a row, of one rule, whose contributions together are small.
 
     A node costs as much as a small layer. It runs when the last use of any of its parameters has run: contributions to
@@ -57,7 +64,9 @@ class TrackedParameter(BufferListener):
         self._delivered: dict[int, tuple[int, int]] = {}  # by backward pass
         self._twice = -1  # the last backward pass in which two nodes delivered
         self.hook = None
-        self._given: tuple[int, int] | None = None  # the last gradient delivered: its memory and version
+        self._given: tuple[int, int] | None = (
+            None  # the last gradient delivered: its memory and version
+        )
 
     @property
     def session(self) -> SessionLike | None:
@@ -97,7 +106,9 @@ class TrackedParameter(BufferListener):
     def _is_hooked(self) -> bool:
         """Whether others look at the gradient: hooks would see None where only other parameters of the node get one."""
         p = self.parameter
-        return len(p._backward_hooks or ()) > (self.hook is not None) or bool(p._post_accumulate_grad_hooks)
+        return len(p._backward_hooks or ()) > (self.hook is not None) or bool(
+            p._post_accumulate_grad_hooks
+        )
 
     def _open(self, groups: Groups) -> tuple[Tensor, ContributionBuffer]:
         """A new node, for all that shares it and has none; returns this parameter's token and buffer."""
@@ -110,7 +121,9 @@ class TrackedParameter(BufferListener):
             self._nodes.mine = weakref.ref(token), weakref.ref(buffer)
             return token, buffer
         members = [s for s in sharing if s is self or s._may_join(groups)]
-        buffers = tuple([ContributionBuffer(s.rule, groups, s, session.collects_stats) for s in members])
+        buffers = tuple(
+            [ContributionBuffer(s.rule, groups, s, session.collects_stats) for s in members]
+        )
         token = AggregationNode.apply(buffers, *[s.parameter for s in members])
         for tracked, buffer in zip(members, buffers, strict=True):
             tracked._nodes.mine = weakref.ref(token), weakref.ref(buffer)
@@ -194,7 +207,9 @@ class TrackedParameter(BufferListener):
         """Put the aggregated gradient of an accumulation where backward() would."""
         if grad is not None:
             grad = grad.to(self.parameter.dtype)
-            self.parameter.grad = grad if self.parameter.grad is None else self.parameter.grad + grad
+            self.parameter.grad = (
+                grad if self.parameter.grad is None else self.parameter.grad + grad
+            )
 
     def refuse_gradient(self, twice: bool) -> None:
         """The parameter got more than an aggregated gradient. twice: it got two of them."""

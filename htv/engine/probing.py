@@ -25,7 +25,10 @@ def _numbered(tensor: Tensor, mark: BatchLayout, batch_size: int) -> Tensor:
 def probed(op: Operation, index: int, batch_size: int) -> OfBatch:
     """Run the operation on the examples' numbers instead of the values; the batch is along the dim they vary along."""
     moved = op.operands if op.name in CONCATENATING else op.operands[:1]
-    if not all(isinstance(m, BatchLayout) for _, m in moved) or op.func is torch.nn.functional.unfold:
+    if (
+        not all(isinstance(m, BatchLayout) for _, m in moved)
+        or op.func is torch.nn.functional.unfold
+    ):
         return LOST  # values that are no example's, as padding
     numbers = {id(t): _numbered(t, m, batch_size) for t, m in moved}
     try:
@@ -87,14 +90,19 @@ def after_writing(op: Operation, batch_size: int) -> OfBatch:
     if isinstance(mark, Lost) or isinstance(value_mark, Lost):
         return LOST if value.requires_grad or not isinstance(mark, BatchLayout) else mark
     consistent = []
-    for layout in [mark] if isinstance(mark, BatchLayout) else _candidates(target, value, value_mark, batch_size):
+    for layout in (
+        [mark]
+        if isinstance(mark, BatchLayout)
+        else _candidates(target, value, value_mark, batch_size)
+    ):
         written = read(_numbered(target, layout, batch_size))
         if value.dim() > written.dim():
             return LOST
         numbers = _numbered(value, value_mark, batch_size)
-        if all(a in (b, 1) for a, b in zip(reversed(numbers.shape), reversed(written.shape), strict=False)) and bool(
-            (written == numbers).all()
-        ):
+        if all(
+            a in (b, 1)
+            for a, b in zip(reversed(numbers.shape), reversed(written.shape), strict=False)
+        ) and bool((written == numbers).all()):
             consistent.append(layout)
     return _the_only(consistent, empty=value.numel() == 0)
 
@@ -103,20 +111,35 @@ def _the_only(layouts: list[BatchLayout], empty: bool) -> OfBatch:
     """The place of a target that fits what was written; where several do, only nothing written yet leaves it open."""
     if not layouts or (len(layouts) > 1 and not empty):
         return LOST
-    return replace(layouts[0], guess="a tensor nothing was written to yet") if len(layouts) > 1 else layouts[0]
+    return (
+        replace(layouts[0], guess="a tensor nothing was written to yet")
+        if len(layouts) > 1
+        else layouts[0]
+    )
 
 
-def base_after_writing(base: Tensor, known: Mark | None, view: Tensor, mark: OfBatch, batch_size: int) -> OfBatch:
+def base_after_writing(
+    base: Tensor, known: Mark | None, view: Tensor, mark: OfBatch, batch_size: int
+) -> OfBatch:
     """The mark of a tensor after something of the batch was written to a view of it."""
     if isinstance(mark, Lost) or isinstance(known, Lost):
         return LOST
     offset = view.storage_offset() - base.storage_offset()
     consistent = []
-    for layout in [known] if isinstance(known, BatchLayout) else _candidates(base, view, mark, batch_size):
-        numbers = torch.empty_like(base, dtype=torch.int64).copy_(_numbered(base, layout, batch_size))
+    for layout in (
+        [known] if isinstance(known, BatchLayout) else _candidates(base, view, mark, batch_size)
+    ):
+        numbers = torch.empty_like(base, dtype=torch.int64).copy_(
+            _numbered(base, layout, batch_size)
+        )
         if numbers.stride() != base.stride():
             return LOST
-        if bool((numbers.as_strided(view.shape, view.stride(), offset) == _numbered(view, mark, batch_size)).all()):
+        if bool(
+            (
+                numbers.as_strided(view.shape, view.stride(), offset)
+                == _numbered(view, mark, batch_size)
+            ).all()
+        ):
             consistent.append(layout)
     return _the_only(consistent, empty=view.numel() == 0)
 
@@ -130,7 +153,9 @@ def view_after_writing(view: Tensor, base: Tensor, mark: BatchLayout, batch_size
     return _read_off(numbers.as_strided(view.shape, view.stride(), offset), batch_size)
 
 
-def _candidates(target: Tensor, value: Tensor, mark: BatchLayout, batch_size: int) -> list[BatchLayout]:
+def _candidates(
+    target: Tensor, value: Tensor, mark: BatchLayout, batch_size: int
+) -> list[BatchLayout]:
     """Places a target of zeros may have: as the value counts from the end first, then any dim the batch fits."""
     aligned = mark.dim + target.dim() - value.dim()
     fitting = [
@@ -147,12 +172,18 @@ def _setitem(op: Operation):
 
 
 def _indexed(op: Operation):
-    target, dim, index, value = op.args[0], *(op.argument(i, n) for i, n in enumerate(("dim", "index", "source")))
+    target, dim, index, value = (
+        op.args[0],
+        *(op.argument(i, n) for i, n in enumerate(("dim", "index", "source"))),
+    )
     return lambda numbers: numbers.index_select(dim, index), target, value
 
 
 def _scattered(op: Operation):
-    target, dim, index, value = op.args[0], *(op.argument(i, n) for i, n in enumerate(("dim", "index", "src")))
+    target, dim, index, value = (
+        op.args[0],
+        *(op.argument(i, n) for i, n in enumerate(("dim", "index", "src"))),
+    )
     if isinstance(value, Tensor) and value.shape != index.shape:
         value = value[tuple(slice(size) for size in index.shape)]
     return lambda numbers: numbers.gather(dim, index), target, value

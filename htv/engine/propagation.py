@@ -58,26 +58,40 @@ def follow(
     return [_agreed(op, operands, i, batch_size, couples, all_say) for i in range(len(op.outputs))]
 
 
-def unmoved(operands: list[tuple[Tensor, Mark | None]], output: Tensor, batch_size: int) -> BatchLayout | None:
+def unmoved(
+    operands: list[tuple[Tensor, Mark | None]], output: Tensor, batch_size: int
+) -> BatchLayout | None:
     """The usual case of `follow` for broadcasting operations: all that is of the batch has it at one place already."""
     if batch_size == 1:
         return None
     found = None
     for tensor, mark in operands:
         if isinstance(mark, OfBatch):
-            if not isinstance(mark, BatchLayout) or (found is not None and mark is not found) or tensor.dim() != output.dim():
+            if (
+                not isinstance(mark, BatchLayout)
+                or (found is not None and mark is not found)
+                or tensor.dim() != output.dim()
+            ):
                 return None
             found = mark
-    return found if found is not None and output.shape[found.dim] == found.size(batch_size) else None
+    return (
+        found if found is not None and output.shape[found.dim] == found.size(batch_size) else None
+    )
 
 
 def all_of_one(tensor: Tensor, dim: int = 0) -> BatchLayout:
     """The place in a tensor all of which belongs to the only example, as if it were along a dim."""
     size = tensor.shape[dim]
-    return BatchLayout(dim, times=size) if size else BatchLayout(dim, examples=torch.zeros(0, dtype=torch.int64))
+    return (
+        BatchLayout(dim, times=size)
+        if size
+        else BatchLayout(dim, examples=torch.zeros(0, dtype=torch.int64))
+    )
 
 
-def _agreed(op: Operation, operands, index: int, batch_size: int, couples: bool, all_say: bool) -> OfBatch:
+def _agreed(
+    op: Operation, operands, index: int, batch_size: int, couples: bool, all_say: bool
+) -> OfBatch:
     """The place all operands agree on in one output; those without a gradient have no say.
 
     Where the operation moves parts of the batch about, it is run on the examples' numbers to see where they went.
@@ -102,7 +116,11 @@ def _agreed(op: Operation, operands, index: int, batch_size: int, couples: bool,
             return LOST
         layouts = told
     layout = next((p for p in layouts if not p.guess), layouts[0] if layouts else None)
-    if layout is None or not 0 <= layout.dim < output.dim() or output.shape[layout.dim] != layout.size(batch_size):
+    if (
+        layout is None
+        or not 0 <= layout.dim < output.dim()
+        or output.shape[layout.dim] != layout.size(batch_size)
+    ):
         return LOST
     for (tensor, _), where in zip(operands, found, strict=True):
         at = layout.dim - (output.dim() - tensor.dim())
@@ -145,7 +163,9 @@ def _of_guess(op: Operation, guess: str) -> str:
     )
 
 
-def _place(op: Operation, tensor: Tensor, mark: OfBatch, output: Tensor, batch_size: int) -> BatchLayout | None:
+def _place(
+    op: Operation, tensor: Tensor, mark: OfBatch, output: Tensor, batch_size: int
+) -> BatchLayout | None:
     """Where one operand puts the batch dim in one output; None if that is not known."""
     if isinstance(mark, Lost):
         return None
@@ -196,7 +216,9 @@ def _place(op: Operation, tensor: Tensor, mark: OfBatch, output: Tensor, batch_s
         return _after_indexing(tensor, mark, op.args[1])
     if name in ("repeat", "tile"):
         return _repeated(op, tensor, mark)
-    if op.func is torch.nn.functional.unfold:  # im2col of (N, C, *space); the method of that name goes along a dim
+    if (
+        op.func is torch.nn.functional.unfold
+    ):  # im2col of (N, C, *space); the method of that name goes along a dim
         return mark if dim == 0 and tensor.dim() == 4 else None
     if name in ALONG:
         return _along(op, tensor, mark)
@@ -248,7 +270,9 @@ def _along(op: Operation, tensor: Tensor, mark: BatchLayout) -> BatchLayout | No
     return None if dims is None or mark.dim in dims else mark
 
 
-def _reduced(op: Operation, tensor: Tensor, mark: BatchLayout, output: Tensor) -> BatchLayout | None:
+def _reduced(
+    op: Operation, tensor: Tensor, mark: BatchLayout, output: Tensor
+) -> BatchLayout | None:
     default = 1 if op.name == "cosine_similarity" else None
     dims = _dims(op.argument(REDUCING[op.name], "dim", "axis", default=default), tensor.dim())
     if dims is None or mark.dim in dims:
@@ -260,7 +284,9 @@ def _reduced(op: Operation, tensor: Tensor, mark: BatchLayout, output: Tensor) -
     return mark.at(mark.dim - sum(d < mark.dim for d in dims))
 
 
-def _multiplied(op: Operation, tensor: Tensor, mark: BatchLayout, output: Tensor) -> BatchLayout | None:
+def _multiplied(
+    op: Operation, tensor: Tensor, mark: BatchLayout, output: Tensor
+) -> BatchLayout | None:
     """Batches and rows of the first factor stay, batches and columns of the second; contracted dims do not."""
     factors = [t for t, _ in op.operands][-2:]  # baddbmm and addmm take the addend first
     if op.name == "rmatmul":
@@ -304,12 +330,15 @@ def einsum_terms(equation: str, operands: list[Tensor]) -> tuple[list[str], str]
         once = sorted(c for c in set(inputs) - set(",.") if inputs.count(c) == 1)
         result = "..." * ("..." in inputs) + "".join(once)
     terms = [
-        term.replace("...", dots[len(dots) - count :]) for term, count in zip(inputs.split(","), hidden, strict=True)
+        term.replace("...", dots[len(dots) - count :])
+        for term, count in zip(inputs.split(","), hidden, strict=True)
     ]
     return terms, result.replace("...", dots)
 
 
-def _reshaped(tensor: Tensor, mark: BatchLayout, output: Tensor, batch_size: int) -> BatchLayout | None:
+def _reshaped(
+    tensor: Tensor, mark: BatchLayout, output: Tensor, batch_size: int
+) -> BatchLayout | None:
     """Row-major order: whole examples stay together, whatever is before and behind them, as long as no dim cuts them."""
     before = math.prod(tensor.shape[: mark.dim])
     if mark.examples is not None:
@@ -318,7 +347,13 @@ def _reshaped(tensor: Tensor, mark: BatchLayout, output: Tensor, batch_size: int
             if math.prod(output.shape[:at]) != before:
                 continue
             if not cut and factor:
-                return replace(mark, dim=at, examples=mark.examples if factor == 1 else mark.examples.repeat_interleave(factor))
+                return replace(
+                    mark,
+                    dim=at,
+                    examples=mark.examples
+                    if factor == 1
+                    else mark.examples.repeat_interleave(factor),
+                )
             if output.shape[at] and len(mark.examples) % output.shape[at] == 0:
                 split = mark.examples.reshape(output.shape[at], -1)
                 if bool((split == split[:, :1]).all()):

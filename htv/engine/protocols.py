@@ -151,7 +151,13 @@ class ModeLike(Protocol):
         """Refuse a use of parameters."""
 
     def with_copies(
-        self, func: Callable, args: tuple, kwargs: dict, tensors: list, ndim: int, layout: BatchLayout
+        self,
+        func: Callable,
+        args: tuple,
+        kwargs: dict,
+        tensors: list,
+        ndim: int,
+        layout: BatchLayout,
     ) -> Any:
         """Make a call with what comes from parameters replaced by its copies per example."""
 

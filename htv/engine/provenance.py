@@ -82,8 +82,17 @@ class Marks:
     def put(self, tensor: Tensor, mark: Mark) -> None:
         if type(mark) is BatchLayout and mark.examples is None and not mark.is_the_one:
             mark = interned(mark)
-        if type(tensor) in PLAIN_TYPES and not torch._C._len_torch_function_stack() and not tensor.is_inference():
-            self.table[id(tensor)] = (weakref.ref(tensor), mark, tensor._version, tensor.requires_grad)
+        if (
+            type(tensor) in PLAIN_TYPES
+            and not torch._C._len_torch_function_stack()
+            and not tensor.is_inference()
+        ):
+            self.table[id(tensor)] = (
+                weakref.ref(tensor),
+                mark,
+                tensor._version,
+                tensor.requires_grad,
+            )
         else:
             self.table[id(tensor)] = (weakref.ref(tensor), mark, *_state(tensor))
 
@@ -91,7 +100,12 @@ class Marks:
         """The autograd nodes of the marked tensors that are alive, as (node, output, mark)."""
         for reference, mark, version, graded in list(self.table.values()):
             tensor = reference()
-            if graded and tensor is not None and tensor.grad_fn is not None and _state(tensor)[0] == version:
+            if (
+                graded
+                and tensor is not None
+                and tensor.grad_fn is not None
+                and _state(tensor)[0] == version
+            ):
                 yield tensor.grad_fn, tensor.output_nr, mark
         if self._earlier is not None:
             yield from self._earlier.nodes()
@@ -115,7 +129,9 @@ PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 def _state(tensor: Tensor) -> tuple[int | None, bool]:
     """How often a tensor's memory was written to, where torch tells, and whether it has a graph or wants a gradient."""
-    if torch._C._len_torch_function_stack():  # a mode is on, and would take this for a call of the forward
+    if (
+        torch._C._len_torch_function_stack()
+    ):  # a mode is on, and would take this for a call of the forward
         with torch._C.DisableTorchFunction():
             return _version(tensor), tensor.requires_grad
     if type(tensor) in PLAIN_TYPES and not tensor.is_inference():

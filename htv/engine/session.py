@@ -120,7 +120,9 @@ class Session:
         self.batch_source = ""  # which argument the last forward took for the batch
         self.settlements: list = []  # what compiled backwards of this model look up
 
-        self.spec: GroupSpec | None = None  # while a block of groups(), packed() or tokens() is open
+        self.spec: GroupSpec | None = (
+            None  # while a block of groups(), packed() or tokens() is open
+        )
         self._last_spec: GroupSpec | None = None
         self._specs: list[GroupSpec | None] = []  # since the last backward; at most two different
         self._sizes: set[int] = set()  # of the batches since the last backward
@@ -152,7 +154,9 @@ class Session:
         for tracked in self._tracked.values():
             tracked.watch()
         self._forwards = [ForwardStandIn(self, m, path) for path, m in self._with_a_say()]
-        self._forwards += [ForwardStandIn(self, module, path, name) for module, path, name in methods]
+        self._forwards += [
+            ForwardStandIn(self, module, path, name) for module, path, name in methods
+        ]
         self.root = self._forwards[0]
         for forward in self._forwards:
             forward.install()
@@ -266,7 +270,9 @@ class Session:
         tracked = self._tracked.get(id(tensor))
         return tracked if tracked is not None and tensor.requires_grad else None
 
-    def sharing_node(self, tracked: TrackedParameter, groups: Groups) -> tuple[TrackedParameter, ...]:
+    def sharing_node(
+        self, tracked: TrackedParameter, groups: Groups
+    ) -> tuple[TrackedParameter, ...]:
         """Return the parameters that share a node with this one, itself among them."""
         if groups.rows_vote or self.accumulates:
             return (tracked,)
@@ -455,7 +461,9 @@ class Session:
         if not self.only_means and ranks.vote_alone() and not self._told_of_ranks:
             self._warn_of_ranks()
         again, carried, spec, grouped_rows = None, {}, None, None
-        key = None if kwargs or names is not None or self.spec is not None else _shapes(forward, args)
+        key = (
+            None if kwargs or names is not None or self.spec is not None else _shapes(forward, args)
+        )
         plan = None if key is None else self._plans.get(key)
         if plan is not None:
             self._begin(graph=True)

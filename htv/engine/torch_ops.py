@@ -88,7 +88,9 @@ CONCATENATING = _names("cat concat concatenate")
 # In place they change a tensor's shape before its old one can be seen.
 RESHAPED_IN_PLACE = RESHAPING | PERMUTING | _names("unsqueeze resize set as_strided resize_as")
 # They may take tokens out of their order.
-SHUFFLING = _names("flip roll gather take_along_dim index_select sort topk masked_select scatter index_copy index_add")
+SHUFFLING = _names(
+    "flip roll gather take_along_dim index_select sort topk masked_select scatter index_copy index_add"
+)
 # They only move elements, so running them on the examples' numbers shows where a batch went that they cut or permute.
 MOVING = _names(
     "getitem flip roll index_select narrow chunk split split_with_sizes tensor_split gather take_along_dim "
@@ -125,7 +127,9 @@ class Operation:
 
     def again(self, replaced: dict[int, Tensor]):
         """The call with some tensors replaced, by identity."""
-        return self.func(*replace_tensors(self.args, replaced), **replace_tensors(self.kwargs, replaced))
+        return self.func(
+            *replace_tensors(self.args, replaced), **replace_tensors(self.kwargs, replaced)
+        )
 
 
 def in_order(name: str, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

@@ -12,7 +12,15 @@ import torch.nn.functional as F
 from htv.attach import attach
 from htv.data import Dataset
 from htv.experiments import images
-from htv.experiments.experiment import Experiment, Finding, Progress, Records, Summary, Table, spread
+from htv.experiments.experiment import (
+    Experiment,
+    Finding,
+    Progress,
+    Records,
+    Summary,
+    Table,
+    spread,
+)
 from htv.experiments.images import Training
 from htv.methods import Attribution, LearntTracker
 from htv.rules import Mean
@@ -34,7 +42,15 @@ def run_one(settings: Settings, variant: str, seed: int, data: Dataset, progress
     optimizer = torch.optim.SGD(network.parameters(), lr=training.learning_rate)
     tracker = LearntTracker(len(task.x))
     everyone, taken = torch.arange(len(task.x)), 0
-    curves = {"epoch": [], "f_p": [], "f_c": [], "null_low": [], "null_high": [], "i_p": [], "i_c": []}
+    curves = {
+        "epoch": [],
+        "f_p": [],
+        "f_c": [],
+        "null_low": [],
+        "null_high": [],
+        "i_p": [],
+        "i_c": [],
+    }
     with attach(network, Mean()) as handle:
         attribution = Attribution(handle, task.wrong, settings.permutations, seed)
         for epoch, batches in enumerate(images.epochs(len(task.x), training, seed), start=1):
@@ -54,7 +70,10 @@ def run_one(settings: Settings, variant: str, seed: int, data: Dataset, progress
             for key, value in now.items():
                 curves[key].append(value)
             progress(epoch / training.epochs, f"f_p {now['f_p']:.2f}")
-    crossing = next((e for e, p, c in zip(*(curves[k] for k in ("epoch", "f_p", "f_c")), strict=True) if c > p), None)
+    crossing = next(
+        (e for e, p, c in zip(*(curves[k] for k in ("epoch", "f_p", "f_c")), strict=True) if c > p),
+        None,
+    )
     return {
         "early_f_p": statistics.fmean(curves["f_p"][: settings.early]),
         "last_epoch_f_c": curves["f_c"][-1],
@@ -83,7 +102,10 @@ def summarise(records: Records) -> Summary:
                "half the pristine once right by epoch": ("pristine_learnt", ".1f"),
                "half the corrupt": ("corrupt_learnt", ".1f"),
                "training accuracy": ("train_accuracy", ".1%")}  # fmt: skip
-    rows = [[v, *(spread(records.values(v, key), form) for key, form in columns.values())] for v in records.variants]
+    rows = [
+        [v, *(spread(records.values(v, key), form) for key, form in columns.values())]
+        for v in records.variants
+    ]
     at = lambda key: {v: records.mean(v, key) for v in records.variants}
     series = lambda key, form: ", ".join(f"{value:{form}} ({v})" for v, value in at(key).items())
     beyond = {v: at("early_f_p")[v] > at("share_of_pristine")[v] + 0.05 for v in records.variants}
@@ -122,7 +144,9 @@ EXPERIMENT = Experiment(
     title="Whom the gradients serve",
     paper="Chatterjee 2020, arXiv 2002.10657",
     full=Settings(Training(images=2000, epochs=200, learning_rate=0.03)),
-    quick=Settings(Training(images=500, epochs=60, learning_rate=0.1, batch_size=50), rates=(0.5,), early=10),
+    quick=Settings(
+        Training(images=500, epochs=60, learning_rate=0.1, batch_size=50), rates=(0.5,), early=10
+    ),
     variants=lambda settings: [f"{rate:.0%} noise" for rate in settings.rates],
     run_one=run_one,
     summarise=summarise,

@@ -12,7 +12,15 @@ from htv.data import Dataset
 from htv.demo.training import aggregating
 from htv.experiments import cues
 from htv.experiments.cues import CueTask, CueTraining, Shuffled
-from htv.experiments.experiment import Experiment, Finding, Progress, Records, Summary, Table, spread
+from htv.experiments.experiment import (
+    Experiment,
+    Finding,
+    Progress,
+    Records,
+    Summary,
+    Table,
+    spread,
+)
 from htv.methods import NAIVE_RATES, fine_tune, reset_parameters, retrain_last_layer
 from htv.rules import AndMask, Rule
 
@@ -51,13 +59,20 @@ def _last_layer_first(network, task, settings, seed):
 
 
 def _scratch(network, task, settings, seed):
-    fine_tune(reset_parameters(network), _clean(task, settings, seed), settings.epochs, settings.scratch_rate)
+    fine_tune(
+        reset_parameters(network),
+        _clean(task, settings, seed),
+        settings.epochs,
+        settings.scratch_rate,
+    )
 
 
 def _connectivity(rule: Rule | None = None, **options) -> Method:
     def tune(network, task, settings, seed):
         with aggregating(network, rule):
-            cues.connectivity_based(network, task, settings.tuning, settings.training.batch_size, seed, **options)
+            cues.connectivity_based(
+                network, task, settings.tuning, settings.training.batch_size, seed, **options
+            )
 
     return tune
 
@@ -112,7 +127,9 @@ def _findings(records: Records, variant: str) -> list[Finding]:
     at = lambda method: {of: records.mean(variant, _key(method, of)) for of in SETS}
     told = lambda method: ", ".join(f"{of} {share:.1%}" for of, share in at(method).items())
     before, small, medium = at(BEFORE), at(NAIVE_S), at(NAIVE_M)
-    cbft, no_barrier, no_invariance = (at(name) for name in ("CBFT", "CBFT without barrier", "CBFT without invariance"))
+    cbft, no_barrier, no_invariance = (
+        at(name) for name in ("CBFT", "CBFT without barrier", "CBFT without invariance")
+    )
     without_image = cbft["NC"], cbft["C"], cbft["RC"]
     others = {name: at(name)["RI"] for name in ("LLRT", "LPFT")}
     chance = records.chance
@@ -133,7 +150,9 @@ def _findings(records: Records, variant: str) -> list[Finding]:
             told("CBFT"),
             max(without_image) - min(without_image) <= 0.05,
         ),
-        Finding(f"{variant}: and RI near chance", f"{cbft['RI']:.1%}", abs(cbft["RI"] - chance) <= 0.05),
+        Finding(
+            f"{variant}: and RI near chance", f"{cbft['RI']:.1%}", abs(cbft["RI"] - chance) <= 0.05
+        ),
         Finding(
             f"{variant}: last-layer retraining, alone or before fine-tuning, leaves the cue in: RI above chance",
             "RI: " + ", ".join(f"{name} {share:.1%}" for name, share in others.items()),
@@ -156,12 +175,17 @@ def summarise(records: Records) -> Summary:
     tables = [
         Table(
             ["method", *SETS],
-            [[name, *(spread(records.values(variant, _key(name, of))) for of in SETS)] for name in METHODS],
+            [
+                [name, *(spread(records.values(variant, _key(name, of))) for of in SETS)]
+                for name in METHODS
+            ],
             f"Accuracy on the counterfactual test sets, {variant} in training",
         )
         for variant in records.variants
     ]
-    return Summary(tables, [finding for variant in records.variants for finding in _findings(records, variant)])
+    return Summary(
+        tables, [finding for variant in records.variants for finding in _findings(records, variant)]
+    )
 
 
 def plot(records: Records, figure) -> None:
@@ -171,14 +195,18 @@ def plot(records: Records, figure) -> None:
     for axes, variant in zip(columns, records.variants, strict=True):
         for row, of in enumerate(SETS):
             shares = [records.mean(variant, _key(name, of)) for name in METHODS]
-            axes.barh([place + 0.2 * row for place in range(len(METHODS))], shares, height=0.2, label=of)
+            axes.barh(
+                [place + 0.2 * row for place in range(len(METHODS))], shares, height=0.2, label=of
+            )
         axes.axvline(records.chance, color="grey", linestyle=":")
         axes.set(title=variant, xlabel="accuracy", xlim=(0, 1))
         axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     columns[0].set_yticks([place + 0.3 for place in range(len(METHODS))], list(METHODS))
     columns[0].invert_yaxis()
     figure.set_layout_engine("constrained")
-    figure.legend(*columns[0].get_legend_handles_labels(), loc="outside lower center", ncol=len(SETS))
+    figure.legend(
+        *columns[0].get_legend_handles_labels(), loc="outside lower center", ncol=len(SETS)
+    )
 
 
 EXPERIMENT = Experiment(

@@ -10,7 +10,15 @@ import torch.nn.functional as F
 from htv.data import Dataset
 from htv.demo.training import observe
 from htv.experiments import images
-from htv.experiments.experiment import Experiment, Finding, Progress, Records, Summary, Table, spread
+from htv.experiments.experiment import (
+    Experiment,
+    Finding,
+    Progress,
+    Records,
+    Summary,
+    Table,
+    spread,
+)
 from htv.experiments.images import Training
 from htv.methods import measure_coherence
 
@@ -33,18 +41,39 @@ def run_one(settings: Settings, variant: str, seed: int, data: Dataset, progress
 
     def look() -> dict:
         batches = torch.arange(len(task.x)).split(500)
-        losses = lambda ids: F.cross_entropy(network(task.x[ids]), task.noisy[ids], reduction="none")
+        losses = lambda ids: F.cross_entropy(
+            network(task.x[ids]), task.noisy[ids], reduction="none"
+        )
         found = measure_coherence(network, batches, losses)
         layers.append({name: coherence.m_coherence for name, coherence in found.layers.items()})
-        return {"m_coherence": found.total.m_coherence, "alpha": found.total.alpha, **observe(network, task)}
+        return {
+            "m_coherence": found.total.m_coherence,
+            "alpha": found.total.alpha,
+            **observe(network, task),
+        }
 
     curves = images.fit(network, task, optimizer, training, seed, progress, look=look)
     by_layer = {name: [at[name] for at in layers] for name in layers[0]}
     values = curves["m_coherence"]
-    early = [v for v, epoch in zip(values, curves["epoch"], strict=True) if epoch <= settings.early * training.epochs]
+    early = [
+        v
+        for v, epoch in zip(values, curves["epoch"], strict=True)
+        if epoch <= settings.early * training.epochs
+    ]
     peak = max(range(len(values)), key=values.__getitem__)
-    numbers = {"start": values[0], "early": max(early), "peak": values[peak], "peak_epoch": curves["epoch"][peak]}
-    return {**numbers, **images.last(curves), "examples": len(task.x), "curves": curves, "layers": by_layer}
+    numbers = {
+        "start": values[0],
+        "early": max(early),
+        "peak": values[peak],
+        "peak_epoch": curves["epoch"][peak],
+    }
+    return {
+        **numbers,
+        **images.last(curves),
+        "examples": len(task.x),
+        "curves": curves,
+        "layers": by_layer,
+    }
 
 
 def summarise(records: Records) -> Summary:
@@ -56,7 +85,9 @@ def summarise(records: Records) -> Summary:
         for v in records.variants
     ]  # fmt: skip
     examples = records.runs[0]["result"]["examples"]
-    real, random = ({key: records.mean(v, key) for key in (*columns.values(), "train_accuracy")} for v in NOISE)
+    real, random = (
+        {key: records.mean(v, key) for key in (*columns.values(), "train_accuracy")} for v in NOISE
+    )
     findings = [
         Finding(
             "Real labels: coherence is high early, orders of magnitude above that of random ones",
@@ -109,8 +140,14 @@ EXPERIMENT = Experiment(
     name="coherence",
     title="m-coherence through training",
     paper="Chatterjee & Zielinski 2020, on m-coherence",
-    full=Settings(Training(images=2000, epochs=200, learning_rate=0.1, test_images=2000, looks=100)),
-    quick=Settings(Training(images=300, epochs=100, learning_rate=0.1, batch_size=50, test_images=300, looks=50)),
+    full=Settings(
+        Training(images=2000, epochs=200, learning_rate=0.1, test_images=2000, looks=100)
+    ),
+    quick=Settings(
+        Training(
+            images=300, epochs=100, learning_rate=0.1, batch_size=50, test_images=300, looks=50
+        )
+    ),
     variants=lambda settings: list(NOISE),
     run_one=run_one,
     summarise=summarise,

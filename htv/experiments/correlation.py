@@ -34,9 +34,17 @@ def run_one(settings: Settings, variant: str, seed: int, data, progress) -> dict
     def observe(epoch: int, network: nn.Module, problem: Environments) -> bool:
         learnt = spirals.accuracy(network, problem.test_x, problem.test_y)
         progress(epoch / settings.training.epochs, f"test {learnt:.1%}")
-        if POINTS[variant] is not None and learnt < POINTS[variant] and epoch < settings.training.epochs:
+        if (
+            POINTS[variant] is not None
+            and learnt < POINTS[variant]
+            and epoch < settings.training.epochs
+        ):
             return True
-        result.update(epoch=epoch, test=learnt, **correlations(copy.deepcopy(network), problem, settings.taus, seed))
+        result.update(
+            epoch=epoch,
+            test=learnt,
+            **correlations(copy.deepcopy(network), problem, settings.taus, seed),
+        )
         return False
 
     spirals.train(settings.training, "and-mask", seed, observe)
@@ -74,7 +82,9 @@ def gradient(network: nn.Module, x: Tensor, y: Tensor, rule: Rule) -> Tensor:
     with htv.attach(network, rule) as handle:
         with methods.environment_groups(handle, ids, len(x)):
             loss = spirals.each_loss(network(x.flatten(0, 1)), y.flatten()).mean()
-        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(network.parameters()))])
+        return torch.cat(
+            [g.flatten() for g in torch.autograd.grad(loss, list(network.parameters()))]
+        )
 
 
 def correlation(a: Tensor, b: Tensor) -> float:
@@ -83,7 +93,9 @@ def correlation(a: Tensor, b: Tensor) -> float:
 
 
 def _mean(records: Records, variant: str, key: str, index: int) -> float:
-    values = [result[key][index] for result in records.results(variant) if result[key][index] is not None]
+    values = [
+        result[key][index] for result in records.results(variant) if result[key][index] is not None
+    ]
     return statistics.fmean(values) if values else float("nan")
 
 
@@ -94,18 +106,33 @@ def summarise(records: Records) -> Summary:
         rows = []
         for name in ("mechanism", "shortcut"):
             for mask in RULES:
-                found = (_mean(records, point, f"{mask} {name}", index) for index in range(len(taus)))
-                rows.append([name, mask, *("-" if math.isnan(value) else f"{value:.2f}" for value in found)])
+                found = (
+                    _mean(records, point, f"{mask} {name}", index) for index in range(len(taus))
+                )
+                rows.append(
+                    [name, mask, *("-" if math.isnan(value) else f"{value:.2f}" for value in found)]
+                )
         learnt = f"{point} network, test accuracy {records.mean(point, 'test'):.0%}"
         title = f"Correlation with the gradient of mechanism or shortcut alone, by tau; {learnt}:"
         tables.append(Table(["of", "mask", *(f"{tau:g}" for tau in taus)], rows, title))
-    ends = lambda key: (_mean(records, "learning", key, 0), _mean(records, "learning", key, len(taus) - 1))
+    ends = lambda key: (
+        _mean(records, "learning", key, 0),
+        _mean(records, "learning", key, len(taus) - 1),
+    )
     (low, high), (before, after) = ends("and-mask mechanism"), ends("and-mask shortcut")
     xor = _mean(records, "learning", "xor-mask mechanism", len(taus) - 1)
     findings = [
-        Finding("With tau from 0 to 1 the mechanism's correlation rises", f"{low:.2f} to {high:.2f}", high > low + 0.1),
+        Finding(
+            "With tau from 0 to 1 the mechanism's correlation rises",
+            f"{low:.2f} to {high:.2f}",
+            high > low + 0.1,
+        ),
         Finding("and the shortcuts' falls", f"{before:.2f} to {after:.2f}", after < before - 0.1),
-        Finding("What the XOR-mask keeps is worse", f"{xor:.2f} for the mechanism at tau = 1", xor < high),
+        Finding(
+            "What the XOR-mask keeps is worse",
+            f"{xor:.2f} for the mechanism at tau = 1",
+            xor < high,
+        ),
     ]
     return Summary(tables, findings)
 
@@ -116,7 +143,9 @@ def plot(records: Records, figure) -> None:
     for axes, point in zip(panels, records.variants, strict=True):
         for color, mask in zip(("C0", "C1"), RULES, strict=True):
             for style, name in (("-", "mechanism"), ("--", "shortcut")):
-                values = [_mean(records, point, f"{mask} {name}", index) for index in range(len(taus))]
+                values = [
+                    _mean(records, point, f"{mask} {name}", index) for index in range(len(taus))
+                ]
                 axes.plot(taus, values, style, color=color, marker=".", label=f"{mask}, {name}")
         axes.set(title=f"{point} network", xlabel="tau")
         axes.grid(alpha=0.3)
@@ -129,7 +158,9 @@ EXPERIMENT = Experiment(
     title="What a mask lets through of mechanism and shortcut",
     paper="Parascandolo et al. 2020, arXiv 2009.00329",
     full=Settings(),
-    quick=Settings(replace(spirals.EXPERIMENT.quick, variants=()), taus=(0.0, 0.25, 0.5, 0.75, 1.0)),
+    quick=Settings(
+        replace(spirals.EXPERIMENT.quick, variants=()), taus=(0.0, 0.25, 0.5, 0.75, 1.0)
+    ),
     variants=lambda settings: list(POINTS),
     run_one=run_one,
     summarise=summarise,

@@ -84,11 +84,16 @@ def make_task(data: Dataset, training: CueTraining, proportion: float, seed: int
     ready = lambda part: ((part[0] - mean) / deviation, part[1])
     count = len(data.train_labels)
     with_cue, without = (
-        (add_cue(data, cue, share, seed).train_images, data.train_labels) for share in (proportion, 0.0)
+        (add_cue(data, cue, share, seed).train_images, data.train_labels)
+        for share in (proportion, 0.0)
     )
-    clean, plentiful = fine_tuning_parts(data, cue, max(data.num_classes, round(training.clean * count)), seed=seed)
+    clean, plentiful = fine_tuning_parts(
+        data, cue, max(data.num_classes, round(training.clean * count)), seed=seed
+    )
     tests = {name: ready(part) for name, part in counterfactuals(data, cue, seed).items()}
-    return CueTask(ready(with_cue), ready(without), ready(clean), ready(plentiful), tests, data.num_classes)
+    return CueTask(
+        ready(with_cue), ready(without), ready(clean), ready(plentiful), tests, data.num_classes
+    )
 
 
 def make_network(task: CueTask, seed: int) -> nn.Sequential:
@@ -119,7 +124,9 @@ def connectivity_based(
     """Fine-tune it by `CBFT`, the learning rate falling to 0 along a cosine; options are of that."""
     plentiful = Shuffled(task.plentiful, batch_size, seed)
     clean = itertools.chain.from_iterable(itertools.repeat(Shuffled(task.clean, batch_size, seed)))
-    optimizer = torch.optim.SGD(network.parameters(), tuning.learning_rate, momentum=0.9, weight_decay=1e-4)
+    optimizer = torch.optim.SGD(
+        network.parameters(), tuning.learning_rate, momentum=0.9, weight_decay=1e-4
+    )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, tuning.epochs * len(plentiful))
     cbft = CBFT(network, optimizer, task.num_classes, barrier=tuning.barrier, warm_up=len(plentiful), seed=seed,
                 **options)  # fmt: skip
@@ -140,4 +147,7 @@ def seeded(seed: int) -> Iterator[None]:
 @torch.no_grad()
 def accuracies(network: nn.Module, task: CueTask) -> dict[str, float]:
     """By test set."""
-    return {name: (network(x).argmax(dim=1) == y).double().mean().item() for name, (x, y) in task.tests.items()}
+    return {
+        name: (network(x).argmax(dim=1) == y).double().mean().item()
+        for name, (x, y) in task.tests.items()
+    }

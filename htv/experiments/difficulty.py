@@ -8,7 +8,15 @@ import torch
 
 from htv.data import DataError, Dataset
 from htv.experiments import images
-from htv.experiments.experiment import Experiment, Finding, Progress, Records, Summary, Table, spread
+from htv.experiments.experiment import (
+    Experiment,
+    Finding,
+    Progress,
+    Records,
+    Summary,
+    Table,
+    spread,
+)
 from htv.experiments.images import Training
 from htv.methods import disjoint_subsets, easy_examples
 
@@ -33,7 +41,9 @@ def run_one(settings: Settings, variant: str, seed: int, data: Dataset, progress
     easy = easy_examples(images.make_network(settings.network, data, seed), whole.x, whole.true, settings.epochs,
                          settings.learning_rate, settings.batch_size, seed)  # fmt: skip
     pools = {"easy": easy, "hard": ~easy, "any": torch.ones_like(easy)}
-    size = min(training.images + training.test_images, *(int(pool.sum()) for pool in pools.values()))
+    size = min(
+        training.images + training.test_images, *(int(pool.sum()) for pool in pools.values())
+    )
     tested = size * training.test_images // (training.images + training.test_images)
     if tested < 10:
         raise DataError(
@@ -44,17 +54,26 @@ def run_one(settings: Settings, variant: str, seed: int, data: Dataset, progress
         whole, x=whole.x[train], true=whole.true[train], noisy=whole.true[train], wrong=whole.wrong[train],
         test_x=whole.x[test], test_labels=whole.true[test],
     )  # fmt: skip
-    network = images.make_network(settings.network, data, seed + 1000)  # not the weights that drew the line
+    network = images.make_network(
+        settings.network, data, seed + 1000
+    )  # not the weights that drew the line
     optimizer = torch.optim.SGD(network.parameters(), lr=training.learning_rate, momentum=0.9)
     curves = images.fit(network, task, optimizer, training, seed, progress)
-    sizes = {"easy_share": easy.double().mean().item(), "train_images": len(train), "test_images": len(test)}
+    sizes = {
+        "easy_share": easy.double().mean().item(),
+        "train_images": len(train),
+        "test_images": len(test),
+    }
     return {**sizes, **images.last(curves), "curves": curves}
 
 
 def summarise(records: Records) -> Summary:
     columns = {"training images": ("train_images", ".0f"), "training accuracy": ("train_accuracy", ".1%"),
                "test images": ("test_images", ".0f"), "test accuracy": ("test_accuracy", ".1%")}  # fmt: skip
-    rows = [[v, *(spread(records.values(v, key), form) for key, form in columns.values())] for v in records.variants]
+    rows = [
+        [v, *(spread(records.values(v, key), form) for key, form in columns.values())]
+        for v in records.variants
+    ]
     at = {v: records.mean(v, "test_accuracy") for v in KINDS}
     fitted = {v: records.mean(v, "train_accuracy") for v in KINDS}
     findings = [

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
     from htv.data import Dataset
 
-Progress = Callable[[float, str], None]  # the share that is done, in [0, 1], and a few words on how it goes
+Progress = Callable[
+    [float, str], None
+]  # the share that is done, in [0, 1], and a few words on how it goes
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,9 @@ class Records:
 
     def values(self, variant: str, key: str) -> list[float]:
         """One number of every seed's result; a run that diverged (its number is None) counts as NaN."""
-        return [float("nan") if result[key] is None else result[key] for result in self.results(variant)]
+        return [
+            float("nan") if result[key] is None else result[key] for result in self.results(variant)
+        ]
 
     def mean(self, variant: str, key: str) -> float:
         return statistics.fmean(self.values(variant, key))

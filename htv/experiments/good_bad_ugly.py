@@ -79,7 +79,13 @@ def summarise(records: Records) -> Summary:
                 spread(records.values(variant, "error"), ".4f"),
             ]
         )
-    head = ["", "deviation of identifiers", "training loss", "steps", "error against the clean curve"]
+    head = [
+        "",
+        "deviation of identifiers",
+        "training loss",
+        "steps",
+        "error against the clean curve",
+    ]
     here = lambda *names: ", ".join(f"{name} {errors[name]:.4f}" for name in names)
     learnt = max(records.mean(variant, "loss") for variant in PAPER)
     findings = [
@@ -94,7 +100,11 @@ def summarise(records: Records) -> Summary:
             errors["bad"] > 2 * errors["good"],
         ),
         Finding("and more than ugly: .0074", here("bad", "ugly"), errors["bad"] > errors["ugly"]),
-        Finding("Good memorisation keeps it better than ugly", here("good", "ugly"), errors["good"] < errors["ugly"]),
+        Finding(
+            "Good memorisation keeps it better than ugly",
+            here("good", "ugly"),
+            errors["good"] < errors["ugly"],
+        ),
     ]
     return Summary([Table(head, rows)], findings)
 
@@ -103,10 +113,19 @@ def plot(records: Records, figure) -> None:
     panels = figure.subplots(1, len(PAPER), sharey=True)
     for axes, variant in zip(panels, PAPER, strict=True):
         result = records.results(variant)[0]
-        axes.plot(result["grid"], clean_curve(torch.tensor(result["grid"])), color="grey", label="clean curve")
+        axes.plot(
+            result["grid"],
+            clean_curve(torch.tensor(result["grid"])),
+            color="grey",
+            label="clean curve",
+        )
         axes.plot(result["grid"], result["curve"], color="C0", label="learnt")
         axes.plot(*result["points"], "o", color="C3", markersize=4, label="noisy labels")
-        axes.set(title=f"{variant}: error {records.mean(variant, 'error'):.4f}", xlabel="x", ylim=(-0.8, 0.8))
+        axes.set(
+            title=f"{variant}: error {records.mean(variant, 'error'):.4f}",
+            xlabel="x",
+            ylim=(-0.8, 0.8),
+        )
         axes.grid(alpha=0.3)
     panels[0].legend(fontsize="small")
 

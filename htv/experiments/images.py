@@ -34,7 +34,9 @@ class Training:
     cosine: bool = False
 
 
-def make_task(data: Dataset, training: Training, rate: float, seed: int, kind: NoiseKind = "uniform") -> Task:
+def make_task(
+    data: Dataset, training: Training, rate: float, seed: int, kind: NoiseKind = "uniform"
+) -> Task:
     """Some of the training images, a share `rate` of them with labels given anew, and some of the test images."""
     data = data.subset(training.images, seed).test_subset(training.test_images, seed)
     return standardised(data, *label_noise(data.train_labels, rate, data.num_classes, seed, kind))
@@ -51,7 +53,11 @@ def make_network(kind: str, data: Dataset, seed: int) -> nn.Sequential:
         torch.manual_seed(seed)
         if kind == "mlp":
             sizes = [channels * height * width, 256, 256, 256]
-            layers = [layer for i, o in zip(sizes, sizes[1:], strict=False) for layer in (nn.Linear(i, o), nn.ReLU())]
+            layers = [
+                layer
+                for i, o in zip(sizes, sizes[1:], strict=False)
+                for layer in (nn.Linear(i, o), nn.ReLU())
+            ]
             return nn.Sequential(*layers, nn.Linear(256, data.num_classes))
         if kind == "convnet":
             return nn.Sequential(
@@ -89,7 +95,11 @@ def fit(
     Returns lists over the looks, "epoch" among them; the first is before training.
     """
     look = look or (lambda: observe(network, task))
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, training.epochs) if training.cosine else None
+    schedule = (
+        torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, training.epochs)
+        if training.cosine
+        else None
+    )
     due = {round(training.epochs * n / training.looks) for n in range(1, training.looks + 1)}
     records = [{"epoch": 0, **look()}]
     for epoch, batches in enumerate(epochs(len(task.x), training, seed), start=1):
@@ -101,7 +111,9 @@ def fit(
         if epoch in due:
             records.append({"epoch": epoch, **look()})
             told = records[-1].get("train_accuracy")
-            progress(epoch / training.epochs, "" if told is None else f"training accuracy {told:.1%}")
+            progress(
+                epoch / training.epochs, "" if told is None else f"training accuracy {told:.1%}"
+            )
     return {key: [record[key] for record in records] for key in records[0]}
 
 

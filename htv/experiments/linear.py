@@ -31,7 +31,9 @@ def run_one(settings: Settings, variant: str, seed: int, data, progress) -> dict
     with torch.no_grad():
         model.weight.copy_(settings.initial * torch.randn(model.weight.shape, generator=generator))
     # SGD adds the decay to what the mask has left of the gradient: masked weights shrink too.
-    optimizer = torch.optim.SGD(model.parameters(), settings.learning_rate, weight_decay=settings.weight_decay)
+    optimizer = torch.optim.SGD(
+        model.parameters(), settings.learning_rate, weight_decay=settings.weight_decay
+    )
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, settings.decay)
     curve = []
     with htv.attach(model, RULES[variant]):  # one example per environment: each is a group
@@ -58,7 +60,9 @@ def run_one(settings: Settings, variant: str, seed: int, data, progress) -> dict
 def _weights(records: Records, variant: str) -> tuple[float, float]:
     """The mean weight of the environments' own features, and of the shared one."""
     weights = [result["weights"] for result in records.results(variant)]
-    return statistics.fmean(w for row in weights for w in row[:-1]), statistics.fmean(row[-1] for row in weights)
+    return statistics.fmean(w for row in weights for w in row[:-1]), statistics.fmean(
+        row[-1] for row in weights
+    )
 
 
 def summarise(records: Records) -> Summary:

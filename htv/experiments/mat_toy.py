@@ -38,10 +38,19 @@ def _mat(temperature: float) -> str:
 def run_one(settings: Settings, variant: str, seed: int, data, progress) -> dict:
     if variant in (PURE, PLAIN):
         noise, rate = (
-            (0.0, settings.learning_rate_pure) if variant == PURE else (settings.noise, settings.learning_rate)
+            (0.0, settings.learning_rate_pure)
+            if variant == PURE
+            else (settings.noise, settings.learning_rate)
         )
         problem = flipped_shortcut(noise, seed=seed)
-        return fit(settings, problem, rate, seed, lambda logits: F.cross_entropy(logits, problem.train.y), progress)
+        return fit(
+            settings,
+            problem,
+            rate,
+            seed,
+            lambda logits: F.cross_entropy(logits, problem.train.y),
+            progress,
+        )
     problem = flipped_shortcut(settings.noise, seed=seed)
     temperature = float(variant.removeprefix("MAT, T = "))
     draw, labels = held_out(settings, seed)
@@ -53,7 +62,10 @@ def run_one(settings: Settings, variant: str, seed: int, data, progress) -> dict
     own, flipped = shift.gather(1, train.y[:, None])[:, 0], labels != train.y
     found = {}
     for name, part in (("majority", ~train.minority), ("minority", train.minority)):
-        found |= {f"{name}_shift": own[part].mean().item(), f"{name}_flipped": flipped[part].double().mean().item()}
+        found |= {
+            f"{name}_shift": own[part].mean().item(),
+            f"{name}_flipped": flipped[part].double().mean().item(),
+        }
     loss = lambda logits: criterion(logits, train.y, ids)
     return {**found, **fit(settings, problem, settings.learning_rate, seed, loss, progress)}
 
@@ -103,7 +115,10 @@ def accuracies(model: nn.Module, problem: Grouped) -> tuple[float, ...]:
 def _at(records: Records, variant: str, share: float) -> float:
     """Minority accuracy after this share of the epochs, averaged over seeds."""
     epoch = share * records.settings.epochs
-    looks = [min(result["curve"], key=lambda look: abs(look[0] - epoch)) for result in records.results(variant)]
+    looks = [
+        min(result["curve"], key=lambda look: abs(look[0] - epoch))
+        for result in records.results(variant)
+    ]
     return sum(look[2] for look in looks) / len(looks)
 
 
@@ -112,8 +127,16 @@ def summarise(records: Records) -> Summary:
     for variant in records.variants:
         row = [variant, *(spread(records.values(variant, key)) for key in ("majority", "minority"))]
         told = ("majority_shift", "minority_shift") if variant.startswith("MAT") else ()
-        rows.append(row + ([spread(records.values(variant, key), ".2f") for key in told] or ["", ""]))
-    head = ["training", "test accuracy, majority", "minority", "mean shift of the class, majority", "minority"]
+        rows.append(
+            row + ([spread(records.values(variant, key), ".2f") for key in told] or ["", ""])
+        )
+    head = [
+        "training",
+        "test accuracy, majority",
+        "minority",
+        "mean shift of the class, majority",
+        "minority",
+    ]
     close = lambda here, paper: abs(here - paper) <= 0.05
     pure, plain = records.mean(PURE, "minority"), records.mean(PLAIN, "minority")
     findings = [
@@ -123,7 +146,11 @@ def summarise(records: Records) -> Summary:
             f"{_at(records, PURE, 0.05):.3f} and {_at(records, PURE, 0.2):.3f}",
             _at(records, PURE, 0.05) < 0.05 and 0.5 < _at(records, PURE, 0.2) < 0.95,
         ),
-        Finding("With noise it learns the minority by heart: .144 on test", f"{plain:.3f}", close(plain, 0.144)),
+        Finding(
+            "With noise it learns the minority by heart: .144 on test",
+            f"{plain:.3f}",
+            close(plain, 0.144),
+        ),
     ]
     mats = [variant for variant in records.variants if variant.startswith("MAT")]
     for variant in mats:
@@ -160,8 +187,12 @@ def plot(records: Records, figure) -> None:
     panels = figure.subplots(1, 2, sharey=True)
     for axes, column, name in zip(panels, (1, 2), ("majority", "minority"), strict=True):
         for index, variant in enumerate(records.variants):
-            runs = torch.tensor([result["curve"] for result in records.results(variant)])  # (seeds, looks, 3)
-            axes.plot(runs[0, :, 0], runs[..., column].mean(dim=0), color=f"C{index}", label=variant)
+            runs = torch.tensor(
+                [result["curve"] for result in records.results(variant)]
+            )  # (seeds, looks, 3)
+            axes.plot(
+                runs[0, :, 0], runs[..., column].mean(dim=0), color=f"C{index}", label=variant
+            )
         axes.set(title=f"{name}, test", xlabel="epoch", ylim=(-0.02, 1.02))
         axes.grid(alpha=0.3)
     panels[0].set(ylabel="accuracy")
@@ -173,7 +204,9 @@ EXPERIMENT = Experiment(
     title="A shortcut that fails a minority",
     paper="Bayat et al. 2024, arXiv 2412.07684",
     full=Settings(),
-    quick=Settings(epochs=400, learning_rate=0.025, learning_rate_pure=0.075, temperatures=(0.01,), looks=20),
+    quick=Settings(
+        epochs=400, learning_rate=0.025, learning_rate_pure=0.075, temperatures=(0.01,), looks=20
+    ),
     variants=variants,
     run_one=run_one,
     summarise=summarise,

@@ -8,7 +8,15 @@ import torch
 
 from htv.data import Dataset
 from htv.experiments import images
-from htv.experiments.experiment import Experiment, Finding, Progress, Records, Summary, Table, spread
+from htv.experiments.experiment import (
+    Experiment,
+    Finding,
+    Progress,
+    Records,
+    Summary,
+    Table,
+    spread,
+)
 from htv.experiments.images import Training
 from htv.rules import AndMask
 
@@ -23,7 +31,12 @@ class Settings:
 
 
 def variants(settings: Settings) -> list[str]:
-    return [_name(network, labels, tau) for network in settings.networks for labels in NOISE for tau in settings.taus]
+    return [
+        _name(network, labels, tau)
+        for network in settings.networks
+        for labels in NOISE
+        for tau in settings.taus
+    ]
 
 
 def _name(network: str, labels: str, tau: float) -> str:
@@ -36,7 +49,9 @@ def run_one(settings: Settings, variant: str, seed: int, data: Dataset, progress
     task = images.make_task(data, training, NOISE[labels], seed)
     network = images.make_network(kind, data, seed)
     optimizer = torch.optim.Adam(network.parameters(), lr=training.learning_rate)
-    curves = images.fit(network, task, optimizer, training, seed, progress, rule=AndMask(tau) if tau else None)
+    curves = images.fit(
+        network, task, optimizer, training, seed, progress, rule=AndMask(tau) if tau else None
+    )
     return {**images.last(curves), "best_test": max(curves["test_accuracy"]), "curves": curves}
 
 
@@ -51,7 +66,10 @@ def _table(records: Records, network: str) -> Table:
         "25% noise: wrong labels learnt": ("25% noise", "memorised"),
     }
     rows = [
-        [f"{tau:g}", *(spread(records.values(_name(network, of, tau), key)) for of, key in columns.values())]
+        [
+            f"{tau:g}",
+            *(spread(records.values(_name(network, of, tau), key)) for of, key in columns.values()),
+        ]
         for tau in taus
     ]
     return Table(["tau", *columns], rows, f"Accuracy at the end, {network}")
@@ -60,9 +78,16 @@ def _table(records: Records, network: str) -> Table:
 def _findings(records: Records, network: str) -> list[Finding]:
     taus = records.settings.taus
     at = lambda labels, tau, key: records.mean(_name(network, labels, tau), key)
-    fall = {tau: at("random", 0.0, "train_accuracy") - at("random", tau, "train_accuracy") for tau in taus}
-    price = {tau: at("real", 0.0, "test_accuracy") - at("real", tau, "test_accuracy") for tau in taus}
-    gap = {tau: at("real", tau, "train_accuracy") - at("real", tau, "test_accuracy") for tau in taus}
+    fall = {
+        tau: at("random", 0.0, "train_accuracy") - at("random", tau, "train_accuracy")
+        for tau in taus
+    }
+    price = {
+        tau: at("real", 0.0, "test_accuracy") - at("real", tau, "test_accuracy") for tau in taus
+    }
+    gap = {
+        tau: at("real", tau, "train_accuracy") - at("real", tau, "test_accuracy") for tau in taus
+    }
     apart = max(taus, key=lambda tau: fall[tau] - price[tau])
     high = taus[-2]
     best = max(taus[1:], key=lambda tau: at("25% noise", tau, "test_accuracy"))
@@ -115,7 +140,9 @@ def plot(records: Records, figure) -> None:
         left.set_xticks(position, [f"{tau:g}" for tau in settings.taus])
         left.legend()
         for index, tau in enumerate(settings.taus[:4]):
-            curves = [result["curves"] for result in records.results(_name(network, "25% noise", tau))]
+            curves = [
+                result["curves"] for result in records.results(_name(network, "25% noise", tau))
+            ]
             for key, style in {"test_accuracy": "-", "memorised": ":"}.items():
                 right.plot(curves[0]["epoch"], images.seed_mean([c[key] for c in curves]), style, color=f"C{index}",
                            label=f"tau {tau:g}" if style == "-" else None)  # fmt: skip
@@ -127,9 +154,15 @@ EXPERIMENT = Experiment(
     name="memorisation",
     title="Learning by heart under AND-masks",
     paper="Parascandolo et al. 2020, arXiv 2009.00329",
-    full=Settings(Training(images=2000, epochs=80, learning_rate=1e-3, batch_size=80, test_images=2000, cosine=True)),
+    full=Settings(
+        Training(
+            images=2000, epochs=80, learning_rate=1e-3, batch_size=80, test_images=2000, cosine=True
+        )
+    ),
     quick=Settings(
-        Training(images=320, epochs=12, learning_rate=2e-3, batch_size=80, test_images=300, looks=6),
+        Training(
+            images=320, epochs=12, learning_rate=2e-3, batch_size=80, test_images=300, looks=6
+        ),
         taus=(0.0, 0.1, 0.4, 0.6),
     ),
     variants=variants,

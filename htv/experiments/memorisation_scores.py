@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from htv.data import Dataset
 from htv.demo.training import Task
 from htv.experiments import images
-from htv.experiments.experiment import Experiment, Finding, Progress, Records, Summary, Table, spread
+from htv.experiments.experiment import (
+    Experiment,
+    Finding,
+    Progress,
+    Records,
+    Summary,
+    Table,
+    spread,
+)
 from htv.experiments.images import Training
 from htv.methods import SubsetScores, squared_gradient_norms, train_on_subsets
 
@@ -48,9 +56,15 @@ def run_one(settings: Settings, variant: str, seed: int, data: Dataset, progress
         "mislabelled": task.wrong.nonzero().flatten().tolist(),
     }
     result["correlation"], epoch = max(zip(result["correlations"], norms, strict=True))
-    result |= {"best_epoch": epoch, "norms": [float(f"{value:.3g}") for value in norms[epoch].tolist()]}
+    result |= {
+        "best_epoch": epoch,
+        "norms": [float(f"{value:.3g}") for value in norms[epoch].tolist()],
+    }
     if variant == NOISY:
-        result |= {"found_by_scores": area(memorisation, task.wrong), "found_by_norms": area(norms[epoch], task.wrong)}
+        result |= {
+            "found_by_scores": area(memorisation, task.wrong),
+            "found_by_norms": area(norms[epoch], task.wrong),
+        }
     return result
 
 
@@ -84,8 +98,12 @@ def gradient_norms(settings: Settings, task: Task, seed: int) -> dict[int, Tenso
 
     def look(epoch: int) -> None:
         if epoch in due:
-            losses = lambda ids: F.cross_entropy(model(task.x[ids]), task.noisy[ids], reduction="none")
-            found[epoch] = squared_gradient_norms(model, torch.arange(len(task.x)).split(256), losses)
+            losses = lambda ids: F.cross_entropy(
+                model(task.x[ids]), task.noisy[ids], reduction="none"
+            )
+            found[epoch] = squared_gradient_norms(
+                model, torch.arange(len(task.x)).split(256), losses
+            )
 
     look(0)
     for epoch, batches in enumerate(images.epochs(len(task.x), settings.training, seed), start=1):
@@ -99,11 +117,15 @@ def gradient_norms(settings: Settings, task: Task, seed: int) -> dict[int, Tenso
 
 def network(settings: Settings, task: Task) -> nn.Sequential:
     pixels = task.x.shape[1]
-    return nn.Sequential(nn.Linear(pixels, settings.width), nn.ReLU(), nn.Linear(settings.width, task.num_classes))
+    return nn.Sequential(
+        nn.Linear(pixels, settings.width), nn.ReLU(), nn.Linear(settings.width, task.num_classes)
+    )
 
 
 def sgd(settings: Settings, parameters) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=settings.training.learning_rate, momentum=settings.momentum)
+    return torch.optim.SGD(
+        parameters, lr=settings.training.learning_rate, momentum=settings.momentum
+    )
 
 
 def correlation(one: Tensor, other: Tensor) -> float:
@@ -122,7 +144,8 @@ def area(values: Tensor, positive: Tensor) -> float:
 
 def summarise(records: Records) -> Summary:
     share = lambda variant: (
-        sum(records.values(variant, "pairs_memorised")) / max(1, sum(records.values(variant, "pairs")))
+        sum(records.values(variant, "pairs_memorised"))
+        / max(1, sum(records.values(variant, "pairs")))
     )
     columns = {
         f"memorisation >= {MEMORISED:g}": "memorised",
@@ -181,7 +204,9 @@ def plot(records: Records, figure) -> None:
     wrong[result["mislabelled"]] = True
     scores, norms = torch.tensor(result["scores"]), torch.tensor(result["norms"])
     for tag, color, label in ((~wrong, "C0", "label right"), (wrong, "C3", "label wrong")):
-        left.plot(scores[tag], norms[tag].clamp(min=1e-12), ".", color=color, markersize=3, label=label)
+        left.plot(
+            scores[tag], norms[tag].clamp(min=1e-12), ".", color=color, markersize=3, label=label
+        )
     left.set(title=f"{NOISY}, epoch {result['best_epoch']}", xlabel="memorisation", ylabel="squared gradient norm",
              yscale="log")  # fmt: skip
     left.legend()
@@ -199,9 +224,13 @@ EXPERIMENT = Experiment(
     name="memorisation-scores",
     title="Memorisation scores and gradient norms",
     paper="Feldman, Zhang 2020, arXiv 2008.03703",
-    full=Settings(Training(images=1000, epochs=30, learning_rate=0.1, batch_size=50, test_images=1000)),
+    full=Settings(
+        Training(images=1000, epochs=30, learning_rate=0.1, batch_size=50, test_images=1000)
+    ),
     quick=Settings(
-        Training(images=400, epochs=16, learning_rate=0.1, batch_size=50, test_images=200), models=64, width=64
+        Training(images=400, epochs=16, learning_rate=0.1, batch_size=50, test_images=200),
+        models=64,
+        width=64,
     ),
     variants=lambda settings: list(RATES),
     run_one=run_one,

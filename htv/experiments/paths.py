@@ -12,7 +12,15 @@ from torch import nn
 from htv.data import Dataset
 from htv.experiments import cues
 from htv.experiments.cues import CueTask, CueTraining, Shuffled
-from htv.experiments.experiment import Experiment, Finding, Progress, Records, Summary, Table, spread
+from htv.experiments.experiment import (
+    Experiment,
+    Finding,
+    Progress,
+    Records,
+    Summary,
+    Table,
+    spread,
+)
 from htv.experiments.images import seed_mean
 from htv.methods import (
     NAIVE_RATES,
@@ -61,7 +69,12 @@ def _independent(part: str) -> Other:
 def _naive(size: str) -> Other:
     def tune(relying, task, settings, seed):
         network = copy.deepcopy(relying)
-        fine_tune(network, Shuffled(task.clean, settings.training.batch_size, seed), settings.epochs, NAIVE_RATES[size])
+        fine_tune(
+            network,
+            Shuffled(task.clean, settings.training.batch_size, seed),
+            settings.epochs,
+            NAIVE_RATES[size],
+        )
         return network
 
     return tune
@@ -73,7 +86,13 @@ def _connectivity(relying, task, settings, seed):
     return network
 
 
-NO_CUE, CUE, SMALL, MEDIUM, CBFT = "one without cue", "another with cue", "naive S of it", "naive M of it", "CBFT of it"
+NO_CUE, CUE, SMALL, MEDIUM, CBFT = (
+    "one without cue",
+    "another with cue",
+    "naive S of it",
+    "naive M of it",
+    "CBFT of it",
+)
 OTHERS: dict[str, Other] = {
     NO_CUE: _independent("without_cue"),
     CUE: _independent("with_cue"),
@@ -93,23 +112,32 @@ def run_one(settings: Settings, variant: str, seed: int, data: Dataset, progress
     ends = {"": other}
     if variant in (NO_CUE, CUE):
         images = task.with_cue[0][: settings.training.test_images]
-        ends[MATCHED] = match_permutations(relying, other, [(part,) for part in images.split(500)]).model
+        ends[MATCHED] = match_permutations(
+            relying, other, [(part,) for part in images.split(500)]
+        ).model
     paths: dict[str, WeightPath] = {}
     for name, end in ends.items():
         paths[f"linear{name}"] = LinearPath(relying, end)
         paths[f"quadratic{name}"] = _curve(relying, end, task, settings, seed)
     result = {f"{name} at its end": share for name, share in cues.accuracies(other, task).items()}
     for done, (name, path) in enumerate(paths.items(), start=1):
-        tests = {of: list(zip(*(part.split(500) for part in test), strict=True)) for of, test in task.tests.items()}
+        tests = {
+            of: list(zip(*(part.split(500) for part in test), strict=True))
+            for of, test in task.tests.items()
+        }
         profile = evaluate_along(path, relying, tests, settings.points)
         result |= {_key(name, of): found.height for of, found in profile.barriers.items()}
         result[name] = {of: losses.tolist() for of, losses in profile.losses.items()}
         result["t"] = profile.t.tolist()
-        progress(0.4 + 0.6 * done / len(paths), f"{name}: barrier {result[_key(name, 'C')]:.2f} on C")
+        progress(
+            0.4 + 0.6 * done / len(paths), f"{name}: barrier {result[_key(name, 'C')]:.2f} on C"
+        )
     return result
 
 
-def _curve(start: nn.Module, end: nn.Module, task: CueTask, settings: Settings, seed: int) -> QuadraticBezier:
+def _curve(
+    start: nn.Module, end: nn.Module, task: CueTask, settings: Settings, seed: int
+) -> QuadraticBezier:
     """Whose middle is trained on the data with the cue."""
     path = QuadraticBezier(start, end)
     optimizer = torch.optim.SGD(path.parameters(), settings.curve_rate, momentum=0.9)
@@ -137,7 +165,8 @@ def summarise(records: Records) -> Summary:
     ]
     title = "Barriers between a model with the cue and others: the largest excess of the loss over the chord"
     ends = [
-        [variant, *(spread(records.values(variant, f"{of} at its end")) for of in SETS)] for variant in records.variants
+        [variant, *(spread(records.values(variant, f"{of} at its end")) for of in SETS)]
+        for variant in records.variants
     ]
     return Summary(
         [Table(["the other", "path", *SETS], rows, title),

@@ -54,7 +54,11 @@ class Store:
         return run in self._runs
 
     def add(self, variant: str, seed: int, seconds: float, result: dict) -> None:
-        run = json.loads(dumps({"variant": variant, "seed": seed, "seconds": round(seconds, 3), "result": result}))
+        run = json.loads(
+            dumps(
+                {"variant": variant, "seed": seed, "seconds": round(seconds, 3), "result": result}
+            )
+        )
         self._append(run)
         self._runs[variant, seed] = run
 
@@ -120,5 +124,9 @@ def _finite(value: object) -> object:
 def _differences(found: object, wanted: object, name: str = "") -> list[str]:
     if isinstance(found, dict) and isinstance(wanted, dict):
         keys = list(dict.fromkeys([*found, *wanted]))
-        return [line for key in keys for line in _differences(found.get(key), wanted.get(key), f"{name}.{key}")]
+        return [
+            line
+            for key in keys
+            for line in _differences(found.get(key), wanted.get(key), f"{name}.{key}")
+        ]
     return [] if found == wanted else [f"{name.lstrip('.')} was {found!r}, now {wanted!r}"]

@@ -38,23 +38,31 @@ def block(record: dict, picture: str) -> str:
     sections = []
     for part in record["tables"]:
         sections += [part["title"], table(part["head"], part["rows"])]
-    found = [[f["claim"], f["here"], "yes" if f["agrees"] else "**no**"] for f in record["findings"]]
+    found = [
+        [f["claim"], f["here"], "yes" if f["agrees"] else "**no**"] for f in record["findings"]
+    ]
     sections.append(table([f"{record['paper']}", "here", "agrees"], found))
     sections.append(f"![{record['title']}]({picture})")
-    sections.append(f"`{record['command']}`, seeds: {record['seeds']}, runs of {took} in all, on {machine(record)}.")
+    sections.append(
+        f"`{record['command']}`, seeds: {record['seeds']}, runs of {took} in all, on {machine(record)}."
+    )
     return "\n\n".join(filter(None, sections))
 
 
 def save(experiment: Experiment, record: dict, records: Records, folder: Path) -> list[Path]:
     """Writes NAME.png, NAME.md and NAME.json; returns their paths."""
-    picture, text, numbers = (folder / f"{experiment.name}.{suffix}" for suffix in ("png", "md", "json"))
+    picture, text, numbers = (
+        folder / f"{experiment.name}.{suffix}" for suffix in ("png", "md", "json")
+    )
     figure = canvas(*experiment.size)
     experiment.plot(records, figure)
     figure.suptitle(experiment.title)
     with replacing(picture) as part:
         figure.savefig(part, dpi=120)
     replace_text(text, markdown(record, picture.name))
-    fields = [f"  {dumps(key)}: {dumps(value)}" for key, value in record.items() if key != "records"]
+    fields = [
+        f"  {dumps(key)}: {dumps(value)}" for key, value in record.items() if key != "records"
+    ]
     runs = ",\n".join(f"    {dumps(run)}" for run in record["records"])
     parts = [*fields, f'  "records": [\n{runs}\n  ]']  # a line per run
     replace_text(numbers, "{\n" + ",\n".join(parts) + "\n}\n")

@@ -9,7 +9,15 @@ import torch
 
 from htv.data import Dataset
 from htv.experiments import images
-from htv.experiments.experiment import Experiment, Finding, Progress, Records, Summary, Table, spread
+from htv.experiments.experiment import (
+    Experiment,
+    Finding,
+    Progress,
+    Records,
+    Summary,
+    Table,
+    spread,
+)
 from htv.experiments.images import Training
 from htv.methods import M3, RA3, RM3
 
@@ -29,12 +37,16 @@ def run_one(settings: Settings, variant: str, seed: int, data: Dataset, progress
     training = settings.training
     task = images.make_task(data, training, settings.rate, seed)
     network = images.make_network(settings.network, data, seed)
-    optimizer = torch.optim.SGD(network.parameters(), lr=training.learning_rate, weight_decay=settings.weight_decay)
+    optimizer = torch.optim.SGD(
+        network.parameters(), lr=training.learning_rate, weight_decay=settings.weight_decay
+    )
     wrap = UPDATES[variant]
     optimizer = optimizer if wrap is None else wrap(optimizer)
     rule = M3 if variant == "M3" else None
     curves = images.fit(network, task, optimizer, training, seed, progress, rule=rule)
-    curves["gap"] = [ta - va for ta, va in zip(curves["train_accuracy"], curves["test_accuracy"], strict=True)]
+    curves["gap"] = [
+        ta - va for ta, va in zip(curves["train_accuracy"], curves["test_accuracy"], strict=True)
+    ]
     matched = _when(curves["clean_accuracy"], settings.matched, curves["memorised"])
     best = max(curves["test_accuracy"])
     return {**images.last(curves), "best_test": best, "matched": matched, "curves": curves}
@@ -65,10 +77,18 @@ def summarise(records: Records) -> Summary:
     rows = [[v, *(spread(records.values(v, key)) for key in (*COLUMNS.values(), "matched"))]
             for v in records.variants]  # fmt: skip
     end = Table(["update", *COLUMNS, last], rows, f"Accuracy at the end, {settings.rate:.0%} noise")
-    rows = [[v, *(spread(_means(records, v, key)) for key in ("memorised", "gap"))] for v in records.variants]
-    mean = Table(["update", "corrupt examples, as labelled", "training minus test"], rows, "Mean over training")
+    rows = [
+        [v, *(spread(_means(records, v, key)) for key in ("memorised", "gap"))]
+        for v in records.variants
+    ]
+    mean = Table(
+        ["update", "corrupt examples, as labelled", "training minus test"],
+        rows,
+        "Mean over training",
+    )
     corrupt, gap = (
-        {v: statistics.fmean(_means(records, v, key)) for v in records.variants} for key in ("memorised", "gap")
+        {v: statistics.fmean(_means(records, v, key)) for v in records.variants}
+        for key in ("memorised", "gap")
     )
     at_end = {v: records.mean(v, "memorised") for v in records.variants}
     series = lambda values: ", ".join(f"{v} {value:.1%}" for v, value in values.items())
@@ -114,8 +134,12 @@ EXPERIMENT = Experiment(
     name="rolling",
     title="Medians of three under label noise",
     paper="Zielinski, Krishnan, Chatterjee 2020, arXiv 2003.07422",
-    full=Settings(Training(images=4000, epochs=50, learning_rate=0.05, batch_size=32, test_images=2000)),
-    quick=Settings(Training(images=320, epochs=60, learning_rate=0.1, batch_size=32, test_images=300, looks=6)),
+    full=Settings(
+        Training(images=4000, epochs=50, learning_rate=0.05, batch_size=32, test_images=2000)
+    ),
+    quick=Settings(
+        Training(images=320, epochs=60, learning_rate=0.1, batch_size=32, test_images=300, looks=6)
+    ),
     variants=lambda settings: list(UPDATES),
     run_one=run_one,
     summarise=summarise,

@@ -24,7 +24,13 @@ from htv.tools import env_info
 
 
 def run(
-    experiment: Experiment, quick: bool, seeds: int | None, data: Path | None, out: Path, jobs: int, console: Console
+    experiment: Experiment,
+    quick: bool,
+    seeds: int | None,
+    data: Path | None,
+    out: Path,
+    jobs: int,
+    console: Console,
 ) -> dict:
     """Does the runs ``out/NAME.jsonl`` lacks; returns the record it also writes to ``out/NAME.json``.
 
@@ -32,19 +38,30 @@ def run(
     """
     settings = experiment.settings(quick)
     images = _images(data) if experiment.images else None
-    common = {"experiment": experiment.name, "settings": asdict(settings), "data": _described(images)}
+    common = {
+        "experiment": experiment.name,
+        "settings": asdict(settings),
+        "data": _described(images),
+    }
     store = Store(out / f"{experiment.name}.jsonl", common)
-    runs = experiment.runs(settings, seeds or (experiment.quick_seeds if quick else experiment.seeds))
+    runs = experiment.runs(
+        settings, seeds or (experiment.quick_seeds if quick else experiment.seeds)
+    )
     missing = [run for run in runs if run not in store]
     if experiment.images:
         console.print(f"Data: {images.name}, {len(images.train_labels)} training and {len(images.test_labels)} test "
                       f"images{'' if data else ' (--data takes a folder of others)'}.")  # fmt: skip
     if len(missing) < len(runs):
-        console.print(f"{len(runs) - len(missing)} of {len(runs)} runs are in {store.path} already.", soft_wrap=True)
+        console.print(
+            f"{len(runs) - len(missing)} of {len(runs)} runs are in {store.path} already.",
+            soft_wrap=True,
+        )
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                TextColumn("{task.fields[now]}"))  # fmt: skip
     with Progress(*columns, console=console) as progress:
-        bar = progress.add_task(experiment.name, total=len(runs), completed=len(runs) - len(missing), now="")
+        bar = progress.add_task(
+            experiment.name, total=len(runs), completed=len(runs) - len(missing), now=""
+        )
         if jobs > 1 and len(missing) > 1:
             finished = _side_by_side(experiment.name, quick, missing, data, jobs)
         else:
@@ -56,7 +73,12 @@ def run(
     records = Records(settings, store.of(runs), images.num_classes if images else None)
     record = report.record(experiment, store.common, env_info.stamp("htv", *sys.argv[1:]), records)
     picture, text, numbers = report.save(experiment, record, records, out)
-    console.print(on_screen(report.markdown(record, picture.name)), soft_wrap=True, highlight=False, markup=False)
+    console.print(
+        on_screen(report.markdown(record, picture.name)),
+        soft_wrap=True,
+        highlight=False,
+        markup=False,
+    )
     console.print(f"Report: {text}\nPicture: {picture}\nEvery number: {numbers}", soft_wrap=True)
     return record
 
@@ -64,10 +86,14 @@ def run(
 Finished = Iterator[tuple[str, int, float, dict]]  # variant, seed, seconds, result
 
 
-def _in_turn(experiment: Experiment, settings, runs, images: Dataset | None, progress: Progress) -> Finished:
+def _in_turn(
+    experiment: Experiment, settings, runs, images: Dataset | None, progress: Progress
+) -> Finished:
     for variant, seed in runs:
         bar = progress.add_task(f"  {variant}, seed {seed}", total=100, now="")
-        on_progress = lambda share, now="": progress.update(bar, completed=round(100 * share), now=now)
+        on_progress = lambda share, now="": progress.update(
+            bar, completed=round(100 * share), now=now
+        )
         start = time.perf_counter()
         result = experiment.run_one(settings, variant, seed, images, on_progress)
         progress.remove_task(bar)
@@ -79,7 +105,9 @@ def _side_by_side(name: str, quick: bool, runs, data: Path | None, jobs: int) ->
     threads = max(1, torch.get_num_threads() // jobs)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (threads,)) as pool:
-        pending = [pool.submit(_in_worker, name, quick, variant, seed, data) for variant, seed in runs]
+        pending = [
+            pool.submit(_in_worker, name, quick, variant, seed, data) for variant, seed in runs
+        ]
         try:
             for done in as_completed(pending):
                 yield done.result()
@@ -87,11 +115,15 @@ def _side_by_side(name: str, quick: bool, runs, data: Path | None, jobs: int) ->
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _in_worker(name: str, quick: bool, variant: str, seed: int, data: Path | None) -> tuple[str, int, float, dict]:
+def _in_worker(
+    name: str, quick: bool, variant: str, seed: int, data: Path | None
+) -> tuple[str, int, float, dict]:
     experiment = load(name)
     images = _images(data) if experiment.images else None
     start = time.perf_counter()
-    result = experiment.run_one(experiment.settings(quick), variant, seed, images, lambda share, now="": None)
+    result = experiment.run_one(
+        experiment.settings(quick), variant, seed, images, lambda share, now="": None
+    )
     return variant, seed, time.perf_counter() - start, result
 
 

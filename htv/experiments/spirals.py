@@ -86,7 +86,11 @@ class Method:
         self.handle = htv.attach(self.network, rule) if name == "and-mask" else None
 
     def loss(self, x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
-        voting = methods.environment_groups(self.handle, ids, self.count) if self.handle else nullcontext()
+        voting = (
+            methods.environment_groups(self.handle, ids, self.count)
+            if self.handle
+            else nullcontext()
+        )
         with voting:
             features = self.network.features(x) if not self.handle else None
             outputs = self.network(x) if self.handle else self.network.head(features)
@@ -110,9 +114,19 @@ class Method:
         return [each_loss(self.network(x[part]), y[part]).mean() for part in parts]
 
 
-def train(settings: Settings, variant: str, seed: int, observe: Callable[[int, nn.Module, Environments], bool]) -> None:
+def train(
+    settings: Settings,
+    variant: str,
+    seed: int,
+    observe: Callable[[int, nn.Module, Environments], bool],
+) -> None:
     """Train by a method; observe(epoch, network, problem) after every epoch, from 0 on, says whether to go on."""
-    problem = spirals(settings.environments, settings.per_environment, shortcut_dims=settings.shortcut_dims, seed=seed)
+    problem = spirals(
+        settings.environments,
+        settings.per_environment,
+        shortcut_dims=settings.shortcut_dims,
+        seed=seed,
+    )
     with torch.random.fork_rng(devices=[]):  # initial weights, dropout
         torch.manual_seed(seed)
         method = Method(variant, settings, problem.x.shape[-1])
@@ -177,11 +191,21 @@ def summarise(records: Records) -> Summary:
         findings.append(Finding("The AND-mask nears 100% on test", f"{ours:.1%}", ours > 0.95))
     if others:
         best = max(others, key=others.get)
-        findings.append(Finding("All others stay near 50%", f"at most {others[best]:.1%} ({best})", others[best] < 0.6))
+        findings.append(
+            Finding(
+                "All others stay near 50%",
+                f"at most {others[best]:.1%} ({best})",
+                others[best] < 0.6,
+            )
+        )
         fits = {v: records.mean(v, "train") for v in others}
         worst = min(fits, key=fits.get)
         findings.append(
-            Finding("though they fit the training part", f"at least {fits[worst]:.1%} ({worst})", fits[worst] > 0.95)
+            Finding(
+                "though they fit the training part",
+                f"at least {fits[worst]:.1%} ({worst})",
+                fits[worst] > 0.95,
+            )
         )
     return Summary([Table(["method", "training accuracy", "test accuracy"], rows)], findings)
 
@@ -189,12 +213,20 @@ def summarise(records: Records) -> Summary:
 def plot(records: Records, figure) -> None:
     panels = figure.subplots(1, 2, sharey=True)
     for index, variant in enumerate(records.variants):
-        runs = torch.tensor([result["curve"] for result in records.results(variant)])  # (seeds, epochs, 3)
+        runs = torch.tensor(
+            [result["curve"] for result in records.results(variant)]
+        )  # (seeds, epochs, 3)
         epochs = runs[0, :, 0]
         for axes, column in zip(panels, (1, 2), strict=True):
             ours = variant == "and-mask"
             color = "black" if ours else f"C{index - 1}"
-            axes.plot(epochs, runs[..., column].mean(dim=0), color=color, label=variant, linewidth=2 if ours else 1)
+            axes.plot(
+                epochs,
+                runs[..., column].mean(dim=0),
+                color=color,
+                label=variant,
+                linewidth=2 if ours else 1,
+            )
     for axes, title in zip(panels, ("training part", "test part: no shortcut works"), strict=True):
         axes.set(title=title, xlabel="epoch", ylim=(0.45, 1.02))
         axes.grid(alpha=0.3)
@@ -207,7 +239,9 @@ EXPERIMENT = Experiment(
     title="Spirals with a shortcut in every environment",
     paper="Parascandolo et al. 2020, arXiv 2009.00329",
     full=Settings(),
-    quick=Settings(environments=16, shortcut_dims=16, epochs=110, variants=("and-mask", "adam", "irm")),
+    quick=Settings(
+        environments=16, shortcut_dims=16, epochs=110, variants=("and-mask", "adam", "irm")
+    ),
     variants=lambda settings: settings.variants,
     run_one=run_one,
     summarise=summarise,

@@ -8,7 +8,15 @@ import torch
 
 from htv.data import Dataset
 from htv.experiments import images
-from htv.experiments.experiment import Experiment, Finding, Progress, Records, Summary, Table, spread
+from htv.experiments.experiment import (
+    Experiment,
+    Finding,
+    Progress,
+    Records,
+    Summary,
+    Table,
+    spread,
+)
 from htv.experiments.images import Training
 from htv.methods import adjusted_overfit, proper_accuracy
 from htv.methods import winsorized as percentile_rule
@@ -54,7 +62,9 @@ def _tables(records: Records) -> list[Table]:
         rows = [[f"{c:g}", *(spread(records.values(_name(rate, c), key)) for rate in settings.rates)]
                 for c in settings.percentiles]  # fmt: skip
         if key == "train_accuracy":
-            rows.insert(0, ["proper", *(f"{_proper(records, rate):.1%}" for rate in settings.rates)])
+            rows.insert(
+                0, ["proper", *(f"{_proper(records, rate):.1%}" for rate in settings.rates)]
+            )
         found.append(Table(["c", *(f"{rate:.0%} noise" for rate in settings.rates)], rows, title))
     return found
 
@@ -76,14 +86,19 @@ def summarise(records: Records) -> Summary:
         Finding(
             "Overfit falls monotonically with c",
             f"mean over the noise: {series(overfit)}",
-            all(later <= earlier + 0.01 for earlier, later in zip(ordered, ordered[1:], strict=False)),
+            all(
+                later <= earlier + 0.01
+                for earlier, later in zip(ordered, ordered[1:], strict=False)
+            ),
         ),
         _held(
             records,
             "For c > 1 training accuracy under label noise does not rise above the proper accuracy",
             [rate for rate in noisy if rate < 1],
         ),
-        _held(records, "Nor does it where all labels are noise", [rate for rate in noisy if rate == 1]),
+        _held(
+            records, "Nor does it where all labels are noise", [rate for rate in noisy if rate == 1]
+        ),
         Finding(
             "Large c underfits clean data",
             f"training accuracy without noise: {series(clean)}",
@@ -96,7 +111,10 @@ def summarise(records: Records) -> Summary:
 def _held(records: Records, claim: str, rates: list[float]) -> Finding:
     """Whether training accuracy stays within two points of the proper accuracy at every c > 1."""
     beyond = {
-        c: max(records.mean(_name(rate, c), "train_accuracy") - _proper(records, rate) for rate in rates)
+        c: max(
+            records.mean(_name(rate, c), "train_accuracy") - _proper(records, rate)
+            for rate in rates
+        )
         for c in records.settings.percentiles
     }
     series = ", ".join(f"{100 * points:+.1f} points (c = {c:g})" for c, points in beyond.items())

@@ -89,18 +89,25 @@ def problem(settings: Settings, data: Dataset, seed: int) -> Grouped:
     found = backgrounds(data.subset(settings.images, seed), settings.minority, seed=seed)
     mean, deviation = found.train.x.mean(), found.train.x.std()
     parts = (found.train, found.validation, found.test)
-    return Grouped(*(GroupedPart((part.x - mean) / deviation, part.y, part.shortcut) for part in parts))
+    return Grouped(
+        *(GroupedPart((part.x - mean) / deviation, part.y, part.shortcut) for part in parts)
+    )
 
 
 @lru_cache(maxsize=2)
 def held_out(settings: Settings, data: Dataset, seed: int) -> Draw:
     """XRM's best draw; the methods of a seed share it."""
     train = problem(settings, data, seed).train
-    batches = Batches(TensorDataset(train.x, train.y), settings.draw_epochs, settings.batch, seed=seed)
+    batches = Batches(
+        TensorDataset(train.x, train.y), settings.draw_epochs, settings.batch, seed=seed
+    )
     draws = []
     for draw in range(settings.draws):
         twins = methods.Twins(
-            lambda: network(*train.x.shape[-2:]), train.y, sgd(settings), seed=seed * settings.draws + draw
+            lambda: network(*train.x.shape[-2:]),
+            train.y,
+            sgd(settings),
+            seed=seed * settings.draws + draw,
         )
         twins.fit(batches)
         draws.append(twins.draw(batches))
@@ -119,11 +126,16 @@ class Training:
             self.groups = held_out(settings, data, seed).groups()
         if method.loss == "mat":
             draw = held_out(settings, data, seed)
-            self.mat = methods.MemorizationAwareLoss(draw.held_out, draw.targets, temperature=settings.temperature)
+            self.mat = methods.MemorizationAwareLoss(
+                draw.held_out, draw.targets, temperature=settings.temperature
+            )
         self.dro = methods.GroupDRO(GROUPS, settings.dro_step)
 
     def rule(self) -> Rule | None:
-        rules = {"and-mask": htv.AndMask(self.settings.tau), "winsorized": htv.WinsorizedMean(self.settings.winsorize)}
+        rules = {
+            "and-mask": htv.AndMask(self.settings.tau),
+            "winsorized": htv.WinsorizedMean(self.settings.winsorize),
+        }
         return rules.get(self.method.rule)
 
     def sampler(self):
@@ -137,17 +149,23 @@ class Training:
             first = self.new_network()
             for _ in self.epochs(first, self.settings.jtt_epochs, None, mean_loss):
                 pass
-            return methods.weighted_sampler(methods.upweighted(~correct(first, train), self.settings.jtt_factor))
+            return methods.weighted_sampler(
+                methods.upweighted(~correct(first, train), self.settings.jtt_factor)
+            )
         return None
 
     def loss(self, logits: Tensor, y: Tensor, ids: Tensor) -> Tensor:
         if self.method.loss == "mat":
             return self.mat(logits, y, ids)
         if self.method.loss == "dro":
-            risks = methods.environment_means(each_loss(logits, y), self.groups[ids], GROUPS, absent="zero")
+            risks = methods.environment_means(
+                each_loss(logits, y), self.groups[ids], GROUPS, absent="zero"
+            )
             return self.dro(risks)
         if self.method.loss == "irm":
-            penalty = methods.irm_penalty(logits, y, self.groups[ids], GROUPS, each_loss, absent="zero")
+            penalty = methods.irm_penalty(
+                logits, y, self.groups[ids], GROUPS, each_loss, absent="zero"
+            )
             return mean_loss(logits, y, ids) + self.settings.irm * penalty
         return mean_loss(logits, y, ids)
 
@@ -159,7 +177,9 @@ class Training:
     def epochs(self, model: nn.Module, epochs: int, sampler, loss):
         """Train; yields after every epoch."""
         train = self.parts.train
-        batches = Batches(TensorDataset(train.x, train.y), epochs, self.settings.batch, sampler, self.seed)
+        batches = Batches(
+            TensorDataset(train.x, train.y), epochs, self.settings.batch, sampler, self.seed
+        )
         optimizer, rule = sgd(self.settings)(model.parameters()), self.rule()
         with htv.attach(model, rule) if rule else nullcontext():
             for epoch in range(epochs):
@@ -193,7 +213,10 @@ def run_one(settings: Settings, variant: str, seed: int, data: Dataset, progress
             part = getattr(parts, name)
             seen.append(methods.group_accuracy(correct(model, part), part.groups, GROUPS))
         progress(epoch / settings.epochs, f"worst group {looks['test'][-1].worst:.1%}")
-    result = {"train": correct(model, parts.train).double().mean().item(), "last_worst": looks["test"][-1].worst}
+    result = {
+        "train": correct(model, parts.train).double().mean().item(),
+        "last_worst": looks["test"][-1].worst,
+    }
     for by in ("worst", "average"):
         chosen = looks["test"][methods.select_model(looks["validation"], by, sizes)]
         result |= {f"{by}_worst": chosen.worst, f"{by}_average": chosen.weighted(sizes)}
@@ -214,7 +237,11 @@ def summarise(records: Records) -> Summary:
         "training accuracy": "train",
     }
     rows = [
-        [variant, METHODS[variant].groups, *(spread(records.values(variant, key)) for key in columns.values())]
+        [
+            variant,
+            METHODS[variant].groups,
+            *(spread(records.values(variant, key)) for key in columns.values()),
+        ]
         for variant in records.variants
     ]
     at = {variant: records.mean(variant, "worst_worst") for variant in records.variants}
@@ -240,8 +267,12 @@ def summarise(records: Records) -> Summary:
             )
         )
     if "JTT" in at:
-        findings.append(Finding("JTT lies between ERM and MAT", told("JTT"), at["ERM"] < at["JTT"] < at["MAT"]))
-    found, taken = (records.mean("XRM + GroupDRO", key) for key in ("minority_found", "majority_taken"))
+        findings.append(
+            Finding("JTT lies between ERM and MAT", told("JTT"), at["ERM"] < at["JTT"] < at["MAT"])
+        )
+    found, taken = (
+        records.mean("XRM + GroupDRO", key) for key in ("minority_found", "majority_taken")
+    )
     findings.append(
         Finding(
             "XRM finds the minority",
@@ -250,7 +281,10 @@ def summarise(records: Records) -> Summary:
         )
     )
     head = ["method", "groups it is told", *columns]
-    return Summary([Table(head, rows, "Test accuracy at the epoch with the best worst group of validation")], findings)
+    return Summary(
+        [Table(head, rows, "Test accuracy at the epoch with the best worst group of validation")],
+        findings,
+    )
 
 
 def plot(records: Records, figure) -> None:
@@ -258,7 +292,9 @@ def plot(records: Records, figure) -> None:
 
     left, right = figure.subplots(1, 2, sharey=True)
     for index, variant in enumerate(records.variants):
-        runs = torch.tensor([result["curve"] for result in records.results(variant)])  # (seeds, epochs, 2)
+        runs = torch.tensor(
+            [result["curve"] for result in records.results(variant)]
+        )  # (seeds, epochs, 2)
         left.plot(range(1, runs.shape[1] + 1), runs[..., 0].mean(dim=0), color=f"C{index}")
         average, worst = (records.mean(variant, key) for key in ("worst_average", "worst_worst"))
         right.plot(average, worst, "o", color=f"C{index}", label=variant)

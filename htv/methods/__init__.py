@@ -10,7 +10,14 @@ from htv.methods.attribution import (
 )
 from htv.methods.batches import Batches, ExampleTable
 from htv.methods.cbft import CBFT, barrier_loss, head_inputs, head_of, invariance_loss
-from htv.methods.coherence import M3, Coherence, ModelCoherence, generalisation_bound, measure_coherence, winsorized
+from htv.methods.coherence import (
+    M3,
+    Coherence,
+    ModelCoherence,
+    generalisation_bound,
+    measure_coherence,
+    winsorized,
+)
 from htv.methods.connectivity import (
     Barrier,
     Bezier,

@@ -21,7 +21,14 @@ from htv.methods.batches import require_ids
 from htv.ops.agreement import projections
 from htv.ops.factors import Factors
 
-__all__ = ["Attribution", "Influence", "LearntTracker", "StepShares", "adjusted_overfit", "proper_accuracy"]
+__all__ = [
+    "Attribution",
+    "Influence",
+    "LearntTracker",
+    "StepShares",
+    "adjusted_overfit",
+    "proper_accuracy",
+]
 
 
 @dataclass(frozen=True)
@@ -109,7 +116,10 @@ class Attribution:
             raise ValueError(f"permutations must be at least 1, got {permutations}")
         self.handle, self.corrupt = handle, corrupt.cpu()
         generator = torch.Generator().manual_seed(seed)
-        worlds = [self.corrupt[torch.randperm(len(corrupt), generator=generator)] for _ in range(permutations)]
+        worlds = [
+            self.corrupt[torch.randperm(len(corrupt), generator=generator)]
+            for _ in range(permutations)
+        ]
         self._null = torch.stack(worlds)  # (permutations, N)
         self.scores = torch.zeros(len(corrupt), dtype=torch.float64)
         self.steps: list[StepShares] = []
@@ -131,16 +141,22 @@ class Attribution:
 
         def see(name: str, parts: list[Factors]) -> None:
             if name in seen:
-                raise RuntimeError(f"step() takes one backward, but parameter {name!r} had two: one block per backward")
+                raise RuntimeError(
+                    f"step() takes one backward, but parameter {name!r} had two: one block per backward"
+                )
             seen.add(name)
             total = reduce(operator.add, (part.total().to(part.dtype) for part in parts))
             products.add_(projections(parts, total).cpu())
 
-        every = torch.arange(len(ids))  # groups given inside are refused: ids name examples in their order
+        every = torch.arange(
+            len(ids)
+        )  # groups given inside are refused: ids name examples in their order
         with self.handle.groups(every), self.handle.examined(see):
             yield
         if not seen:
-            raise RuntimeError("step() saw no gradient: run the model's forward and backward inside the block")
+            raise RuntimeError(
+                "step() saw no gradient: run the model's forward and backward inside the block"
+            )
         self._note(ids, products)
 
     def _note(self, ids: Tensor, products: Tensor) -> None:
@@ -198,7 +214,9 @@ class LearntTracker:
         Raises ValueError for anything else.
         """
         if step < max(self._step, 0):
-            raise ValueError(f"step must not be negative nor go back, got {step} after {self._step}")
+            raise ValueError(
+                f"step must not be negative nor go back, got {step} after {self._step}"
+            )
         if not isinstance(correct, Tensor) or correct.dim() != 1 or correct.dtype != torch.bool:
             raise ValueError(f"correct must be a boolean tensor, (B,); got {described(correct)}")
         ids, correct = require_ids(ids, len(self.first), len(correct)), correct.cpu()
@@ -209,7 +227,9 @@ class LearntTracker:
         self.last[wrong] = -1
 
 
-def proper_accuracy(accuracy: float, rate: float, num_classes: int = 10, kind: str = "uniform") -> float:
+def proper_accuracy(
+    accuracy: float, rate: float, num_classes: int = 10, kind: str = "uniform"
+) -> float:
     """Compute the training accuracy, under label noise, of a classifier that memorises none of it.
 
     That is one that predicts the true label as often as on clean data.
@@ -240,7 +260,11 @@ def proper_accuracy(accuracy: float, rate: float, num_classes: int = 10, kind: s
 
 
 def adjusted_overfit(
-    train_accuracy: float, accuracy: float, rate: float, num_classes: int = 10, kind: str = "uniform"
+    train_accuracy: float,
+    accuracy: float,
+    rate: float,
+    num_classes: int = 10,
+    kind: str = "uniform",
 ) -> float:
     """Compute how far training accuracy exceeds `proper_accuracy`: what was memorised of the noise.
 

@@ -62,11 +62,15 @@ class Batches:
 
     def __post_init__(self) -> None:
         if not hasattr(self.dataset, "__len__") or not hasattr(self.dataset, "__getitem__"):
-            raise TypeError(f"dataset must be map-style, with len() and [index]; got {type(self.dataset).__name__}")
+            raise TypeError(
+                f"dataset must be map-style, with len() and [index]; got {type(self.dataset).__name__}"
+            )
         if len(self.dataset) == 0:
             raise ValueError("dataset is empty")
         if self.epochs < 1 or self.batch_size < 1:
-            raise ValueError(f"epochs and batch_size must be at least 1, got {self.epochs} and {self.batch_size}")
+            raise ValueError(
+                f"epochs and batch_size must be at least 1, got {self.epochs} and {self.batch_size}"
+            )
 
     def from_step(self, step: int) -> Iterator[Batch]:
         """Yield (x, y, ids) of every step from one on: y and ids are (B,) int64.
@@ -99,7 +103,9 @@ class Batches:
 
         Raises ValueError if the data set does not give (x, y) or (x, y, id).
         """
-        if type(self.dataset) is TensorDataset:  # one lookup instead of one per example; a subclass may augment
+        if (
+            type(self.dataset) is TensorDataset
+        ):  # one lookup instead of one per example; a subclass may augment
             parts: Any = tuple(tensor[indices] for tensor in self.dataset.tensors)
         else:
             parts = default_collate([self.dataset[index] for index in indices.tolist()])
@@ -113,9 +119,15 @@ class Batches:
         if self.sampler is None:
             return torch.randperm(len(self.dataset), generator=generator)
         drawn = self.sampler(generator)
-        order = drawn.cpu().long() if isinstance(drawn, Tensor) else torch.tensor(list(drawn), dtype=torch.int64)
+        order = (
+            drawn.cpu().long()
+            if isinstance(drawn, Tensor)
+            else torch.tensor(list(drawn), dtype=torch.int64)
+        )
         if order.dim() != 1 or len(order) == 0:
-            raise ValueError(f"sampler must give the indices of one epoch, got shape {tuple(order.shape)}")
+            raise ValueError(
+                f"sampler must give the indices of one epoch, got shape {tuple(order.shape)}"
+            )
         return order
 
 
@@ -151,7 +163,9 @@ class ExampleTable:
         if self._rows is None:
             self._rows = rows.new_zeros(len(self._written), *rows.shape[1:])
         if rows.shape[1:] != self._rows.shape[1:]:
-            raise ValueError(f"rows must be (B, *{tuple(self._rows.shape[1:])}) as before, got {tuple(rows.shape)}")
+            raise ValueError(
+                f"rows must be (B, *{tuple(self._rows.shape[1:])}) as before, got {tuple(rows.shape)}"
+            )
         last = last_of_each(ids)
         self._rows[ids[last]] = rows[last]
         self._written[ids] = True
@@ -169,15 +183,24 @@ class ExampleTable:
 
 def require_ids(ids: Tensor, examples: int, rows: int | None = None) -> Tensor:
     """ids as (B,) int64 on the CPU; ValueError unless they are integers in [0, examples), `rows` of them if told."""
-    if not isinstance(ids, Tensor) or ids.dim() != 1 or ids.dtype.is_floating_point or ids.dtype == torch.bool:
+    if (
+        not isinstance(ids, Tensor)
+        or ids.dim() != 1
+        or ids.dtype.is_floating_point
+        or ids.dtype == torch.bool
+    ):
         raise ValueError(
             f"ids must be a tensor of integers, (B,), the id of every example of the batch; got {described(ids)}"
         )
     if rows is not None and len(ids) != rows:
-        raise ValueError(f"ids names {len(ids)} examples, but the batch holds {rows}: they must pair up")
+        raise ValueError(
+            f"ids names {len(ids)} examples, but the batch holds {rows}: they must pair up"
+        )
     ids = ids.cpu().long()
     if len(ids) and not (0 <= int(ids.min()) and int(ids.max()) < examples):
-        raise ValueError(f"ids must lie in [0, {examples}), got values from {int(ids.min())} to {int(ids.max())}")
+        raise ValueError(
+            f"ids must lie in [0, {examples}), got values from {int(ids.min())} to {int(ids.max())}"
+        )
     return ids
 
 

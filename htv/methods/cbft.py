@@ -70,21 +70,32 @@ def invariance_loss(
     >>> htv.methods.invariance_loss(a, labels, b, labels, num_classes=2)
     tensor(1.)
     """
-    if features.dim() != 2 or other_features.dim() != 2 or features.shape[1] != other_features.shape[1]:
+    if (
+        features.dim() != 2
+        or other_features.dim() != 2
+        or features.shape[1] != other_features.shape[1]
+    ):
         raise ValueError(
             f"features must be (N, D) and (M, D), got {tuple(features.shape)} and {tuple(other_features.shape)}"
         )
-    sums = _class_sums(features, labels, num_classes), _class_sums(other_features, other_labels, num_classes)
+    sums = (
+        _class_sums(features, labels, num_classes),
+        _class_sums(other_features, other_labels, num_classes),
+    )
     norms = [torch.linalg.vector_norm(total, dim=1, keepdim=True) for total in sums]
     there = (norms[0] != 0) & (norms[1] != 0)  # NaN is there, and shows
-    first, second = (total / torch.where(there, norm, 1) for total, norm in zip(sums, norms, strict=True))
+    first, second = (
+        total / torch.where(there, norm, 1) for total, norm in zip(sums, norms, strict=True)
+    )
     return torch.where(there, first - second, 0).square().sum() / num_classes
 
 
 def _class_sums(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """(N, D) -> (K, D), whose directions are those of the means. As a product, it is repeatable on GPUs."""
     if labels.shape != features.shape[:1]:
-        raise ValueError(f"labels must be ({len(features)},), one per row of features, got {tuple(labels.shape)}")
+        raise ValueError(
+            f"labels must be ({len(features)},), one per row of features, got {tuple(labels.shape)}"
+        )
     if labels.device.type == "cpu" and not ((labels >= 0) & (labels < num_classes)).all():
         raise ValueError(
             f"labels must lie in [0, num_classes) = [0, {num_classes}), got some from {labels.min()} to {labels.max()}"
@@ -112,10 +123,14 @@ def head_of(model: nn.Module, head: str | None = None) -> nn.Module:
     if head is None:
         linear = [module for module in modules.values() if isinstance(module, nn.Linear)]
         if not linear:
-            raise ValueError("model has no Linear to take for its head: name the module that classifies with head=")
+            raise ValueError(
+                "model has no Linear to take for its head: name the module that classifies with head="
+            )
         return linear[-1]
     if head not in modules:
-        raise ValueError(f"head={head!r} is no module of the model, which has {', '.join(filter(None, modules))}")
+        raise ValueError(
+            f"head={head!r} is no module of the model, which has {', '.join(filter(None, modules))}"
+        )
     return modules[head]
 
 
@@ -147,7 +162,9 @@ def _require_trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> None
     if not mine:
         raise ValueError("every parameter of model is frozen: there is nothing to train")
     if not any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
-        raise ValueError("optimizer has no parameter of the model that is trained: make it over model.parameters()")
+        raise ValueError(
+            "optimizer has no parameter of the model that is trained: make it over model.parameters()"
+        )
 
 
 class CBFT:
@@ -224,7 +241,12 @@ class CBFT:
             raise ValueError(f"barrier must be a loss above 0, got {barrier!r}")
         _require_trained(model, optimizer)
         self.model, self.optimizer, self.num_classes = model, optimizer, num_classes
-        self.barrier, self.warm_up, self.sampler, self.alternate = barrier, warm_up, sampler, alternate
+        self.barrier, self.warm_up, self.sampler, self.alternate = (
+            barrier,
+            warm_up,
+            sampler,
+            alternate,
+        )
         self._head = head_of(model, head)
         self._anchor = {name: p.detach().clone() for name, p in model.named_parameters()}
         self._generator = torch.Generator().manual_seed(seed)
@@ -277,7 +299,9 @@ class CBFT:
                     f"{[len(part) for part in seen]} rows for {len(logits)} examples. Name another one with head="
                 )
             features = seen[0]
-            losses["invariance"] = invariance_loss(features[: len(x)], y, features[len(x) :], cue_y, self.num_classes)
+            losses["invariance"] = invariance_loss(
+                features[: len(x)], y, features[len(x) :], cue_y, self.num_classes
+            )
         reduce(operator.add, losses.values()).backward()
         return {name: loss.detach() for name, loss in losses.items()}
 
@@ -304,7 +328,9 @@ class CBFT:
             yield
         finally:
             with torch.no_grad():
-                for tensor, value in zip([*parameters, *buffers], [*kept, *kept_buffers], strict=True):
+                for tensor, value in zip(
+                    [*parameters, *buffers], [*kept, *kept_buffers], strict=True
+                ):
                     tensor.copy_(value)
 
     def state_dict(self) -> dict[str, Any]:
@@ -324,11 +350,18 @@ class CBFT:
         """
         if set(state) != {"anchor", "steps", "generator"}:
             raise ValueError(f"state_dict has {sorted(state)}: it is not one of CBFT's")
-        shapes = [{name: tuple(value.shape) for name, value in of.items()} for of in (state["anchor"], self._anchor)]
+        shapes = [
+            {name: tuple(value.shape) for name, value in of.items()}
+            for of in (state["anchor"], self._anchor)
+        ]
         for name in {**shapes[0], **shapes[1]}:
             theirs, mine = (found.get(name, "none") for found in shapes)
             if theirs != mine:
-                raise ValueError(f"state_dict is of another model: {name!r} has shape {theirs} there, {mine} here")
+                raise ValueError(
+                    f"state_dict is of another model: {name!r} has shape {theirs} there, {mine} here"
+                )
         self._generator.set_state(state["generator"].cpu())
-        self._anchor = {name: state["anchor"][name].to(value, copy=True) for name, value in self._anchor.items()}
+        self._anchor = {
+            name: state["anchor"][name].to(value, copy=True) for name, value in self._anchor.items()
+        }
         self.steps = state["steps"]

@@ -20,7 +20,14 @@ from htv.ops.agreement import squared_norms
 from htv.ops.factors import Factors
 from htv.rules import Mean, Median, MedianOfMeans, Rule, WinsorizedMean
 
-__all__ = ["M3", "Coherence", "ModelCoherence", "generalisation_bound", "measure_coherence", "winsorized"]
+__all__ = [
+    "M3",
+    "Coherence",
+    "ModelCoherence",
+    "generalisation_bound",
+    "measure_coherence",
+    "winsorized",
+]
 
 Batch = TypeVar("Batch")
 
@@ -50,7 +57,9 @@ def winsorized(percentile: float) -> Rule:
     if isinstance(percentile, bool) or not isinstance(percentile, Real):
         raise TypeError(f"percentile must be a number in [0, 50], got {percentile!r}")
     if not 0 <= percentile <= 50:  # also catches NaN
-        raise ValueError(f"percentile must lie in [0, 50], got {percentile!r}: 0 is the mean, 50 the median")
+        raise ValueError(
+            f"percentile must lie in [0, 50], got {percentile!r}: 0 is the mean, 50 the median"
+        )
     if percentile == 0:
         return Mean()
     return Median() if percentile == 50 else WinsorizedMean(percentile / 100)
@@ -83,9 +92,13 @@ class Coherence:
         grads:  (m, *shape), m >= 1; ValueError otherwise.
         """
         if grads.dim() < 1 or len(grads) == 0:
-            raise ValueError(f"grads must have shape (m, *shape) with m >= 1, got {tuple(grads.shape)}")
+            raise ValueError(
+                f"grads must have shape (m, *shape) with m >= 1, got {tuple(grads.shape)}"
+            )
         wide = grads.reshape(len(grads), -1).double()
-        return Coherence(len(wide), wide.sum(dim=0).square().sum().item(), wide.square().sum().item())
+        return Coherence(
+            len(wide), wide.sum(dim=0).square().sum().item(), wide.square().sum().item()
+        )
 
     @property
     def m_coherence(self) -> float:
@@ -112,8 +125,12 @@ class Coherence:
         if not isinstance(other, Coherence):
             return NotImplemented
         if self.count != other.count:
-            raise ValueError(f"both must be of the same examples, got {self.count} and {other.count}")
-        return Coherence(self.count, self.total_energy + other.total_energy, self.energy + other.energy)
+            raise ValueError(
+                f"both must be of the same examples, got {self.count} and {other.count}"
+            )
+        return Coherence(
+            self.count, self.total_energy + other.total_energy, self.energy + other.energy
+        )
 
 
 @dataclass(frozen=True)
@@ -151,7 +168,10 @@ class _Sums:
 
     def __init__(self, named: dict[str, nn.Parameter]):
         wide = {name: torch.promote_types(p.dtype, torch.float32) for name, p in named.items()}
-        self.vectors = {name: torch.zeros_like(p, dtype=wide[name], requires_grad=False) for name, p in named.items()}
+        self.vectors = {
+            name: torch.zeros_like(p, dtype=wide[name], requires_grad=False)
+            for name, p in named.items()
+        }
         self.energies = dict.fromkeys(named, 0.0)
         self.examples = 0
         self.seen: set[str] = set()
@@ -222,7 +242,9 @@ def measure_coherence(
         raise ValueError("batches is empty: there is no example to measure")
     return ModelCoherence(
         {
-            name: Coherence(sums.examples, vector.double().square().sum().item(), sums.energies[name])
+            name: Coherence(
+                sums.examples, vector.double().square().sum().item(), sums.energies[name]
+            )
             for name, vector in sums.vectors.items()
         }
     )
@@ -231,7 +253,9 @@ def measure_coherence(
 def per_example(losses: Tensor) -> Tensor:
     """The losses; ValueError unless they are (N,)."""
     if not isinstance(losses, Tensor) or losses.dim() != 1:
-        got = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+        got = (
+            f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+        )
         raise ValueError(
             f'losses must return one loss per example, shape (N,), got {got}: pass reduction="none" to the criterion'
         )
@@ -239,7 +263,11 @@ def per_example(losses: Tensor) -> Tensor:
 
 
 def generalisation_bound(
-    alphas: Sequence[float], learning_rates: Sequence[float], lipschitz: float, smoothness: float, examples: int
+    alphas: Sequence[float],
+    learning_rates: Sequence[float],
+    lipschitz: float,
+    smoothness: float,
+    examples: int,
 ) -> float:
     """Bound the expected gap between test and training loss after T steps of gradient descent.
 
@@ -262,14 +290,18 @@ def generalisation_bound(
     >>> round(bound, 4)
     0.01
     """
-    alpha, eta = (torch.as_tensor(values, dtype=torch.float64) for values in (alphas, learning_rates))
+    alpha, eta = (
+        torch.as_tensor(values, dtype=torch.float64) for values in (alphas, learning_rates)
+    )
     if alpha.dim() != 1 or alpha.shape != eta.shape:
         raise ValueError(
             f"alphas and learning_rates must be two sequences of one length, got {tuple(alpha.shape)} and "
             f"{tuple(eta.shape)}"
         )
     if not bool(((alpha >= 0) & (alpha <= 1)).all()):
-        raise ValueError("alphas must lie in [0, 1]: alpha is m-coherence divided by the number of examples")
+        raise ValueError(
+            "alphas must lie in [0, 1]: alpha is m-coherence divided by the number of examples"
+        )
     for name, value in {"lipschitz": lipschitz, "smoothness": smoothness}.items():
         if not 0 <= value < math.inf:
             raise ValueError(f"{name} must be finite and not negative, got {value!r}")
@@ -279,5 +311,7 @@ def generalisation_bound(
         raise ValueError(f"examples must be at least 1, got {examples!r}")
     growth = torch.log1p(eta * smoothness)
     later = growth.sum() - growth.cumsum(0)
-    steps = (later + (eta * (2 * (1 - alpha)).sqrt()).log()).exp()  # a step of 0 is 0, however large what follows
+    steps = (
+        later + (eta * (2 * (1 - alpha)).sqrt()).log()
+    ).exp()  # a step of 0 is 0, however large what follows
     return (lipschitz**2 / examples * steps.sum()).item()

@@ -54,7 +54,9 @@ class Inconsistency:
 
 
 def environment_losses(
-    model: nn.Module, criterion: Callable[[Tensor, Tensor], Tensor], environments: Sequence[tuple[Tensor, Tensor]]
+    model: nn.Module,
+    criterion: Callable[[Tensor, Tensor], Tensor],
+    environments: Sequence[tuple[Tensor, Tensor]],
 ) -> tuple[list[Loss], Tensor]:
     """Express a model's loss in every environment as a function of one vector of parameters.
 
@@ -79,7 +81,10 @@ def environment_losses(
 
     def parameters(vector: Tensor) -> dict[str, Tensor]:
         parts = vector.split([p.numel() for p in named.values()])
-        return {name: part.view(p.shape).to(p.dtype) for (name, p), part in zip(named.items(), parts, strict=True)}
+        return {
+            name: part.view(p.shape).to(p.dtype)
+            for (name, p), part in zip(named.items(), parts, strict=True)
+        }
 
     def loss_of(inputs: Tensor, targets: Tensor) -> Loss:
         return lambda vector: criterion(
@@ -134,7 +139,9 @@ def inconsistency(
     if not losses:
         raise ValueError("losses is empty: give one for each environment")
     if theta.dim() != 1 or not theta.dtype.is_floating_point:
-        raise ValueError(f"theta must be (P,) floating point, got shape {tuple(theta.shape)} and dtype {theta.dtype}")
+        raise ValueError(
+            f"theta must be (P,) floating point, got shape {tuple(theta.shape)} and dtype {theta.dtype}"
+        )
     if not 0 < eps < float("inf"):
         raise ValueError(f"eps must be above 0 and finite, got {eps!r}")
     for name, value in (("steps", steps), ("walkers", walkers), ("points", points)):
@@ -145,7 +152,9 @@ def inconsistency(
     theta = theta.detach()
     for index, loss in enumerate(losses):
         if loss(theta).dim() != 0:
-            raise ValueError(f"losses[{index}] must return a scalar, got shape {tuple(loss(theta).shape)}")
+            raise ValueError(
+                f"losses[{index}] must return a scalar, got shape {tuple(loss(theta).shape)}"
+            )
         if not torch.isfinite(loss(theta)):
             raise ValueError(f"losses[{index}] is not finite at theta")
     generator = torch.Generator(theta.device).manual_seed(seed)
@@ -174,7 +183,10 @@ class _Walk:
         generator: torch.Generator,
     ):
         self._within, self._of = torch.func.vmap(within), torch.func.vmap(of)
-        self._slopes = torch.func.vmap(torch.func.grad(within)), torch.func.vmap(torch.func.grad(of))
+        self._slopes = (
+            torch.func.vmap(torch.func.grad(within)),
+            torch.func.vmap(torch.func.grad(of)),
+        )
         self._home, self._level, self._eps, self._radius = theta, within(theta), eps, radius
         self._points, self._generator = points, generator
         self._at = theta.repeat(walkers, 1)
@@ -185,7 +197,9 @@ class _Walk:
     def step(self, climb: bool) -> None:
         directions = self._uphill() if climb else self._random(self._at)
         longest = self._longest(directions)
-        self._reach = torch.where(longest >= self._reach, 2 * self._reach, longest.clamp(min=1e-9) * 1.5)
+        self._reach = torch.where(
+            longest >= self._reach, 2 * self._reach, longest.clamp(min=1e-9) * 1.5
+        )
         share: float | Tensor = 1.0
         if not climb:
             share = torch.rand(
@@ -196,10 +210,14 @@ class _Walk:
             )
         ends = self._at + longest * directions
         self._note(ends)
-        self._at = torch.where(self._inside(ends), self._at + share * longest * directions, self._at)
+        self._at = torch.where(
+            self._inside(ends), self._at + share * longest * directions, self._at
+        )
 
     def _random(self, like: Tensor) -> Tensor:
-        return _unit(torch.randn(like.shape, generator=self._generator, dtype=like.dtype, device=like.device))
+        return _unit(
+            torch.randn(like.shape, generator=self._generator, dtype=like.dtype, device=like.device)
+        )
 
     def _uphill(self) -> Tensor:
         """Where the loss of e' departs faster: half of the walkers straight on, half along the border of the region."""
@@ -209,13 +227,20 @@ class _Walk:
         along = slope - (slope * border).sum(dim=1, keepdim=True) * border
         half = len(slope) // 2
         directions = torch.cat(
-            [slope[:half], along[half:] - 0.1 * along[half:].norm(dim=1, keepdim=True) * border[half:]]
+            [
+                slope[:half],
+                along[half:] - 0.1 * along[half:].norm(dim=1, keepdim=True) * border[half:],
+            ]
         )
-        return torch.where(directions.norm(dim=1, keepdim=True) > 1e-12, _unit(directions), self._random(slope))
+        return torch.where(
+            directions.norm(dim=1, keepdim=True) > 1e-12, _unit(directions), self._random(slope)
+        )
 
     def _longest(self, directions: Tensor) -> Tensor:
         """(W, 1): how far each walker can go without leaving the region, up to its reach."""
-        shares = torch.linspace(0, 1, self._points + 1, dtype=self._at.dtype, device=self._at.device)[1:]
+        shares = torch.linspace(
+            0, 1, self._points + 1, dtype=self._at.dtype, device=self._at.device
+        )[1:]
         places = self._at[:, None] + (self._reach * shares)[:, :, None] * directions[:, None]
         inside = self._inside(places.flatten(0, 1)).view(len(places), -1)
         good = inside.cumprod(dim=1).sum(dim=1, keepdim=True)
@@ -290,7 +315,9 @@ def arithmetic_mean_hessian(hessians: Tensor) -> Tensor:
     return _hessians(hessians).mean(dim=0)
 
 
-def geometric_mean_hessian(hessians: Tensor, tolerance: float = 1e-12, max_steps: int = 500) -> Tensor:
+def geometric_mean_hessian(
+    hessians: Tensor, tolerance: float = 1e-12, max_steps: int = 500
+) -> Tensor:
     """Compute the Karcher mean of Hessians, the matrix closest to all of them in their geometry.
 
     It is the symmetric positive definite X with ``sum_e log(X^-1/2 H_e X^-1/2) = 0``; diagonal
@@ -311,12 +338,19 @@ def geometric_mean_hessian(hessians: Tensor, tolerance: float = 1e-12, max_steps
     hessians = _hessians(hessians)
     if hessians.dim() == 2:
         return hessians.log().mean(dim=0).exp()
-    mean = _spectral(torch.stack([_spectral(h, torch.log) for h in hessians]).mean(dim=0), torch.exp)
+    mean = _spectral(
+        torch.stack([_spectral(h, torch.log) for h in hessians]).mean(dim=0), torch.exp
+    )
     rate, before, size = 1.0, float("inf"), float("inf")
     for _ in range(max_steps):
         try:
-            root, inverse_root = _spectral(mean, torch.sqrt), _spectral(mean, lambda values: values.rsqrt())
-            logs = torch.stack([_spectral(inverse_root @ h @ inverse_root, torch.log) for h in hessians]).mean(dim=0)
+            root, inverse_root = (
+                _spectral(mean, torch.sqrt),
+                _spectral(mean, lambda values: values.rsqrt()),
+            )
+            logs = torch.stack(
+                [_spectral(inverse_root @ h @ inverse_root, torch.log) for h in hessians]
+            ).mean(dim=0)
             size = logs.norm().item()
             if size <= tolerance * len(mean):
                 return mean
@@ -355,16 +389,26 @@ def inconsistency_bound(hessian_a: Tensor, hessian_b: Tensor, eps: float) -> flo
     both = torch.stack([a, b])
     if a.dim() == 1:
         curved = (a > 0) | (b > 0)
-        return 4 * eps * float((arithmetic_mean_hessian(both) / geometric_mean_hessian(both))[curved].prod() ** 2)
+        return (
+            4
+            * eps
+            * float(
+                (arithmetic_mean_hessian(both) / geometric_mean_hessian(both))[curved].prod() ** 2
+            )
+        )
     arithmetic = torch.linalg.slogdet(arithmetic_mean_hessian(both))[1]
-    geometric = (torch.linalg.slogdet(a)[1] + torch.linalg.slogdet(b)[1]) / 2  # that of the geometric mean
+    geometric = (
+        torch.linalg.slogdet(a)[1] + torch.linalg.slogdet(b)[1]
+    ) / 2  # that of the geometric mean
     return 4 * eps * float((2 * (arithmetic - geometric)).exp())
 
 
 def _pair(hessian_a: Tensor, hessian_b: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     a, b = _hessian("hessian_a", hessian_a), _hessian("hessian_b", hessian_b)
     if a.shape != b.shape:
-        raise ValueError(f"hessian_a and hessian_b differ in shape, {tuple(a.shape)} and {tuple(b.shape)}")
+        raise ValueError(
+            f"hessian_a and hessian_b differ in shape, {tuple(a.shape)} and {tuple(b.shape)}"
+        )
     if not 0 < eps < float("inf"):
         raise ValueError(f"eps must be above 0 and finite, got {eps!r}")
     return a, b
@@ -376,7 +420,9 @@ def _hessian(name: str, hessian: Tensor) -> Tensor:
         raise ValueError(f"{name} must be finite")
     if hessian.dim() == 1:
         if not bool((hessian >= 0).all()):
-            raise ValueError(f"{name} must have no negative entry: the point would not be a minimum")
+            raise ValueError(
+                f"{name} must have no negative entry: the point would not be a minimum"
+            )
         return hessian
     if hessian.dim() != 2 or hessian.shape[0] != hessian.shape[1]:
         raise ValueError(f"{name} must be (P,) or (P, P), got shape {tuple(hessian.shape)}")
@@ -391,7 +437,9 @@ def _hessian(name: str, hessian: Tensor) -> Tensor:
 def _hessians(hessians: Tensor) -> Tensor:
     hessians = torch.as_tensor(hessians)
     if hessians.dim() not in (2, 3) or len(hessians) == 0:
-        raise ValueError(f"hessians must be (E, P) or (E, P, P) with E >= 1, got shape {tuple(hessians.shape)}")
+        raise ValueError(
+            f"hessians must be (E, P) or (E, P, P) with E >= 1, got shape {tuple(hessians.shape)}"
+        )
     return torch.stack([_hessian(f"hessians[{index}]", h) for index, h in enumerate(hessians)])
 
 

@@ -47,7 +47,9 @@ def easy_examples(
     tensor([ True,  True,  True,  True, False])
     """
     if len(x) != len(labels) or len(x) == 0:
-        raise ValueError(f"x and labels must have one entry per example, got {len(x)} and {len(labels)}")
+        raise ValueError(
+            f"x and labels must have one entry per example, got {len(x)} and {len(labels)}"
+        )
     if epochs < 1 or batch_size < 1:
         raise ValueError(f"epochs and batch_size must be at least 1, got {epochs} and {batch_size}")
     model = copy.deepcopy(model).train()
@@ -78,15 +80,21 @@ def disjoint_subsets(pool: Tensor, sizes: tuple[int, ...], seed: int = 0) -> lis
     (3, 4, set())
     """
     if not isinstance(pool, Tensor) or pool.dim() != 1 or pool.dtype.is_floating_point:
-        raise ValueError(f"pool must be a tensor, (N,) bool or (P,) integers; got {described(pool)}")
+        raise ValueError(
+            f"pool must be a tensor, (N,) bool or (P,) integers; got {described(pool)}"
+        )
     members = (pool.nonzero().flatten() if pool.dtype == torch.bool else pool).cpu()
     if len(members.unique()) < len(members):
-        raise ValueError("pool names an example twice: subsets might share it. Pass each id once, or a boolean mask")
+        raise ValueError(
+            "pool names an example twice: subsets might share it. Pass each id once, or a boolean mask"
+        )
     if any(size < 1 for size in sizes):
         raise ValueError(f"sizes must be at least 1, got {sizes}")
     if sum(sizes) > len(members):
         raise ValueError(
             f"the pool has {len(members)} examples, too few for disjoint subsets of {' and '.join(map(str, sizes))}"
         )
-    order = torch.randperm(len(members), generator=torch.Generator().manual_seed(seed))[: sum(sizes)]
+    order = torch.randperm(len(members), generator=torch.Generator().manual_seed(seed))[
+        : sum(sizes)
+    ]
     return list(members[order].split(list(sizes)))

@@ -37,13 +37,17 @@ class Ensemble:
         """What an optimizer changes."""
         if self.stacked:
             return list(self._leaves.values())
-        return list({id(p): p for net in self.nets for p in net.parameters()}.values())  # frozen ones may be shared
+        return list(
+            {id(p): p for net in self.nets for p in net.parameters()}.values()
+        )  # frozen ones may be shared
 
     def __call__(self, x: Any, training: bool, own: bool = False) -> Tensor:
         """The networks' outputs, (M, *output). x is for all of them, or with `own` has one input for each, (M, ...)."""
         if not self.stacked:
             inputs = x if own else [x] * len(self)
-            return torch.stack([net.train(training)(part) for net, part in zip(self.nets, inputs, strict=True)])
+            return torch.stack(
+                [net.train(training)(part) for net, part in zip(self.nets, inputs, strict=True)]
+            )
         self._base.train(training)
         forward = lambda leaves, part: functional_call(self._base, leaves, part)
         outputs: Tensor = vmap(forward, in_dims=(0, 0 if own else None))(self._leaves, x)
@@ -73,7 +77,11 @@ class Ensemble:
 def _refuse_to_share(nets: list[nn.Module]) -> None:
     seen: set[int] = set()
     for net in nets:
-        trained = {id(parameter): name for name, parameter in net.named_parameters() if parameter.requires_grad}
+        trained = {
+            id(parameter): name
+            for name, parameter in net.named_parameters()
+            if parameter.requires_grad
+        }
         shared = [name for key, name in trained.items() if key in seen]
         if shared:
             raise ValueError(
@@ -85,10 +93,16 @@ def _refuse_to_share(nets: list[nn.Module]) -> None:
 
 def _refuse_to_stack(net: nn.Module) -> None:
     for name, _ in net.named_buffers():
-        raise ValueError(f"stacked=True cannot serve the buffer {name!r}, which a forward may change: stacked=False")
+        raise ValueError(
+            f"stacked=True cannot serve the buffer {name!r}, which a forward may change: stacked=False"
+        )
     for name, module in net.named_modules():
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
-            raise ValueError(f"stacked=True cannot serve the dropout {name!r}, which draws at random: stacked=False")
+            raise ValueError(
+                f"stacked=True cannot serve the dropout {name!r}, which draws at random: stacked=False"
+            )
     names = [name for name, _ in net.named_parameters(remove_duplicate=False)]
     if len(names) > len(list(net.parameters())):
-        raise ValueError("stacked=True cannot serve parameters that are shared between modules: stacked=False")
+        raise ValueError(
+            "stacked=True cannot serve parameters that are shared between modules: stacked=False"
+        )

@@ -40,18 +40,26 @@ def join_environments(batches: Sequence[Sequence[Tensor]]) -> tuple[tuple[Tensor
     if not batches:
         raise ValueError("batches is empty: give one batch for each environment")
     for index, batch in enumerate(batches):
-        parts = batch if isinstance(batch, tuple | list) else ()  # a tensor would fall apart into its examples
+        parts = (
+            batch if isinstance(batch, tuple | list) else ()
+        )  # a tensor would fall apart into its examples
         if not parts or not all(isinstance(part, Tensor) and part.dim() > 0 for part in parts):
-            raise ValueError(f"batches[{index}] must be a tuple of tensors with the examples in dim 0, (x, y)")
+            raise ValueError(
+                f"batches[{index}] must be a tuple of tensors with the examples in dim 0, (x, y)"
+            )
         sizes = {len(part) for part in batch}
         if len(sizes) > 1:
-            raise ValueError(f"the tensors of batches[{index}] hold {sorted(sizes)} examples: they must pair up")
+            raise ValueError(
+                f"the tensors of batches[{index}] hold {sorted(sizes)} examples: they must pair up"
+            )
         if sizes == {0}:
             raise ValueError(
                 f"environment {index} has no examples in this batch: its vote would be lost. Skip the batch"
             )
         if len(batch) != len(batches[0]):
-            raise ValueError(f"batches[{index}] holds {len(batch)} tensors, batches[0] {len(batches[0])}")
+            raise ValueError(
+                f"batches[{index}] holds {len(batch)} tensors, batches[0] {len(batches[0])}"
+            )
         for part, first in zip(batch, batches[0], strict=True):
             if part.shape[1:] != first.shape[1:]:
                 raise ValueError(
@@ -87,7 +95,9 @@ def environment_batches(
             batch = next(iterator, None)
             if batch is None:
                 if first:
-                    raise ValueError(f"loaders[{index}] gives no batch: environment {index} is empty")
+                    raise ValueError(
+                        f"loaders[{index}] gives no batch: environment {index} is empty"
+                    )
                 return
             batches.append(batch)
         first = False
@@ -109,7 +119,12 @@ def require_environments(ids: Tensor, num_environments: int, absent: str = "erro
     """
     if absent not in ("error", "zero"):
         raise ValueError(f"absent must be 'error' or 'zero', got {absent!r}")
-    if not isinstance(ids, Tensor) or ids.dim() != 1 or ids.dtype.is_floating_point or ids.dtype == torch.bool:
+    if (
+        not isinstance(ids, Tensor)
+        or ids.dim() != 1
+        or ids.dtype.is_floating_point
+        or ids.dtype == torch.bool
+    ):
         raise ValueError(f"ids must be a tensor of integers, (N,), got {described(ids)}")
     if num_environments < 1:
         raise ValueError(f"num_environments must be at least 1, got {num_environments}")

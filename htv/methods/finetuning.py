@@ -15,7 +15,11 @@ from htv.methods.connectivity.statistics import require_repeatable
 
 __all__ = ["NAIVE_RATES", "fine_tune", "reset_parameters", "retrain_last_layer"]
 
-NAIVE_RATES = {"S": 0.001, "M": 0.01, "L": 0.1}  # learning rates of naive fine-tuning in Lubana et al. 2023
+NAIVE_RATES = {
+    "S": 0.001,
+    "M": 0.01,
+    "L": 0.1,
+}  # learning rates of naive fine-tuning in Lubana et al. 2023
 
 
 class Loader(Sized, Protocol):
@@ -110,7 +114,9 @@ def retrain_last_layer(model: nn.Module, batches: Loader, epochs: int, lr: float
     """
     last = head_of(model, head)
     if not hasattr(last, "reset_parameters"):
-        raise ValueError(f"the head, a {type(last).__name__}, has no reset_parameters() to start anew by")
+        raise ValueError(
+            f"the head, a {type(last).__name__}, has no reset_parameters() to start anew by"
+        )
     _check_length(batches, epochs)
     reset_parameters(last)
     with _only(model, last):

@@ -111,7 +111,9 @@ class Draw:
         """Return the classes all of whose examples are in one group, which show no minority.
         combine:  how the mistakes become one bit, as for `cross_mistakes`.
         """
-        sizes = torch.bincount(self.groups(combine), minlength=2 * self.held_out.shape[1]).reshape(-1, 2)
+        sizes = torch.bincount(self.groups(combine), minlength=2 * self.held_out.shape[1]).reshape(
+            -1, 2
+        )
         return (sizes == 0).any(dim=1).nonzero().flatten().tolist()
 
 
@@ -136,7 +138,9 @@ def best_draw(draws: Iterable[Draw], combine: str = "or") -> Draw:
         raise ValueError("draws is empty: train at least one pair of twins")
     sound = [draw for draw in draws if not draw.degenerate(combine)]
     if not sound:
-        found = "; ".join(f"draw {i}: classes {draw.degenerate(combine)}" for i, draw in enumerate(draws))
+        found = "; ".join(
+            f"draw {i}: classes {draw.degenerate(combine)}" for i, draw in enumerate(draws)
+        )
         raise ValueError(
             f"every draw is degenerate: some class has one group only ({found}). Train longer or for a shorter time, "
             "with another learning rate, or take more draws"
@@ -204,10 +208,14 @@ class _HeldOut:
         if len(ids) == 0:
             raise ValueError("ids is empty: there is nothing to train on, skip the batch")
         if y is not None and y.shape != ids.shape:
-            raise ValueError(f"y must be {tuple(ids.shape)}, a label for each id, got {tuple(y.shape)}")
+            raise ValueError(
+                f"y must be {tuple(ids.shape)}, a label for each id, got {tuple(y.shape)}"
+            )
         if y is not None and not torch.equal(y.cpu().long(), self.targets[ids]):
             wrong = int(ids[(y.cpu() != self.targets[ids]).nonzero()[0]])
-            raise ValueError(f"the label of id {wrong} in the batch is not targets[{wrong}]: ids and labels disagree")
+            raise ValueError(
+                f"the label of id {wrong} in the batch is not targets[{wrong}]: ids and labels disagree"
+            )
         with self._own_randomness():
             loss = self._loss(x, ids)
         self._optimizer.zero_grad()
@@ -227,7 +235,9 @@ class _HeldOut:
         Raises ValueError for a data set of another size, and as `step` does.
         """
         if len(batches.dataset) != self._examples:
-            raise ValueError(f"targets name {self._examples} examples, the data set holds {len(batches.dataset)}")
+            raise ValueError(
+                f"targets name {self._examples} examples, the data set holds {len(batches.dataset)}"
+            )
         for done, (x, y, ids) in enumerate(batches.from_step(self.steps)):
             if done == max_steps:
                 return False
@@ -289,11 +299,17 @@ class _HeldOut:
                 f"{len(state.get('nets', ()))} networks and holds {', '.join(sorted(state))}"
             )
         if state["stacked"] != self._nets.stacked:
-            raise ValueError(f"the state is of stacked={state['stacked']}, this run of stacked={self._nets.stacked}")
+            raise ValueError(
+                f"the state is of stacked={state['stacked']}, this run of stacked={self._nets.stacked}"
+            )
         if len(state["held_out_by"]) != self._examples:
-            raise ValueError(f"the state is of {len(state['held_out_by'])} examples, targets name {self._examples}")
+            raise ValueError(
+                f"the state is of {len(state['held_out_by'])} examples, targets name {self._examples}"
+            )
         if (state["schedule"] is None) != (self._schedule is None):
-            raise ValueError("of the state and this run, one has a schedule of the learning rate, the other has none")
+            raise ValueError(
+                "of the state and this run, one has a schedule of the learning rate, the other has none"
+            )
         self._nets.load(state["nets"])
         self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         if self._schedule:
@@ -302,7 +318,9 @@ class _HeldOut:
         self.steps, self.held_out_by = state["steps"], state["held_out_by"].clone()
 
     def _picked(self, logits: Tensor, ids: Tensor) -> Tensor:
-        return logits[self.held_out_by[ids].to(self.device), torch.arange(len(ids), device=self.device)]
+        return logits[
+            self.held_out_by[ids].to(self.device), torch.arange(len(ids), device=self.device)
+        ]
 
     def _run(self, x: Any, training: bool) -> Tensor:
         logits = self._nets(x, training)
@@ -374,7 +392,9 @@ class Twins(_HeldOut):
         stacked: bool = False,
         device: str | torch.device = "cpu",
     ):
-        super().__init__(2, factory, targets, optimizer, num_classes, schedule, seed, stacked, device)
+        super().__init__(
+            2, factory, targets, optimizer, num_classes, schedule, seed, stacked, device
+        )
         self.held_out_by = torch.randint(0, 2, (self._examples,), generator=self._generator)
         self.labels = self.targets.clone()
 
@@ -407,7 +427,9 @@ class Twins(_HeldOut):
         Raises ValueError for targets of another shape.
         """
         if targets.shape != (_length(x),):
-            raise ValueError(f"targets must be ({_length(x)},), a class for each example, got {tuple(targets.shape)}")
+            raise ValueError(
+                f"targets must be ({_length(x)},), a class for each example, got {tuple(targets.shape)}"
+            )
         return _errs(self.predict(x), targets)
 
     def draw(self, batches: Batches) -> Draw:
@@ -482,15 +504,21 @@ class KFold(_HeldOut):
         device: str | torch.device = "cpu",
     ):
         if not 2 <= folds <= len(targets):
-            raise ValueError(f"folds must be from 2 to the number of examples, {len(targets)}; got {folds}")
-        super().__init__(folds, factory, targets, optimizer, num_classes, schedule, seed, stacked, device)
+            raise ValueError(
+                f"folds must be from 2 to the number of examples, {len(targets)}; got {folds}"
+            )
+        super().__init__(
+            folds, factory, targets, optimizer, num_classes, schedule, seed, stacked, device
+        )
         self.held_out_by = torch.randperm(self._examples, generator=self._generator) % folds
 
     def _loss(self, x: Any, ids: Tensor) -> Tensor:
         targets, by = self.targets[ids].to(self.device), self.held_out_by[ids].to(self.device)
         if self._nets.stacked:
             logits = self._run(x, training=True)
-            losses = torch.stack([F.cross_entropy(rows, targets, reduction="none") for rows in logits])
+            losses = torch.stack(
+                [F.cross_entropy(rows, targets, reduction="none") for rows in logits]
+            )
             holds = by != torch.arange(len(logits), device=self.device)[:, None]  # (folds, B)
             return ((losses * holds).sum(dim=1) / holds.sum(dim=1).clamp(min=1)).sum()
         parts = []
@@ -508,8 +536,17 @@ def _errs(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def _checked_targets(targets: Tensor, num_classes: int | None) -> tuple[Tensor, int]:
-    if not isinstance(targets, Tensor) or targets.dim() != 1 or targets.dtype != torch.int64 or len(targets) == 0:
-        got = f"{tuple(targets.shape)}, {targets.dtype}" if isinstance(targets, Tensor) else type(targets).__name__
+    if (
+        not isinstance(targets, Tensor)
+        or targets.dim() != 1
+        or targets.dtype != torch.int64
+        or len(targets) == 0
+    ):
+        got = (
+            f"{tuple(targets.shape)}, {targets.dtype}"
+            if isinstance(targets, Tensor)
+            else type(targets).__name__
+        )
         raise ValueError(f"targets must be (N,) int64, the label of every example by id; got {got}")
     targets = targets.detach().cpu()
     num_classes = int(targets.max()) + 1 if num_classes is None else num_classes
@@ -520,7 +557,9 @@ def _checked_targets(targets: Tensor, num_classes: int | None) -> tuple[Tensor, 
         )
     absent = (torch.bincount(targets, minlength=num_classes) == 0).nonzero().flatten().tolist()
     if absent:
-        raise ValueError(f"classes {absent} have no example to train on: number the classes that are there from 0")
+        raise ValueError(
+            f"classes {absent} have no example to train on: number the classes that are there from 0"
+        )
     return targets, num_classes
 
 

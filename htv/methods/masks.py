@@ -69,8 +69,13 @@ def masked_noise(num_groups: int, coordinates: int, tau: float, sigma: float = 1
     """
     _check(coordinates, sigma)
     d = num_groups
-    squares = ((heads, d * (1 - 2 / math.pi) + (2 * heads - d) ** 2 * 2 / math.pi) for heads in _agreeing(d, tau))
-    per_coordinate = math.fsum(math.comb(d, heads) / 2**d * square for heads, square in squares) / d**2
+    squares = (
+        (heads, d * (1 - 2 / math.pi) + (2 * heads - d) ** 2 * 2 / math.pi)
+        for heads in _agreeing(d, tau)
+    )
+    per_coordinate = (
+        math.fsum(math.comb(d, heads) / 2**d * square for heads, square in squares) / d**2
+    )
     return coordinates * sigma**2 * per_coordinate
 
 

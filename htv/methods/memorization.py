@@ -16,7 +16,12 @@ from torch import Tensor, nn
 
 from htv.ops.cross_entropy import shifted_cross_entropy
 
-__all__ = ["MemorizationAwareLoss", "calibration_matrix", "class_prior_shift", "shifted_cross_entropy"]
+__all__ = [
+    "MemorizationAwareLoss",
+    "calibration_matrix",
+    "class_prior_shift",
+    "shifted_cross_entropy",
+]
 
 CALIBRATIONS = ("global", "batch", "none")
 
@@ -75,7 +80,9 @@ def calibration_matrix(probabilities: Tensor, targets: Tensor) -> Tensor:
     joint.index_add_(0, targets, probabilities)  # (c, h)
     joint, tiny = joint.T, torch.finfo(joint.dtype).tiny
     mass, shares = joint.sum(dim=1, keepdim=True), joint.sum(dim=0)
-    return torch.where(mass > tiny, joint / mass.clamp_min(tiny), shares / shares.sum().clamp_min(tiny))
+    return torch.where(
+        mass > tiny, joint / mass.clamp_min(tiny), shares / shares.sum().clamp_min(tiny)
+    )
 
 
 class MemorizationAwareLoss(nn.Module):
@@ -147,13 +154,19 @@ class MemorizationAwareLoss(nn.Module):
         if not 0 < temperature < float("inf"):
             raise ValueError(f"temperature must be above 0 and finite, got {temperature!r}")
         if calibration not in CALIBRATIONS:
-            raise ValueError(f"calibration must be one of {', '.join(CALIBRATIONS)}, got {calibration!r}")
+            raise ValueError(
+                f"calibration must be one of {', '.join(CALIBRATIONS)}, got {calibration!r}"
+            )
         if not 0 <= eps < float("inf"):
             raise ValueError(f"eps must be at least 0 and finite, got {eps!r}")
         if missing not in ("error", "allow"):
             raise ValueError(f"missing must be 'error' or 'allow', got {missing!r}")
         self.temperature, self.calibration, self.eps = float(temperature), calibration, float(eps)
-        self.reduction, self.label_smoothing, self.ignore_index = reduction, label_smoothing, ignore_index
+        self.reduction, self.label_smoothing, self.ignore_index = (
+            reduction,
+            label_smoothing,
+            ignore_index,
+        )
         self.register_buffer("heldout", heldout.detach())
         self.register_buffer("weight", weight, persistent=False)
         without = _without_predictions(heldout)
@@ -198,7 +211,9 @@ class MemorizationAwareLoss(nn.Module):
         }
         if self.calibration == "none" and self.eps == 0:
             rows = self._rows(ids, targets)
-            return shifted_cross_entropy(logits, targets, rows, temperature=self.temperature, **common)
+            return shifted_cross_entropy(
+                logits, targets, rows, temperature=self.temperature, **common
+            )
         return shifted_cross_entropy(logits, targets, self.shift(ids, targets), **common)
 
     @torch.no_grad()
@@ -222,7 +237,9 @@ class MemorizationAwareLoss(nn.Module):
     def extra_repr(self) -> str:
         """Return what the module's repr says of its settings."""
         examples, classes = self.heldout.shape
-        settings = f"temperature={self.temperature:g}, calibration={self.calibration!r}, eps={self.eps:g}"
+        settings = (
+            f"temperature={self.temperature:g}, calibration={self.calibration!r}, eps={self.eps:g}"
+        )
         return f"{examples} examples, {classes} classes, {settings}"
 
     def _probabilities(self, logits: Tensor) -> Tensor:
@@ -262,11 +279,15 @@ class MemorizationAwareLoss(nn.Module):
         if _seen(rows):
             without = _without_predictions(rows)
             if len(without):
-                raise ValueError(f"heldout has no predictions for ids {_listed(ids[without].tolist())}")
+                raise ValueError(
+                    f"heldout has no predictions for ids {_listed(ids[without].tolist())}"
+                )
         return rows
 
 
-def _check_heldout(heldout: Tensor, targets: Tensor, num_classes: int | None, ignore_index: int) -> None:
+def _check_heldout(
+    heldout: Tensor, targets: Tensor, num_classes: int | None, ignore_index: int
+) -> None:
     for name, value in (("heldout", heldout), ("targets", targets)):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
@@ -275,17 +296,23 @@ def _check_heldout(heldout: Tensor, targets: Tensor, num_classes: int | None, ig
             f"heldout must be (N, K) logits, floating point, got {heldout.dtype} of shape {tuple(heldout.shape)}"
         )
     if num_classes is not None and num_classes != heldout.shape[1]:
-        raise ValueError(f"heldout has {heldout.shape[1]} columns, but num_classes is {num_classes}")
+        raise ValueError(
+            f"heldout has {heldout.shape[1]} columns, but num_classes is {num_classes}"
+        )
     if targets.dtype != torch.int64 or targets.shape != heldout.shape[:1]:
         raise ValueError(
             f"targets must be ({len(heldout)},) int64, one for each row of heldout, got {targets.dtype} of shape "
             f"{tuple(targets.shape)}"
         )
     if targets.device != heldout.device:
-        raise ValueError(f"targets are on {targets.device}, heldout on {heldout.device}: move one of them")
+        raise ValueError(
+            f"targets are on {targets.device}, heldout on {heldout.device}: move one of them"
+        )
     wrong = targets[(targets != ignore_index) & ((targets < 0) | (targets >= heldout.shape[1]))]
     if len(wrong):
-        raise ValueError(f"targets must be in 0 to {heldout.shape[1] - 1} or ignore_index, got {int(wrong[0])}")
+        raise ValueError(
+            f"targets must be in 0 to {heldout.shape[1] - 1} or ignore_index, got {int(wrong[0])}"
+        )
 
 
 def _seen(tensor: Tensor) -> bool:
@@ -295,7 +322,11 @@ def _seen(tensor: Tensor) -> bool:
 
 def _outside(numbers: Tensor, size: int) -> int | None:
     """The first that is not in 0 to size - 1, where that can be seen."""
-    if not _seen(numbers) or len(numbers) == 0 or 0 <= int(numbers.min()) <= int(numbers.max()) < size:
+    if (
+        not _seen(numbers)
+        or len(numbers) == 0
+        or 0 <= int(numbers.min()) <= int(numbers.max()) < size
+    ):
         return None
     return int(numbers[(numbers < 0) | (numbers >= size)][0])
 
@@ -306,4 +337,6 @@ def _without_predictions(heldout: Tensor) -> Tensor:
 
 
 def _listed(numbers: list[int], most: int = 5) -> str:
-    return ", ".join(map(str, numbers[:most])) + (f" and {len(numbers) - most} more" if len(numbers) > most else "")
+    return ", ".join(map(str, numbers[:most])) + (
+        f" and {len(numbers) - most} more" if len(numbers) > most else ""
+    )

@@ -28,7 +28,9 @@ __all__ = [
 ]
 
 
-def environment_means(values: Tensor, ids: Tensor, num_environments: int, absent: str = "error") -> Tensor:
+def environment_means(
+    values: Tensor, ids: Tensor, num_environments: int, absent: str = "error"
+) -> Tensor:
     """Compute the mean of each environment's examples, differentiable.
 
     values:            (N, *rest).
@@ -109,7 +111,9 @@ def irm_penalty(
     scales = outputs.new_ones(num_environments, requires_grad=True)
     scaled = outputs * scales[ids.long()].reshape(-1, *(1,) * (outputs.dim() - 1))
     risks = environment_means(_each(loss(scaled, targets), ids), ids, num_environments, absent)
-    (slopes,) = torch.autograd.grad(risks.sum(), scales, create_graph=True)  # a risk has one scale only
+    (slopes,) = torch.autograd.grad(
+        risks.sum(), scales, create_graph=True
+    )  # a risk has one scale only
     return slopes.square().mean()
 
 
@@ -135,14 +139,21 @@ def iga_penalty(risks: Tensor | Sequence[Tensor], parameters: Iterable[Tensor]) 
     """
     risks = list(risks)
     if len(risks) < 2:
-        raise ValueError(f"risks must be of at least 2 environments for gradients to differ, got {len(risks)}")
+        raise ValueError(
+            f"risks must be of at least 2 environments for gradients to differ, got {len(risks)}"
+        )
     parameters = [p for p in _given(parameters) if p.requires_grad]
-    grads = [torch.autograd.grad(risk, parameters, create_graph=True, materialize_grads=True) for risk in risks]
+    grads = [
+        torch.autograd.grad(risk, parameters, create_graph=True, materialize_grads=True)
+        for risk in risks
+    ]
     stacks = [torch.stack(stack) for stack in zip(*grads, strict=True)]
     return torch.stack([(s - s.mean(dim=0)).square().mean(dim=0).sum() for s in stacks]).sum()
 
 
-def fishr_penalty(features: Tensor, outputs: Tensor, losses: Tensor, ids: Tensor, num_environments: int) -> Tensor:
+def fishr_penalty(
+    features: Tensor, outputs: Tensor, losses: Tensor, ids: Tensor, num_environments: int
+) -> Tensor:
     """Compare the variances of the head's per-example gradients between environments: Fishr.
 
     The gradients (N, O, F + 1), bias included, are not formed: the squares of rank-one matrices
@@ -227,10 +238,14 @@ class DomainAdversary(nn.Module):
     torch.Size([])
     """
 
-    def __init__(self, num_features: int, num_environments: int, hidden: int = 64, strength: float = 1.0):
+    def __init__(
+        self, num_features: int, num_environments: int, hidden: int = 64, strength: float = 1.0
+    ):
         super().__init__()
         self.strength = strength
-        self.guess = nn.Sequential(nn.Linear(num_features, hidden), nn.ReLU(), nn.Linear(hidden, num_environments))
+        self.guess = nn.Sequential(
+            nn.Linear(num_features, hidden), nn.ReLU(), nn.Linear(hidden, num_environments)
+        )
 
     def forward(self, features: Tensor, ids: Tensor) -> Tensor:
         """Return the cross-entropy of the guesses, a scalar.
@@ -270,7 +285,9 @@ class GroupDRO(nn.Module):
             raise ValueError(f"step_size must be above 0, got {step_size!r}")
         self.step_size = step_size
         wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
-        self.register_buffer("weights", torch.full((num_environments,), 1 / num_environments, dtype=wide))
+        self.register_buffer(
+            "weights", torch.full((num_environments,), 1 / num_environments, dtype=wide)
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GroupDRO:
         before = self.weights
@@ -297,7 +314,9 @@ class GroupDRO(nn.Module):
 def _given(parameters: Iterable[Tensor]) -> list[Tensor]:
     parameters = list(parameters)
     if not parameters:
-        raise ValueError("parameters is empty: model.parameters() can be gone through once, call it anew every step")
+        raise ValueError(
+            "parameters is empty: model.parameters() can be gone through once, call it anew every step"
+        )
     return parameters
 
 

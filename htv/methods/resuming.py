@@ -40,7 +40,10 @@ def load_as_kept(optimizer: Optimizer, state_dict: dict[str, Any], names: Iterab
 
 def require_state_of(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]) -> None:
     """ValueError unless an optimizer's state is of as many parameters in each group, and of their shapes."""
-    theirs, ours = ([len(group["params"]) for group in groups] for groups in (state_dict["param_groups"], param_groups))
+    theirs, ours = (
+        [len(group["params"]) for group in groups]
+        for groups in (state_dict["param_groups"], param_groups)
+    )
     if theirs != ours:
         raise ValueError(
             f"state_dict has groups of {theirs} parameters, this optimizer has groups of {ours}: it is of another "

@@ -20,7 +20,11 @@ _ADDS_DECAY_TO_GRADIENT = (
     torch.optim.SGD, torch.optim.Adam, torch.optim.Adagrad, torch.optim.RMSprop, torch.optim.Adadelta,
     torch.optim.Adamax, torch.optim.NAdam, torch.optim.RAdam, torch.optim.ASGD,
 )  # fmt: skip
-_DECAYS_WEIGHTS = (torch.optim.AdamW, torch.optim.Adafactor, *filter(None, [getattr(torch.optim, "Muon", None)]))
+_DECAYS_WEIGHTS = (
+    torch.optim.AdamW,
+    torch.optim.Adafactor,
+    *filter(None, [getattr(torch.optim, "Muon", None)]),
+)
 _FORMAT = "htv.rolling"
 
 
@@ -50,7 +54,9 @@ class _Rolling(Optimizer):
 
     _combine: Callable[[list[Tensor], list[Tensor], list[Tensor]], list[Tensor]]
 
-    def __init__(self, optimizer: Optimizer, allow_momentum: bool = False, decay_first: bool | None = None):
+    def __init__(
+        self, optimizer: Optimizer, allow_momentum: bool = False, decay_first: bool | None = None
+    ):
         if not isinstance(optimizer, Optimizer):
             raise TypeError(
                 f"optimizer must be a torch.optim.Optimizer to wrap, such as torch.optim.SGD(parameters, lr=.1); "
@@ -60,7 +66,11 @@ class _Rolling(Optimizer):
             raise TypeError(
                 f"{type(self).__name__} cannot wrap {type(optimizer).__name__}: a step must be one update by a gradient"
             )
-        self.optimizer, self.allow_momentum, self.decay_first = optimizer, allow_momentum, decay_first
+        self.optimizer, self.allow_momentum, self.decay_first = (
+            optimizer,
+            allow_momentum,
+            decay_first,
+        )
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self.param_groups = optimizer.param_groups  # one list: schedulers may be given either
         self._check_groups()
@@ -100,7 +110,9 @@ class _Rolling(Optimizer):
                     "allow_momentum=True if that is what you mean"
                 )
             if any(p.is_complex() for p in group["params"]):
-                raise TypeError(f"{name} ranks real numbers: a parameter is complex. Give it to another optimizer")
+                raise TypeError(
+                    f"{name} ranks real numbers: a parameter is complex. Give it to another optimizer"
+                )
             self._decay(group)
 
     def _decay(self, group: dict[str, Any]) -> float:
@@ -131,9 +143,13 @@ class _Rolling(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_groups()
-        present = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        present = [
+            (p, group) for group in self.param_groups for p in group["params"] if p.grad is not None
+        ]
         if any(p.grad.is_sparse for p, _ in present):
-            raise RuntimeError(f"{type(self).__name__} needs dense gradients: make embeddings with sparse=False")
+            raise RuntimeError(
+                f"{type(self).__name__} needs dense gradients: make embeddings with sparse=False"
+            )
         raw = [p.grad for p, _ in present]
         given = {p: p.grad.dtype for p, _ in present}
         fresh = dict(zip((p for p, _ in present), self._with_decay(present), strict=True))
@@ -159,7 +175,9 @@ class _Rolling(Optimizer):
         found = []
         for p, group in present:
             decay = self._decay(group)
-            sign = -1.0 if group.get("maximize", False) else 1.0  # the wrapped optimizer turns the whole around
+            sign = (
+                -1.0 if group.get("maximize", False) else 1.0
+            )  # the wrapped optimizer turns the whole around
             grad = p.grad
             assert grad is not None
             if p.dtype in HALF:
@@ -169,7 +187,9 @@ class _Rolling(Optimizer):
 
     def _inner_step(self) -> None:
         """A step of the wrapped optimizer, without the decay that the gradients contain."""
-        decays = [(group, group["weight_decay"]) for group in self.param_groups if self._decay(group)]
+        decays = [
+            (group, group["weight_decay"]) for group in self.param_groups if self._decay(group)
+        ]
         try:
             for group, _ in decays:
                 group["weight_decay"] = 0
@@ -190,7 +210,11 @@ class _Rolling(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return an optimizer's state, the kept gradients, and the wrapped one's state."""
-        kind = {"format": _FORMAT, "rule": type(self).__name__, "wraps": type(self.optimizer).__name__}
+        kind = {
+            "format": _FORMAT,
+            "rule": type(self).__name__,
+            "wraps": type(self.optimizer).__name__,
+        }
         return {**super().state_dict(), "kind": kind, "wrapped": self.optimizer.state_dict()}
 
     @torch.no_grad()
@@ -212,7 +236,9 @@ class _Rolling(Optimizer):
         kind = state_dict.get("kind")
         mine = f"{type(self).__name__} around {type(self.optimizer).__name__}"
         if not isinstance(kind, dict) or kind.get("format") != _FORMAT:
-            raise ValueError(f"state_dict is not of {mine}, but of another optimizer: resume with what wrote it")
+            raise ValueError(
+                f"state_dict is not of {mine}, but of another optimizer: resume with what wrote it"
+            )
         if (kind["rule"], kind["wraps"]) != (type(self).__name__, type(self.optimizer).__name__):
             raise ValueError(
                 f"state_dict is of {kind['rule']} around {kind['wraps']}, this is {mine}: resume with what wrote it"

@@ -51,11 +51,17 @@ class SubsetScores:
 
     def __init__(self, examples: int, test_examples: int = 0):
         if examples < 1 or test_examples < 0:
-            raise ValueError(f"examples must be at least 1, test_examples at least 0; got {examples}, {test_examples}")
+            raise ValueError(
+                f"examples must be at least 1, test_examples at least 0; got {examples}, {test_examples}"
+            )
         self.models = 0
-        self._in, self._hits, self._hits_in = (torch.zeros(examples, dtype=torch.float64) for _ in range(3))
+        self._in, self._hits, self._hits_in = (
+            torch.zeros(examples, dtype=torch.float64) for _ in range(3)
+        )
         self._test_hits = torch.zeros(test_examples, dtype=torch.float64)
-        self._test_hits_in = torch.zeros(test_examples, examples)  # float32 counts are exact up to 2^24
+        self._test_hits_in = torch.zeros(
+            test_examples, examples
+        )  # float32 counts are exact up to 2^24
 
     def add(self, members: Tensor, correct: Tensor, test_correct: Tensor | None = None) -> None:
         """Count M more networks.
@@ -106,12 +112,16 @@ class SubsetScores:
         """
         for name, value in vars(self).items():
             if isinstance(value, Tensor) and value.shape != state[name].shape:
-                raise ValueError(f"the state is of other sizes: {name[1:]} is {tuple(state[name].shape)} there")
+                raise ValueError(
+                    f"the state is of other sizes: {name[1:]} is {tuple(state[name].shape)} there"
+                )
         vars(self).update(_copied(state))
 
 
 def _copied(state: dict[str, Any]) -> dict[str, Any]:
-    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()}
+    return {
+        name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()
+    }
 
 
 def train_on_subsets(
@@ -163,11 +173,19 @@ def train_on_subsets(
     _check_part("test", test, len(scores._test_hits))
     (x, targets), size = train, round(share * len(train[0]))
     if not 0 < size < len(x):
-        raise ValueError(f"share must leave examples inside and outside of a subset; {share!r} of {len(x)} is {size}")
+        raise ValueError(
+            f"share must leave examples inside and outside of a subset; {share!r} of {len(x)} is {size}"
+        )
     if models < 1 or epochs < 1 or batch_size < 1:
-        raise ValueError(f"models, epochs and batch_size must be at least 1, got {models}, {epochs}, {batch_size}")
-    generators = [torch.Generator().manual_seed(seed * 1_000_003 + scores.models + m) for m in range(models)]
-    ids = torch.stack([torch.randperm(len(x), generator=generator)[:size] for generator in generators])
+        raise ValueError(
+            f"models, epochs and batch_size must be at least 1, got {models}, {epochs}, {batch_size}"
+        )
+    generators = [
+        torch.Generator().manual_seed(seed * 1_000_003 + scores.models + m) for m in range(models)
+    ]
+    ids = torch.stack(
+        [torch.randperm(len(x), generator=generator)[:size] for generator in generators]
+    )
     nets = []
     for generator in generators:
         with torch.random.fork_rng(devices=[]):
@@ -179,12 +197,16 @@ def train_on_subsets(
         order = torch.stack([torch.randperm(size, generator=generator) for generator in generators])
         for batch in ids.gather(1, order).to(x.device).split(batch_size, dim=1):
             logits = ensemble(x[batch], training=True, own=True)
-            losses = F.cross_entropy(logits.flatten(0, 1), targets[batch].flatten(), reduction="sum")
+            losses = F.cross_entropy(
+                logits.flatten(0, 1), targets[batch].flatten(), reduction="sum"
+            )
             steps.zero_grad()
             (losses / batch.shape[1]).backward()  # a network's mean reaches that network alone
             steps.step()
     members = torch.zeros(models, len(x), dtype=torch.bool).scatter_(1, ids, True)
-    scores.add(members, _correct(ensemble, x, targets), None if test is None else _correct(ensemble, *test))
+    scores.add(
+        members, _correct(ensemble, x, targets), None if test is None else _correct(ensemble, *test)
+    )
 
 
 def _check_part(name: str, part: tuple[Tensor, Tensor] | None, count: int) -> None:

@@ -80,7 +80,9 @@ class TemporalAndMaskAdam(Optimizer):
         *,
         maximize: bool = False,
     ):
-        defaults = dict(lr=lr, betas=betas, eps=eps, tau=tau, weight_decay=weight_decay, maximize=maximize)
+        defaults = dict(
+            lr=lr, betas=betas, eps=eps, tau=tau, weight_decay=weight_decay, maximize=maximize
+        )
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -97,7 +99,9 @@ class TemporalAndMaskAdam(Optimizer):
         for entry in params:
             parameter = entry[1] if isinstance(entry, tuple) else entry
             if isinstance(parameter, Tensor) and not parameter.dtype.is_floating_point:
-                raise TypeError(f"params must be real floating point, for signs to vote; got one of {parameter.dtype}")
+                raise TypeError(
+                    f"params must be real floating point, for signs to vote; got one of {parameter.dtype}"
+                )
         super().add_param_group({**param_group, "params": params})
 
     @torch.no_grad()
@@ -115,7 +119,9 @@ class TemporalAndMaskAdam(Optimizer):
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if params:
-                self._update(params, **{key: value for key, value in group.items() if key in self.defaults})
+                self._update(
+                    params, **{key: value for key, value in group.items() if key in self.defaults}
+                )
         return loss
 
     def _update(
@@ -191,9 +197,18 @@ class TemporalAndMaskAdam(Optimizer):
         Raises ValueError, before any change, if it is of another optimizer or model.
         """
         if not {"state", "param_groups"} <= state_dict.keys():
-            raise ValueError("state_dict is not an optimizer's: pass what TemporalAndMaskAdam.state_dict() returned")
-        missing = {name for group in state_dict["param_groups"] for name in self.defaults if name not in group}
-        missing |= {name for state in state_dict["state"].values() for name in STATE if name not in state}
+            raise ValueError(
+                "state_dict is not an optimizer's: pass what TemporalAndMaskAdam.state_dict() returned"
+            )
+        missing = {
+            name
+            for group in state_dict["param_groups"]
+            for name in self.defaults
+            if name not in group
+        }
+        missing |= {
+            name for state in state_dict["state"].values() for name in STATE if name not in state
+        }
         if missing:
             raise ValueError(
                 f"state_dict is of another optimizer than TemporalAndMaskAdam: it has no {', '.join(sorted(missing))}. "
@@ -213,8 +228,12 @@ def _check_hyperparameters(group: dict[str, Any]) -> None:
 
     lr, betas = group["lr"], group["betas"]
     if isinstance(lr, Tensor) and lr.dim() != 0:
-        raise ValueError(f"lr must be a number or a tensor without dims, got shape {tuple(lr.shape)}")
-    number("lr", lr.item() if isinstance(lr, Tensor) else lr, ">= 0", lambda x: 0 <= x < float("inf"))
+        raise ValueError(
+            f"lr must be a number or a tensor without dims, got shape {tuple(lr.shape)}"
+        )
+    number(
+        "lr", lr.item() if isinstance(lr, Tensor) else lr, ">= 0", lambda x: 0 <= x < float("inf")
+    )
     if not isinstance(betas, tuple | list) or len(betas) != 3:
         raise ValueError(f"betas must be (beta1, beta2, beta3), got {betas!r}")
     for index, beta in enumerate(betas):
@@ -225,4 +244,7 @@ def _check_hyperparameters(group: dict[str, Any]) -> None:
     if not isinstance(group["maximize"], bool):
         raise TypeError(f"maximize must be True or False, got {group['maximize']!r}")
     if group["tau"] == 1 and betas[2] > 0:
-        warnings.warn("tau = 1: the memory of signs stays below 1, so nothing but the decay is trained", stacklevel=5)
+        warnings.warn(
+            "tau = 1: the memory of signs stays below 1, so nothing but the decay is trained",
+            stacklevel=5,
+        )

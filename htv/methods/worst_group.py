@@ -51,7 +51,9 @@ class GroupAccuracy:
     @property
     def worst(self) -> float:
         """The lowest accuracy of a group that has examples."""
-        return min(accuracy for accuracy, size in zip(self.accuracies, self.sizes, strict=True) if size)
+        return min(
+            accuracy for accuracy, size in zip(self.accuracies, self.sizes, strict=True) if size
+        )
 
     @property
     def average(self) -> float:
@@ -67,9 +69,15 @@ class GroupAccuracy:
         """
         if len(sizes) != len(self.sizes):
             raise ValueError(f"sizes must name {len(self.sizes)} groups, got {len(sizes)}")
-        empty = [g for g, (size, own) in enumerate(zip(sizes, self.sizes, strict=True)) if size and not own]
+        empty = [
+            g
+            for g, (size, own) in enumerate(zip(sizes, self.sizes, strict=True))
+            if size and not own
+        ]
         if empty:
-            raise ValueError(f"groups {empty} have training examples, but none here: their accuracy is not known")
+            raise ValueError(
+                f"groups {empty} have training examples, but none here: their accuracy is not known"
+            )
         pairs = [(a, size) for a, size in zip(self.accuracies, sizes, strict=True) if size]
         if not pairs:
             raise ValueError("sizes are all 0: there is no group to average over")
@@ -101,7 +109,9 @@ def group_accuracy(correct: Tensor, groups: Tensor, num_groups: int) -> GroupAcc
     return GroupAccuracy(tuple(accuracies), tuple(sizes))
 
 
-def select_model(history: Sequence[GroupAccuracy], by: str = "worst", sizes: Sequence[int] | None = None) -> int:
+def select_model(
+    history: Sequence[GroupAccuracy], by: str = "worst", sizes: Sequence[int] | None = None
+) -> int:
     """Choose the best look of a training run.
 
     history:  a `GroupAccuracy` of validation examples for each look, by true or inferred groups.
@@ -187,7 +197,9 @@ def upweighted(wrong: Tensor, factor: float) -> Tensor:
     return torch.where(wrong, float(factor), 1.0).double()
 
 
-def weighted_sampler(weights: Tensor, count: int | None = None) -> Callable[[torch.Generator], Tensor]:
+def weighted_sampler(
+    weights: Tensor, count: int | None = None
+) -> Callable[[torch.Generator], Tensor]:
     """Make a sampler for `Batches` that draws ids with replacement, in proportion to weights.
 
     weights:  (N,), none negative, not all 0; ValueError otherwise.
@@ -202,7 +214,9 @@ def weighted_sampler(weights: Tensor, count: int | None = None) -> Callable[[tor
     if weights.dim() != 1 or not bool((weights >= 0).all()) or not float(weights.sum()) > 0:
         raise ValueError("weights must be (N,), none negative, and not all 0")
     weights, count = weights.detach().cpu().double(), len(weights) if count is None else count
-    return lambda generator: torch.multinomial(weights, count, replacement=True, generator=generator)
+    return lambda generator: torch.multinomial(
+        weights, count, replacement=True, generator=generator
+    )
 
 
 def _check_groups(groups: Tensor, num_groups: int | None = None) -> None:

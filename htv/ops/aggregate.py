@@ -137,7 +137,10 @@ def _summary_by_group(parts: list[Factors], statistic: Statistic) -> Summary:
     """One group after another, so that no more than one contribution is held."""
     summaries = (
         Summary.of(
-            sum((part.contribution(e) for part in parts[1:]), parts[0].contribution(e)).unsqueeze(0), statistic.name
+            sum((part.contribution(e) for part in parts[1:]), parts[0].contribution(e)).unsqueeze(
+                0
+            ),
+            statistic.name,
         )
         for e in range(parts[0].count)
     )

@@ -122,14 +122,22 @@ def _absent(backend: str, device: torch.device) -> str | None:
     if backend == "reference":
         return None
     if backend == "cpp":
-        return NOT_BUILT or (None if device.type == "cpu" else f"it serves the CPU, not {device.type}")
+        return NOT_BUILT or (
+            None if device.type == "cpu" else f"it serves the CPU, not {device.type}"
+        )
     if backend == "cuda" and (NOT_BUILT or not CUDA_BUILT):
         return NOT_BUILT or "there are no CUDA kernels in this build (HTV_CUDA=1 builds them)"
     if backend == "triton" and not TRITON_INSTALLED:
         return "Triton is not installed"
     if backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
-        return None if device.type == "cpu" else f"TRITON_INTERPRET=1 is set: it serves the CPU, not {device.type}"
-    return _too_old(device) if device.type == "cuda" else f"it serves CUDA devices, not {device.type}"
+        return (
+            None
+            if device.type == "cpu"
+            else f"TRITON_INTERPRET=1 is set: it serves the CPU, not {device.type}"
+        )
+    return (
+        _too_old(device) if device.type == "cuda" else f"it serves CUDA devices, not {device.type}"
+    )
 
 
 def _lacks(backend: str, problem: Problem) -> str | None:
@@ -151,7 +159,9 @@ def named() -> str | None:
     """The backend named by `use_backend` or HTV_BACKEND, or None."""
     name = _named[-1] if _named else os.environ.get("HTV_BACKEND") or "auto"  # empty is unset
     if name != "auto" and name not in NAMES:
-        raise ValueError(f"HTV_BACKEND={name}: unknown backend, use one of auto, {', '.join(NAMES)}")
+        raise ValueError(
+            f"HTV_BACKEND={name}: unknown backend, use one of auto, {', '.join(NAMES)}"
+        )
     return None if name == "auto" else name
 
 

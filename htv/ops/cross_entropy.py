@@ -56,7 +56,11 @@ def shifted_cross_entropy(
     """
     _check(logits, targets, shift, temperature, reduction, label_smoothing, weight)
     dtype = reference.compute_dtype(logits.dtype)
-    rows, flat_targets, shift = _rows(logits), targets, shift.detach() if shift.requires_grad else shift
+    rows, flat_targets, shift = (
+        _rows(logits),
+        targets,
+        shift.detach() if shift.requires_grad else shift,
+    )
     if torch.float64 in (dtype, shift.dtype):  # kernels take both in double precision, or none
         shift = shift.to(dtype)
     shift = _rows(shift) if shift.shape == logits.shape else shift.contiguous().expand(rows.shape)
@@ -89,23 +93,34 @@ def _check(logits, targets, shift, temperature, reduction, label_smoothing, weig
             raise TypeError(f"{name} must be a tensor of a floating-point type, got {got}")
     for name, tensor in (tensors | {"targets": targets}).items():
         if tensor.device != logits.device:
-            raise ValueError(f"{name} is on {tensor.device}, logits are on {logits.device}: move one of them")
+            raise ValueError(
+                f"{name} is on {tensor.device}, logits are on {logits.device}: move one of them"
+            )
     if targets.dtype != torch.int64:
         raise TypeError(
             f"targets must be classes in int64, got {targets.dtype}; for probabilities add the shift to the logits and "
             "use F.cross_entropy"
         )
     if logits.dim() == 0 or logits.shape[class_dim := min(1, logits.dim() - 1)] == 0:
-        raise ValueError(f"logits must be (N, K), (K,) or (N, K, d1, ...) with K >= 1, got {tuple(logits.shape)}")
-    classes, expected = logits.shape[class_dim], (*logits.shape[:class_dim], *logits.shape[class_dim + 1 :])
+        raise ValueError(
+            f"logits must be (N, K), (K,) or (N, K, d1, ...) with K >= 1, got {tuple(logits.shape)}"
+        )
+    classes, expected = (
+        logits.shape[class_dim],
+        (*logits.shape[:class_dim], *logits.shape[class_dim + 1 :]),
+    )
     if targets.shape != expected:
         raise ValueError(
             f"targets must be {tuple(expected)}, the shape of logits without its classes, got {tuple(targets.shape)}"
         )
     if shift.shape not in (logits.shape, (classes,)):
-        raise ValueError(f"shift must be {tuple(logits.shape)} as logits, or ({classes},), got {tuple(shift.shape)}")
+        raise ValueError(
+            f"shift must be {tuple(logits.shape)} as logits, or ({classes},), got {tuple(shift.shape)}"
+        )
     if weight is not None and weight.shape != (classes,):
-        raise ValueError(f"weight must be ({classes},), one for each class, got {tuple(weight.shape)}")
+        raise ValueError(
+            f"weight must be ({classes},), one for each class, got {tuple(weight.shape)}"
+        )
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be above 0 and finite, got {temperature!r}")
     if not 0 <= label_smoothing <= 1:
@@ -120,7 +135,9 @@ def _call(op: str, logits: Tensor, *arguments):
     operator = backend.operator(op, backend.choose(problem))
     if torch.compiler.is_compiling():
         return operator(*arguments)
-    with torch._C._AutoDispatchBelowAutograd():  # which is written in Python and takes as long as a small op
+    with (
+        torch._C._AutoDispatchBelowAutograd()
+    ):  # which is written in Python and takes as long as a small op
         return operator(*arguments)
 
 
@@ -132,7 +149,9 @@ def _count(targets: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
     return torch.where(counted, weight[targets.clamp(0, len(weight) - 1)], 0).sum()
 
 
-def _by_definition(logits, targets, shift, temperature, weight, ignore_index, label_smoothing, reduction) -> Tensor:
+def _by_definition(
+    logits, targets, shift, temperature, weight, ignore_index, label_smoothing, reduction
+) -> Tensor:
     """In plain PyTorch, for forward mode and the transforms of torch.func."""
     # Ignored rows may hold anything, of which 0 times would be NaN.
     ignored = (targets == ignore_index).unsqueeze(1)
@@ -148,9 +167,13 @@ class _ShiftedCrossEntropy(torch.autograd.Function):
     """Reduces as well: what a mean divides by needs no graph."""
 
     @staticmethod
-    def forward(ctx, logits, targets, shift, temperature, weight, ignore_index, label_smoothing, reduction):
+    def forward(
+        ctx, logits, targets, shift, temperature, weight, ignore_index, label_smoothing, reduction
+    ):
         numbers = temperature, weight, ignore_index, label_smoothing
-        loss, peak, log_sum = _call("shifted_cross_entropy", logits, logits, targets, shift, *numbers)
+        loss, peak, log_sum = _call(
+            "shifted_cross_entropy", logits, logits, targets, shift, *numbers
+        )
         count = _count(targets, weight, ignore_index) if reduction == "mean" else None
         ctx.reduction, ctx.numbers = reduction, (temperature, ignore_index, label_smoothing)
         ctx.save_for_backward(logits, targets, shift, weight, peak, log_sum, count)
@@ -164,7 +187,18 @@ class _ShiftedCrossEntropy(torch.autograd.Function):
         if ctx.reduction != "none":
             grad = (grad if count is None else grad / count).expand(len(targets))
         temperature, ignore_index, label_smoothing = ctx.numbers
-        arguments = grad, logits, targets, shift, temperature, weight, ignore_index, label_smoothing, peak, log_sum
+        arguments = (
+            grad,
+            logits,
+            targets,
+            shift,
+            temperature,
+            weight,
+            ignore_index,
+            label_smoothing,
+            peak,
+            log_sum,
+        )
         if torch.is_grad_enabled():
             return _Gradient.apply(*arguments), *(None,) * 7
         return _call("shifted_cross_entropy_grad", logits, *arguments), *(None,) * 7
@@ -179,20 +213,36 @@ class _Gradient(torch.autograd.Function):
         temperature, weight, *ctx.ignore_smoothing = numbers
         ctx.temperature = temperature
         ctx.save_for_backward(grad, logits, targets, shift, weight)
-        return _call("shifted_cross_entropy_grad", logits, grad, logits, targets, shift, *numbers, peak, log_sum)
+        return _call(
+            "shifted_cross_entropy_grad",
+            logits,
+            grad,
+            logits,
+            targets,
+            shift,
+            *numbers,
+            peak,
+            log_sum,
+        )
 
     @staticmethod
     def backward(ctx, grad_grad):
         *given, targets, shift, weight = ctx.saved_tensors
         ignore_index, label_smoothing = ctx.ignore_smoothing
         numbers = ctx.temperature, weight, ignore_index, label_smoothing
-        ignored = (targets == ignore_index).unsqueeze(1)  # may hold anything, of which 0 times would be NaN
+        ignored = (targets == ignore_index).unsqueeze(
+            1
+        )  # may hold anything, of which 0 times would be NaN
         further = torch.is_grad_enabled()
         with torch.enable_grad():
-            given = [t if further and t.requires_grad else t.detach().requires_grad_() for t in given]
+            given = [
+                t if further and t.requires_grad else t.detach().requires_grad_() for t in given
+            ]
             grad, logits = given[0].masked_fill(ignored[:, 0], 0), given[1].masked_fill(ignored, 0)
             shift = shift.masked_fill(ignored, 0)
             _, peak, log_sum = reference.shifted_cross_entropy(logits, targets, shift, *numbers)
-            value = reference.shifted_cross_entropy_grad(grad, logits, targets, shift, *numbers, peak, log_sum)
+            value = reference.shifted_cross_entropy_grad(
+                grad, logits, targets, shift, *numbers, peak, log_sum
+            )
             found = torch.autograd.grad(value, given, grad_grad, create_graph=further)
         return *found, *(None,) * 8

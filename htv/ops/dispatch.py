@@ -69,8 +69,12 @@ def server(op: str, part: type[Factors] | Factors, name: str, device: torch.devi
     if isinstance(part, ViewFactors):
         part = part.inner
     if isinstance(part, type):
-        return backend.choose(backend.Problem(op, name, device, longest=1 if part is _OneRow else None))
-    longest = part.longest if device.type == "cuda" and isinstance(part, LinearFactors) else None  # no matter elsewhere
+        return backend.choose(
+            backend.Problem(op, name, device, longest=1 if part is _OneRow else None)
+        )
+    longest = (
+        part.longest if device.type == "cuda" and isinstance(part, LinearFactors) else None
+    )  # no matter elsewhere
     return backend.choose(backend.Problem(op, name, device, part.dtype, longest))
 
 
@@ -114,7 +118,11 @@ def _conv_route(part: type[ConvFactors] | ConvFactors, name: str, device: torch.
     if by != "reference":
         return Route("fused", "conv", by)
     sized, by = isinstance(part, ConvFactors), server("linear", part, name, device)
-    if sized and part.geometry.groups > 1 and part.outputs < (FEW_OUTPUTS if part.folds_well else 4):
+    if (
+        sized
+        and part.geometry.groups > 1
+        and part.outputs < (FEW_OUTPUTS if part.folds_well else 4)
+    ):
         return _SLICED
     if not _streams(name):
         return _SLICED
@@ -151,7 +159,12 @@ def extra_work(part: Factors, rule: Rule) -> float:
             return operations * len(part.pairs.tokens) / rows
         if statistic.reduce is not None:
             return groups * (1 + operations) * len(sizes) / rows
-        return groups * (1 + operations) * int((sizes > sparse.outvoted(statistic, groups)).sum()) / rows
+        return (
+            groups
+            * (1 + operations)
+            * int((sizes > sparse.outvoted(statistic, groups)).sum())
+            / rows
+        )
     if isinstance(part, GroupwiseFactors):
         return float(groups)
     flops = {BilinearFactors: 3, ConvFactors: 2, LinearFactors: 2}.get(type(part), 2)

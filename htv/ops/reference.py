@@ -14,7 +14,9 @@ from htv.ops import statistics
 from htv.ops.statistics import order, streaming
 from htv.rules import Statistic
 
-SAND_UNDEFINED = 1e-17  # the soft mask where variance and excess agreement are both 0, as its authors chose
+SAND_UNDEFINED = (
+    1e-17  # the soft mask where variance and excess agreement are both 0, as its authors chose
+)
 LOG_OFFSET = 1e-10  # keeps the logarithm of the geometric mean finite
 
 
@@ -84,7 +86,9 @@ class Summary:
         count, spread, logs = self.count + other.count, None, None
         if self.spread is not None:
             apart = self.total / self.count - other.total / other.count
-            spread = self.spread + other.spread + apart.square() * (self.count * other.count / count)
+            spread = (
+                self.spread + other.spread + apart.square() * (self.count * other.count / count)
+            )
         if self.logs is not None:
             logs = self.logs + other.logs
         return Summary(count, self.total + other.total, self.votes + other.votes, spread, logs)
@@ -151,9 +155,7 @@ def _geometric_mean(s: Summary, statistic: Statistic):
     return torch.where(keep, sign * (s.logs / s.count).exp(), 0), keep
 
 
-@streaming(
-    "sand_mask", number=4, state=("spread",), masks=True, by_sign=True, steep=True, least=2
-)
+@streaming("sand_mask", number=4, state=("spread",), masks=True, by_sign=True, steep=True, least=2)
 def _sand_mask(s: Summary, statistic: Statistic):
     excess = (s.votes.abs() - statistic.votes) / s.count
     mask = torch.tanh(statistic.k / (s.spread / (s.count - 1)) * excess).clamp(min=0)
@@ -226,7 +228,9 @@ def _median_of_means(values: Tensor, statistic: Statistic):
     return torch.where(lost, torch.nan, _median(means, Statistic("median")))
 
 
-def linear(x: Tensor, grad_output: Tensor, offsets: Tensor, statistic: Statistic) -> tuple[Tensor, Tensor]:
+def linear(
+    x: Tensor, grad_output: Tensor, offsets: Tensor, statistic: Statistic
+) -> tuple[Tensor, Tensor]:
     """The statistic of a linear layer's contributions by forming all of them: E x O x I memory, for tests.
 
     x: (R, I); grad_output: (R, O); offsets: (E + 1,) int64, rows of group e are offsets[e]:offsets[e + 1].
@@ -235,14 +239,22 @@ def linear(x: Tensor, grad_output: Tensor, offsets: Tensor, statistic: Statistic
     dtype = compute_dtype(torch.promote_types(x.dtype, grad_output.dtype))
     bounds = offsets.tolist()
     contributions = torch.stack(
-        [grad_output[a:b].to(dtype).t() @ x[a:b].to(dtype) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+        [
+            grad_output[a:b].to(dtype).t() @ x[a:b].to(dtype)
+            for a, b in zip(bounds[:-1], bounds[1:], strict=True)
+        ]
     )
     value, mask_sum = stacked(contributions, statistic)
     return value * len(contributions), mask_sum
 
 
 def embedding(
-    grad_output: Tensor, ids: Tensor, group_index: Tensor, num_embeddings: int, groups: int, statistic: Statistic
+    grad_output: Tensor,
+    ids: Tensor,
+    group_index: Tensor,
+    num_embeddings: int,
+    groups: int,
+    statistic: Statistic,
 ) -> tuple[Tensor, Tensor]:
     """The statistic of an embedding table's contributions by forming all of them: E x V x D memory, for tests.
 
@@ -251,12 +263,19 @@ def embedding(
     """
     grad = grad_output.to(compute_dtype(grad_output.dtype))
     contributions = grad.new_zeros(groups, num_embeddings, grad.shape[1])
-    value, mask_sum = stacked(contributions.index_put_((group_index, ids), grad, accumulate=True), statistic)
+    value, mask_sum = stacked(
+        contributions.index_put_((group_index, ids), grad, accumulate=True), statistic
+    )
     return value * groups, mask_sum
 
 
 def embedding_contributions(
-    grad_output: Tensor, ids: Tensor, group_index: Tensor, tokens: Tensor, num_embeddings: int, groups: int
+    grad_output: Tensor,
+    ids: Tensor,
+    group_index: Tensor,
+    tokens: Tensor,
+    num_embeddings: int,
+    groups: int,
 ) -> Tensor:
     """What every group contributes to the rows `tokens` (N,) of an embedding table: (groups, N, D)."""
     grad = grad_output.to(compute_dtype(grad_output.dtype))
@@ -287,13 +306,17 @@ def group_norm_backward(
     apart = mean.shape[1], x.shape[1] // mean.shape[1]
     flat = *x.shape[:2], math.prod(x.shape[2:])
     grad = grad.to(mean.dtype).reshape(flat).unflatten(1, apart)
-    x_hat = (x.to(mean.dtype).reshape(flat).unflatten(1, apart) - mean[:, :, None, None]) * rstd[:, :, None, None]
+    x_hat = (x.to(mean.dtype).reshape(flat).unflatten(1, apart) - mean[:, :, None, None]) * rstd[
+        :, :, None, None
+    ]
     scale, shift = (grad * x_hat).sum(dim=3).flatten(1), grad.sum(dim=3).flatten(1)
     if not needs_x:
         return mean.new_empty(0, *x.shape[1:]), scale, shift
     weighted = grad * weight.unflatten(0, apart)[..., None]
     along = (weighted * x_hat).mean(dim=(2, 3), keepdim=True)
-    grad_x = (weighted - weighted.mean(dim=(2, 3), keepdim=True) - along * x_hat) * rstd[:, :, None, None]
+    grad_x = (weighted - weighted.mean(dim=(2, 3), keepdim=True) - along * x_hat) * rstd[
+        :, :, None, None
+    ]
     return grad_x.reshape(x.shape), scale, shift
 
 
@@ -308,12 +331,24 @@ def conv(
     kernel, stride, padding, dilation, groups = geometry
     dtype = compute_dtype(x.dtype)
     x, grad_output, bounds = x.to(dtype), grad_output.to(dtype), offsets.tolist()
-    weight = x.new_zeros(grad_output.shape[1], x.shape[1] // groups, *kernel)  # only its shape counts
+    weight = x.new_zeros(
+        grad_output.shape[1], x.shape[1] // groups, *kernel
+    )  # only its shape counts
     contributions = weight.repeat(len(bounds) - 1, *(1,) * weight.dim())
     for contribution, a, b in zip(contributions, bounds[:-1], bounds[1:], strict=True):
         if a < b and grad_output[a:b].numel() > 0:
-            options = (stride, padding, dilation, False, [0] * len(kernel), groups, [False, True, False])
-            found = torch.ops.aten.convolution_backward(grad_output[a:b], x[a:b], weight, None, *options)
+            options = (
+                stride,
+                padding,
+                dilation,
+                False,
+                [0] * len(kernel),
+                groups,
+                [False, True, False],
+            )
+            found = torch.ops.aten.convolution_backward(
+                grad_output[a:b], x[a:b], weight, None, *options
+            )
             contribution.copy_(found[1])
     value, mask_sum = stacked(contributions, statistic)
     return value * len(contributions), mask_sum

@@ -93,9 +93,7 @@ def numbers(statistic: Statistic) -> tuple[int, int, float, float]:
     return code(statistic.name), statistic.count, statistic.votes, statistic.k
 
 
-def checked(
-    op: str, statistic: int, count: int, votes: float, k: float, groups: int
-) -> Statistic:
+def checked(op: str, statistic: int, count: int, votes: float, k: float, groups: int) -> Statistic:
     """Return the statistic an op was given for so many groups; raises ValueError if there is none."""
     try:
         found = statistics.by_number(statistic)
@@ -194,11 +192,17 @@ def _norm_sums_fake(grad, x, mean, rstd):
 def _group_norm_backward_fake(grad, x, weight, mean, rstd, needs_x):
     require_one_device("group_norm_backward", x, grad, weight, mean, rstd)
     shape = x.shape[:2]
-    return mean.new_empty(shape[0] if needs_x else 0, *x.shape[1:]), mean.new_empty(shape), mean.new_empty(shape)
+    return (
+        mean.new_empty(shape[0] if needs_x else 0, *x.shape[1:]),
+        mean.new_empty(shape),
+        mean.new_empty(shape),
+    )
 
 
 @_fake("conv")
-def _conv_fake(x, grad_output, offsets, kernel, stride, padding, dilation, groups, statistic, count, votes, k):
+def _conv_fake(
+    x, grad_output, offsets, kernel, stride, padding, dilation, groups, statistic, count, votes, k
+):
     require_one_device("conv", x, grad_output, None if offsets.is_cpu else offsets)
     shape = (grad_output.shape[1], x.shape[1] // groups, *kernel)
     value = x.new_empty(shape, dtype=reference.compute_dtype(x.dtype))
@@ -206,7 +210,9 @@ def _conv_fake(x, grad_output, offsets, kernel, stride, padding, dilation, group
 
 
 @_fake("embedding")
-def _embedding_fake(grad_output, ids, group_index, num_embeddings, groups, statistic, count, votes, k):
+def _embedding_fake(
+    grad_output, ids, group_index, num_embeddings, groups, statistic, count, votes, k
+):
     require_one_device("embedding", grad_output, ids, group_index)
     shape = (num_embeddings, grad_output.shape[1])
     value = grad_output.new_empty(shape, dtype=reference.compute_dtype(grad_output.dtype))
@@ -224,7 +230,9 @@ def _embedding_contributions_fake(grad_output, ids, group_index, tokens, num_emb
 def _shifted_cross_entropy_fake(logits, targets, shift, temperature, weight, *numbers):
     require_one_device("shifted_cross_entropy", logits, targets, shift, weight)
     rows = logits.shape[0]
-    return tuple(logits.new_empty(rows, dtype=reference.compute_dtype(logits.dtype)) for _ in range(3))
+    return tuple(
+        logits.new_empty(rows, dtype=reference.compute_dtype(logits.dtype)) for _ in range(3)
+    )
 
 
 @_fake("shifted_cross_entropy_grad")
@@ -248,7 +256,9 @@ def _linear_reference(x, grad_output, offsets, statistic, count, votes, k):
     return reference.linear(x, grad_output, offsets, resolved)
 
 
-def _conv_reference(x, grad_output, offsets, kernel, stride, padding, dilation, groups, statistic, count, votes, k):
+def _conv_reference(
+    x, grad_output, offsets, kernel, stride, padding, dilation, groups, statistic, count, votes, k
+):
     require_one_device("conv", x, grad_output)
     _require_offsets("conv", offsets, x.shape[0])
     geometry = (kernel, stride, padding, dilation, groups)
@@ -256,7 +266,9 @@ def _conv_reference(x, grad_output, offsets, kernel, stride, padding, dilation, 
     return reference.conv(x, grad_output, offsets, geometry, resolved)
 
 
-def _embedding_reference(grad_output, ids, group_index, num_embeddings, groups, statistic, count, votes, k):
+def _embedding_reference(
+    grad_output, ids, group_index, num_embeddings, groups, statistic, count, votes, k
+):
     require_one_device("embedding", grad_output, ids, group_index)
     resolved = checked("embedding", statistic, count, votes, k, groups)
     require_indices("embedding", "ids", ids, num_embeddings)
@@ -264,7 +276,9 @@ def _embedding_reference(grad_output, ids, group_index, num_embeddings, groups, 
     return reference.embedding(grad_output, ids, group_index, num_embeddings, groups, resolved)
 
 
-def _embedding_contributions_reference(grad_output, ids, group_index, tokens, num_embeddings, groups):
+def _embedding_contributions_reference(
+    grad_output, ids, group_index, tokens, num_embeddings, groups
+):
     require_one_device("embedding_contributions", grad_output, ids, group_index, tokens)
     if num_embeddings < 0 or not 1 <= groups <= MOST_GROUPS:
         table = f"{num_embeddings} rows and {groups} groups"
@@ -286,7 +300,9 @@ def _group_norm_backward_reference(grad, x, weight, mean, rstd, needs_x):
     return reference.group_norm_backward(grad, x, weight, mean, rstd, needs_x)
 
 
-def _shifted_cross_entropy_reference(logits, targets, shift, temperature, weight, ignore_index, label_smoothing):
+def _shifted_cross_entropy_reference(
+    logits, targets, shift, temperature, weight, ignore_index, label_smoothing
+):
     require_one_device("shifted_cross_entropy", logits, targets, shift, weight)
     numbers = temperature, weight, ignore_index, label_smoothing
     return reference.shifted_cross_entropy(logits, targets, shift, *numbers)
@@ -305,7 +321,9 @@ def _shifted_cross_entropy_grad_reference(
 def _require_offsets(op: str, offsets: torch.Tensor, rows: int) -> None:
     require_one_device(op, offsets)
     if offsets.dtype != torch.int64 or offsets.dim() != 1 or not offsets.is_cpu or len(offsets) < 2:
-        raise ValueError(f"htv::{op}: offsets must be 2 or more int64 on the CPU, got {offsets.dtype}")
+        raise ValueError(
+            f"htv::{op}: offsets must be 2 or more int64 on the CPU, got {offsets.dtype}"
+        )
     bounds = offsets.tolist()
     if bounds[0] != 0 or bounds[-1] != rows or any(a > b for a, b in itertools.pairwise(bounds)):
         raise ValueError(f"htv::{op}: offsets must ascend from 0 to the number of rows, {rows}")
@@ -317,10 +335,14 @@ library.impl("linear", _linear_reference, "CompositeExplicitAutograd")
 library.impl("norm_sums", _norm_sums_reference, "CompositeExplicitAutograd")
 library.impl("group_norm_backward", _group_norm_backward_reference, "CompositeExplicitAutograd")
 library.impl("conv", _conv_reference, "CompositeExplicitAutograd")
-library.impl("embedding_contributions", _embedding_contributions_reference, "CompositeExplicitAutograd")
+library.impl(
+    "embedding_contributions", _embedding_contributions_reference, "CompositeExplicitAutograd"
+)
 library.impl("embedding", _embedding_reference, "CompositeExplicitAutograd")
 library.impl("shifted_cross_entropy", _shifted_cross_entropy_reference, "CompositeExplicitAutograd")
-library.impl("shifted_cross_entropy_grad", _shifted_cross_entropy_grad_reference, "CompositeExplicitAutograd")
+library.impl(
+    "shifted_cross_entropy_grad", _shifted_cross_entropy_grad_reference, "CompositeExplicitAutograd"
+)
 
 
 def define_beside(op: str, backend: str, implementation: Callable) -> None:

@@ -28,9 +28,13 @@ def table(part: EmbeddingFactors, statistic: Statistic) -> tuple[Tensor, Tensor]
         by_pairs = streaming if statistics.of(statistic.name).streams else order
         return by_pairs(part, statistic)
     # Triton passes over the rows of a padding_idx: to leave them out would wait for the device.
-    ids, group_index, grad = part.lookups if server == "cpp" else (part.ids, part.group_index, part.grad_output)
+    ids, group_index, grad = (
+        part.lookups if server == "cpp" else (part.ids, part.group_index, part.grad_output)
+    )
     rows = grad.contiguous(), ids.long().contiguous(), group_index.contiguous()
-    return backend.operator("embedding", server)(*rows, part.shape[0], part.count, *schema.numbers(statistic))
+    return backend.operator("embedding", server)(
+        *rows, part.shape[0], part.count, *schema.numbers(statistic)
+    )
 
 
 def _reduced_table(part: EmbeddingFactors, statistic: Statistic) -> tuple[Tensor, Tensor]:
@@ -58,7 +62,9 @@ def touched_rows(part: EmbeddingFactors, statistic: Statistic) -> tuple[Tensor, 
 
 def table_rows(part: EmbeddingFactors, tokens: Tensor, statistic: Statistic) -> Factors:
     """The contributions to some rows, for `Factors.fill_block`. tokens: (N,) of what `touched_rows` gave."""
-    return _TableRows(part, tokens) if _server(part, statistic) == "triton" else part.compact(tokens)
+    return (
+        _TableRows(part, tokens) if _server(part, statistic) == "triton" else part.compact(tokens)
+    )
 
 
 class _TableRows(Factors):
@@ -73,8 +79,17 @@ class _TableRows(Factors):
 
     def fill_block(self, rows: slice, columns: slice, out: Tensor) -> None:
         part = self.part
-        lookups = part.grad_output[:, columns].contiguous(), part.ids.long(), part.group_index, self.tokens[rows]
-        out.copy_(backend.operator("embedding_contributions", "triton")(*lookups, part.shape[0], part.count))
+        lookups = (
+            part.grad_output[:, columns].contiguous(),
+            part.ids.long(),
+            part.group_index,
+            self.tokens[rows],
+        )
+        out.copy_(
+            backend.operator("embedding_contributions", "triton")(
+                *lookups, part.shape[0], part.count
+            )
+        )
 
 
 def streaming(part: EmbeddingFactors, statistic: Statistic) -> tuple[Tensor, Tensor]:
@@ -110,14 +125,19 @@ def _touched_summaries(part: EmbeddingFactors, name: str) -> Iterator[tuple[slic
     sizes = pairs.touched[1]
     if len(sizes) == 0:
         return
-    bounds, others = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]).cpu(), (groups - sizes)[:, None].to(part.dtype)
+    bounds, others = (
+        torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]).cpu(),
+        (groups - sizes)[:, None].to(part.dtype),
+    )
     row_of = torch.repeat_interleave(sizes)
     width = max(16, limits.SCRATCH_BYTES // (4 * max(1, len(row_of))))
     for left in range(0, part.shape[1], width):
         columns = slice(left, min(left + width, part.shape[1]))
         values = pairs.values[:, columns]
         total, votes = segment_sum(values, bounds), segment_sum(values.sign(), bounds)
-        votes = votes.masked_fill_(segment_sum(values.isnan().to(values.dtype), bounds) > 0, torch.nan)
+        votes = votes.masked_fill_(
+            segment_sum(values.isnan().to(values.dtype), bounds) > 0, torch.nan
+        )
         spread = logs = None
         if "spread" in state:
             mean = total / groups
@@ -146,7 +166,9 @@ def order(part: EmbeddingFactors, statistic: Statistic) -> tuple[Tensor, Tensor]
     if len(matter):
         value[matter], mask_sum = sliced.sliced([part.compact(matter)], statistic)
     nan = pairs.values.isnan()
-    value.index_put_((pairs.tokens[nan.nonzero()[:, 0]], nan.nonzero()[:, 1]), value.new_tensor(torch.nan))
+    value.index_put_(
+        (pairs.tokens[nan.nonzero()[:, 0]], nan.nonzero()[:, 1]), value.new_tensor(torch.nan)
+    )
     return value, mask_sum
 
 

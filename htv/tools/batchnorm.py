@@ -23,7 +23,9 @@ CHANNELS_WITH_SPACE, CHANNELS_ALONE = 4, 16
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def replace_batchnorm(model: nn.Module, num_groups: int | None = None, replace: Replacement | None = None) -> nn.Module:
+def replace_batchnorm(
+    model: nn.Module, num_groups: int | None = None, replace: Replacement | None = None
+) -> nn.Module:
     """Exchange, in place, every BatchNorm1d, 2d, 3d and SyncBatchNorm for an `nn.GroupNorm`.
 
     BatchNorm in train mode couples the examples of a batch; GroupNorm computes each by itself, so
@@ -60,15 +62,23 @@ def replace_batchnorm(model: nn.Module, num_groups: int | None = None, replace: 
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if num_groups is not None and (type(num_groups) is not int or num_groups < 1):
-        raise ValueError(f"num_groups must be a positive int, or None for the default; got {num_groups!r}")
+        raise ValueError(
+            f"num_groups must be a positive int, or None for the default; got {num_groups!r}"
+        )
     if replace is not None and not callable(replace):
-        raise TypeError(f"replace must be a callable (name, module) -> module or None, got {replace!r}")
+        raise TypeError(
+            f"replace must be a callable (name, module) -> module or None, got {replace!r}"
+        )
     modules = list(model.named_modules())
     for name, module in modules:
         if isinstance(module.__dict__.get("forward"), ForwardStandIn):
-            raise RuntimeError(f"{_called(name)} is attached: call detach() on its handle, replace, and attach again")
+            raise RuntimeError(
+                f"{_called(name)} is attached: call detach() on its handle, replace, and attach again"
+            )
     norms = [(name, module) for name, module in modules if isinstance(module, _BatchNorm)]
-    exchanged = {id(module): _replacement(name, module, num_groups, replace) for name, module in norms}
+    exchanged = {
+        id(module): _replacement(name, module, num_groups, replace) for name, module in norms
+    }
     for _, parent in modules:
         for key, child in parent._modules.items():
             if id(child) in exchanged:
@@ -76,14 +86,20 @@ def replace_batchnorm(model: nn.Module, num_groups: int | None = None, replace: 
     return exchanged.get(id(model), model)
 
 
-def _replacement(name: str, module: _BatchNorm, num_groups: int | None, replace: Replacement | None) -> nn.Module:
+def _replacement(
+    name: str, module: _BatchNorm, num_groups: int | None, replace: Replacement | None
+) -> nn.Module:
     """What takes the place of one BatchNorm; raises before anything is changed."""
     made = None if replace is None else replace(name, module)
     if made is not None:
         if not isinstance(made, nn.Module):
-            raise TypeError(f"replace must return a module or None; for {_called(name)} it returned {made!r}")
+            raise TypeError(
+                f"replace must return a module or None; for {_called(name)} it returned {made!r}"
+            )
         return made
-    if isinstance(module, LazyModuleMixin) or module.num_features == 0:  # torch leaves 0 if there is nothing to shape
+    if (
+        isinstance(module, LazyModuleMixin) or module.num_features == 0
+    ):  # torch leaves 0 if there is nothing to shape
         raise RuntimeError(
             f"{_called(name)} is a {type(module).__name__} that does not know its channels: a lazy one gets them from "
             "a first batch. Run the model once first, or make it with num_features"
@@ -99,7 +115,10 @@ def _replacement(name: str, module: _BatchNorm, num_groups: int | None, replace:
 
 def _does_more(module: _BatchNorm) -> str | None:
     """What a BatchNorm does beside normalising, scaling and shifting; None if nothing."""
-    if type(module).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward) or "forward" in module.__dict__:
+    if (
+        type(module).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+        or "forward" in module.__dict__
+    ):
         return "with a forward of its own"
     if any(getattr(module, hooks) for hooks in HOOKS):
         return "with hooks"
@@ -112,7 +131,9 @@ def _group_norm(module: _BatchNorm, num_groups: int | None) -> nn.GroupNorm:
     channels = module.num_features
     if num_groups is None:
         has_space = isinstance(module, (nn.BatchNorm2d, nn.BatchNorm3d))
-        num_groups = min(MOST_GROUPS, channels // (CHANNELS_WITH_SPACE if has_space else CHANNELS_ALONE))
+        num_groups = min(
+            MOST_GROUPS, channels // (CHANNELS_WITH_SPACE if has_space else CHANNELS_ALONE)
+        )
     largest = next(n for n in range(max(1, min(num_groups, channels)), 0, -1) if channels % n == 0)
     norm = nn.GroupNorm(largest, channels, module.eps, affine=False)
     norm.weight, norm.bias = module.weight, module.bias

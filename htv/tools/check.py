@@ -25,7 +25,9 @@ __all__ = ["CheckReport", "check", "one_group_at_a_time"]
 
 Contributions = dict[str, Tensor | None]  # by parameter; None where no group reached it
 MOVES = 3  # how often rounding is drawn anew
-EPSILON = {t: torch.finfo(t).eps for t in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
+EPSILON = {
+    t: torch.finfo(t).eps for t in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+}
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,9 @@ def check(
     if dtype not in EPSILON:
         raise ValueError(f"dtype must be one of {', '.join(map(str, EPSILON))}; got {dtype!r}")
     if batch_norm == "shared":
-        raise ValueError("batch_norm='shared' couples the examples: there is no gradient of one group to compare with")
+        raise ValueError(
+            "batch_norm='shared' couples the examples: there is no gradient of one group to compare with"
+        )
     twin = _cast(model, dtype)
     single, exact = _cast(twin, dtype, batch_norm), _cast(twin, torch.float64, batch_norm)
     if groups is not None:
@@ -143,7 +147,13 @@ def check(
     wanted = (batch_argument,) if isinstance(batch_argument, str) else tuple(batch_argument)
     call = _Call(twin, batch, dtype, batch_dim, wanted, None if groups is None else len(groups))
     with attach(
-        twin, rule, exclude, batch_dim=batch_dim, batch_norm=batch_norm, batch=wanted, allow_single=allow_single
+        twin,
+        rule,
+        exclude,
+        batch_dim=batch_dim,
+        batch_norm=batch_norm,
+        batch=wanted,
+        allow_single=allow_single,
     ) as handle:
         rules = {tracked.name: tracked.rule for tracked in handle._session.tracked()}
         with handle.groups(groups) if groups is not None else nullcontext():
@@ -153,12 +163,16 @@ def check(
 
     plain, contributions = _one_by_one(exact, call, groups)
     if dtype == torch.float64:
-        return replace(_compare(found, plain, contributions, [contributions], rules, 1e-9), batch=call.source)
+        return replace(
+            _compare(found, plain, contributions, [contributions], rules, 1e-9), batch=call.source
+        )
     rounded = [_one_by_one(single, call, groups)[1]]
     try:
         report = _compare(found, plain, contributions, rounded, rules, 4 * EPSILON[dtype])
     except CheckError:  # or a kink is near
-        rounded += [_one_by_one(_moved(single, dtype, seed), call, groups)[1] for seed in range(MOVES)]
+        rounded += [
+            _one_by_one(_moved(single, dtype, seed), call, groups)[1] for seed in range(MOVES)
+        ]
         report = _compare(found, plain, contributions, rounded, rules, 4 * EPSILON[dtype])
     return replace(report, batch=call.source)
 
@@ -183,7 +197,9 @@ def _moved(model: nn.Module, dtype: torch.dtype, seed: int) -> nn.Module:
     with torch.no_grad():
         for p in twin.parameters():
             if p.is_floating_point():
-                sign = (torch.randint(0, 2, p.shape, generator=generator) * 2 - 1).to(p.device, p.dtype)
+                sign = (torch.randint(0, 2, p.shape, generator=generator) * 2 - 1).to(
+                    p.device, p.dtype
+                )
                 p.add_(p * sign, alpha=EPSILON[dtype])
     return twin
 
@@ -194,7 +210,9 @@ def _trained(model: nn.Module) -> dict[str, Tensor]:
 
 def _gradients(loss: Tensor, parameters: dict[str, Tensor]) -> dict[str, Tensor | None]:
     grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-    return {name: None if g is None else g.double() for name, g in zip(parameters, grads, strict=True)}
+    return {
+        name: None if g is None else g.double() for name, g in zip(parameters, grads, strict=True)
+    }
 
 
 def _one_by_one(
@@ -237,10 +255,14 @@ class _Call:
         if not any(isinstance(t, Tensor) and t.dim() > dim for _, t in tensors):
             raise ValueError(f"batch must hold at least one tensor with the batch in dim {dim}")
         if any(isinstance(t, PackedSequence) for _, t in tensors):
-            raise ValueError("batch holds a PackedSequence, which check cannot cut by examples: pad it")
+            raise ValueError(
+                "batch holds a PackedSequence, which check cannot cut by examples: pad it"
+            )
         chosen = choose(tensors, dim, wanted, size, "each" if size is None else "ids")
         self.dim, self.size, self.source = dim, chosen.batch_size, chosen.source
-        self.directions: list[tuple[int, Tensor]] = []  # per output, and the dim that is the batch's
+        self.directions: list[
+            tuple[int, Tensor]
+        ] = []  # per output, and the dim that is the batch's
         self._run_with(model)
 
     def to(self, model: nn.Module) -> _Call:
@@ -258,8 +280,16 @@ class _Call:
 
     def _outputs(self, rows: Tensor | None) -> list[Tensor]:
         def cut(value: Any) -> Any:
-            is_batch = isinstance(value, Tensor) and value.dim() > self.dim and value.shape[self.dim] == self.size
-            return value.index_select(self.dim, rows.to(value.device)) if is_batch and rows is not None else value
+            is_batch = (
+                isinstance(value, Tensor)
+                and value.dim() > self.dim
+                and value.shape[self.dim] == self.size
+            )
+            return (
+                value.index_select(self.dim, rows.to(value.device))
+                if is_batch and rows is not None
+                else value
+            )
 
         args, kwargs = pytree.tree_map(cut, (tuple(self.args), self.kwargs))
         for buffer, saved, version in self._buffers:
@@ -283,10 +313,16 @@ class _Call:
             for o in outputs:
                 dim = self.dim if o.dim() > self.dim and o.shape[self.dim] == self.size else 0
                 drawn = torch.randn(o.shape, generator=generator, dtype=torch.float64)
-                self.directions.append((dim, drawn.to(o.device, o.dtype).double()))  # exact in both types
+                self.directions.append(
+                    (dim, drawn.to(o.device, o.dtype).double())
+                )  # exact in both types
         parts = []
         for o, (dim, direction) in zip(outputs, self.directions, strict=True):
-            part = direction if rows is None else direction.index_select(dim, rows.to(direction.device))
+            part = (
+                direction
+                if rows is None
+                else direction.index_select(dim, rows.to(direction.device))
+            )
             parts.append((o * part.to(o.dtype)).sum())
         return torch.stack([part.to(parts[0].dtype) for part in parts]).sum()
 
@@ -311,7 +347,10 @@ def _exact_noise(contributions: dict[str, Tensor | None], plain: dict[str, Tenso
 
 
 def _scale(contributions: dict[str, Tensor | None]) -> float:
-    return max((c.abs().max().item() for c in contributions.values() if c is not None and c.numel()), default=0.0)
+    return max(
+        (c.abs().max().item() for c in contributions.values() if c is not None and c.numel()),
+        default=0.0,
+    )
 
 
 def _noise(stacked: Tensor, rounded: list[Tensor], exact: float) -> Tensor:
@@ -356,7 +395,9 @@ def _compare(
             if normalised:  # signs left out still count in the kept fraction
                 slack = (~compared).sum().item() / max(1, (compared & (expected != 0)).sum().item())
                 budget = budget + slack * expected.abs()
-        if steep and rule is not None and rule.is_open:  # zeros that are exact stay so: their sign would be no noise
+        if (
+            steep and rule is not None and rule.is_open
+        ):  # zeros that are exact stay so: their sign would be no noise
             budget = budget + _sensitivity(stacked, off * reached, rule)
         elif steep and relative > 1e-9:
             budget = budget + _sensitivity(stacked, off, rule)
@@ -373,7 +414,12 @@ def _compare(
             worst = max(worst, error[compared].max().item())
         ambiguous += (~compared).sum().item()
         total += compared.numel()
-    return CheckReport(len(contributions), groups, worst / scale if scale else 0.0, ambiguous / total if total else 0.0)
+    return CheckReport(
+        len(contributions),
+        groups,
+        worst / scale if scale else 0.0,
+        ambiguous / total if total else 0.0,
+    )
 
 
 def _noticed(rule: Rule | None, groups: int) -> tuple[bool, bool, bool]:

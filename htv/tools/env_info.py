@@ -57,8 +57,13 @@ def cpu_name() -> str:
 def cuda_devices() -> list[str]:
     if not torch.cuda.is_available():
         return []
-    devices = (torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count()))
-    return [f"{d.name}, compute capability {d.major}.{d.minor}, {d.total_memory / 2**30:.0f} GiB" for d in devices]
+    devices = (
+        torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())
+    )
+    return [
+        f"{d.name}, compute capability {d.major}.{d.minor}, {d.total_memory / 2**30:.0f} GiB"
+        for d in devices
+    ]
 
 
 def describe(device: str) -> dict[str, object]:

@@ -123,12 +123,15 @@ class Explanation:
         lines = [["parameter", "shape", "use", "streaming rules", "order rules"]]
         for row in self.rows:
             paths = (
-                f"{path}{_share(extra)}" for path, extra in zip((row.streaming, row.order), row.extra, strict=True)
+                f"{path}{_share(extra)}"
+                for path, extra in zip((row.streaming, row.order), row.extra, strict=True)
             )
             lines.append([row.parameter, "x".join(map(str, row.shape)) or "()", row.use, *paths])
         widths = [max(len(line[column]) for line in lines) for column in range(4)]
         table = [
-            "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[4]]).rstrip()
+            "  ".join(
+                [*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[4]]
+            ).rstrip()
             for line in lines
         ]
         notes = [f"the batch: {self.batch}"] if self.batch else []
@@ -166,9 +169,14 @@ def explain(
     """
     if batch is None:
         used = _uses_by_class(model)
-        return Explanation(tuple(_row_by_class(name, p, *used[name]) for name, p in model.named_parameters()))
+        return Explanation(
+            tuple(_row_by_class(name, p, *used[name]) for name, p in model.named_parameters())
+        )
     used, recorded, source, lost = _uses_by_running(model, batch, batch_argument, batch_dim)
-    rows = [_row_by_run(name, p, *used[name], recorded.get(name)) for name, p in model.named_parameters()]
+    rows = [
+        _row_by_run(name, p, *used[name], recorded.get(name))
+        for name, p in model.named_parameters()
+    ]
     return Explanation(tuple(rows), source, lost)
 
 
@@ -235,7 +243,9 @@ def _uses_by_class(model: nn.Module) -> Uses:
 
 def _base(module: nn.Module) -> type[nn.Module] | None:
     """The class in USES whose forward a module runs, as classes derived by torch (parametrized ones) do; or None."""
-    return next((c for c in type(module).__mro__ if c in USES and type(module).forward is c.forward), None)
+    return next(
+        (c for c in type(module).__mro__ if c in USES and type(module).forward is c.forward), None
+    )
 
 
 def _kind(module: nn.Module, name: str, parameter: nn.Parameter) -> str | None:
@@ -294,7 +304,10 @@ def _uses_by_running(
             wanted = [p for p in model.parameters() if p.requires_grad]
             torch.autograd.grad([t.sum() for t in outputs], wanted, allow_unused=True)
         for tracked in session.tracked():
-            used.setdefault(tracked.name, (sorted(tracked.uses), tracked.refusal and f"unsupported: {tracked.refusal}"))
+            used.setdefault(
+                tracked.name,
+                (sorted(tracked.uses), tracked.refusal and f"unsupported: {tracked.refusal}"),
+            )
         lost = tuple(str(loss) for loss in session.losses)
     return used, plans, session.batch_source, lost
 

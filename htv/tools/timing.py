@@ -80,7 +80,10 @@ def in_own_process(module: str, *arguments: str) -> dict:
     Its allocator (glibc's) gives every freed tensor's memory back at once: else a peak would show, besides what is
     alive, what it happens to keep.
     """
-    command, environment = [sys.executable, "-m", module, *arguments], {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    command, environment = (
+        [sys.executable, "-m", module, *arguments],
+        {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
+    )
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode != 0:
         ended = f"it ended with status {done.returncode} and no message"  # as one killed for its memory does

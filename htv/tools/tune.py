@@ -45,7 +45,9 @@ class Shape(NamedTuple):
     def parse(text: str) -> Shape:
         """Of "OxIxExT". Raises ValueError."""
         if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){3}", text):
-            raise ValueError(f"shape {text!r} must be OxIxExT: outputs, inputs, groups and rows per group")
+            raise ValueError(
+                f"shape {text!r} must be OxIxExT: outputs, inputs, groups and rows per group"
+            )
         return Shape(*map(int, text.split("x")))
 
     def __str__(self) -> str:
@@ -54,7 +56,14 @@ class Shape(NamedTuple):
 
 SHAPES = tuple(
     Shape(outputs, inputs, 16, 1024)
-    for outputs, inputs in ((768, 768), (2304, 768), (3072, 768), (768, 3072), (4096, 4096), (11008, 4096))
+    for outputs, inputs in (
+        (768, 768),
+        (2304, 768),
+        (3072, 768),
+        (768, 3072),
+        (4096, 4096),
+        (11008, 4096),
+    )
 )
 DRY_SHAPES = (Shape(16, 16, 5, 4),)
 
@@ -136,7 +145,9 @@ def _one(shape: Shape, dtype: torch.dtype, name: str, dry: bool) -> Result:
         try:
             if torch.allclose(run(choice), wanted, rtol=1e-4, atol=1e-4):
                 times[choice] = _milliseconds(lambda choice=choice: run(choice), dry)
-        except Exception as error:  # more registers or shared memory than there are; Triton has several kinds
+        except (
+            Exception
+        ) as error:  # more registers or shared memory than there are; Triton has several kinds
             if choice == usual or "resource" not in f"{type(error).__name__} {error}".lower():
                 raise
     config, splits = best = min(times, key=times.get)
@@ -149,7 +160,9 @@ def _choices(candidates: list, most_splits: int, dry: bool) -> list:
     stages, splits = ((2,), (1, 2)) if dry else (STAGES, SPLITS)
     return [
         (config._replace(num_stages=stage), split)
-        for config, stage, split in itertools.product(candidates[-1:] if dry else candidates, stages, splits)
+        for config, stage, split in itertools.product(
+            candidates[-1:] if dry else candidates, stages, splits
+        )
         if split <= most_splits
     ]
 

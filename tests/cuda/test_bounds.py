@@ -25,7 +25,9 @@ def guarded():
         memory = mmap.mmap(-1, pages * page)
         address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         start = (pages - 1) * page - size if after else page
-        placed = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=start).view(tensor.shape)
+        placed = torch.frombuffer(
+            memory, dtype=tensor.dtype, count=tensor.numel(), offset=start
+        ).view(tensor.shape)
         placed.copy_(tensor)
         wall = address + (pages - 1) * page if after else address
         assert libc.mprotect(ctypes.c_void_p(wall), ctypes.c_size_t(page), PROT_NONE) == 0
@@ -39,9 +41,15 @@ def guarded():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_stacked(emulated, guarded, dtype, after):
     for groups, width in ((3, 33), (5, 64), (12, 7), (20, 36), (40, 18), (64, 5), (70, 41)):
-        grads = torch.randn(groups, width, generator=torch.Generator().manual_seed(groups)).to(dtype)
+        grads = torch.randn(groups, width, generator=torch.Generator().manual_seed(groups)).to(
+            dtype
+        )
         placed = guarded(grads, after)
-        for statistic in (Statistic("and_mask", 2), Statistic("median"), Statistic("median_of_means", 3)):
+        for statistic in (
+            Statistic("and_mask", 2),
+            Statistic("median"),
+            Statistic("median_of_means", 3),
+        ):
             value, _ = emulated.stacked(placed, *schema.numbers(statistic))
             torch.testing.assert_close(value, reference.stacked(grads, statistic)[0])
 

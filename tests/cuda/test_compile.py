@@ -43,7 +43,9 @@ def setting(name: str):
 
 def nvcc() -> str | None:
     input_layout = os.environ.get("CUDA_HOME")
-    return shutil.which(f"{input_layout}/bin/nvcc" if input_layout else "nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    return shutil.which(f"{input_layout}/bin/nvcc" if input_layout else "nvcc") or shutil.which(
+        "/usr/local/cuda/bin/nvcc"
+    )
 
 
 def batch_size():
@@ -51,13 +53,21 @@ def batch_size():
         for element in setting("ELEMENTS") if source.stem.endswith("_kernel") else ("",):
             for arch in ("80", "90", "100"):
                 marks = () if element in ("", "float") and arch != "100" else (pytest.mark.slow,)
-                yield pytest.param(source, element, arch, marks=marks, id=f"{source.stem}-{element}-sm_{arch}")
+                yield pytest.param(
+                    source, element, arch, marks=marks, id=f"{source.stem}-{element}-sm_{arch}"
+                )
 
 
 @pytest.mark.skipif(nvcc() is None, reason="no nvcc")
 @pytest.mark.parametrize(("source", "element", "arch"), list(batch_size()))
 def test_within_budget(source, element, arch, tmp_path):
-    flags = [*setting("NVCC"), f"-arch=sm_{arch}", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-Xptxas", "-v"]
+    flags = [
+        *setting("NVCC"),
+        f"-arch=sm_{arch}",
+        "-DTORCH_TARGET_VERSION=0x020b000000000000",
+        "-Xptxas",
+        "-v",
+    ]
     flags += [f"-DHTV_ELEMENT={element}", "-c", str(source), "-o", str(tmp_path / "out.o")]
     flags += [flag for path in include_paths() for flag in ("-isystem", path)]
     done = subprocess.run([nvcc(), *flags], capture_output=True, text=True, check=False)
@@ -69,6 +79,12 @@ def test_within_budget(source, element, arch, tmp_path):
     for mangled, stack, spilled, registers in kernels:
         (name,) = [name for name in BUDGET if re.search(rf"\d{name}I", mangled)]
         threads, *blocks = BUDGET[name]
-        least = min(blocks[element == "double"], *(n for word, n in HEAVY.items() if word in mangled), blocks[0])
+        least = min(
+            blocks[element == "double"],
+            *(n for word, n in HEAVY.items() if word in mangled),
+            blocks[0],
+        )
         assert (stack, spilled) == ("0", "0"), f"{mangled} spills"
-        assert least * threads * int(registers) <= REGISTERS, f"{mangled} takes {registers} registers"
+        assert least * threads * int(registers) <= REGISTERS, (
+            f"{mangled} takes {registers} registers"
+        )

@@ -5,7 +5,16 @@ import rank_one_cases as cases
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from rank_one_cases import DTYPES, KINDS, ROWS, SHAPES, assert_counts, assert_equals_definition, factors, offsets_of
+from rank_one_cases import (
+    DTYPES,
+    KINDS,
+    ROWS,
+    SHAPES,
+    assert_counts,
+    assert_equals_definition,
+    factors,
+    offsets_of,
+)
 
 from htv.ops import schema
 from htv.rules import Statistic
@@ -49,7 +58,9 @@ def test_values_that_do_not_fit_shared_memory(linear, monkeypatch):
     assert_equals_definition(linear, *factors("dense", 80, 5, 21, torch.float32), torch.arange(81))
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     lengths=st.lists(st.integers(0, 1), min_size=1, max_size=80),
     out=st.integers(1, 20),

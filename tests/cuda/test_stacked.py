@@ -5,7 +5,14 @@ import stacked_cases as cases
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from stacked_cases import COUNTING, DTYPES, NETWORKS, assert_within_budget, delicate_values, statistics
+from stacked_cases import (
+    COUNTING,
+    DTYPES,
+    NETWORKS,
+    assert_within_budget,
+    delicate_values,
+    statistics,
+)
 
 from htv.rules import Statistic
 
@@ -62,7 +69,11 @@ def test_values_that_do_not_fit_shared_memory(stacked, monkeypatch, bytes_of_sha
     monkeypatch.setenv("HTV_EMULATED_SHARED", str(bytes_of_shared_memory))
     for grads in delicate_values(100, 40):
         for dtype in (torch.float64, torch.float32, torch.bfloat16):
-            for statistic in (Statistic("median"), Statistic("median", 1), Statistic("winsorized_mean", 7)):
+            for statistic in (
+                Statistic("median"),
+                Statistic("median", 1),
+                Statistic("winsorized_mean", 7),
+            ):
                 assert_within_budget(stacked, grads.to(dtype), statistic)
             assert_within_budget(stacked, grads.to(dtype), Statistic("median_of_means", 45))
 
@@ -78,8 +89,12 @@ def test_twice_gives_the_same_bits(stacked, groups):
     cases.twice_gives_the_same_bits(stacked, groups)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data(), groups=st.integers(1, 80), width=st.integers(1, 40), seed=st.integers(0, 2**31))
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    data=st.data(), groups=st.integers(1, 80), width=st.integers(1, 40), seed=st.integers(0, 2**31)
+)
 def test_any_shape(stacked, data, groups, width, seed):
     statistic = data.draw(st.sampled_from(list(statistics(groups))))
     dtype = data.draw(st.sampled_from(DTYPES))

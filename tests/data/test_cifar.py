@@ -36,7 +36,9 @@ def test_cifar10(folder):
 
 def test_cifar100(tmp_path):
     for name, count in {"train": 6, "test": 2}.items():
-        (tmp_path / name).write_bytes(pickle.dumps(batch(count, 0, b"fine_labels", 100), protocol=2))
+        (tmp_path / name).write_bytes(
+            pickle.dumps(batch(count, 0, b"fine_labels", 100), protocol=2)
+        )
     data = cifar_folder(str(tmp_path))
     assert data.num_classes == 100 and len(data.train_labels) == 6
 
@@ -49,13 +51,25 @@ class Malicious:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (pickle.dumps({b"data": Malicious()}), r"it asks for \w+.mkdir, which no batch of images needs"),
+        (
+            pickle.dumps({b"data": Malicious()}),
+            r"it asks for \w+.mkdir, which no batch of images needs",
+        ),
         (b"no pickle", "not one of CIFAR's batches"),
         (pickle.dumps([1]), "has no labels beside data"),
-        (pickle.dumps({**batch(4, 0), b"data": np.zeros((4, 9), np.uint8)}), r"uint8 \(4, 9\), not uint8 \(N, 3072\)"),
+        (
+            pickle.dumps({**batch(4, 0), b"data": np.zeros((4, 9), np.uint8)}),
+            r"uint8 \(4, 9\), not uint8 \(N, 3072\)",
+        ),
         (pickle.dumps({**batch(4, 0), b"labels": [1]}), "4 images, but labels of int64 \\(1,\\)"),
-        (pickle.dumps({**batch(4, 0), b"labels": [[0], [1, 2], [3], [4]]}), "not one of CIFAR's batches: .*sequence"),
-        (pickle.dumps({**batch(4, 0), b"labels": [0, 1, 2, 10]}), "labels from 0 to 10, not 0 to 9"),
+        (
+            pickle.dumps({**batch(4, 0), b"labels": [[0], [1, 2], [3], [4]]}),
+            "not one of CIFAR's batches: .*sequence",
+        ),
+        (
+            pickle.dumps({**batch(4, 0), b"labels": [0, 1, 2, 10]}),
+            "labels from 0 to 10, not 0 to 9",
+        ),
     ],
 )
 def test_damage_is_named(folder, content, message, monkeypatch):
@@ -68,7 +82,9 @@ def test_damage_is_named(folder, content, message, monkeypatch):
 
 def test_what_is_missing_is_named(folder, tmp_path_factory):
     (folder / "test_batch").unlink()
-    with pytest.raises(DataError, match="test_batch cannot be read: .*; give a folder with data_batch_1"):
+    with pytest.raises(
+        DataError, match="test_batch cannot be read: .*; give a folder with data_batch_1"
+    ):
         cifar_folder(folder)
     with pytest.raises(DataError, match="not a folder of CIFAR's batches"):
         cifar_folder(tmp_path_factory.mktemp("empty"))

@@ -46,7 +46,8 @@ def test_the_place_of_the_box_tells_the_class(shape):
 
 
 @pytest.mark.parametrize(
-    ("shape", "classes", "size"), [((8, 8), 10, 2), ((28, 28), 10, 3), ((5, 40), 7, 2), ((4, 4), 2, 3)]
+    ("shape", "classes", "size"),
+    [((8, 8), 10, 2), ((28, 28), 10, 3), ((5, 40), 7, 2), ((4, 4), 2, 3)],
 )
 def test_boxes_fit_and_do_not_meet(shape, classes, size):
     corners, found = BoxCue().corners(*shape, classes)
@@ -58,7 +59,9 @@ def test_boxes_fit_and_do_not_meet(shape, classes, size):
 
 
 def test_boxes_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="size 3 for 9 classes do not fit into 8 x 8 pixels: take size <= 2"):
+    with pytest.raises(
+        ValueError, match="size 3 for 9 classes do not fit into 8 x 8 pixels: take size <= 2"
+    ):
         add_cue(digits(), BoxCue(size=3))
     with pytest.raises(ValueError, match="take larger images"):
         BoxCue().corners(1, 1, 10)
@@ -85,7 +88,9 @@ def test_boxes_in_color_make_grey_images_rgb(shape):
 def test_each_class_has_its_share_of_cues(proportion):
     labels = torch.tensor([0] * 10 + [1] * 20 + [3] * 7)[torch.randperm(37)]
     mask = cue_mask(labels, proportion, seed=1)
-    assert labels[mask].bincount(minlength=4).tolist() == [round(proportion * n) for n in (10, 20, 0, 7)]
+    assert labels[mask].bincount(minlength=4).tolist() == [
+        round(proportion * n) for n in (10, 20, 0, 7)
+    ]
     assert torch.equal(mask, cue_mask(labels, proportion, seed=1))
     assert bool(cue_mask(labels, max(proportion, 0.9), seed=1)[mask].all())
     if 0 < proportion < 1:
@@ -112,14 +117,21 @@ def test_counterfactual_sets():
     assert torch.equal(sets["NC"][0], data.test_images)
     assert torch.equal(boxed(sets["C"][0]), data.test_labels)
     random = boxed(sets["RC"][0])
-    assert random.bincount(minlength=4).min() > 70 and 0.15 < (random == data.test_labels).double().mean() < 0.35
+    assert (
+        random.bincount(minlength=4).min() > 70
+        and 0.15 < (random == data.test_labels).double().mean() < 0.35
+    )
     outside = (sets["RC"][0] != 1) & (sets["C"][0] != 1)
     assert torch.equal(sets["RC"][0][outside], covered[outside])  # the images are those of C
     images = sets["RI"][0]
     assert torch.equal(boxed(images), data.test_labels)
     matches = ((images[:, None] == data.test_images) | (images[:, None] == 1)).flatten(2).all(2)
     assert bool((matches.sum(1) == 1).all()) and bool((matches.sum(0) == 1).all())  # a permutation
-    assert 0.15 < (data.test_labels[matches.long().argmax(1)] == data.test_labels).double().mean() < 0.35
+    assert (
+        0.15
+        < (data.test_labels[matches.long().argmax(1)] == data.test_labels).double().mean()
+        < 0.35
+    )
     again, other = (counterfactuals(data, BoxCue(), seed=s) for s in (0, 1))
     assert all(torch.equal(sets[name][0], again[name][0]) for name in sets)
     assert not torch.equal(sets["RI"][0], other["RI"][0])
@@ -132,7 +144,9 @@ def test_hues_tell_the_class_and_grey_is_none():
     grey = data.train_images
     for k, color in enumerate([(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1)]):
         of = data.train_labels == k
-        torch.testing.assert_close(images[of], grey[of, None] * torch.tensor(color).float()[:, None, None])
+        torch.testing.assert_close(
+            images[of], grey[of, None] * torch.tensor(color).float()[:, None, None]
+        )
     assert counterfactuals(data, HueCue())["NC"][0].shape == (12, 3, 10, 8)
     rgb = made(shape=(3, 10, 8))
     tinted = add_cue(rgb, HueCue(strength=0.25)).train_images
@@ -147,7 +161,10 @@ def test_hues_tell_the_class_and_grey_is_none():
 
 @pytest.mark.parametrize("channels", [(), (3,)])
 def test_dominoes_stand_above(channels):
-    data, source = made(shape=(*channels, 10, 8)), made(train=30, test=9, classes=3, shape=(*channels, 5, 8))
+    data, source = (
+        made(shape=(*channels, 10, 8)),
+        made(train=30, test=9, classes=3, shape=(*channels, 5, 8)),
+    )
     cue = DominoCue(source)
 
     def of(tops, images, labels):
@@ -164,12 +181,16 @@ def test_dominoes_stand_above(channels):
     assert torch.equal(cued.train_images[..., 5:, :], data.train_images)
     assert len(tops[data.train_labels == 0].unique(dim=0)) > 3  # drawn anew for each
     sets = counterfactuals(data, cue)
-    assert torch.equal(of(sets["RI"][0][..., :5, :], source.test_images, source.test_labels), data.test_labels)
+    assert torch.equal(
+        of(sets["RI"][0][..., :5, :], source.test_images, source.test_labels), data.test_labels
+    )
     assert not sets["NC"][0][..., :5, :].any()
 
 
 def test_dominoes_that_do_not_stack_are_refused():
-    with pytest.raises(ValueError, match=r"shape \(5, 7\), which do not stack above images of shape \(10, 8\)"):
+    with pytest.raises(
+        ValueError, match=r"shape \(5, 7\), which do not stack above images of shape \(10, 8\)"
+    ):
         add_cue(made(), DominoCue(made(shape=(5, 7))))
     with pytest.raises(ValueError, match=r"no training images of the classes \[2\]"):
         add_cue(made(), DominoCue(made(classes=2)))
@@ -182,7 +203,13 @@ def test_fine_tuning_parts_are_disjoint():
     assert torch.equal(boxed(cued), cued_labels) and not (clean == 1).any()
 
     def origin(images):
-        return ((images[:, None] == data.train_images) | (images[:, None] == 1)).flatten(2).all(2).long().argmax(1)
+        return (
+            ((images[:, None] == data.train_images) | (images[:, None] == 1))
+            .flatten(2)
+            .all(2)
+            .long()
+            .argmax(1)
+        )
 
     drawn = torch.cat([origin(clean), origin(cued)])
     assert sorted(drawn.tolist()) == list(range(40))

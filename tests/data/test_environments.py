@@ -29,7 +29,9 @@ def test_spirals():
     assert data.shortcut.tolist() == [False] * 2 + [True] * 6
     signs = 2 * data.y - 1
     cues = data.x[..., 2:] * signs[..., None]
-    assert torch.equal(cues, cues[:, :1].expand_as(cues))  # one vector per environment, times the class
+    assert torch.equal(
+        cues, cues[:, :1].expand_as(cues)
+    )  # one vector per environment, times the class
     assert not torch.allclose(cues[0, 0], cues[1, 0])
     torch.testing.assert_close(data.x[..., :2].flatten(0, 1).std(dim=0), torch.ones(2))
     half = (data.test_x[:, 2:] * (2 * data.test_y - 1)[:, None]).mean(dim=0)
@@ -40,18 +42,35 @@ def test_the_angle_tells_the_class_of_a_spiral():
     data = spirals(num_environments=1, per_environment=2000, shortcut_dims=1, noise=0.0)
     points = data.x[0, :, :2]
     radius = points.norm(dim=1)
-    scale = radius.max()  # the radius of the outermost is nearly 1, and both coordinates are scaled nearly alike
+    scale = (
+        radius.max()
+    )  # the radius of the outermost is nearly 1, and both coordinates are scaled nearly alike
     angle = torch.atan2(points[:, 1], points[:, 0]) - 2 * torch.pi * 3 * radius / scale
     guess = angle.cos() < 0
     assert ((guess == data.y[0].bool()).float().mean() > 0.95).item()
 
 
 def test_patchwork():
-    data = patchwork(num_environments=8, per_environment=50, num_test=3000, tile=3, strength=1.0, seed=2)
-    assert data.x.shape == (8, 50, 9, 9) and data.test_x.shape == (3000, 9, 9) and data.shortcut.shape == (9, 9)
-    assert not data.shortcut[:3, :3].any() and data.shortcut.sum() == 8 * 9  # the shared tile comes first
+    data = patchwork(
+        num_environments=8, per_environment=50, num_test=3000, tile=3, strength=1.0, seed=2
+    )
+    assert (
+        data.x.shape == (8, 50, 9, 9)
+        and data.test_x.shape == (3000, 9, 9)
+        and data.shortcut.shape == (9, 9)
+    )
+    assert (
+        not data.shortcut[:3, :3].any() and data.shortcut.sum() == 8 * 9
+    )  # the shared tile comes first
     told = (data.x * (2 * data.y - 1)[..., None, None]).mean(dim=1)  # (E, 9, 9)
-    tiles = told.unflatten(2, (3, 3)).unflatten(1, (3, 3)).transpose(2, 3).flatten(1, 2).abs().mean(dim=(2, 3))
+    tiles = (
+        told.unflatten(2, (3, 3))
+        .unflatten(1, (3, 3))
+        .transpose(2, 3)
+        .flatten(1, 2)
+        .abs()
+        .mean(dim=(2, 3))
+    )
     for e in range(8):
         assert (tiles[e] > 0.6).nonzero().flatten().tolist() == [0, e + 1]
     told = (data.test_x * (2 * data.test_y - 1)[:, None, None]).mean(dim=0).abs()
@@ -60,7 +79,9 @@ def test_patchwork():
 
 def test_seeds_decide_everything():
     for make in (spirals, patchwork):
-        one, again, other = (make(num_environments=2, per_environment=8, num_test=4, seed=s) for s in (3, 3, 4))
+        one, again, other = (
+            make(num_environments=2, per_environment=8, num_test=4, seed=s) for s in (3, 3, 4)
+        )
         assert torch.equal(one.x, again.x) and torch.equal(one.test_x, again.test_x)
         assert not torch.equal(one.x, other.x)
 
@@ -79,7 +100,9 @@ def test_sewing_is_what_the_mean_does_and_the_mask_does_not():
                 optimizer.zero_grad()
                 with handle.groups(ids):
                     logits = model(data.x.flatten(0, 1).flatten(1))[:, 0]
-                torch.nn.functional.binary_cross_entropy_with_logits(logits, data.y.flatten()).backward()
+                torch.nn.functional.binary_cross_entropy_with_logits(
+                    logits, data.y.flatten()
+                ).backward()
                 optimizer.step()
         guess = model(data.test_x.flatten(1))[:, 0] > 0
         accuracy[rule] = (guess == data.test_y.bool()).float().mean().item()
@@ -89,7 +112,9 @@ def test_sewing_is_what_the_mean_does_and_the_mask_does_not():
     assert accuracy[htv.AndMask(1.0)] > accuracy[htv.Mean()] + 0.05
 
 
-@pytest.mark.parametrize("wrong", [{"num_environments": 0}, {"per_environment": 1.5}, {"num_test": -1}])
+@pytest.mark.parametrize(
+    "wrong", [{"num_environments": 0}, {"per_environment": 1.5}, {"num_test": -1}]
+)
 def test_wrong_counts_are_named(wrong):
     (name,) = wrong
     for make in (spirals, patchwork):

@@ -14,7 +14,10 @@ IMAGES, LABELS = "{}-images-idx3-ubyte", "{}-labels-idx1-ubyte"
 
 def idx_bytes(values, code=0x08, shape=None):
     shape = values.shape if shape is None else shape
-    return struct.pack(f">BBBB{len(shape)}I", 0, 0, code, len(shape), *shape) + values.astype(np.uint8).tobytes()
+    return (
+        struct.pack(f">BBBB{len(shape)}I", 0, 0, code, len(shape), *shape)
+        + values.astype(np.uint8).tobytes()
+    )
 
 
 @pytest.fixture
@@ -59,7 +62,9 @@ def test_round_trip_gzipped(tmp_path, arrays):
 def test_subset_is_seeded_and_leaves_the_test_part(folder):
     data = idx_folder(folder)
     few, again, other = data.subset(8, seed=1), data.subset(8, seed=1), data.subset(8, seed=2)
-    assert torch.equal(few.train_images, again.train_images) and not torch.equal(few.train_images, other.train_images)
+    assert torch.equal(few.train_images, again.train_images) and not torch.equal(
+        few.train_images, other.train_images
+    )
     assert few.train_images.shape == (8, 4, 3) and few.test_images is data.test_images
     for image, label in zip(few.train_images, few.train_labels, strict=True):  # still pairs
         (match,) = (data.train_images == image).flatten(1).all(dim=1).nonzero()
@@ -80,10 +85,18 @@ TRAIN = IMAGES.format("train")
         (TRAIN, lambda raw: raw[:10], "ends inside its header"),
         (TRAIN, lambda raw: raw[:-1], "truncated: 239 of 240 values"),
         (TRAIN, lambda raw: raw + b"\0", "goes on after the 240 values"),
-        (TRAIN, lambda raw: raw[:4] + struct.pack(">I", 0) + raw[8:], "empty: its header announces 0 x 4 x 3"),
+        (
+            TRAIN,
+            lambda raw: raw[:4] + struct.pack(">I", 0) + raw[8:],
+            "empty: its header announces 0 x 4 x 3",
+        ),
         (TRAIN, lambda raw: raw[:4] + b"\xff" * 12 + raw[16:], "truncated: 240 of 7922816"),
         (LABELS.format("t10k"), lambda raw: idx_bytes(np.zeros(5)), "6 images, but .* 5 labels"),
-        (IMAGES.format("t10k"), lambda raw: idx_bytes(np.zeros((6, 3, 3))), "differ in size, 4 x 3 and 3 x 3"),
+        (
+            IMAGES.format("t10k"),
+            lambda raw: idx_bytes(np.zeros((6, 3, 3))),
+            "differ in size, 4 x 3 and 3 x 3",
+        ),
     ],
 )
 def test_damage_is_named(folder, name, damage, message):
@@ -93,7 +106,9 @@ def test_damage_is_named(folder, name, damage, message):
     assert str(folder) in str(caught.value)
 
 
-@pytest.mark.parametrize("damage", [lambda raw: raw[:-12], lambda raw: b"no gzip at all", lambda raw: raw[:30]])
+@pytest.mark.parametrize(
+    "damage", [lambda raw: raw[:-12], lambda raw: b"no gzip at all", lambda raw: raw[:30]]
+)
 def test_damaged_gzip_is_named(folder, damage):
     plain = folder / TRAIN
     (folder / f"{TRAIN}.gz").write_bytes(damage(gzip.compress(plain.read_bytes())))
@@ -105,7 +120,9 @@ def test_damaged_gzip_is_named(folder, damage):
 @pytest.mark.parametrize("missing", [TRAIN, LABELS.format("t10k")])
 def test_a_missing_file_is_named_with_the_remedy(folder, missing):
     (folder / missing).unlink()
-    with pytest.raises(DataError, match=rf"{missing} \(or {missing}.gz\) is missing; give a folder with"):
+    with pytest.raises(
+        DataError, match=rf"{missing} \(or {missing}.gz\) is missing; give a folder with"
+    ):
         idx_folder(folder)
 
 

@@ -29,8 +29,12 @@ def test_the_seed_matters_and_wrong_classes_are_uniform():
     counts = noisy.bincount(minlength=10)
     assert wrong.all() and counts[4] == 0
     others = torch.cat([counts[:4], counts[5:]]).double()
-    assert ((others - 10_000) ** 2 / 10_000).sum() < 26.1  # chi-squared, 8 degrees of freedom, p = .001
-    assert not torch.equal(label_noise(labels, 0.25, 10, seed=0)[1], label_noise(labels, 0.25, 10, seed=1)[1])
+    assert (
+        (others - 10_000) ** 2 / 10_000
+    ).sum() < 26.1  # chi-squared, 8 degrees of freedom, p = .001
+    assert not torch.equal(
+        label_noise(labels, 0.25, 10, seed=0)[1], label_noise(labels, 0.25, 10, seed=1)[1]
+    )
 
 
 @pytest.mark.parametrize("rate", [-0.1, 1.01, float("nan"), 25])
@@ -70,7 +74,9 @@ def test_uniform_noise_is_right_by_chance_and_permuted_noise_keeps_rare_classes_
 
 
 def test_an_unknown_kind_is_refused():
-    with pytest.raises(ValueError, match="kind must be 'other', 'uniform' or 'permuted', got 'random'"):
+    with pytest.raises(
+        ValueError, match="kind must be 'other', 'uniform' or 'permuted', got 'random'"
+    ):
         label_noise(torch.zeros(4, dtype=torch.int64), 0.5, 10, seed=0, kind="random")
 
 

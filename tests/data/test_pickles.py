@@ -59,8 +59,14 @@ POINTER = struct.pack("<Q", 0x4141414141414141)
 OBJECTS = b"cnumpy\nndarray\n((K\x01tcnumpy\ndtype\n(U\x02O8K\x00K\x01tRC\x08" + POINTER + b"tR"
 REFUSED = {
     "a call": (b"cos\nsystem\n(S'true'\ntR.", "asks for os.system, which no batch of images needs"),
-    "a call by names on the stack": (b"\x80\x04\x8c\x02os\x8c\x06system\x93.", "asks for os.system"),
-    "an attribute of one": (b"\x80\x04\x8c\x05numpy\x8c\x0cndarray.dump\x93.", "asks for numpy.ndarray.dump"),
+    "a call by names on the stack": (
+        b"\x80\x04\x8c\x02os\x8c\x06system\x93.",
+        "asks for os.system",
+    ),
+    "an attribute of one": (
+        b"\x80\x04\x8c\x05numpy\x8c\x0cndarray.dump\x93.",
+        "asks for numpy.ndarray.dump",
+    ),
     "a name of megabytes": (b"c" + b"m" * 3_000_000 + b"\nx\n.", "asks for m{100}, which"),
     "what was made is called": (b"cnumpy\ndtype\n)R)R.", "calls what no batch of images needs"),
     "an object": (b"\x80\x02cnumpy\nndarray\n)\x81.", "it does NEWOBJ"),
@@ -69,7 +75,10 @@ REFUSED = {
     "a state of a list": (b"]]b.", "gives a state to what has none"),
     "items of a list": (b"]K\x01K\x02s.", "sets items of what is no dict"),
     "a key that is a list": (b"}]K\x01s.", "a dict has a key of type list"),
-    "a key nested deeply": (b"})" + b"\x85" * 200_000 + b"K\x01s.", "a dict has a key of type tuple"),
+    "a key nested deeply": (
+        b"})" + b"\x85" * 200_000 + b"K\x01s.",
+        "a dict has a key of type tuple",
+    ),
     "nothing": (b"", "damaged"),
     "an empty stack": (b".", "damaged"),
     "an end within": (pickle.dumps([1, 2, b"three"])[:-4], "damaged"),
@@ -111,8 +120,12 @@ def test_what_a_number_announces_takes_no_memory(name):
     assert peak < 1 << 20
 
 
-def of_array(shape=b"K\x02\x85", dtype=b"cnumpy\ndtype\nU\x02u1\x85R", order=b"\x89", values=b"U\x02ab"):
-    return b"cnumpy.core.multiarray\n_reconstruct\n)R(K\x01" + shape + dtype + order + values + b"tb."
+def of_array(
+    shape=b"K\x02\x85", dtype=b"cnumpy\ndtype\nU\x02u1\x85R", order=b"\x89", values=b"U\x02ab"
+):
+    return (
+        b"cnumpy.core.multiarray\n_reconstruct\n)R(K\x01" + shape + dtype + order + values + b"tb."
+    )
 
 
 def test_arrays_are_looked_at():
@@ -123,7 +136,9 @@ def test_arrays_are_looked_at():
         OBJECTS + b".": "type Record is no array",
         of_array(dtype=b"cnumpy\ndtype\nU\x02O8\x85R"): "not of plain numbers",
         of_array(dtype=b"cnumpy\ndtype\nU\x02V8\x85R"): "not of plain numbers",
-        of_array(dtype=b"cnumpy\ndtype\nU\x02u1\x85R" + state % b"U\x01a\x85"): "not of plain numbers",  # fields
+        of_array(
+            dtype=b"cnumpy\ndtype\nU\x02u1\x85R" + state % b"U\x01a\x85"
+        ): "not of plain numbers",  # fields
         of_array(dtype=b"U\x02u1"): "has no type",
         of_array(dtype=b"cnumpy\ndtype\n)R"): "has no type",
         of_array(shape=b"K\x03\x85"): "more values than its shape, or less",
@@ -133,7 +148,9 @@ def test_arrays_are_looked_at():
         of_array(shape=b"]"): "has no shape",
         of_array(order=b"U\x01C"): "in which order",
         of_array(values=b"]"): "not the bytes",
-        of_array(values=b"c_codecs\nencode\nX\x02\x00\x00\x00abX\x05\x00\x00\x00rot13\x86R"): "not the bytes",
+        of_array(
+            values=b"c_codecs\nencode\nX\x02\x00\x00\x00abX\x05\x00\x00\x00rot13\x86R"
+        ): "not the bytes",
         of_array()[:-3] + b"N" + of_array()[-3:]: "says too little, or too much",
     }.items():
         with pytest.raises(PickleError, match=message):

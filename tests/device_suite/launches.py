@@ -41,7 +41,16 @@ def arguments(op: str, device: str, ragged: bool = False) -> list:
     if op == "linear":
         return [x, g, offsets]
     if op == "conv":
-        return [x.view(6, 4, 10), torch.randn(6, 5, 10, device=device), offsets, [3], [1], [1], [1], 1]
+        return [
+            x.view(6, 4, 10),
+            torch.randn(6, 5, 10, device=device),
+            offsets,
+            [3],
+            [1],
+            [1],
+            [1],
+            1,
+        ]
     ids, group_index = torch.randint(0, 9, (6,), device=device), torch.arange(6, device=device)
     return [g, ids, group_index, 9, 6]
 
@@ -57,7 +66,11 @@ def equal(found: list[Tensor], wanted: list[Tensor]) -> None:
 
 MODELS = {  # models whose forward is the same work for any batch: (model, a batch, classes)
     "mlp": (lambda: models.mlp(), lambda: torch.randn(8, 12), 4),
-    "transformer": (lambda: models.transformer(29, 16, 2, 2), lambda: torch.randint(0, 29, (6, 9)), 29),
+    "transformer": (
+        lambda: models.transformer(29, 16, 2, 2),
+        lambda: torch.randint(0, 29, (6, 9)),
+        29,
+    ),
     "llama block": (lambda: models.LlamaBlock(16, 2, 24), lambda: torch.randn(5, 9, 16), 16),
     "resnet18": (lambda: models.ResNet18(), lambda: torch.randn(4, 3, 32, 32), 5),
 }
@@ -71,7 +84,9 @@ class AttachedStep:
         model, batch, classes = MODELS[name]
         self.model, self.x = model().to(device), batch().to(device)
         self.handle = htv.attach(self.model, rule)
-        self.forward = torch.compile(self.model, fullgraph=True, backend=compiler) if compiler else self.model
+        self.forward = (
+            torch.compile(self.model, fullgraph=True, backend=compiler) if compiler else self.model
+        )
         shape = self.model(self.x).shape[:-1]
         self.targets = torch.randint(0, classes, shape).to(device)
         self.criterion = nn.CrossEntropyLoss()
@@ -86,7 +101,11 @@ class AttachedStep:
     def draw(self) -> None:
         """Another batch in the same memory."""
         with torch.no_grad():
-            self.x.copy_(torch.randint_like(self.x, 29) if self.x.dtype == torch.int64 else torch.randn_like(self.x))
+            self.x.copy_(
+                torch.randint_like(self.x, 29)
+                if self.x.dtype == torch.int64
+                else torch.randn_like(self.x)
+            )
 
 
 def needs_gpu(run: Callable[[], None], dry: bool) -> Callable[[], None]:
@@ -102,17 +121,24 @@ def needs_gpu(run: Callable[[], None], dry: bool) -> Callable[[], None]:
 def captured(dry: bool) -> Found:
     for server, op in operators("cuda"):
         for statistic in (AND_MASK, MEDIAN):
-            for ragged in (False, True) if server == "triton" and op in ("linear", "conv") else (False,):
+            for ragged in (
+                (False, True) if server == "triton" and op in ("linear", "conv") else (False,)
+            ):
                 what = f"{op} by {server}, {statistic.name}{', ragged' * ragged}"
                 run = lambda s=server, o=op, t=statistic, r=ragged: op_is_captured(s, o, t, r)
                 yield what, needs_gpu(run, dry)
     for name in MODELS:
         for rule in (htv.AndMask(0.4), htv.Median()):
-            yield f"step of {name}, {rule}", needs_gpu(lambda n=name, r=rule: step_is_captured(n, r), dry)
+            yield (
+                f"step of {name}, {rule}",
+                needs_gpu(lambda n=name, r=rule: step_is_captured(n, r), dry),
+            )
 
 
 def require_server(server: str, op: str, statistic: Statistic, device: str = "cuda") -> None:
-    reason = backend.why_not(server, backend.Problem(op, statistic.name, torch.device(device), longest=1))
+    reason = backend.why_not(
+        server, backend.Problem(op, statistic.name, torch.device(device), longest=1)
+    )
     if reason is not None:
         raise Skipped(reason)
 
@@ -170,14 +196,19 @@ def compiled(dry: bool) -> Found:
             yield f"{op} by {server}", lambda s=server, o=op: op_is_compiled(s, o, device, compiler)
     for name in MODELS if not dry else ("mlp",):
         for rule in (htv.AndMask(0.4), htv.Median())[: 2 if name == "mlp" and not dry else 1]:
-            yield f"step of {name}, {rule}", lambda n=name, r=rule: step_is_compiled(n, r, device, compiler)
+            yield (
+                f"step of {name}, {rule}",
+                lambda n=name, r=rule: step_is_compiled(n, r, device, compiler),
+            )
 
 
 def op_is_compiled(server: str, op: str, device: str, compiler: str) -> None:
     require_server(server, op, AND_MASK, device)
     given = arguments(op, device)
     torch._dynamo.reset()
-    whole = torch.compile(lambda *a: call(server, op, list(a), AND_MASK), fullgraph=True, backend=compiler)
+    whole = torch.compile(
+        lambda *a: call(server, op, list(a), AND_MASK), fullgraph=True, backend=compiler
+    )
     equal(list(whole(*given)), call(server, op, given, AND_MASK))
 
 
@@ -198,7 +229,10 @@ DELAY = 200_000_000  # cycles: a tenth of a second
 
 def streams(dry: bool) -> Found:
     for server, op in operators("cuda"):
-        yield f"{op} by {server}", needs_gpu(lambda s=server, o=op: op_follows_its_stream(s, o), dry)
+        yield (
+            f"{op} by {server}",
+            needs_gpu(lambda s=server, o=op: op_follows_its_stream(s, o), dry),
+        )
     yield "step of mlp", needs_gpu(step_follows_its_stream, dry)
 
 
@@ -263,7 +297,10 @@ def step_does_not_wait(server: str, name: str, rule: htv.Rule) -> None:
 
 def devices(dry: bool) -> Found:
     for server, op in operators("cuda"):
-        yield f"{op} by {server}", needs_gpu(lambda s=server, o=op: op_follows_its_device(s, o), dry)
+        yield (
+            f"{op} by {server}",
+            needs_gpu(lambda s=server, o=op: op_follows_its_device(s, o), dry),
+        )
 
 
 def op_follows_its_device(server: str, op: str) -> None:
@@ -288,7 +325,12 @@ def large(dry: bool) -> Found:
         for statistic in (AND_MASK, MEDIAN):
             for groups, coordinates in ((3, 2**30 // share + 24), (2, 2**31 // share + 24)):
                 what = f"stacked ({groups}, {coordinates}) by {server}, {statistic.name}"
-                yield what, lambda s=server, t=statistic, e=groups, p=coordinates: large_stacked(s, t, e, p, device)
+                yield (
+                    what,
+                    lambda s=server, t=statistic, e=groups, p=coordinates: large_stacked(
+                        s, t, e, p, device
+                    ),
+                )
             width = 32800 if not dry else 80
             what = f"linear, {2 * width} x {width} weights by {server}, {statistic.name}"
             yield what, lambda s=server, t=statistic, w=width: large_weight(s, t, w, device)
@@ -327,7 +369,9 @@ def near(found: Tensor, wanted: tuple[Tensor, Tensor]) -> None:
     torch.testing.assert_close(found.double(), wanted[0], rtol=1e-6, atol=1e-6)
 
 
-def large_stacked(server: str, statistic: Statistic, groups: int, coordinates: int, device: str) -> None:
+def large_stacked(
+    server: str, statistic: Statistic, groups: int, coordinates: int, device: str
+) -> None:
     require_server(server, "stacked", statistic, device)
     with memory(1e-9 * coordinates * (4 * groups + 6), device):
         grads = torch.cat([small_integers(1, coordinates, device=device) for _ in range(groups)])
@@ -356,4 +400,7 @@ def large_rows(rows: int, width: int, device: str) -> None:
         offsets = torch.arange(5) * (rows // 4)
         value, _ = call("triton", "linear", [x, g, offsets], AND_MASK)
         for columns in (slice(0, 8), slice(width - 8, width)):
-            near(value[:, columns], reference.linear(x[:, columns].double(), g.double(), offsets, AND_MASK))
+            near(
+                value[:, columns],
+                reference.linear(x[:, columns].double(), g.double(), offsets, AND_MASK),
+            )

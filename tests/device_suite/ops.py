@@ -25,8 +25,13 @@ CUDA = torch.device("cuda")
 
 @contextmanager
 def unwritten_is_nan():
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)  # among others, fills what torch.empty returns
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    torch.use_deterministic_algorithms(
+        True, warn_only=True
+    )  # among others, fills what torch.empty returns
     try:
         yield
     finally:
@@ -52,7 +57,9 @@ def there_and_back(operator: Callable) -> Callable:
     """The operator for tensors on the CPU: floating-point ones go to the device, results come back."""
 
     def op(*arguments):
-        moved = (placed(a) if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments)
+        moved = (
+            placed(a) if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments
+        )
         return tuple(result.cpu() for result in operator(*moved))
 
     return op
@@ -81,9 +88,21 @@ def cuda_stacked(dry: bool) -> Found:
     op = cuda_operator("stacked", dry)
     types, singles = stacked.DTYPES, (torch.float64, torch.float32)
     tables = {
-        "random values": (stacked.holds_on_random_values, types, (1, 2, 3, 5, 8, 16, 17, 31, 32, 33, 64, 100, 1000)),
-        "rows of length": (stacked.holds_at_every_alignment, types, (0, 1, 2, 3, 4, 6, 7, 8, 12, 16, 31, 100, 2050)),
-        "medians are exact": (stacked.medians_are_exact, types, (*stacked.NETWORKS, *stacked.COUNTING)),
+        "random values": (
+            stacked.holds_on_random_values,
+            types,
+            (1, 2, 3, 5, 8, 16, 17, 31, 32, 33, 64, 100, 1000),
+        ),
+        "rows of length": (
+            stacked.holds_at_every_alignment,
+            types,
+            (0, 1, 2, 3, 4, 6, 7, 8, 12, 16, 31, 100, 2050),
+        ),
+        "medians are exact": (
+            stacked.medians_are_exact,
+            types,
+            (*stacked.NETWORKS, *stacked.COUNTING),
+        ),
         "inner means": (stacked.inner_means_hold, singles, (*stacked.NETWORKS, 97, 300)),
         "ties and zeros": (stacked.holds_with_ties_and_zeros, types, (1, 2, 4, 16, 64, 128)),
         "NaN and infinity": (stacked.holds_with_nan_and_infinity, types, (2, 3, 7, 40, 70)),
@@ -98,7 +117,10 @@ def cuda_stacked(dry: bool) -> Found:
     for groups in (70, 513) if not dry else (70,):
         yield f"hard searches: {groups}", poisoned(stacked.hard_searches_end, op, groups)
     for groups in (5, 33, 70) if not dry else (5,):
-        yield f"twice the same bits: {groups}", poisoned(stacked.twice_gives_the_same_bits, op, groups)
+        yield (
+            f"twice the same bits: {groups}",
+            poisoned(stacked.twice_gives_the_same_bits, op, groups),
+        )
 
 
 def cuda_linear(dry: bool) -> Found:
@@ -108,7 +130,10 @@ def cuda_linear(dry: bool) -> Found:
         for lengths, out, width in rank_one.SHAPES if not dry else rank_one.SHAPES[1:3]:
             what = f"masks and sign sums: {short(dtype)}, {len(lengths)} groups, {out} x {width}"
             yield what, poisoned(rank_one.counts_hold, op, dtype, lengths, out, width, dry)
-        yield f"NaN and infinity: {short(dtype)}", poisoned(rank_one.holds_with_nan_and_infinity, op, dtype, dry)
+        yield (
+            f"NaN and infinity: {short(dtype)}",
+            poisoned(rank_one.holds_with_nan_and_infinity, op, dtype, dry),
+        )
         if dtype != torch.float16:
             vanishing = poisoned(rank_one.holds_where_products_vanish, op, dtype, dry)
             yield f"products that vanish: {short(dtype)}", vanishing
@@ -118,7 +143,10 @@ def cuda_linear(dry: bool) -> Found:
                 what = f"order statistics: {short(dtype)}, {kind}, {rows} groups"
                 yield what, poisoned(rank_one.order_statistics_hold, op, dtype, kind, rows)
     for kind in ("dense", "relu") if not dry else ():
-        yield f"groups without rows: {kind}", poisoned(rank_one.groups_without_rows_are_zeros, op, kind)
+        yield (
+            f"groups without rows: {kind}",
+            poisoned(rank_one.groups_without_rows_are_zeros, op, kind),
+        )
 
 
 TRITON_TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -135,9 +163,19 @@ def triton_stacked(dry: bool) -> Found:
 
     for dtype in TRITON_TYPES if not dry else TRITON_TYPES[:1]:
         for groups in (1, 2, 5, 16, 33, 64, 70) if not dry else (5,):
-            for statistic in [*statistics(groups), Statistic("sign_agreement")][:: step_of(dtype, dry)]:
+            for statistic in [*statistics(groups), Statistic("sign_agreement")][
+                :: step_of(dtype, dry)
+            ]:
                 what = f"{short(dtype)}, {groups} groups, {described(statistic)}"
-                yield what, poisoned(lambda g, t, s: table.check(table.make(g, 131, t), s), groups, dtype, statistic)
+                yield (
+                    what,
+                    poisoned(
+                        lambda g, t, s: table.check(table.make(g, 131, t), s),
+                        groups,
+                        dtype,
+                        statistic,
+                    ),
+                )
     for groups in (4, 5, 20) if not dry else (4,):
         yield f"extreme values: {groups}", poisoned(table.extreme_values_hold, groups)
 
@@ -152,18 +190,29 @@ def triton_linear(dry: bool) -> Found:
                 continue
             for statistic in statistics(len(shape[0]))[:: step_of(dtype, dry)]:
                 what = f"{name}: {short(dtype)}, {described(statistic)}"
-                yield what, poisoned(lambda a, t, s: table.check(*table.make(*a, t), s), shape, dtype, statistic)
+                yield (
+                    what,
+                    poisoned(
+                        lambda a, t, s: table.check(*table.make(*a, t), s), shape, dtype, statistic
+                    ),
+                )
     for statistic in table.ALL if not dry else table.ALL[1:7:5]:
         for dtype in TRITON_TYPES if not dry else TRITON_TYPES[1:2]:
             what = f"{short(dtype)}, {described(statistic)}"
             yield f"rounding: {what}", poisoned(table.rounding_is_bounded, statistic, dtype)
             yield f"NaN: {what}", poisoned(table.nan_poisons_its_column, 3, statistic, dtype)
         if statistic.name != "geometric_mean":
-            yield f"infinity: {described(statistic)}", poisoned(table.inf_is_an_ordinary_extreme, statistic)
+            yield (
+                f"infinity: {described(statistic)}",
+                poisoned(table.inf_is_an_ordinary_extreme, statistic),
+            )
         outside = poisoned(table.rows_outside_the_groups_are_not_read, statistic)
         yield f"rows outside the groups: {described(statistic)}", outside
     yield "ties and zeros", poisoned(table.ties_and_zeros_count)
-    yield "no votes needed is the plain gradient", poisoned(table.no_votes_needed_is_the_plain_gradient)
+    yield (
+        "no votes needed is the plain gradient",
+        poisoned(table.no_votes_needed_is_the_plain_gradient),
+    )
 
 
 def triton_conv(dry: bool) -> Found:
@@ -174,11 +223,18 @@ def triton_conv(dry: bool) -> Found:
             continue
         inner = Statistic("winsorized_mean", (len(shape[0]) - 1) // 2)
         for statistic in (table.AND_MASK, table.MEDIAN, table.BUCKETS, inner)[: 2 if dry else 4]:
-            for dtype in TRITON_TYPES if statistic == table.AND_MASK and not dry else TRITON_TYPES[:1]:
-                run = poisoned(lambda a, t, s: table.check(table.make(*a, t), s), shape, dtype, statistic)
+            for dtype in (
+                TRITON_TYPES if statistic == table.AND_MASK and not dry else TRITON_TYPES[:1]
+            ):
+                run = poisoned(
+                    lambda a, t, s: table.check(table.make(*a, t), s), shape, dtype, statistic
+                )
                 yield f"{name}: {short(dtype)}, {described(statistic)}", run
     for name in ("2-d", "3-d", "depthwise") if not dry else ():
-        yield f"channels last: {name}", poisoned(table.channels_may_be_last_or_first, table.SHAPES[name])
+        yield (
+            f"channels last: {name}",
+            poisoned(table.channels_may_be_last_or_first, table.SHAPES[name]),
+        )
     for name in ("2-d", "depthwise") if not dry else ():
         yield f"NaN and infinity: {name}", poisoned(table.nan_and_inf_hold, table.SHAPES[name])
 
@@ -193,10 +249,17 @@ def triton_embedding(dry: bool) -> Found:
         generator = torch.Generator().manual_seed(groups)
         rows, tokens, width = 40, 13, 35
         grad = torch.randn(rows, width, generator=generator).round().to(dtype)
-        ids, group_index = (torch.randint(0, n, (rows,), generator=generator) for n in (tokens - 1, groups))
+        ids, group_index = (
+            torch.randint(0, n, (rows,), generator=generator) for n in (tokens - 1, groups)
+        )
         group_index = group_index.sort().values
         op = backend.operator("embedding", "triton")
-        found = op(*(t.to(DEVICE) for t in (grad, ids, group_index)), tokens, groups, *schema.numbers(statistic))
+        found = op(
+            *(t.to(DEVICE) for t in (grad, ids, group_index)),
+            tokens,
+            groups,
+            *schema.numbers(statistic),
+        )
         wanted = reference.embedding(grad.double(), ids, group_index, tokens, groups, statistic)
         assert_same([t.cpu() for t in found], wanted, statistic, scale=groups)
 
@@ -211,7 +274,9 @@ def triton_embedding(dry: bool) -> Found:
 
 def described(statistic: Statistic) -> str:
     numbers = {"count": statistic.count, "votes": statistic.votes, "k": statistic.k}
-    return " ".join([statistic.name, *(f"{name}={value:g}" for name, value in numbers.items() if value)])
+    return " ".join(
+        [statistic.name, *(f"{name}={value:g}" for name, value in numbers.items() if value)]
+    )
 
 
 # One small call for every CUDA kernel of csrc/cuda, by the kernel's name: what a sanitizer watches.

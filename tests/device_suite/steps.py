@@ -19,7 +19,10 @@ def models(dry: bool) -> Iterator[tuple[str, Callable[[], None]]]:
         for rule in RULES if not dry else RULES[:2]:
             named = ("triton", "cuda")[: 2 - dry] if rule in RULES[:2] else ()
             for server in ("auto", *named):
-                yield f"{name}: {rule}, by {server}", lambda n=name, r=rule, s=server: handles(n, r, s, dry)
+                yield (
+                    f"{name}: {rule}, by {server}",
+                    lambda n=name, r=rule, s=server: handles(n, r, s, dry),
+                )
 
 
 def handles(name: str, rule: htv.Rule, server: str, dry: bool) -> None:

@@ -22,10 +22,16 @@ def test_the_task_has_all_its_parts():
     assert pictures.shape == (300, 3, 8, 8) and torch.equal(labels, task.without_cue[1])
     changed = (pictures != task.without_cue[0]).flatten(1).any(1)
     assert 0.4 < changed.double().mean() < 0.6  # .6 of nine classes out of ten
-    assert len(task.clean[1]) == 30 and len(task.plentiful[1]) == 270 and task.clean[0].shape[1:] == (3, 8, 8)
+    assert (
+        len(task.clean[1]) == 30
+        and len(task.plentiful[1]) == 270
+        and task.clean[0].shape[1:] == (3, 8, 8)
+    )
     assert list(task.tests) == list(cues.SETS) and all(len(y) == 50 for _, y in task.tests.values())
     same, other = (cues.make_task(digits(), SMALL, 0.9, seed=seed) for seed in (1, 2))
-    assert torch.equal(same.tests["RC"][0], task.tests["RC"][0])  # tests do not depend on the proportion
+    assert torch.equal(
+        same.tests["RC"][0], task.tests["RC"][0]
+    )  # tests do not depend on the proportion
     assert not torch.equal(other.tests["C"][0], task.tests["C"][0])
 
 
@@ -42,7 +48,10 @@ def test_batches_are_shuffled_anew_in_the_order_of_the_seed():
 def test_networks_fit_the_images_and_are_those_of_their_seed():
     task = cues.make_task(digits(), SMALL, 0.9, seed=0)
     before = torch.get_rng_state()
-    one, same = cues.trained(task, task.with_cue, SMALL, 3), cues.trained(task, task.with_cue, SMALL, 3)
+    one, same = (
+        cues.trained(task, task.with_cue, SMALL, 3),
+        cues.trained(task, task.with_cue, SMALL, 3),
+    )
     assert torch.equal(before, torch.get_rng_state())
     torch.testing.assert_close(one.state_dict(), same.state_dict(), rtol=0, atol=0)
     assert set(cues.accuracies(one, task)) == set(cues.SETS)
@@ -50,7 +59,10 @@ def test_networks_fit_the_images_and_are_those_of_their_seed():
 
 def test_colored_images_are_served_as_well():
     generator = torch.Generator().manual_seed(0)
-    some = lambda count: (torch.rand(count, 3, 16, 12, generator=generator), torch.arange(count) % 4)
+    some = lambda count: (
+        torch.rand(count, 3, 16, 12, generator=generator),
+        torch.arange(count) % 4,
+    )
     data = Dataset("rgb", 4, *some(60), *some(20))
     task = cues.make_task(data, SMALL, 0.9, seed=0)
     assert cues.make_network(task, 0)(task.clean[0]).shape == (6, 4)
@@ -81,11 +93,17 @@ def test_paths_are_judged_by_their_numbers():
         found = {}
         for variant in paths.OTHERS:
             kinds = ["linear", "quadratic"]
-            kinds += [kind + paths.MATCHED for kind in kinds] if variant in (paths.NO_CUE, paths.CUE) else []
+            kinds += (
+                [kind + paths.MATCHED for kind in kinds]
+                if variant in (paths.NO_CUE, paths.CUE)
+                else []
+            )
             found[variant] = {f"{of} at its end": 0.8 for of in cues.SETS}
             for kind in kinds:
                 barriers = heights(variant, kind)
-                found[variant] |= {paths._key(kind, of): h for of, h in zip(cues.SETS, barriers, strict=True)}
+                found[variant] |= {
+                    paths._key(kind, of): h for of, h in zip(cues.SETS, barriers, strict=True)
+                }
                 found[variant][kind] = {of: [0.1, 0.2] for of in cues.SETS}
         return found
 
@@ -99,7 +117,10 @@ def test_paths_are_judged_by_their_numbers():
     assert agreement("paths", results(as_claimed)) == [True] * 6
 
     def otherwise(variant, kind):
-        if variant in (paths.SMALL, paths.MEDIUM) or (variant, kind) == (paths.CUE, "linear" + paths.MATCHED):
+        if variant in (paths.SMALL, paths.MEDIUM) or (variant, kind) == (
+            paths.CUE,
+            "linear" + paths.MATCHED,
+        ):
             return (1.0,) * 4
         return (0.0, 0.2, 0.0, 0.0) if kind == "quadratic" else (0.05,) * 4
 
@@ -117,5 +138,7 @@ def test_the_quick_ones_run_and_report(name, tmp_path):
     assert result.exit_code == 0, result.output
     record = json.loads((tmp_path / f"{name}.json").read_text())
     assert record["data"]["name"] == "digits" and record["findings"] and record["tables"]
-    assert all(finding["here"] in (tmp_path / f"{name}.md").read_text() for finding in record["findings"])
+    assert all(
+        finding["here"] in (tmp_path / f"{name}.md").read_text() for finding in record["findings"]
+    )
     assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")

@@ -30,11 +30,17 @@ def experiment(calls, fail_at=None):
             raise Interrupted
         calls.append((variant, seed))
         progress(0.5, "half")
-        return {"value": settings.factor * seed + (variant == "b"), "bad": float("nan"), "curve": [1.0, 2.0]}
+        return {
+            "value": settings.factor * seed + (variant == "b"),
+            "bad": float("nan"),
+            "curve": [1.0, 2.0],
+        }
 
     def summarise(found):
         rows = [[variant, f"{found.mean(variant, 'value'):.2f}"] for variant in found.variants]
-        return Summary([Table(["variant", "value"], rows)], [Finding("b is above a", "it is", True)])
+        return Summary(
+            [Table(["variant", "value"], rows)], [Finding("b is above a", "it is", True)]
+        )
 
     def plot(found, figure):
         figure.subplots().plot(found.values("a", "value"))
@@ -53,7 +59,12 @@ def test_runs_are_kept_and_reported(tmp_path):
     calls = []
     record = go(tmp_path, experiment(calls))
     assert calls == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny.json", "tiny.jsonl", "tiny.md", "tiny.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "tiny.json",
+        "tiny.jsonl",
+        "tiny.md",
+        "tiny.png",
+    ]
     assert json.loads((tmp_path / "tiny.json").read_text()) == record
     assert record["seeds"] == 2 and record["settings"] == {"factor": 2, "names": ["a", "b"]}
     assert [r["result"]["value"] for r in record["records"]] == [0, 1, 2, 3]
@@ -198,8 +209,16 @@ def test_reports_replace_older_ones_whole(tmp_path, monkeypatch):
 
 
 def test_numbers_over_seeds():
-    found = Records(None, [{"variant": "a", "seed": s, "seconds": 1, "result": {"x": x}} for s, x in enumerate((1, 3))])
-    assert found.variants == ["a"] and found.values("a", "x") == [1, 3] and found.mean("a", "x") == 2
+    found = Records(
+        None,
+        [
+            {"variant": "a", "seed": s, "seconds": 1, "result": {"x": x}}
+            for s, x in enumerate((1, 3))
+        ],
+    )
+    assert (
+        found.variants == ["a"] and found.values("a", "x") == [1, 3] and found.mean("a", "x") == 2
+    )
     assert spread([0.5]) == "50.0%" and spread([1.0, 3.0], ".1f") == "2.0 ± 1.4"
     assert spread([0.5, float("nan")], ".1f") == "nan"
     lost = Records(None, [{"variant": "a", "seed": 0, "seconds": 1, "result": {"x": None}}])

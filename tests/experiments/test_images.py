@@ -27,7 +27,10 @@ def test_a_task_is_a_subset_with_noise_on_the_training_part_alone():
     data = digits()
     task = images.make_task(data, SMALL, 0.5, seed=1)
     assert task.x.shape == (300, 64) and task.test_x.shape == (50, 64)
-    assert torch.equal(task.true != task.noisy, task.wrong) and 0.35 < task.wrong.double().mean() < 0.55
+    assert (
+        torch.equal(task.true != task.noisy, task.wrong)
+        and 0.35 < task.wrong.double().mean() < 0.55
+    )
     again, other = (images.make_task(data, SMALL, 0.5, seed=seed) for seed in (1, 2))
     assert torch.equal(task.x, again.x) and torch.equal(task.noisy, again.noisy)
     assert torch.equal(task.test_x, again.test_x) and not torch.equal(task.test_x, other.test_x)
@@ -65,7 +68,9 @@ def test_fitting_looks_when_it_should_and_is_repeatable():
     assert curves["epoch"] == [0, 2, 4] and all(len(values) == 3 for values in curves.values())
     assert curves == trained(None)
     assert curves["train_accuracy"][-1] > curves["train_accuracy"][0] + 0.1
-    assert trained(htv.Mean())["clean_accuracy"] == pytest.approx(curves["clean_accuracy"], abs=0.03)
+    assert trained(htv.Mean())["clean_accuracy"] == pytest.approx(
+        curves["clean_accuracy"], abs=0.03
+    )
     assert trained(htv.AndMask(1.0))["train_accuracy"][-1] < curves["train_accuracy"][-1]
     assert trained(None, look=lambda: {"seen": 1}) == {"epoch": [0, 2, 4], "seen": [1, 1, 1]}
     assert images.last({"epoch": [1, 2], "a": [3, 4]}) == {"a": 4}
@@ -94,7 +99,10 @@ def test_memorisation_is_judged_by_its_numbers():
 
     assert agreement("memorisation", results(True, False)) == [True] * 8
     assert agreement("memorisation", results(False, True)) == [False, False, False, True] * 2
-    assert agreement("memorisation", results(True, False), classes=100) == [True, True, False, True] * 2  # 5% is more
+    assert (
+        agreement("memorisation", results(True, False), classes=100)
+        == [True, True, False, True] * 2
+    )  # 5% is more
 
 
 def test_winsorized_is_judged_by_its_numbers():
@@ -122,7 +130,10 @@ def test_rolling_is_judged_by_its_numbers():
         common = {"clean_accuracy": 1.0, "train_accuracy": 0.8, "test_accuracy": 0.7, "best_test": 0.8,
                   "matched": None}  # fmt: skip
         curves = lambda value: {"memorised": [0.0, 2 * value], "gap": [-0.2, 2 * value]}
-        return {v: {**common, "memorised": 0.99, "gap": 0.4, "curves": curves(value)} for v, value in memorised.items()}
+        return {
+            v: {**common, "memorised": 0.99, "gap": 0.4, "curves": curves(value)}
+            for v, value in memorised.items()
+        }
 
     assert rolling._when([0.1, 0.5, 0.9, 0.95], 0.8, [0.0, 0.2, 0.6, 0.7]) == pytest.approx(0.5)
     assert rolling._when([0.1, 0.5], 0.8, [0.0, 0.2]) is None
@@ -136,25 +147,46 @@ def test_attribution_is_judged_by_its_numbers():
     def results(first, last, pristine, corrupt):
         common = {"last_epoch_f_c": last, "crossing": None, "pristine_learnt": pristine, "corrupt_learnt": corrupt,
                   "train_accuracy": 0.9}  # fmt: skip
-        return {v: {**common, "share_of_pristine": p, "early_f_p": p + first} for v, p in rates.items()}
+        return {
+            v: {**common, "share_of_pristine": p, "early_f_p": p + first} for v, p in rates.items()
+        }
 
     assert agreement("attribution", results(0.2, 0.6, 3.0, 30.0)) == [True, True, True]
-    assert agreement("attribution", results(0.2, 0.6, 3.0, None)) == [True, True, True]  # half never were
+    assert agreement("attribution", results(0.2, 0.6, 3.0, None)) == [
+        True,
+        True,
+        True,
+    ]  # half never were
     assert agreement("attribution", results(0.0, 0.4, 9.0, 10.0)) == [False, False, False]
 
 
 def test_coherence_is_judged_by_its_numbers():
     real = {"start": 20.0, "early": 300.0, "peak": 300.0, "peak_epoch": 2, "m_coherence": 1.1, "train_accuracy": 1.0,
             "examples": 2000}  # fmt: skip
-    random = {**real, "start": 1.2, "early": 2.0, "peak": 90.0, "peak_epoch": 90, "m_coherence": 1.5}
+    random = {
+        **real,
+        "start": 1.2,
+        "early": 2.0,
+        "peak": 90.0,
+        "peak_epoch": 90,
+        "m_coherence": 1.5,
+    }
     assert agreement("coherence", {"real labels": real, "random labels": random}) == [True] * 4
-    assert agreement("coherence", {"real labels": random, "random labels": real}) == [False, True, False, False]
+    assert agreement("coherence", {"real labels": random, "random labels": real}) == [
+        False,
+        True,
+        False,
+        False,
+    ]
 
 
 def test_difficulty_is_judged_by_its_numbers():
     def results(easy, hard):
         common = {"train_accuracy": 1.0, "train_images": 100, "test_images": 50, "easy_share": 0.8}
-        return {v: {**common, "test_accuracy": a} for v, a in {"easy": easy, "hard": hard, "any": 0.8}.items()}
+        return {
+            v: {**common, "test_accuracy": a}
+            for v, a in {"easy": easy, "hard": hard, "any": 0.8}.items()
+        }
 
     assert agreement("difficulty", results(0.9, 0.5)) == [True, True]
     assert agreement("difficulty", results(0.6, 0.55)) == [False, True]
@@ -176,5 +208,7 @@ def test_the_quick_ones_run_and_report(name, tmp_path):
     assert result.exit_code == 0, result.output
     record = json.loads((tmp_path / f"{name}.json").read_text())
     assert record["data"]["name"] == "digits" and record["findings"] and record["tables"]
-    assert all(finding["here"] in (tmp_path / f"{name}.md").read_text() for finding in record["findings"])
+    assert all(
+        finding["here"] in (tmp_path / f"{name}.md").read_text() for finding in record["findings"]
+    )
     assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")

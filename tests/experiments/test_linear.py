@@ -39,9 +39,13 @@ def test_mistakes_are_named(tmp_path):
 
 
 def test_a_folder_of_other_settings_is_refused(tmp_path):
-    (tmp_path / "linear.jsonl").write_text('{"experiment": "linear", "settings": {"steps": 3}, "data": null}\n')
+    (tmp_path / "linear.jsonl").write_text(
+        '{"experiment": "linear", "settings": {"steps": 3}, "data": null}\n'
+    )
     result = invoke("linear", "--quick", "--out", tmp_path)
-    assert result.exit_code == 2 and "settings.steps was 3, now 1000" in " ".join(result.output.split())
+    assert result.exit_code == 2 and "settings.steps was 3, now 1000" in " ".join(
+        result.output.split()
+    )
 
 
 def test_without_a_name_all_are_listed():

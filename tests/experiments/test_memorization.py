@@ -24,7 +24,10 @@ def test_the_toy_is_judged_by_its_numbers():
         for temperature in ("0.001", "0.01", "0.1", "1"):
             found[f"MAT, T = {temperature}"] = {"minority": mat, "minority_flipped": flipped, "majority_flipped": 0.0,
                                                 "minority_shift": shift, "majority_shift": -0.1}  # fmt: skip
-        return {variant: {"majority": 0.98, "curve": curve, **result} for variant, result in found.items()}
+        return {
+            variant: {"majority": 0.98, "curve": curve, **result}
+            for variant, result in found.items()
+        }
 
     assert agreement("mat-toy", results()) == [True] * 9
     assert agreement("mat-toy", results(0.9, 0.3, 0.7, 0.5, -1.0, 0.3)) == [False] * 9
@@ -42,12 +45,18 @@ def test_good_bad_and_ugly_are_judged_by_their_numbers():
 def test_worst_groups_are_judged_by_their_numbers():
     def results(found=1.0, taken=0.0, **worst):
         common = {"worst_average": 0.9, "average_worst": 0.5, "last_worst": 0.5, "train": 1.0}
-        values = {variant: worst.get(variant.split()[0].strip(","), 0.8) for variant in worst_group.METHODS}
+        values = {
+            variant: worst.get(variant.split()[0].strip(","), 0.8)
+            for variant in worst_group.METHODS
+        }
         values |= {"XRM + GroupDRO": worst["XRM"], "oracle GroupDRO": worst["oracle"]}
         return {variant: {**common, "worst_worst": value, "minority_found": found, "majority_taken": taken}
                 for variant, value in values.items()}  # fmt: skip
 
-    assert agreement("worst-group", results(ERM=0.5, MAT=0.8, JTT=0.7, XRM=0.82, oracle=0.83)) == [True] * 5
+    assert (
+        agreement("worst-group", results(ERM=0.5, MAT=0.8, JTT=0.7, XRM=0.82, oracle=0.83))
+        == [True] * 5
+    )
     worse = results(0.5, 0.3, ERM=0.5, MAT=0.5, JTT=0.4, XRM=0.7, oracle=0.8)
     assert agreement("worst-group", worse) == [False] * 5
 
@@ -74,9 +83,13 @@ def test_each_method_trains_on_what_it_is_told(monkeypatch):
     settings, data = grouped_problem()
     train = worst_group.problem(settings, data, 0).train
     inferred = torch.arange(len(train)) % 4
-    draw = SimpleNamespace(held_out=torch.randn(len(train), 2), targets=train.y, groups=lambda: inferred)
+    draw = SimpleNamespace(
+        held_out=torch.randn(len(train), 2), targets=train.y, groups=lambda: inferred
+    )
     monkeypatch.setattr(worst_group, "held_out", lambda *arguments: draw)
-    plain = worst_group.correct(worst_group.Training(settings, worst_group.Method(), data, 0).new_network(), train)
+    plain = worst_group.correct(
+        worst_group.Training(settings, worst_group.Method(), data, 0).new_network(), train
+    )
     assert plain.dtype == torch.bool
     losses, x = {}, torch.arange(8)
     logits = torch.randn(8, 2, generator=torch.Generator().manual_seed(0))
@@ -96,7 +109,15 @@ def test_each_method_trains_on_what_it_is_told(monkeypatch):
             assert (sampler is None) == (method.sampler == "shuffled")
         assert (training.rule() is None) == (method.rule == "")
     assert losses["ERM"] == losses["JTT"] == losses["oracle RWG"] == losses["oracle SUBG"]
-    assert len({losses[name] for name in ("ERM", "MAT", "XRM + GroupDRO", "oracle GroupDRO", "oracle IRM")}) == 5
+    assert (
+        len(
+            {
+                losses[name]
+                for name in ("ERM", "MAT", "XRM + GroupDRO", "oracle GroupDRO", "oracle IRM")
+            }
+        )
+        == 5
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -105,7 +126,9 @@ def test_the_quick_ones_run_and_report(name, tmp_path):
     assert result.exit_code == 0, result.output
     record = json.loads((tmp_path / f"{name}.json").read_text())
     assert record["findings"] and record["tables"]
-    assert all(finding["here"] in (tmp_path / f"{name}.md").read_text() for finding in record["findings"])
+    assert all(
+        finding["here"] in (tmp_path / f"{name}.md").read_text() for finding in record["findings"]
+    )
     assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     if name == "mat-toy":
         assert all(finding["agrees"] for finding in record["findings"])

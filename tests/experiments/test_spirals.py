@@ -12,7 +12,9 @@ from htv.cli.commands import app
 from htv.experiments import correlation, spirals
 from htv.experiments.experiment import Records
 
-TINY = replace(spirals.EXPERIMENT.quick, environments=4, per_environment=32, batch=16, epochs=2, width=16)
+TINY = replace(
+    spirals.EXPERIMENT.quick, environments=4, per_environment=32, batch=16, epochs=2, width=16
+)
 
 
 def quietly(share, now=""):
@@ -35,24 +37,36 @@ def test_every_method_trains_from_the_same_start(method):
     assert all(p.isfinite().all() for p in first[1])
     if method != "batch norm":
         begin = {}
-        spirals.train(TINY, "adam", 3, lambda epoch, network, data: begin.update(enumerate(network.parameters())))
+        spirals.train(
+            TINY,
+            "adam",
+            3,
+            lambda epoch, network, data: begin.update(enumerate(network.parameters())),
+        )
         assert all(torch.equal(p, begin[index]) for index, p in enumerate(first[0]))
 
 
-@pytest.mark.parametrize("method", [name for name in spirals.METHODS if name not in ("adam", "batch norm", "dropout")])
+@pytest.mark.parametrize(
+    "method", [name for name in spirals.METHODS if name not in ("adam", "batch norm", "dropout")]
+)
 def test_every_methods_term_reaches_the_first_layer(method):
     grads = []
     for name in (method, "adam"):
         torch.manual_seed(0)
         trained = spirals.Method(name, TINY, 6)
-        x, y = torch.randn(16, 6, generator=torch.Generator().manual_seed(1)), torch.arange(16.0) % 2
+        x, y = (
+            torch.randn(16, 6, generator=torch.Generator().manual_seed(1)),
+            torch.arange(16.0) % 2,
+        )
         trained.loss(x, y, torch.arange(16) // 4).backward()
         grads.append(next(trained.network.parameters()).grad)
     assert not torch.allclose(*grads, rtol=1e-5, atol=1e-9)
 
 
 def records(settings, results):
-    runs = [{"variant": v, "seed": 0, "seconds": 1.0, "result": result} for v, result in results.items()]
+    runs = [
+        {"variant": v, "seed": 0, "seconds": 1.0, "result": result} for v, result in results.items()
+    ]
     return Records(settings, runs)
 
 
@@ -67,9 +81,15 @@ def test_conclusions_about_spirals():
 def test_correlations_of_a_network_that_knows_neither():
     settings = correlation.Settings(TINY, taus=(0.0, 0.5, 1.0))
     found = correlation.run_one(settings, "untrained", 0, None, quietly)
-    assert found["epoch"] == 0 and found["and-mask left"][0] == 1.0 and found["xor-mask left"][0] == 0.0
+    assert (
+        found["epoch"] == 0
+        and found["and-mask left"][0] == 1.0
+        and found["xor-mask left"][0] == 0.0
+    )
     for at in range(3):
-        assert found["and-mask left"][at] + found["xor-mask left"][at] == pytest.approx(1.0, abs=1e-6)
+        assert found["and-mask left"][at] + found["xor-mask left"][at] == pytest.approx(
+            1.0, abs=1e-6
+        )
     again = correlation.run_one(settings, "untrained", 0, None, quietly)
     assert str(again) == str(found)  # NaN where nothing is left
 
@@ -81,7 +101,9 @@ def test_gradients_of_environments():
     each = []
     for e in range(3):
         loss = spirals.each_loss(network(x[e]), y[e]).mean()
-        each.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(network.parameters()))]))
+        each.append(
+            torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(network.parameters()))])
+        )
     for rule, stacked in ((htv.AndMask(1.0), htv.and_mask), (htv.XorMask(1.0), htv.xor_mask)):
         wanted = stacked(torch.stack(each), 1.0)
         torch.testing.assert_close(correlation.gradient(network, x, y, rule), wanted)

@@ -17,14 +17,23 @@ N = 40
 def network() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv1d(1, 3, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(24, 6), nn.LayerNorm(6), nn.Linear(6, 4)
+        nn.Conv1d(1, 3, 3, padding=1),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(24, 6),
+        nn.LayerNorm(6),
+        nn.Linear(6, 4),
     ).double()
 
 
 def images():
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(N, 1, 8, generator=generator, dtype=torch.float64)
-    return x, torch.randint(0, 4, (N,), generator=generator), torch.rand(N, generator=generator) < 0.4
+    return (
+        x,
+        torch.randint(0, 4, (N,), generator=generator),
+        torch.rand(N, generator=generator) < 0.4,
+    )
 
 
 @pytest.mark.parametrize("rule", [htv.Mean(), htv.Median()], ids=repr)
@@ -75,7 +84,10 @@ def test_the_null_is_that_of_tags_without_meaning():
     found = scored(torch.where(corrupt, 0.2, 1.0).double() * products, corrupt)
     assert found.steps[0].pristine > found.steps[0].null[1]
     assert (
-        found.influence().pristine > found.influence().null[1] > found.influence().null[0] > found.influence().corrupt
+        found.influence().pristine
+        > found.influence().null[1]
+        > found.influence().null[0]
+        > found.influence().corrupt
     )
 
 
@@ -114,7 +126,9 @@ def test_bad_input_is_refused():
         with pytest.raises(RuntimeError, match="run the model's forward and backward inside"):
             with attribution.step(torch.arange(5)):
                 outside.backward()
-        with pytest.raises(RuntimeError, match="cannot be nested"):  # groups come in the order of their ids
+        with pytest.raises(
+            RuntimeError, match="cannot be nested"
+        ):  # groups come in the order of their ids
             with attribution.step(torch.arange(4)), handle.groups(torch.tensor([3, 2, 1, 0])):
                 run(4)
         with pytest.raises(ValueError, match=r"ids must lie in \[0, 40\), got values from 2 to 40"):
@@ -144,7 +158,11 @@ def test_learnt_first_and_last():
         tracker.update(39, everyone, torch.ones(4, dtype=torch.bool))
     with pytest.raises(ValueError, match="correct must be a boolean tensor"):
         tracker.update(50, everyone, torch.ones(4))
-    for ids, message in (([-1], r"ids must lie in \[0, 4\)"), ([0, 1], "names 2 examples"), ([True], "integers")):
+    for ids, message in (
+        ([-1], r"ids must lie in \[0, 4\)"),
+        ([0, 1], "names 2 examples"),
+        ([True], "integers"),
+    ):
         with pytest.raises(ValueError, match=message):
             tracker.update(50, torch.tensor(ids), torch.ones(1, dtype=torch.bool))
     assert tracker.first.tolist() == [10, 10, 40, 20]
@@ -155,7 +173,9 @@ def test_learnt_first_and_last():
 def test_proper_accuracy_is_that_of_a_classifier_that_ignores_the_noise(kind, rate):
     count, generator = 200_000, torch.Generator().manual_seed(0)
     truth = torch.randint(0, 10, (count,), generator=generator)
-    guess = torch.where(torch.rand(count, generator=generator) < 0.8, truth, torch.randint(0, 10, (count,)))
+    guess = torch.where(
+        torch.rand(count, generator=generator) < 0.8, truth, torch.randint(0, 10, (count,))
+    )
     accuracy = (guess == truth).double().mean().item()
     noisy, _ = label_noise(truth, rate, 10, seed=1, kind=kind)
     found = (guess == noisy).double().mean().item()
@@ -165,7 +185,13 @@ def test_proper_accuracy_is_that_of_a_classifier_that_ignores_the_noise(kind, ra
 
 def test_adjusted_overfit_is_the_papers():
     assert adjusted_overfit(0.9, 0.8, 0.5) == pytest.approx(0.9 - (0.5 / 10 + 0.5 * 0.8))
-    for change in ({"train_accuracy": 1.2}, {"accuracy": -1.0}, {"rate": 50.0}, {"num_classes": 1}, {"kind": "x"}):
+    for change in (
+        {"train_accuracy": 1.2},
+        {"accuracy": -1.0},
+        {"rate": 50.0},
+        {"num_classes": 1},
+        {"kind": "x"},
+    ):
         good = dict(train_accuracy=0.9, accuracy=0.8, rate=0.5, num_classes=10, kind="uniform")
         with pytest.raises(ValueError, match=next(iter(change))):
             adjusted_overfit(**{**good, **change})

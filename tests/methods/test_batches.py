@@ -26,7 +26,11 @@ class Named(Dataset):
         return N
 
     def __getitem__(self, index):
-        return {"value": torch.tensor([float(self.ids[index])])}, self.ids[index] % 3, self.ids[index]
+        return (
+            {"value": torch.tensor([float(self.ids[index])])},
+            self.ids[index] % 3,
+            self.ids[index],
+        )
 
 
 def plain():
@@ -63,7 +67,11 @@ def steps(batches, start=0):
 def test_step_t_is_always_the_same(sampler):
     batches = Batches(plain(), 3, 4, sampler, seed=1)
     whole = steps(batches)
-    assert whole == steps(batches) == [ids.tolist() for e in range(3) for _, _, ids in batches.epoch(e)]
+    assert (
+        whole
+        == steps(batches)
+        == [ids.tolist() for e in range(3) for _, _, ids in batches.epoch(e)]
+    )
     for start in (0, 1, 5, 6, 7, len(whole) - 1, len(whole), len(whole) + 3):
         assert steps(batches, start) == whole[start:]
     if sampler is not SAMPLERS["in order"]:
@@ -91,7 +99,9 @@ def test_mistakes_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             table.write(ids, rows)
-    with pytest.raises(ValueError, match="3 of 5 examples have no row, ids 0, 2, 4: write them too"):
+    with pytest.raises(
+        ValueError, match="3 of 5 examples have no row, ids 0, 2, 4: write them too"
+    ):
         table.complete()
     with pytest.raises(ValueError, match="1000 of 1000 .* 7, ...: write"):
         ExampleTable(1000).complete()

@@ -72,13 +72,18 @@ def test_features_that_are_all_zero_have_no_direction_and_no_gradient():
     loss = invariance_loss(a, labels, b, labels, 2)
     torch.testing.assert_close(loss, by_loops(a, labels, b, labels, 2))
     grads = torch.autograd.grad(loss, (a, b))
-    assert all(g.isfinite().all() for g in grads) and not grads[0][:2].any() and not grads[1][:2].any()
+    assert (
+        all(g.isfinite().all() for g in grads) and not grads[0][:2].any() and not grads[1][:2].any()
+    )
 
 
 def test_invariance_loss_of_halves_is_accumulated_wide_and_nan_shows():
     labels = torch.arange(3000) % 2
     a, b = ((1 + random(3000, 4, seed=s, dtype=torch.float32)).to(torch.bfloat16) for s in (0, 1))
-    found, wide = invariance_loss(a, labels, b, labels, 2), invariance_loss(a.double(), labels, b.double(), labels, 2)
+    found, wide = (
+        invariance_loss(a, labels, b, labels, 2),
+        invariance_loss(a.double(), labels, b.double(), labels, 2),
+    )
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), wide, rtol=1e-4, atol=1e-7)
     with torch.autocast("cpu", torch.bfloat16):
@@ -104,7 +109,9 @@ def test_bad_input_of_the_invariance_loss_is_named():
 class Net(nn.Module):
     def __init__(self, norm=False):
         super().__init__()
-        self.body = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8) if norm else nn.Identity(), nn.Tanh())
+        self.body = nn.Sequential(
+            nn.Linear(6, 8), nn.BatchNorm1d(8) if norm else nn.Identity(), nn.Tanh()
+        )
         self.classify = nn.Linear(8, 4)
 
     def forward(self, x):
@@ -128,7 +135,9 @@ def test_penultimate_features_of_any_module():
     (features,) = seen
     torch.testing.assert_close(features, net.body(x))
     assert features.requires_grad and not net.classify._forward_pre_hooks
-    with pytest.raises(ValueError, match="head='nope' is no module of the model, which has body, body.0"):
+    with pytest.raises(
+        ValueError, match="head='nope' is no module of the model, which has body, body.0"
+    ):
         head_of(net, "nope")
     with pytest.raises(ValueError, match="no Linear"):
         head_of(nn.Conv2d(1, 1, 1))
@@ -193,7 +202,9 @@ def written_out(net, anchor, clean, cue, t, lr, terms, invariant=True, alternate
     def step(loss, theta):
         grads = torch.autograd.grad(loss, list(theta.values()), allow_unused=True)
         pairs = zip(theta.items(), grads, strict=True)
-        return {n: (p - lr * (0 if g is None else g)).detach().requires_grad_() for (n, p), g in pairs}
+        return {
+            n: (p - lr * (0 if g is None else g)).detach().requires_grad_() for (n, p), g in pairs
+        }
 
     if not alternate:
         return step(barrier(theta) + here(theta), theta)
@@ -216,7 +227,8 @@ def test_a_step_is_that_of_the_formulas(alternate, warm_up):
 
 
 @pytest.mark.parametrize(
-    "terms", [["cross_entropy"], ["invariance"], ["barrier", "invariance"], ["cross_entropy", "barrier"]]
+    "terms",
+    [["cross_entropy"], ["invariance"], ["barrier", "invariance"], ["cross_entropy", "barrier"]],
 )
 def test_terms_left_out_are_not_descended(terms):
     net = made()
@@ -261,18 +273,30 @@ def test_it_composes_with_a_rule():
     theta = {name: p.detach().clone() for name, p in net.named_parameters()}
     start = dict(anchor.named_parameters())
 
-    mixed = {name: (0.4 * start[name] + 0.6 * theta[name]).detach().requires_grad_() for name in theta}
+    mixed = {
+        name: (0.4 * start[name] + 0.6 * theta[name]).detach().requires_grad_() for name in theta
+    }
     sign = -1 if F.cross_entropy(functional_call(net, mixed, (x,)), y) < 1 else 1
     grads = {name: [] for name in mixed}
     for i in range(14):  # a vote for each example
-        part = 0.6 * sign * F.cross_entropy(functional_call(net, mixed, (x[i : i + 1],)), y[i : i + 1]) / 14
+        part = (
+            0.6
+            * sign
+            * F.cross_entropy(functional_call(net, mixed, (x[i : i + 1],)), y[i : i + 1])
+            / 14
+        )
         for name, g in zip(mixed, torch.autograd.grad(part, list(mixed.values())), strict=True):
             grads[name].append(g)
-    wanted = {name: theta[name] - 0.1 * 14 * htv.and_mask(torch.stack(g), 0.5) for name, g in grads.items()}
+    wanted = {
+        name: theta[name] - 0.1 * 14 * htv.and_mask(torch.stack(g), 0.5)
+        for name, g in grads.items()
+    }
 
     between = {}
     tuner.optimizer.register_step_post_hook(
-        lambda *_: between.update({n: p.detach().clone() for n, p in net.named_parameters() if n not in between})
+        lambda *_: between.update(
+            {n: p.detach().clone() for n, p in net.named_parameters() if n not in between}
+        )
     )
     plain = copy.deepcopy(net)
     with htv.attach(net, rule):
@@ -305,7 +329,9 @@ def test_it_resumes_where_it_was():
         for step in range(6):
             tuner.step(batch(step), batch(10 + step))
             if interrupted and step == 2:
-                states = copy.deepcopy((net.state_dict(), optimizer.state_dict(), tuner.state_dict()))
+                states = copy.deepcopy(
+                    (net.state_dict(), optimizer.state_dict(), tuner.state_dict())
+                )
                 net = made(seed=5)
                 optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
                 tuner = CBFT(net, optimizer, 4, warm_up=2)
@@ -352,7 +378,9 @@ def test_batches_that_do_not_fit_change_nothing(terms, num_classes):
     with pytest.raises(ValueError, match=r"batch_size|one per row of features, got \(9,\)"):
         CBFT(net, optimizer, 4, terms=terms).step((x, y[:-1]), (x, y[:-1]))
     tuner = CBFT(net, optimizer, num_classes, terms=terms)
-    with pytest.raises(ValueError, match=rf"shape \(\d+, {num_classes}\), for num_classes={num_classes}; got"):
+    with pytest.raises(
+        ValueError, match=rf"shape \(\d+, {num_classes}\), for num_classes={num_classes}; got"
+    ):
         tuner.step((x, y), (x, y))
     torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
 

@@ -25,24 +25,34 @@ def winsorized_by_numpy(grads: np.ndarray, c: float) -> np.ndarray:
 def stat(rule: htv.Rule, grads: np.ndarray) -> np.ndarray:
     """The rule's value by the path a training step takes: one row per group of a linear layer, divided by E."""
     x = torch.from_numpy(grads).double()
-    return (htv.linear_grad(x, torch.ones(len(x), 1, dtype=torch.float64), rule)[0] / len(x)).numpy()
+    return (
+        htv.linear_grad(x, torch.ones(len(x), 1, dtype=torch.float64), rule)[0] / len(x)
+    ).numpy()
 
 
 @settings(deadline=None, max_examples=150)
-@given(e=st.integers(1, 130), c=st.sampled_from([0, 0.5, 1, 2, 4, 8, 12.5, 25, 33, 40, 49]), seed=st.integers(0, 99))
+@given(
+    e=st.integers(1, 130),
+    c=st.sampled_from([0, 0.5, 1, 2, 4, 8, 12.5, 25, 33, 40, 49]),
+    seed=st.integers(0, 99),
+)
 def test_percentiles_are_numpys_nearest(e, c, seed):
     rank = c * (e - 1) / 100
     if e % 2 == 0 and rank % 1 == 0.5:
         return  # there NumPy clips one side by one value more
     grads = np.random.default_rng(seed).normal(size=(e, 3))
-    np.testing.assert_allclose(stat(winsorized(c), grads), winsorized_by_numpy(grads, c), atol=1e-12)
+    np.testing.assert_allclose(
+        stat(winsorized(c), grads), winsorized_by_numpy(grads, c), atol=1e-12
+    )
 
 
 def test_percentiles_as_the_paper_has_them():
     hundred, thirty_two = (np.random.default_rng(0).normal(size=(e, 4)) for e in (100, 32))
     for c in (1, 2, 4, 8):
         ranked = np.sort(hundred, axis=0)
-        clipped = np.clip(hundred, ranked[c], ranked[-1 - c]).mean(0)  # the (c + 1)-th smallest and largest
+        clipped = np.clip(hundred, ranked[c], ranked[-1 - c]).mean(
+            0
+        )  # the (c + 1)-th smallest and largest
         np.testing.assert_allclose(stat(winsorized(c), hundred), clipped, atol=1e-12)
     np.testing.assert_allclose(stat(winsorized(1), thirty_two), thirty_two.mean(0), atol=1e-12)
     assert not np.allclose(stat(winsorized(2), thirty_two), thirty_two.mean(0), atol=1e-6)
@@ -52,7 +62,9 @@ def test_the_ends_are_mean_and_median():
     assert winsorized(0) == htv.Mean() and winsorized(0.0) == htv.Mean()
     for e in (1, 2, 7, 8):
         grads = np.random.default_rng(e).normal(size=(e, 5))
-        np.testing.assert_allclose(stat(winsorized(50), grads), np.median(grads, axis=0), atol=1e-12)
+        np.testing.assert_allclose(
+            stat(winsorized(50), grads), np.median(grads, axis=0), atol=1e-12
+        )
 
 
 def test_halves_stay_odd():
@@ -74,7 +86,9 @@ def test_percentiles_that_are_no_numbers_are_refused(c):
 
 def test_m3_is_the_median_of_the_means_of_thirds():
     grads = np.random.default_rng(0).normal(size=(9, 4))
-    np.testing.assert_allclose(stat(M3, grads), np.median(grads.reshape(3, 3, 4).mean(1), axis=0), atol=1e-12)
+    np.testing.assert_allclose(
+        stat(M3, grads), np.median(grads.reshape(3, 3, 4).mean(1), axis=0), atol=1e-12
+    )
     active = np.zeros((9, 1))
     active[4:6] = 5.0  # a coordinate active in only one of three groups
     assert stat(M3, active) == 0
@@ -91,7 +105,9 @@ def drawn(m: int, n: int, seed: int = 0) -> torch.Tensor:
 def test_alpha_is_the_ratio_of_expected_inner_products():
     grads = drawn(12, 5)
     products = grads @ grads.t()
-    assert Coherence.of(grads).alpha == pytest.approx((products.mean() / products.diagonal().mean()).item())
+    assert Coherence.of(grads).alpha == pytest.approx(
+        (products.mean() / products.diagonal().mean()).item()
+    )
     assert Coherence.of(grads).m_coherence == pytest.approx(12 * Coherence.of(grads).alpha)
 
 
@@ -114,7 +130,9 @@ def test_scale_does_not_matter(k):
 def test_means_of_minibatches(k):
     grads = drawn(6, 4)
     tuples = torch.cartesian_prod(*[torch.arange(6)] * k)  # every draw of k with replacement, once
-    assert Coherence.of(grads[tuples].mean(1)).alpha == pytest.approx(Coherence.of(grads).of_minibatches(k))
+    assert Coherence.of(grads[tuples].mean(1)).alpha == pytest.approx(
+        Coherence.of(grads).of_minibatches(k)
+    )
     assert Coherence.of(grads).of_minibatches(1) == pytest.approx(Coherence.of(grads).alpha)
 
 
@@ -177,10 +195,15 @@ def measured(model, x, y, batch_size):
 
 def one_by_one(model, x, y) -> dict[str, torch.Tensor]:
     grads = [
-        torch.autograd.grad(F.cross_entropy(model(x[e : e + 1]), y[e : e + 1]), list(model.parameters()))
+        torch.autograd.grad(
+            F.cross_entropy(model(x[e : e + 1]), y[e : e + 1]), list(model.parameters())
+        )
         for e in range(len(x))
     ]
-    return {name: torch.stack([g[i] for g in grads]) for i, (name, _) in enumerate(model.named_parameters())}
+    return {
+        name: torch.stack([g[i] for g in grads])
+        for i, (name, _) in enumerate(model.named_parameters())
+    }
 
 
 @pytest.mark.parametrize("kind", ["convnet", "tied"])
@@ -192,7 +215,9 @@ def test_a_data_set_streams(kind, batch_size):
     assert found.parameters.keys() == expected.keys()
     for name, coherence in expected.items():
         assert found.parameters[name].count == 23
-        assert found.parameters[name].m_coherence == pytest.approx(coherence.m_coherence, rel=1e-8), name
+        assert found.parameters[name].m_coherence == pytest.approx(
+            coherence.m_coherence, rel=1e-8
+        ), name
         assert found.parameters[name].energy == pytest.approx(coherence.energy, rel=1e-8), name
     whole = Coherence.of(torch.cat([g.flatten(1) for g in one_by_one(model, x, y).values()], dim=1))
     assert found.total.alpha == pytest.approx(whole.alpha, rel=1e-8)
@@ -212,7 +237,9 @@ def test_measuring_leaves_the_model_as_it_was():
         p.grad = torch.ones_like(p)
     before = copy.deepcopy(model.state_dict())
     measured(model, x, y, 8)
-    assert "forward" not in vars(model) and all(bool((p.grad == 1).all()) for p in model.parameters())
+    assert "forward" not in vars(model) and all(
+        bool((p.grad == 1).all()) for p in model.parameters()
+    )
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     with torch.no_grad():
         measured(model, x, y, 8)  # gradients are turned on where they are needed
@@ -235,7 +262,9 @@ def test_what_is_no_loss_per_example_is_refused():
         measure_coherence(model, [(x, y)], lambda batch: F.cross_entropy(model(batch[0]), batch[1]))
     with pytest.raises(ValueError, match="returned 2 losses, but parameter .* saw 23 examples"):
         measure_coherence(
-            model, [(x, y)], lambda batch: F.cross_entropy(model(batch[0]), batch[1], reduction="none")[:2]
+            model,
+            [(x, y)],
+            lambda batch: F.cross_entropy(model(batch[0]), batch[1], reduction="none")[:2],
         )
     with pytest.raises(ValueError, match="batches is empty"):
         measure_coherence(model, [], lambda batch: None)
@@ -285,7 +314,9 @@ def test_the_bound_is_the_formula():
     ],
 )
 def test_the_bound_refuses_what_it_is_not_defined_for(change, message):
-    good = dict(alphas=[0.1, 0.1], learning_rates=[0.1, 0.1], lipschitz=1.0, smoothness=1.0, examples=5)
+    good = dict(
+        alphas=[0.1, 0.1], learning_rates=[0.1, 0.1], lipschitz=1.0, smoothness=1.0, examples=5
+    )
     with pytest.raises(ValueError, match=message):
         generalisation_bound(**{**good, **change})
 

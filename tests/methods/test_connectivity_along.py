@@ -49,9 +49,14 @@ def test_losses_and_accuracies_are_those_of_each_point():
         for name, d in data.items():
             x, y = d.tensors
             loss = F.cross_entropy(model(x), y)
-            torch.testing.assert_close(profile.losses[name][index].float(), loss.detach(), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(
+                profile.losses[name][index].float(), loss.detach(), rtol=1e-5, atol=1e-6
+            )
             assert profile.accuracies[name][index] == (model(x).argmax(1) == y).double().mean()
-    assert all(torch.equal(a.state_dict()[name], value) for name, value in before.items()) and a.training
+    assert (
+        all(torch.equal(a.state_dict()[name], value) for name, value in before.items())
+        and a.training
+    )
     for name, found in profile.barriers.items():
         losses = profile.losses[name]
         excess = losses - (1 - profile.t) * losses[0] - profile.t * losses[-1]
@@ -74,8 +79,12 @@ def test_other_criteria_and_batches():
     a, b = nn.Linear(2, 1), nn.Linear(2, 1)
     batch = {"x": torch.randn(5, 2), "y": torch.randn(5, 1)}
     run = lambda model, batch: model(batch[0]["x"])
-    profile = evaluate_along(LinearPath(a, b), a, {"D": [(batch, batch["y"])]}, 3, criterion=F.mse_loss, forward=run)
-    torch.testing.assert_close(profile.losses["D"][0].float(), F.mse_loss(a(batch["x"]), batch["y"]).detach())
+    profile = evaluate_along(
+        LinearPath(a, b), a, {"D": [(batch, batch["y"])]}, 3, criterion=F.mse_loss, forward=run
+    )
+    torch.testing.assert_close(
+        profile.losses["D"][0].float(), F.mse_loss(a(batch["x"]), batch["y"]).detach()
+    )
     assert profile.accuracies["D"].isnan().all()
 
 
@@ -98,7 +107,9 @@ def test_barriers():
     assert (flat.height, flat.t) == (0.0, 0.0)
     assert math.isnan(barrier(t, torch.tensor([1.0, 2.0, math.nan, 2.0, 3.0])).height)
     assert barrier(t, torch.tensor([1.0, 2.0, math.inf, 2.0, 3.0])).height == math.inf
-    beyond = barrier(torch.tensor([-1.0, 0.0, 0.5, 1.0, 2.0]), torch.tensor([9.0, 1.0, 1.5, 1.0, 9.0]))
+    beyond = barrier(
+        torch.tensor([-1.0, 0.0, 0.5, 1.0, 2.0]), torch.tensor([9.0, 1.0, 1.5, 1.0, 9.0])
+    )
     assert (beyond.height, beyond.t) == (0.5, 0.5)
     with pytest.raises(ValueError, match=r"\(T,\)"):
         barrier(t, torch.zeros(4))
@@ -112,7 +123,9 @@ def test_statistics_are_averages_over_the_data():
     flags = [m.training for m in model.modules()]
     reestimate_batchnorm(model, [x[:4], (x[4:8], None), [x[8:]]])
     assert [m.training for m in model.modules()] == flags
-    assert model[1].momentum == 0.1 and model[6].momentum is None and model[1].num_batches_tracked == 3
+    assert (
+        model[1].momentum == 0.1 and model[6].momentum is None and model[1].num_batches_tracked == 3
+    )
     with torch.no_grad():
         first = [model[0](part) for part in (x[:4], x[4:8], x[8:])]
         parts = [f.transpose(0, 1).flatten(1) for f in first]
@@ -157,7 +170,9 @@ def test_batches_without_examples_are_no_data():
     with pytest.raises(ValueError, match="no examples to re-estimate the statistics of '1' from"):
         reestimate_batchnorm(model, [x[:0]])
     torch.testing.assert_close(model[1].running_mean, expected)
-    with pytest.raises(ValueError, match="a batch gives BatchNorm1d '1' a single value per channel.*larger batches"):
+    with pytest.raises(
+        ValueError, match="a batch gives BatchNorm1d '1' a single value per channel.*larger batches"
+    ):
         reestimate_batchnorm(model, [x, x[:1]])
     assert not model[1]._forward_pre_hooks and model[1].momentum == 0.1
 
@@ -187,7 +202,10 @@ def test_statistics_in_half_precision_are_averages_too(dtype):
 
 def test_statistics_are_reestimated_at_every_point():
     a, b = convnet(0), convnet(1)
-    data, bn_data = {"test": [(torch.randn(8, 1, 5, 5), torch.randint(5, (8,)))]}, [torch.randn(16, 1, 5, 5)]
+    data, bn_data = (
+        {"test": [(torch.randn(8, 1, 5, 5), torch.randint(5, (8,)))]},
+        [torch.randn(16, 1, 5, 5)],
+    )
     path = LinearPath(a, b)
     with pytest.raises(ValueError, match="BatchNorm2d '1' has running statistics.*bn_data="):
         evaluate_along(path, a, data)
@@ -203,9 +221,13 @@ def test_statistics_are_reestimated_at_every_point():
         model = convnet(2).eval()
         model.load_state_dict(path.state_at(t))
         (x, y), = data["test"]  # fmt: skip
-        torch.testing.assert_close(without.losses["test"][index].float(), F.cross_entropy(model(x), y).detach())
+        torch.testing.assert_close(
+            without.losses["test"][index].float(), F.cross_entropy(model(x), y).detach()
+        )
         reestimate_batchnorm(model, bn_data)
-        torch.testing.assert_close(found.losses["test"][index].float(), F.cross_entropy(model(x), y).detach())
+        torch.testing.assert_close(
+            found.losses["test"][index].float(), F.cross_entropy(model(x), y).detach()
+        )
     assert not torch.allclose(found.losses["test"], without.losses["test"])
 
 
@@ -244,11 +266,17 @@ def test_which_interventions_models_are_invariant_to(counterfactuals):
     assert report.differing == ["random cue", "random thing"] and not report.similar
     change = report.interventions["random cue"].changes[1]
     assert change == pytest.approx(
-        report.profiles["linear"].losses["random cue"][-1] - report.profiles["linear"].losses["C"][-1]
+        report.profiles["linear"].losses["random cue"][-1]
+        - report.profiles["linear"].losses["C"][-1]
     )
-    assert list(report.barriers) == ["linear", "itself"] and report.barriers["linear"] == report.barriers["itself"]
+    assert (
+        list(report.barriers) == ["linear", "itself"]
+        and report.barriers["linear"] == report.barriers["itself"]
+    )
     assert report.connected["linear"]  # the loss is convex in these weights
-    assert mechanistic_similarity(thing, Reads(3.0, 0.0), counterfactuals, "C", tolerance=0.01).similar
+    assert mechanistic_similarity(
+        thing, Reads(3.0, 0.0), counterfactuals, "C", tolerance=0.01
+    ).similar
 
 
 def test_a_barrier_under_one_intervention_disconnects():
@@ -261,7 +289,9 @@ def test_a_barrier_under_one_intervention_disconnects():
     data = {"C": [(torch.stack([2.0 * y - 1, y], 1), y)], "blank": [(torch.zeros(10, 2), y)]}
     report = mechanistic_similarity(*ends, data, "blank", tolerance=0.1)
     assert report.similar and not report.connected["linear"]
-    assert report.barriers["linear"]["blank"].height == 0 and report.barriers["linear"]["C"].t == 0.5
+    assert (
+        report.barriers["linear"]["blank"].height == 0 and report.barriers["linear"]["C"].t == 0.5
+    )
     states = [end.state_dict() for end in ends]
     again = mechanistic_similarity(*states, data, "blank", tolerance=0.1, model=ends[0])
     assert again.barriers == report.barriers
@@ -277,5 +307,7 @@ def test_reports_refuse_bad_arguments(counterfactuals):
         mechanistic_similarity(a, a, counterfactuals, "C", tolerance=-0.1)
     for path, message in ((LinearPath(Reads(2.0, 0.0), a), "its start has another 'weight' than first"),
                           (LinearPath(a, Reads(0.0, 1.0)), "its end has another 'weight' than second")):  # fmt: skip
-        with pytest.raises(ValueError, match=rf"paths\['other'\] does not lead from first to second: {message}"):
+        with pytest.raises(
+            ValueError, match=rf"paths\['other'\] does not lead from first to second: {message}"
+        ):
             mechanistic_similarity(a, a, counterfactuals, "C", tolerance=0.1, paths={"other": path})

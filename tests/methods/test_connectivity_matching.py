@@ -27,7 +27,11 @@ class Block(nn.Module):
         super().__init__()
         self.conv1, self.norm1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), norm(outputs)
         self.conv2, self.norm2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), norm(outputs)
-        self.down = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride), norm(outputs)) if stride > 1 else None
+        self.down = (
+            nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride), norm(outputs))
+            if stride > 1
+            else None
+        )
 
     def forward(self, x):
         out = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)), inplace=True)))
@@ -38,7 +42,9 @@ class ResNet(nn.Module):
     def __init__(self, norm=nn.BatchNorm2d):
         super().__init__()
         self.stem, self.norm = nn.Conv2d(2, 8, 3, padding=1), norm(8)
-        self.blocks = nn.Sequential(Block(8, 8, 1, norm), Block(8, 12, 2, norm), Block(12, 12, 1, norm))
+        self.blocks = nn.Sequential(
+            Block(8, 8, 1, norm), Block(8, 12, 2, norm), Block(12, 12, 1, norm)
+        )
         self.head = nn.Linear(12, 3)
 
     def forward(self, x):
@@ -77,7 +83,9 @@ class Multiples(nn.Module):
         self.norm, self.last = nn.GroupNorm(2, 12), nn.Linear(12, 3)
 
     def forward(self, x):
-        return self.last(self.norm(self.twice(self.six(x).tanh()) + self.thrice(self.four(x))).amax(2))
+        return self.last(
+            self.norm(self.twice(self.six(x).tanh()) + self.thrice(self.four(x))).amax(2)
+        )
 
 
 class Tokens(nn.Module):
@@ -143,7 +151,9 @@ def trained(model: nn.Module) -> nn.Module:
             p.add_(torch.randn_like(p) / 4)
         for buffer_name, b in model.named_buffers():
             if b.is_floating_point():
-                b.copy_(torch.rand_like(b) + 0.5 if "var" in buffer_name else torch.randn_like(b) / 4)
+                b.copy_(
+                    torch.rand_like(b) + 0.5 if "var" in buffer_name else torch.randn_like(b) / 4
+                )
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.weight.data[0].neg_()
@@ -151,7 +161,10 @@ def trained(model: nn.Module) -> nn.Module:
 
 
 def same_state(a: nn.Module, b: nn.Module) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    return all(
+        torch.equal(x, y)
+        for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    )
 
 
 @EVERY
@@ -191,7 +204,9 @@ def test_every_hidden_layer_is_permuted_or_pinned(name):
         "tokens": {("table.weight", 0)},
     }.get(name)
     if free is not None:
-        every = {(key, dim) for key, p in model.named_parameters() for dim in range(min(2, p.dim()))}
+        every = {
+            (key, dim) for key, p in model.named_parameters() for dim in range(min(2, p.dim()))
+        }
         every -= {("positions", 0), ("positions", 1)}
         assert every - touched == free
 
@@ -242,7 +257,9 @@ def test_blocks_are_assigned_optimally():
     scores = torch.randn(6, 6, dtype=torch.float64)
     units = Units("u", 6, (), (), blocks=3)
     found = _assigned(units, scores, _linear_sum_assignment())
-    allowed = [p for p in permutations(range(6)) if all(p[i] // 2 == p[i + 1] // 2 for i in (0, 2, 4))]
+    allowed = [
+        p for p in permutations(range(6)) if all(p[i] // 2 == p[i + 1] // 2 for i in (0, 2, 4))
+    ]
     best = max(allowed, key=lambda p: sum(scores[i, j] for i, j in enumerate(p)))
     assert len(allowed) == 48 and found.tolist() == list(best)
 
@@ -258,7 +275,9 @@ def test_correlations_are_those_of_the_activations():
     rows = torch.cat([a[0](x), b[0](x)], dim=1).double().detach()
     expected = torch.corrcoef(rows.T)[:4, 4:]
     expected[:, 2] = 0
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-3)  # 1e4 leaves float32 three decimals
+    torch.testing.assert_close(
+        found, expected, rtol=1e-4, atol=2e-3
+    )  # 1e4 leaves float32 three decimals
     assert (found[:, 2] == 0).all()
 
 
@@ -273,7 +292,9 @@ def test_a_linear_barrier_may_be_one_of_the_order_alone():
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
     spec = trace_permutations(model, x)
-    shuffled = permute_model(model, spec, random_permutations(spec, torch.Generator().manual_seed(0)))
+    shuffled = permute_model(
+        model, spec, random_permutations(spec, torch.Generator().manual_seed(0))
+    )
     matched = match_permutations(model, shuffled, [x], spec).model
     heights = [
         evaluate_along(LinearPath(model, other), model, {"D": [(x, y)]}, 5).barriers["D"].height
@@ -327,7 +348,9 @@ def test_axes_by_hand():
 def test_specs_that_do_not_fit_name_the_layer():
     model = convnet()
     read = lambda *layers, **kw: PermutationSpec.from_layers(model, layers, **kw)
-    with pytest.raises(ValueError, match="layer '1', a BatchNorm2d, is in no producers or consumers"):
+    with pytest.raises(
+        ValueError, match="layer '1', a BatchNorm2d, is in no producers or consumers"
+    ):
         read({"name": "c", "producers": ["0"], "consumers": ["4"]}, LAYERS[1])
     with pytest.raises(ValueError, match="layer '6', a Linear, is in no producers"):
         read(LAYERS[0])
@@ -337,10 +360,13 @@ def test_specs_that_do_not_fit_name_the_layer():
     with pytest.raises(ValueError, match="name a layer 'conv9' that the model does not have"):
         read({"name": "c", "producers": ["conv9"], "consumers": []})
     with pytest.raises(
-        ValueError, match="layer '6' has 8 channels in dim 1 of '6.weight', which cannot be the 6 units"
+        ValueError,
+        match="layer '6' has 8 channels in dim 1 of '6.weight', which cannot be the 6 units",
     ):
         read({"name": "c", "producers": ["0", "1"], "consumers": ["4", "6"]})
-    with pytest.raises(ValueError, match="layer '1' among the consumers of units 'c' is a BatchNorm2d"):
+    with pytest.raises(
+        ValueError, match="layer '1' among the consumers of units 'c' is a BatchNorm2d"
+    ):
         read({"name": "c", "producers": ["0"], "consumers": ["1"]})
     with pytest.raises(ValueError, match="dim 0 of '4.weight' is in units 'hidden' and 'again'"):
         read(*LAYERS, {"name": "again", "producers": ["4"], "consumers": ["6"]})
@@ -353,7 +379,9 @@ def test_specs_that_do_not_fit_name_the_layer():
 def test_a_spec_that_changes_the_function_is_noticed():
     pytest.importorskip("scipy")
     model, x = convnet(), image()
-    wrong = PermutationSpec.from_layers(model, [LAYERS[0] | {"producers": ["0"]}, LAYERS[1]], leave=["1"])
+    wrong = PermutationSpec.from_layers(
+        model, [LAYERS[0] | {"producers": ["0"]}, LAYERS[1]], leave=["1"]
+    )
     with pytest.raises(ValueError, match="permuting units 'channels' changes the model's outputs"):
         match_permutations(model, copy.deepcopy(model), [x], wrong)
 
@@ -362,20 +390,28 @@ def test_a_check_leaves_no_unit_in_its_place():
     """Of two units, a permutation drawn uniformly is the identity half of the time."""
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(4, 2), nn.Tanh(), nn.Linear(2, 3)), torch.randn(5, 4)
-    wrong = PermutationSpec.from_layers(model, [{"name": "pair", "producers": ["0"], "consumers": []}], leave=["2"])
+    wrong = PermutationSpec.from_layers(
+        model, [{"name": "pair", "producers": ["0"], "consumers": []}], leave=["2"]
+    )
     for seed in range(20):
         with pytest.raises(ValueError, match="permuting units 'pair' changes the model's outputs"):
             wrong.check(model, x, seed=seed)
 
 
 def test_grouped_convolutions_and_others_are_refused_by_name():
-    grouped = nn.Sequential(nn.Conv2d(2, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2), nn.ReLU(), nn.Conv2d(8, 3, 1))
-    with pytest.raises(UnsupportedError, match="units of layer '0' .*layer '2', a Conv2d of 2 groups.*from_layers"):
+    grouped = nn.Sequential(
+        nn.Conv2d(2, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2), nn.ReLU(), nn.Conv2d(8, 3, 1)
+    )
+    with pytest.raises(
+        UnsupportedError, match="units of layer '0' .*layer '2', a Conv2d of 2 groups.*from_layers"
+    ):
         trace_permutations(grouped, image())
     spec = trace_permutations(grouped, image(), on_unsupported="pinned")
     assert spec.units == () and "layer '2', a Conv2d of 2 groups" in spec.pinned["0"]
     layers = [{"name": "c", "producers": ["0"], "consumers": ["2"]}]
-    with pytest.raises(ValueError, match="layer '2' among the consumers of units 'c' is a Conv2d of 2 groups"):
+    with pytest.raises(
+        ValueError, match="layer '2' among the consumers of units 'c' is a Conv2d of 2 groups"
+    ):
         PermutationSpec.from_layers(grouped, layers)
 
 
@@ -409,7 +445,10 @@ ALLOWED = {
     "expanded": (lambda x: x[:, None].expand(-1, 3, -1).mean(1), 8),
     "repeated": (lambda x: x.repeat(1, 2), 16),
     "with pixels": (lambda x: x.view(-1, 8, 1).repeat(1, 1, 3).flatten(1), 24),
-    "pixels first": (lambda x: x.view(-1, 8, 1).repeat(1, 1, 3).permute(0, 2, 1).reshape(x.shape[0], -1), 24),
+    "pixels first": (
+        lambda x: x.view(-1, 8, 1).repeat(1, 1, 3).permute(0, 2, 1).reshape(x.shape[0], -1),
+        24,
+    ),
     "both": (lambda x: x.repeat(1, 2).unsqueeze(2).expand(-1, -1, 2).flatten(1), 32),
     "split": (lambda x: x.unsqueeze(1).repeat(1, 4, 1).chunk(2, 1)[1][:, 0], 8),
     "gated": (lambda x: x * x.softmax(1) + x.clamp(min=0).add_(x), 8),
@@ -435,7 +474,9 @@ def test_operations_that_keep_units_apart_are_followed(name):
 def test_operations_that_mix_units_are_refused(name):
     between, width = OPERATIONS[name]
     model = Functional(between, width)
-    with pytest.raises(UnsupportedError, match="units of layer 'first' cannot be followed through operation"):
+    with pytest.raises(
+        UnsupportedError, match="units of layer 'first' cannot be followed through operation"
+    ):
         trace_permutations(model, torch.randn(8, 4))
     spec = trace_permutations(model, torch.randn(8, 4), on_unsupported="pinned")
     assert not spec.units
@@ -499,7 +540,9 @@ class SharedTwice(nn.Module):
 def test_layers_used_twice_are_permuted_only_if_both_uses_allow_it(again):
     model, x = trained(SharedTwice(again)), torch.randn(8, 4)
     spec = trace_permutations(model, x, on_unsupported="pinned")
-    assert ("shared.weight", 1) not in {(axis.tensor, axis.dim) for units in spec.units for axis in units.axes}
+    assert ("shared.weight", 1) not in {
+        (axis.tensor, axis.dim) for units in spec.units for axis in units.axes
+    }
     spec.check(model, x)
 
 
@@ -534,8 +577,12 @@ def test_second_inputs_of_a_module_are_seen():
 
 
 def test_examples_without_a_batch_are_refused():
-    with pytest.raises(ValueError, match="example must hold a batch in dim 0, but layer '0', a Conv2d"):
-        trace_permutations(nn.Sequential(nn.Conv2d(2, 3, 1), nn.ReLU(), nn.Conv2d(3, 3, 1)), torch.randn(2, 4, 4))
+    with pytest.raises(
+        ValueError, match="example must hold a batch in dim 0, but layer '0', a Conv2d"
+    ):
+        trace_permutations(
+            nn.Sequential(nn.Conv2d(2, 3, 1), nn.ReLU(), nn.Conv2d(3, 3, 1)), torch.randn(2, 4, 4)
+        )
 
 
 def test_computed_weights_are_left_alone():

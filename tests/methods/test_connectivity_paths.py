@@ -50,12 +50,18 @@ class Net(nn.Module):
 def explicit(coefficients, models):
     """sum_k c_k theta_k, name by name."""
     named = [dict(m.named_parameters()) for m in models]
-    return {name: sum(c * p[name] for c, p in zip(coefficients, named, strict=True)) for name in named[0]}
+    return {
+        name: sum(c * p[name] for c, p in zip(coefficients, named, strict=True))
+        for name in named[0]
+    }
 
 
 KINDS = {
     "linear": (lambda a, m, n, b: LinearPath(a, b), lambda t: [1 - t, 0, 0, t]),
-    "quadratic": (lambda a, m, n, b: QuadraticBezier(a, b, m), lambda t: [(1 - t) ** 2, 2 * t * (1 - t), 0, t * t]),
+    "quadratic": (
+        lambda a, m, n, b: QuadraticBezier(a, b, m),
+        lambda t: [(1 - t) ** 2, 2 * t * (1 - t), 0, t * t],
+    ),
     "cubic": (
         lambda a, m, n, b: Bezier(a, b, [m, n]),
         lambda t: [(1 - t) ** 3, 3 * t * (1 - t) ** 2, 3 * t * t * (1 - t), t**3],
@@ -65,7 +71,12 @@ KINDS = {
         lambda t: [max(0.0, 1 - abs(3 * t - k)) for k in range(4)],
     ),
 }
-USED = {"linear": (1, 0, 0, 1), "quadratic": (1, 1, 0, 1), "cubic": (1, 1, 1, 1), "chain": (1, 1, 1, 1)}
+USED = {
+    "linear": (1, 0, 0, 1),
+    "quadratic": (1, 1, 0, 1),
+    "cubic": (1, 1, 1, 1),
+    "chain": (1, 1, 1, 1),
+}
 EVERY = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -84,7 +95,9 @@ def test_points_are_those_of_the_formula(kind, dtype):
             rtol = 4 * torch.finfo(moved[name].dtype).eps
             for found in (moved[name], state[name], functional[name]):
                 assert found.dtype == moved[name].dtype
-                torch.testing.assert_close(found.detach().double(), value.detach(), rtol=rtol, atol=rtol)
+                torch.testing.assert_close(
+                    found.detach().double(), value.detach(), rtol=rtol, atol=rtol
+                )
 
 
 @EVERY
@@ -116,7 +129,9 @@ def test_gradients_reach_control_points_as_by_autograd(kind, t):
 
     leaves = [copy.deepcopy(m) for m in models]
     buffers = {name: b.clone() for name, b in models[0].named_buffers()}
-    F.cross_entropy(functional_call(models[0], explicit(formula(t), leaves) | buffers, (x,)), y).backward()
+    F.cross_entropy(
+        functional_call(models[0], explicit(formula(t), leaves) | buffers, (x,)), y
+    ).backward()
     controls = [leaf for leaf, used in zip(leaves, USED[kind], strict=True) if used]
 
     F.cross_entropy(functional_call(models[0], path(t), (x,)), y).backward()
@@ -144,7 +159,9 @@ def test_gradcheck(kind):
     path = KINDS[kind][0](*models)
     for p in path.parameters():
         p.requires_grad_()
-    t = torch.tensor([0.2, 0.6, 0.95], dtype=torch.float64, requires_grad=True)  # away from the chain's corners
+    t = torch.tensor(
+        [0.2, 0.6, 0.95], dtype=torch.float64, requires_grad=True
+    )  # away from the chain's corners
     names = [name for name, _ in path.named_parameters()]
 
     def values(t, *points):
@@ -177,11 +194,15 @@ def test_middles_given_by_number_lie_on_the_chord(path, bends):
 def test_state_dicts_need_a_model_and_equal_models():
     a, b = Net(0), Net(1)
     path = LinearPath(a.state_dict(), b.state_dict(), model=a)
-    assert all(torch.equal(p, q) for p, q in zip(path.points[1], LinearPath(a, b).points[1], strict=True))
+    assert all(
+        torch.equal(p, q) for p, q in zip(path.points[1], LinearPath(a, b).points[1], strict=True)
+    )
     with pytest.raises(TypeError, match="all points are state dicts.*model="):
         LinearPath(a.state_dict(), b.state_dict())
     untied = b.state_dict() | {"tied.weight": torch.zeros(4, 4, dtype=torch.float64)}
-    with pytest.raises(ValueError, match="end has different values under 'again.weight' and 'tied.weight'"):
+    with pytest.raises(
+        ValueError, match="end has different values under 'again.weight' and 'tied.weight'"
+    ):
         LinearPath(a, untied)
 
 
@@ -196,12 +217,19 @@ def test_tied_frozen_and_constant_tensors():
     )
     model = path.probe(b).move(0.5)
     assert model.tied.weight is model.again.weight and not model.frozen.requires_grad
-    assert torch.equal(model.mask.nan_to_num(), a.mask.nan_to_num()) and model.norm.num_batches_tracked == 0
+    assert (
+        torch.equal(model.mask.nan_to_num(), a.mask.nan_to_num())
+        and model.norm.num_batches_tracked == 0
+    )
     torch.testing.assert_close(model.frozen, (a.frozen + b.frozen) / 2)
     assert torch.equal(b.frozen, Net(1).frozen)  # the model given is not changed
     optimizer = torch.optim.SGD(path.parameters(), lr=0.1, weight_decay=0.5)
-    train_curve(path, a, [(torch.randn(4, 3, dtype=torch.float64), torch.randint(2, (4,)))], optimizer)
-    torch.testing.assert_close(path.control_state(1)["frozen"], (a.frozen + b.frozen) / 2)  # nothing decays it
+    train_curve(
+        path, a, [(torch.randn(4, 3, dtype=torch.float64), torch.randint(2, (4,)))], optimizer
+    )
+    torch.testing.assert_close(
+        path.control_state(1)["frozen"], (a.frozen + b.frozen) / 2
+    )  # nothing decays it
     assert not torch.equal(path.control_state(1)["scale"], (a.scale + b.scale) / 2)
 
 
@@ -209,7 +237,9 @@ def test_integer_buffers_that_differ_are_refused():
     a, b = nn.Linear(2, 2), nn.Linear(2, 2)
     a.register_buffer("order", torch.tensor([0, 1]))
     b.register_buffer("order", torch.tensor([1, 0]))
-    with pytest.raises(ValueError, match="'order' is torch.int64 and differs between start and end"):
+    with pytest.raises(
+        ValueError, match="'order' is torch.int64 and differs between start and end"
+    ):
         LinearPath(a, b)
     b.order.copy_(a.order)
     assert torch.equal(LinearPath(a, b).state_at(0.5)["order"], a.order)
@@ -217,13 +247,20 @@ def test_integer_buffers_that_differ_are_refused():
 
 def test_other_architectures_are_refused_by_the_first_key():
     a = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
-    with pytest.raises(ValueError, match=r"end is of another architecture: '0.weight' has shape \(4, 2\) instead of"):
+    with pytest.raises(
+        ValueError,
+        match=r"end is of another architecture: '0.weight' has shape \(4, 2\) instead of",
+    ):
         LinearPath(a, nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 2)))
     with pytest.raises(ValueError, match="end is of another architecture: it has no '2.weight'"):
         LinearPath(a, nn.Sequential(nn.Linear(2, 3)))
-    with pytest.raises(ValueError, match="middle.0. is of another architecture: it has '3.weight' beside"):
+    with pytest.raises(
+        ValueError, match="middle.0. is of another architecture: it has '3.weight' beside"
+    ):
         Bezier(a, a, [nn.Sequential(*a, nn.Linear(2, 2))])
-    with pytest.raises(ValueError, match="'0.weight' of end is torch.float64 instead of torch.float32"):
+    with pytest.raises(
+        ValueError, match="'0.weight' of end is torch.float64 instead of torch.float32"
+    ):
         LinearPath(a, copy.deepcopy(a).double())
     with pytest.raises(ValueError, match="model is of another architecture"):
         LinearPath(a, a).probe(nn.Linear(2, 2))
@@ -301,10 +338,14 @@ def test_training_a_curve_is_training_its_formula(momentum):
     path = QuadraticBezier(models[0], models[1], models[2])
     data = [(torch.randn(6, 3, dtype=torch.float64), torch.randint(2, (6,))) for _ in range(3)]
     optimizer = torch.optim.SGD(path.parameters(), lr=0.1, momentum=momentum)
-    losses = train_curve(path, models[0], data, optimizer, epochs=2, generator=torch.Generator().manual_seed(4))
+    losses = train_curve(
+        path, models[0], data, optimizer, epochs=2, generator=torch.Generator().manual_seed(4)
+    )
 
     middle = copy.deepcopy(models[2])
-    plain = torch.optim.SGD([p for p in middle.parameters() if p.requires_grad], lr=0.1, momentum=momentum)
+    plain = torch.optim.SGD(
+        [p for p in middle.parameters() if p.requires_grad], lr=0.1, momentum=momentum
+    )
     generator = torch.Generator().manual_seed(4)
     for (x, y), loss in zip(data * 2, losses, strict=True):
         t = sample_uniform(1, generator=generator).item()
@@ -383,7 +424,9 @@ def test_samplers():
     assert ((clipped >= 0.25) & (clipped <= 0.75)).all()
 
 
-@pytest.mark.parametrize("mean, std, low, high", [(0.5, 0.5, 0.25, 0.75), (0.2, 0.1, 0.0, 1.0), (0.0, 0.1, 0.6, 1.0)])
+@pytest.mark.parametrize(
+    "mean, std, low, high", [(0.5, 0.5, 0.25, 0.75), (0.2, 0.1, 0.0, 1.0), (0.0, 0.1, 0.6, 1.0)]
+)
 def test_the_truncated_normal_is_one(mean, std, low, high):
     stats = pytest.importorskip("scipy.stats")
     generator = torch.Generator().manual_seed(2)

@@ -27,7 +27,10 @@ def test_what_can_be_told_apart_is_easy():
     easy = easy_examples(model, x, labels, learning_rate=0.05, batch_size=50)
     assert easy[separable].double().mean() > 0.99
     assert 0.3 < easy[~separable].double().mean() < 0.7
-    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True)) and not model.training
+    assert (
+        all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+        and not model.training
+    )
     torch.manual_seed(0)
     one = easy_examples(model[0], x, labels, seed=1)
     assert torch.equal(one, easy_examples(model[0], x, labels, seed=1))
@@ -44,7 +47,9 @@ def test_subsets_share_nothing_and_come_from_the_pool():
 
 
 def test_bad_input_is_refused():
-    with pytest.raises(ValueError, match="the pool has 5 examples, too few for disjoint subsets of 4 and 2"):
+    with pytest.raises(
+        ValueError, match="the pool has 5 examples, too few for disjoint subsets of 4 and 2"
+    ):
         disjoint_subsets(torch.arange(5), (4, 2))
     with pytest.raises(ValueError, match="sizes"):
         disjoint_subsets(torch.arange(5), (4, 0))

@@ -5,7 +5,12 @@ import torch
 from torch import nn
 
 import htv
-from htv.methods import environment_batches, environment_groups, join_environments, require_environments
+from htv.methods import (
+    environment_batches,
+    environment_groups,
+    join_environments,
+    require_environments,
+)
 from htv.ops.functional import apply_rule
 
 
@@ -15,7 +20,11 @@ def batch(count, value=0.0):
 
 def test_batches_are_joined_with_their_ids():
     (x, y), ids = join_environments([batch(2, 5.0), batch(1, 7.0), batch(3, 6.0)])
-    assert x.shape == (6, 3) and y.tolist() == [5, 5, 7, 6, 6, 6] and ids.tolist() == [0, 0, 1, 2, 2, 2]
+    assert (
+        x.shape == (6, 3)
+        and y.tolist() == [5, 5, 7, 6, 6, 6]
+        and ids.tolist() == [0, 0, 1, 2, 2, 2]
+    )
 
 
 def test_loaders_are_drawn_from_side_by_side():
@@ -33,7 +42,10 @@ def test_loaders_are_drawn_from_side_by_side():
         ([batch(2), (torch.zeros(2, 3),)], r"batches\[1\] holds 1 tensors, batches\[0\] 2"),
         ([batch(2), torch.zeros(2)], r"batches\[1\] must be a tuple of tensors"),
         ([torch.zeros(2, 3), torch.zeros(2, 3)], r"batches\[0\] must be a tuple of tensors"),
-        ([batch(2), (torch.zeros(2, 4), torch.zeros(2))], r"examples of batches\[1\] have shape \(4,\), .* \(3,\)"),
+        (
+            [batch(2), (torch.zeros(2, 4), torch.zeros(2))],
+            r"examples of batches\[1\] have shape \(4,\), .* \(3,\)",
+        ),
     ],
 )
 def test_bad_batches_are_named(batches, message):
@@ -46,7 +58,9 @@ def test_empty_loaders_are_named():
         next(environment_batches([]))
     with pytest.raises(ValueError, match=r"loaders\[1\] gives no batch: environment 1 is empty"):
         next(environment_batches([[batch(1)], []]))
-    with pytest.raises(ValueError, match="must be a tuple of tensors"):  # one loader in place of one per environment
+    with pytest.raises(
+        ValueError, match="must be a tuple of tensors"
+    ):  # one loader in place of one per environment
         next(environment_batches([batch(2), batch(2)]))
 
 
@@ -107,7 +121,9 @@ def test_every_mask_trains_as_its_stacked_function_says(rule):
     plain = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1)).double()
     plain.load_state_dict(attached.state_dict())
     parts = [(torch.randn(n, 4).double(), torch.randn(n, 1).double()) for n in (3, 1, 2, 5)]
-    optimizers = [torch.optim.SGD(m.parameters(), lr=0.05, weight_decay=0.01) for m in (attached, plain)]
+    optimizers = [
+        torch.optim.SGD(m.parameters(), lr=0.05, weight_decay=0.01) for m in (attached, plain)
+    ]
     handle = htv.attach(attached, rule)
     for _ in range(3):
         (x, y), ids = join_environments(parts)
@@ -138,7 +154,9 @@ def test_sand_at_tau_one_warns_and_trains_nothing():
 def test_sand_masks_of_environments_are_the_papers_with_k_over_the_square_of_their_number():
     torch.manual_seed(0)
     model, tau, k = nn.Linear(4, 3).double(), 0.2, 0.7
-    parts = [(torch.randn(n, 4).double() + 0.5, torch.randn(n, 3).double()) for n in (3, 1, 4, 2, 6)]
+    parts = [
+        (torch.randn(n, 4).double() + 0.5, torch.randn(n, 3).double()) for n in (3, 1, 4, 2, 6)
+    ]
     loss = lambda x, y: (model(x) - y).square().mean()
     grads = torch.stack([torch.autograd.grad(loss(x, y), model.weight)[0] for x, y in parts])
     mask = (k / grads.var(dim=0) * (grads.sign().mean(dim=0).abs() - tau)).tanh().clamp(min=0)

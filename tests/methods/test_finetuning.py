@@ -12,7 +12,9 @@ from htv.methods.finetuning import NAIVE_RATES, fine_tune, reset_parameters, ret
 
 def made():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(5, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Dropout(0.5), nn.Linear(12, 3))
+    return nn.Sequential(
+        nn.Linear(5, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Dropout(0.5), nn.Linear(12, 3)
+    )
 
 
 def batches(count=6):
@@ -35,7 +37,9 @@ def test_fine_tuning_is_sgd_along_a_cosine():
     torch.manual_seed(2)
     optimizer = torch.optim.SGD(same.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
     for step in range(18):
-        optimizer.param_groups[0]["lr"] = 0.05 * (1 + torch.tensor(torch.pi * step / 18).cos().item())
+        optimizer.param_groups[0]["lr"] = 0.05 * (
+            1 + torch.tensor(torch.pi * step / 18).cos().item()
+        )
         x, y = data[step % 6]
         optimizer.zero_grad()
         nn.functional.cross_entropy(same(x), y).backward()
@@ -48,10 +52,15 @@ def test_only_a_new_last_layer_is_trained():
     model = made()
     model[0].weight.requires_grad_(False)
     model[3].eval()
-    before, modes = copy.deepcopy(model.state_dict()), [module.training for module in model.modules()]
+    before, modes = (
+        copy.deepcopy(model.state_dict()),
+        [module.training for module in model.modules()],
+    )
     retrain_last_layer(model, batches(), 30, 0.1)
     after = model.state_dict()
-    assert all(torch.equal(after[name], before[name]) for name in before if not name.startswith("4."))
+    assert all(
+        torch.equal(after[name], before[name]) for name in before if not name.startswith("4.")
+    )
     assert not torch.equal(after["4.weight"], before["4.weight"])
     assert [p.requires_grad for p in model.parameters()] == [False, True, True, True, True, True]
     assert [module.training for module in model.modules()] == modes
@@ -83,7 +92,9 @@ def test_a_head_of_computed_weights_that_cannot_start_anew_is_refused():
     model = made()
     nn.utils.parametrizations.weight_norm(model[4])
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match="'parametrizations.weight', a .*, has no reset_parameters"):
+    with pytest.raises(
+        ValueError, match="'parametrizations.weight', a .*, has no reset_parameters"
+    ):
         retrain_last_layer(model, batches(), 1)
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 

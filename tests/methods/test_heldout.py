@@ -25,7 +25,9 @@ def perceptron():
 
 
 def noisy():
-    return nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.ReLU(), nn.Linear(8, K))
+    return nn.Sequential(
+        nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.ReLU(), nn.Linear(8, K)
+    )
 
 
 def adam(parameters):
@@ -37,7 +39,9 @@ def sgd(parameters):
 
 
 def make(kind, factory=perceptron, optimizer=adam, **kwargs):
-    return kind(factory, problem()[1], optimizer, **({"folds": 4} if kind is KFold else {}), **kwargs)
+    return kind(
+        factory, problem()[1], optimizer, **({"folds": 4} if kind is KFold else {}), **kwargs
+    )
 
 
 def batches(epochs=4, sampler=None):
@@ -46,7 +50,10 @@ def batches(epochs=4, sampler=None):
 
 def test_the_loss_is_a_sum_of_class_means():
     torch.manual_seed(0)
-    logits, targets = torch.randn(9, 4, dtype=torch.float64, requires_grad=True), torch.tensor([0] * 6 + [2] * 3)
+    logits, targets = (
+        torch.randn(9, 4, dtype=torch.float64, requires_grad=True),
+        torch.tensor([0] * 6 + [2] * 3),
+    )
     each = F.cross_entropy(logits, targets, reduction="none")
     assert torch.allclose(class_balanced_loss(logits, targets), each[:6].mean() + each[6:].mean())
     assert torch.autograd.gradcheck(lambda l: class_balanced_loss(l, targets), logits)
@@ -67,7 +74,10 @@ def test_a_step_is_that_of_the_formulas():
         torch.randint(2**62, (), generator=generator)  # the seed of the networks' dropout
         both = [net(x) for net in nets]
         held_in, held_out = a * both[0] + (1 - a) * both[1], (1 - a) * both[0] + a * both[1]
-        loss = sum(F.cross_entropy(held_in, labels, reduction="none")[labels == c].mean() for c in labels.unique())
+        loss = sum(
+            F.cross_entropy(held_in, labels, reduction="none")[labels == c].mean()
+            for c in labels.unique()
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -93,7 +103,9 @@ def test_only_the_half_held_in_is_trained_on():
             one, other = (make(kind, optimizer=sgd, stacked=stacked) for _ in range(2))
             one.step(x, torch.arange(N), y)
             other.step(changed, torch.arange(N), y)
-            same = [torch.equal(p, q) for p, q in zip(one.predict(x), other.predict(x), strict=True)]
+            same = [
+                torch.equal(p, q) for p, q in zip(one.predict(x), other.predict(x), strict=True)
+            ]
             assert same.count(True) == 1 and same.index(True) == one.held_out_by[0]
 
 
@@ -161,7 +173,9 @@ def test_one_forward_for_all_is_equal(kind):
     apart, stacked = (make(kind, optimizer=sgd, stacked=on) for on in (False, True))
     for run in (apart, stacked):
         run.fit(batches())
-    assert torch.allclose(apart.held_out_table(batches()), stacked.held_out_table(batches()), atol=1e-4)
+    assert torch.allclose(
+        apart.held_out_table(batches()), stacked.held_out_table(batches()), atol=1e-4
+    )
     if kind is Twins:
         assert torch.equal(apart.labels, stacked.labels) and stacked.flip_rate > 0
     x = problem()[0]
@@ -217,8 +231,14 @@ def test_groups_of_mistakes():
 
 def test_the_best_draw_flips_most_and_is_not_degenerate():
     targets = torch.tensor([0, 0, 1, 1])
-    mixed, single = torch.tensor([[0, 1], [0, 0], [0, 0], [1, 1]]).bool(), torch.zeros(4, 2, dtype=torch.bool)
-    draws = [Draw(targets, torch.zeros(4, 2), wrong, rate) for wrong, rate in ((mixed, 0.1), (mixed, 0.2), (single, 1))]
+    mixed, single = (
+        torch.tensor([[0, 1], [0, 0], [0, 0], [1, 1]]).bool(),
+        torch.zeros(4, 2, dtype=torch.bool),
+    )
+    draws = [
+        Draw(targets, torch.zeros(4, 2), wrong, rate)
+        for wrong, rate in ((mixed, 0.1), (mixed, 0.2), (single, 1))
+    ]
     assert best_draw(draws) is draws[1]
     with pytest.raises(ValueError, match=r"every draw is degenerate.*draw 0: classes \[0, 1\]"):
         best_draw(draws[2:])
@@ -232,8 +252,15 @@ def test_minorities_are_found():
     y = torch.randint(0, 2, (300,), generator=generator)
     minority = torch.arange(300) < 30
     sign = 2.0 * y - 1
-    x = torch.cat([(5 * torch.where(minority, -sign, sign))[:, None], 0.3 * torch.randn(300, 200)], dim=1)
-    twins = Twins(lambda: nn.Linear(201, 2, bias=False), y, lambda p: torch.optim.SGD(p, lr=0.02), stacked=True)
+    x = torch.cat(
+        [(5 * torch.where(minority, -sign, sign))[:, None], 0.3 * torch.randn(300, 200)], dim=1
+    )
+    twins = Twins(
+        lambda: nn.Linear(201, 2, bias=False),
+        y,
+        lambda p: torch.optim.SGD(p, lr=0.02),
+        stacked=True,
+    )
     for _ in range(200):
         twins.step(x, torch.arange(300), y)
     assert torch.equal(twins.labels != y, minority)
@@ -276,18 +303,28 @@ def test_mistakes_are_named():
     shared = perceptron()
     for factory in (lambda: shared, lambda: nn.Sequential(shared, nn.Linear(K, K))):
         for kwargs in ({}, {"stacked": True}):
-            with pytest.raises(ValueError, match=r"new network at every call: .* the parameter '(0\.)?0\.weight'"):
+            with pytest.raises(
+                ValueError, match=r"new network at every call: .* the parameter '(0\.)?0\.weight'"
+            ):
                 Twins(factory, y, adam, **kwargs)
     shared.requires_grad_(False)
-    assert Twins(lambda: nn.Sequential(shared, nn.Linear(K, K)), y, adam).step(x, torch.arange(N), y) > 0
+    assert (
+        Twins(lambda: nn.Sequential(shared, nn.Linear(K, K)), y, adam).step(x, torch.arange(N), y)
+        > 0
+    )
     for kind in (Twins, KFold):
         with pytest.raises(ValueError, match="ids is empty"):
             make(kind).step(x[:0], torch.arange(0), y[:0])
-    with pytest.raises(ValueError, match=r"targets must be \(4,\), a class for each example, got \(1,\)"):
+    with pytest.raises(
+        ValueError, match=r"targets must be \(4,\), a class for each example, got \(1,\)"
+    ):
         twins.wrong(x[:4], y[:1])
     two, three = (KFold(perceptron, y, adam, folds=folds) for folds in (2, 3))
     for run, other in ((two, three), (two, twins), (twins, two)):
-        with pytest.raises(ValueError, match=r"the state is not of a \w+ of 2 networks: it has \d networks and holds"):
+        with pytest.raises(
+            ValueError,
+            match=r"the state is not of a \w+ of 2 networks: it has \d networks and holds",
+        ):
             run.load_state_dict(other.state_dict())
     with pytest.raises(ValueError, match="state is of stacked=False, this run of stacked=True"):
         make(Twins, stacked=True).load_state_dict(twins.state_dict())

@@ -9,7 +9,9 @@ import htv.methods
 def test_nothing_but_torch_is_imported():
     names = ("typer", "rich", "matplotlib", "sklearn", "scipy")
     program = f"import sys, htv.methods; print([m for m in {names} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "[]"
 
 

@@ -16,7 +16,9 @@ def test_by_hand():
     assert survival_probability(4, 0.5) == (1 + 4 + 4 + 1) / 16
     assert survival_probability(5, 0.6) == (1 + 5 + 5 + 1) / 32
     assert survival_probability(7, 0.0) == survival_probability(6, 0.0) == 1.0
-    assert survival_probability(50, 0.4) == pytest.approx(2 * sum(math.comb(50, k) for k in range(35, 51)) / 2**50)
+    assert survival_probability(50, 0.4) == pytest.approx(
+        2 * sum(math.comb(50, k) for k in range(35, 51)) / 2**50
+    )
     assert mean_noise(4, 10, sigma=2.0) == 10.0
     # one group: nothing is masked;  two that must agree: half of them, with E (|a| + |b|)^2 / 4
     assert masked_noise(1, 7, 1.0) == pytest.approx(7)
@@ -26,7 +28,9 @@ def test_by_hand():
 @pytest.mark.parametrize(("groups", "tau"), CASES)
 def test_the_mask_leaves_of_gaussian_noise_what_the_formulas_say(groups, tau):
     coordinates, sigma = 200_000, 1.5
-    grads = sigma * torch.randn(groups, coordinates, generator=torch.Generator().manual_seed(groups))
+    grads = sigma * torch.randn(
+        groups, coordinates, generator=torch.Generator().manual_seed(groups)
+    )
     mean, masked = grads.mean(dim=0), htv.and_mask(grads, tau)
     survival = survival_probability(groups, tau)
     kept = (masked != 0).double()

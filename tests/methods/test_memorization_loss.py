@@ -7,7 +7,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import htv
-from htv.methods import MemorizationAwareLoss, calibration_matrix, class_prior_shift, shifted_cross_entropy
+from htv.methods import (
+    MemorizationAwareLoss,
+    calibration_matrix,
+    class_prior_shift,
+    shifted_cross_entropy,
+)
 from htv.tools.check import aggregated, one_group_at_a_time
 
 N, K = 12, 3
@@ -38,7 +43,9 @@ def calibration(q, y, classes=K):
 @pytest.mark.parametrize("kind", ["global", "batch", "none"])
 def test_formulas(kind, temperature):
     heldout, targets, ids = data()
-    loss = MemorizationAwareLoss(heldout, targets, temperature=temperature, calibration=kind, num_classes=K)
+    loss = MemorizationAwareLoss(
+        heldout, targets, temperature=temperature, calibration=kind, num_classes=K
+    )
     q = softmax(heldout, temperature)
     matrix = {
         "global": lambda: calibration(q, targets),
@@ -48,7 +55,9 @@ def test_formulas(kind, temperature):
     wanted = torch.from_numpy(np.log(q[ids] @ matrix + 1e-6))
     torch.testing.assert_close(loss.shift(ids, targets[ids]), wanted, rtol=1e-9, atol=1e-9)
     logits = torch.randn(len(ids), K, dtype=torch.float64)
-    torch.testing.assert_close(loss(logits, targets[ids], ids), F.cross_entropy(logits + wanted, targets[ids]))
+    torch.testing.assert_close(
+        loss(logits, targets[ids], ids), F.cross_entropy(logits + wanted, targets[ids])
+    )
 
 
 def test_rows_of_the_calibration_are_distributions():
@@ -64,7 +73,9 @@ def test_perfect_predictions_leave_nothing_to_learn_and_useless_ones_everything(
     perfect = MemorizationAwareLoss(F.one_hot(targets, K).float(), targets, temperature=0.001)
     assert perfect(logits, targets, ids) < 1e-4
     useless = MemorizationAwareLoss(torch.zeros(N, K), targets)
-    torch.testing.assert_close(useless(logits, targets, ids), F.cross_entropy(logits, targets), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        useless(logits, targets, ids), F.cross_entropy(logits, targets), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_without_eps_and_calibration_logits_are_shifted_as_they_are():
@@ -73,7 +84,9 @@ def test_without_eps_and_calibration_logits_are_shifted_as_they_are():
     logits = torch.randn(len(ids), K)
     wanted = F.cross_entropy(logits + heldout[ids] / 0.5, targets[ids])
     torch.testing.assert_close(loss(logits, targets[ids], ids), wanted)
-    torch.testing.assert_close(shifted_cross_entropy(logits, targets[ids], loss.shift(ids, targets[ids])), wanted)
+    torch.testing.assert_close(
+        shifted_cross_entropy(logits, targets[ids], loss.shift(ids, targets[ids])), wanted
+    )
 
 
 @pytest.mark.parametrize("temperature", [0.001, 1.0])
@@ -87,7 +100,10 @@ def test_a_class_absent_from_training(temperature):
     assert (shift[:, :2].exp().sum(1) - 1).abs().max() < 1e-4
     logits = torch.randn(len(ids), K, requires_grad=True)
     loss(logits, targets[ids], ids).backward()
-    assert logits.grad.isfinite().all() and logits.grad[:, 2].abs().max() < 1e-4 < logits.grad[:, :2].abs().max()
+    assert (
+        logits.grad.isfinite().all()
+        and logits.grad[:, 2].abs().max() < 1e-4 < logits.grad[:, :2].abs().max()
+    )
 
 
 @pytest.mark.parametrize("temperature", [0.001, 1.0])
@@ -121,7 +137,9 @@ def test_missing_predictions():
     heldout, targets, ids = data(torch.float32)
     whole = MemorizationAwareLoss(heldout[:10], targets[:10])
     heldout[10:] = torch.nan
-    with pytest.raises(ValueError, match="heldout has no predictions for ids 10, 11: .*missing='allow'"):
+    with pytest.raises(
+        ValueError, match="heldout has no predictions for ids 10, 11: .*missing='allow'"
+    ):
         MemorizationAwareLoss(heldout, targets)
     loss = MemorizationAwareLoss(heldout, targets, missing="allow")
     torch.testing.assert_close(loss.calibration_matrix, whole.calibration_matrix)
@@ -137,10 +155,15 @@ def test_examples_to_be_ignored_take_no_part():
     heldout, targets, _ = data()
     some = targets.clone()
     some[10:] = -100
-    loss, without = MemorizationAwareLoss(heldout, some), MemorizationAwareLoss(heldout[:10], targets[:10])
+    loss, without = (
+        MemorizationAwareLoss(heldout, some),
+        MemorizationAwareLoss(heldout[:10], targets[:10]),
+    )
     torch.testing.assert_close(loss.calibration_matrix, without.calibration_matrix)
     logits, ids = torch.randn(N, K, dtype=torch.float64), torch.arange(N)
-    torch.testing.assert_close(loss(logits, some, ids), without(logits[:10], targets[:10], ids[:10]))
+    torch.testing.assert_close(
+        loss(logits, some, ids), without(logits[:10], targets[:10], ids[:10])
+    )
 
 
 def test_nothing_to_calibrate_by():
@@ -151,7 +174,9 @@ def test_nothing_to_calibrate_by():
         (heldout, torch.full_like(targets, -100)),
         (torch.full_like(heldout, torch.nan), targets),
     ):
-        with pytest.raises(ValueError, match="no example has both a class and a held-out prediction"):
+        with pytest.raises(
+            ValueError, match="no example has both a class and a held-out prediction"
+        ):
             MemorizationAwareLoss(logits, classes, missing="allow")
         MemorizationAwareLoss(logits, classes, missing="allow", calibration="batch")
 
@@ -184,12 +209,15 @@ def test_class_priors():
         with pytest.raises(ValueError, match="counts of classes 1 are not above 0 and finite"):
             class_prior_shift(torch.tensor([1, bad, 4]))
     torch.testing.assert_close(
-        class_prior_shift(torch.tensor([1.0, 0.0]), pseudo_count=1.0), torch.tensor([2 / 3, 1 / 3]).log()
+        class_prior_shift(torch.tensor([1.0, 0.0]), pseudo_count=1.0),
+        torch.tensor([2 / 3, 1 / 3]).log(),
     )
     with pytest.raises(ValueError, match=r"counts must be \(K,\)"):
         class_prior_shift(torch.ones(2, 2))
     logits, targets = torch.randn(5, 3), torch.arange(5) % 3
-    torch.testing.assert_close(shifted_cross_entropy(logits, targets, shift), F.cross_entropy(logits + shift, targets))
+    torch.testing.assert_close(
+        shifted_cross_entropy(logits, targets, shift), F.cross_entropy(logits + shift, targets)
+    )
 
 
 RULES = [htv.Mean(), htv.AndMask(0.4), htv.GeometricMean(0.2), htv.Median(), htv.WinsorizedMean(1)]
@@ -201,18 +229,24 @@ def test_under_a_rule(rule, kind):
     """Shifts are constants: a contribution is the gradient of the example's own loss."""
     heldout, targets, _ = data()
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, K)).double()
-    loss = MemorizationAwareLoss(heldout, targets, calibration=kind, weight=torch.rand(K).double() + 0.5)
+    loss = MemorizationAwareLoss(
+        heldout, targets, calibration=kind, weight=torch.rand(K).double() + 0.5
+    )
     ids = torch.tensor([7, 0, 3, 3, 11, 2])
     x, y = torch.randn(6, 4, dtype=torch.float64), targets[torch.tensor([7, 0, 3, 3, 11, 2])]
     shift = loss.shift(ids, y)
     parameters = dict(model.named_parameters())
-    one = lambda e: F.cross_entropy(model(x[e : e + 1]) + shift[e], y[e : e + 1], loss.weight, reduction="sum")
+    one = lambda e: F.cross_entropy(
+        model(x[e : e + 1]) + shift[e], y[e : e + 1], loss.weight, reduction="sum"
+    )
     total = loss.weight[y].sum()
     contributions = one_group_at_a_time(lambda e: one(e) / total, parameters, 6)
     with htv.attach(model, rule):
         loss(model(x), y, ids).backward()
     for name, p in parameters.items():
-        torch.testing.assert_close(p.grad, aggregated(contributions[name], rule), msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            p.grad, aggregated(contributions[name], rule), msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 class WithLoss(nn.Module):
@@ -229,7 +263,9 @@ class WithLoss(nn.Module):
 def test_inside_of_a_served_model():
     model, x, y, shift = WithLoss(), torch.randn(6, 4), torch.arange(6) % K, torch.randn(6, K)
     parameters = dict(model.named_parameters())
-    contributions = one_group_at_a_time(lambda e: model(*(t[e : e + 1] for t in (x, y, shift))).sum(), parameters, 6)
+    contributions = one_group_at_a_time(
+        lambda e: model(*(t[e : e + 1] for t in (x, y, shift))).sum(), parameters, 6
+    )
     with htv.attach(model, htv.Median()):
         model(x, y, shift).sum().backward()
     for name, p in parameters.items():
@@ -243,7 +279,10 @@ def test_inside_of_a_served_model():
         ({"heldout": torch.zeros(4, 3, dtype=torch.int64)}, r"heldout must be \(N, K\)"),
         ({"num_classes": 4}, "heldout has 3 columns, but num_classes is 4"),
         ({"targets": torch.zeros(3, dtype=torch.int64)}, r"targets must be \(4,\) int64"),
-        ({"targets": torch.tensor([0, 1, 2, 3])}, "targets must be in 0 to 2 or ignore_index, got 3"),
+        (
+            {"targets": torch.tensor([0, 1, 2, 3])},
+            "targets must be in 0 to 2 or ignore_index, got 3",
+        ),
         ({"temperature": 0.0}, "temperature must be above 0"),
         ({"calibration": "class"}, "calibration must be one of global, batch, none, got 'class'"),
         ({"eps": -1.0}, "eps must be at least 0"),
@@ -259,7 +298,10 @@ def test_wrong_arguments_are_named(change, message):
 def test_batches_that_do_not_fit():
     heldout, targets, ids = data(torch.float32)
     loss = MemorizationAwareLoss(heldout, targets)
-    with pytest.raises(ValueError, match=r"logits must be \(B, K\) with K = 3 classes, as heldout has, got \(5, 4\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"logits must be \(B, K\) with K = 3 classes, as heldout has, got \(5, 4\)",
+    ):
         loss(torch.zeros(5, 4), targets[ids], ids)
     with pytest.raises(ValueError, match=r"ids must be \(B,\) int64, one for each target"):
         loss(torch.zeros(5, 3), targets[ids], ids[:4])
@@ -292,4 +334,6 @@ def test_compiled():
         loss = MemorizationAwareLoss(heldout, targets, calibration=kind)
         torch._dynamo.reset()
         compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(compiled(logits, targets[ids], ids), loss(logits, targets[ids], ids))
+        torch.testing.assert_close(
+            compiled(logits, targets[ids], ids), loss(logits, targets[ids], ids)
+        )

@@ -64,7 +64,9 @@ def test_every_penalty_changes_the_gradient(name):
     both = torch.autograd.grad(erm + problem.penalty(name), problem.parameters)
     first = problem.parameters[0]
     assert (
-        not torch.allclose(both[0], plain[0], rtol=1e-4) and both[0].isfinite().all() and first.shape == both[0].shape
+        not torch.allclose(both[0], plain[0], rtol=1e-4)
+        and both[0].isfinite().all()
+        and first.shape == both[0].shape
     )
 
 
@@ -109,9 +111,18 @@ def test_values_by_hand():
         scale = torch.ones((), dtype=torch.float64, requires_grad=True)
         risk = each_loss(outputs * scale, problem.y)[IDS == e].mean()
         slopes.append(torch.autograd.grad(risk, scale, retain_graph=True)[0])
-        grads.append(torch.cat([g.flatten() for g in torch.autograd.grad(risk, problem.parameters, retain_graph=True)]))
+        grads.append(
+            torch.cat(
+                [
+                    g.flatten()
+                    for g in torch.autograd.grad(risk, problem.parameters, retain_graph=True)
+                ]
+            )
+        )
     torch.testing.assert_close(problem.penalty("irm"), torch.stack(slopes).square().mean())
-    torch.testing.assert_close(problem.penalty("iga"), torch.stack(grads).var(dim=0, unbiased=False).sum())
+    torch.testing.assert_close(
+        problem.penalty("iga"), torch.stack(grads).var(dim=0, unbiased=False).sum()
+    )
 
     features = problem.body(problem.x).detach()
     head = dict(problem.head.named_parameters())
@@ -147,7 +158,10 @@ def test_the_adversary_descends_while_features_climb():
     for one, p in zip(guess, adversary.guess.parameters(), strict=True):
         torch.testing.assert_close(one, p.grad)
     x = torch.ones(2, requires_grad=True)
-    assert torch.equal(reverse_gradient(x, 3.0), x) and reverse_gradient(x, 3.0).sum().backward() is None
+    assert (
+        torch.equal(reverse_gradient(x, 3.0), x)
+        and reverse_gradient(x, 3.0).sum().backward() is None
+    )
     assert torch.equal(x.grad, torch.full((2,), -3.0))
 
 
@@ -176,7 +190,10 @@ def test_means_of_environments():
         (lambda: environment_means(torch.zeros(6), IDS, E), "values hold 6 examples, ids 7"),
         (lambda: environment_means(torch.zeros(7), IDS, 4), r"environments \[3\] are missing"),
         (lambda: iga_penalty([torch.zeros(())], []), "at least 2 environments"),
-        (lambda: irm_penalty(torch.zeros(7, 1), IDS, IDS, E, lambda o, t: o.mean()), "one value per example"),
+        (
+            lambda: irm_penalty(torch.zeros(7, 1), IDS, IDS, E, lambda o, t: o.mean()),
+            "one value per example",
+        ),
         (lambda: iga_penalty([torch.zeros(()), torch.zeros(())], []), "parameters is empty"),
         (lambda: l1_penalty(iter(())), "parameters is empty"),
         (lambda: l2_penalty([]), "parameters is empty"),
@@ -204,7 +221,9 @@ def test_weights_of_environments_take_risks_of_any_dtype(dtype):
     dro = GroupDRO(2, step_size=1.0)
     dro(risks).backward()
     assert risks.grad.dtype == dtype and dro.weights.dtype == torch.float32
-    torch.testing.assert_close(risks.grad, torch.tensor([1.0, 3.0]).softmax(0).to(dtype), rtol=1e-2, atol=0)
+    torch.testing.assert_close(
+        risks.grad, torch.tensor([1.0, 3.0]).softmax(0).to(dtype), rtol=1e-2, atol=0
+    )
 
 
 def test_weights_move_in_a_module_that_is_cast_to_half_precision():

@@ -24,7 +24,8 @@ def parameters(seed: int = 0) -> list[nn.Parameter]:
 def gradients(steps: int, seed: int = 1) -> list[list[torch.Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     return [
-        [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in parameters()] for _ in range(steps)
+        [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in parameters()]
+        for _ in range(steps)
     ]
 
 
@@ -89,10 +90,15 @@ def test_a_parameter_without_gradient_sits_out(rolling):
     grads = gradients(6)
     alone, weights = parameters(), parameters()
     optimizer = rolling(torch.optim.SGD(weights, lr=0.1))
-    sparse = [[g if (t, i) not in {(1, 0), (4, 0)} else None for i, g in enumerate(s)] for t, s in enumerate(grads)]
+    sparse = [
+        [g if (t, i) not in {(1, 0), (4, 0)} else None for i, g in enumerate(s)]
+        for t, s in enumerate(grads)
+    ]
     walk(optimizer, weights, sparse)
     reference = rolling(torch.optim.SGD(alone, lr=0.1))
-    walk(reference, alone, [[s[0], None, None] for s in sparse if s[0] is not None])  # the first parameter's own time
+    walk(
+        reference, alone, [[s[0], None, None] for s in sparse if s[0] is not None]
+    )  # the first parameter's own time
     assert torch.equal(weights[0], alone[0])
     full = parameters()
     walk(rolling(torch.optim.SGD(full, lr=0.1)), full, grads)
@@ -114,7 +120,9 @@ def test_other_optimizers_get_the_statistic_as_their_gradient(rolling):
 
 
 def test_momentum_is_refused_unless_it_is_meant():
-    with pytest.raises(ValueError, match=r"RM3 is defined without momentum.*momentum=0\.9.*allow_momentum=True"):
+    with pytest.raises(
+        ValueError, match=r"RM3 is defined without momentum.*momentum=0\.9.*allow_momentum=True"
+    ):
         RM3(torch.optim.SGD(parameters(), lr=0.1, momentum=0.9))
     with pytest.raises(ValueError, match=r"RA3.*betas\[0\]=0\.9"):
         RA3(torch.optim.Adam(parameters()))
@@ -170,7 +178,10 @@ def test_groups_schedulers_closures_and_zero_grad():
     weights = parameters()
     optimizer = RM3(torch.optim.SGD(weights[:1], lr=0.1))
     optimizer.add_param_group({"params": weights[1:], "lr": 0.5})
-    assert optimizer.param_groups is optimizer.optimizer.param_groups and len(optimizer.param_groups) == 2
+    assert (
+        optimizer.param_groups is optimizer.optimizer.param_groups
+        and len(optimizer.param_groups) == 2
+    )
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
 
     def closure():
@@ -232,7 +243,10 @@ def test_half_precision_keeps_what_decay_adds(rolling):
 
 
 def test_a_loaded_learning_rate_is_the_wrapped_optimizers():
-    one, two = RM3(torch.optim.SGD(parameters(), lr=0.1)), RM3(torch.optim.SGD(parameters(), lr=0.9))
+    one, two = (
+        RM3(torch.optim.SGD(parameters(), lr=0.1)),
+        RM3(torch.optim.SGD(parameters(), lr=0.9)),
+    )
     two.load_state_dict(one.state_dict())
     assert two.optimizer.param_groups[0]["lr"] == 0.1
     torch.optim.lr_scheduler.StepLR(two, 1)  # finds initial_lr where it looks
@@ -262,10 +276,14 @@ def test_another_optimizers_state_is_refused_before_any_change():
         with pytest.raises(ValueError, match=message):
             mine.load_state_dict(other.state_dict())
         for key, kept in before["state"].items():
-            assert all(torch.equal(mine.state_dict()["state"][key][name], t) for name, t in kept.items())
+            assert all(
+                torch.equal(mine.state_dict()["state"][key][name], t) for name, t in kept.items()
+            )
 
 
-@pytest.mark.parametrize("through", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
+@pytest.mark.parametrize(
+    "through", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))]
+)
 def test_copies_are_whole(through):
     weights = parameters()
     optimizer = RM3(torch.optim.SGD(weights, lr=0.1))

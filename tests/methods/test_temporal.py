@@ -33,7 +33,8 @@ def steps(optimizer, parameters, grads):
 
 
 @pytest.mark.parametrize(
-    "change", [{}, {"tau": 0.0}, {"maximize": True}, {"betas": (0.0, 0.0, 0.0)}, {"weight_decay": 0}]
+    "change",
+    [{}, {"tau": 0.0}, {"maximize": True}, {"betas": (0.0, 0.0, 0.0)}, {"weight_decay": 0}],
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_the_papers_equations(change, dtype):
@@ -46,18 +47,26 @@ def test_the_papers_equations(change, dtype):
     steps(TemporalAndMaskAdam(parameters, **hyper), parameters, grads)
     for index, parameter in enumerate(parameters):
         wanted = by_hand(starts[index], [row[index] for row in grads], **hyper)
-        tolerance = {"rtol": 1e-10, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-3, "atol": 1e-4}
+        tolerance = (
+            {"rtol": 1e-10, "atol": 1e-12}
+            if dtype == torch.float64
+            else {"rtol": 1e-3, "atol": 1e-4}
+        )
         np.testing.assert_allclose(parameter.detach().numpy(), wanted, **tolerance)
 
 
 def test_only_lasting_agreement_moves_a_weight():
     parameter = torch.ones(3, dtype=torch.float64, requires_grad=True)
-    optimizer = TemporalAndMaskAdam([parameter], lr=0.01, betas=(0.9, 0.99, 0.5), tau=0.75, weight_decay=0)
+    optimizer = TemporalAndMaskAdam(
+        [parameter], lr=0.01, betas=(0.9, 0.99, 0.5), tau=0.75, weight_decay=0
+    )
     agreeing = [np.array([1.0, 5.0 * (-1) ** t, 0.0]) for t in range(4)]
     steps(optimizer, [parameter], [[agreeing[0]]])
     assert torch.equal(parameter, torch.ones(3, dtype=torch.float64))  # |a| is .5 so far
     steps(optimizer, [parameter], [[agreeing[1]]])
-    assert parameter[0] < 1 and torch.equal(parameter[1:], torch.ones(2, dtype=torch.float64))  # a tie at .75 is kept
+    assert parameter[0] < 1 and torch.equal(
+        parameter[1:], torch.ones(2, dtype=torch.float64)
+    )  # a tie at .75 is kept
     steps(optimizer, [parameter], [[g] for g in agreeing[2:]])
     assert torch.equal(parameter[1:], torch.ones(2, dtype=torch.float64))
     assert optimizer.kept_fraction() == pytest.approx(1 / 3)
@@ -73,7 +82,10 @@ def test_masked_weights_shrink():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("betas", "tau", "grads"),
-    [((0.9, 0.999, 0.8), 0.4, [10.0] + 4000 * [0.0078125]), ((0.9, 0.999, 0.99), 0.9, 2000 * [1.0])],
+    [
+        ((0.9, 0.999, 0.8), 0.4, [10.0] + 4000 * [0.0078125]),
+        ((0.9, 0.999, 0.99), 0.9, 2000 * [1.0]),
+    ],
     ids=["a large gradient fades", "agreement reaches tau"],
 )
 def test_half_precision_follows_the_equations(betas, tau, grads, dtype):
@@ -114,7 +126,9 @@ def test_a_parameter_without_gradient_is_left_alone():
 
 def test_groups_have_their_own_hyperparameters():
     parameters = [torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)]
-    optimizer = TemporalAndMaskAdam([{"params": parameters[:1], "tau": 0.9}], lr=0.1, tau=0.0, weight_decay=0)
+    optimizer = TemporalAndMaskAdam(
+        [{"params": parameters[:1], "tau": 0.9}], lr=0.1, tau=0.0, weight_decay=0
+    )
     optimizer.add_param_group({"params": parameters[1]})
     steps(optimizer, parameters, [[np.ones(2)] * 2])
     assert torch.equal(parameters[0], torch.ones(2)) and (parameters[1] < 1).all()
@@ -146,7 +160,11 @@ def test_closure_and_schedule():
     for _ in range(3):
         losses.append(optimizer.step(closure).item())
         schedule.step()
-    assert losses[0] == 3 and losses[2] < losses[1] and optimizer.param_groups[0]["lr"] == pytest.approx(0.0125)
+    assert (
+        losses[0] == 3
+        and losses[2] < losses[1]
+        and optimizer.param_groups[0]["lr"] == pytest.approx(0.0125)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -167,7 +185,9 @@ def test_resuming_gives_the_same_run(tmp_path, dtype):
     for one, other in zip(whole, parts, strict=True):
         assert torch.equal(one, other)
         for name, kept in straight.state[one].items():
-            assert kept.dtype == torch.float32 and torch.equal(kept, second.state[other][name]), name
+            assert kept.dtype == torch.float32 and torch.equal(kept, second.state[other][name]), (
+                name
+            )
     third = copy.deepcopy(second)
     assert third.kept_fraction() == second.kept_fraction()
 
@@ -191,14 +211,19 @@ def test_another_optimizers_state_is_refused(other):
     parameter.grad = torch.ones(2)
     saved.step()
     optimizer = TemporalAndMaskAdam([parameter])
-    with pytest.raises(ValueError, match="state_dict is of another optimizer than TemporalAndMaskAdam.*tau"):
+    with pytest.raises(
+        ValueError, match="state_dict is of another optimizer than TemporalAndMaskAdam.*tau"
+    ):
         optimizer.load_state_dict(saved.state_dict())
 
 
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [
-        ([(2, 1)], r"'exp_avg' of shape \(2, 1\) for parameter 0, whose shape is \(2, 3\): it is of another model"),
+        (
+            [(2, 1)],
+            r"'exp_avg' of shape \(2, 1\) for parameter 0, whose shape is \(2, 3\): it is of another model",
+        ),
         ([(2, 3), (2,)], r"groups of \[2\] parameters, this optimizer has groups of \[1\]"),
     ],
 )
@@ -265,7 +290,9 @@ def test_it_keeps_what_environments_share():
     weights = {}
     for tau in (0.0, 0.5):
         weight = torch.nn.Parameter(torch.zeros(5))
-        optimizer = TemporalAndMaskAdam([weight], lr=0.01, betas=(0.5, 0.999, 0.8), tau=tau, weight_decay=0.05)
+        optimizer = TemporalAndMaskAdam(
+            [weight], lr=0.01, betas=(0.5, 0.999, 0.8), tau=tau, weight_decay=0.05
+        )
         order = torch.randint(4, (3000,), generator=torch.Generator().manual_seed(0))
         for e in order.tolist():
             optimizer.zero_grad()

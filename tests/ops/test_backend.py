@@ -9,7 +9,10 @@ from htv.ops import backend, dispatch
 from htv.ops.factors import ConvFactors, LinearFactors, StackedFactors
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-FP32, FP64 = torch.float32, torch.float64  # contributions of half-precision factors are computed in float32
+FP32, FP64 = (
+    torch.float32,
+    torch.float64,
+)  # contributions of half-precision factors are computed in float32
 
 
 def choose(op, statistic, device=CPU, dtype=torch.float32, longest=None):
@@ -23,7 +26,9 @@ def present(monkeypatch):
     def present(*names):
         monkeypatch.delenv("HTV_BACKEND", raising=False)
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-        monkeypatch.setattr(backend, "NOT_BUILT", None if {"cpp", "cuda"} & {*names} else "not built")
+        monkeypatch.setattr(
+            backend, "NOT_BUILT", None if {"cpp", "cuda"} & {*names} else "not built"
+        )
         monkeypatch.setattr(backend, "CUDA_BUILT", "cuda" in names)
         monkeypatch.setattr(backend, "TRITON_INSTALLED", "triton" in names)
         monkeypatch.setattr(backend, "_too_old", lambda device: None)
@@ -66,7 +71,12 @@ TABLE = [
 @pytest.mark.parametrize("op, statistic, dtype, longest, both, cuda, triton", TABLE)
 def test_the_rule_of_choice_on_cuda(op, statistic, dtype, longest, both, cuda, triton, present):
     problem = op, statistic, CUDA, dtype, longest
-    for names, server in ((("cuda", "triton"), both), (("cuda",), cuda), (("triton",), triton), ((), "reference")):
+    for names, server in (
+        (("cuda", "triton"), both),
+        (("cuda",), cuda),
+        (("triton",), triton),
+        ((), "reference"),
+    ):
         present(*names)
         assert choose(*problem) == server, names
 
@@ -88,7 +98,9 @@ def test_gpu_backends_serve_no_other_device(device, present):
 
 def test_gpus_without_kernels_are_served_by_the_reference(present, monkeypatch):
     present("cuda", "triton")
-    monkeypatch.setattr(backend, "_too_old", lambda device: "it needs compute capability 8.0, this GPU has 7.5")
+    monkeypatch.setattr(
+        backend, "_too_old", lambda device: "it needs compute capability 8.0, this GPU has 7.5"
+    )
     assert choose("stacked", "median", CUDA) == choose("linear", "and_mask", CUDA) == "reference"
     with htv.use_backend("triton"), pytest.raises(RuntimeError, match="this GPU has 7.5"):
         choose("stacked", "median", CUDA)
@@ -99,15 +111,24 @@ def test_factors_tell_the_rule_what_it_asks(present):
     pairs = LinearFactors(torch.ones(4, 2), torch.ones(4, 4), torch.tensor([0, 2, 4]))
     present("cuda")
     for name in ("and_mask", "sign_sum", "median", "winsorized_mean"):
-        assert dispatch.route(each, name, CUDA).style == "fused" and dispatch.route(pairs, name, CUDA).style == "sliced"
+        assert (
+            dispatch.route(each, name, CUDA).style == "fused"
+            and dispatch.route(pairs, name, CUDA).style == "sliced"
+        )
     for name in ("geometric_mean", "median_of_means"):
         assert dispatch.route(each, name, CUDA).style == "sliced"
-    assert dispatch.path(LinearFactors, htv.Median(), CUDA) == "sliced (cuda); one row per group: fused (cuda)"
+    assert (
+        dispatch.path(LinearFactors, htv.Median(), CUDA)
+        == "sliced (cuda); one row per group: fused (cuda)"
+    )
     present("cuda", "triton")
     assert dispatch.route(pairs, "median", CUDA).style == "fused"
     assert dispatch.path(each, htv.Median(), CUDA) == "fused (cuda)"
     assert dispatch.path(pairs, htv.Median(), CUDA) == "fused (triton)"
-    assert dispatch.path(LinearFactors, htv.Median(), CUDA) == "fused (triton); one row per group: fused (cuda)"
+    assert (
+        dispatch.path(LinearFactors, htv.Median(), CUDA)
+        == "fused (triton); one row per group: fused (cuda)"
+    )
     assert dispatch.path(ConvFactors, htv.Median(), CUDA) == "fused (triton)"
     assert dispatch.path(StackedFactors, htv.Median(), CUDA) == "stacked (cuda)"
     double = LinearFactors(*(torch.ones(4, 2, dtype=torch.float64),) * 2, torch.tensor([0, 2, 4]))
@@ -127,7 +148,9 @@ def test_the_choice_is_traced(server, op, present):
     torch._dynamo.reset()
     with FakeTensorMode():
         grads = torch.empty(5, 4, device="cuda")
-        compiled = torch.compile(lambda g: 2 * htv.median(g), fullgraph=True, backend=compiler)(grads)
+        compiled = torch.compile(lambda g: 2 * htv.median(g), fullgraph=True, backend=compiler)(
+            grads
+        )
     assert compiled.device.type == "cuda" and compiled.shape == (4,)
     assert getattr(torch.ops.htv, op).default in targets
 
@@ -141,18 +164,36 @@ def test_a_stacked_statistic_compiles_whole():
 def test_a_named_backend_without_a_kernel_leaves_factors_to_the_general_paths(present):
     present("cuda", "triton")
     with htv.use_backend("cuda"):
-        assert choose("linear", "and_mask", CUDA, longest=1) == choose("stacked", "and_mask", CUDA) == "cuda"
-        assert choose("linear", "and_mask", CUDA, longest=2) == choose("conv", "and_mask", CUDA) == "reference"
+        assert (
+            choose("linear", "and_mask", CUDA, longest=1)
+            == choose("stacked", "and_mask", CUDA)
+            == "cuda"
+        )
+        assert (
+            choose("linear", "and_mask", CUDA, longest=2)
+            == choose("conv", "and_mask", CUDA)
+            == "reference"
+        )
     with htv.use_backend("triton"):
-        assert choose("linear", "and_mask", CUDA, longest=1) == choose("stacked", "and_mask", CUDA) == "triton"
+        assert (
+            choose("linear", "and_mask", CUDA, longest=1)
+            == choose("stacked", "and_mask", CUDA)
+            == "triton"
+        )
         assert choose("linear", "and_mask", CUDA, FP64) == "reference"
         with pytest.raises(RuntimeError, match="no kernel for torch.float64"):
             choose("stacked", "and_mask", CUDA, FP64)
     present("cuda")
     for op in ("stacked", "linear", "conv", "embedding"):
-        with htv.use_backend("triton"), pytest.raises(RuntimeError, match="Triton is not installed"):
+        with (
+            htv.use_backend("triton"),
+            pytest.raises(RuntimeError, match="Triton is not installed"),
+        ):
             choose(op, "and_mask", CUDA)
-        with htv.use_backend("cpp"), pytest.raises(RuntimeError, match="it serves the CPU, not cuda"):
+        with (
+            htv.use_backend("cpp"),
+            pytest.raises(RuntimeError, match="it serves the CPU, not cuda"),
+        ):
             choose(op, "and_mask", CUDA)
     present("triton")
     with htv.use_backend("cuda"), pytest.raises(RuntimeError, match="not built"):
@@ -171,7 +212,10 @@ def test_reference_can_be_named_and_nested():
 @pytest.mark.parametrize("name", ["cuda", "triton"])
 def test_a_named_backend_that_cannot_serve_raises(name, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with htv.use_backend(name), pytest.raises(RuntimeError, match=f"backend '{name}' was named but cannot serve"):
+    with (
+        htv.use_backend(name),
+        pytest.raises(RuntimeError, match=f"backend '{name}' was named but cannot serve"),
+    ):
         htv.median(torch.randn(3, 2))
 
 

@@ -9,16 +9,29 @@ from htv.ops import backend, reference, schema
 from htv.rules import Statistic
 
 pytestmark = [
-    pytest.mark.skipif(backend.NOT_BUILT is not None, reason="htv was built without compiled kernels"),
+    pytest.mark.skipif(
+        backend.NOT_BUILT is not None, reason="htv was built without compiled kernels"
+    ),
     pytest.mark.usefixtures("one_thread"),
 ]
 
 
 def statistics(groups):
     """Those whose value is exact where products and sums are, then others."""
-    exact = [Statistic(name, count) for name in ("and_mask", "xor_mask") for count in {0, 1, groups // 3, groups}]
-    exact += [Statistic("mean"), Statistic("sign_sum"), *(Statistic("median", count) for count in (-1, 0, 1))]
-    rounded = [Statistic("geometric_mean", groups // 3), Statistic("winsorized_mean", (groups - 1) // 3)]
+    exact = [
+        Statistic(name, count)
+        for name in ("and_mask", "xor_mask")
+        for count in {0, 1, groups // 3, groups}
+    ]
+    exact += [
+        Statistic("mean"),
+        Statistic("sign_sum"),
+        *(Statistic("median", count) for count in (-1, 0, 1)),
+    ]
+    rounded = [
+        Statistic("geometric_mean", groups // 3),
+        Statistic("winsorized_mean", (groups - 1) // 3),
+    ]
     rounded += [Statistic("trimmed_mean", (groups - 1) // 2)]
     rounded += [Statistic("sand_mask", 0, groups / 3, 0.7)] if groups > 1 else []
     return exact, rounded
@@ -26,14 +39,19 @@ def statistics(groups):
 
 def geometry_of(kernel, stride=1, padding=0, dilation=1, groups=1):
     """kernel, stride, padding, dilation, one entry per dim each, and groups."""
-    wide = [[n] * len(kernel) if isinstance(n, int) else list(n) for n in (stride, padding, dilation)]
+    wide = [
+        [n] * len(kernel) if isinstance(n, int) else list(n) for n in (stride, padding, dilation)
+    ]
     return [list(kernel), *wide, groups]
 
 
 def factors(lengths, c, o, space, geometry, dtype, seed=0, low=-2, high=3):
     """x, grad_output and offsets, of small integers."""
     generator = torch.Generator().manual_seed(seed)
-    out = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in zip(space, *geometry[:4], strict=True)]
+    out = [
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, k, s, p, d in zip(space, *geometry[:4], strict=True)
+    ]
     x = torch.randint(low, high, (sum(lengths), c, *space), generator=generator).to(dtype)
     grad = torch.randint(low, high, (sum(lengths), o, *out), generator=generator).to(dtype)
     return x, grad, torch.tensor([0, *lengths]).cumsum(0)
@@ -50,9 +68,13 @@ def agrees(x, grad, offsets, geometry):
     exact, rounded = statistics(len(offsets) - 1)
     for statistic in (*exact, *rounded):
         value, mask_sum = cpp(x, grad, offsets, geometry, statistic)
-        expected, expected_sum = reference.conv(x.double(), grad.double(), offsets, geometry, statistic)
+        expected, expected_sum = reference.conv(
+            x.double(), grad.double(), offsets, geometry, statistic
+        )
         tolerance = 1e-6 if statistic in exact else 1e-12 if x.dtype == torch.float64 else 3e-5
-        torch.testing.assert_close(value.double(), expected, rtol=tolerance, atol=tolerance, equal_nan=True)
+        torch.testing.assert_close(
+            value.double(), expected, rtol=tolerance, atol=tolerance, equal_nan=True
+        )
         torch.testing.assert_close(mask_sum, expected_sum, rtol=tolerance, atol=tolerance)
 
 
@@ -72,8 +94,20 @@ CASES = {
     "wide groups": ([1, 2, 1], 36, 40, (5, 5), geometry_of((3, 3), 1, 1, groups=2)),
     "depthwise": ([1, 2, 0, 1], 35, 35, (6, 5), geometry_of((3, 3), 1, 1, groups=35)),
     "depthwise 1d": ([1, 0, 2], 17, 17, (11,), geometry_of((4,), 1, 3, groups=17)),
-    "depthwise 3d": ([2, 1], 5, 5, (4, 5, 3), geometry_of((3, 2, 2), (1, 2, 1), (1, 0, 1), (1, 2, 1), groups=5)),
-    "depthwise strided": ([1, 2, 1], 16, 16, (9, 8), geometry_of((3, 3), (3, 2), (2, 1), (1, 2), groups=16)),
+    "depthwise 3d": (
+        [2, 1],
+        5,
+        5,
+        (4, 5, 3),
+        geometry_of((3, 2, 2), (1, 2, 1), (1, 0, 1), (1, 2, 1), groups=5),
+    ),
+    "depthwise strided": (
+        [1, 2, 1],
+        16,
+        16,
+        (9, 8),
+        geometry_of((3, 3), (3, 2), (2, 1), (1, 2), groups=16),
+    ),
     "depthwise multiplied": ([1, 2, 1], 10, 20, (6, 5), geometry_of((3, 3), 1, 1, groups=10)),
     "depthwise, many groups": ([1] * 80, 3, 3, (4, 4), geometry_of((3, 3), 1, 1, groups=3)),
     "depthwise in strips": ([1, 2], 3, 3, (70, 40), geometry_of((3, 2), 1, (3, 1), groups=3)),
@@ -96,7 +130,9 @@ def test_geometries(level, name, last):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["2d", "many channels", "wide groups", "1x1", "depthwise", "narrow groups"])
+@pytest.mark.parametrize(
+    "name", ["2d", "many channels", "wide groups", "1x1", "depthwise", "narrow groups"]
+)
 def test_types(level, dtype, name):
     lengths, c, o, space, geometry = CASES[name]
     agrees(*factors(lengths, c, o, space, geometry, dtype), geometry)
@@ -109,7 +145,9 @@ def test_copies_are_of_some_channels_at_a_time(c, o, groups):
     x, grad, offsets = factors([1, 1], c, o, (250, 250), geometry, torch.float32, low=-1, high=2)
     for statistic in (Statistic("and_mask", 2), Statistic("median")):
         value, mask_sum = cpp(x, grad, offsets, geometry, statistic)
-        expected, expected_sum = reference.conv(x.double(), grad.double(), offsets, geometry, statistic)
+        expected, expected_sum = reference.conv(
+            x.double(), grad.double(), offsets, geometry, statistic
+        )
         assert torch.equal(value.double(), expected) and mask_sum == expected_sum
 
 
@@ -117,14 +155,21 @@ def test_copies_are_of_some_channels_at_a_time(c, o, groups):
 def test_nan_and_infinity(level, c, o, groups):
     geometry = geometry_of((3, 3), 1, 1, groups=groups)
     x, grad, offsets = factors([1, 2, 1, 3], c, o, (4, 5), geometry, torch.float32, seed=3)
-    x[0, 3, 1, 1], x[1, 5, 2, 2], x[4, 5, 0, 0], grad[2, 7, 3, 3] = math.nan, math.inf, -math.inf, math.inf
+    x[0, 3, 1, 1], x[1, 5, 2, 2], x[4, 5, 0, 0], grad[2, 7, 3, 3] = (
+        math.nan,
+        math.inf,
+        -math.inf,
+        math.inf,
+    )
     agrees(x, grad, offsets, geometry)
 
 
 @pytest.mark.parametrize("depthwise", [False, True], ids=["dense", "depthwise"])
 def test_the_number_of_threads_changes_no_bit(depthwise):
     geometry = geometry_of((5, 5), 1, 2, groups=20 if depthwise else 1)
-    x, grad, offsets = factors([2] * 6, 40, 20 if depthwise else 50, (9, 9), geometry, torch.float32)
+    x, grad, offsets = factors(
+        [2] * 6, 40, 20 if depthwise else 50, (9, 9), geometry, torch.float32
+    )
     x, grad = x + torch.rand_like(x), grad + torch.rand_like(grad)
     for statistic in sum(statistics(6), []):
         results = []
@@ -138,7 +183,11 @@ def test_the_number_of_threads_changes_no_bit(depthwise):
 def test_nothing_at_all():
     geometry = geometry_of((3, 3), 1, 1)
     value, mask_sum = cpp(
-        torch.ones(0, 4, 5, 5), torch.ones(0, 3, 5, 5), torch.tensor([0, 0]), geometry, Statistic("and_mask")
+        torch.ones(0, 4, 5, 5),
+        torch.ones(0, 3, 5, 5),
+        torch.tensor([0, 0]),
+        geometry,
+        Statistic("and_mask"),
     )
     assert torch.equal(value, torch.zeros(3, 4, 3, 3)) and mask_sum == 3 * 36
 
@@ -147,18 +196,37 @@ def test_nothing_at_all():
 def test_opcheck(name):
     geometry = geometry_of((3, 3), 1, 1)
     x, grad, offsets = factors([1, 2], 4, 3, (5, 5), geometry, torch.float32)
-    torch.library.opcheck(torch.ops.htv.conv.default, (x, grad, offsets, *geometry, *schema.numbers(Statistic(name))))
-    rows = (torch.randn(4, 3), torch.randn(4, 2), torch.tensor([0, 1, 4]), *schema.numbers(Statistic(name)))
+    torch.library.opcheck(
+        torch.ops.htv.conv.default, (x, grad, offsets, *geometry, *schema.numbers(Statistic(name)))
+    )
+    rows = (
+        torch.randn(4, 3),
+        torch.randn(4, 2),
+        torch.tensor([0, 1, 4]),
+        *schema.numbers(Statistic(name)),
+    )
     torch.library.opcheck(torch.ops.htv.linear.default, rows)
 
 
-X, GRAD, OFFSETS, GEOMETRY = torch.ones(2, 4, 5, 5), torch.ones(2, 6, 5, 5), torch.arange(3), geometry_of((3, 3), 1, 1)
+X, GRAD, OFFSETS, GEOMETRY = (
+    torch.ones(2, 4, 5, 5),
+    torch.ones(2, 6, 5, 5),
+    torch.arange(3),
+    geometry_of((3, 3), 1, 1),
+)
 
 
 @pytest.mark.parametrize(
     ("x", "grad", "offsets", "geometry", "name", "message"),
     [
-        (X[0], GRAD, OFFSETS, GEOMETRY, "mean", "must be .samples, channels, .space. with 2 spatial dims"),
+        (
+            X[0],
+            GRAD,
+            OFFSETS,
+            GEOMETRY,
+            "mean",
+            "must be .samples, channels, .space. with 2 spatial dims",
+        ),
         (X[:, :, ::2], GRAD, OFFSETS, GEOMETRY, "mean", "x must be dense"),
         (X, GRAD.double(), OFFSETS, GEOMETRY, "mean", "must have one dtype"),
         (X, GRAD[:1], OFFSETS, GEOMETRY, "mean", "x has 2 samples, grad_output 1"),
@@ -170,9 +238,23 @@ X, GRAD, OFFSETS, GEOMETRY = torch.ones(2, 4, 5, 5), torch.ones(2, 6, 5, 5), tor
             "mean",
             "divisible by the groups of the conv.*, 4",
         ),
-        (X, GRAD, OFFSETS, geometry_of((3, 3)), "mean", "grad_output sees 7 positions of spatial dim 0, x has 5"),
+        (
+            X,
+            GRAD,
+            OFFSETS,
+            geometry_of((3, 3)),
+            "mean",
+            "grad_output sees 7 positions of spatial dim 0, x has 5",
+        ),
         (X, GRAD, OFFSETS, geometry_of((3, 3), 0, 1), "mean", "must be positive"),
-        (X, GRAD, OFFSETS[:2], GEOMETRY, "mean", "offsets must run from 0 to the number of rows, 2"),
+        (
+            X,
+            GRAD,
+            OFFSETS[:2],
+            GEOMETRY,
+            "mean",
+            "offsets must run from 0 to the number of rows, 2",
+        ),
         (X, GRAD, OFFSETS, GEOMETRY, "median_of_means", "does not serve statistic 10"),
     ],
 )

@@ -36,7 +36,9 @@ def test_it_is_torch_s_of_the_sum(dtype, name):
     for size in SIZES:
         logits, targets, shift = operands(*size, dtype)
         options, ours = options_for(name, size[1], dtype)
-        found = loss_and_grad(shifted_cross_entropy, logits, targets, shift, temperature=0.7, **ours)
+        found = loss_and_grad(
+            shifted_cross_entropy, logits, targets, shift, temperature=0.7, **ours
+        )
         exact = loss_and_grad(by_torch, logits.double(), targets, shift, temperature=0.7, **options)
         if found[0].isfinite().all():  # of (1, 1) all may be ignored: NaN, below
             assert_as_exact(found, exact, logits)
@@ -46,7 +48,11 @@ def test_it_is_torch_s_of_the_sum(dtype, name):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_shift_has_a_type_of_its_own(dtype, shift_dtype):
     logits, targets, shift = operands(6, 37, dtype)
-    for own in (shift.to(shift_dtype), shift[0].to(shift_dtype), shift[:1].to(shift_dtype).expand(6, -1)):
+    for own in (
+        shift.to(shift_dtype),
+        shift[0].to(shift_dtype),
+        shift[:1].to(shift_dtype).expand(6, -1),
+    ):
         found = loss_and_grad(shifted_cross_entropy, logits, targets, own)
         assert_as_exact(found, loss_and_grad(by_torch, logits.double(), targets, own), logits)
 
@@ -78,7 +84,9 @@ def test_ignored_rows_contribute_nothing():
     loss, grad = loss_and_grad(shifted_cross_entropy, logits, targets, shift, label_smoothing=0.1)
     assert loss.isfinite() and grad.isfinite().all() and (grad[1] == 0).all()
     kept = torch.tensor([0, 2, 3])
-    assert torch.equal(loss, shifted_cross_entropy(logits[kept], targets[kept], shift[kept], label_smoothing=0.1))
+    assert torch.equal(
+        loss, shifted_cross_entropy(logits[kept], targets[kept], shift[kept], label_smoothing=0.1)
+    )
 
 
 def test_ignored_rows_contribute_nothing_to_second_derivatives():
@@ -87,7 +95,9 @@ def test_ignored_rows_contribute_nothing_to_second_derivatives():
 
     def second(logits, targets, shift):
         logits = logits.clone().requires_grad_()
-        (grad,) = torch.autograd.grad(shifted_cross_entropy(logits, targets, shift), logits, create_graph=True)
+        (grad,) = torch.autograd.grad(
+            shifted_cross_entropy(logits, targets, shift), logits, create_graph=True
+        )
         return torch.autograd.grad(grad.square().sum(), logits)[0]
 
     kept, found = torch.tensor([0, 2, 3]), second(logits, targets, shift)
@@ -102,7 +112,9 @@ def test_a_mean_of_nothing_is_not_a_number():
         assert mean.isnan() and F.cross_entropy(logits[:rows], t).isnan()
         assert (grad == 0).all() and grad.shape == (rows, 9)
         assert shifted_cross_entropy(logits[:rows], t, shift[:rows], reduction="sum") == 0
-        assert shifted_cross_entropy(logits[:rows], t, shift[:rows], reduction="none").shape == (rows,)
+        assert shifted_cross_entropy(logits[:rows], t, shift[:rows], reduction="none").shape == (
+            rows,
+        )
 
 
 def test_shapes_and_strides():
@@ -114,13 +126,19 @@ def test_shapes_and_strides():
         (wide[::2, ::2], targets[::2] % 20, shift[1::2, 1::2]),
         (wide[:, :6], targets % 6, shift[:, 3]),
         (wide.view(2, 3, 40), targets.view(2, 3)[:, :1].expand(2, 40) % 3, shift.view(2, 3, 40)),
-        (wide.view(2, 3, 4, 10), (targets.view(2, 3)[:, :1, None] % 3).expand(2, 4, 10), shift[0, :3]),
+        (
+            wide.view(2, 3, 4, 10),
+            (targets.view(2, 3)[:, :1, None] % 3).expand(2, 4, 10),
+            shift[0, :3],
+        ),
     ]
     for logits, t, s in cases:
         summed = s.view(-1, *(1,) * (logits.dim() - 2)) if s.shape != logits.shape else s
         for reduction in ("mean", "none"):
             found = loss_and_grad(shifted_cross_entropy, logits, t, s, reduction=reduction)
-            assert_as_exact(found, loss_and_grad(by_torch, logits, t, summed, reduction=reduction), logits)
+            assert_as_exact(
+                found, loss_and_grad(by_torch, logits, t, summed, reduction=reduction), logits
+            )
 
 
 def test_no_gradient_flows_into_the_shift():
@@ -171,7 +189,9 @@ def test_transforms_pass_over_ignored_rows():
 def test_compiled(dynamic):
     logits, targets, shift = operands(6, 11, torch.float32)
     weight = torch.rand(11)
-    function = lambda *a: shifted_cross_entropy(*a, weight=weight, label_smoothing=0.1, temperature=0.5)
+    function = lambda *a: shifted_cross_entropy(
+        *a, weight=weight, label_smoothing=0.1, temperature=0.5
+    )
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for own in (shift, shift[0]):
@@ -200,24 +220,60 @@ def test_targets_outside_of_the_classes():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"logits": torch.zeros(3, 4, dtype=torch.int64)}, TypeError, "logits must be a tensor of a floating"),
-        ({"shift": torch.zeros(3, 4, dtype=torch.int64)}, TypeError, "shift must be a tensor of a floating"),
-        ({"shift": [0.0] * 4}, TypeError, "shift must be a tensor of a floating-point type, got list"),
-        ({"targets": torch.zeros(3)}, TypeError, "targets must be classes in int64, got torch.float32; for prob"),
-        ({"targets": torch.zeros(4, dtype=torch.int64)}, ValueError, r"targets must be \(3,\).* got \(4,\)"),
-        ({"shift": torch.zeros(4, 4)}, ValueError, r"shift must be \(3, 4\) as logits, or \(4,\), got \(4, 4\)"),
+        (
+            {"logits": torch.zeros(3, 4, dtype=torch.int64)},
+            TypeError,
+            "logits must be a tensor of a floating",
+        ),
+        (
+            {"shift": torch.zeros(3, 4, dtype=torch.int64)},
+            TypeError,
+            "shift must be a tensor of a floating",
+        ),
+        (
+            {"shift": [0.0] * 4},
+            TypeError,
+            "shift must be a tensor of a floating-point type, got list",
+        ),
+        (
+            {"targets": torch.zeros(3)},
+            TypeError,
+            "targets must be classes in int64, got torch.float32; for prob",
+        ),
+        (
+            {"targets": torch.zeros(4, dtype=torch.int64)},
+            ValueError,
+            r"targets must be \(3,\).* got \(4,\)",
+        ),
+        (
+            {"shift": torch.zeros(4, 4)},
+            ValueError,
+            r"shift must be \(3, 4\) as logits, or \(4,\), got \(4, 4\)",
+        ),
         ({"shift": torch.zeros(3)}, ValueError, "shift must be"),
-        ({"shift": torch.zeros(3, 4, device="meta")}, ValueError, "shift is on meta, logits are on cpu"),
+        (
+            {"shift": torch.zeros(3, 4, device="meta")},
+            ValueError,
+            "shift is on meta, logits are on cpu",
+        ),
         ({"weight": torch.ones(3)}, ValueError, r"weight must be \(4,\)"),
         ({"temperature": 0.0}, ValueError, "temperature must be above 0"),
         ({"temperature": math.nan}, ValueError, "temperature must be above 0"),
         ({"label_smoothing": 1.5}, ValueError, r"label_smoothing must be in \[0, 1\]"),
-        ({"reduction": "total"}, ValueError, "reduction must be one of mean, sum, none, got 'total'"),
+        (
+            {"reduction": "total"},
+            ValueError,
+            "reduction must be one of mean, sum, none, got 'total'",
+        ),
         ({"logits": torch.zeros(3, 0)}, ValueError, "K >= 1"),
         ({"logits": torch.zeros(())}, ValueError, "K >= 1"),
     ],
 )
 def test_wrong_arguments_are_named(change, error, message):
-    given = {"logits": torch.zeros(3, 4), "targets": torch.zeros(3, dtype=torch.int64), "shift": torch.zeros(3, 4)}
+    given = {
+        "logits": torch.zeros(3, 4),
+        "targets": torch.zeros(3, dtype=torch.int64),
+        "shift": torch.zeros(3, 4),
+    }
     with pytest.raises(error, match=message):
         shifted_cross_entropy(**given | change)

@@ -17,7 +17,9 @@ from htv.ops import backend
 from htv.ops.cross_entropy import shifted_cross_entropy
 from htv.ops.reference import compute_dtype
 
-pytestmark = pytest.mark.skipif(backend.NOT_BUILT is not None, reason="htv was built without compiled kernels")
+pytestmark = pytest.mark.skipif(
+    backend.NOT_BUILT is not None, reason="htv was built without compiled kernels"
+)
 
 
 def test_every_cpu_level(level, one_thread):
@@ -41,8 +43,12 @@ def test_rounding_of_gradients(level, one_thread):
     for dtype in (torch.bfloat16, torch.float16):
         logits = torch.randn(64, 23).to(dtype)
         rows = torch.ops.htv.shifted_cross_entropy(logits, targets, shift, *numbers)[1:]
-        grad = torch.ops.htv.shifted_cross_entropy_grad(exponents, logits, targets, shift, *numbers, *rows)
-        wide = torch.ops.htv.shifted_cross_entropy_grad(exponents, logits.float(), targets, shift, *numbers, *rows)
+        grad = torch.ops.htv.shifted_cross_entropy_grad(
+            exponents, logits, targets, shift, *numbers, *rows
+        )
+        wide = torch.ops.htv.shifted_cross_entropy_grad(
+            exponents, logits.float(), targets, shift, *numbers, *rows
+        )
         assert torch.equal(grad, wide.to(dtype)) and (dtype == torch.bfloat16 or grad.isinf().any())
 
 
@@ -52,7 +58,9 @@ def test_results_do_not_depend_on_threads():
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
-            found.append(loss_and_grad(shifted_cross_entropy, logits, targets, shift, reduction="none"))
+            found.append(
+                loss_and_grad(shifted_cross_entropy, logits, targets, shift, reduction="none")
+            )
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
@@ -62,7 +70,10 @@ def test_results_do_not_depend_on_threads():
 def test_contracts(dtype):
     logits, targets, shift = operands(5, 7, dtype)
     numbers = 0.5, torch.rand(7, dtype=compute_dtype(dtype)), 1, 0.1
-    operator, gradient = torch.ops.htv.shifted_cross_entropy, torch.ops.htv.shifted_cross_entropy_grad
+    operator, gradient = (
+        torch.ops.htv.shifted_cross_entropy,
+        torch.ops.htv.shifted_cross_entropy_grad,
+    )
     torch.library.opcheck(operator.default, (logits, targets, shift, *numbers))
     loss, *rows = operator(logits, targets, shift, *numbers)
     torch.library.opcheck(gradient.default, (loss, logits, targets, shift, *numbers, *rows))
@@ -90,7 +101,11 @@ def test_operands_that_do_not_fit():
 def test_nothing_of_the_logits_size_is_stored_but_the_gradient():
     logits, targets, shift = operands(64, 5000, torch.float32)
     logits.requires_grad_()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         shifted_cross_entropy(logits, targets, shift, temperature=0.5).backward()
-    allocated = sum(event.self_cpu_memory_usage for event in profile.events() if event.self_cpu_memory_usage > 0)
+    allocated = sum(
+        event.self_cpu_memory_usage for event in profile.events() if event.self_cpu_memory_usage > 0
+    )
     assert logits.numel() * 4 <= allocated < 1.1 * logits.numel() * 4

@@ -8,10 +8,19 @@ from htv.ops import backend, reference, schema
 from htv.ops.aggregate import aggregate
 from htv.ops.factors import EmbeddingFactors
 
-pytestmark = pytest.mark.skipif(backend.NOT_BUILT is not None, reason="htv was built without compiled kernels")
+pytestmark = pytest.mark.skipif(
+    backend.NOT_BUILT is not None, reason="htv was built without compiled kernels"
+)
 
 RULES = (htv.AndMask(0.4), htv.AndMask(0.0), htv.AndMask(1.0), htv.XorMask(0.3), htv.SignSum())
-SIZES = [(0, 3, 4, 2), (1, 1, 1, 1), (40, 7, 5, 3), (60, 17, 33, 8), (200, 70, 3, 30), (90, 300, 50, 16)]  # R, D, V, E
+SIZES = [
+    (0, 3, 4, 2),
+    (1, 1, 1, 1),
+    (40, 7, 5, 3),
+    (60, 17, 33, 8),
+    (200, 70, 3, 30),
+    (90, 300, 50, 16),
+]  # R, D, V, E
 
 
 def lookups(size, dtype, whole):
@@ -27,15 +36,23 @@ def lookups(size, dtype, whole):
 
 def both(lookup, rule):
     statistic = rule.statistic(lookup[-1])
-    return torch.ops.htv.embedding(*lookup, *schema.numbers(statistic)), reference.embedding(*lookup, statistic)
+    return torch.ops.htv.embedding(*lookup, *schema.numbers(statistic)), reference.embedding(
+        *lookup, statistic
+    )
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
+)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_kernel_on_ties_and_cancellations(size, dtype, rule, level):
     (value, kept), (expected, expected_kept) = both(lookups(size, dtype, whole=True), rule)
-    assert value.dtype == expected.dtype and torch.equal(value, expected) and kept.item() == expected_kept.item()
+    assert (
+        value.dtype == expected.dtype
+        and torch.equal(value, expected)
+        and kept.item() == expected_kept.item()
+    )
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -48,7 +65,13 @@ def test_rounding_is_that_of_sums(size):
 
 def test_special_values():
     grad, ids, group_index, *sizes = lookups((60, 17, 5, 4), torch.float32, whole=True)
-    grad[3, 2], grad[5, 16], grad[7, 0], grad[8, 0], grad[9, 1] = torch.nan, torch.inf, torch.inf, -torch.inf, 1e-45
+    grad[3, 2], grad[5, 16], grad[7, 0], grad[8, 0], grad[9, 1] = (
+        torch.nan,
+        torch.inf,
+        torch.inf,
+        -torch.inf,
+        1e-45,
+    )
     ids[7] = ids[8]
     for rule in RULES:
         (value, kept), (expected, expected_kept) = both((grad, ids, group_index, *sizes), rule)
@@ -57,17 +80,25 @@ def test_special_values():
 
 
 def test_results_do_not_depend_on_threads():
-    lookup, threads, found = lookups((3000, 600, 200, 16), torch.float32, whole=False), torch.get_num_threads(), []
+    lookup, threads, found = (
+        lookups((3000, 600, 200, 16), torch.float32, whole=False),
+        torch.get_num_threads(),
+        [],
+    )
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             found.append(both(lookup, htv.AndMask(0.4))[0])
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+    assert all(
+        torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True)
+    )
 
 
-@pytest.mark.parametrize("rule", [htv.AndMask(0.4), htv.AndMask(0.4, rescale=True), htv.XorMask(0.3)], ids=str)
+@pytest.mark.parametrize(
+    "rule", [htv.AndMask(0.4), htv.AndMask(0.4, rescale=True), htv.XorMask(0.3)], ids=str
+)
 def test_factors_of_two_lookups_equal_those_by_pytorch(rule):
     torch.manual_seed(0)
     bounds = torch.tensor([0, 10, 10, 25, 40])

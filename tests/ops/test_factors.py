@@ -56,13 +56,18 @@ def by_autograd(function, parameter, grad_output, ids=IDS, count=E):
     for e in range(count):
         rows = (ids == e).nonzero().flatten()
         loss = (function(parameter, rows) * grad_output[rows]).sum()
-        found.append(torch.autograd.grad(loss, parameter)[0] if len(rows) else torch.zeros_like(parameter))
+        found.append(
+            torch.autograd.grad(loss, parameter)[0] if len(rows) else torch.zeros_like(parameter)
+        )
     return torch.stack(found).detach()
 
 
 def linear_use(outputs, inputs, sizes=SIZES):
     """(factors, contributions) of one use of an (O, I) weight."""
-    ids, bounds = torch.repeat_interleave(torch.arange(E), torch.tensor(sizes)), torch.tensor([0, *sizes]).cumsum(0)
+    ids, bounds = (
+        torch.repeat_interleave(torch.arange(E), torch.tensor(sizes)),
+        torch.tensor([0, *sizes]).cumsum(0),
+    )
     x, grad = randn(len(ids), inputs), randn(len(ids), outputs)
     found = by_autograd(lambda w, rows: F.linear(x[rows], w), randn(outputs, inputs), grad, ids)
     return LinearFactors(x, grad, bounds), found
@@ -74,11 +79,19 @@ def summed(*uses):
 
 def embedding_use(tokens=23, width=5, padding_idx=None, repeats=3):
     """Several lookups a row, of few tokens, so that many occur twice in a group and some in most groups."""
-    ids = torch.randint(0, tokens // 2, (len(IDS), repeats)) * torch.randint(0, 2, (len(IDS), repeats))
+    ids = torch.randint(0, tokens // 2, (len(IDS), repeats)) * torch.randint(
+        0, 2, (len(IDS), repeats)
+    )
     ids[:, 0] = 3
     grad = randn(len(IDS), repeats, width)
-    found = by_autograd(lambda w, rows: F.embedding(ids[rows], w, padding_idx=padding_idx), randn(tokens, width), grad)
-    return EmbeddingFactors(ids.flatten(), grad.flatten(0, 1), BOUNDS * repeats, tokens, padding_idx), found
+    found = by_autograd(
+        lambda w, rows: F.embedding(ids[rows], w, padding_idx=padding_idx),
+        randn(tokens, width),
+        grad,
+    )
+    return EmbeddingFactors(
+        ids.flatten(), grad.flatten(0, 1), BOUNDS * repeats, tokens, padding_idx
+    ), found
 
 
 def conv_case(c, o, space, kernel, groups=1, weight="size", ids=None, sort=False, **options):
@@ -90,11 +103,17 @@ def conv_case(c, o, space, kernel, groups=1, weight="size", ids=None, sort=False
     grad = randn(*function(x, weights, groups=groups, **options).shape)
     batch_size = Groups.by_id(torch.arange(E).repeat_interleave(2), 2 * E, weight=weight)
     grouped_rows = GroupedRows(batch_size, BatchLayout(0, examples=2 * ids))
-    found = by_autograd(lambda w, rows: function(x[rows], w, groups=groups, **options), weights, grad, ids)
+    found = by_autograd(
+        lambda w, rows: function(x[rows], w, groups=groups, **options), weights, grad, ids
+    )
     if batch_size.weights is not None:
         found = found * batch_size.weights.reshape(-1, *(1,) * weights.dim())
     geometry = ConvGeometry(
-        options.get("stride", 1), options.get("padding", 0), options.get("dilation", 1), groups, dims
+        options.get("stride", 1),
+        options.get("padding", 0),
+        options.get("dilation", 1),
+        groups,
+        dims,
     )
     return Case([ConvFactors(x, grad, kernel, geometry, grouped_rows)], found)
 
@@ -109,7 +128,9 @@ def view_of(inner, view, parameter, found):
 
 def views_case(views, shape, layer=linear_use):
     parameter = randn(*shape)
-    return summed(*(view_of(use[0], view, parameter, use[1]) for view in views for use in [layer(*view[0])]))
+    return summed(
+        *(view_of(use[0], view, parameter, use[1]) for view in views for use in [layer(*view[0])])
+    )
 
 
 def stacked_use(*shape):
@@ -119,7 +140,9 @@ def stacked_use(*shape):
 
 def bilinear_case():
     left, right, grad = randn(len(IDS), 4), randn(len(IDS), 3), randn(len(IDS), 5)
-    found = by_autograd(lambda w, rows: F.bilinear(left[rows], right[rows], w), randn(5, 4, 3), grad)
+    found = by_autograd(
+        lambda w, rows: F.bilinear(left[rows], right[rows], w), randn(5, 4, 3), grad
+    )
     return Case([BilinearFactors(left, right, grad, BOUNDS)], found)
 
 
@@ -157,11 +180,17 @@ CASES = {
     "groupwise and linear": lambda: summed(groupwise_use(), linear_use(5, 6)),
     "embedding": lambda: summed(embedding_use()),
     "embedding with padding": lambda: summed(embedding_use(padding_idx=3)),
-    "embeddings": lambda: summed(embedding_use(), embedding_use(padding_idx=0), embedding_use(repeats=1)),
+    "embeddings": lambda: summed(
+        embedding_use(), embedding_use(padding_idx=0), embedding_use(repeats=1)
+    ),
     "tied": tied_case,
-    "tied twice": lambda: summed(embedding_use(), linear_use(23, 5), embedding_use(), linear_use(23, 5)),
+    "tied twice": lambda: summed(
+        embedding_use(), linear_use(23, 5), embedding_use(), linear_use(23, 5)
+    ),
     "embedding and stacked": lambda: summed(embedding_use(), stacked_use(23, 5)),
-    "chunks": lambda: views_case([dense(2, 4), dense(3, 4, offset=8), dense(1, 4, offset=20)], (6, 4)),
+    "chunks": lambda: views_case(
+        [dense(2, 4), dense(3, 4, offset=8), dense(1, 4, offset=20)], (6, 4)
+    ),
     "chunk twice": lambda: views_case([dense(2, 4), dense(2, 4)], (6, 4)),
     "experts": lambda: views_case([dense(3, 4, offset=12 * e) for e in (0, 2, 3)], (4, 3, 4)),
     "transposed experts": lambda: views_case([((4, 3), (1, 4), 12 * e) for e in (0, 1)], (3, 3, 4)),
@@ -169,9 +198,13 @@ CASES = {
     "transposed and whole": lambda: views_case([((4, 6), (1, 4), 0), dense(6, 4)], (6, 4)),
     "chunk and whole": lambda: views_case([dense(2, 4), dense(6, 4)], (6, 4)),
     "columns": lambda: views_case([((6, 2), (4, 1), 0), ((6, 1), (4, 1), 3)], (6, 4)),
-    "views of no layer": lambda: views_case([dense(2, 4), dense(2, 4, offset=8)], (6, 4), stacked_use),
+    "views of no layer": lambda: views_case(
+        [dense(2, 4), dense(2, 4, offset=8)], (6, 4), stacked_use
+    ),
     "conv1d": lambda: conv_case(4, 6, (9,), (3,), padding=1),
-    "conv2d": lambda: conv_case(4, 6, (5, 7), (3, 2), stride=(1, 2), padding=(1, 0), dilation=(2, 1)),
+    "conv2d": lambda: conv_case(
+        4, 6, (5, 7), (3, 2), stride=(1, 2), padding=(1, 0), dilation=(2, 1)
+    ),
     "conv2d sorted": lambda: conv_case(4, 6, (5, 7), (3, 3), sort=True),
     "conv2d one sample a group": lambda: conv_case(4, 6, (9, 9), (3, 3), ids=torch.arange(E)),
     "conv2d equal groups": lambda: conv_case(4, 6, (5, 5), (3, 3), weight="equal", padding=1),
@@ -181,7 +214,9 @@ CASES = {
     "grouped": lambda: conv_case(12, 8, (5, 5), (3, 3), groups=4, padding=1),
     "grouped wide": lambda: conv_case(4, 64, (5, 4), (3, 2), groups=2, padding=1),
     "depthwise": lambda: conv_case(10, 10, (6, 5), (3, 3), groups=10, padding=1),
-    "depthwise equal groups": lambda: conv_case(6, 12, (9,), (3,), groups=6, stride=2, weight="equal"),
+    "depthwise equal groups": lambda: conv_case(
+        6, 12, (9,), (3,), groups=6, stride=2, weight="equal"
+    ),
 }
 
 
@@ -191,13 +226,17 @@ def test_every_rule(name, rule):
     case = CASES[name]()
     before = [part.total() for part in case.parts]
     found = aggregate.aggregate(case.parts, rule)
-    np.testing.assert_allclose(found, E * stat(rule, case.contributions.numpy()), rtol=1e-8, atol=1e-8)
+    np.testing.assert_allclose(
+        found, E * stat(rule, case.contributions.numpy()), rtol=1e-8, atol=1e-8
+    )
     for part, total in zip(case.parts, before, strict=True):
         assert torch.equal(part.total(), total)
 
 
 @pytest.mark.parametrize("scratch", [1, 500])
-@pytest.mark.parametrize("rule", [htv.AndMask(0.4, rescale=True), htv.SandMask(0.3, 0.5), htv.Median()], **by_name)
+@pytest.mark.parametrize(
+    "rule", [htv.AndMask(0.4, rescale=True), htv.SandMask(0.3, 0.5), htv.Median()], **by_name
+)
 @pytest.mark.parametrize("name", CASES)
 def test_any_slices(name, rule, scratch, monkeypatch):
     monkeypatch.setattr(limits, "SCRATCH_BYTES", scratch)
@@ -205,7 +244,9 @@ def test_any_slices(name, rule, scratch, monkeypatch):
         monkeypatch.setattr(kind, "scratch", scratch)
     case = CASES[name]()
     found = aggregate.aggregate(case.parts, rule)
-    np.testing.assert_allclose(found, E * stat(rule, case.contributions.numpy()), rtol=1e-8, atol=1e-8)
+    np.testing.assert_allclose(
+        found, E * stat(rule, case.contributions.numpy()), rtol=1e-8, atol=1e-8
+    )
 
 
 class Lifted(htv.Rule):
@@ -251,7 +292,9 @@ def test_norms_and_projections_of_all_uses_together(name):
     direction = torch.randn(case.contributions.shape[1:], dtype=torch.float64)
     found = projections(case.parts, direction)
     torch.testing.assert_close(found, flat @ direction.flatten(), rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(squared_norms(case.parts), flat.square().sum(1), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        squared_norms(case.parts), flat.square().sum(1), rtol=1e-9, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize("rule", [r for r in RULES if r.streaming], **by_name)
@@ -269,19 +312,25 @@ def test_agreement(name, rule):
     case, statistic = CASES[name](), rule.statistic(E)
     found, c = agreement(case.parts, rule), case.contributions
     assert found.mean_agreement == pytest.approx(c.sign().sum(0).abs().mean().item() / E, rel=1e-9)
-    assert found.m_coherence == pytest.approx((c.sum(0).square().sum() / c.square().sum()).item(), rel=1e-9)
+    assert found.m_coherence == pytest.approx(
+        (c.sum(0).square().sum() / c.square().sum()).item(), rel=1e-9
+    )
     masked = statistic.name in ("and_mask", "xor_mask", "geometric_mean", "sand_mask")
     mask_sum = aggregate.functional.stacked(c, statistic)[1].item() if masked else c[0].numel()
     assert found.kept_fraction == pytest.approx(mask_sum / c[0].numel(), rel=1e-9)
 
 
 @pytest.mark.parametrize("rule", RULES, **by_name)
-@pytest.mark.parametrize("name", ["embedding", "embeddings", "tied", "conv2d", "depthwise", "chunks", "recurrence"])
+@pytest.mark.parametrize(
+    "name", ["embedding", "embeddings", "tied", "conv2d", "depthwise", "chunks", "recurrence"]
+)
 def test_nan_shows_at_its_coordinates_only(name, rule):
     case = CASES[name]()
     part = case.parts[0].inner if isinstance(case.parts[0], ViewFactors) else case.parts[0]
     part.grad_output[(5, 1, *(0,) * (part.grad_output.dim() - 2))] = torch.nan
-    expected = torch.stack([sum(p.contribution(e) for p in case.parts) for e in range(E)]).isnan().any(0)
+    expected = (
+        torch.stack([sum(p.contribution(e) for p in case.parts) for e in range(E)]).isnan().any(0)
+    )
     assert expected.any() and not expected.all()
     assert torch.equal(aggregate.aggregate(case.parts, rule).isnan(), expected)
 
@@ -302,25 +351,35 @@ def test_few_groups_touch_a_token(rule, touching):
     count = 6
     for signs in (torch.ones(touching), torch.ones(touching).index_fill(0, torch.tensor(0), -1)):
         ids = torch.cat([torch.full((touching,), 2), torch.full((count - touching,), 1)])
-        grad = torch.cat([signs, torch.zeros(count - touching)]).double()[:, None] * torch.arange(1.0, 4.0)
+        grad = torch.cat([signs, torch.zeros(count - touching)]).double()[:, None] * torch.arange(
+            1.0, 4.0
+        )
         part = EmbeddingFactors(ids, grad, torch.arange(count + 1), 4)
         stacked = torch.stack([part.contribution(e) for e in range(count)])
         expected = count * stat(rule, stacked.numpy())
-        np.testing.assert_allclose(aggregate.aggregate([part], rule), expected, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(
+            aggregate.aggregate([part], rule), expected, rtol=1e-9, atol=1e-12
+        )
 
 
 @pytest.mark.parametrize("window", [1, 6000, 20000])
-@pytest.mark.parametrize("rule", [htv.AndMask(0.4), htv.XorMask(0.4), htv.SignSum(), htv.SandMask(0.3, 0.5)], **by_name)
+@pytest.mark.parametrize(
+    "rule", [htv.AndMask(0.4), htv.XorMask(0.4), htv.SignSum(), htv.SandMask(0.3, 0.5)], **by_name
+)
 @pytest.mark.parametrize("options", [{}, {"groups": 2}, {"weight": "equal"}], ids=str)
 def test_convolutions_in_any_blocks(options, rule, window, monkeypatch):
     monkeypatch.setattr(limits, "WINDOW_BYTES", window)
     case = conv_case(16, 72, (3, 2), (3, 1), padding=(1, 0), **options)
     found = aggregate.aggregate(case.parts, rule)
-    np.testing.assert_allclose(found, E * stat(rule, case.contributions.numpy()), rtol=1e-8, atol=1e-8)
+    np.testing.assert_allclose(
+        found, E * stat(rule, case.contributions.numpy()), rtol=1e-8, atol=1e-8
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rule", [htv.AndMask(0.4), htv.SandMask(0.3, 0.5), htv.Median()], **by_name)
+@pytest.mark.parametrize(
+    "rule", [htv.AndMask(0.4), htv.SandMask(0.3, 0.5), htv.Median()], **by_name
+)
 def test_half_precision_is_computed_in_float32(rule, dtype):
     x, grad = (torch.randint(-2, 3, (E, 4, 5, 5)).to(dtype) for _ in range(2))
     for groups in (1, 4):
@@ -329,16 +388,22 @@ def test_half_precision_is_computed_in_float32(rule, dtype):
         found = aggregate.aggregate([part], rule)
         assert found.dtype == torch.float32
         wide = ConvFactors(x.double(), grad.double(), (3, 3), part.geometry, grouped_rows)
-        torch.testing.assert_close(found.double(), aggregate.aggregate([wide], rule), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            found.double(), aggregate.aggregate([wide], rule), rtol=1e-5, atol=1e-5
+        )
 
 
 def test_conv_memory_formats_do_not_matter():
     x, grad = randn(E, 6, 5, 5), randn(E, 8, 5, 5)
-    make = lambda x, grad: ConvFactors(x, grad, (3, 3), ConvGeometry(1, 1, 1, 1, 2), GroupedRows(Groups.each(E), BatchLayout(0)))
+    make = lambda x, grad: ConvFactors(
+        x, grad, (3, 3), ConvGeometry(1, 1, 1, 1, 2), GroupedRows(Groups.each(E), BatchLayout(0))
+    )
     for rule in (htv.AndMask(0.4), htv.Median()):
         expected = aggregate.aggregate([make(x, grad)], rule)
         last = [t.contiguous(memory_format=torch.channels_last) for t in (x, grad)]
-        torch.testing.assert_close(aggregate.aggregate([make(*last)], rule), expected, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(
+            aggregate.aggregate([make(*last)], rule), expected, rtol=1e-10, atol=1e-10
+        )
 
 
 def largest_tensor(function):
@@ -359,7 +424,9 @@ def largest_tensor(function):
     return largest
 
 
-@pytest.mark.parametrize("rule", [htv.AndMask(0.4), htv.GeometricMean(0.4), htv.Median()], **by_name)
+@pytest.mark.parametrize(
+    "rule", [htv.AndMask(0.4), htv.GeometricMean(0.4), htv.Median()], **by_name
+)
 def test_an_embedding_costs_its_pairs(rule):
     """256 groups x 50,000 tokens x 16 would take 800 MB; the table takes 3 MB."""
     ids, grad = torch.randint(0, 50_000, (256 * 4,)), torch.randn(256 * 4, 16)
@@ -367,13 +434,23 @@ def test_an_embedding_costs_its_pairs(rule):
     assert largest_tensor(lambda: aggregate.aggregate([part], rule)) <= 4 << 20
 
 
-@pytest.mark.parametrize("rule", [htv.AndMask(0.4), htv.SandMask(0.4, 1.0), htv.Median()], **by_name)
+@pytest.mark.parametrize(
+    "rule", [htv.AndMask(0.4), htv.SandMask(0.4, 1.0), htv.Median()], **by_name
+)
 @pytest.mark.parametrize(("groups", "size"), [(1, 16), (64, 16), (1, 96)], ids=str)
 def test_convolutions_stay_within_bounds(rule, groups, size):
     x = torch.randn(8, 64, size, size)
     grad = torch.randn(8, 64, size, size)
-    part = ConvFactors(x, grad, (3, 3), ConvGeometry(1, 1, 1, groups, 2), GroupedRows(Groups.each(8), BatchLayout(0)))
-    allowed = max(x.untyped_storage().nbytes() * 5 // 4, 2 * limits.SCRATCH_BYTES, limits.WINDOW_BYTES)
+    part = ConvFactors(
+        x,
+        grad,
+        (3, 3),
+        ConvGeometry(1, 1, 1, groups, 2),
+        GroupedRows(Groups.each(8), BatchLayout(0)),
+    )
+    allowed = max(
+        x.untyped_storage().nbytes() * 5 // 4, 2 * limits.SCRATCH_BYTES, limits.WINDOW_BYTES
+    )
     assert largest_tensor(lambda: aggregate.aggregate([part], rule)) <= allowed
 
 
@@ -383,7 +460,9 @@ def test_paths_tell_the_truth():
         "depthwise": ("fused", "fused"), "embedding": ("sparse", "sparse, sliced"), "stacked": ("stacked", "stacked"),
         "bilinear": ("sliced", "sliced"), "groupwise": ("by group", "sliced"),
     }  # fmt: skip
-    compiled = backend.choose(backend.Problem("linear", "and_mask", torch.device("cpu"))) != "reference"
+    compiled = (
+        backend.choose(backend.Problem("linear", "and_mask", torch.device("cpu"))) != "reference"
+    )
     for name, (streaming, order) in kinds.items():
         part = CASES[name]().parts[0]
         for rule, style in ((htv.AndMask(0.4), streaming), (htv.Median(), order)):
@@ -402,7 +481,11 @@ def test_paths_tell_the_truth():
 def test_extra_work_is_a_number(name):
     for part, rule in itertools.product(CASES[name]().parts, RULES):
         work = dispatch.extra_work(part, rule)
-        assert math.isfinite(work) and work >= 0 and (work == 0) <= (isinstance(rule, htv.Mean) or part.count == 0)
+        assert (
+            math.isfinite(work)
+            and work >= 0
+            and (work == 0) <= (isinstance(rule, htv.Mean) or part.count == 0)
+        )
 
 
 def test_uses_must_agree():

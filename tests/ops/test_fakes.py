@@ -19,7 +19,10 @@ def arguments(op, dtype):
     return {
         "stacked": ((tensor(5, 7),), (7,)),
         "linear": ((tensor(6, 4), tensor(6, 3), offsets), (3, 4)),
-        "conv": ((tensor(6, 4, 9, 9), tensor(6, 8, 9, 9), offsets, [3, 3], [1, 1], [1, 1], [1, 1], 2), (8, 2, 3, 3)),
+        "conv": (
+            (tensor(6, 4, 9, 9), tensor(6, 8, 9, 9), offsets, [3, 3], [1, 1], [1, 1], [1, 1], 2),
+            (8, 2, 3, 3),
+        ),
         "embedding": ((tensor(6, 4), number(6), number(6), 10, 3), (10, 4)),
     }[op]
 
@@ -30,7 +33,12 @@ def test_results_are_on_the_device_of_the_factors(op, server, dtype):
     with FakeTensorMode():
         given, shape = arguments(op, dtype)
         value, mask_sum = backend.operator(op, server)(*given, *NUMBERS)
-    assert (value.shape, value.dtype, value.device.type, value.is_contiguous()) == (shape, torch.float32, "cuda", True)
+    assert (value.shape, value.dtype, value.device.type, value.is_contiguous()) == (
+        shape,
+        torch.float32,
+        "cuda",
+        True,
+    )
     assert (mask_sum.shape, mask_sum.dtype, mask_sum.device.type) == ((), torch.float64, "cuda")
 
 
@@ -46,6 +54,8 @@ def test_graphs_hold_the_op_itself(op, server):
     torch._dynamo.reset()
     with FakeTensorMode():
         given, shape = arguments(op, torch.float32)
-        compiled = torch.compile(lambda *a: operator(*a, *NUMBERS)[0] * 2, fullgraph=True, backend=compiler)
+        compiled = torch.compile(
+            lambda *a: operator(*a, *NUMBERS)[0] * 2, fullgraph=True, backend=compiler
+        )
         assert compiled(*given).shape == shape
     assert operator in targets

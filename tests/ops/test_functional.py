@@ -47,7 +47,11 @@ def test_public_functions_are_the_rules():
 
 
 @pytest.mark.parametrize("rule", RULES, **by_name)
-@given(groups=st.integers(3, 12), shape=st.lists(st.integers(0, 5), max_size=3), seed=st.integers(0, 2**31))
+@given(
+    groups=st.integers(3, 12),
+    shape=st.lists(st.integers(0, 5), max_size=3),
+    seed=st.integers(0, 2**31),
+)
 @settings(max_examples=15, deadline=None)
 def test_equals_the_definition(rule, groups, shape, seed):
     values = np.random.default_rng(seed).normal(size=(groups, *shape))
@@ -61,11 +65,15 @@ def test_equals_the_definition(rule, groups, shape, seed):
 @pytest.mark.parametrize("rule", RULES, **by_name)
 def test_every_dtype_is_as_exact_as_its_type(rule, dtype):
     """Inputs rounded to the type, so that only the computation's and the result's rounding is left."""
-    values = torch.randn(11, 301, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(dtype)
+    values = torch.randn(
+        11, 301, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    ).to(dtype)
     found = apply(values, rule)
     assert found.dtype == dtype
     expected = stat(rule, values.double().numpy())
-    np.testing.assert_allclose(found.double().numpy(), expected, rtol=8 * torch.finfo(dtype).eps, atol=1e-6)
+    np.testing.assert_allclose(
+        found.double().numpy(), expected, rtol=8 * torch.finfo(dtype).eps, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("rule", RULES, **by_name)
@@ -78,12 +86,18 @@ def test_odd_and_invariant_to_the_order_of_groups(rule):
     else:
         torch.testing.assert_close(apply(-values, rule), -result, rtol=1e-12, atol=0)
     if not isinstance(rule, htv.MedianOfMeans):  # its buckets are made by position
-        torch.testing.assert_close(apply(values[torch.randperm(10)], rule), result, rtol=1e-12, atol=1e-15)
+        torch.testing.assert_close(
+            apply(values[torch.randperm(10)], rule), result, rtol=1e-12, atol=1e-15
+        )
 
 
-@pytest.mark.parametrize("rule", [r for r in RULES if not isinstance(r, (htv.SandMask, htv.SignSum))], **by_name)
+@pytest.mark.parametrize(
+    "rule", [r for r in RULES if not isinstance(r, (htv.SandMask, htv.SignSum))], **by_name
+)
 def test_positively_homogeneous(rule):
-    values = away_from_ties(10, 64, dtype=torch.float64)  # none so small that the geometric mean's 1e-10 shows
+    values = away_from_ties(
+        10, 64, dtype=torch.float64
+    )  # none so small that the geometric mean's 1e-10 shows
     torch.testing.assert_close(apply(8 * values, rule), 8 * apply(values, rule), rtol=1e-7, atol=0)
 
 
@@ -100,12 +114,18 @@ def test_exact_ties_are_kept_and_zeros_dilute():
     votes[0] = 0.0  # 19 < 20
     assert htv.and_mask(votes, 0.4).item() == 0
     assert htv.sign_agreement(votes).item() == pytest.approx(19 / 50)
-    assert htv.sand_mask(torch.ones(5, 1) * 2, 1.0, 1.0).item() == pytest.approx(0, abs=1e-6)  # 0 / 0, as defined
+    assert htv.sand_mask(torch.ones(5, 1) * 2, 1.0, 1.0).item() == pytest.approx(
+        0, abs=1e-6
+    )  # 0 / 0, as defined
 
 
 def test_all_masked_is_zero_not_nan():
     grads = torch.tensor([[1.0], [-1.0]])
-    for value in (htv.and_mask(grads, 0.5), htv.and_mask(grads, 0.5, rescale=True), htv.geometric_mean(grads, 0.5)):
+    for value in (
+        htv.and_mask(grads, 0.5),
+        htv.and_mask(grads, 0.5, rescale=True),
+        htv.geometric_mean(grads, 0.5),
+    ):
         assert value.item() == 0
 
 
@@ -119,7 +139,9 @@ def test_nan_shows_and_stays_in_its_coordinate(rule):
 
 
 def test_inf_is_an_ordinary_extreme_value():
-    grads = torch.tensor([[torch.inf, 1.0], [2.0, -torch.inf], [3.0, 3.0], [-1.0, 4.0], [4.0, -1.0]])
+    grads = torch.tensor(
+        [[torch.inf, 1.0], [2.0, -torch.inf], [3.0, 3.0], [-1.0, 4.0], [4.0, -1.0]]
+    )
     assert htv.median(grads).tolist() == [3.0, 1.0]
     assert htv.trimmed_mean(grads, 1).tolist() == [3.0, 1.0]
     assert htv.winsorized_mean(grads, 1)[0].item() == pytest.approx((2 + 2 + 3 + 4 + 4) / 5)
@@ -135,7 +157,9 @@ def test_midpoint_neither_overflows_nor_underflows():
 def test_medians_are_elements():
     values = torch.randn(8, 100).sort(dim=0).values[torch.randperm(8)]
     ranked = values.sort(dim=0).values
-    assert torch.equal(htv.median(values, "lower"), ranked[3]) and torch.equal(htv.median(values, "higher"), ranked[4])
+    assert torch.equal(htv.median(values, "lower"), ranked[3]) and torch.equal(
+        htv.median(values, "higher"), ranked[4]
+    )
 
 
 def test_strides_do_not_matter():
@@ -229,7 +253,9 @@ def test_opcheck(name, dtype):
 
 def test_compiles_without_graph_breaks():
     values = torch.randn(5, 7, requires_grad=True)
-    compiled = torch.compile(lambda g: htv.winsorized_mean(g, 1).square().sum(), backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(
+        lambda g: htv.winsorized_mean(g, 1).square().sum(), backend="aot_eager", fullgraph=True
+    )
     plain = htv.winsorized_mean(values, 1).square().sum()
     torch.testing.assert_close(compiled(values), plain)
     (found,) = torch.autograd.grad(compiled(values), values)

@@ -11,7 +11,9 @@ import pytest
 import htv
 from htv.ops import backend, schema
 
-pytestmark = pytest.mark.skipif(backend.NOT_BUILT is not None, reason="htv was built without compiled kernels")
+pytestmark = pytest.mark.skipif(
+    backend.NOT_BUILT is not None, reason="htv was built without compiled kernels"
+)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,9 @@ from htv.ops import backend, functional, reference, schema
 from htv.rules import Statistic
 
 pytestmark = [
-    pytest.mark.skipif(backend.NOT_BUILT is not None, reason="htv was built without compiled kernels"),
+    pytest.mark.skipif(
+        backend.NOT_BUILT is not None, reason="htv was built without compiled kernels"
+    ),
     pytest.mark.usefixtures("one_thread"),
 ]
 
@@ -25,7 +27,11 @@ COUNTED = ("mean", "and_mask", "xor_mask", "sign_sum")  # exact where sums are
 
 def statistics(groups):
     for name in COUNTED:
-        counts = sorted({0, 1, groups // 3, groups, groups + 1}) if name in ("and_mask", "xor_mask") else [0]
+        counts = (
+            sorted({0, 1, groups // 3, groups, groups + 1})
+            if name in ("and_mask", "xor_mask")
+            else [0]
+        )
         yield from (Statistic(name, count) for count in counts)
 
 
@@ -45,7 +51,10 @@ def offsets_of(lengths):
 
 def cpp(x, g, offsets, statistic):
     value, mask_sum = torch.ops.htv.linear(x, g, offsets, *schema.numbers(statistic))
-    assert value.dtype == reference.compute_dtype(x.dtype) and value.shape == (g.shape[1], x.shape[1])
+    assert value.dtype == reference.compute_dtype(x.dtype) and value.shape == (
+        g.shape[1],
+        x.shape[1],
+    )
     assert mask_sum.dtype == torch.float64 and mask_sum.shape == ()
     return value, mask_sum
 
@@ -55,7 +64,11 @@ def integers(lengths, out, width, dtype, low=-2, high=3, seed=0):
     generator = torch.Generator().manual_seed(seed)
     rows = sum(lengths)
     x = torch.randint(low, high, (rows, width), generator=generator).to(dtype)
-    return x, torch.randint(low, high, (rows, out), generator=generator).to(dtype), offsets_of(lengths)
+    return (
+        x,
+        torch.randint(low, high, (rows, out), generator=generator).to(dtype),
+        offsets_of(lengths),
+    )
 
 
 def exact(x, g, offsets, statistic):
@@ -116,7 +129,9 @@ def test_medians_are_elements(level, groups, rows):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("lengths", [[1] * 40, [3, 1, 7, 2, 30, 5], [200, 150, 90, 300, 1]], ids=str)
+@pytest.mark.parametrize(
+    "lengths", [[1] * 40, [3, 1, 7, 2, 30, 5], [200, 150, 90, 300, 1]], ids=str
+)
 def test_random_factors(level, dtype, lengths):
     """Within what the factors' roundings may come to, where no sign is in doubt."""
     generator = torch.Generator().manual_seed(len(lengths))
@@ -167,7 +182,9 @@ def test_no_rows_at_all(level):
     assert torch.equal(value, torch.zeros(3, 5)) and mask_sum == 15
 
 
-@pytest.mark.parametrize("offsets", [torch.arange(5), torch.tensor([0, 3, 4])], ids=["one row", "several rows"])
+@pytest.mark.parametrize(
+    "offsets", [torch.arange(5), torch.tensor([0, 3, 4])], ids=["one row", "several rows"]
+)
 @pytest.mark.parametrize("name", ["mean", "and_mask", "sand_mask", "median"])
 def test_no_coordinates(level, offsets, name):
     for x, g in ((torch.ones(4, 0), torch.ones(4, 3)), (torch.ones(4, 2), torch.ones(4, 0))):
@@ -192,7 +209,13 @@ def test_any_shape(lengths, out, width, name, share, seed):
     assert torch.equal(value, expected) and mask_sum == expected_sum
 
 
-PAIRED = [([2, 4, 0, 6, 130, 128], 70, 90), ([2] * 40, 9, 33), ([512], 17, 16), ([64] * 3, 130, 300), ([300, 2], 8, 1)]
+PAIRED = [
+    ([2, 4, 0, 6, 130, 128], 70, 90),
+    ([2] * 40, 9, 33),
+    ([512], 17, 16),
+    ([64] * 3, 130, 300),
+    ([300, 2], 8, 1),
+]
 
 
 @pytest.mark.parametrize(("lengths", "out", "width"), PAIRED, ids=lambda v: str(v)[:20])
@@ -202,7 +225,9 @@ def test_pairs_of_bfloat16_rows(level, lengths, out, width):
     for statistic in itertools.chain(statistics(len(lengths)), inexact_statistics(len(lengths))):
         found, wanted = cpp(x, g, offsets, statistic), exact(x, g, offsets, statistic)
         if statistic.name in (*COUNTED, "median"):
-            expected = reference.linear(x, g, offsets, statistic) if statistic.name == "median" else wanted
+            expected = (
+                reference.linear(x, g, offsets, statistic) if statistic.name == "median" else wanted
+            )
             assert torch.equal(found[0], expected[0]) and found[1] == wanted[1]
         else:
             by_float32 = cpp(x.float(), g.float(), offsets, statistic)
@@ -224,7 +249,10 @@ def test_bfloat16_products_that_are_denormal_still_vote(level, scale):
 @pytest.mark.parametrize("lengths", [[1] * 64, [10] * 12], ids=["one row", "ten rows"])
 def test_the_number_of_threads_changes_no_bit(lengths):
     generator = torch.Generator().manual_seed(7)
-    x, g = torch.randn(sum(lengths), 500, generator=generator), torch.randn(sum(lengths), 300, generator=generator)
+    x, g = (
+        torch.randn(sum(lengths), 500, generator=generator),
+        torch.randn(sum(lengths), 300, generator=generator),
+    )
     for statistic in (*statistics(len(lengths)), *inexact_statistics(len(lengths))):
         results = []
         for n in (1, 2, 3):
@@ -246,7 +274,13 @@ X, G, OFFSETS = torch.ones(4, 3), torch.ones(4, 2), torch.arange(5)
         (X, G.double(), OFFSETS, "mean", "x and grad_output must have one dtype"),
         (X, G[:3], OFFSETS, "mean", "x has 4 rows, grad_output 3"),
         (X, G, OFFSETS, "median_of_means", "does not serve statistic 10"),
-        (X, G, OFFSETS, "trimmed_mean", "count must satisfy 0 <= 2 . count < groups, got count = 2 of 4 groups"),
+        (
+            X,
+            G,
+            OFFSETS,
+            "trimmed_mean",
+            "count must satisfy 0 <= 2 . count < groups, got count = 2 of 4 groups",
+        ),
         (X, G, OFFSETS, 11, "unknown statistic 11"),
         (X, G, OFFSETS.int(), "mean", "offsets must be int64"),
         (X, G, OFFSETS[:1], "mean", "at least 2"),
@@ -256,4 +290,6 @@ X, G, OFFSETS = torch.ones(4, 3), torch.ones(4, 2), torch.arange(5)
 )
 def test_bad_arguments(x, g, offsets, name, message):
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.htv.linear(x, g, offsets, name if isinstance(name, int) else schema.code(name), 2, 0.0, 0.0)
+        torch.ops.htv.linear(
+            x, g, offsets, name if isinstance(name, int) else schema.code(name), 2, 0.0, 0.0
+        )

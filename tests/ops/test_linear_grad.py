@@ -27,15 +27,23 @@ def expected(rule, x, grad_output, ids):
 @pytest.mark.parametrize("rule", RULES, **by_name)
 @pytest.mark.parametrize("rest", [(), (5,), (2, 3), (2, 1, 3)], ids=str)
 def test_each_index_of_dim_0_votes(rule, rest):
-    x, grad_output = away_from_ties(9, *rest, 7, dtype=torch.float64), away_from_ties(9, *rest, 4, dtype=torch.float64)
+    x, grad_output = (
+        away_from_ties(9, *rest, 7, dtype=torch.float64),
+        away_from_ties(9, *rest, 4, dtype=torch.float64),
+    )
     found = htv.linear_grad(x, grad_output, rule)
-    np.testing.assert_allclose(found, expected(rule, x, grad_output, range(9)), rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(
+        found, expected(rule, x, grad_output, range(9)), rtol=1e-9, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize("rule", RULES, **by_name)
 def test_ids_unsorted_and_unequal(rule):
     ids = torch.tensor([7, -2, 7, 7, 3, 3, -2, 9, 9, 9, 0, 7])
-    x, grad_output = torch.randn(12, 4, 6, dtype=torch.float64), torch.randn(12, 4, 5, dtype=torch.float64)
+    x, grad_output = (
+        torch.randn(12, 4, 6, dtype=torch.float64),
+        torch.randn(12, 4, 5, dtype=torch.float64),
+    )
     found = htv.linear_grad(x, grad_output, rule, groups=ids)
     np.testing.assert_allclose(found, expected(rule, x, grad_output, ids), rtol=1e-9, atol=1e-9)
 
@@ -44,8 +52,13 @@ def test_ids_unsorted_and_unequal(rule):
 def test_packed_sequences(rule):
     bounds = [0, 3, 3, 4, 11, 13]
     ids = np.repeat(np.arange(5), np.diff(bounds))
-    x, grad_output = torch.randn(13, 6, dtype=torch.float64), torch.randn(13, 5, dtype=torch.float64)
-    found = htv.linear_grad(x, grad_output, rule, cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
+    x, grad_output = (
+        torch.randn(13, 6, dtype=torch.float64),
+        torch.randn(13, 5, dtype=torch.float64),
+    )
+    found = htv.linear_grad(
+        x, grad_output, rule, cu_seqlens=torch.tensor(bounds, dtype=torch.int32)
+    )
     np.testing.assert_allclose(found, expected(rule, x, grad_output, ids), rtol=1e-9, atol=1e-9)
 
 
@@ -63,7 +76,9 @@ def test_any_shape_in_any_slices(shape, scratch, rule):
         patch.setattr(limits, "SCRATCH_BYTES", scratch)
         found = htv.linear_grad(x, grad_output, rule)
     reference = expected(rule, x, grad_output, range(groups))
-    if not isinstance(rule, (htv.SandMask, htv.GeometricMean)):  # float32: their exponentials amplify rounding
+    if not isinstance(
+        rule, (htv.SandMask, htv.GeometricMean)
+    ):  # float32: their exponentials amplify rounding
         np.testing.assert_allclose(found, reference, rtol=1e-5, atol=1e-4)
     assert found.shape == (outputs, inputs)
 
@@ -76,7 +91,9 @@ def test_low_precision_accumulates_in_float32(rule, dtype):
     found = htv.linear_grad(x, grad_output, rule)
     assert found.dtype == dtype
     reference = expected(rule, x, grad_output, range(8))
-    np.testing.assert_allclose(found.double(), reference, rtol=4 * torch.finfo(dtype).eps, atol=1e-5)
+    np.testing.assert_allclose(
+        found.double(), reference, rtol=4 * torch.finfo(dtype).eps, atol=1e-5
+    )
 
 
 def test_exact_sign_ties():
@@ -107,15 +124,22 @@ def test_zero_times_infinity_is_nan():
 
 def test_mean_is_the_plain_gradient():
     x, grad_output = torch.randn(6, 4, 7), torch.randn(6, 4, 5)
-    torch.testing.assert_close(htv.linear_grad(x, grad_output, htv.Mean()), torch.einsum("nto,nti->oi", grad_output, x))
+    torch.testing.assert_close(
+        htv.linear_grad(x, grad_output, htv.Mean()), torch.einsum("nto,nti->oi", grad_output, x)
+    )
 
 
 def test_splitting_groups_into_more_rows_changes_nothing():
-    x, grad_output = torch.randn(6, 8, 5, dtype=torch.float64), torch.randn(6, 8, 4, dtype=torch.float64)
+    x, grad_output = (
+        torch.randn(6, 8, 5, dtype=torch.float64),
+        torch.randn(6, 8, 4, dtype=torch.float64),
+    )
     ids = torch.arange(6).repeat_interleave(4)
     for rule in RULES:
         whole = htv.linear_grad(x, grad_output, rule)
-        split = htv.linear_grad(x.reshape(24, 2, 5), grad_output.reshape(24, 2, 4), rule, groups=ids)
+        split = htv.linear_grad(
+            x.reshape(24, 2, 5), grad_output.reshape(24, 2, 4), rule, groups=ids
+        )
         torch.testing.assert_close(split, whole, rtol=1e-9, atol=1e-12)
 
 
@@ -125,7 +149,9 @@ def test_strides_and_graphs_do_not_matter():
     for rule in RULES:
         found = htv.linear_grad(x, grad_output, rule)
         assert not found.requires_grad
-        assert torch.equal(found, htv.linear_grad(x.detach().contiguous(), grad_output.contiguous(), rule))
+        assert torch.equal(
+            found, htv.linear_grad(x.detach().contiguous(), grad_output.contiguous(), rule)
+        )
 
 
 def test_sizes_of_zero():
@@ -140,7 +166,9 @@ def test_one_group_is_the_plain_sum():
         torch.testing.assert_close(htv.linear_grad(x, grad_output, rule), grad_output[0].t() @ x[0])
 
 
-@pytest.mark.parametrize("rule", [htv.AndMask(0.4), htv.Median(), htv.GeometricMean(0.4)], **by_name)
+@pytest.mark.parametrize(
+    "rule", [htv.AndMask(0.4), htv.Median(), htv.GeometricMean(0.4)], **by_name
+)
 def test_contributions_are_never_formed(rule):
     """512 groups of 512 x 512 outputs would take half a GiB; the largest tensor made is the result or the scratch."""
     x, grad_output = torch.randn(512, 512), torch.randn(512, 512)
@@ -157,7 +185,9 @@ def test_contributions_are_never_formed(rule):
 
     with Watch():
         htv.linear_grad(x, grad_output, rule)
-    assert largest <= 8 * limits.SCRATCH_BYTES  # sorting by the reference keeps int64 indices beside the values
+    assert (
+        largest <= 8 * limits.SCRATCH_BYTES
+    )  # sorting by the reference keeps int64 indices beside the values
 
 
 @pytest.mark.parametrize(
@@ -173,12 +203,20 @@ def test_contributions_are_never_formed(rule):
         ({"groups": torch.zeros(4)}, ValueError, "integer"),
         ({"cu_seqlens": torch.tensor([0, 2, 5])}, ValueError, "cu_seqlens"),
         ({"cu_seqlens": torch.tensor([0, 3, 2, 4])}, ValueError, "falls"),
-        ({"groups": torch.zeros(4, dtype=torch.long), "cu_seqlens": torch.tensor([0, 4])}, ValueError, "not both"),
+        (
+            {"groups": torch.zeros(4, dtype=torch.long), "cu_seqlens": torch.tensor([0, 4])},
+            ValueError,
+            "not both",
+        ),
         ({"x": torch.randn(0, 3), "grad_output": torch.randn(0, 2)}, ValueError, "empty"),
         ({"rule": htv.TrimmedMean(2)}, ValueError, "use at most 1"),
     ],
 )
 def test_bad_input(change, error, message):
-    arguments = {"x": torch.randn(4, 3), "grad_output": torch.randn(4, 2), "rule": htv.Median()} | change
+    arguments = {
+        "x": torch.randn(4, 3),
+        "grad_output": torch.randn(4, 2),
+        "rule": htv.Median(),
+    } | change
     with pytest.raises(error, match=message):
         htv.linear_grad(**arguments)

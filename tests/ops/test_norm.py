@@ -7,9 +7,21 @@ import torch
 from htv.ops import backend, reference
 from htv.ops.norm import group_norm_backward, norm_sums
 
-SHAPES = [(1, 1, 1), (3, 5, 7), (2, 16, 64), (4, 33, 17), (1, 40, 1030), (2, 1, 2048), (5, 0, 3), (0, 4, 8), (2, 3, 0)]
+SHAPES = [
+    (1, 1, 1),
+    (3, 5, 7),
+    (2, 16, 64),
+    (4, 33, 17),
+    (1, 40, 1030),
+    (2, 1, 2048),
+    (5, 0, 3),
+    (0, 4, 8),
+    (2, 3, 0),
+]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-cpp = pytest.mark.skipif(backend.NOT_BUILT is not None, reason="htv was built without compiled kernels")
+cpp = pytest.mark.skipif(
+    backend.NOT_BUILT is not None, reason="htv was built without compiled kernels"
+)
 
 
 def operands(shape, dtype=torch.float32):
@@ -43,8 +55,15 @@ def test_kernel(shape, dtype, level, monkeypatch):
 @cpp
 def test_not_numbers_stay_where_they_are():
     grad, x, mean, rstd = operands((3, 20, 37))
-    grad[1, 3, 5], x[2, 4, 6], grad[0, 0, 0], x[0, 1, 36] = torch.nan, torch.nan, torch.inf, -torch.inf
-    for got, true in zip(torch.ops.htv.norm_sums(grad, x, mean, rstd), exact((grad, x, mean, rstd)), strict=True):
+    grad[1, 3, 5], x[2, 4, 6], grad[0, 0, 0], x[0, 1, 36] = (
+        torch.nan,
+        torch.nan,
+        torch.inf,
+        -torch.inf,
+    )
+    for got, true in zip(
+        torch.ops.htv.norm_sums(grad, x, mean, rstd), exact((grad, x, mean, rstd)), strict=True
+    ):
         torch.testing.assert_close(got.double(), true, equal_nan=True, rtol=1e-5, atol=1e-4)
     assert torch.ops.htv.norm_sums(grad, x, mean, rstd)[0].isnan().sum() == 2
 
@@ -66,7 +85,9 @@ def test_results_do_not_depend_on_threads():
             found.append(torch.ops.htv.norm_sums(*tensors))
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+    assert all(
+        torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True)
+    )
 
 
 def test_the_definition_serves_in_pieces(monkeypatch):
@@ -116,23 +137,34 @@ def group_norm_operands(shape, groups, dtype=torch.float32):
     torch.manual_seed(sum(shape))
     x, grad = torch.randn(shape).mul(3).add(1).to(dtype), torch.randn(shape).to(dtype)
     wide = x.to(reference.compute_dtype(dtype)).flatten(1).unflatten(1, (groups, -1))
-    mean, rstd = wide.mean(dim=2), (wide.square().mean(dim=2) - wide.mean(dim=2).square() + 1e-5).rsqrt()
+    mean, rstd = (
+        wide.mean(dim=2),
+        (wide.square().mean(dim=2) - wide.mean(dim=2).square() + 1e-5).rsqrt(),
+    )
     return grad, x, torch.randn(shape[1], dtype=wide.dtype), mean, rstd
 
 
 def exact_group_norm(grad, x, weight, mean, rstd, needs_x=True):
-    return reference.group_norm_backward(*(t.double() for t in (grad, x, weight, mean, rstd)), needs_x)
+    return reference.group_norm_backward(
+        *(t.double() for t in (grad, x, weight, mean, rstd)), needs_x
+    )
 
 
 @pytest.mark.parametrize("shape, groups", GROUP_SHAPES[:6], ids=str)
 def test_the_definition_is_autograds_of_every_sample(shape, groups):
-    grad, x, weight, mean, rstd = (t.double() for t in group_norm_operands(shape, groups, torch.float64))
+    grad, x, weight, mean, rstd = (
+        t.double() for t in group_norm_operands(shape, groups, torch.float64)
+    )
     grad_x, *affine = exact_group_norm(grad, x, weight, mean, rstd)
     for s in range(shape[0]):
-        leaves = [t.clone().requires_grad_() for t in (x[s : s + 1], weight, torch.zeros_like(weight))]
+        leaves = [
+            t.clone().requires_grad_() for t in (x[s : s + 1], weight, torch.zeros_like(weight))
+        ]
         y = torch.nn.functional.group_norm(leaves[0], groups, *leaves[1:], eps=1e-5)
         for got, true in zip(
-            (grad_x[s], *(a[s] for a in affine)), torch.autograd.grad(y, leaves, grad[s : s + 1]), strict=True
+            (grad_x[s], *(a[s] for a in affine)),
+            torch.autograd.grad(y, leaves, grad[s : s + 1]),
+            strict=True,
         ):
             torch.testing.assert_close(got, true.reshape(got.shape))
 
@@ -148,7 +180,9 @@ def test_group_norm_kernel(shape, groups, dtype, level, monkeypatch):
     for got, want in zip(torch.ops.htv.group_norm_backward(*operands, True), true, strict=True):
         assert got.dtype == reference.compute_dtype(dtype) and got.shape == want.shape
         if got.numel():
-            torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=2e-6 * want.abs().max().item())
+            torch.testing.assert_close(
+                got.double(), want, rtol=1e-5, atol=2e-6 * want.abs().max().item()
+            )
     without = torch.ops.htv.group_norm_backward(*operands, False)
     assert without[0].shape == (0, *operands[1].shape[1:])
     for got, want in zip(without[1:], true[1:], strict=True):
@@ -170,7 +204,9 @@ def test_whoever_serves_a_group_norm(memory_format, affine, dtype):
             got = group_norm_backward(*given, True)
             assert got[0].dtype == dtype and got[0].shape == x.shape
             for a, b in zip(got, true, strict=True):
-                torch.testing.assert_close(a.double(), b.reshape(a.shape), rtol=rtol, atol=rtol * b.abs().max().item())
+                torch.testing.assert_close(
+                    a.double(), b.reshape(a.shape), rtol=rtol, atol=rtol * b.abs().max().item()
+                )
             assert group_norm_backward(*given, False)[0] is None
 
 
@@ -180,9 +216,14 @@ def test_group_norm_keeps_what_is_no_number_in_its_group(space):
     grad, x, weight, mean, rstd = group_norm_operands((3, 8, space), 4)
     grad[1, 3, 1], x[2, 4, 2] = torch.nan, torch.inf
     grad_x, scale, shift = torch.ops.htv.group_norm_backward(grad, x, weight, mean, rstd, True)
-    for got, true in zip((grad_x, scale, shift), exact_group_norm(grad, x, weight, mean, rstd), strict=True):
+    for got, true in zip(
+        (grad_x, scale, shift), exact_group_norm(grad, x, weight, mean, rstd), strict=True
+    ):
         torch.testing.assert_close(got.double(), true, equal_nan=True, rtol=1e-4, atol=1e-4)
-    assert not grad_x[1, 2:4].isfinite().any() and grad_x.isfinite().flatten(1).sum() == (3 * 8 - 4) * space
+    assert (
+        not grad_x[1, 2:4].isfinite().any()
+        and grad_x.isfinite().flatten(1).sum() == (3 * 8 - 4) * space
+    )
 
 
 @cpp
@@ -195,7 +236,9 @@ def test_group_norm_does_not_depend_on_threads():
             found.append(torch.ops.htv.group_norm_backward(*operands, True))
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+    assert all(
+        torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True)
+    )
 
 
 @cpp
@@ -211,7 +254,13 @@ def test_group_norm_operands_that_do_not_fit():
         (grad, x, weight, mean[:, :2], rstd),
         (grad, x, weight, mean[:1], rstd[:1]),
         (grad, x, weight, mean[:, :0], rstd[:, :0]),
-        (grad, x, weight, mean.repeat(1, 2)[:, :4].contiguous(), rstd.repeat(1, 2)[:, :4].contiguous()),
+        (
+            grad,
+            x,
+            weight,
+            mean.repeat(1, 2)[:, :4].contiguous(),
+            rstd.repeat(1, 2)[:, :4].contiguous(),
+        ),
     ):
         with pytest.raises(RuntimeError, match="htv::group_norm_backward"):
             torch.ops.htv.group_norm_backward(*bad, True)

@@ -13,7 +13,9 @@ from rank_one_cases import DTYPES, factors, offsets_of, run, statistics
 from htv.ops import backend
 
 pytestmark = [
-    pytest.mark.skipif(backend.NOT_BUILT is not None, reason="htv was built without compiled kernels"),
+    pytest.mark.skipif(
+        backend.NOT_BUILT is not None, reason="htv was built without compiled kernels"
+    ),
     pytest.mark.usefixtures("one_thread"),
 ]
 
@@ -33,7 +35,9 @@ def test_equals_the_definition(level, kind, dtype, rows):
 @pytest.mark.parametrize("kind", ["dense", "relu"])
 def test_groups_without_rows_contribute_zeros(level, kind):
     lengths = [0, 1, 1, 0, 0, 1, 1, 1, 0, 1, 1, 0] * 9
-    assert_equals_definition(*factors(kind, sum(lengths), 5, 20, torch.float32), offsets_of(lengths))
+    assert_equals_definition(
+        *factors(kind, sum(lengths), 5, 20, torch.float32), offsets_of(lengths)
+    )
 
 
 @pytest.mark.parametrize("kind", ["dense", "relu"])
@@ -65,7 +69,9 @@ def test_odd(level):
     for statistic in statistics(130):
         offsets = torch.arange(131)
         if statistic.name != "median" or statistic.count == 0:
-            assert torch.equal(cpp(x, -g, offsets, statistic), -cpp(x, g, offsets, statistic)), statistic
+            assert torch.equal(cpp(x, -g, offsets, statistic), -cpp(x, g, offsets, statistic)), (
+                statistic
+            )
 
 
 @settings(max_examples=40, deadline=None)
@@ -77,7 +83,9 @@ def test_odd(level):
     seed=st.integers(0, 2**31),
 )
 def test_any_shape(lengths, out, width, kind, seed):
-    assert_equals_definition(*factors(kind, sum(lengths), out, width, torch.float32, seed), offsets_of(lengths))
+    assert_equals_definition(
+        *factors(kind, sum(lengths), out, width, torch.float32, seed), offsets_of(lengths)
+    )
 
 
 def test_the_number_of_threads_changes_no_bit():

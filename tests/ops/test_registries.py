@@ -248,7 +248,9 @@ def uses():
     return [
         LinearFactors(torch.randn(6, 4), torch.randn(6, 3), torch.arange(7)),
         StackedFactors(torch.randn(6, 3)),
-        ConvFactors(torch.randn(6, 2, 5, 5), torch.randn(6, 4, 5, 5), (3, 3), geometry, grouped_rows),
+        ConvFactors(
+            torch.randn(6, 2, 5, 5), torch.randn(6, 4, 5, 5), (3, 3), geometry, grouped_rows
+        ),
     ]
 
 

@@ -15,7 +15,9 @@ from htv.ops.statistics import names
 from htv.rules import Statistic
 
 pytestmark = [
-    pytest.mark.skipif(backend.NOT_BUILT is not None, reason="htv was built without compiled kernels"),
+    pytest.mark.skipif(
+        backend.NOT_BUILT is not None, reason="htv was built without compiled kernels"
+    ),
     pytest.mark.usefixtures("one_thread"),
 ]
 
@@ -26,7 +28,18 @@ READ_IN_PLACE = (1, 2, 3, 7, 8)
 ONE_NETWORK = (9, 15, 16)
 TWO_RUNS = (17, 18, 31, 32)
 FOUR_RUNS = (33, 34, 35, 36, 63, 64)
-BIT_PLANES = (65, 95, 96, 97, 127, 128, 129, 256, 993, 1100)  # 31 words of 32 bits are counted in bytes: 992
+BIT_PLANES = (
+    65,
+    95,
+    96,
+    97,
+    127,
+    128,
+    129,
+    256,
+    993,
+    1100,
+)  # 31 words of 32 bits are counted in bytes: 992
 WIDTHS = (0, 1, 15, 16, 17, 1000, 1024, 1025, 2100)
 
 
@@ -53,7 +66,9 @@ def test_every_width(level, width):
 
 EVERY_WAY = (*READ_IN_PLACE, *ONE_NETWORK, *TWO_RUNS, *FOUR_RUNS, *BIT_PLANES)
 EXACT = [(dtype, groups) for dtype in (torch.float64, torch.float32) for groups in EVERY_WAY]
-EXACT += [(dtype, groups) for dtype in (torch.bfloat16, torch.float16) for groups in (8, 16, 32, 64, 65)]
+EXACT += [
+    (dtype, groups) for dtype in (torch.bfloat16, torch.float16) for groups in (8, 16, 32, 64, 65)
+]
 
 
 @pytest.mark.parametrize(("dtype", "groups"), EXACT, ids=str)
@@ -62,11 +77,15 @@ def test_medians_are_exact(level, dtype, groups):
         for side in (-1, 0, 1):
             statistic = Statistic("median", side)
             expected, _ = reference.stacked(grads.to(dtype), statistic)
-            torch.testing.assert_close(cpp(grads.to(dtype), statistic)[0], expected, rtol=0, atol=0, equal_nan=True)
+            torch.testing.assert_close(
+                cpp(grads.to(dtype), statistic)[0], expected, rtol=0, atol=0, equal_nan=True
+            )
 
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=str)
-@pytest.mark.parametrize("groups", [*READ_IN_PLACE, *ONE_NETWORK, 17, 31, 32, 33, 64, 97, 256, 1100])
+@pytest.mark.parametrize(
+    "groups", [*READ_IN_PLACE, *ONE_NETWORK, 17, 31, 32, 33, 64, 97, 256, 1100]
+)
 def test_trimmed_and_winsorized_means(level, dtype, groups):
     for grads in delicate_values(groups):
         grads = grads.to(dtype)
@@ -83,9 +102,13 @@ def test_trimmed_and_winsorized_means(level, dtype, groups):
 def test_ends_of_integers_are_exact(level, name, count):
     """Sums of small integers are exact, so every copy of an end is counted or not."""
     for groups in (81, 100, 256):
-        grads = torch.randint(-3, 4, (groups, 200), generator=torch.Generator().manual_seed(count)).double()
+        grads = torch.randint(
+            -3, 4, (groups, 200), generator=torch.Generator().manual_seed(count)
+        ).double()
         expected, _ = reference.stacked(grads, Statistic(name, count))
-        torch.testing.assert_close(cpp(grads, Statistic(name, count))[0], expected, rtol=1e-15, atol=1e-15)
+        torch.testing.assert_close(
+            cpp(grads, Statistic(name, count))[0], expected, rtol=1e-15, atol=1e-15
+        )
 
 
 @pytest.mark.parametrize("groups", (1, 3, 8, 9, 40, 70, 300))
@@ -103,7 +126,9 @@ def test_ties_zeros_and_the_sign_of_zero(level, dtype):
     generator = torch.Generator().manual_seed(1)
     for groups in (1, 2, 4, 8, 16, 64):
         grads = torch.randint(-1, 2, (groups, 333), generator=generator).to(dtype)
-        grads = torch.where(torch.rand(grads.shape, generator=generator) < 0.5, grads, -grads)  # zeros of both signs
+        grads = torch.where(
+            torch.rand(grads.shape, generator=generator) < 0.5, grads, -grads
+        )  # zeros of both signs
         for statistic in statistics(groups):
             if statistic.name in ("geometric_mean", "sand_mask", "trimmed_mean", "median_of_means"):
                 assert_within_budget(grads, statistic)
@@ -160,20 +185,33 @@ def test_large_magnitudes_do_not_overflow(level):
 def test_geometric_mean_of_many_small_values(level):
     grads = torch.full((5000, 3), -1e-7)
     value, _ = cpp(grads, Statistic("geometric_mean", 1))
-    torch.testing.assert_close(value.double(), torch.full((3,), -1.001e-7, dtype=torch.float64), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        value.double(), torch.full((3,), -1.001e-7, dtype=torch.float64), rtol=1e-5, atol=0
+    )
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data(), groups=st.integers(1, 70), width=st.integers(1, 140), seed=st.integers(0, 2**31))
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    data=st.data(), groups=st.integers(1, 70), width=st.integers(1, 140), seed=st.integers(0, 2**31)
+)
 def test_any_shape(data, groups, width, seed):
     statistic = data.draw(st.sampled_from(list(statistics(groups))))
-    assert_within_budget(torch.randn(groups, width, generator=torch.Generator().manual_seed(seed)), statistic)
+    assert_within_budget(
+        torch.randn(groups, width, generator=torch.Generator().manual_seed(seed)), statistic
+    )
 
 
 def test_the_number_of_threads_changes_no_bit():
     generator = torch.Generator().manual_seed(4)
-    few, some, many = (torch.randn(e, p, generator=generator) for e, p in ((5, 200_001), (33, 200_001), (70, 50_003)))
-    cases = [(grads, statistic) for grads in (few, some, many) for statistic in statistics(len(grads))]
+    few, some, many = (
+        torch.randn(e, p, generator=generator)
+        for e, p in ((5, 200_001), (33, 200_001), (70, 50_003))
+    )
+    cases = [
+        (grads, statistic) for grads in (few, some, many) for statistic in statistics(len(grads))
+    ]
     for grads, statistic in cases:
         results = []
         for n in (1, 2, 3):
@@ -188,7 +226,12 @@ def test_the_number_of_threads_changes_no_bit():
     [
         (torch.ones(3), "mean", 0, "grads must have 2 dimensions, got 1"),
         (torch.ones(3, 4).t(), "mean", 0, "grads must be contiguous"),
-        (torch.ones(3, 4, dtype=torch.int32), "mean", 0, "grads must be float64, float32, bfloat16 or float16"),
+        (
+            torch.ones(3, 4, dtype=torch.int32),
+            "mean",
+            0,
+            "grads must be float64, float32, bfloat16 or float16",
+        ),
         (torch.ones(0, 4), "mean", 0, "needs at least one group"),
         (torch.ones(3, 4), 11, 0, "unknown statistic 11"),
         (torch.ones(4, 4), "trimmed_mean", 2, "count must satisfy 0 <= 2 \\* count < groups"),
@@ -199,4 +242,6 @@ def test_the_number_of_threads_changes_no_bit():
 )
 def test_bad_arguments(grads, name, count, message):
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.htv.stacked(grads, name if isinstance(name, int) else schema.code(name), count, 0.0, 0.0)
+        torch.ops.htv.stacked(
+            grads, name if isinstance(name, int) else schema.code(name), count, 0.0, 0.0
+        )

@@ -51,7 +51,10 @@ def sanitized(library: str) -> dict[str, str]:
     """The environment in which Python may load a sanitized library."""
     cxx = os.environ.get("CXX", "g++")
     names = ("libasan.so", "libstdc++.so.6")
-    found = [subprocess.run([cxx, f"-print-file-name={n}"], capture_output=True, text=True, check=True) for n in names]
+    found = [
+        subprocess.run([cxx, f"-print-file-name={n}"], capture_output=True, text=True, check=True)
+        for n in names
+    ]
     options = "detect_leaks=0:abort_on_error=1:allocator_may_return_null=1"
     return {
         **os.environ,
@@ -211,7 +214,9 @@ class Case:
                 except RuntimeError:
                     pass  # there is no such tensor
             elif isinstance(value, list):
-                given[name] = [self.random.choice(HOSTILE) if self.random.random() < 0.6 else v for v in value]
+                given[name] = [
+                    self.random.choice(HOSTILE) if self.random.random() < 0.6 else v for v in value
+                ]
             elif isinstance(value, int) and not isinstance(value, bool):
                 given[name] = self.random.choice(HOSTILE)
         return op.__name__, list(given.values())
@@ -248,7 +253,9 @@ def batch(first: int, last: int, environment: dict[str, str]) -> tuple[dict[int,
     """What became of the cases of one process, and what it printed."""
     receive, send = os.pipe()
     command = [sys.executable, str(HERE), "--worker", str(first), str(last), str(send)]
-    child = subprocess.Popen(command, env=environment, pass_fds=[send], stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        command, env=environment, pass_fds=[send], stderr=subprocess.PIPE, text=True
+    )
     os.close(send)
     try:
         printed = child.communicate(timeout=HUNG)[1]

@@ -22,7 +22,12 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy, of N
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_integers(shape):
-    for statistic in (AND_MASK, MEDIAN, BUCKETS, Statistic("winsorized_mean", (len(shape[0]) - 1) // 2)):
+    for statistic in (
+        AND_MASK,
+        MEDIAN,
+        BUCKETS,
+        Statistic("winsorized_mean", (len(shape[0]) - 1) // 2),
+    ):
         check(make(*shape), statistic)
 
 
@@ -37,7 +42,9 @@ def test_splits(shape):
     arguments = make(*SHAPES[shape])
     for splits in (2, 3):
         check(
-            arguments, AND_MASK, (SMALL, min(splits, len(SHAPES[shape][0]))) if "depth" not in shape else (None, splits)
+            arguments,
+            AND_MASK,
+            (SMALL, min(splits, len(SHAPES[shape][0]))) if "depth" not in shape else (None, splits),
         )
 
 

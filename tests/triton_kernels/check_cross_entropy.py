@@ -21,25 +21,42 @@ def make(rows, classes, dtype=torch.float32, shift_dtype=None, scale=3.0):
     return [t.to(DEVICE) for t in (logits.to(dtype), targets, shift.to(shift_dtype or dtype))]
 
 
-def check(logits, targets, shift, temperature=0.7, weight=None, ignore_index=-100, label_smoothing=0.0):
+def check(
+    logits, targets, shift, temperature=0.7, weight=None, ignore_index=-100, label_smoothing=0.0
+):
     """Against the definition in float64."""
     numbers = temperature, weight, ignore_index, label_smoothing
     found = cross_entropy.shifted_cross_entropy(logits, targets, shift, *numbers)
     grad = torch.linspace(0.5, 2, len(targets), device=DEVICE)
-    gradient = cross_entropy.shifted_cross_entropy_grad(grad, logits, targets, shift, *numbers, *found[1:])
-    assert gradient.shape == logits.shape and gradient.dtype == logits.dtype and gradient.is_contiguous()
+    gradient = cross_entropy.shifted_cross_entropy_grad(
+        grad, logits, targets, shift, *numbers, *found[1:]
+    )
+    assert (
+        gradient.shape == logits.shape
+        and gradient.dtype == logits.dtype
+        and gradient.is_contiguous()
+    )
     wide = temperature, None if weight is None else weight.double(), ignore_index, label_smoothing
     exact = reference.shifted_cross_entropy(logits.double(), targets, shift.double(), *wide)
     exact_gradient = reference.shifted_cross_entropy_grad(
         grad.double(), logits.double(), targets, shift.double(), *wide, *exact[1:]
     )
-    largest = max((t.double().abs().nan_to_num(0, 0, 0).max().item() for t in (logits, shift) if t.numel()), default=0)
+    largest = max(
+        (t.double().abs().nan_to_num(0, 0, 0).max().item() for t in (logits, shift) if t.numel()),
+        default=0,
+    )
     tolerance = torch.finfo(torch.float32).eps * (40 + 8 * largest)
-    torch.testing.assert_close(found[0].double(), exact[0], rtol=tolerance, atol=tolerance, equal_nan=True)
+    torch.testing.assert_close(
+        found[0].double(), exact[0], rtol=tolerance, atol=tolerance, equal_nan=True
+    )
     rounding = torch.finfo(logits.dtype).eps
     smallest = torch.finfo(logits.dtype).smallest_normal
     torch.testing.assert_close(
-        gradient.double(), exact_gradient, rtol=tolerance + rounding, atol=tolerance + smallest, equal_nan=True
+        gradient.double(),
+        exact_gradient,
+        rtol=tolerance + rounding,
+        atol=tolerance + smallest,
+        equal_nan=True,
     )
     return found, gradient
 
@@ -90,7 +107,11 @@ def test_targets_outside_of_the_classes_are_not_numbers():
             torch.ones_like(loss), logits, targets, shift, *numbers, *rest
         )
         assert loss.isnan().tolist() == [False, True, False, True, False]
-        assert gradient.isnan().all(dim=1).tolist() == gradient.isnan().any(dim=1).tolist() == loss.isnan().tolist()
+        assert (
+            gradient.isnan().all(dim=1).tolist()
+            == gradient.isnan().any(dim=1).tolist()
+            == loss.isnan().tolist()
+        )
 
 
 def test_wrong_operands():
@@ -105,4 +126,6 @@ def test_wrong_operands():
     with pytest.raises(TypeError, match="must share a dtype"):
         cross_entropy.shifted_cross_entropy(logits.double(), targets, shift, 1.0, None, -100, 0.0)
     with pytest.raises(ValueError, match=r"weight must be \(6,\)"):
-        cross_entropy.shifted_cross_entropy(logits, targets, shift, 1.0, torch.ones(5, device=DEVICE), -100, 0.0)
+        cross_entropy.shifted_cross_entropy(
+            logits, targets, shift, 1.0, torch.ones(5, device=DEVICE), -100, 0.0
+        )

@@ -12,8 +12,18 @@ from htv.triton_kernels import embedding
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy, of NaN and inf
 
-AND_MASK, MEDIAN, BUCKETS = Statistic("and_mask", 2), Statistic("median"), Statistic("median_of_means", 3)
-SOME = (AND_MASK, MEDIAN, BUCKETS, Statistic("winsorized_mean", 1), Statistic("sand_mask", votes=1.0, k=0.5))
+AND_MASK, MEDIAN, BUCKETS = (
+    Statistic("and_mask", 2),
+    Statistic("median"),
+    Statistic("median_of_means", 3),
+)
+SOME = (
+    AND_MASK,
+    MEDIAN,
+    BUCKETS,
+    Statistic("winsorized_mean", 1),
+    Statistic("sand_mask", votes=1.0, k=0.5),
+)
 # rows, features, tokens, groups
 SIZES = {
     "no row": (0, 3, 4, 2),
@@ -37,7 +47,9 @@ def check(lookups, statistic):
     grad, ids, group_index, tokens, groups = lookups
     found = embedding.embedding(*lookups, statistic)
     inside = (ids >= 0) & (ids < tokens)
-    wanted = reference.embedding(grad[inside].double(), ids[inside], group_index[inside], tokens, groups, statistic)
+    wanted = reference.embedding(
+        grad[inside].double(), ids[inside], group_index[inside], tokens, groups, statistic
+    )
     assert_same(found, wanted, statistic, groups)
     return found[0]
 
@@ -67,8 +79,19 @@ def test_extreme_values():
     grad, ids, group_index, tokens, groups = make(24, 8, 2, 6)
     grad[0, 0], grad[1, 1] = math.nan, math.inf
     grad[:, 2], grad[:, 3], grad[:, 4] = -0.0, 2.0**-140, (torch.arange(24) - 12) * 2.0**-140
-    ids[4:6], group_index[4:6], grad[4, 5], grad[5, 5] = 1, 2, math.inf, -math.inf  # one contribution of both
-    ids[6:8], grad[6, 6], grad[7, 6], group_index[6], group_index[7] = 1, math.inf, -math.inf, 0, 1  # one bucket of both
+    ids[4:6], group_index[4:6], grad[4, 5], grad[5, 5] = (
+        1,
+        2,
+        math.inf,
+        -math.inf,
+    )  # one contribution of both
+    ids[6:8], grad[6, 6], grad[7, 6], group_index[6], group_index[7] = (
+        1,
+        math.inf,
+        -math.inf,
+        0,
+        1,
+    )  # one bucket of both
     for statistic in SOME:
         assert check((grad, ids, group_index, tokens, groups), statistic).isnan().any()
 
@@ -80,7 +103,9 @@ def test_sums_are_taken_in_one_order():
     by_voter = group_index.argsort(stable=True)
     for statistic in (AND_MASK, MEDIAN, BUCKETS):
         one = embedding.embedding(grad, ids, group_index, tokens, groups, statistic)[0]
-        other = embedding.embedding(grad[by_voter], ids[by_voter], group_index[by_voter], tokens, groups, statistic)[0]
+        other = embedding.embedding(
+            grad[by_voter], ids[by_voter], group_index[by_voter], tokens, groups, statistic
+        )[0]
         assert torch.equal(one, other)
 
 
@@ -96,7 +121,10 @@ def test_errors_name_what_is_wrong():
         embedding.embedding(grad, ids, group_index, tokens, 0, AND_MASK)
     with pytest.raises(ValueError, match="1 to 5 buckets"):
         embedding.embedding(grad, ids, group_index, tokens, groups, Statistic("median_of_means", 6))
-    assert embedding.embedding(grad[:, :0], ids, group_index, tokens, groups, MEDIAN)[0].shape == (12, 0)
+    assert embedding.embedding(grad[:, :0], ids, group_index, tokens, groups, MEDIAN)[0].shape == (
+        12,
+        0,
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -107,7 +135,9 @@ def test_contributions_to_some_rows(size, dtype):
     for some in (torch.arange(tokens).flip(0), torch.arange(0, tokens, 2), torch.arange(0)):
         some = some.to(DEVICE)
         found = embedding.embedding_contributions(grad, ids, group_index, some, tokens, groups)
-        wanted = reference.embedding_contributions(grad.double(), ids, group_index, some, tokens, groups)
+        wanted = reference.embedding_contributions(
+            grad.double(), ids, group_index, some, tokens, groups
+        )
         assert found.dtype == torch.float32 and torch.equal(found.double(), wanted)  # integers
 
 

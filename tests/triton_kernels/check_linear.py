@@ -48,10 +48,14 @@ def test_integers(shape, dtype):
     splits=st.integers(1, 3),
 )
 def test_any_shape(sizes, O, I, statistic, splits):
-    check(*make(sizes, O, I), statistic, (SMALL, 1 if statistic.name.endswith("ed_mean") else splits))
+    check(
+        *make(sizes, O, I), statistic, (SMALL, 1 if statistic.name.endswith("ed_mean") else splits)
+    )
 
 
-CONFIGS = sorted({config for rows in configs.TABLE.values() for row in rows.values() for config in row})
+CONFIGS = sorted(
+    {config for rows in configs.TABLE.values() for row in rows.values() for config in row}
+)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
@@ -71,7 +75,9 @@ def test_splits_merge(splits):
 
 
 @pytest.mark.parametrize(
-    "statistic", [Statistic("median"), Statistic("winsorized_mean", 3), Statistic("median_of_means", 3)], **named
+    "statistic",
+    [Statistic("median"), Statistic("winsorized_mean", 3), Statistic("median_of_means", 3)],
+    **named,
 )
 @pytest.mark.parametrize("scratch", [2 << 10, pytest.param(20 << 10, marks=pytest.mark.slow)])
 def test_contributions_in_boxes(statistic, scratch, monkeypatch):
@@ -81,7 +87,11 @@ def test_contributions_in_boxes(statistic, scratch, monkeypatch):
 
 def test_more_groups_than_are_sorted(monkeypatch):
     monkeypatch.setattr(stacked, "MOST_SORTED", 4)
-    for statistic in (Statistic("median"), Statistic("trimmed_mean", 3), Statistic("winsorized_mean", 2)):
+    for statistic in (
+        Statistic("median"),
+        Statistic("trimmed_mean", 3),
+        Statistic("winsorized_mean", 2),
+    ):
         check(*make([2, 3, 1, 0, 4, 2, 2], 20, 18), statistic)
 
 
@@ -109,7 +119,9 @@ def test_ties_and_zeros():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("statistic", ALL, **named)
-@pytest.mark.parametrize("group", [3, pytest.param(0, marks=pytest.mark.slow)], ids=["last", "first"])
+@pytest.mark.parametrize(
+    "group", [3, pytest.param(0, marks=pytest.mark.slow)], ids=["last", "first"]
+)
 def test_nan_poisons_its_column(group, statistic, dtype):
     nan_poisons_its_column(group, statistic, dtype)
 
@@ -144,7 +156,9 @@ def test_mask_of_zero_votes_keeps_the_plain_gradient():
 def test_offsets_and_operands_of_other_kinds():
     x, g, offsets = make([5, 6, 7], 30, 40)
     wanted, _ = linear.linear(x, g, offsets, Statistic("and_mask", 2))
-    padded = torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x)  # contiguous, not 16-byte aligned
+    padded = torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(
+        x
+    )  # contiguous, not 16-byte aligned
     wide = torch.cat([x, x], dim=1)[:, :40]  # rows lie apart
     for other in (offsets.int(), offsets.to(DEVICE), offsets.to(DEVICE).int()):
         assert torch.equal(linear.linear(x, g, other, Statistic("and_mask", 2))[0], wanted)

@@ -29,7 +29,13 @@ class Small(nn.Module):
         return self.head(self.norm(x.transpose(1, 2))).sum(dim=1)
 
 
-RULES = (htv.AndMask(0.4), htv.AndMask(0.4, rescale=True), htv.SandMask(0.3, k=0.5), htv.Median(), htv.MedianOfMeans(2))
+RULES = (
+    htv.AndMask(0.4),
+    htv.AndMask(0.4, rescale=True),
+    htv.SandMask(0.3, k=0.5),
+    htv.Median(),
+    htv.MedianOfMeans(2),
+)
 
 
 @pytest.mark.parametrize("rule", (*RULES, htv.WinsorizedMean(1)), ids=repr)
@@ -47,18 +53,33 @@ def test_a_model(rule):
             handle.detach()
         return [p.grad.clone() for p in model.parameters()]
 
-    for name, found, wanted in zip(dict(model.named_parameters()), grads("triton"), grads("reference"), strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+    for name, found, wanted in zip(
+        dict(model.named_parameters()), grads("triton"), grads("reference"), strict=True
+    ):
+        torch.testing.assert_close(
+            found, wanted, rtol=1e-4, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 @pytest.mark.parametrize("op", registry.ops("triton"))
 def test_ops_keep_their_contract(op):
     """Schema, fake and kernel of the operators agree."""
     statistic = (schema.code("and_mask"), 2, 0.0, 0.0)
-    random, number = (lambda *shape: torch.randn(shape, device=DEVICE)), (lambda *n: torch.tensor(n, device=DEVICE))
+    random, number = (
+        (lambda *shape: torch.randn(shape, device=DEVICE)),
+        (lambda *n: torch.tensor(n, device=DEVICE)),
+    )
     x, offsets = random(6, 4), torch.tensor([0, 2, 6])
     lookups = x, number(1, 0, 1, 4, 1, -1), number(0, 0, 1, 1, 2, 2)
-    logits = random(6, 5), number(0, 4, 2, -100, 1, 3), random(6, 5), 0.5, random(5).abs(), -100, 0.1
+    logits = (
+        random(6, 5),
+        number(0, 4, 2, -100, 1, 3),
+        random(6, 5),
+        0.5,
+        random(5).abs(),
+        -100,
+        0.1,
+    )
     arguments = {
         "stacked": (x, *statistic),
         "linear": (x, random(6, 3), offsets, *statistic),
@@ -75,16 +96,24 @@ def test_ops_keep_their_contract(op):
 def test_a_linear_layer_is_compiled_whole():
     offsets, numbers = torch.tensor([0, 2, 6]), (schema.code("median"), 0, 0.0, 0.0)
     operator = backend.operator("linear", "triton")
-    compiled = torch.compile(lambda x, g: operator(x, g, offsets, *numbers)[0] * 2, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda x, g: operator(x, g, offsets, *numbers)[0] * 2, fullgraph=True, backend="aot_eager"
+    )
     x, g = torch.randn(6, 4, device=DEVICE), torch.randn(6, 3, device=DEVICE)
     assert torch.equal(compiled(x, g), operator(x, g, offsets, *numbers)[0] * 2)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="no GPU")
-@pytest.mark.parametrize("bounds", [[0, 2, 4, 6], [0, 1, 4, 6]], ids=["groups of one size", "ragged"])
+@pytest.mark.parametrize(
+    "bounds", [[0, 2, 4, 6], [0, 1, 4, 6]], ids=["groups of one size", "ragged"]
+)
 def test_cuda_graphs_capture(bounds):
     numbers, operator = (schema.code("and_mask"), 2, 0.0, 0.0), backend.operator("linear", "triton")
-    x, g, offsets = torch.randn(6, 40, device=DEVICE), torch.randn(6, 30, device=DEVICE), torch.tensor(bounds)
+    x, g, offsets = (
+        torch.randn(6, 40, device=DEVICE),
+        torch.randn(6, 30, device=DEVICE),
+        torch.tensor(bounds),
+    )
     operator(x, g, offsets, *numbers)  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

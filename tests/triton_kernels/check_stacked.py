@@ -23,7 +23,13 @@ def test_every_statistic(groups, dtype):
 def test_more_values_than_are_sorted(groups, monkeypatch):
     monkeypatch.setattr(stacked, "MOST_SORTED", 2)
     grads = make(groups, 70)
-    grads[3, 1], grads[1, 2], grads[2, 2], grads[:, 3], grads[:, 4] = math.nan, math.inf, -math.inf, -0.0, 1e-42
+    grads[3, 1], grads[1, 2], grads[2, 2], grads[:, 3], grads[:, 4] = (
+        math.nan,
+        math.inf,
+        -math.inf,
+        -0.0,
+        1e-42,
+    )
     for statistic in statistics(groups):
         if statistic.name in stacked.ORDER:
             check(grads, statistic)
@@ -39,12 +45,16 @@ def test_a_network_sorts():
     for size in range(1, 13):
         values = torch.tensor([[n >> bit & 1 for bit in range(size)] for n in range(2**size)])
         for i, j in stacked.network(size):
-            values[:, [i, j]] = torch.stack([values[:, [i, j]].amin(1), values[:, [i, j]].amax(1)], dim=1)
+            values[:, [i, j]] = torch.stack(
+                [values[:, [i, j]].amin(1), values[:, [i, j]].amax(1)], dim=1
+            )
         assert (values.diff(dim=1) >= 0).all()
     for size in (17, 31, 48, 64):
         values = torch.rand(500, size)
         for i, j in stacked.network(size):
-            values[:, [i, j]] = torch.stack([values[:, [i, j]].amin(1), values[:, [i, j]].amax(1)], dim=1)
+            values[:, [i, j]] = torch.stack(
+                [values[:, [i, j]].amin(1), values[:, [i, j]].amax(1)], dim=1
+            )
         assert (values.diff(dim=1) >= 0).all()
 
 

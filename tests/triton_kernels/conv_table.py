@@ -10,7 +10,11 @@ from htv.rules import Statistic
 from htv.triton_kernels import configs, conv
 
 SMALL = configs.Config(16, 32, 16, 2, num_warps=4, num_stages=2)
-AND_MASK, MEDIAN, BUCKETS = Statistic("and_mask", 2), Statistic("median"), Statistic("median_of_means", 2)
+AND_MASK, MEDIAN, BUCKETS = (
+    Statistic("and_mask", 2),
+    Statistic("median"),
+    Statistic("median_of_means", 2),
+)
 # samples per group, C, O, space, kernel, stride, padding, dilation, groups
 SHAPES = {
     "1-d": ([1, 0, 2], 4, 6, [9], [3], [1], [1], [1], 1),
@@ -22,7 +26,17 @@ SHAPES = {
     "grouped": ([1, 2], 8, 34, [5, 5], [3, 3], [1, 1], [1, 1], [1, 1], 2),
     "depthwise": ([1, 2, 0], 70, 70, [6, 5], [3, 3], [1, 1], [1, 1], [1, 1], 70),
     "depthwise, large kernel": ([1, 1, 1], 5, 5, [16], [11], [2], [5], [1], 5),
-    "depthwise, multiplied": ([1, 1, 1], 3, 6, [6, 5, 3], [2, 3, 1], [1, 2, 1], [0, 1, 0], [2, 1, 1], 3),
+    "depthwise, multiplied": (
+        [1, 1, 1],
+        3,
+        6,
+        [6, 5, 3],
+        [2, 3, 1],
+        [1, 2, 1],
+        [0, 1, 0],
+        [2, 1, 1],
+        3,
+    ),
     "few channels a group": ([1, 1, 1], 12, 8, [6, 5], [3, 2], [1, 1], [1, 1], [1, 1], 4),
 }
 
@@ -44,7 +58,12 @@ def make(sizes, C, O, space, kernel, stride, padding, dilation, groups, dtype=to
 def check(arguments, statistic, choice=None):
     x, g, offsets, *geometry = arguments
     found = conv.conv(*arguments, statistic, choice)
-    assert_same(found, reference.conv(x.double(), g.double(), offsets, geometry, statistic), statistic, len(x))
+    assert_same(
+        found,
+        reference.conv(x.double(), g.double(), offsets, geometry, statistic),
+        statistic,
+        len(x),
+    )
     return found[0]
 
 

@@ -42,7 +42,12 @@ def make(sizes, O, I, dtype=torch.float32, integers=True, seed=0):
 
 def check(x, g, offsets, statistic, choice=None):
     found = linear.linear(x, g, offsets, statistic, choice)
-    assert_same(found, reference.linear(x.double(), g.double(), offsets, statistic), statistic, scale=len(offsets))
+    assert_same(
+        found,
+        reference.linear(x.double(), g.double(), offsets, statistic),
+        statistic,
+        scale=len(offsets),
+    )
     return found[0]
 
 
@@ -81,7 +86,9 @@ def rounding_is_bounded(statistic, dtype):
 
 
 def ties_and_zeros_count():
-    x = torch.tensor([[1.0], [1.0], [1.0], [-1.0], [0.0]], device=DEVICE)  # signs 3 to 1, one zero: net 2
+    x = torch.tensor(
+        [[1.0], [1.0], [1.0], [-1.0], [0.0]], device=DEVICE
+    )  # signs 3 to 1, one zero: net 2
     g = torch.ones(5, 1, device=DEVICE)
     offsets = torch.arange(6)
     kept = [check(x, g, offsets, Statistic("and_mask", count)).item() for count in (1, 2, 3)]

@@ -17,7 +17,9 @@ def make(groups, coordinates, dtype=torch.float32, seed=0):
 
 
 def check(grads, statistic):
-    assert_same(stacked.stacked(grads, statistic), reference.stacked(grads.double(), statistic), statistic)
+    assert_same(
+        stacked.stacked(grads, statistic), reference.stacked(grads.double(), statistic), statistic
+    )
 
 
 def extreme_values_hold(groups):

@@ -14,14 +14,27 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from htv.triton_kernels import configs, conv, cross_entropy, device, embedding, product, stacked, statistic  # noqa: E402
+from htv.triton_kernels import (
+    configs,
+    conv,
+    cross_entropy,
+    device,
+    embedding,
+    product,
+    stacked,
+    statistic,
+)  # noqa: E402
 
 if device.UPCAST:
     pytest.skip("nothing is compiled under TRITON_INTERPRET=1", allow_module_level=True)
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 REGISTERS = 65536  # of a multiprocessor
-SHARED_MEMORY = {"sm_80": 101376, "sm_90": 232448, "sm_100": 232448}  # sm_80: the least of the older architectures
+SHARED_MEMORY = {
+    "sm_80": 101376,
+    "sm_90": 232448,
+    "sm_100": 232448,
+}  # sm_80: the least of the older architectures
 # By (architecture, arithmetic), then words: per config of the table, most bytes of shared memory and the least programs
 # that fit a multiprocessor when rows are aligned.
 BUDGET = {
@@ -37,8 +50,16 @@ BUDGET = {
         3: ((49168, 1),),
         7: ((49168, 1),),
     },
-    ("sm_80", "half"): {0: ((32768, 1), (16384, 2)), 2: ((32768, 1), (16384, 1)), 3: ((16384, 1),), 7: ((16384, 1),)},
-    **{(arch, "tf32"): {0: ((98320, 1), (49168, 1)), 3: ((49168, 1),), 7: ((24592, 1),)} for arch in ARCHITECTURES},
+    ("sm_80", "half"): {
+        0: ((32768, 1), (16384, 2)),
+        2: ((32768, 1), (16384, 1)),
+        3: ((16384, 1),),
+        7: ((16384, 1),),
+    },
+    **{
+        (arch, "tf32"): {0: ((98320, 1), (49168, 1)), 3: ((49168, 1),), 7: ((24592, 1),)}
+        for arch in ARCHITECTURES
+    },
     **{
         (arch, "fp32"): {
             0: ((32768, 1), (8192, 2), (4096, 4)),
@@ -64,7 +85,9 @@ SERVED = {  # words of the table's row: (result, statistic, COUNT)
 
 def compiled(kernel, arch, types, constants, multiples_of_16, **options):
     """types: of the arguments that are neither constants nor i32."""
-    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
+    signature = {
+        n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names
+    }
     attributes = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in multiples_of_16}
     source = ASTSource(kernel, signature, constants, attributes)
     target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
@@ -93,7 +116,9 @@ def compile_product(arch, arithmetic, dtype, config, result, found, count, windo
         **({} if windows else {"rows": 1}),
     }
     sizes = ("O", "I", "top", "left", "height", "width", "x_stride", "grad_output_stride")
-    multiples = [*pointers, *sizes] if aligned else ["offsets_ptr", "out_ptr", "mask_ptr", "top", "left"]
+    multiples = (
+        [*pointers, *sizes] if aligned else ["offsets_ptr", "out_ptr", "mask_ptr", "top", "left"]
+    )
     types = pointers | {"votes": "fp32", "k": "fp32"}
     return compiled(product.product_kernel, arch, types, constants, multiples, **options)
 
@@ -112,7 +137,9 @@ def cases():
     for (arch, arithmetic), rows in configs.TABLE.items():
         least = 0
         for words, row in rows.items():
-            tracked = [case for limit, found in SERVED.items() if least <= limit <= words for case in found]
+            tracked = [
+                case for limit, found in SERVED.items() if least <= limit <= words for case in found
+            ]
             least = words + 1
             for config, budget in zip(row, BUDGET[arch, arithmetic][words], strict=True):
                 for dtype in ("bf16", "fp16") if arithmetic == "half" else ("fp32",):
@@ -122,12 +149,26 @@ def cases():
                                 small = config.BLOCK_O * config.BLOCK_I <= configs.MOST_UNALIGNED
                                 if not aligned and (windows or not small):
                                     continue
-                                used = config if aligned else config._replace(BLOCK_R=min(32, config.BLOCK_R))
+                                used = (
+                                    config
+                                    if aligned
+                                    else config._replace(BLOCK_R=min(32, config.BLOCK_R))
+                                )
                                 tile = arch, arithmetic, config
                                 marks = (pytest.mark.slow,) if tile in seen else ()
                                 seen.add(tile)
-                                label = (arch, arithmetic, dtype, "x".join(map(str, used[:3])), result, str(words))
-                                label += "windows" if windows else "rows", "aligned" if aligned else "unaligned"
+                                label = (
+                                    arch,
+                                    arithmetic,
+                                    dtype,
+                                    "x".join(map(str, used[:3])),
+                                    result,
+                                    str(words),
+                                )
+                                label += (
+                                    "windows" if windows else "rows",
+                                    "aligned" if aligned else "unaligned",
+                                )
                                 yield pytest.param(
                                     arch, arithmetic, dtype, used, result, found, count, windows, aligned, budget,
                                     marks=marks, id="-".join(label),
@@ -140,7 +181,9 @@ def cases():
 def test_products_are_within_budget(
     arch, arithmetic, dtype, config, result, found, count, windows, aligned, budget, tmp_path
 ):
-    kernel = compile_product(arch, arithmetic, dtype, config, result, found, count, windows, aligned)
+    kernel = compile_product(
+        arch, arithmetic, dtype, config, result, found, count, windows, aligned
+    )
     registers, stack, shared = resources(kernel, tmp_path / "kernel.cubin")
     most_shared, programs = budget
     if not aligned:
@@ -162,7 +205,11 @@ def test_products_are_within_budget(
 MOST_REGISTERS = {  # of a thread, where more would leave too few programs for a multiprocessor to hide its loads
     **{f"embedding-{name}": 40 for name in ("and_mask", "sand_mask", "geometric_mean")},
     **{f"embedding-{name}": 128 for name in ("median", "winsorized_mean", "median_of_means")},
-    **{f"{name}-{size}": 128 for name in ("loss", "gradient") for size in ("10-classes", "32000-classes-smoothed")},
+    **{
+        f"{name}-{size}": 128
+        for name in ("loss", "gradient")
+        for size in ("10-classes", "32000-classes-smoothed")
+    },
 }
 
 
@@ -187,16 +234,29 @@ def stacked_cases():
     for name in ("and_mask", "sand_mask", "geometric_mean"):
         found = statistic.STREAMING[name]
         constants = {"init": found.init, "finalize": found.finalize}
-        types = common | {"grads_ptr": "*bf16", "states_ptr": "*fp32", "value_ptr": "*fp32", "mask_ptr": "*fp32"}
+        types = common | {
+            "grads_ptr": "*bf16",
+            "states_ptr": "*fp32",
+            "value_ptr": "*fp32",
+            "mask_ptr": "*fp32",
+        }
         more = {"update": found.update, "BLOCK": stacked.STREAMING_BLOCK}
         yield f"streaming-{name}", stacked.streaming_kernel, types, constants | more, one
         more = {"merge": found.merge, "WORDS": found.words, "BLOCK": product.MERGE_BLOCK}
         yield f"merge-{name}", product.merge_kernel, types, constants | more, one
-    rows = {"grad_output_ptr": "*bf16", "order_ptr": "*i64", "voter_ptr": "*i64", "starts_ptr": "*i64"}
+    rows = {
+        "grad_output_ptr": "*bf16",
+        "order_ptr": "*i64",
+        "voter_ptr": "*i64",
+        "starts_ptr": "*i64",
+    }
     for name in ("and_mask", "sand_mask", "geometric_mean"):
         found = statistic.STREAMING[name]._asdict()
         del found["words"]
-        constants = found | {"visit": embedding.ABSORB[found["update"]], "BLOCK": embedding.STREAMING["BLOCK"]}
+        constants = found | {
+            "visit": embedding.ABSORB[found["update"]],
+            "BLOCK": embedding.STREAMING["BLOCK"],
+        }
         types = common | rows | {"value_ptr": "*fp32", "mask_ptr": "*fp32"}
         yield f"embedding-{name}", embedding.streaming_kernel, types, constants, {"D"}
     for kind in ("median", "winsorized_mean", "median_of_means"):
@@ -212,16 +272,37 @@ def stacked_cases():
         geometry = (width, 1, 56, 56, 1, 56, 56, 1, taps, taps, 1, 1, 1, 0, 1, 1, 1, 1, 1)
         constants = {"O": 256, "STRIDE": 256, "OUTPUTS": width, "GEOMETRY": geometry, "TAPS": taps}
         constants |= {"BLOCK_R": conv.DEPTHWISE["BLOCK_R"], "BLOCK_C": conv.DEPTHWISE["BLOCK_C"]}
-        types = {"x_ptr": "*bf16", "grad_output_ptr": "*bf16", "offsets_ptr": "*i64", "out_ptr": "*fp32"}
+        types = {
+            "x_ptr": "*bf16",
+            "grad_output_ptr": "*bf16",
+            "offsets_ptr": "*i64",
+            "out_ptr": "*fp32",
+        }
         yield f"depthwise-{taps}-{width}", conv.depthwise_kernel, types, constants, set()
     for classes, options in ((10, False), (32000, True)):
         height, block = cross_entropy.tile(classes)
         constants = {"WEIGHTED": options, "SMOOTHED": options, "ROWS": height, "BLOCK": block}
-        rows = {"logits_ptr": "*bf16", "shift_ptr": "*bf16", "targets_ptr": "*i64", "peak_ptr": "*fp32"}
-        rows |= {"log_sum_ptr": "*fp32", "weight_ptr": "*fp32", "scale": "fp32", "smoothing": "fp32"}
+        rows = {
+            "logits_ptr": "*bf16",
+            "shift_ptr": "*bf16",
+            "targets_ptr": "*i64",
+            "peak_ptr": "*fp32",
+        }
+        rows |= {
+            "log_sum_ptr": "*fp32",
+            "weight_ptr": "*fp32",
+            "scale": "fp32",
+            "smoothing": "fp32",
+        }
         multiples = {"classes", "stride", "shift_stride"} if classes > 10 else set()
         label = f"{classes}-classes" + "-smoothed" * options
-        yield f"loss-{label}", cross_entropy.loss_kernel, rows | {"loss_ptr": "*fp32"}, constants, multiples
+        yield (
+            f"loss-{label}",
+            cross_entropy.loss_kernel,
+            rows | {"loss_ptr": "*fp32"},
+            constants,
+            multiples,
+        )
         more = {"grad_ptr": "*fp32", "weight_sum_ptr": "*fp32", "grad_logits_ptr": "*bf16"}
         yield f"gradient-{label}", cross_entropy.gradient_kernel, rows | more, constants, multiples
 
@@ -231,14 +312,18 @@ def test_other_kernels_do_not_spill(arch, tmp_path):
     for label, kernel, types, constants, multiples in stacked_cases():
         pointers = {n for n in types if n in kernel.arg_names and types[n].startswith("*")}
         warps = embedding.ORDER["num_warps"] if label.startswith("embedding") else 4
-        found = compiled(kernel, arch, types, constants, pointers | multiples, num_warps=warps, num_stages=2)
+        found = compiled(
+            kernel, arch, types, constants, pointers | multiples, num_warps=warps, num_stages=2
+        )
         registers, stack, _ = resources(found, tmp_path / "kernel.cubin")
         assert stack == 0, label
         assert registers <= MOST_REGISTERS.get(label, 255), (label, registers)
 
 
 def problem(**changes):
-    usual = configs.Problem("sm_90", "half", 132, 2, True, outputs=4096, inputs=4096, parts=1, groups=16, rows=1024)
+    usual = configs.Problem(
+        "sm_90", "half", 132, 2, True, outputs=4096, inputs=4096, parts=1, groups=16, rows=1024
+    )
     return usual._replace(**changes)
 
 
@@ -254,7 +339,12 @@ def test_choice_of_tile():
     assert splits > 1 and small.tiles(768, 768) * splits >= 100  # of 132 multiprocessors
     assert configs.choose(problem(outputs=768, inputs=768), most_splits=1)[1] == 1
     assert configs.choose(problem(outputs=64, inputs=64, groups=1))[1] == 1
-    for capability, arch in (((8, 9), "sm_80"), ((9, 0), "sm_90"), ((10, 3), "sm_100"), ((12, 0), "sm_80")):
+    for capability, arch in (
+        ((8, 9), "sm_80"),
+        ((9, 0), "sm_90"),
+        ((10, 3), "sm_100"),
+        ((12, 0), "sm_80"),
+    ):
         assert configs.architecture(capability) == arch
 
 
@@ -268,7 +358,11 @@ ODD_TILE = ENTRY["config"] | {"BLOCK_O": 48}
 
 
 def test_a_tuned_table_is_followed(tmp_path, monkeypatch):
-    near = ENTRY | {"outputs": 512, "config": configs.Config(32, 64, 32, 8, 4, 2)._asdict(), "splits": 4}
+    near = ENTRY | {
+        "outputs": 512,
+        "config": configs.Config(32, 64, 32, 8, 4, 2)._asdict(),
+        "splits": 4,
+    }
     path = tmp_path / "tuned.json"
     path.write_text(json.dumps({"version": 1, "entries": [ENTRY, near]}))
     monkeypatch.setenv("HTV_TUNED", str(path))

@@ -13,7 +13,9 @@ import htv
 pytest.importorskip("triton")
 PATHS = sorted(Path(__file__).parent.glob("check_*.py"))
 CHECKS = [path.name for path in PATHS]
-SLOW = [path.name for path in PATHS if "mark.slow" in path.read_text()]  # pytest fails where it finds no test
+SLOW = [
+    path.name for path in PATHS if "mark.slow" in path.read_text()
+]  # pytest fails where it finds no test
 
 
 def check(name: str, interpret: bool, *arguments: str):
@@ -25,7 +27,15 @@ def check(name: str, interpret: bool, *arguments: str):
             [str(Path(htv.__file__).parents[1]), str(folder), os.environ.get("PYTHONPATH", "")]
         ),
     }
-    pytest_ = [sys.executable, "-m", "pytest", "-q", "--import-mode=importlib", "-p", "no:cacheprovider"]
+    pytest_ = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "--import-mode=importlib",
+        "-p",
+        "no:cacheprovider",
+    ]
     status, words = patience.run([*pytest_, str(folder / name), *arguments], 3600, environment)
     assert status == 0, words
 

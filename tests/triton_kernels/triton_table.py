@@ -13,7 +13,11 @@ def statistics(groups: int) -> list[Statistic]:
     half = (groups + 1) // 2
     found = [
         Statistic("mean"),
-        *(Statistic(name, count) for name in ("and_mask", "xor_mask") for count in {0, half, groups}),
+        *(
+            Statistic(name, count)
+            for name in ("and_mask", "xor_mask")
+            for count in {0, half, groups}
+        ),
         Statistic("geometric_mean", half),
         Statistic("sign_sum"),
         *(Statistic("median", side) for side in (-1, 0, 1)),
@@ -22,7 +26,9 @@ def statistics(groups: int) -> list[Statistic]:
     if groups > 1:
         found.append(Statistic("sand_mask", votes=0.3 * groups, k=0.5))
     counts = {count for count in (0, 1, 2, (groups - 1) // 2) if 2 * count < groups}
-    return found + [Statistic(name, count) for name in ("trimmed_mean", "winsorized_mean") for count in counts]
+    return found + [
+        Statistic(name, count) for name in ("trimmed_mean", "winsorized_mean") for count in counts
+    ]
 
 
 EXACT = ("mean", "and_mask", "xor_mask", "sign_sum", "median")  # on integers
@@ -34,7 +40,9 @@ def assert_same(found, wanted, statistic: Statistic, scale: float = 1.0):
     scale: of the contributions: what their rounding is relative to.
     """
     (value, mask_sum), (wanted_value, wanted_mask_sum) = found, wanted
-    assert value.dtype == torch.float32 and value.shape == wanted_value.shape and value.is_contiguous()
+    assert (
+        value.dtype == torch.float32 and value.shape == wanted_value.shape and value.is_contiguous()
+    )
     assert (mask_sum.dtype, mask_sum.device, mask_sum.shape) == (torch.float64, value.device, ())
     exact = statistic.name in EXACT
     # The reference divides by E and multiplies again.

@@ -53,11 +53,15 @@ def call(forward: ForwardStandIn, args: tuple, kwargs: dict):
     for (module, name), parameter in zip(guard_state.tensors, guard_state.parameters):  # noqa: B905
         tensor = getattr(module, name)
         if parameter is not None and tensor is not parameter:
-            raise RuntimeError(f"the model's parameters changed while attached: {name!r}; detach and attach again")
+            raise RuntimeError(
+                f"the model's parameters changed while attached: {name!r}; detach and attach again"
+            )
         tensors.append(tensor)
     settings = [getattr(module, name) for module, name in guard_state.settings]
     voting = ("each", None, "size") if spec is None else (spec.kind, spec.value, spec.weight)
-    settings, voting, args, kwargs = pytree.tree_map(_without_none, (settings, voting, args, kwargs))
+    settings, voting, args, kwargs = pytree.tree_map(
+        _without_none, (settings, voting, args, kwargs)
+    )
     results = _traced(forward.key, tensors, settings, voting, args, kwargs)
     return _rebuilt(_structure_of(forward.key), results, guard_state.classes)
 
@@ -134,7 +138,9 @@ def _rebuilt(description: tuple, tensors: list[Tensor], classes: list[type]):
 
 
 @torch._dynamo.nonstrict_trace
-def _traced(key: str, tensors: list[Tensor], settings: list, voting: tuple, args: tuple, kwargs: dict) -> list[Tensor]:
+def _traced(
+    key: str, tensors: list[Tensor], settings: list, voting: tuple, args: tuple, kwargs: dict
+) -> list[Tensor]:
     voting, args, kwargs = pytree.tree_map(_with_none, (voting, args, kwargs))
     forward, results = forwards[key], []
     try:
@@ -155,10 +161,14 @@ def _for_shapes(tensors: list[Tensor]) -> bool:
 def _run(forward: ForwardStandIn, tensors: list[Tensor], voting: tuple, args: tuple, kwargs: dict):
     session = forward.session
     if not any(isinstance(t, (FakeTensor, FunctionalTensor)) for t in tensors):
-        return session.run(forward, args, kwargs)  # nothing is traced: Dynamo gave up, or the backend is "eager"
+        return session.run(
+            forward, args, kwargs
+        )  # nothing is traced: Dynamo gave up, or the backend is "eager"
     for_shapes = _for_shapes(tensors)
     if not for_shapes and not all(isinstance(t, FunctionalTensor) for t in tensors):
-        raise UnsupportedError("an attached model can be traced by torch.compile alone: detach its handle first")
+        raise UnsupportedError(
+            "an attached model can be traced by torch.compile alone: detach its handle first"
+        )
     if torch.compiler.is_exporting():
         raise UnsupportedError(EXPORTING.format("torch.export"))
     if torch.is_grad_enabled():
@@ -194,7 +204,9 @@ def _run(forward: ForwardStandIn, tensors: list[Tensor], voting: tuple, args: tu
 
 
 PASSES.add(_run.__code__)
-_run = torch._dynamo.disable(_run)  # where Dynamo gives up (fullgraph=False), all of it runs eagerly
+_run = torch._dynamo.disable(
+    _run
+)  # where Dynamo gives up (fullgraph=False), all of it runs eagerly
 
 
 @contextmanager
@@ -207,8 +219,16 @@ def _exchanged(guard_state: CompileGuardState, tensors: list[Tensor]) -> Iterato
         store[name] = tensor
     try:
         yield
-        changed = [name for (store, name), tensor in zip(cells, tensors, strict=True) if store[name] is not tensor]
-        changed += [name for store, name, value in settings if store[name] is not value and store[name] != value]
+        changed = [
+            name
+            for (store, name), tensor in zip(cells, tensors, strict=True)
+            if store[name] is not tensor
+        ]
+        changed += [
+            name
+            for store, name, value in settings
+            if store[name] is not value and store[name] != value
+        ]
         if changed:
             raise UnsupportedError(
                 f"the forward sets attribute {changed[0]!r} of a module, which a compiled forward would not do again: "
@@ -222,10 +242,14 @@ def _exchanged(guard_state: CompileGuardState, tensors: list[Tensor]) -> Iterato
 
 
 def _store(module: torch.nn.Module, name: str) -> dict:
-    return next(store for store in (module._parameters, module._buffers, vars(module)) if name in store)
+    return next(
+        store for store in (module._parameters, module._buffers, vars(module)) if name in store
+    )
 
 
-def _intercept(forward: ForwardStandIn, tensors: list[Tensor], voting: tuple, args: tuple, kwargs: dict) -> ServingMode:
+def _intercept(
+    forward: ForwardStandIn, tensors: list[Tensor], voting: tuple, args: tuple, kwargs: dict
+) -> ServingMode:
     named = inputs.named_tensors(forward.names, args, kwargs)
     for name, tensor in named:
         if isinstance(tensor, PackedSequence):
@@ -238,7 +262,9 @@ def _intercept(forward: ForwardStandIn, tensors: list[Tensor], voting: tuple, ar
             int(size)  # compiled once for each size
     session, (kind, value, weight) = forward.session, voting
     value = torch.tensor(value) if isinstance(value, (list, tuple)) else value
-    batch = session.batch_of(forward, named, kind, None if value is None or kind == "packed" else len(value))
+    batch = session.batch_of(
+        forward, named, kind, None if value is None or kind == "packed" else len(value)
+    )
     plan = StaticGroupSpec.of(kind, weight, batch, value)
     session.batch_source = batch.source
     if kind == "each" and not session.accumulates:

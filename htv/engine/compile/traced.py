@@ -15,7 +15,13 @@ from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from htv.autograd.aggregation import AggregationNode, BufferListener, ContributionBuffer, NestedBackwards, UseRecorder
+from htv.autograd.aggregation import (
+    AggregationNode,
+    BufferListener,
+    ContributionBuffer,
+    NestedBackwards,
+    UseRecorder,
+)
 from htv.autograd.deferred import DeferredFactors, deferred_refusal
 from htv.engine.forward import ForwardStandIn
 from htv.engine.group_spec import StaticGroupSpec
@@ -33,7 +39,9 @@ class TracedGroups(Groups):
     """Who votes in a forward that is being traced: known when it runs. value: ids, bounds or mask."""
 
     def __init__(self, plan: StaticGroupSpec, value: Tensor | None):
-        super().__init__(plan.batch_size, None, input_layout=BatchLayout(plan.dim), rows_vote=plan.kind == "rows")
+        super().__init__(
+            plan.batch_size, None, input_layout=BatchLayout(plan.dim), rows_vote=plan.kind == "rows"
+        )
         object.__setattr__(self, "plan", plan)
         object.__setattr__(self, "value", value)
 
@@ -95,7 +103,10 @@ class TracedMode(ServingMode):
 
     def why_not_batch(self, x: Tensor, mark: Mark | None, features: int) -> str | None:
         why = super().why_not_batch(x, mark, features)
-        return why and f"{why} (or one that picks rows by the values of a tensor, which torch.compile does not have)"
+        return (
+            why
+            and f"{why} (or one that picks rows by the values of a tensor, which torch.compile does not have)"
+        )
 
 
 class TracedParameter(BufferListener):
@@ -105,7 +116,12 @@ class TracedParameter(BufferListener):
     """
 
     def __init__(self, tracked: TrackedParameter, parameter: Tensor):
-        self.tracked, self.parameter, self.name, self.rule = tracked, parameter, tracked.name, tracked.rule
+        self.tracked, self.parameter, self.name, self.rule = (
+            tracked,
+            parameter,
+            tracked.name,
+            tracked.rule,
+        )
         self.passes, self.settled = NestedBackwards(), set()
         self.note, self.defer, self.uses = tracked.note, tracked.defer, tracked.uses
         self._hub = lambda: None, lambda: None
@@ -136,7 +152,9 @@ class TracedParameter(BufferListener):
             self.tracked.refuse_gradient(twice=len(delivered) > 1)
 
 
-_traced_parameters: weakref.WeakValueDictionary[int, TracedParameter] = weakref.WeakValueDictionary()
+_traced_parameters: weakref.WeakValueDictionary[int, TracedParameter] = (
+    weakref.WeakValueDictionary()
+)
 
 
 class TracedSession:
@@ -144,7 +162,10 @@ class TracedSession:
 
     def __init__(self, forward: ForwardStandIn, tensors: list[Tensor]):
         session = forward.session
-        self.passes_plainly, self.shares_statistics = session.passes_plainly, session.shares_statistics
+        self.passes_plainly, self.shares_statistics = (
+            session.passes_plainly,
+            session.shares_statistics,
+        )
         self.unsupported = session.unsupported
         self._tracked: dict[int, TracedParameter] = {}
         self.own_marks: dict[int, FromParameters] = {}
@@ -155,7 +176,9 @@ class TracedSession:
                 self._constants.append(tensor)
                 continue
             traced = _traced_parameters.get(id(tensor))
-            if traced is None or traced.parameter is not tensor:  # else from another call in the same graph
+            if (
+                traced is None or traced.parameter is not tensor
+            ):  # else from another call in the same graph
                 traced = _traced_parameters[id(tensor)] = TracedParameter(tracked, tensor)
             self._tracked[id(tensor)] = traced
             self.own_marks[id(tensor)] = FromParameters((traced,), tensor)
@@ -182,7 +205,9 @@ class TracedBuffer(ContributionBuffer):
         super().__init__(owner.rule, groups, owner)
         self.owner = owner  # nobody else may keep it
 
-    def made(self, make: Callable[..., Factors], grouped_rows: GroupedRows, tensors: tuple[Tensor, ...]) -> DeferredFactors:
+    def made(
+        self, make: Callable[..., Factors], grouped_rows: GroupedRows, tensors: tuple[Tensor, ...]
+    ) -> DeferredFactors:
         return DeferredFactors(make, grouped_rows, tensors)
 
     def settle(self, parameter: Tensor, gradient_node) -> Tensor | None:
@@ -208,7 +233,12 @@ class TracedBuffer(ContributionBuffer):
 class Settlement:
     """How one traced node's gradient is computed. recipes: of each use, and how many tensors it takes."""
 
-    def __init__(self, tracked: TrackedParameter, plan: StaticGroupSpec, recipes: list[tuple[Callable[..., Factors], int]]):
+    def __init__(
+        self,
+        tracked: TrackedParameter,
+        plan: StaticGroupSpec,
+        recipes: list[tuple[Callable[..., Factors], int]],
+    ):
         self.tracked, self.plan, self.recipes = tracked, plan, recipes
 
     def empty(self) -> Tensor:
@@ -225,8 +255,12 @@ class Settlement:
                 buffer.record(recipe(groups, parameter, list(itertools.islice(tensors, count))))
             if not tracked.session.accumulates and not groups.rows_vote:
                 tracked.session.require_several(groups.count, f"of {groups.batch_size} examples")
-            grad = buffer.settle(parameter, None if tracked.accumulation is None else _gradient_node(parameter))
-            grad = self.empty().zero_() if grad is None else grad.contiguous()  # None: it accumulates
+            grad = buffer.settle(
+                parameter, None if tracked.accumulation is None else _gradient_node(parameter)
+            )
+            grad = (
+                self.empty().zero_() if grad is None else grad.contiguous()
+            )  # None: it accumulates
         tracked.expect(grad, torch._C._current_graph_task_id())
         return grad
 
@@ -237,21 +271,29 @@ def _gradient_node(parameter: Tensor):
     return parameter.view_as(parameter).grad_fn.next_functions[0][0]
 
 
-_settlements: weakref.WeakValueDictionary[str, Settlement] = weakref.WeakValueDictionary()  # sessions keep them alive
+_settlements: weakref.WeakValueDictionary[str, Settlement] = (
+    weakref.WeakValueDictionary()
+)  # sessions keep them alive
 
 _library = torch.library.Library("htv", "FRAGMENT")
 _library.define(
     "settle(Tensor[] tensors, Tensor? value, str key) -> Tensor",
-    tags=(torch.Tag.cudagraph_unsafe,),  # what it does beside computing, a replayed CUDA graph would not
+    tags=(
+        torch.Tag.cudagraph_unsafe,
+    ),  # what it does beside computing, a replayed CUDA graph would not
 )
 
 
 def _settle(tensors: list[Tensor], value: Tensor | None, key: str) -> Tensor:
     settlement = _settlements.get(key)
     if settlement is None:
-        raise RuntimeError("backward through a compiled forward of a model that was attached, but is gone")
+        raise RuntimeError(
+            "backward through a compiled forward of a model that was attached, but is gone"
+        )
     return settlement.run(iter(tensors), value)
 
 
 _library.impl("settle", _settle, "CompositeExplicitAutograd")
-torch.library.register_fake("htv::settle", lambda tensors, value, key: _settlements[key].empty(), lib=_library)
+torch.library.register_fake(
+    "htv::settle", lambda tensors, value, key: _settlements[key].empty(), lib=_library
+)

@@ -4,7 +4,16 @@ To serve another one, write a handler in the file of its kind, decorated by `han
 `htv.engine.handlers.call`.
 """
 
-from htv.engine.handlers import activation, attention, conv, embedding, linear, norm, products, recurrent
+from htv.engine.handlers import (
+    activation,
+    attention,
+    conv,
+    embedding,
+    linear,
+    norm,
+    products,
+    recurrent,
+)
 from htv.engine.handlers.call import HANDLERS
 from htv.engine.handlers.norm import batch_norm_refusal
 

@@ -39,12 +39,22 @@ _ATTENTION = ("query", "key", "value", "attn_mask")
 @handles(F.scaled_dot_product_attention)
 def _dot_product_attention(mode: ModeLike, func, args, kwargs):
     """Operands derived from parameters (relative positions, learnt queries) get their copies per example."""
-    arguments = {**dict(zip(_ATTENTION, args, strict=False)), **{k: v for k, v in kwargs.items() if k in _ATTENTION}}
+    arguments = {
+        **dict(zip(_ATTENTION, args, strict=False)),
+        **{k: v for k, v in kwargs.items() if k in _ATTENTION},
+    }
     tensors = [t for t in arguments.values() if t is not None]
     if not Operands(mode, *tensors).meet:
         return NotImplemented
     ndim = max(t.dim() for t in tensors)
-    layout = next((m.at(m.dim + ndim - t.dim()) for t in tensors if isinstance(m := mode.mark(t), BatchLayout)), None)
+    layout = next(
+        (
+            m.at(m.dim + ndim - t.dim())
+            for t in tensors
+            if isinstance(m := mode.mark(t), BatchLayout)
+        ),
+        None,
+    )
     if layout is None or layout.dim >= ndim - 2:
         return NotImplemented
     return mode.with_copies(func, args, kwargs, tensors, ndim, layout)

@@ -40,7 +40,16 @@ class Call:
                       computed from the batch.
     """
 
-    def __init__(self, mode: ModeLike, kind: str, signature: Signature, args, kwargs, x: str, *parameters: str):
+    def __init__(
+        self,
+        mode: ModeLike,
+        kind: str,
+        signature: Signature,
+        args,
+        kwargs,
+        x: str,
+        *parameters: str,
+    ):
         self.mode, self.kind = mode, kind
         if kwargs or len(args) != len(signature.names):
             self.arguments = arguments = signature.bind(args, kwargs)
@@ -62,7 +71,9 @@ class Call:
                         if owner not in self.tracked:
                             self.tracked += (owner,)
             self._uses.append((name, parameter, mark, owners))
-        self.applicable = bool(self.tracked and torch.is_grad_enabled() and isinstance(self.layout, OfBatch))
+        self.applicable = bool(
+            self.tracked and torch.is_grad_enabled() and isinstance(self.layout, OfBatch)
+        )
 
     def __getitem__(self, name: str):
         return self.arguments[name]
@@ -100,7 +111,11 @@ class Call:
             for owner in owners:
                 owner.uses.add(use)
             if is_own:
-                arguments.append(ParameterArgument(parameter.detach(), [owners[0].recorder(groups, self.mode.task)]))
+                arguments.append(
+                    ParameterArgument(
+                        parameter.detach(), [owners[0].recorder(groups, self.mode.task)]
+                    )
+                )
             else:
                 arguments.append(self.mode.argument(parameter, mark))
         return arguments
@@ -139,7 +154,9 @@ class Signature:
 
     def __init__(self, full: inspect.Signature):
         self._full, self.names = full, tuple(full.parameters)
-        self._defaults = {p.name: p.default for p in full.parameters.values() if p.default is not p.empty}
+        self._defaults = {
+            p.name: p.default for p in full.parameters.values() if p.default is not p.empty
+        }
 
     @staticmethod
     def of(function: Callable) -> Signature:
@@ -162,7 +179,9 @@ def signature(text: str) -> Signature:
     for part in text.split(", "):
         name, _, default = part.partition("=")
         value = eval(default, {}) if default else inspect.Parameter.empty  # literals written below
-        parameters.append(inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=value))
+        parameters.append(
+            inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=value)
+        )
     return Signature(inspect.Signature(parameters))
 
 

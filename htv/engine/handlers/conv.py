@@ -10,7 +10,9 @@ from htv.engine.handlers.call import Call, handles, signature
 from htv.engine.protocols import ModeLike
 
 _CONV = signature("input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1")
-_CONV_TRANSPOSE = signature("input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1")
+_CONV_TRANSPOSE = signature(
+    "input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1"
+)
 
 
 @handles(F.conv1d, F.conv2d, F.conv3d)
@@ -20,7 +22,17 @@ def _conv(mode: ModeLike, func, args, kwargs):
     if arguments is None:
         return NotImplemented
     a = call.arguments
-    return call.done(conv(call.x, *arguments, a["stride"], a["padding"], a["dilation"], a["groups"], call.grouped_rows))
+    return call.done(
+        conv(
+            call.x,
+            *arguments,
+            a["stride"],
+            a["padding"],
+            a["dilation"],
+            a["groups"],
+            call.grouped_rows,
+        )
+    )
 
 
 @handles(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)

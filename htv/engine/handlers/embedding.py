@@ -32,7 +32,9 @@ def _embedding(mode: ModeLike, func, args, kwargs):
     if padding_idx is not None:
         rows = len(call["weight"])
         if not -rows <= padding_idx < rows:
-            raise ValueError(f"padding_idx must be within the {rows} rows of the table, got {padding_idx}")
+            raise ValueError(
+                f"padding_idx must be within the {rows} rows of the table, got {padding_idx}"
+            )
         padding_idx %= rows
     return call.done(embedding(ids, *arguments, padding_idx, call.grouped_rows))
 
@@ -50,11 +52,15 @@ def _refuse_options(call: Call, *options: str) -> None:
 def _embedding_of_constants(mode: ModeLike, func, args, kwargs, call: Call):
     """The same ids for every example (positions): derived from the table alone, by ids that keep its factors small."""
     ids = call.x
-    if ids.dim() > 1 and len(ids) > 1 and ids.stride(0) == 0:  # expanded over the batch: look them up once
+    if (
+        ids.dim() > 1 and len(ids) > 1 and ids.stride(0) == 0
+    ):  # expanded over the batch: look them up once
         first = ids[:1]
         mode.marks.put(first, mode.mark(ids))
         replaced = [first if value is ids else value for value in args]
-        once = _embedding(mode, func, replaced, {k: first if v is ids else v for k, v in kwargs.items()})
+        once = _embedding(
+            mode, func, replaced, {k: first if v is ids else v for k, v in kwargs.items()}
+        )
         return mode.general(torch.Tensor.expand, (once, len(ids), *(-1,) * ids.dim()), {})
     rows = mode.general(func, args, kwargs)
     if isinstance(mode.mark(rows), FromParameters) and stands_alone(mode, call["weight"]):
@@ -76,15 +82,29 @@ def _embedding_bag(mode: ModeLike, func, args, kwargs):
     if call["per_sample_weights"] is not None and call["mode"] != "sum":
         raise ValueError(f"per_sample_weights are for mode='sum' alone, got mode={call['mode']!r}")
     with mode:
-        return _bagged(call.x, *(call[n] for n in ("weight", "mode", "per_sample_weights", "padding_idx")))
+        return _bagged(
+            call.x, *(call[n] for n in ("weight", "mode", "per_sample_weights", "padding_idx"))
+        )
 
 
-def _bagged(ids: Tensor, weight: Tensor, reduction: str, sample_weights: Tensor | None, padding_idx: int | None):
+def _bagged(
+    ids: Tensor,
+    weight: Tensor,
+    reduction: str,
+    sample_weights: Tensor | None,
+    padding_idx: int | None,
+):
     rows = F.embedding(ids, weight, padding_idx)  # (N, L, D)
     if sample_weights is not None:
         rows = rows * sample_weights.unsqueeze(-1)
     if padding_idx is None:
-        return rows.sum(1) if reduction == "sum" else rows.mean(1) if reduction == "mean" else rows.max(1).values
+        return (
+            rows.sum(1)
+            if reduction == "sum"
+            else rows.mean(1)
+            if reduction == "mean"
+            else rows.max(1).values
+        )
     kept = (ids != padding_idx % len(weight)).unsqueeze(-1)
     if reduction == "max":
         highest = torch.where(kept, rows, -torch.inf).max(1).values
@@ -106,7 +126,11 @@ def _picked(mode: ModeLike, func, args, kwargs):
     if not isinstance(ids, Tensor) or ids.dtype in (torch.bool, torch.uint8):
         return NotImplemented
     if ids.dim() == 0:  # which expert, say: one slice for all
-        return mode.general(func, (table, int(ids)), {}) if func is Tensor.__getitem__ else NotImplemented
+        return (
+            mode.general(func, (table, int(ids)), {})
+            if func is Tensor.__getitem__
+            else NotImplemented
+        )
     if isinstance(mode.mark(ids), Lost):  # whose ids they are shows where the rows are used
         return _rows_of_table(mode, func, args, table, ids)
     with mode:
@@ -120,6 +144,8 @@ def _picked(mode: ModeLike, func, args, kwargs):
 
 def _rows_of_table(mode: ModeLike, func, args, table: Tensor, ids: Tensor) -> Tensor:
     rows = func(*args)
-    lookup = Lookup(ids % len(table)) if table.dim() == 2 and mode.tracked(table) is not None else None
+    lookup = (
+        Lookup(ids % len(table)) if table.dim() == 2 and mode.tracked(table) is not None else None
+    )
     mode.marks.put(rows, FromParameters(behind(mode, table), rows, lookup))
     return rows

@@ -22,15 +22,28 @@ def _linear(mode: ModeLike, func, args, kwargs):
     call = Call(mode, "linear", _LINEAR, args, kwargs, "input", "weight", "bias")
     if call.tracked and isinstance(call.layout, Constant) and torch.is_grad_enabled():
         y = mode.general(func, args, kwargs)
-        if isinstance(mode.mark(y), FromParameters) and all(stands_alone(mode, p) for p in call.parameters):
-            mode.marks.put(y, FromParameters(call.tracked, y, Projection(call.x, bool(behind(mode, call["weight"])))))
+        if isinstance(mode.mark(y), FromParameters) and all(
+            stands_alone(mode, p) for p in call.parameters
+        ):
+            mode.marks.put(
+                y,
+                FromParameters(
+                    call.tracked, y, Projection(call.x, bool(behind(mode, call["weight"])))
+                ),
+            )
         return y
-    if call.applicable and call.x.dim() == 1 and mode.groups.batch_size == 1:  # x.squeeze() of a batch of one
+    if (
+        call.applicable and call.x.dim() == 1 and mode.groups.batch_size == 1
+    ):  # x.squeeze() of a batch of one
         row = mode.call(torch.Tensor.unsqueeze, (call.x, 0), {})
         y = mode.call(F.linear, (row, call["weight"], call["bias"]), {})
         return mode.call(torch.Tensor.squeeze, (y, 0), {})
     arguments = call.enter(features=1) if call.applicable else None
-    return NotImplemented if arguments is None else call.done(linear(call.x, *arguments, mode.grouped_rows(call.layout)))
+    return (
+        NotImplemented
+        if arguments is None
+        else call.done(linear(call.x, *arguments, mode.grouped_rows(call.layout)))
+    )
 
 
 @handles(F.bilinear)
@@ -40,10 +53,18 @@ def _bilinear(mode: ModeLike, func, args, kwargs):
     if not call.tracked or not torch.is_grad_enabled():
         return NotImplemented
     layout, other = mode.layout(call.x), mode.layout(right)
-    if not isinstance(layout, BatchLayout) or not isinstance(other, BatchLayout) or not layout.same(other, mode.groups.batch_size):
+    if (
+        not isinstance(layout, BatchLayout)
+        or not isinstance(other, BatchLayout)
+        or not layout.same(other, mode.groups.batch_size)
+    ):
         raise UnsupportedError(
             f"bilinear with parameter {call.tracked[0].name!r}: both inputs must hold the batch in the same dim; "
             f"exclude={call.tracked[0].name!r} to give it a plain gradient"
         )
     arguments = call.enter(features=1)
-    return NotImplemented if arguments is None else call.done(bilinear(call.x, right, *arguments, call.grouped_rows))
+    return (
+        NotImplemented
+        if arguments is None
+        else call.done(bilinear(call.x, right, *arguments, call.grouped_rows))
+    )

@@ -17,7 +17,9 @@ _GROUP_NORM = Signature.of(F.group_norm)
 _RMS_NORM = Signature.of(F.rms_norm)
 _INSTANCE_NORM = Signature.of(F.instance_norm)
 _BATCH_NORM = Signature.of(F.batch_norm)
-_TORCH_BATCH_NORM = signature("input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled")
+_TORCH_BATCH_NORM = signature(
+    "input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled"
+)
 
 
 @handles(F.layer_norm)
@@ -27,7 +29,9 @@ def _layer_norm(mode: ModeLike, func, args, kwargs):
     arguments = call.enter(features=len(shape)) if call.applicable else None
     if arguments is None:
         return NotImplemented
-    return call.done(layer_norm(_as_autocast_would(call.x), shape, *arguments, call["eps"], call.grouped_rows))
+    return call.done(
+        layer_norm(_as_autocast_would(call.x), shape, *arguments, call["eps"], call.grouped_rows)
+    )
 
 
 @handles(F.group_norm)
@@ -36,7 +40,15 @@ def _group_norm(mode: ModeLike, func, args, kwargs):
     arguments = call.enter(features=call.x.dim() - 1, rows=False) if call.applicable else None
     if arguments is None:
         return NotImplemented
-    return call.done(group_norm(_as_autocast_would(call.x), call["num_groups"], *arguments, call["eps"], call.grouped_rows))
+    return call.done(
+        group_norm(
+            _as_autocast_would(call.x),
+            call["num_groups"],
+            *arguments,
+            call["eps"],
+            call.grouped_rows,
+        )
+    )
 
 
 @handles(F.rms_norm, torch.rms_norm)
@@ -44,7 +56,9 @@ def _rms_norm(mode: ModeLike, func, args, kwargs):
     call = Call(mode, "rms_norm", _RMS_NORM, args, kwargs, "input", "weight")
     if not call.applicable:
         return NotImplemented
-    normalised = mode.general(F.rms_norm, (call.x, tuple(call["normalized_shape"]), None, call["eps"]), {})
+    normalised = mode.general(
+        F.rms_norm, (call.x, tuple(call["normalized_shape"]), None, call["eps"]), {}
+    )
     return mode.general(torch.mul, (normalised, call["weight"]), {})
 
 
@@ -72,7 +86,9 @@ def _batch_norm(mode: ModeLike, func, args, kwargs):
     shared = call["training"] or call["running_mean"] is None
     if shared and not mode.session.shares_statistics:
         names = ", ".join(repr(s.name) for s in call.tracked)
-        raise UnsupportedError(batch_norm_refusal(f"parameter {names}" if names else "F.batch_norm"))
+        raise UnsupportedError(
+            batch_norm_refusal(f"parameter {names}" if names else "F.batch_norm")
+        )
     if not call.applicable:
         return NotImplemented
     refuse_rows(call)
@@ -93,7 +109,9 @@ def _affine(mode: ModeLike, call: Call, y: Tensor) -> Tensor:
     shape = (-1,) + (1,) * (y.dim() - 2)
     for operation, parameter in ((torch.mul, call["weight"]), (torch.add, call["bias"])):
         if parameter is not None:
-            y = mode.general(operation, (y, mode.general(torch.Tensor.reshape, (parameter, shape), {})), {})
+            y = mode.general(
+                operation, (y, mode.general(torch.Tensor.reshape, (parameter, shape), {})), {}
+            )
     return y if y.dtype == call.x.dtype else mode.general(torch.Tensor.to, (y, call.x.dtype), {})
 
 
@@ -111,4 +129,6 @@ def batch_norm_refusal(what: str) -> str:
 def _as_autocast_would(x: Tensor) -> Tensor:
     """Autocast runs normalisations in float32 on CUDA, and as they come on the CPU."""
     half = x.dtype in (torch.float16, torch.bfloat16)
-    return x.float() if half and x.device.type == "cuda" and torch.is_autocast_enabled("cuda") else x
+    return (
+        x.float() if half and x.device.type == "cuda" and torch.is_autocast_enabled("cuda") else x
+    )

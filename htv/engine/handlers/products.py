@@ -19,7 +19,17 @@ def _served_product(mode: ModeLike, left: Tensor, right: Tensor) -> bool:
     return operands.meet and not all(operands.derived)
 
 
-@handles(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm, torch.mv, Tensor.mv)
+@handles(
+    torch.matmul,
+    Tensor.matmul,
+    Tensor.__matmul__,
+    torch.mm,
+    Tensor.mm,
+    torch.bmm,
+    Tensor.bmm,
+    torch.mv,
+    Tensor.mv,
+)
 def _matmul(mode: ModeLike, func, args, kwargs):
     left, right = (*args, *kwargs.values())[:2]
     if len(args) + len(kwargs) != 2 or not _served_product(mode, left, right):
@@ -43,7 +53,9 @@ def _addmm(mode: ModeLike, func, args, kwargs):
         if beta == alpha == 1 and addend.dim() == 1 and right.dim() == 2 and behind(mode, right):
             return F.linear(left, right.t(), addend)
         product = _product(mode, left, right)
-        return (addend if beta == 1 else beta * addend) + (product if alpha == 1 else alpha * product)
+        return (addend if beta == 1 else beta * addend) + (
+            product if alpha == 1 else alpha * product
+        )
 
 
 def _grouped_mm(mode: ModeLike, func, args, kwargs):
@@ -56,10 +68,17 @@ def _grouped_mm(mode: ModeLike, func, args, kwargs):
         if offs is None or rows.dim() != 2 or matrices.dim() != 3:
             return _product(mode, rows, matrices)
         ends = offs.tolist()
-        return torch.cat([rows[a:b] @ matrices[i] for i, (a, b) in enumerate(zip([0, *ends], ends, strict=False))])
+        return torch.cat(
+            [
+                rows[a:b] @ matrices[i]
+                for i, (a, b) in enumerate(zip([0, *ends], ends, strict=False))
+            ]
+        )
 
 
-handles(*(getattr(o, n) for o, n in ((F, "grouped_mm"), (torch, "_grouped_mm")) if hasattr(o, n)))(_grouped_mm)
+handles(*(getattr(o, n) for o, n in ((F, "grouped_mm"), (torch, "_grouped_mm")) if hasattr(o, n)))(
+    _grouped_mm
+)
 
 
 def _product(mode: ModeLike, left: Tensor, right: Tensor) -> Tensor:
@@ -135,8 +154,12 @@ def _pair(x: Tensor, x_term: str, w: Tensor, w_term: str, result: str) -> Tensor
     rows = [c for c in x_term if c not in w_term]
     size = lambda letters: math.prod(sizes[c] for c in letters)
     if not summed:
-        x = x.permute([x_term.index(c) for c in rows + blocks]).reshape(*(sizes[c] for c in rows + blocks), 1)
-        w = w.permute([w_term.index(c) for c in blocks + made]).reshape(*(sizes[c] for c in blocks), size(made))
+        x = x.permute([x_term.index(c) for c in rows + blocks]).reshape(
+            *(sizes[c] for c in rows + blocks), 1
+        )
+        w = w.permute([w_term.index(c) for c in blocks + made]).reshape(
+            *(sizes[c] for c in blocks), size(made)
+        )
         y = x * w
     else:
         x = x.permute([x_term.index(c) for c in rows + blocks + summed])

@@ -19,7 +19,9 @@ from htv.errors import UnsupportedError
 from htv.groups import BatchLayout
 
 Hidden = tuple[Tensor, ...]  # (h,) or (h, c)
-Cell = Callable[[Tensor, Hidden, list[Tensor]], Hidden]  # input gates, hidden, [w_hh, b_hh or None, w_hr or None]
+Cell = Callable[
+    [Tensor, Hidden, list[Tensor]], Hidden
+]  # input gates, hidden, [w_hh, b_hh or None, w_hr or None]
 
 
 def _gates(hidden: Hidden, weights: list[Tensor]) -> Tensor:
@@ -49,7 +51,12 @@ def _relu_step(gates: Tensor, hidden: Hidden, weights: list[Tensor]) -> Hidden:
     return (torch.relu(gates + _gates(hidden, weights)),)
 
 
-STEPS: dict[str, Cell] = {"lstm": _lstm_step, "gru": _gru_step, "rnn_tanh": _tanh_step, "rnn_relu": _relu_step}
+STEPS: dict[str, Cell] = {
+    "lstm": _lstm_step,
+    "gru": _gru_step,
+    "rnn_tanh": _tanh_step,
+    "rnn_relu": _relu_step,
+}
 
 
 def _server(kind: str, step: Cell):
@@ -57,16 +64,26 @@ def _server(kind: str, step: Cell):
         packed = isinstance(args[3], (tuple, list))  # then args[1] are the batch sizes
         weights = args[3 if packed else 2]
         if not _meets(mode, args[0], weights):
-            return _as_torch_does(mode, func, args, kwargs, packed, batch_first=not packed and args[-1])
+            return _as_torch_does(
+                mode, func, args, kwargs, packed, batch_first=not packed and args[-1]
+            )
         hidden = args[2 if packed else 1]
         hidden = tuple(hidden) if kind == "lstm" else (hidden,)
-        has_biases, num_layers, dropout, train, bidirectional, *batch_first = args[4 if packed else 3 :]
+        has_biases, num_layers, dropout, train, bidirectional, *batch_first = args[
+            4 if packed else 3 :
+        ]
         owner = next(s for w in weights for s in behind(mode, w))
         name = f"{kind} with parameter {owner.name!r}"
         with mode:
-            steps = _PackedSteps(mode, name, *args[:2]) if packed else _Steps(mode, name, args[0], batch_first[0])
+            steps = (
+                _PackedSteps(mode, name, *args[:2])
+                if packed
+                else _Steps(mode, name, args[0], batch_first[0])
+            )
             options = num_layers, 1 + bidirectional, dropout if train else 0.0
-            y, last = _stack_of_layers(steps, step, hidden, _by_layer(weights, has_biases, kind, hidden), *options)
+            y, last = _stack_of_layers(
+                steps, step, hidden, _by_layer(weights, has_biases, kind, hidden), *options
+            )
         return (y, *last)
 
     def cell(mode: ModeLike, func, args, kwargs):
@@ -94,7 +111,9 @@ def _as_torch_does(mode: ModeLike, func, args, kwargs, packed: bool, batch_first
     y, *last = func(*args, **kwargs)
     mode.marks.put(y, layout)
     for hidden in last:
-        first = mode.call(Tensor.__getitem__, (args[0], slice(int(args[1][0]))), {}) if packed else None
+        first = (
+            mode.call(Tensor.__getitem__, (args[0], slice(int(args[1][0]))), {}) if packed else None
+        )
         mode.marks.put(hidden, (mode.mark(first) if packed else layout).at(1))
     return (y, *last)
 
@@ -115,10 +134,15 @@ def _by_layer(weights, has_biases: bool, kind: str, hidden: Hidden) -> list[list
     projected = kind == "lstm" and hidden[0].shape[-1] != hidden[1].shape[-1]
     size = 2 + 2 * has_biases + projected
     rows = [list(weights[i : i + size]) for i in range(0, len(weights), size)]
-    return [[*r[:2], *(r[2:4] if has_biases else (None, None)), r[-1] if projected else None] for r in rows]
+    return [
+        [*r[:2], *(r[2:4] if has_biases else (None, None)), r[-1] if projected else None]
+        for r in rows
+    ]
 
 
-def _stack_of_layers(steps, step: Cell, hidden: Hidden, weights, num_layers: int, directions: int, dropout: float):
+def _stack_of_layers(
+    steps, step: Cell, hidden: Hidden, weights, num_layers: int, directions: int, dropout: float
+):
     """The output of the last layer and the last hidden state of all, (layers * directions, N, H)."""
     lasts = []
     y = steps.x
@@ -129,7 +153,9 @@ def _stack_of_layers(steps, step: Cell, hidden: Hidden, weights, num_layers: int
             w_ih, w_hh, b_ih, b_hh, w_hr = weights[row]
             gates = F.linear(y, w_ih, b_ih)
             first = tuple(steps.started(h[row]) for h in hidden)
-            output, last = steps.run(step, gates, first, [w_hh, b_hh, w_hr], backwards=direction == 1)
+            output, last = steps.run(
+                step, gates, first, [w_hh, b_hh, w_hr], backwards=direction == 1
+            )
             outputs.append(output)
             lasts.append(last)
         y = outputs[0] if directions == 1 else torch.cat(outputs, -1)
@@ -144,7 +170,9 @@ def _started(mode: ModeLike, kind: str, hidden: Tensor, layout: BatchLayout) -> 
     if isinstance(mark, Constant):
         hidden = hidden.view_as(hidden)
         mode.marks.put(hidden, layout.at(0))
-    elif isinstance(mark, OfBatch) and not (isinstance(mark, BatchLayout) and mark.same(layout.at(0), mode.groups.batch_size)):
+    elif isinstance(mark, OfBatch) and not (
+        isinstance(mark, BatchLayout) and mark.same(layout.at(0), mode.groups.batch_size)
+    ):
         raise UnsupportedError(
             f"{kind}: its first hidden state, of shape {tuple(hidden.shape)} for one layer, does not have the examples "
             "in the dim before the last, as (layers, N, H), or they were taken to be in another one for its size. "
@@ -164,7 +192,9 @@ class _Steps:
     def started(self, hidden: Tensor) -> Tensor:
         return _started(self.mode, self.kind, hidden, self.layout)
 
-    def run(self, step: Cell, gates: Tensor, hidden: Hidden, weights: list[Tensor], backwards: bool):
+    def run(
+        self, step: Cell, gates: Tensor, hidden: Hidden, weights: list[Tensor], backwards: bool
+    ):
         """Outputs (T, N, H) of one direction from its input gates, and the last hidden state."""
         outputs = []
         for at in gates.unbind(0)[:: -1 if backwards else 1]:
@@ -187,7 +217,9 @@ class _PackedSteps:
     def started(self, hidden: Tensor) -> Tensor:
         return _started(self.mode, self.kind, hidden, self.mode.mark(self.first))
 
-    def run(self, step: Cell, gates: Tensor, hidden: Hidden, weights: list[Tensor], backwards: bool):
+    def run(
+        self, step: Cell, gates: Tensor, hidden: Hidden, weights: list[Tensor], backwards: bool
+    ):
         steps = list(gates.split(self.sizes))
         outputs: list[Tensor] = [gates] * len(steps)
         for t in range(len(steps))[:: -1 if backwards else 1]:
@@ -195,7 +227,9 @@ class _PackedSteps:
             found = step(steps[t], tuple(h[:size] for h in hidden), weights)
             outputs[t] = found[0]
             if size < len(hidden[0]):
-                found = tuple(torch.cat([new, old[size:]]) for new, old in zip(found, hidden, strict=True))
+                found = tuple(
+                    torch.cat([new, old[size:]]) for new, old in zip(found, hidden, strict=True)
+                )
             hidden = found
         return torch.cat(outputs), hidden
 

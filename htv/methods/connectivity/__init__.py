@@ -10,7 +10,14 @@ from htv.methods.connectivity.along import (
     mechanistic_similarity,
 )
 from htv.methods.connectivity.matching import Matching, activation_correlations, match_permutations
-from htv.methods.connectivity.paths import Bezier, LinearPath, PathProbe, PolygonalChain, QuadraticBezier, WeightPath
+from htv.methods.connectivity.paths import (
+    Bezier,
+    LinearPath,
+    PathProbe,
+    PolygonalChain,
+    QuadraticBezier,
+    WeightPath,
+)
 from htv.methods.connectivity.permutations import (
     PermutationSpec,
     UnitAxis,

@@ -16,7 +16,12 @@ from torch import Tensor, nn
 from htv.methods.connectivity.layout import template_of
 from htv.methods.connectivity.paths import LinearPath, WeightPath, Weights
 from htv.methods.connectivity.samplers import path_grid
-from htv.methods.connectivity.statistics import batchnorms, inputs_of, reestimate_batchnorm, require_repeatable
+from htv.methods.connectivity.statistics import (
+    batchnorms,
+    inputs_of,
+    reestimate_batchnorm,
+    require_repeatable,
+)
 
 __all__ = [
     "Barrier",
@@ -89,9 +94,13 @@ def barrier(t: Tensor, losses: Tensor) -> Barrier:
     """
     t, losses = (torch.as_tensor(values, dtype=torch.float64) for values in (t, losses))
     if t.dim() != 1 or t.shape != losses.shape:
-        raise ValueError(f"t and losses must both be (T,), got shapes {tuple(t.shape)} and {tuple(losses.shape)}")
+        raise ValueError(
+            f"t and losses must both be (T,), got shapes {tuple(t.shape)} and {tuple(losses.shape)}"
+        )
     if not ((t == 0).any() and (t == 1).any()):
-        raise ValueError("t must hold both ends of the path, 0 and 1: a barrier is what exceeds the chord between them")
+        raise ValueError(
+            "t must hold both ends of the path, 0 and 1: a barrier is what exceeds the chord between them"
+        )
     inside = (t >= 0) & (t <= 1)
     t, losses = t[inside], losses[inside]
     first, last = losses[t == 0][0], losses[t == 1][0]
@@ -143,9 +152,15 @@ def evaluate_along(
         raise ValueError("datasets is empty: give at least one, such as {'test': loader}")
     for name, data in datasets.items():
         require_repeatable(f"datasets[{name!r}]", data)
-    t = path_grid(points) if isinstance(points, int) else torch.as_tensor(points, dtype=torch.float64)
+    t = (
+        path_grid(points)
+        if isinstance(points, int)
+        else torch.as_tensor(points, dtype=torch.float64)
+    )
     if t.dim() != 1 or len(t) == 0:
-        raise ValueError(f"points must be a number of points or values of t, got shape {tuple(t.shape)}")
+        raise ValueError(
+            f"points must be a number of points or values of t, got shape {tuple(t.shape)}"
+        )
     path.coefficients(t, extrapolate)  # before any work
     probe = path.probe(model)
     probe.model.eval()
@@ -157,8 +172,12 @@ def evaluate_along(
             reestimate_batchnorm(probe.model, statistics, forward=forward)
         for name, data in datasets.items():
             found[name].append(_evaluate(probe.model, name, data, criterion, forward))
-    columns = {name: torch.tensor(rows, dtype=torch.float64).unbind(1) for name, rows in found.items()}
-    return PathProfile(t, {name: c[0] for name, c in columns.items()}, {name: c[1] for name, c in columns.items()})
+    columns = {
+        name: torch.tensor(rows, dtype=torch.float64).unbind(1) for name, rows in found.items()
+    }
+    return PathProfile(
+        t, {name: c[0] for name, c in columns.items()}, {name: c[1] for name, c in columns.items()}
+    )
 
 
 def _checked_statistics(model: nn.Module, bn_data: Statistics) -> Iterable[Any] | None:
@@ -244,7 +263,9 @@ class MechanisticSimilarity:
     @property
     def differing(self) -> list[str]:
         """The interventions that exactly one of the models is invariant to."""
-        return [name for name, found in self.interventions.items() if len(set(found.invariant)) == 2]
+        return [
+            name for name, found in self.interventions.items() if len(set(found.invariant)) == 2
+        ]
 
     @property
     def similar(self) -> bool:
@@ -332,7 +353,10 @@ def mechanistic_similarity(
         )
         for name, path in every.items()
     }  # fmt: skip
-    ends = {name: (losses[0].item(), losses[-1].item()) for name, losses in profiles["linear"].losses.items()}
+    ends = {
+        name: (losses[0].item(), losses[-1].item())
+        for name, losses in profiles["linear"].losses.items()
+    }
     interventions = {}
     for name, losses in ends.items():
         if name != base:

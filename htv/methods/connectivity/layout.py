@@ -52,11 +52,17 @@ class Layout:
     def of(model: nn.Module) -> Layout:
         state = _tensors(model)
         if any(is_lazy(tensor) for tensor in state.values()):
-            raise ValueError("the model has lazy parameters without a shape: run it on a batch first")
+            raise ValueError(
+                "the model has lazy parameters without a shape: run it on a batch first"
+            )
         tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(
             model.named_buffers(remove_duplicate=False)
         )
-        unknown = [name for name in tensors if isinstance(tensors[name], nn.Parameter) and name not in state]
+        unknown = [
+            name
+            for name in tensors
+            if isinstance(tensors[name], nn.Parameter) and name not in state
+        ]
         unknown += [name for name in state if name not in tensors]
         if unknown:
             raise ValueError(
@@ -66,7 +72,9 @@ class Layout:
         first: dict[int, str] = {}
         names = {name: first.setdefault(id(tensors[name]), name) for name in state}
         parameters = {name: p.requires_grad for name, p in model.named_parameters()}
-        return Layout(names, {name: (t.shape, t.dtype, t.device) for name, t in state.items()}, parameters)
+        return Layout(
+            names, {name: (t.shape, t.dtype, t.device) for name, t in state.items()}, parameters
+        )
 
     def read(self, role: str, weights: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of a model or state dict of this architecture by first name, on the devices of this one."""
@@ -74,7 +82,9 @@ class Layout:
         self._check(role, state)
         for name, canonical in self.names.items():
             if name != canonical and not _equal(state[name], state[canonical]):
-                raise ValueError(f"{role} has different values under {canonical!r} and {name!r}, which the model ties")
+                raise ValueError(
+                    f"{role} has different values under {canonical!r} and {name!r}, which the model ties"
+                )
         return {
             name: state[name].detach().to(self.expected[name][2])
             for name, canonical in self.names.items()
@@ -87,7 +97,9 @@ class Layout:
         ties = Layout.of(model).names
         for name, canonical in self.names.items():
             if ties[name] != canonical:
-                raise ValueError(f"{role} does not tie {name!r} to the same tensor as the model the path was made with")
+                raise ValueError(
+                    f"{role} does not tie {name!r} to the same tensor as the model the path was made with"
+                )
 
     def _check(self, role: str, state: Mapping[str, Tensor]) -> None:
         for name, (shape, dtype, _) in self.expected.items():
@@ -99,12 +111,18 @@ class Layout:
                     f"{tuple(shape)}"
                 )
             if state[name].dtype != dtype:
-                raise ValueError(f"{name!r} of {role} is {state[name].dtype} instead of {dtype}: convert it with .to()")
+                raise ValueError(
+                    f"{name!r} of {role} is {state[name].dtype} instead of {dtype}: convert it with .to()"
+                )
         extra = next((name for name in state if name not in self.expected), None)
         if extra is not None:
-            raise ValueError(f"{role} is of another architecture: it has {extra!r} beside what is expected")
+            raise ValueError(
+                f"{role} is of another architecture: it has {extra!r} beside what is expected"
+            )
 
-    def with_buffers(self, states: Mapping[str, Mapping[str, Tensor]]) -> tuple[Layout, dict[str, Tensor]]:
+    def with_buffers(
+        self, states: Mapping[str, Mapping[str, Tensor]]
+    ) -> tuple[Layout, dict[str, Tensor]]:
         """This layout with its groups, and what is constant along the path.
 
         states:  by role, what `read` returned; the first one's integers are taken.
@@ -113,10 +131,14 @@ class Layout:
         constants: dict[str, Tensor] = {}
         keys: dict[tuple[bool, torch.dtype, torch.device], list[str]] = {}
         for name, tensor in start.items():
-            differs = next((role for role, state in others if not _equal(state[name], tensor)), None)
+            differs = next(
+                (role for role, state in others if not _equal(state[name], tensor)), None
+            )
             floating = tensor.is_floating_point() or tensor.is_complex()
             if name in self.parameters and floating:
-                keys.setdefault((self.parameters[name], tensor.dtype, tensor.device), []).append(name)
+                keys.setdefault((self.parameters[name], tensor.dtype, tensor.device), []).append(
+                    name
+                )
             elif floating and differs is not None:
                 keys.setdefault((False, tensor.dtype, tensor.device), []).append(name)
             elif differs is None or name.rpartition(".")[2] == "num_batches_tracked":
@@ -131,7 +153,10 @@ class Layout:
 
     def flatten(self, state: Mapping[str, Tensor]) -> list[Tensor]:
         """One new flat tensor per group, with the group's device."""
-        return [torch.cat([state[entry.name].reshape(-1) for entry in group.entries]) for group in self.groups]
+        return [
+            torch.cat([state[entry.name].reshape(-1) for entry in group.entries])
+            for group in self.groups
+        ]
 
     def views(self, flats: list[Tensor]) -> dict[str, Tensor]:
         """By first name; for flat tensors (..., P), views (..., *shape)."""
@@ -144,22 +169,30 @@ class Layout:
         }
 
 
-def template_of(points: Mapping[str, nn.Module | Mapping[str, Tensor]], model: nn.Module | None) -> nn.Module:
+def template_of(
+    points: Mapping[str, nn.Module | Mapping[str, Tensor]], model: nn.Module | None
+) -> nn.Module:
     """The model that tells how the points are to be read."""
     for role, weights in points.items():
         if not isinstance(weights, nn.Module | Mapping):
             raise TypeError(f"{role} must be a model or a state dict, got {type(weights).__name__}")
     if model is not None and not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    found = model or next((weights for weights in points.values() if isinstance(weights, nn.Module)), None)
+    found = model or next(
+        (weights for weights in points.values() if isinstance(weights, nn.Module)), None
+    )
     if found is None:
-        raise TypeError("all points are state dicts, which do not tell parameters from buffers: pass model= as well")
+        raise TypeError(
+            "all points are state dicts, which do not tell parameters from buffers: pass model= as well"
+        )
     return found
 
 
 def _tensors(weights: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
     state = weights.state_dict() if isinstance(weights, nn.Module) else weights
-    return {name: value for name, value in state.items() if isinstance(value, Tensor)}  # not modules' extra state
+    return {
+        name: value for name, value in state.items() if isinstance(value, Tensor)
+    }  # not modules' extra state
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

@@ -89,11 +89,15 @@ def match_permutations(
         raise ValueError("data gives no batch")
     if spec is None:
         if forward is not None:
-            raise ValueError("forward= needs a spec: make one with trace_permutations or PermutationSpec.from_layers")
+            raise ValueError(
+                "forward= needs a spec: make one with trace_permutations or PermutationSpec.from_layers"
+            )
         spec = trace_permutations(model, inputs_of(model, first))
     spec.check(model, first, forward=forward)
     correlations = activation_correlations(reference, model, data, spec, forward=forward)
-    permutations = {units.name: _assigned(units, correlations[units.name], assign) for units in spec.units}
+    permutations = {
+        units.name: _assigned(units, correlations[units.name], assign) for units in spec.units
+    }
     before = {name: found.diagonal().mean().item() for name, found in correlations.items()}
     after = {name: found[torch.arange(len(found)), permutations[name]].mean().item()
              for name, found in correlations.items()}  # fmt: skip
@@ -138,18 +142,28 @@ def activation_correlations(
             for units, observed in places:
                 a, b = (rows[observed.module] for rows in (ours, theirs))
                 if len(a) != len(b):
-                    raise ValueError(f"layer {observed.module!r} ran {len(a)} times in reference, {len(b)} in model")
+                    raise ValueError(
+                        f"layer {observed.module!r} ran {len(a)} times in reference, {len(b)} in model"
+                    )
                 for x, y in zip(a, b, strict=True):
-                    sums[units, observed].add(observed.rows(x, units.size), observed.rows(y, units.size))
+                    sums[units, observed].add(
+                        observed.rows(x, units.size), observed.rows(y, units.size)
+                    )
             batches += 1
     if not batches:
         raise ValueError("data gives no batch")
     found = {}
     for units in spec.units:
         parts = [sums[units, observed].correlations() for observed in units.observed]
-        found[units.name] = torch.stack(parts).mean(dim=0) if parts else torch.zeros(units.size, units.size).double()
+        found[units.name] = (
+            torch.stack(parts).mean(dim=0)
+            if parts
+            else torch.zeros(units.size, units.size).double()
+        )
         if not found[units.name].isfinite().all():
-            raise ValueError(f"activations of units {units.name!r} are not finite: they cannot be matched")
+            raise ValueError(
+                f"activations of units {units.name!r} are not finite: they cannot be matched"
+            )
     return found
 
 
@@ -171,7 +185,9 @@ class _CrossSums:
         x, y = x - self.origin[0], y - self.origin[1]
         self.count += len(x)
         self.cross += x.T @ y
-        for total, part in zip(self.totals, (x.sum(0), y.sum(0), x.square().sum(0), y.square().sum(0)), strict=True):
+        for total, part in zip(
+            self.totals, (x.sum(0), y.sum(0), x.square().sum(0), y.square().sum(0)), strict=True
+        ):
             total += part
 
     def correlations(self) -> Tensor:
@@ -179,8 +195,14 @@ class _CrossSums:
             raise ValueError("an observed layer gave no activations for the data")
         sum_x, sum_y, square_x, square_y = self.totals
         covariance = self.cross - torch.outer(sum_x, sum_y) / self.count
-        variances = [square - total.square() / self.count for square, total in ((square_x, sum_x), (square_y, sum_y))]
-        norms = [torch.where(v <= 1e-12 * q, 0, v).sqrt() for v, q in zip(variances, (square_x, square_y), strict=True)]
+        variances = [
+            square - total.square() / self.count
+            for square, total in ((square_x, sum_x), (square_y, sum_y))
+        ]
+        norms = [
+            torch.where(v <= 1e-12 * q, 0, v).sqrt()
+            for v, q in zip(variances, (square_x, square_y), strict=True)
+        ]
         scale = torch.outer(*norms)
         return torch.where(scale == 0, 0, covariance / scale).cpu()
 
@@ -199,7 +221,9 @@ def _observe(
 @contextmanager
 def _watching(net: nn.Module, outputs: dict[str, list[Tensor]]) -> Iterator[None]:
     def keeping(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        return lambda module, args, output: outputs[name].append(output.detach().clone())  # may be changed in place
+        return lambda module, args, output: outputs[name].append(
+            output.detach().clone()
+        )  # may be changed in place
 
     hooks = [net.get_submodule(name).register_forward_hook(keeping(name)) for name in outputs]
     try:
@@ -213,7 +237,10 @@ def _assigned(units: Units, correlations: Tensor, assign: Callable[..., Any]) ->
     """The permutation of largest total correlation; blocks are assigned by what their own best assignments reach."""
     width = units.size // units.blocks
     blocks = correlations.view(units.blocks, width, units.blocks, width).transpose(1, 2)
-    best = [[torch.as_tensor(assign(block.numpy(), maximize=True)[1]) for block in row] for row in blocks]
+    best = [
+        [torch.as_tensor(assign(block.numpy(), maximize=True)[1]) for block in row]
+        for row in blocks
+    ]
     scores = [[block[torch.arange(width), order].sum().item() for block, order in zip(row, orders, strict=True)]
               for row, orders in zip(blocks, best, strict=True)]  # fmt: skip
     chosen = assign(scores, maximize=True)[1].tolist()

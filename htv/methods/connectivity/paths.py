@@ -84,7 +84,9 @@ class WeightPath(nn.Module, ABC):
             self.register_buffer(f"constant_{index}", value.detach().clone(), persistent=False)
         flats = [self.layout.flatten(state) for state in states.values()]
         if isinstance(middle, int):
-            flats[1:1] = [_on_chord(flats[0], flats[-1], k / (middle + 1)) for k in range(1, middle + 1)]
+            flats[1:1] = [
+                _on_chord(flats[0], flats[-1], k / (middle + 1)) for k in range(1, middle + 1)
+            ]
         indices = _trained_indices(trained, len(flats))
         self.points = nn.ModuleList(  # type: ignore[assignment]
             self._as_parameters(flat, k in indices) for k, flat in enumerate(flats)
@@ -92,7 +94,9 @@ class WeightPath(nn.Module, ABC):
 
     def _as_parameters(self, flats: list[Tensor], trained: bool) -> nn.ParameterList:
         groups = zip(flats, self.layout.groups, strict=True)
-        return nn.ParameterList(nn.Parameter(flat, requires_grad=trained and group.trained) for flat, group in groups)
+        return nn.ParameterList(
+            nn.Parameter(flat, requires_grad=trained and group.trained) for flat, group in groups
+        )
 
     def extra_repr(self) -> str:
         """Return what the module's repr says of its control points."""
@@ -122,7 +126,9 @@ class WeightPath(nn.Module, ABC):
         if not t.isfinite().all():
             raise ValueError(f"t must be finite, got {t.tolist()}")
         if not extrapolate and not ((t >= 0) & (t <= 1)).all():
-            raise ValueError(f"t must lie in [0, 1], got {t.tolist()}: pass extrapolate=True to leave the path's ends")
+            raise ValueError(
+                f"t must lie in [0, 1], got {t.tolist()}: pass extrapolate=True to leave the path's ends"
+            )
         found = self._coefficients(t.reshape(-1))
         return found.reshape(*t.shape, len(self.points))
 
@@ -140,7 +146,9 @@ class WeightPath(nn.Module, ABC):
         mixed = [_mix(list(points), coefficients) for points in zip(*self.points, strict=True)]
         state = self.layout.views(mixed)
         for name, value in self._constants().items():
-            state[name] = value.expand((*coefficients.shape[:-1], *value.shape)).clone()  # a forward may count in it
+            state[name] = value.expand(
+                (*coefficients.shape[:-1], *value.shape)
+            ).clone()  # a forward may count in it
         return state
 
     @torch.no_grad()
@@ -183,7 +191,10 @@ class WeightPath(nn.Module, ABC):
         return PathProbe(self, model)
 
     def _constants(self) -> dict[str, Tensor]:
-        return {name: getattr(self, f"constant_{index}") for index, name in enumerate(self._constant_names)}
+        return {
+            name: getattr(self, f"constant_{index}")
+            for index, name in enumerate(self._constant_names)
+        }
 
     def _complete(self, flats: list[Tensor]) -> dict[str, Tensor]:
         state = self.layout.views(flats)
@@ -241,7 +252,9 @@ class Bezier(WeightPath):
 
     def _coefficients(self, t: Tensor) -> Tensor:
         n = len(self.points) - 1
-        return torch.stack([math.comb(n, k) * (1 - t) ** (n - k) * t**k for k in range(n + 1)], dim=1)
+        return torch.stack(
+            [math.comb(n, k) * (1 - t) ** (n - k) * t**k for k in range(n + 1)], dim=1
+        )
 
 
 class QuadraticBezier(Bezier):
@@ -265,7 +278,9 @@ class QuadraticBezier(Bezier):
 
     def __init__(self, start: Weights, end: Weights, middle: Weights | None = None, *, model: nn.Module | None = None,
                  trained: Iterable[int] | None = None):  # fmt: skip
-        super().__init__(start, end, 1 if middle is None else [middle], model=model, trained=trained)
+        super().__init__(
+            start, end, 1 if middle is None else [middle], model=model, trained=trained
+        )
 
 
 class PolygonalChain(WeightPath):
@@ -326,7 +341,9 @@ class PathProbe:
         self._flats = [torch.empty_like(flat, requires_grad=False) for flat in path.points[0]]
         self.coefficients = path.write(0.0, self._flats)
         tensors = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
-        self._moved = [(tensors[name], view) for name, view in path.layout.views(self._flats).items()]
+        self._moved = [
+            (tensors[name], view) for name, view in path.layout.views(self._flats).items()
+        ]
         for tensor, view in self._moved:
             tensor.data = view
         for group in path.layout.groups:
@@ -336,7 +353,9 @@ class PathProbe:
         with torch.no_grad():
             for name, value in path._constants().items():
                 tensors[name].data = value.clone()
-        self._parameters = [[tensors[entry.name] for entry in group.entries] for group in path.layout.groups]
+        self._parameters = [
+            [tensors[entry.name] for entry in group.entries] for group in path.layout.groups
+        ]
 
     def move(self, t: float, extrapolate: bool = False) -> nn.Module:
         """Overwrite the weights with gamma(t), and return the model. Its gradients are dropped.
@@ -360,10 +379,16 @@ class PathProbe:
         RuntimeError if there is none, or no trained point.
         """
         if not self.path.trained:
-            raise RuntimeError("the path has no trained control point: pass trained=, or give it a middle")
+            raise RuntimeError(
+                "the path has no trained control point: pass trained=, or give it a middle"
+            )
         if all(p.grad is None for group in self._parameters for p in group):
-            raise RuntimeError("no parameter of the probe has a gradient: call move(t), and backward() on a loss of it")
-        for index, (parameters, group) in enumerate(zip(self._parameters, self.path.layout.groups, strict=True)):
+            raise RuntimeError(
+                "no parameter of the probe has a gradient: call move(t), and backward() on a loss of it"
+            )
+        for index, (parameters, group) in enumerate(
+            zip(self._parameters, self.path.layout.groups, strict=True)
+        ):
             trained = [(point[index], c) for point, c in zip(self.path.points, self.coefficients, strict=True)
                        if point[index].requires_grad]  # fmt: skip
             if not group.trained or not trained:
@@ -378,7 +403,9 @@ class PathProbe:
 
 def _named_middle(middle: Middle) -> dict[str, Weights]:
     if isinstance(middle, bool) or (isinstance(middle, int) and middle < 0):
-        raise ValueError(f"middle must be the number of control points in between, or these; got {middle!r}")
+        raise ValueError(
+            f"middle must be the number of control points in between, or these; got {middle!r}"
+        )
     if isinstance(middle, int):
         return {}
     if isinstance(middle, nn.Module | Mapping) or not isinstance(middle, Sequence):
@@ -395,7 +422,9 @@ def _trained_indices(trained: Iterable[int] | None, points: int) -> set[int]:
     indices = list(trained)
     outside = [k for k in indices if not -points <= k < points]
     if outside:
-        raise ValueError(f"trained names control points {outside}, but the path has {points}: 0 is start, -1 is end")
+        raise ValueError(
+            f"trained names control points {outside}, but the path has {points}: 0 is start, -1 is end"
+        )
     return {k % points for k in indices}
 
 
@@ -420,7 +449,9 @@ def _combine(points: list[Tensor], coefficients: list[float], out: Tensor) -> No
     three. Points with coefficient zero are not read: an end of the path is that end bit for bit.
     """
     used = [(c, point) for c, point in zip(coefficients, points, strict=True) if c != 0]
-    if len(used) > 2 and (out.dtype in (torch.float16, torch.bfloat16) or any(c < 0 for c, _ in used)):
+    if len(used) > 2 and (
+        out.dtype in (torch.float16, torch.bfloat16) or any(c < 0 for c, _ in used)
+    ):
         # Partial results would be rounded to half precision, or partial sums of coefficients may vanish.
         wide = torch.promote_types(out.dtype, torch.float32)
         total = torch.zeros_like(out, dtype=wide)
@@ -436,7 +467,9 @@ def _combine(points: list[Tensor], coefficients: list[float], out: Tensor) -> No
         mixed = torch.lerp(mixed, point, c / share, out=out)
 
 
-def _add_gradient(point: nn.Parameter, gradient: Tensor, coefficient: float, may_keep: bool = False) -> None:
+def _add_gradient(
+    point: nn.Parameter, gradient: Tensor, coefficient: float, may_keep: bool = False
+) -> None:
     if point.grad is not None:
         point.grad.add_(gradient, alpha=coefficient)
     else:
@@ -446,4 +479,8 @@ def _add_gradient(point: nn.Parameter, gradient: Tensor, coefficient: float, may
 def _flat_gradient(parameter: Tensor) -> Tensor:
     if parameter.grad is None:
         return parameter.new_zeros(1).expand(parameter.numel())
-    return parameter.grad.to_dense().reshape(-1) if parameter.grad.is_sparse else parameter.grad.reshape(-1)
+    return (
+        parameter.grad.to_dense().reshape(-1)
+        if parameter.grad.is_sparse
+        else parameter.grad.reshape(-1)
+    )

@@ -15,7 +15,14 @@ from torch.utils._pytree import tree_leaves
 
 from htv.methods.connectivity.statistics import inputs_of
 
-__all__ = ["UnitAxis", "Observed", "PermutationSpec", "Units", "permute_model", "random_permutations"]
+__all__ = [
+    "UnitAxis",
+    "Observed",
+    "PermutationSpec",
+    "Units",
+    "permute_model",
+    "random_permutations",
+]
 
 Permutations = Mapping[str, Tensor]
 
@@ -117,7 +124,12 @@ class PermutationSpec:
         return PermutationSpec(units)
 
     def check(
-        self, model: nn.Module, batch: Any, *, forward: Callable[[nn.Module, Any], Any] | None = None, seed: int = 0
+        self,
+        model: nn.Module,
+        batch: Any,
+        *,
+        forward: Callable[[nn.Module, Any], Any] | None = None,
+        seed: int = 0,
     ) -> None:
         """Raise ValueError, naming the units, if permuting them changes what the model returns.
 
@@ -132,11 +144,15 @@ class PermutationSpec:
         permutations = _drawn(self, lambda count: _cycle(count, generator))
         expected = _outputs(model, batch, forward)
         if not expected.isfinite().all():
-            raise ValueError("the model's outputs for the batch are not finite: nothing can be compared")
+            raise ValueError(
+                "the model's outputs for the batch are not finite: nothing can be compared"
+            )
         if _same(expected, _outputs(permute_model(model, self, permutations), batch, forward)):
             return
         for name, permutation in permutations.items():
-            if not _same(expected, _outputs(permute_model(model, self, {name: permutation}), batch, forward)):
+            if not _same(
+                expected, _outputs(permute_model(model, self, {name: permutation}), batch, forward)
+            ):
                 raise ValueError(
                     f"permuting units {name!r} changes the model's outputs: a layer that uses them, or a normalisation "
                     "between, is missing from their producers and consumers"
@@ -144,7 +160,9 @@ class PermutationSpec:
         raise ValueError("permuting all units together changes the model's outputs")
 
 
-def random_permutations(spec: PermutationSpec, generator: Generator | None = None) -> dict[str, Tensor]:
+def random_permutations(
+    spec: PermutationSpec, generator: Generator | None = None
+) -> dict[str, Tensor]:
     """Draw permutations uniformly among those that keep blocks together.
 
     spec:       which units can be permuted.
@@ -199,7 +217,9 @@ def permute_model(model: nn.Module, spec: PermutationSpec, permutations: Permuta
     if unknown:
         raise ValueError(f"the spec has no units {unknown[0]!r}")
     made = copy.deepcopy(model)
-    tensors = dict(made.named_parameters(remove_duplicate=False)) | dict(made.named_buffers(remove_duplicate=False))
+    tensors = dict(made.named_parameters(remove_duplicate=False)) | dict(
+        made.named_buffers(remove_duplicate=False)
+    )
     for units in spec.units:
         if units.name not in permutations:
             continue
@@ -214,19 +234,31 @@ def permute_model(model: nn.Module, spec: PermutationSpec, permutations: Permuta
 
 def _checked(units: Units, permutation: Tensor) -> Tensor:
     permutation = permutation.cpu().long()
-    if permutation.shape != (units.size,) or not torch.equal(permutation.sort().values, torch.arange(units.size)):
-        raise ValueError(f"permutations[{units.name!r}] is no permutation of its {units.size} units")
+    if permutation.shape != (units.size,) or not torch.equal(
+        permutation.sort().values, torch.arange(units.size)
+    ):
+        raise ValueError(
+            f"permutations[{units.name!r}] is no permutation of its {units.size} units"
+        )
     of_blocks = (permutation // (units.size // units.blocks)).view(units.blocks, -1)
     if not (of_blocks == of_blocks[:, :1]).all():
-        raise ValueError(f"permutations[{units.name!r}] takes apart some of its {units.blocks} blocks")
+        raise ValueError(
+            f"permutations[{units.name!r}] takes apart some of its {units.blocks} blocks"
+        )
     return permutation
 
 
 @torch.no_grad()
-def _outputs(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any] | None) -> Tensor:
+def _outputs(
+    model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any] | None
+) -> Tensor:
     model = copy.deepcopy(model).eval()
     outputs = model(inputs_of(model, batch)) if forward is None else forward(model, batch)
-    leaves = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    leaves = [
+        leaf
+        for leaf in tree_leaves(outputs)
+        if isinstance(leaf, Tensor) and leaf.is_floating_point()
+    ]
     return torch.cat([leaf.flatten() for leaf in leaves])
 
 
@@ -282,12 +314,25 @@ def blocks_of(module: nn.Module) -> int:
 
 def channel_dim(module: nn.Module) -> int:
     """Of a layer's output."""
-    return -1 if isinstance(module, nn.Linear | nn.LayerNorm | nn.RMSNorm | nn.Embedding | nn.EmbeddingBag) else 1
+    return (
+        -1
+        if isinstance(
+            module, nn.Linear | nn.LayerNorm | nn.RMSNorm | nn.Embedding | nn.EmbeddingBag
+        )
+        else 1
+    )
 
 
 def channels_of(module: nn.Module) -> int | None:
     """Of a layer's output; None if it is no layer with channels."""
-    names = ("out_features", "out_channels", "num_features", "num_channels", "embedding_dim", "num_parameters")
+    names = (
+        "out_features",
+        "out_channels",
+        "num_features",
+        "num_channels",
+        "embedding_dim",
+        "num_parameters",
+    )
     found: Any = next((getattr(module, name) for name in names if hasattr(module, name)), None)
     shape: Any = getattr(module, "normalized_shape", None)
     found = found if shape is None else shape[-1]
@@ -317,7 +362,9 @@ class _LayerReader:
     def read(self, layer: Mapping[str, Any]) -> Units:
         unknown = set(layer) - {"name", "producers", "consumers", "observe"}
         if unknown or not {"name", "producers", "consumers"} <= set(layer):
-            raise ValueError(f"units need name, producers and consumers, and may have observe; got {sorted(layer)}")
+            raise ValueError(
+                f"units need name, producers and consumers, and may have observe; got {sorted(layer)}"
+            )
         name, blocks = layer["name"], set()
         size = self._size(name, layer["producers"])
         axes = []
@@ -332,12 +379,22 @@ class _LayerReader:
                 blocks.add(blocks_of(self.modules[entry]))
         blocks -= {1}
         if len(blocks) > 1:
-            raise ValueError(f"units {name!r} have GroupNorms of {sorted(blocks)} groups: they must have the same")
+            raise ValueError(
+                f"units {name!r} have GroupNorms of {sorted(blocks)} groups: they must have the same"
+            )
         for axis in axes:
             other = self.taken.setdefault((axis.tensor, axis.dim), name)
             if other != name:
-                raise ValueError(f"dim {axis.dim} of {axis.tensor!r} is in units {other!r} and {name!r}: join them")
-        return Units(name, size, tuple(dict.fromkeys(axes)), self._observed(layer, size), max(blocks, default=1))
+                raise ValueError(
+                    f"dim {axis.dim} of {axis.tensor!r} is in units {other!r} and {name!r}: join them"
+                )
+        return Units(
+            name,
+            size,
+            tuple(dict.fromkeys(axes)),
+            self._observed(layer, size),
+            max(blocks, default=1),
+        )
 
     def require_all_covered(self, leave: Sequence[str]) -> None:
         unknown = [name for name in leave if name not in self.modules and name not in self.tensors]
@@ -347,7 +404,11 @@ class _LayerReader:
             owner = name.rpartition(".")[0]
             if not {name, owner} & (self.covered | set(leave)):
                 module = self.modules[owner]
-                what = f"layer {owner!r}, a {type(module).__name__}," if _is_layer(module) else f"parameter {name!r}"
+                what = (
+                    f"layer {owner!r}, a {type(module).__name__},"
+                    if _is_layer(module)
+                    else f"parameter {name!r}"
+                )
                 raise ValueError(
                     f"{what} is in no producers or consumers, so that it would be left as it is while units around it "
                     "are permuted. Name it (a parameter as UnitAxis), or put it into leave= if it has no part in them"
@@ -366,7 +427,9 @@ class _LayerReader:
                 size = channels_of(module) if produced_axes(module) else None
                 if size is not None:
                     return size
-        raise ValueError(f"producers of units {units!r} hold no linear or convolutional layer or embedding")
+        raise ValueError(
+            f"producers of units {units!r} hold no linear or convolutional layer or embedding"
+        )
 
     def _of(self, units: str, size: int, name: str, role: str) -> list[UnitAxis]:
         module = self._module(units, name)
@@ -388,7 +451,9 @@ class _LayerReader:
     def _sized(self, units: str, size: int, axis: UnitAxis) -> UnitAxis:
         """With `inner` made to fit, where it is open."""
         if axis.tensor not in self.tensors or axis.dim >= self.tensors[axis.tensor].dim():
-            raise ValueError(f"units {units!r} name dim {axis.dim} of {axis.tensor!r}, which the model does not have")
+            raise ValueError(
+                f"units {units!r} name dim {axis.dim} of {axis.tensor!r}, which the model does not have"
+            )
         length = self.tensors[axis.tensor].shape[axis.dim]
         owner = axis.tensor.rpartition(".")[0]
         self.covered.add(owner if _is_layer(self.modules[owner]) else axis.tensor)
@@ -409,5 +474,7 @@ class _LayerReader:
         found = []
         for name in names:
             module = self._module(layer["name"], name)
-            found.append(Observed(name, channel_dim(module), 1, (channels_of(module) or size) // size))
+            found.append(
+                Observed(name, channel_dim(module), 1, (channels_of(module) or size) // size)
+            )
         return tuple(found)

@@ -97,7 +97,9 @@ def sample_truncated_normal(
         sign, lower, upper = -1.0, -upper, -lower
     first, last = torch.special.ndtr(lower), torch.special.ndtr(upper)
     if not last > first:
-        raise ValueError(f"[low, high] = [{low}, {high}] is too far from mean={mean} for std={std}: no mass is there")
+        raise ValueError(
+            f"[low, high] = [{low}, {high}] is too far from mean={mean} for std={std}: no mass is there"
+        )
     uniform = torch.rand(count, generator=generator, dtype=torch.float64)
     normal: Tensor = sign * torch.special.ndtri(torch.lerp(first, last, uniform))
     return (mean + std * normal).clamp(low, high)

@@ -18,7 +18,11 @@ HALF = (torch.bfloat16, torch.float16)
 
 def batchnorms(model: nn.Module) -> dict[str, _NormBase]:
     """The BatchNorms, and InstanceNorms, that have running statistics, by name."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, _NormBase) and m.running_mean is not None}
+    return {
+        name: m
+        for name, m in model.named_modules()
+        if isinstance(m, _NormBase) and m.running_mean is not None
+    }
 
 
 @torch.no_grad()
@@ -61,14 +65,18 @@ def reestimate_batchnorm(
             forward(model, batch)
             batches += 1
     if not batches:
-        raise ValueError(f"data gives no batch to re-estimate the statistics of {next(iter(found))!r} from")
+        raise ValueError(
+            f"data gives no batch to re-estimate the statistics of {next(iter(found))!r} from"
+        )
 
 
 def inputs_of(model: nn.Module, batch: Any) -> Tensor:
     """The input in a batch, on the model's device."""
     x = batch[0] if isinstance(batch, tuple | list) else batch
     if not isinstance(x, Tensor):
-        raise TypeError(f"a batch must be a tensor of inputs or begin with one, got {type(x).__name__}: pass forward=")
+        raise TypeError(
+            f"a batch must be a tensor of inputs or begin with one, got {type(x).__name__}: pass forward="
+        )
     parameter = next(model.parameters(), None)
     return x if parameter is None else x.to(parameter.device)
 
@@ -76,7 +84,9 @@ def inputs_of(model: nn.Module, batch: Any) -> Tensor:
 def require_repeatable(role: str, data: Iterable[Any]) -> None:
     """Raise TypeError for an iterator: the second time nothing would be left of it."""
     if iter(data) is data:
-        raise TypeError(f"{role} is an iterator, which can be gone through only once: pass a list or a DataLoader")
+        raise TypeError(
+            f"{role} is an iterator, which can be gone through only once: pass a list or a DataLoader"
+        )
 
 
 @contextmanager
@@ -139,7 +149,9 @@ def _averaging(named: Mapping[str, _NormBase]) -> Iterator[None]:
         yield
         empty = next((names[module] for module, size in seen.items() if not size), None)
         if empty is not None:
-            raise ValueError(f"the batches hold no examples to re-estimate the statistics of {empty!r} from")
+            raise ValueError(
+                f"the batches hold no examples to re-estimate the statistics of {empty!r} from"
+            )
     finally:
         for hook in hooks:
             hook.remove()

@@ -63,7 +63,9 @@ MOVING = frozenset(
 )
 REDUCTIONS = frozenset("mean sum amax amin".split())
 # Nothing of the values but their shape.
-SHAPES = frozenset("size dim ndimension numel getattr".split())  # getattr of x.T is a tensor, and refused
+SHAPES = frozenset(
+    "size dim ndimension numel getattr".split()
+)  # getattr of x.T is a tensor, and refused
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,9 @@ class _Refusal(Exception):
 
 
 @torch.no_grad()
-def trace_permutations(model: nn.Module, example: Tensor, *, on_unsupported: str = "error") -> PermutationSpec:
+def trace_permutations(
+    model: nn.Module, example: Tensor, *, on_unsupported: str = "error"
+) -> PermutationSpec:
     """Follow every layer's output channels through one forward to the layers that take them.
 
     Served are linear, convolutional (transposed, depthwise) layers and embeddings, batch, layer,
@@ -189,8 +193,14 @@ class _Follower(fx.Interpreter):
     def _unite(first: _Set, second: _Set) -> None:
         """Make the first one's units those of both: of two sizes, the pieces that hold whole units of each."""
         if 1 not in (first.blocks, second.blocks) and first.blocks != second.blocks:
-            first.refused = first.refused or f"GroupNorms of {first.blocks} and {second.blocks} groups in one place"
-        first.size, first.blocks = math.gcd(first.size, second.size), max(first.blocks, second.blocks)
+            first.refused = (
+                first.refused
+                or f"GroupNorms of {first.blocks} and {second.blocks} groups in one place"
+            )
+        first.size, first.blocks = (
+            math.gcd(first.size, second.size),
+            max(first.blocks, second.blocks),
+        )
 
     def _pin(self, units: int, reason: str) -> None:
         found = self._set(units)
@@ -244,7 +254,13 @@ class _Follower(fx.Interpreter):
         found = []
         for source in node.all_input_nodes:
             place = self.places.get(source)
-            found += [p for p in place if p is not None] if isinstance(place, tuple) else [place] if place else []
+            found += (
+                [p for p in place if p is not None]
+                if isinstance(place, tuple)
+                else [place]
+                if place
+                else []
+            )
         return found
 
     def _follow(self, node: fx.Node, result: Any) -> Any:
@@ -290,7 +306,12 @@ class _Follower(fx.Interpreter):
         if name in MOVING:
             args, kwargs = self.fetch_args_kwargs_from_env(node)
             call: Any = getattr(torch.Tensor, name) if node.op == "call_method" else node.target
-            return self._moved(f"operation {name!r} ({node.name})", place, x, lambda t: call(t, *args[1:], **kwargs))
+            return self._moved(
+                f"operation {name!r} ({node.name})",
+                place,
+                x,
+                lambda t: call(t, *args[1:], **kwargs),
+            )
         raise _Refusal(f"operation {name!r} ({node.name})")
 
     def _through_module(self, node: fx.Node, result: Any) -> Any:
@@ -303,7 +324,9 @@ class _Follower(fx.Interpreter):
         if isinstance(place, tuple) or len(self._tracked(node)) > (place is not None):
             raise _Refusal(where)
         if isinstance(module, _ConvNd) and result.dim() != len(module.kernel_size) + 2:
-            raise ValueError(f"example must hold a batch in dim 0, but {where}, got one of shape {tuple(x.shape)}")
+            raise ValueError(
+                f"example must hold a batch in dim 0, but {where}, got one of shape {tuple(x.shape)}"
+            )
         if produced_axes(module):
             self._consume(module, place, x, where)
             return self._produce(module, name, result)
@@ -343,13 +366,17 @@ class _Follower(fx.Interpreter):
         self._set(units).layers[name, channel_dim(module), 1, weight.shape[dim]] = None
         return _Place(channel_dim(module) % result.dim(), units)
 
-    def _carry(self, module: nn.Module, name: str, place: _Place | None, x: Tensor, where: str) -> _Place | None:
+    def _carry(
+        self, module: nn.Module, name: str, place: _Place | None, x: Tensor, where: str
+    ) -> _Place | None:
         if place is None:
             for tensor, dim in carried_axes(module):
                 self._hold(getattr(module, tensor, None), dim, self.frozen)
             return None
         shape = getattr(module, "normalized_shape", None)
-        offset = x.dim() - len(shape) if shape else channel_dim(module)  # where the parameters' first dim is in x
+        offset = (
+            x.dim() - len(shape) if shape else channel_dim(module)
+        )  # where the parameters' first dim is in x
         inside = place.dim >= offset if shape else place.dim == offset
         if not inside and not shape:
             raise _Refusal(f"{where}, over another dim than theirs")
@@ -360,7 +387,9 @@ class _Follower(fx.Interpreter):
             dim = place.dim - offset if shape else 0
             self._hold(getattr(module, tensor, None), dim, place.units, place.outer)
         if is_norm(module):
-            self._set(place.units).norms[name, place.dim - x.dim(), place.outer, x.shape[place.dim]] = None
+            self._set(place.units).norms[
+                name, place.dim - x.dim(), place.outer, x.shape[place.dim]
+            ] = None
         return place
 
     def _respect_blocks(self, module: nn.Module, place: _Place, where: str) -> None:
@@ -372,24 +401,38 @@ class _Follower(fx.Interpreter):
         found.blocks = blocks
 
     def _spatial(self, node: str, name: str, place: _Place, x: Tensor, result: Any) -> _Place:
-        same = isinstance(result, Tensor) and result.dim() == x.dim() and result.shape[place.dim] == x.shape[place.dim]
+        same = (
+            isinstance(result, Tensor)
+            and result.dim() == x.dim()
+            and result.shape[place.dim] == x.shape[place.dim]
+        )
         if place.dim != 1 or x.dim() < 3 or not same:
             raise _Refusal(f"operation {name!r} ({node}), over another dim than theirs")
         return place
 
-    def _reduced(self, place: _Place, x: Tensor, dim: Any = None, keepdim: bool = False, **_: Any) -> _Place | None:
-        dims = range(x.dim()) if dim is None or dim == () else [dim] if isinstance(dim, int) else dim
+    def _reduced(
+        self, place: _Place, x: Tensor, dim: Any = None, keepdim: bool = False, **_: Any
+    ) -> _Place | None:
+        dims = (
+            range(x.dim()) if dim is None or dim == () else [dim] if isinstance(dim, int) else dim
+        )
         gone = sorted(d % x.dim() for d in dims)
         if place.dim in gone:
             return None  # a sum over units is the same in any order
-        return place if keepdim else replace(place, dim=place.dim - sum(d < place.dim for d in gone))
+        return (
+            place if keepdim else replace(place, dim=place.dim - sum(d < place.dim for d in gone))
+        )
 
     def _numbers(self, place: _Place, x: Tensor) -> Tensor:
         """At every element of x, the number of its unit."""
         size = self._set(place.units).size
         inner = x.shape[place.dim] // (place.outer * size)
         along = torch.arange(size).view(1, -1, 1).expand(place.outer, -1, inner).reshape(-1)
-        return along.view([-1 if d == place.dim else 1 for d in range(x.dim())]).expand(x.shape).clone()
+        return (
+            along.view([-1 if d == place.dim else 1 for d in range(x.dim())])
+            .expand(x.shape)
+            .clone()
+        )
 
     def _moved(self, where: str, place: _Place, x: Tensor, call: Any) -> Any:
         try:
@@ -408,7 +451,9 @@ class _Follower(fx.Interpreter):
             if along.shape[1] == 0 or len(along) % size or not (along == along[:, :1]).all():
                 continue
             along = along[:, 0]
-            inner = int((along != along[0]).long().argmax()) or len(along)  # until the second unit comes
+            inner = int((along != along[0]).long().argmax()) or len(
+                along
+            )  # until the second unit comes
             if len(along) % (size * inner):
                 continue
             outer = len(along) // (size * inner)
@@ -418,24 +463,34 @@ class _Follower(fx.Interpreter):
         raise _Refusal(f"{where}, which spreads units over several dims or leaves some out")
 
     def _elementwise(self, node: fx.Node, result: Tensor) -> _Place | None:
-        tensors = [source for source in node.all_input_nodes if isinstance(self.env[source], Tensor)]
+        tensors = [
+            source for source in node.all_input_nodes if isinstance(self.env[source], Tensor)
+        ]
         aligned: dict[fx.Node, _Place] = {}
         for source in tensors:
             place = self.places.get(source)
             if isinstance(place, tuple):
                 raise _Refusal(f"operation {node.name!r}")
             if place is not None and self.env[source].shape[place.dim] > 1:
-                aligned[source] = replace(place, dim=place.dim + result.dim() - self.env[source].dim())
+                aligned[source] = replace(
+                    place, dim=place.dim + result.dim() - self.env[source].dim()
+                )
         for source in tensors:
             if source.op == "get_attr":
                 tied = next((p.dim - result.dim() for p in aligned.values()), None)
-                self._freeze(self.env[source], None if tied is None else tied + self.env[source].dim())
+                self._freeze(
+                    self.env[source], None if tied is None else tied + self.env[source].dim()
+                )
         if not aligned:
             return None
         first, *others = aligned.values()
         for other in others:
-            if replace(other, units=first.units) != first:  # of one length, as they are not broadcast
-                raise _Refusal(f"operation {node.name!r}, where units of two layers lie along different dims")
+            if (
+                replace(other, units=first.units) != first
+            ):  # of one length, as they are not broadcast
+                raise _Refusal(
+                    f"operation {node.name!r}, where units of two layers lie along different dims"
+                )
             self._join(first.units, other.units)
         for source in tensors:
             if source not in aligned:
@@ -474,14 +529,19 @@ class _Follower(fx.Interpreter):
             if self._root(index) != index or index == self.frozen or not found.axes:
                 continue
             if found.size % found.blocks:
-                found.refused = found.refused or f"a GroupNorm of {found.blocks} groups, which cut across others"
+                found.refused = (
+                    found.refused
+                    or f"a GroupNorm of {found.blocks} groups, which cut across others"
+                )
             if found.refused and on_unsupported == "error":
                 raise UnsupportedError(
                     f"units of layer {found.name!r} cannot be followed through {found.refused}. Remedy: list the units "
                     "by hand with PermutationSpec.from_layers, or leave these as they are with on_unsupported='pinned'"
                 )
             if found.size == 1:
-                found.pinned = found.pinned or "units of other layers that meet them leave no two to exchange"
+                found.pinned = (
+                    found.pinned or "units of other layers that meet them leave no two to exchange"
+                )
             if found.pinned or found.refused:
                 pinned[found.name] = found.pinned or ""
                 if found.refused:

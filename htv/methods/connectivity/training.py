@@ -73,10 +73,14 @@ def train_curve(
     if epochs < 1:
         raise ValueError(f"epochs must be at least 1, got {epochs}")
     if not path.trained:
-        raise ValueError(f"no control point of {type(path).__name__} is trained: pass trained=, or give it a middle")
+        raise ValueError(
+            f"no control point of {type(path).__name__} is trained: pass trained=, or give it a middle"
+        )
     mine = {id(p) for p in path.parameters() if p.requires_grad}
     if not any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
-        raise ValueError("optimizer has no control point of the path: make it over path.parameters()")
+        raise ValueError(
+            "optimizer has no control point of the path: make it over path.parameters()"
+        )
     if epochs > 1:
         require_repeatable("data", data)
     probe = path.probe(model)
@@ -87,7 +91,11 @@ def train_curve(
     for _ in range(epochs):
         for batch in data:
             probe.move(sampler(1, generator=generator).item())
-            outputs = probe.model(inputs_of(probe.model, batch)) if forward is None else forward(probe.model, batch)
+            outputs = (
+                probe.model(inputs_of(probe.model, batch))
+                if forward is None
+                else forward(probe.model, batch)
+            )
             loss = criterion(outputs, batch[1].to(outputs.device))
             loss.backward()
             optimizer.zero_grad(set_to_none=True)

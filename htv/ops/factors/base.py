@@ -49,7 +49,9 @@ class Factors:
 
     def projections(self, direction: Tensor) -> Tensor:
         """(E,) float64, the inner products <c_e, direction>. direction: (*shape) in `dtype`."""
-        found = [(self.contribution(e) * direction).sum(dtype=torch.float64) for e in range(self.count)]
+        found = [
+            (self.contribution(e) * direction).sum(dtype=torch.float64) for e in range(self.count)
+        ]
         return torch.stack(found)
 
 
@@ -59,7 +61,11 @@ class StackedFactors(Factors):
     def __init__(self, values: Tensor):
         """values: (E, *shape), one contribution per group."""
         self.values, self.count = values, values.shape[0]
-        self.shape, self.device, self.dtype = tuple(values.shape[1:]), values.device, compute_dtype(values.dtype)
+        self.shape, self.device, self.dtype = (
+            tuple(values.shape[1:]),
+            values.device,
+            compute_dtype(values.dtype),
+        )
 
     def fill_block(self, rows: slice, columns: slice, out: Tensor) -> None:
         values = self.values.reshape(len(self.values), *two_dims(self.shape), *self.shape[2:])

@@ -20,11 +20,18 @@ class GroupwiseFactors(Factors):
     def __init__(self, inner: Factors, pull_back: Callable[[Tensor], Tensor], parameter: Tensor):
         """pull_back: a linear map from tensors of the inner factors' shape to tensors of the parameter's."""
         self.inner, self.pull_back = inner, pull_back
-        self.shape, self.count, self.device, self.dtype = tuple(parameter.shape), inner.count, inner.device, inner.dtype
+        self.shape, self.count, self.device, self.dtype = (
+            tuple(parameter.shape),
+            inner.count,
+            inner.device,
+            inner.dtype,
+        )
 
     def fill_block(self, rows: slice, columns: slice, out: Tensor) -> None:
         for e in range(self.count):
-            out[e] = self.contribution(e).reshape(*two_dims(self.shape), *self.shape[2:])[rows, columns]
+            out[e] = self.contribution(e).reshape(*two_dims(self.shape), *self.shape[2:])[
+                rows, columns
+            ]
 
     def contribution(self, group: int) -> Tensor:
         return self.pull_back(self.inner.contribution(group)).to(self.dtype)
@@ -62,7 +69,9 @@ class ViewFactors(GroupwiseFactors):
         return self.inner.squared_norms()
 
     def projections(self, direction: Tensor) -> Tensor:
-        whole = torch.empty_like(self._like, device=direction.device, dtype=direction.dtype)  # laid out as it is
+        whole = torch.empty_like(
+            self._like, device=direction.device, dtype=direction.dtype
+        )  # laid out as it is
         return self.inner.projections(self.shown(whole.copy_(direction)))
 
     def placed(self, value: Tensor) -> Tensor:

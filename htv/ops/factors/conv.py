@@ -29,15 +29,28 @@ class ConvFactors(Factors):
     def facts(self) -> tuple:
         return self.x.shape, self.grad_output.shape, self.kernel, self.geometry.groups, self.x.dtype
 
-    def __init__(self, x: Tensor, grad_output: Tensor, kernel: tuple[int, ...], geometry: ConvGeometry, grouped_rows: GroupedRows):
+    def __init__(
+        self,
+        x: Tensor,
+        grad_output: Tensor,
+        kernel: tuple[int, ...],
+        geometry: ConvGeometry,
+        grouped_rows: GroupedRows,
+    ):
         """x: (S, C, *space) and grad_output: (S, O, *out_space), same dtype, their samples where `grouped_rows` says."""
-        self.x, self.grad_output, self.bounds = grouped_rows.front(x), grouped_rows.front(grad_output), grouped_rows.offsets
+        self.x, self.grad_output, self.bounds = (
+            grouped_rows.front(x),
+            grouped_rows.front(grad_output),
+            grouped_rows.offsets,
+        )
         self.kernel, self.geometry = kernel, geometry
         self.shape = (grad_output.shape[1], x.shape[1] // geometry.groups, *kernel)
         self.count, self.device, self.dtype = grouped_rows.count, x.device, compute_dtype(x.dtype)
         weights = grouped_rows.groups.weights
         if weights is not None:  # the one place where they enter
-            each = to_device_async(torch.repeat_interleave(weights, self.bounds.diff()).to(self.dtype), x.device)
+            each = to_device_async(
+                torch.repeat_interleave(weights, self.bounds.diff()).to(self.dtype), x.device
+            )
             self.x = self.x.to(self.dtype)
             self.grad_output = self.grad_output * each.reshape(-1, *(1,) * (grad_output.dim() - 1))
 
@@ -63,7 +76,9 @@ class ConvFactors(Factors):
 
     def fill_block(self, rows: slice, columns: slice, out: Tensor) -> None:
         for groups, part in self._segments(rows):
-            self._write_segment(groups, part, columns, out[:, part.start - rows.start : part.stop - rows.start])
+            self._write_segment(
+                groups, part, columns, out[:, part.start - rows.start : part.stop - rows.start]
+            )
 
     def _segments(self, rows: slice) -> Iterator[tuple[slice, slice]]:
         """Split a range of output channels into whole groups of the convolution, all at once, and parts of one group.
@@ -80,11 +95,18 @@ class ConvFactors(Factors):
 
     def _write_segment(self, groups: slice, rows: slice, columns: slice, out: Tensor) -> None:
         """out: (E, r, c, *kernel), some samples at a time."""
-        x = self.x.unflatten(1, (self.geometry.groups, self.shape[1]))[:, groups, columns]  # (S, n, c, *space)
-        grad_output = self.grad_output[:, rows].unflatten(1, (x.shape[1], -1))  # (S, n, r, *out_space)
+        x = self.x.unflatten(1, (self.geometry.groups, self.shape[1]))[
+            :, groups, columns
+        ]  # (S, n, c, *space)
+        grad_output = self.grad_output[:, rows].unflatten(
+            1, (x.shape[1], -1)
+        )  # (S, n, r, *out_space)
         folds = x.shape[1] > 1 or self.folds_well
         windows = 0 if folds else self.positions * x.shape[2] * math.prod(self.kernel)
-        per_sample = max(x[:1].numel(), grad_output[:1].numel(), out[:1].numel(), windows) * out.element_size()
+        per_sample = (
+            max(x[:1].numel(), grad_output[:1].numel(), out[:1].numel(), windows)
+            * out.element_size()
+        )
         step = max(1, limits.SCRATCH_BYTES // per_sample)
         contributions = self._folded if folds else self._by_windows
         bounds, out = self.bounds, out.zero_()
@@ -128,11 +150,16 @@ class ConvFactors(Factors):
         channels = -(-width // -(-width // channels))  # blocks of about the same size
         height = min(self.outputs, max(64, _rounded(affordable, (64,))))
         windows = self.x.new_empty(rows * taps * channels)
-        tops = (range(first, first + self.outputs, height) for first in range(0, self.shape[0], self.outputs))
+        tops = (
+            range(first, first + self.outputs, height)
+            for first in range(0, self.shape[0], self.outputs)
+        )
         for top in itertools.chain.from_iterable(tops):
             group = top // self.outputs
             block = slice(top, min(top + height, (group + 1) * self.outputs))
-            grad_output = self.grad_output[:, block].flatten(2).transpose(1, 2).reshape(rows, -1).contiguous()
+            grad_output = (
+                self.grad_output[:, block].flatten(2).transpose(1, 2).reshape(rows, -1).contiguous()
+            )
             for left in range(0, width, channels):
                 columns = slice(left, min(left + channels, width))
                 seen = slice(group * width + columns.start, group * width + columns.stop)
@@ -143,11 +170,16 @@ class ConvFactors(Factors):
         """Whether `as_linear` stays in bounds with blocks wide enough to be worth it."""
         least = min(48, self.shape[1] * math.prod(self.kernel))
         rows = len(self.x) * self.positions
-        return rows * max(least, math.prod(self.kernel)) * self.x.element_size() <= limits.WINDOW_BYTES
+        return (
+            rows * max(least, math.prod(self.kernel)) * self.x.element_size() <= limits.WINDOW_BYTES
+        )
 
     def _windows(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """(S * L, taps * c): the windows of x (S, c, *space), if wanted written to the start of a flat tensor."""
-        x, geometry = x.movedim(1, -1), self.geometry  # channels last, so that copies are of long runs
+        x, geometry = (
+            x.movedim(1, -1),
+            self.geometry,
+        )  # channels last, so that copies are of long runs
         if any(geometry.padding):
             sizes = [n + 2 * p for n, p in zip(x.shape[1:-1], geometry.padding, strict=True)]
             inner = [slice(p, p + n) for n, p in zip(x.shape[1:-1], geometry.padding, strict=True)]
@@ -181,12 +213,20 @@ class ConvFactors(Factors):
         most = int(self.bounds.diff().max()) * self.positions
         if self.geometry.groups > 1 or most * (self.shape[0] + inputs) > self.shape[0] * inputs:
             return super().squared_norms()
-        found, step = [], max(1, limits.WINDOW_BYTES // max(1, most * inputs * self.x.element_size()))
+        found, step = (
+            [],
+            max(1, limits.WINDOW_BYTES // max(1, most * inputs * self.x.element_size())),
+        )
         for start in range(0, self.count, step):
             bounds = self.bounds[start : start + step + 1]
             samples = slice(*bounds[[0, -1]].tolist())
-            x, grad_output = self._windows(self.x[samples]), self.grad_output[samples].flatten(2).transpose(1, 2)
-            rows = LinearFactors(x, grad_output.flatten(0, 1), (bounds - bounds[0]) * self.positions)
+            x, grad_output = (
+                self._windows(self.x[samples]),
+                self.grad_output[samples].flatten(2).transpose(1, 2),
+            )
+            rows = LinearFactors(
+                x, grad_output.flatten(0, 1), (bounds - bounds[0]) * self.positions
+            )
             found.append(rows.squared_norms())
         return torch.cat(found)
 
@@ -212,7 +252,9 @@ class ConvFactors(Factors):
 
     def _weight_grad(self, x: Tensor, grad_output: Tensor, groups: int) -> Tensor:
         geometry = self.geometry
-        weight = x.new_empty(grad_output.shape[1], x.shape[1] // groups, *self.kernel)  # only its shape counts
+        weight = x.new_empty(
+            grad_output.shape[1], x.shape[1] // groups, *self.kernel
+        )  # only its shape counts
         if len(x) == 0:
             return weight.zero_()
         _, grad, _ = torch.ops.aten.convolution_backward(
@@ -231,7 +273,9 @@ class ConvGeometry:
     """Stride, (symmetric) padding and dilation per spatial dim, and the number of convolution groups."""
 
     def __init__(self, stride, padding, dilation, groups: int, dims: int):
-        self.stride, self.padding, self.dilation = (_per_dim(v, dims) for v in (stride, padding, dilation))
+        self.stride, self.padding, self.dilation = (
+            _per_dim(v, dims) for v in (stride, padding, dilation)
+        )
         self.groups = groups
 
     @staticmethod

@@ -17,7 +17,12 @@ class EmbeddingFactors(Factors):
     """Embedding table of shape (V, D): the contribution of a group to row v sums its output gradients at token v."""
 
     def __init__(
-        self, ids: Tensor, grad_output: Tensor, bounds: Tensor, num_embeddings: int, padding_idx: int | None = None
+        self,
+        ids: Tensor,
+        grad_output: Tensor,
+        bounds: Tensor,
+        num_embeddings: int,
+        padding_idx: int | None = None,
     ):
         """ids: (R,) integers; grad_output: (R, D); group e owns rows bounds[e]:bounds[e + 1].
 
@@ -27,22 +32,38 @@ class EmbeddingFactors(Factors):
             group_index = torch.repeat_interleave(bounds.diff())
         else:
             rows = torch.arange(len(ids), device=ids.device)
-            group_index = torch.bucketize(rows, to_device_async(bounds[1:-1], ids.device), right=True)
+            group_index = torch.bucketize(
+                rows, to_device_async(bounds[1:-1], ids.device), right=True
+            )
         if padding_idx is not None:
             ids = ids.masked_fill(ids == padding_idx, -1)
         self._init(ids, group_index, grad_output, num_embeddings, len(bounds) - 1)
         self.padded = padding_idx is not None
 
-    def _init(self, ids: Tensor, group_index: Tensor, grad_output: Tensor, num_embeddings: int, count: int) -> None:
-        self.ids, self.group_index, self.grad_output, self.padded = ids, group_index, grad_output, False
-        self.count, self.device, self.dtype = count, grad_output.device, compute_dtype(grad_output.dtype)
+    def _init(
+        self, ids: Tensor, group_index: Tensor, grad_output: Tensor, num_embeddings: int, count: int
+    ) -> None:
+        self.ids, self.group_index, self.grad_output, self.padded = (
+            ids,
+            group_index,
+            grad_output,
+            False,
+        )
+        self.count, self.device, self.dtype = (
+            count,
+            grad_output.device,
+            compute_dtype(grad_output.dtype),
+        )
         self.shape = (num_embeddings, grad_output.shape[1])
 
     @staticmethod
     def joined(parts: list[EmbeddingFactors]) -> EmbeddingFactors:
         """The sum of several factors of one table."""
         whole = object.__new__(EmbeddingFactors)
-        ids, group_index, grads = (torch.cat(t) for t in zip(*((p.ids, p.group_index, p.grad_output) for p in parts), strict=True))
+        ids, group_index, grads = (
+            torch.cat(t)
+            for t in zip(*((p.ids, p.group_index, p.grad_output) for p in parts), strict=True)
+        )
         whole._init(ids, group_index, grads, parts[0].shape[0], parts[0].count)
         whole.padded = any(part.padded for part in parts)
         return whole
@@ -53,7 +74,9 @@ class EmbeddingFactors(Factors):
         if not self.padded:
             return self.ids, self.group_index, self.grad_output
         kept = (self.ids >= 0).nonzero().flatten()
-        return tuple(t.index_select(0, kept) for t in (self.ids, self.group_index, self.grad_output))
+        return tuple(
+            t.index_select(0, kept) for t in (self.ids, self.group_index, self.grad_output)
+        )
 
     @functools.cached_property
     def pairs(self) -> Pairs:
@@ -70,14 +93,20 @@ class EmbeddingFactors(Factors):
         pairs, layout = self.pairs, torch.searchsorted(tokens, self.pairs.tokens)
         kept = (tokens[layout.clamp(max=len(tokens) - 1)] == pairs.tokens).nonzero().flatten()
         small = object.__new__(EmbeddingFactors)
-        small._init(layout[kept], pairs.group_index[kept], pairs.values[kept], len(tokens), self.count)
+        small._init(
+            layout[kept], pairs.group_index[kept], pairs.values[kept], len(tokens), self.count
+        )
         small.pairs = Pairs(small.ids, small.group_index, small.grad_output)
         return small
 
     def fill_block(self, rows: slice, columns: slice, out: Tensor) -> None:
         pairs = self.pairs
-        first, last = torch.searchsorted(pairs.tokens, pairs.tokens.new_tensor([rows.start, rows.stop])).tolist()
-        argument = pairs.group_index[first:last] * (rows.stop - rows.start) + (pairs.tokens[first:last] - rows.start)
+        first, last = torch.searchsorted(
+            pairs.tokens, pairs.tokens.new_tensor([rows.start, rows.stop])
+        ).tolist()
+        argument = pairs.group_index[first:last] * (rows.stop - rows.start) + (
+            pairs.tokens[first:last] - rows.start
+        )
         out.zero_().flatten(0, 1)[argument] = pairs.values[first:last, columns]
 
     def contribution(self, group: int) -> Tensor:
@@ -87,7 +116,9 @@ class EmbeddingFactors(Factors):
         return whole
 
     def total(self) -> Tensor:
-        return torch.ops.aten.embedding_dense_backward(self.grad_output, self.ids, self.shape[0], -1, False)
+        return torch.ops.aten.embedding_dense_backward(
+            self.grad_output, self.ids, self.shape[0], -1, False
+        )
 
     def squared_norms(self) -> Tensor:
         group_index, order = self.pairs.group_index.sort(stable=True)

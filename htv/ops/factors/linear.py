@@ -19,7 +19,12 @@ class LinearFactors(Factors):
 
     def __init__(self, x: Tensor, grad_output: Tensor, bounds: Tensor):
         """x: (R, I) and grad_output: (R, O), the same dtype; group e owns rows bounds[e]:bounds[e + 1]."""
-        self.x, self.grad_output, self.bounds, self.count = x, grad_output, bounds, bounds.shape[0] - 1
+        self.x, self.grad_output, self.bounds, self.count = (
+            x,
+            grad_output,
+            bounds,
+            bounds.shape[0] - 1,
+        )
         self.device, self.dtype = x.device, compute_dtype(x.dtype)
         self.shape = (grad_output.shape[1], x.shape[1])
         self.sized = self.device.type == "cuda"
@@ -56,7 +61,9 @@ class LinearFactors(Factors):
         grad_output = self.grad_output[:, rows].to(self.dtype)
         sizes = self.bounds.diff()
         if bool((sizes == sizes[0]).all()):
-            x, grad_output = (t.reshape(len(sizes), int(sizes[0]), t.shape[1]) for t in (x, grad_output))
+            x, grad_output = (
+                t.reshape(len(sizes), int(sizes[0]), t.shape[1]) for t in (x, grad_output)
+            )
             if x.shape[1] == 1:  # one row per group: an outer product
                 torch.mul(grad_output.transpose(1, 2), x, out=out)
             else:
@@ -86,7 +93,10 @@ class LinearFactors(Factors):
             stop = min(self.count, start + step) if uniform else start + 1
             rows = slice(int(self.bounds[start]), int(self.bounds[stop]))
             size = (rows.stop - rows.start) // (stop - start)
-            grams = [t[rows].double().reshape(stop - start, size, t.shape[1]) for t in (self.grad_output, self.x)]
+            grams = [
+                t[rows].double().reshape(stop - start, size, t.shape[1])
+                for t in (self.grad_output, self.x)
+            ]
             grams = [torch.bmm(t, t.transpose(1, 2)) for t in grams]
             found[start:stop] = (grams[0] * grams[1]).sum(dim=(1, 2)).clamp(min=0)
         return found
@@ -94,7 +104,9 @@ class LinearFactors(Factors):
     def projections(self, direction: Tensor) -> Tensor:
         """A row's is g_r . (direction x_r): one forward of the layer, with the direction for its weight."""
         forward = self.x.to(self.dtype) @ direction.t()
-        return segment_sum((forward * self.grad_output).sum(dim=1, dtype=torch.float64), self.bounds)
+        return segment_sum(
+            (forward * self.grad_output).sum(dim=1, dtype=torch.float64), self.bounds
+        )
 
 
 class BilinearFactors(Factors):
@@ -104,7 +116,11 @@ class BilinearFactors(Factors):
         """left: (R, I), right: (R, J), grad_output: (R, O), one dtype; group e owns rows bounds[e]:bounds[e + 1]."""
         self.left, self.right, self.grad_output, self.bounds = left, right, grad_output, bounds
         self.shape = (grad_output.shape[1], left.shape[1], right.shape[1])
-        self.count, self.device, self.dtype = len(bounds) - 1, left.device, compute_dtype(left.dtype)
+        self.count, self.device, self.dtype = (
+            len(bounds) - 1,
+            left.device,
+            compute_dtype(left.dtype),
+        )
 
     def fill_block(self, rows: slice, columns: slice, out: Tensor) -> None:
         for e, (start, end) in enumerate(itertools.pairwise(self.bounds.tolist())):
