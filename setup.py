@@ -10,7 +10,8 @@ HTV_CUDA_ARCHS      compute capabilities, "80;90" by default; the last is also e
 HTV_SANITIZE=0|1    for `make test-sanitize`: the CPU kernels under ASan and UBSan
 CXX, CUDA_HOME      the compilers
 
-Every command of the build stands in <build-temp>/build.ninja, which is why a rebuild compiles only what changed.
+Every command of the build stands in <build-temp>/build.ninja, which is why a rebuild compiles only
+what changed.
 """
 
 import os
@@ -153,7 +154,8 @@ class Ninja:
         )
         if done.returncode != 0:
             raise SystemExit(
-                f"compilation failed, see above; the commands stand in {self.folder / 'build.ninja'}"
+                "compilation failed, see above; the commands stand in "
+                f"{self.folder / 'build.ninja'}"
             )
 
 
@@ -200,7 +202,8 @@ class BuildExtensions(build_ext):
                 objects.append(compiled(name, [*cpu, *torch_flags]))
 
         archs = cuda_archs() if nvcc else []
-        # libtorch.so, though it holds nothing itself, is what brings torch's CUDA symbols into scope
+        # libtorch.so, though it holds nothing itself, is what brings torch's CUDA symbols into
+        # scope
         lib = Path(torch.__file__).with_name("lib")
         libraries = [f"-L{lib}", "-Xlinker", "--no-as-needed", "-ltorch", "-ltorch_cpu"]
         sanitizers = ["-fsanitize=address,undefined"] if sanitize else []

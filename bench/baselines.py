@@ -1,7 +1,9 @@
-"""The statistics as others compute them: form the gradients of all examples, then reduce them over dim 0.
+"""The statistics as others compute them: form the gradients of all examples, then reduce them over
+dim 0.
 
-A method is a function (model, criterion, x, targets) -> (() -> iterator of (parameter, its (E, *shape) contributions)),
-where the contributions of a parameter sum to its plain gradient. Each lets go of what it has handed out.
+A method is a function (model, criterion, x, targets) -> (() -> iterator of (parameter, its (E,
+*shape) contributions)), where the contributions of a parameter sum to its plain gradient. Each lets
+go of what it has handed out.
 """
 
 from __future__ import annotations
@@ -109,7 +111,8 @@ def step(
     rule: Rule,
     criterion: nn.Module | None = None,
 ) -> Step:
-    """Forward, backward and aggregation by `method`: the same `.grad` as with `rule` attached, up to rounding.
+    """Forward, backward and aggregation by `method`: the same `.grad` as with `rule` attached, up
+    to rounding.
 
     x: (E, ...); targets: (E,) or (E, T). RuntimeError where the method's library is not installed.
     """

@@ -1,7 +1,9 @@
-"""Where a step's time goes: `python -m htv.bench.breakdown WORKLOAD --out FOLDER` writes breakdown-WORKLOAD.json.
+"""Where a step's time goes: `python -m htv.bench.breakdown WORKLOAD --out FOLDER` writes
+breakdown-WORKLOAD.json.
 
-Each operation's own time as torch's profiler sees it, medians over steps that took turns; what is left of a step is
-Python's, the autograd engine's and the dispatcher's. And how many functions Python calls in a step, builtins included.
+Each operation's own time as torch's profiler sees it, medians over steps that took turns; what is
+left of a step is Python's, the autograd engine's and the dispatcher's. And how many functions
+Python calls in a step, builtins included.
 """
 
 from __future__ import annotations
@@ -31,9 +33,11 @@ LEFT = "Python, engine, dispatch"
 def own_times(
     steps: dict[str, Step], rounds: int
 ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    """variant -> milliseconds of a step, and operation -> variant -> those of them that are the operation's own.
+    """variant -> milliseconds of a step, and operation -> variant -> those of them that are the
+    operation's own.
 
-    Of every variant a plain step and a profiled one in turn: what disturbs this machine then hits both alike.
+    Of every variant a plain step and a profiled one in turn: what disturbs this machine then hits
+    both alike.
     """
     walls: dict[str, list[float]] = defaultdict(list)
     seen: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
@@ -102,8 +106,10 @@ def table(record: dict) -> str:
         LEFT: record["left_ms"],
     }
     lines = [
-        f"Milliseconds of a {record['workload']} step (`{record['command']}`, {record['date'][:10]}, "
-        f"{record['machine']['cpu']}, {record['machine']['threads']} threads, {record['machine']['cpu_capability']}, "
+        f"Milliseconds of a {record['workload']} step (`{record['command']}`, "
+        f"{record['date'][:10]}, "
+        f"{record['machine']['cpu']}, {record['machine']['threads']} threads, "
+        f"{record['machine']['cpu_capability']}, "
         f"torch {record['machine']['versions']['torch']}):",
         "",
         f"| | {' | '.join(variants)} |",

@@ -1,9 +1,10 @@
-"""How far each path is from what this machine allows: `python -m htv.bench.floors --out FOLDER` writes floors-cpu.json.
+"""How far each path is from what this machine allows: `python -m htv.bench.floors --out FOLDER`
+writes floors-cpu.json.
 
-A path needs so many multiply-adds, so many other operations on values, and so many bytes from memory. It cannot take
-less time than these at this machine's measured rates: multiply-adds at the best rate of a matrix product, other
-operations at the same rate (they use the same units), bytes meanwhile at the rate of a large copy. The gap is measured
-time over that floor.
+A path needs so many multiply-adds, so many other operations on values, and so many bytes from
+memory. It cannot take less time than these at this machine's measured rates: multiply-adds at the
+best rate of a matrix product, other operations at the same rate (they use the same units), bytes
+meanwhile at the rate of a large copy. The gap is measured time over that floor.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from htv.tools import env_info
 from htv.tools.files import replace_text
 from htv.tools.timing import Step, take_turns
 
-# Operations on one value beside its product; what an implementation with the same idea cannot do without.
+# Operations on one value beside its product; what an implementation with the same idea cannot do
+# without.
 VOTE = 5  # add, two comparisons, two counts
 SIGN_PLANES = 6 / 32  # and, xor, two population counts, two additions for 32 rows at once
 SELECT_BITS = 1 + 4 + 10 + 8  # product, key, transposition, and 32 planes for two ranks
@@ -61,7 +63,9 @@ def linear(
     each: float,
     sparse: bool = False,
 ) -> Route:
-    """rows per group; `each`: operations per contribution; sparse: half of either factor is 0, as after ReLU."""
+    """rows per group; `each`: operations per contribution; sparse: half of either factor is 0, as
+    after ReLU.
+    """
     x, grad = torch.randn(groups * rows, inputs), torch.randn(groups * rows, outputs)
     if sparse:
         x, grad = x.relu(), grad * (torch.rand_like(grad) < 0.5)
@@ -152,7 +156,9 @@ def routes() -> list[Route]:
 
 
 def ceilings(seconds: float) -> dict[str, float]:
-    """multiply_adds: per second, of the best of torch's and our own products; bytes: per second, of a copy."""
+    """multiply_adds: per second, of the best of torch's and our own products; bytes: per second, of
+    a copy.
+    """
     x, grad, bounds = torch.randn(2048, 1024), torch.randn(2048, 1024), torch.tensor([0, 2048])
     images, weight = torch.randn(16, 128, 28, 28), torch.randn(128, 128, 3, 3)
     source = torch.randn(32 << 20)
@@ -183,7 +189,8 @@ def ceilings(seconds: float) -> dict[str, float]:
 
 
 def measure(seconds: float = 60.0, only: str = "") -> dict:
-    """The rates of this machine, and of every path what it needs, its floor and its time in milliseconds.
+    """The rates of this machine, and of every path what it needs, its floor and its time in
+    milliseconds.
 
     only: the beginning of the names of what to measure.
     """
@@ -222,18 +229,22 @@ def table(record: dict) -> str:
     rates = record["rates"]
     lines = [
         f"Matrix products run at {2e-9 * rates['torch_multiply_adds']:.0f} GFLOP/s by torch and "
-        f"{2e-9 * rates['htv_multiply_adds']:.0f} by htv's own tiles (2048 rows, 1024 x 1024), torch's convolution "
+        f"{2e-9 * rates['htv_multiply_adds']:.0f} by htv's own tiles (2048 rows, 1024 x 1024), "
+        "torch's convolution "
         f"(3 x 3, 128 channels) at {2e-9 * rates['convolution_multiply_adds']:.0f}, a copy moves "
-        f"{1e-9 * rates['bytes']:.0f} GB/s (`{record['command']}`, {record['date'][:10]}, {record['machine']['cpu']}, "
+        f"{1e-9 * rates['bytes']:.0f} GB/s (`{record['command']}`, {record['date'][:10]}, "
+        f"{record['machine']['cpu']}, "
         f"{record['machine']['threads']} threads, {record['machine']['cpu_capability']}, "
         f"torch {record['machine']['versions']['torch']}).",
         "",
-        "| path | Gmultiply-add | other Goperations | MB | bound by | floor, ms | measured, ms | gap |",
+        "| path | Gmultiply-add | other Goperations | MB | bound by | floor, ms | measured, ms | "
+        "gap |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, row in record["paths"].items():
         lines.append(
-            f"| {name} | {row['multiply_adds'] / 1e9:.2f} | {row['operations'] / 1e9:.2f} | {row['bytes'] / 1e6:.0f} | "
+            f"| {name} | {row['multiply_adds'] / 1e9:.2f} | {row['operations'] / 1e9:.2f} | "
+            f"{row['bytes'] / 1e6:.0f} | "
             f"{row['bound']} | {row['floor_ms']:.2f} | {row['ms']:.2f} | {row['gap']:.1f}x |"
         )
     return "\n".join(lines)

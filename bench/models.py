@@ -1,4 +1,6 @@
-"""Models of the kinds people train, small by default for the tests, in real sizes for the benchmarks."""
+"""Models of the kinds people train, small by default for the tests, in real sizes for the
+benchmarks.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,9 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Pre-norm transformer; positions looked up by torch.arange, head tied to the embedding unless told not to."""
+    """Pre-norm transformer; positions looked up by torch.arange, head tied to the embedding unless
+    told not to.
+    """
 
     def __init__(
         self,
@@ -92,7 +96,9 @@ class LanguageModel(nn.Module):
 def transformer(
     vocabulary: int, width: int, heads: int, layers: int, expansion: int = 4
 ) -> nn.Module:
-    """Embedding, causal pre-norm blocks, untied head: no positions, no final norm. (E, T) ids -> (E, T, vocabulary)."""
+    """Embedding, causal pre-norm blocks, untied head: no positions, no final norm. (E, T) ids ->
+    (E, T, vocabulary).
+    """
     blocks = (
         Block(width, heads, causal=True, expansion=expansion, scaled=False) for _ in range(layers)
     )
@@ -100,7 +106,9 @@ def transformer(
 
 
 def rotated(x: Tensor) -> Tensor:
-    """Rotary positions: (..., T, d), the pair (i, i + d/2) at position t turned by t / 10000^(2i/d)."""
+    """Rotary positions: (..., T, d), the pair (i, i + d/2) at position t turned by t /
+    10000^(2i/d).
+    """
     half = x.shape[-1] // 2
     frequency = 10000.0 ** (-torch.arange(half, device=x.device) / half)
     angle = torch.arange(x.shape[-2], device=x.device)[:, None] * frequency

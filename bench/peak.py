@@ -1,4 +1,6 @@
-"""Peak memory of one variant: `python -m htv.bench.peak WORKLOAD VARIANT THREADS` prints it as JSON."""
+"""Peak memory of one variant: `python -m htv.bench.peak WORKLOAD VARIANT THREADS` prints it as
+JSON.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from htv.tools.timing import PeakMeter
 
 
 def peak(workload: TrainingStep, variant: str) -> dict:
-    """Bytes that model, batch and steps add at their peak in this process: two steps, one of a baseline."""
+    """Bytes that model, batch and steps add at their peak in this process: two steps, one of a
+    baseline.
+    """
     small = replace(
         workload,
         model=lambda: nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)),

@@ -42,10 +42,14 @@ def markdown(record: dict, pictures: dict[str, str]) -> str:
         ("## Targets", targets(record)),
         (
             "## How it is measured",
-            "The variants of a workload take turns in one process; medians, and in the JSON the quartiles and the "
-            f"number of calls. Baselines leave after {settings['peer_seconds']:g} s. Peak memory is what model, batch "
-            "and steps add in a process of their own, whose allocator keeps nothing of what is freed. Baselines form "
-            "the gradients of all examples and reduce them by PyTorch; their median is `torch.median`, the lower of "
+            "The variants of a workload take turns in one process; medians, and in the JSON the "
+            "quartiles and the "
+            f"number of calls. Baselines leave after {settings['peer_seconds']:g} s. Peak memory "
+            "is what model, batch "
+            "and steps add in a process of their own, whose allocator keeps nothing of what is "
+            "freed. Baselines form "
+            "the gradients of all examples and reduce them by PyTorch; their median is "
+            "`torch.median`, the lower of "
             "two.",
         ),
     ]
@@ -141,7 +145,9 @@ def failures(record: dict) -> str | None:
 
 
 def stacked(record: dict) -> str | None:
-    """Per number of groups: bandwidth, as a share of a copy's, and torch's own functions in the same way."""
+    """Per number of groups: bandwidth, as a share of a copy's, and torch's own functions in the
+    same way.
+    """
     rows = []
     for workload in _of_kind(record, "stacked").values():
         copy = workload["variants"]["copy"]

@@ -1,8 +1,8 @@
 """Everything measured, as one record: the JSON that report and plots read.
 
-Time: the variants of a workload take turns in one process; medians and quartiles. Slow baselines soon leave.
-Memory: each variant in a process of its own (`htv.bench.peak`).
-A variant that fails is recorded with its error; the others go on.
+Time: the variants of a workload take turns in one process; medians and quartiles. Slow baselines
+soon leave. Memory: each variant in a process of its own (`htv.bench.peak`). A variant that fails is
+recorded with its error; the others go on.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ STEM = "cpu"  # of the files written
 
 @dataclass(frozen=True)
 class Settings:
-    """seconds: for a workload's turns. peer_seconds: after which a baseline takes no further part in them."""
+    """seconds: for a workload's turns. peer_seconds: after which a baseline takes no further part
+    in them.
+    """
 
     threads: int
     seconds: float = 10.0

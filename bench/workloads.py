@@ -79,7 +79,9 @@ class TrainingStep:
         return baselines.step(method, model, x, targets, wanted)
 
     def step(self, rule: Rule | None) -> Step:
-        """One forward and backward of a freshly seeded model, attached to `rule` unless that is None."""
+        """One forward and backward of a freshly seeded model, attached to `rule` unless that is
+        None.
+        """
         model, x, targets = self._seeded()
         criterion = nn.CrossEntropyLoss()
         handle = None if rule is None else htv.attach(model, rule)
@@ -199,7 +201,9 @@ def _images(count: int, *shape: int) -> Callable[[], tuple[Tensor, Tensor]]:
 def _scaling(
     what: str, value: int, groups: int = 64, width: int = 512, rows: int = 1
 ) -> TrainingStep:
-    """Three square linear layers with GELU between them, (groups, rows, width); as many classes as inputs."""
+    """Three square linear layers with GELU between them, (groups, rows, width); as many classes as
+    inputs.
+    """
     shape = (groups,) if rows == 1 else (groups, rows)
     return TrainingStep(
         f"scaling-{what}-{value}",
@@ -252,7 +256,9 @@ QUICK = ("mlp-relu", "stacked-3")  # what a first look looks at
 
 
 def selected(names: list[str] | None) -> list[Workload]:
-    """Those named, or whose name begins with one of `names` and a hyphen; all for None. ValueError for others."""
+    """Those named, or whose name begins with one of `names` and a hyphen; all for None. ValueError
+    for others.
+    """
     chosen: dict[str, Workload] = {}
     for wanted in names or list(WORKLOADS):
         found = {
@@ -262,7 +268,8 @@ def selected(names: list[str] | None) -> list[Workload]:
         }
         if not found:
             raise ValueError(
-                f"unknown workload {wanted!r}, use {', '.join(WORKLOADS)}, or how several of them begin"
+                f"unknown workload {wanted!r}, use {', '.join(WORKLOADS)}, or how several of them "
+                "begin"
             )
         chosen |= found
     return list(chosen.values())

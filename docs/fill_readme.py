@@ -31,7 +31,8 @@ def demo_block() -> str:
     demo = json.loads(DEMO.read_text())
     plain = demo["results"][0]
     lines = [
-        "| rule | test accuracy | wrong labels memorised | time per step | peak memory | by vmap: time, memory |",
+        "| rule | test accuracy | wrong labels memorised | time per step | peak memory | by vmap: "
+        "time, memory |",
         "|---|---|---|---|---|---|",
     ]
     for result in demo["results"]:
@@ -42,7 +43,8 @@ def demo_block() -> str:
                 f"{result['vmap_peak_bytes'] / plain['peak_bytes']:.0f}x"
             )
         lines.append(
-            f"| {result['spec']} | {result['final']['test_accuracy']:.1%} | {result['final']['memorised']:.1%} | "
+            f"| {result['spec']} | {result['final']['test_accuracy']:.1%} | "
+            f"{result['final']['memorised']:.1%} | "
             f"{result['ms_per_step'] / plain['ms_per_step']:.2f}x | "
             f"{result['peak_bytes'] / plain['peak_bytes']:.2f}x | {vmap} |"
         )
@@ -56,11 +58,13 @@ def bench_block() -> str:
     """Training steps, by rule and beside others, from the benchmark's record."""
     record = json.loads(BENCH.read_text())
     head = (
-        "Time and peak memory of one forward and backward with each rule, as multiples of a plain one (`htv bench`, "
+        "Time and peak memory of one forward and backward with each rule, as multiples of a plain "
+        "one (`htv bench`, "
         f"{report.machine(record)}):"
     )
     beside = (
-        "The same beside others, who form the gradients of all examples and reduce them by PyTorch; median is their "
+        "The same beside others, who form the gradients of all examples and reduce them by "
+        "PyTorch; median is their "
         "`torch.median`."
     )
     closing = "Stacked gradients, scaling, targets and failures: [the whole report](bench/results/cpu.md)."
@@ -81,7 +85,9 @@ def breakdown_block() -> str:
 
 
 def experiment_block(name: str) -> str:
-    """What `htv experiment` found. name: of the record under docs/results, "digits/memorisation" in a folder there."""
+    """What `htv experiment` found. name: of the record under docs/results, "digits/memorisation" in
+    a folder there.
+    """
     return experiments.block(
         json.loads((ROOT / f"docs/results/{name}.json").read_text()), f"../results/{name}.png"
     )

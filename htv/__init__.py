@@ -1,4 +1,6 @@
-"""htv: keep what autograd's sum throws away. Robust statistics of per-example gradients, straight into `.grad`."""
+"""htv: keep what autograd's sum throws away. Robust statistics of per-example gradients, straight
+into `.grad`.
+"""
 
 from importlib import metadata as _metadata
 

@@ -90,7 +90,8 @@ def attach(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if not (isinstance(rule, Rule) or (callable(rule) and not isinstance(rule, type))):
         raise TypeError(
-            f"rule must be an htv rule such as htv.AndMask(0.4), or a callable (name, parameter) -> rule or None; "
+            "rule must be an htv rule such as htv.AndMask(0.4), or a callable (name, parameter) "
+            "-> rule or None; "
             f"got {rule!r}"
         )
     if on_unsupported not in ("error", "plain"):
@@ -105,7 +106,8 @@ def attach(
     for name, module in model.named_modules():
         if isinstance(module.__dict__.get("forward"), ForwardStandIn):
             raise RuntimeError(
-                f"{'the model' if name == '' else f'module {name!r}'} is attached already: call detach() on its "
+                f"{'the model' if name == '' else f'module {name!r}'} is attached already: call "
+                "detach() on its "
                 "handle before attaching another rule"
             )
     rules = _choose_rules(model, rule, exclude)
@@ -173,7 +175,9 @@ def _refuse_scripted(model: nn.Module, rules: dict[str, Rule | None]) -> None:
 
 
 def _choose_rules(model: nn.Module, rule: RuleChoice, exclude: Names) -> dict[str, Rule | None]:
-    """Parameter name -> its rule, or None for a plain gradient; tied parameters go by their first name."""
+    """Parameter name -> its rule, or None for a plain gradient; tied parameters go by their first
+    name.
+    """
     patterns = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     aliases: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -182,7 +186,8 @@ def _choose_rules(model: nn.Module, rule: RuleChoice, exclude: Names) -> dict[st
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
             raise RuntimeError(
-                f"parameter {name!r} is not initialized: it gets its shape from a first batch. Run the model once first"
+                f"parameter {name!r} is not initialized: it gets its shape from a first batch. Run "
+                "the model once first"
             )
     rules: dict[str, Rule | None] = {}
     for name, parameter in model.named_parameters():
@@ -201,12 +206,14 @@ def _choose_rules(model: nn.Module, rule: RuleChoice, exclude: Names) -> dict[st
             chosen = None  # integers, which never have a gradient
         if chosen is not None and not parameter.dtype.is_floating_point:
             raise TypeError(
-                f"parameter {name!r} is {parameter.dtype}: rules rank and count real numbers; exclude={name!r}"
+                f"parameter {name!r} is {parameter.dtype}: rules rank and count real numbers; "
+                f"exclude={name!r}"
             )
         rules[name] = chosen
     if unmatched:
         raise ValueError(
-            f"exclude={sorted(unmatched)} matches no parameter; names are those of model.named_parameters()"
+            f"exclude={sorted(unmatched)} matches no parameter; names are those of "
+            "model.named_parameters()"
         )
     return rules
 

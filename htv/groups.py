@@ -1,8 +1,9 @@
 """Who votes: how the examples of a batch map to groups, and where the examples are in a tensor.
 
-A *example* is one index of the batch's dim: by default dim 0 of the model's input holds the examples, and every example
-is its own group. `Groups` assigns examples to groups, once per forward. `BatchLayout` says where the examples are in one tensor of
-that forward, `GroupedRows` is both together: what a layer needs to tell its rows apart.
+A *example* is one index of the batch's dim: by default dim 0 of the model's input holds the
+examples, and every example is its own group. `Groups` assigns examples to groups, once per forward.
+`BatchLayout` says where the examples are in one tensor of that forward, `GroupedRows` is both
+together: what a layer needs to tell its rows apart.
 """
 
 from __future__ import annotations
@@ -20,14 +21,16 @@ __all__ = ["Groups", "BatchLayout", "GroupedRows", "to_device_async"]
 
 @dataclass(frozen=True, eq=False)
 class BatchLayout:
-    """Where the N examples are in one tensor: along `dim`, each of its indices belonging to one example.
+    """Where the N examples are in one tensor: along `dim`, each of its indices belonging to one
+    example.
 
-    outer, times:  the dim holds outer * N * times indices, and index i belongs to example (i // times) % N, as after
-                   merging the batch's dim with one before and one behind it.
-    examples:         (size of the dim,) int64, the example of every index, where they follow no such pattern (rows that were
+    outer, times:  the dim holds outer * N * times indices, and index i belongs to example (i //
+                   times) % N, as after merging the batch's dim with one before and one behind it.
+    examples:         (size of the dim,) int64, the example of every index, where they follow no
+                      such pattern (rows that were
                    selected or permuted); outer and times mean nothing then.
-    guess:         what was taken for the batch's by its size alone, or "": a place that disagrees with a sure one is an
-                   error then.
+    guess:         what was taken for the batch's by its size alone, or "": a place that disagrees
+                   with a sure one is an error then.
     """
 
     dim: int
@@ -59,7 +62,9 @@ class BatchLayout:
         return (torch.arange(self.size(batch_size)) // self.times) % batch_size
 
     def same(self, other: BatchLayout, batch_size: int) -> bool:
-        """Whether every index of two tensors that are alike but for this belongs to the same example."""
+        """Whether every index of two tensors that are alike but for this belongs to the same
+        example.
+        """
         if self is other:
             return True
         if self.dim != other.dim or self.size(batch_size) != other.size(batch_size):
@@ -73,18 +78,21 @@ class BatchLayout:
 
 @dataclass(frozen=True, eq=False)
 class Groups:
-    """Assignment of the N examples of one batch to E groups. Made by `each`, `by_id` and `packed`; every group has examples.
+    """Assignment of the N examples of one batch to E groups. Made by `each`, `by_id` and `packed`;
+    every group has examples.
 
     batch_size:  N.
-    offsets:    (E + 1,) int64 on the CPU; once examples are put in `order`, group e owns examples offsets[e]:offsets[e + 1].
+    offsets:    (E + 1,) int64 on the CPU; once examples are put in `order`, group e owns examples
+                offsets[e]:offsets[e + 1].
     order:      (N,) int64 on the CPU, the examples sorted by group, or None where they already are.
-    keys:       (E,) the caller's ids, or None where groups are numbered as they come; of packed sequences, the numbers
-                of those with rows, or None where all have some.
+    keys:       (E,) the caller's ids, or None where groups are numbered as they come; of packed
+                sequences, the numbers of those with rows, or None where all have some.
     named:      whether the keys are ids the caller gave.
     input_layout:       where the examples are in the model's inputs.
     weights:    (E,) float64, what each group's contributions are multiplied by, or None for 1.
     rows_vote:  every row a layer sees is a group of its own, whatever its example.
-    voting:     with rows_vote: (N, T) bool on the CPU, the rows of each example that vote, or None for all.
+    voting:     with rows_vote: (N, T) bool on the CPU, the rows of each example that vote, or None
+                for all.
     """
 
     batch_size: int
@@ -102,7 +110,8 @@ class Groups:
         """Every example is a group of its own."""
         if batch_size < 1:
             raise ValueError(
-                f"the batch is empty: its dim {dim} has size 0, and no group can vote (skip the step)"
+                f"the batch is empty: its dim {dim} has size 0, and no group can vote (skip the "
+                "step)"
             )
         return Groups(batch_size, torch.arange(batch_size + 1), input_layout=BatchLayout(dim))
 
@@ -113,8 +122,8 @@ class Groups:
         """Examples with equal ids vote together.
 
         ids:     (N,) integers, any values, any order.
-        weight:  "size": contributions count as they come, so a group counts by its size; "equal": every group counts as
-                 if it had N / E examples, so that its mean counts once.
+        weight:  "size": contributions count as they come, so a group counts by its size; "equal":
+                 every group counts as if it had N / E examples, so that its mean counts once.
         """
         ids = torch.as_tensor(ids).cpu()  # at once: how many groups there are decides shapes
         if (
@@ -124,11 +133,13 @@ class Groups:
             or ids.dtype == torch.bool
         ):
             raise ValueError(
-                f"groups must be a 1-D tensor of integer ids, got shape {tuple(ids.shape)} and dtype {ids.dtype}"
+                f"groups must be a 1-D tensor of integer ids, got shape {tuple(ids.shape)} and "
+                f"dtype {ids.dtype}"
             )
         if len(ids) != batch_size:
             raise ValueError(
-                f"groups has {len(ids)} ids but dim {dim} of the batch has size {batch_size}: pass one id per example"
+                f"groups has {len(ids)} ids but dim {dim} of the batch has size {batch_size}: pass "
+                "one id per example"
             )
         if batch_size < 1:
             raise ValueError("groups is empty: no group can vote (skip the step)")
@@ -141,10 +152,11 @@ class Groups:
     def packed(
         cu_seqlens: Tensor | list[int], batch_size: int, dim: int = 0, weight: str = "size"
     ) -> Groups:
-        """Consecutive examples vote together: sequence e owns examples cu_seqlens[e]:cu_seqlens[e + 1].
+        """Consecutive examples vote together: sequence e owns examples cu_seqlens[e]:cu_seqlens[e +
+        1].
 
-        cu_seqlens: integers from 0 up to the number of examples, as variable-length attention takes them; a sequence of
-        length 0 does not vote.
+        cu_seqlens: integers from 0 up to the number of examples, as variable-length attention takes
+        them; a sequence of length 0 does not vote.
         """
         bounds = torch.as_tensor(cu_seqlens).cpu()
         if (
@@ -161,7 +173,8 @@ class Groups:
         sizes = bounds.diff()
         if bounds[0] != 0 or bounds[-1] != batch_size or bool((sizes < 0).any()):
             raise ValueError(
-                f"cu_seqlens must rise from 0 to the number of packed rows, {batch_size}; it goes from "
+                f"cu_seqlens must rise from 0 to the number of packed rows, {batch_size}; it goes "
+                "from "
                 f"{int(bounds[0])} to {int(bounds[-1])}"
                 + (" and falls in between" if bool((sizes < 0).any()) else "")
             )
@@ -180,12 +193,15 @@ class Groups:
 
     @staticmethod
     def each_row(batch_size: int, dim: int = 0, voting: Tensor | None = None) -> Groups:
-        """Every row a layer sees votes by itself. voting: (N, T) bool, False where a row (padding) has no vote."""
+        """Every row a layer sees votes by itself. voting: (N, T) bool, False where a row (padding)
+        has no vote.
+        """
         if voting is not None and (
             voting.dim() != 2 or voting.dtype != torch.bool or len(voting) != batch_size
         ):
             raise ValueError(
-                f"mask must be a boolean tensor of shape ({batch_size}, T), True where a token votes; got shape "
+                f"mask must be a boolean tensor of shape ({batch_size}, T), True where a token "
+                "votes; got shape "
                 f"{tuple(voting.shape)} and dtype {voting.dtype}"
             )
         voting = None if voting is None else voting.cpu()
@@ -205,7 +221,9 @@ class Groups:
         return f"{self.count} group{'s' * (self.count != 1)} of {self.batch_size} examples"
 
     def same_groups(self, other: Groups) -> bool:
-        """Whether group e of both stands for the same voter, so that contributions may be added group by group."""
+        """Whether group e of both stands for the same voter, so that contributions may be added
+        group by group.
+        """
         if self is other:
             return True
         if self.rows_vote != other.rows_vote:
@@ -247,7 +265,8 @@ class GroupedRows:
 
     dim:      the batch's dim, that of the `layout`.
     order:    (S,) int64 on the CPU, the dim's indices sorted by group, or None where they are.
-    offsets:  (E + 1,) int64 on the CPU; in that order group e owns indices offsets[e]:offsets[e + 1], perhaps none.
+    offsets:  (E + 1,) int64 on the CPU; in that order group e owns indices offsets[e]:offsets[e +
+              1], perhaps none.
     """
 
     def __init__(self, groups: Groups, layout: BatchLayout):
@@ -274,7 +293,9 @@ class GroupedRows:
 
     @cached_property
     def plain(self) -> bool:
-        """Whether the batch's dim is the first, its indices are sorted by group, and all count alike."""
+        """Whether the batch's dim is the first, its indices are sorted by group, and all count
+        alike.
+        """
         groups = self.groups
         alike = groups.weights is None and groups.voting is None and not self.rows_vote
         return self.dim == 0 and self.order is None and alike
@@ -307,15 +328,19 @@ class GroupedRows:
             return rows
         if len(rows) != voting.numel() or bool((self.offsets.diff() != self.offsets[1]).any()):
             raise ValueError(
-                f"tokens(mask) has {voting.shape[1]} tokens for each of {len(voting)} examples, but a layer saw an "
-                f"input of shape {tuple(tensor.shape)}, whose rows are not these tokens. Remedy: exclude its parameters"
+                f"tokens(mask) has {voting.shape[1]} tokens for each of {len(voting)} examples, "
+                "but a layer saw an "
+                f"input of shape {tuple(tensor.shape)}, whose rows are not these tokens. Remedy: "
+                "exclude its parameters"
             )
         return rows.index_select(
             0, to_device_async(voting.flatten().nonzero().flatten(), rows.device)
         )
 
     def grad_rows(self, grad: Tensor, features: int = 1) -> tuple[Tensor, Tensor]:
-        """`rows` of an output's gradient, multiplied by the weights of their groups; and their `bounds`."""
+        """`rows` of an output's gradient, multiplied by the weights of their groups; and their
+        `bounds`.
+        """
         rows = self.rows(grad, features)
         if self.plain and rows.shape[0] == self._indices:
             return rows, self.offsets
@@ -325,7 +350,9 @@ class GroupedRows:
         return rows, bounds
 
     def bounds(self, rows: Tensor) -> Tensor:
-        """(E + 1,) int64 on the CPU: group e owns rows bounds[e]:bounds[e + 1] of what `rows` returned."""
+        """(E + 1,) int64 on the CPU: group e owns rows bounds[e]:bounds[e + 1] of what `rows`
+        returned.
+        """
         if self.rows_vote:
             return torch.arange(len(rows) + 1)
         times = rows.shape[0] // self._indices if self._indices else 1
@@ -334,7 +361,9 @@ class GroupedRows:
         return self._scaled[times]
 
     def sums(self, tensor: Tensor, features: int = 1, dtype: torch.dtype | None = None) -> Tensor:
-        """(..., S, ..., *features) -> (E, *features): sums over each group's rows; deterministic, no atomics."""
+        """(..., S, ..., *features) -> (E, *features): sums over each group's rows; deterministic,
+        no atomics.
+        """
         if (
             self.plain
             and self._singles
@@ -385,15 +414,16 @@ MOST_CAPTURED = 4096  # values that a CUDA graph writes one by one
 def to_device_async(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor of the host on a device, without waiting for it.
 
-    While a CUDA graph is captured, values are written there one by one: a copy would be replayed from memory that is no
-    longer theirs. RuntimeError for more than `MOST_CAPTURED` of them.
+    While a CUDA graph is captured, values are written there one by one: a copy would be replayed
+    from memory that is no longer theirs. RuntimeError for more than `MOST_CAPTURED` of them.
     """
     if device.type != "cuda" or tensor.device == device:
         return tensor.to(device)
     if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         if tensor.numel() > MOST_CAPTURED:
             raise RuntimeError(
-                f"a CUDA graph cannot capture who votes with {tensor.numel()} values in no regular order: let every "
+                f"a CUDA graph cannot capture who votes with {tensor.numel()} values in no regular "
+                "order: let every "
                 "example vote by itself, or sort the batch by group"
             )
         values = [

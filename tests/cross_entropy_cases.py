@@ -57,7 +57,9 @@ def options_for(name, classes, dtype):
 
 
 def assert_as_exact(found, exact, logits):
-    """Within rounding: of float32 (or float64) arithmetic, and of the gradient to the type of the logits once."""
+    """Within rounding: of float32 (or float64) arithmetic, and of the gradient to the type of the
+    logits once.
+    """
     (loss, grad), (exact_loss, exact_grad) = found, exact
     assert (
         loss.dtype == compute_dtype(logits.dtype)

@@ -1,4 +1,6 @@
-"""The CUDA ops on a machine without a GPU: their sources, compiled for the CPU with an emulator of the device."""
+"""The CUDA ops on a machine without a GPU: their sources, compiled for the CPU with an emulator of
+the device.
+"""
 
 import hashlib
 import os
@@ -79,7 +81,9 @@ def compile_library(folder: Path) -> Path:
 
 
 def library() -> Path:
-    """Compiled once for the sources as they are: minutes on one core, nothing afterwards. Wants a `compiler`."""
+    """Compiled once for the sources as they are: minutes on one core, nothing afterwards. Wants a
+    `compiler`.
+    """
     digest = hashlib.sha256(torch.__version__.encode())
     for path in sorted(
         (

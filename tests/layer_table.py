@@ -1,7 +1,9 @@
-"""Every kind of use htv serves: TABLE maps a section to names, and these to builders of (model, batch).
+"""Every kind of use htv serves: TABLE maps a section to names, and these to builders of (model,
+batch).
 
-All batches have N examples in dim 0, of four tokens (or channels) of six features where that makes sense; tests change
-N so that sizes coincide. What is used in a table by more than one row stands above it.
+All batches have N examples in dim 0, of four tokens (or channels) of six features where that makes
+sense; tests change N so that sizes coincide. What is used in a table by more than one row stands
+above it.
 """
 
 from __future__ import annotations
@@ -46,7 +48,9 @@ class Module(nn.Module):
 
 
 def tokens(forward, **parameters) -> Builder:
-    """A builder of a Module and a batch of shape (N, 4, 6); parameters come from functions, drawn anew every time."""
+    """A builder of a Module and a batch of shape (N, 4, 6); parameters come from functions, drawn
+    anew every time.
+    """
     return lambda: (
         Module(forward, **{name: make() for name, make in parameters.items()}),
         examples(4, 6),
@@ -66,7 +70,7 @@ def of(make: Callable[[], nn.Module], *shape: int) -> Builder:
     return lambda: (make(), examples(*shape))
 
 
-# -- normalisation ----------------------------------------------------------------------------------------------------
+# -- normalisation ---------------------------------------------------------------------------------
 
 
 def rms(self, x):
@@ -80,7 +84,7 @@ def gemma_rms(self, x):
     )
 
 
-# -- attention --------------------------------------------------------------------------------------------------------
+# -- attention -------------------------------------------------------------------------------------
 
 
 def attention(call, batch_first: bool = True, **options) -> Builder:
@@ -133,7 +137,9 @@ def separate_projections(self, x):
 
 
 def rotated(self, x):
-    """Rotary positions by complex numbers, as language models write them; then a lower-triangular mix."""
+    """Rotary positions by complex numbers, as language models write them; then a lower-triangular
+    mix.
+    """
     n, t, d = x.shape
     qk = self.qk(x).reshape(n, t, d // 2, 2)
     pairs = torch.view_as_complex((qk.float() if x.dtype == torch.bfloat16 else qk).contiguous())
@@ -158,7 +164,9 @@ def relative_bias(self, x):
 
 
 def windows(self, x):
-    """(N, 4, 4, 6) images cut into shifted windows of 2 by 2, merged with the batch, and put together again."""
+    """(N, 4, 4, 6) images cut into shifted windows of 2 by 2, merged with the batch, and put
+    together again.
+    """
     n = len(x)
     y = (
         torch.roll(x, (-1, -1), (1, 2))
@@ -199,11 +207,13 @@ def frozen_encoder() -> Builder:
     ), x
 
 
-# -- recurrence -------------------------------------------------------------------------------------------------------
+# -- recurrence ------------------------------------------------------------------------------------
 
 
 class Recurrent(nn.Module):
-    """Outputs and last hidden states of a recurrent layer; x: (N, T, 6), turned round unless batch_first."""
+    """Outputs and last hidden states of a recurrent layer; x: (N, T, 6), turned round unless
+    batch_first.
+    """
 
     def __init__(self, kind: str, packed: bool = False, **options):
         super().__init__()
@@ -252,7 +262,7 @@ def handwritten_recurrence(self, x):
     return h
 
 
-# -- parametrizations -------------------------------------------------------------------------------------------------
+# -- parametrizations ------------------------------------------------------------------------------
 
 
 class Symmetric(nn.Module):
@@ -267,7 +277,9 @@ def parametrized(
 
 
 class WeightNormed(nn.Module):
-    """The older torch.nn.utils.weight_norm, put on after copying: its modules cannot be deep-copied."""
+    """The older torch.nn.utils.weight_norm, put on after copying: its modules cannot be
+    deep-copied.
+    """
 
     def __init__(self):
         super().__init__()
@@ -277,7 +289,7 @@ class WeightNormed(nn.Module):
         return F.conv1d(x, torch._weight_norm(self.v, self.g, 0))
 
 
-# -- products ---------------------------------------------------------------------------------------------------------
+# -- products --------------------------------------------------------------------------------------
 
 
 CONSTANT = torch.linspace(-7, 9, 600).sin()
@@ -304,7 +316,9 @@ def assembled(self, x):
 
 
 def aligned(*shape: int, equation: str) -> Builder:
-    """An einsum of the batch with a constant of more dims: "..." counts from the end, so the batch ends in dim 1."""
+    """An einsum of the batch with a constant of more dims: "..." counts from the end, so the batch
+    ends in dim 1.
+    """
 
     def forward(self, x):
         y = torch.einsum(equation, self.l(x), CONSTANT[: math.prod(shape)].to(x.dtype).view(shape))
@@ -313,11 +327,13 @@ def aligned(*shape: int, equation: str) -> Builder:
     return tokens(forward, l=linear(6, 6), s=drawn(1))
 
 
-# -- adapters ---------------------------------------------------------------------------------------------------------
+# -- adapters --------------------------------------------------------------------------------------
 
 
 class Lora(nn.Module):
-    """A low-rank adapter beside a frozen layer, with a second one in the form of DoRA: a learnt magnitude."""
+    """A low-rank adapter beside a frozen layer, with a second one in the form of DoRA: a learnt
+    magnitude.
+    """
 
     def __init__(self, merged: bool, magnitude: bool):
         super().__init__()
@@ -336,7 +352,9 @@ class Lora(nn.Module):
 
 
 def mixture(self, x):
-    """Every token goes to the expert its gate prefers: rows gathered across the batch, and added back."""
+    """Every token goes to the expert its gate prefers: rows gathered across the batch, and added
+    back.
+    """
     flat = x.reshape(-1, 6)
     out = torch.zeros(len(flat), 6, dtype=x.dtype)
     weights = torch.softmax(self.gate(flat), -1)
@@ -357,7 +375,7 @@ def gathered(self, x):
     return self.out(picked.sum(dim=2))
 
 
-# -- reuse ------------------------------------------------------------------------------------------------------------
+# -- reuse -----------------------------------------------------------------------------------------
 
 
 class Tied(nn.Module):
@@ -401,7 +419,7 @@ def reused_in_checkpoint(self, x):
     return self.layer(torch.tanh(checkpoint(self.layer, x, use_reentrant=False))) * self.layer.bias
 
 
-# -- where the batch goes ---------------------------------------------------------------------------------------------
+# -- where the batch goes --------------------------------------------------------------------------
 
 
 def accumulated(self, x):

@@ -86,7 +86,9 @@ def stat(rule: Rule, c: np.ndarray) -> np.ndarray:
 
 
 def linear_contributions(x: torch.Tensor, grad_output: torch.Tensor, ids) -> np.ndarray:
-    """(E, O, I) in float64, groups in the order of their sorted ids; x (N, *rest, I), grad_output (N, *rest, O)."""
+    """(E, O, I) in float64, groups in the order of their sorted ids; x (N, *rest, I), grad_output
+    (N, *rest, O).
+    """
     ids = np.asarray(ids)
     x, grad_output = (
         t.double().reshape(len(ids), -1, t.shape[-1]).numpy() for t in (x, grad_output)
@@ -97,6 +99,8 @@ def linear_contributions(x: torch.Tensor, grad_output: torch.Tensor, ids) -> np.
 
 
 def away_from_ties(*shape: int, dtype=torch.float32) -> torch.Tensor:
-    """Random values no sum of a few products of which is near zero by chance: odd multiples of 1/8, half-exact too."""
+    """Random values no sum of a few products of which is near zero by chance: odd multiples of 1/8,
+    half-exact too.
+    """
     values = torch.randint(0, 8, shape) * 2 + 1
     return (values * torch.randint(0, 2, shape).mul(2).sub(1)).to(dtype) / 8

@@ -1,7 +1,8 @@
-"""A CUDA device that is not there: its tensors lie on the CPU, and whatever would wait for a device raises `Waits`.
+"""A CUDA device that is not there: its tensors lie on the CPU, and whatever would wait for a device
+raises `Waits`.
 
-Operations run below autograd as they would on a GPU, so device and dtype of every tensor, and with them all choices,
-are a GPU's. What is left out are its streams, its kernels and its memory.
+Operations run below autograd as they would on a GPU, so device and dtype of every tensor, and with
+them all choices, are a GPU's. What is left out are its streams, its kernels and its memory.
 """
 
 from __future__ import annotations

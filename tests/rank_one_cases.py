@@ -80,7 +80,8 @@ def counted(groups):
 def assert_counts(op, x, g, offsets, same_sum=True):
     """Signs, masks and NaN are those of the definition; what is kept is torch's own sum.
 
-    same_sum: to the last bit, as where the op adds up on the CPU; else by rounding of as many terms.
+    same_sum: to the last bit, as where the op adds up on the CPU; else by rounding of as many
+    terms.
     """
     dtype = reference.compute_dtype(x.dtype)
     total = g.to(dtype).t() @ x.to(dtype)
@@ -116,7 +117,9 @@ def counts_hold(op, dtype, lengths, out, width, same_sum=True):
 
 
 def holds_with_nan_and_infinity(op, dtype, same_sum=True):
-    """Also where all but one factor are 0, in one row or in different ones: only infinity times 0 is NaN."""
+    """Also where all but one factor are 0, in one row or in different ones: only infinity times 0
+    is NaN.
+    """
     x, g = factors("relu", 60, 40, 50, dtype)
     x[0, 3], x[1, 20], x[2, 20], x[3, 49] = math.nan, math.inf, -math.inf, math.inf
     g[4, 1], g[5, 36], g[3] = math.nan, -math.inf, 0.0

@@ -1,4 +1,6 @@
-"""What every implementation of htv::stacked is held to: hard inputs, and a budget of rounding against float64."""
+"""What every implementation of htv::stacked is held to: hard inputs, and a budget of rounding
+against float64.
+"""
 
 import math
 
@@ -12,7 +14,9 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def statistics(groups):
-    """Every statistic that is defined for so many groups, with parameters in the middle and at the ends."""
+    """Every statistic that is defined for so many groups, with parameters in the middle and at the
+    ends.
+    """
     for count in sorted({0, 1, groups // 3, groups, groups + 1}):
         yield from (Statistic(name, count) for name in ("and_mask", "xor_mask", "geometric_mean"))
     yield from (Statistic(name) for name in ("mean", "sign_sum", "sign_agreement"))

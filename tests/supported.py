@@ -30,7 +30,8 @@ WHO_VOTES: list[Row] = [
     ("packed sequences, (total, d) or (1, total, d)", EXACT, "attach: test_packed_sequences_in_both_layouts"),
     ("packed sequences whose means count once", EXACT, "voting: test_packed_sequences_whose_means_count_once"),
     ("every token, all or those of a mask", EXACT,
-     "voting: test_every_token_votes, test_tokens_of_a_whole_model; layers: test_tokens_of_elementwise_parameters"),
+     "voting: test_every_token_votes, test_tokens_of_a_whole_model; layers: "
+     "test_tokens_of_elementwise_parameters"),
     ("tokens taken out of their order, recurrent layers under tokens()", REFUSED,
      "refusals: test_tokens_out_of_their_order, test_recurrent_layers_where_tokens_vote"),
     ("inputs that have the batch's size by chance", f"{EXACT}, or refused",
@@ -43,7 +44,8 @@ WHO_VOTES: list[Row] = [
     ("a batch of one example", EXACT, "layers: test_layer_of_one_example"),
     ("padding masks", EXACT, "voting: test_padded_tokens_change_nothing; models: test_model"),
     ("excluded parameters beside served ones, whoever votes", EXACT,
-     "voting: test_excluded_parameters_are_plain_whoever_votes; layers: test_excluded_parameters_beside_served_ones"),
+     "voting: test_excluded_parameters_are_plain_whoever_votes; layers: "
+     "test_excluded_parameters_beside_served_ones"),
     ("as many examples as tokens, features or heads", EXACT, "layers: test_layer_where_sizes_coincide"),
     ("constants of size 1 beside the batch, in any order; examples in containers and objects", EXACT,
      "batch_choice: test_size_one_beside_larger_sizes_is_a_constant, "
@@ -63,7 +65,8 @@ WHO_VOTES: list[Row] = [
      "test_a_closure_that_forward_returned, "
      "test_what_an_operation_between_forwards_loses_is_refused"),
     ("forwards of different numbers of voters under one loss", REFUSED,
-     "parts_called_alone: test_forwards_of_different_numbers_of_voters_under_one_loss_are_refused_across_parameters"),
+     "parts_called_alone: "
+     "test_forwards_of_different_numbers_of_voters_under_one_loss_are_refused_across_parameters"),
     ("torch.jit.script, custom Functions and writes in place inside a forward", f"{EXACT}, or refused",
      "unseen: test_what_mixes_examples_unseen_is_refused, "
      "test_what_is_declared_or_told_by_its_graph_is_followed"),
@@ -97,7 +100,8 @@ TRAINING: list[Row] = [
     ("interrupts and failures: the next step is right, nothing is kept", EXACT,
      "interrupted: test_an_interrupt_at_any_line_wedges_nothing, "
      "test_failed_backwards_keep_nothing, "
-     "test_a_failed_micro_batch_leaves_no_half_counted_votes, test_a_detached_model_is_freed_at_once"),
+     "test_a_failed_micro_batch_leaves_no_half_counted_votes, "
+     "test_a_detached_model_is_freed_at_once"),
     ("gradient accumulation, `with handle.accumulate():`", EXACT,
      "accumulation: test_streaming_rules_equal_one_large_batch"),
     ("rules of one's own (`htv.Rule.reduce`)", EXACT,
@@ -112,7 +116,8 @@ TRAINING: list[Row] = [
     ("optimizers, clipping", EXACT, "attach: test_any_optimizer_and_clipping_work_unchanged"),
     ("several losses of one forward", EXACT, "training: test_several_losses_of_one_forward_are_one_vote"),
     ("autocast in bfloat16 and float16", EXACT,
-     "training: test_autocast; attach: test_gradients_have_the_type_of_their_parameter_under_autocast"),
+     "training: test_autocast; attach: "
+     "test_gradients_have_the_type_of_their_parameter_under_autocast"),
     ("GradScaler", EXACT, "training: test_gradient_scaling, test_a_scaled_step_with_infinities_is_skipped"),
     ("float32 and bfloat16 models", EXACT,
      "layers: test_layer_in_lower_types; check: test_whole_models_in_lower_types"),
@@ -121,7 +126,8 @@ TRAINING: list[Row] = [
     ("computed weights, rows picked by values, parts of a model under torch.compile", REFUSED,
      "compile: test_refused, test_a_part_compiled_by_itself_is_refused"),
     ("torch.compile: groups, packed sequences, tokens, accumulation", EXACT,
-     "compile: test_groups_change_without_compiling_again, test_packed_sequences_change_without_compiling_again, "
+     "compile: test_groups_change_without_compiling_again, "
+     "test_packed_sequences_change_without_compiling_again, "
      "test_tokens_vote, test_accumulation"),
     ("weight averages (EMA, SWA)", EXACT, "training: test_averaged_copies_follow_an_attached_model"),
     ("activation checkpointing, non-reentrant", EXACT,
@@ -136,7 +142,8 @@ TRAINING: list[Row] = [
     ("a checkpointed function that uses parameters directly", REFUSED,
      "lifecycle: test_recomputation_outside_the_mode_fails_loudly"),
     ("forwards under no_grad; eval mode", EXACT,
-     "attach: test_forwards_without_gradient_are_untouched; layers: test_outputs_are_those_of_the_plain_model"),
+     "attach: test_forwards_without_gradient_are_untouched; layers: "
+     "test_outputs_are_those_of_the_plain_model"),
     ("dropout", EXACT, "layers: test_noise_is_that_of_the_plain_model"),
     ("parameters frozen and unfrozen", EXACT, "attach: test_frozen_then_unfrozen_parameters"),
     ("excluded parameters, a rule for each", EXACT, "attach: test_exclude_and_callable_rules"),
@@ -217,11 +224,14 @@ def text() -> str:
     lines = [
         "# What is supported",
         "",
-        "Written by `python tests/supported.py` from the tables the tests run over; a test fails where it is not",
+        "Written by `python tests/supported.py` from the tables the tests run over; a test fails "
+        "where it is not",
         "current.",
         "",
-        f"*{EXACT.capitalize()}*: the gradient is that of one group at a time, by the rules, in float64 to rounding;",
-        f"outputs are those of the plain model. *{REFUSED.capitalize()}*: an error names parameter, operation and",
+        f"*{EXACT.capitalize()}*: the gradient is that of one group at a time, by the rules, in "
+        "float64 to rounding;",
+        f"outputs are those of the plain model. *{REFUSED.capitalize()}*: an error names "
+        "parameter, operation and",
         "remedy before any gradient is touched.",
     ]
     for section, rows in TABLE.items():

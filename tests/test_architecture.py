@@ -1,4 +1,5 @@
-"""Imports run one way: users' commands -> tools, methods -> attach -> engine -> autograd -> ops -> rules.
+"""Imports run one way: users' commands -> tools, methods -> attach -> engine -> autograd -> ops ->
+rules.
 
 Every import counts, also those inside functions and under TYPE_CHECKING.
 """
@@ -72,7 +73,9 @@ COMPILED = {"htv._host", "htv._C"}
 
 
 def imports(path: Path) -> set[str]:
-    """Return the modules of htv that a file imports anywhere; those of `from package import module` as such."""
+    """Return the modules of htv that a file imports anywhere; those of `from package import module`
+    as such.
+    """
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -139,7 +142,9 @@ def test_only_what_users_import_lies_at_the_root():
 
 
 def test_nothing_else_of_the_repository_can_be_imported(tmp_path):
-    """Whatever lies beside htv, in the working tree or an editable install, is no part of the package."""
+    """Whatever lies beside htv, in the working tree or an editable install, is no part of the
+    package.
+    """
     names = [
         "setup",
         "tests",

@@ -1,4 +1,6 @@
-"""A whole model served: against one group at a time, who votes, what a loss may do, and the way back."""
+"""A whole model served: against one group at a time, who votes, what a loss may do, and the way
+back.
+"""
 
 import copy
 

@@ -1,4 +1,6 @@
-"""Which arguments of a forward hold the examples: by size, by name, in containers, in packed sequences."""
+"""Which arguments of a forward hold the examples: by size, by name, in containers, in packed
+sequences.
+"""
 
 import dataclasses
 
@@ -128,7 +130,7 @@ def test_examples_in_a_container(wrap, ids):
     assert_votes_by_example(model, lambda rows: model(wrap(x[rows])).square().sum(), 6)
 
 
-# -- one voter --------------------------------------------------------------------------------------------------------
+# -- one voter -------------------------------------------------------------------------------------
 
 NEED_SEVERAL = [
     htv.AndMask(0.4),
@@ -237,7 +239,7 @@ def test_layouts_without_rows_are_refused_by_name():
     assert model.weight.grad is not None
 
 
-# -- who says so ------------------------------------------------------------------------------------------------------
+# -- who says so -----------------------------------------------------------------------------------
 
 
 def test_check_and_explain_and_refusals_say_which_argument_it_was():

@@ -1,4 +1,6 @@
-"""BatchNorm, which couples the examples of a batch: exchanged for GroupNorm, frozen, or with shared statistics."""
+"""BatchNorm, which couples the examples of a batch: exchanged for GroupNorm, frozen, or with shared
+statistics.
+"""
 
 import copy
 
@@ -16,7 +18,9 @@ RULES = [htv.AndMask(0.4), htv.Median(), htv.WinsorizedMean(1), htv.Mean()]
 
 
 class ConvNet(nn.Module):
-    """Conv -> BatchNorm2d -> ReLU, twice by the same BatchNorm where asked, -> mean over space -> Linear."""
+    """Conv -> BatchNorm2d -> ReLU, twice by the same BatchNorm where asked, -> mean over space ->
+    Linear.
+    """
 
     def __init__(self, times: int = 1, bias: bool = True, **options):
         super().__init__()
@@ -67,7 +71,7 @@ def gradients(model, x, y):
     )
 
 
-# -- replace_batchnorm ------------------------------------------------------------------------------------------------
+# -- replace_batchnorm -----------------------------------------------------------------------------
 
 
 def test_every_batch_norm_becomes_a_group_norm_in_place():
@@ -320,7 +324,7 @@ def test_a_replaced_model_is_served(rule):
         assert report.parameters == 6 and report.groups == 7
 
 
-# -- attach(..., batch_norm="error") ----------------------------------------------------------------------------------
+# -- attach(..., batch_norm="error") ---------------------------------------------------------------
 
 
 def test_the_default_names_module_and_remedies():
@@ -346,7 +350,7 @@ def test_unknown_choices_are_refused():
         htv.attach(mlp(), htv.Median(), batch_norm="eval")
 
 
-# -- attach(..., batch_norm="frozen") ---------------------------------------------------------------------------------
+# -- attach(..., batch_norm="frozen") --------------------------------------------------------------
 
 FROZEN = {
     "batch norm 1d": lambda: (used(mlp().double(), 9, 5), torch.randn(7, 5).double()),
@@ -437,14 +441,17 @@ def test_frozen_by_groups():
         torch.testing.assert_close(found[parameter], grad, rtol=1e-12, atol=1e-14, msg=parameter)
 
 
-# -- attach(..., batch_norm="shared") ---------------------------------------------------------------------------------
-#
-# The oracle: every example gets a copy of every parameter, and plain autograd differentiates by the copies. Statistics
-# are those of the whole batch, so the gradient of a copy includes what passes through them.
+# -- attach(..., batch_norm="shared")
+# ---------------------------------------------------------------------------------  The oracle:
+# every example gets a copy of every parameter, and plain autograd differentiates by the copies.
+# Statistics are those of the whole batch, so the gradient of a copy includes what passes through
+# them.
 
 
 def normed(z, own, prefix):
-    """BatchNorm of z (N, C, *space) by the batch's statistics; scale and shift (N, C), each example its own."""
+    """BatchNorm of z (N, C, *space) by the batch's statistics; scale and shift (N, C), each example
+    its own.
+    """
     shape = (*z.shape[:2], *(1,) * (z.dim() - 2))
     z = F.batch_norm(z, None, None, training=True, eps=1e-5)
     for operation, name in ((torch.mul, f"{prefix}.weight"), (torch.add, f"{prefix}.bias")):
@@ -582,7 +589,9 @@ def test_shared_contributions_are_not_those_of_frozen_statistics():
 
 
 def test_shared_takes_several_steps_as_plain_training_does():
-    """With Mean() nothing differs: parameters, statistics and input gradients over several steps of an optimizer."""
+    """With Mean() nothing differs: parameters, statistics and input gradients over several steps of
+    an optimizer.
+    """
     model = used(ConvNet().double(), 9, 3, 5, 5)
     twin = copy.deepcopy(model)
     batches = [
@@ -621,7 +630,7 @@ def test_shared_in_eval_mode_is_eval_mode():
     assert_same_statistics(model, before)
 
 
-# -- what is still to do ----------------------------------------------------------------------------------------------
+# -- what is still to do ---------------------------------------------------------------------------
 
 
 def test_frozen_statistics_stay_as_they_are_without_gradients():

@@ -1,4 +1,6 @@
-"""The benchmark: what is measured, that baselines compute the same gradients, what becomes of failures, the report."""
+"""The benchmark: what is measured, that baselines compute the same gradients, what becomes of
+failures, the report.
+"""
 
 import json
 

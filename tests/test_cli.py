@@ -1,4 +1,6 @@
-"""The command line: help, info, clear refusals, one small demo and one small benchmark from start to end."""
+"""The command line: help, info, clear refusals, one small demo and one small benchmark from start
+to end.
+"""
 
 import json
 import os
@@ -41,7 +43,8 @@ def test_python_m_htv_and_what_help_does_not_import():
         "import sys; sys.argv = ['htv', '--help']\n"
         "try:\n    import htv.__main__\n"
         "except SystemExit as stop:\n    assert stop.code == 0\n"
-        "print([m for m in ('matplotlib', 'sklearn', 'htv.demo', 'htv.data', 'htv.bench') if m in sys.modules])"
+        "print([m for m in ('matplotlib', 'sklearn', 'htv.demo', 'htv.data', 'htv.bench') if m in "
+        "sys.modules])"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=False
@@ -141,7 +144,9 @@ def test_no_cuda_names_the_remedy():
 
 @pytest.fixture(scope="module")
 def small_demo(tmp_path_factory):
-    """A demo of seconds: one rule, one epoch, few images. Needs attach, and measures memory in three processes."""
+    """A demo of seconds: one rule, one epoch, few images. Needs attach, and measures memory in
+    three processes.
+    """
     out = tmp_path_factory.mktemp("demo") / "new" / "folder"
     result = invoke(
         "demo",

@@ -1,4 +1,6 @@
-"""torch.compile(fullgraph=True): the compiled model's gradients are those of the eager one, or it refuses."""
+"""torch.compile(fullgraph=True): the compiled model's gradients are those of the eager one, or it
+refuses.
+"""
 
 import copy
 import gc
@@ -125,7 +127,7 @@ def images(n=6):
     return torch.randn(n, 1, 8, 8)
 
 
-# -- gradients --------------------------------------------------------------------------------------------------------
+# -- gradients -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -275,7 +277,7 @@ def test_user_hooks_run_on_the_aggregated_gradient():
     pair.step(ids())
 
 
-# -- who votes --------------------------------------------------------------------------------------------------------
+# -- who votes -------------------------------------------------------------------------------------
 
 
 def compiled_frames():
@@ -369,7 +371,7 @@ def test_wrong_groups():
     pair.step(ids())
 
 
-# -- what a forward returns and takes ---------------------------------------------------------------------------------
+# -- what a forward returns and takes --------------------------------------------------------------
 
 Named = namedtuple("Named", "y none number")
 
@@ -444,7 +446,7 @@ def test_tensor_attributes():
     pair.step(x4)
 
 
-# -- attached, detached, compiled -------------------------------------------------------------------------------------
+# -- attached, detached, compiled ------------------------------------------------------------------
 
 
 def test_detach_and_attach_again():
@@ -537,7 +539,7 @@ def test_nothing_stays_after_an_error_or_keeps_the_model():
     assert [reference() for reference in seen] == [None] * 3
 
 
-# -- refused ----------------------------------------------------------------------------------------------------------
+# -- refused ---------------------------------------------------------------------------------------
 
 
 def test_a_gradient_by_another_path_is_refused():

@@ -1,4 +1,6 @@
-"""Numbers in the README and in the benchmark's report are those of the committed records, and these are complete."""
+"""Numbers in the README and in the benchmark's report are those of the committed records, and these
+are complete.
+"""
 
 import importlib.util
 import json

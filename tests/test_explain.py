@@ -48,7 +48,8 @@ def test_every_layer_is_served_as_it_is_explained(layer):
     )
     for guess, seen in zip(by_class.rows, by_run.rows, strict=True):
         assert not guess.streaming.startswith("unsupported")
-        # What a module of one's own does with others (a second use, a chunk of their weights) no class tells.
+        # What a module of one's own does with others (a second use, a chunk of their weights) no
+        # class tells.
         if (
             guess.use != "own forward"
             and type(model) not in (Module, Tied, Lora)

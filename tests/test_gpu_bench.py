@@ -1,4 +1,6 @@
-"""bench/gpu.sh: its dry run from end to end, steps and cases that fail, crash or hang, and its report."""
+"""bench/gpu.sh: its dry run from end to end, steps and cases that fail, crash or hang, and its
+report.
+"""
 
 import copy
 import fcntl
@@ -257,7 +259,9 @@ def hang(monkeypatch, tmp_path):
                 self.process, self.before = process, process is None and path.exists()
 
             def spent(self):
-                """A process may hang before its clock is made; the job's clock is made before all of them."""
+                """A process may hang before its clock is made; the job's clock is made before all
+                of them.
+                """
                 concerned = path.exists() and self.process in (None, int(path.read_text() or 0))
                 return seconds if concerned and not self.before else 0.0
 

@@ -1,4 +1,6 @@
-"""What the compiled part says about itself: one ops library, its build info, the CPU level in force."""
+"""What the compiled part says about itself: one ops library, its build info, the CPU level in
+force.
+"""
 
 import ctypes
 import importlib
@@ -103,7 +105,9 @@ def test_an_unknown_level_is_an_error(host, monkeypatch):
 
 
 def test_calls_leave_no_memory_behind():
-    """Not even a few bytes a call: they would keep the heap from giving back what lies between them."""
+    """Not even a few bytes a call: they would keep the heap from giving back what lies between
+    them.
+    """
     status = Path("/proc/self/status")
     if not status.is_file():
         pytest.skip("needs /proc")

@@ -1,4 +1,6 @@
-"""Every use in `layer_table` against one group at a time: under the rules, by groups, in lower types, of any size."""
+"""Every use in `layer_table` against one group at a time: under the rules, by groups, in lower
+types, of any size.
+"""
 
 from contextlib import nullcontext
 
@@ -44,7 +46,8 @@ def one_thread():
 def test_layer(layer, rule):
     report = htv.check(*LAYERS[layer](), rule)
     assert report.groups == layer_table.N and report.ambiguous < 0.2
-    # Where a sign means nothing (a key bias under softmax), neither does the fraction of coordinates kept.
+    # Where a sign means nothing (a key bias under softmax), neither does the fraction of
+    # coordinates kept.
     assert report.error < 1e-10 or (report.ambiguous and rule == htv.AndMask(0.4, rescale=True))
 
 

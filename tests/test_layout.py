@@ -1,9 +1,10 @@
-"""Random programs of tensor operations between uses of parameters: what is served is exact, whatever sizes coincide.
+"""Random programs of tensor operations between uses of parameters: what is served is exact,
+whatever sizes coincide.
 
-A program is a list of lines of Python, so a failing one can be read and run. The oracle knows no layout: it moves one
-example's rows of the first layer's output after the other's to see which rows of every use depend on them, and cuts the
-plain gradient by rows. Rows that depend on none (padding) leave only running the program on every example by itself,
-where it allows that.
+A program is a list of lines of Python, so a failing one can be read and run. The oracle knows no
+layout: it moves one example's rows of the first layer's output after the other's to see which rows
+of every use depend on them, and cuts the plain gradient by rows. Rows that depend on none (padding)
+leave only running the program on every example by itself, where it allows that.
 """
 
 import math
@@ -56,7 +57,9 @@ class Program(nn.Module):
         return name
 
     def use(self, reads, t, function, *names):
-        """A use of parameters. reads: the dims of t every row of the result reads all of, -1 or such, or None."""
+        """A use of parameters. reads: the dims of t every row of the result reads all of, -1 or
+        such, or None.
+        """
         parameters = [getattr(self, name) for name in names]
         out = function(t, *parameters)
         if self.records is not None:
@@ -77,14 +80,16 @@ class Program(nn.Module):
         return values[f"v{self.last}"]
 
     def recorded(self, x, moved=None):
-        """The output, and (reads, t, out, function, names) of every use; `moved` is added to the first one's result."""
+        """The output, and (reads, t, out, function, names) of every use; `moved` is added to the
+        first one's result.
+        """
         self.records, self.moved = [], moved
         out, records = self(x), self.records
         self.records = None
         return out, records
 
 
-# -- drawing programs: every function gives the right-hand side of a line, from a name and the value it has -----------
+# -- drawing programs: every function gives the right-hand side of a line, from a name and the value
 
 
 def some_dim(r, t):
@@ -104,7 +109,9 @@ def at(d, item):
 
 
 def factored(r, t):
-    """A shape of as many elements; the sizes of the tensor's dims as factors, merged and cut at random."""
+    """A shape of as many elements; the sizes of the tensor's dims as factors, merged and cut at
+    random.
+    """
     primes = [
         f
         for size in t.shape
@@ -619,7 +626,7 @@ def drawn(r):
     return program, x, dim
 
 
-# -- the oracle -------------------------------------------------------------------------------------------------------
+# -- the oracle ------------------------------------------------------------------------------------
 
 
 def loss_of(out):
@@ -628,7 +635,9 @@ def loss_of(out):
 
 
 def contributions_by_rows(program, x, dim):
-    """name -> (N, *shape); names to which rows of several examples contribute, and those to which nobody's rows do."""
+    """name -> (N, *shape); names to which rows of several examples contribute, and those to which
+    nobody's rows do.
+    """
     n, names = x.shape[dim], [name for name, _ in program.named_parameters()]
     out, records = program.recorded(x)
     loss_of(out).backward()
@@ -672,7 +681,9 @@ def contributions_by_rows(program, x, dim):
 
 
 def contributions_one_by_one(program, x, dim):
-    """name -> (N, *shape) from the program run on every example by itself; None where it is another program then."""
+    """name -> (N, *shape) from the program run on every example by itself; None where it is another
+    program then.
+    """
     parameters = dict(program.named_parameters())
     grads_of = lambda loss: torch.autograd.grad(
         loss, list(parameters.values()), allow_unused=True, materialize_grads=True
@@ -743,7 +754,7 @@ def test_random_programs():
     assert found["served"] > found.total() / 3, found
 
 
-# -- views ------------------------------------------------------------------------------------------------------------
+# -- views -----------------------------------------------------------------------------------------
 
 
 def seen_later(m, x):

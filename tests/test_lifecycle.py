@@ -1,4 +1,6 @@
-"""What happens around a served backward: in-place edits, checkpoints, hooks, copies, replaced parameters, leaks."""
+"""What happens around a served backward: in-place edits, checkpoints, hooks, copies, replaced
+parameters, leaks.
+"""
 
 import copy
 import gc
@@ -269,7 +271,7 @@ def test_packed_sequences_dropped_for_being_empty_keep_their_identity():
     )
 
 
-# -- activation checkpointing -----------------------------------------------------------------------------------------
+# -- activation checkpointing ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -387,7 +389,7 @@ def test_recomputation_outside_the_mode_fails_loudly(name):
             square(model(torch.randn(5, 6))).backward()
 
 
-# -- hooks, threads, memory -------------------------------------------------------------------------------------------
+# -- hooks, threads, memory ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("when", ["before", "after"])

@@ -1,4 +1,6 @@
-"""An attached model looks and acts as before to those who read its forward, with the real libraries."""
+"""An attached model looks and acts as before to those who read its forward, with the real
+libraries.
+"""
 
 import importlib.util
 import inspect
@@ -44,7 +46,9 @@ def test_readers_of_the_forward_see_the_plain_one():
 
 
 def test_a_forward_wrapped_by_its_function_is_still_served():
-    """As accelerate does for autocast: model.forward = MethodType(wrap(model.forward.__func__), model)."""
+    """As accelerate does for autocast: model.forward = MethodType(wrap(model.forward.__func__),
+    model).
+    """
     model, x = Model(), torch.randn(6, 5)
     with htv.attach(model, htv.AndMask(1.0)):
         model(x).square().sum().backward()

@@ -1,4 +1,6 @@
-"""Models as Hugging Face, timm and PEFT build them, against one example at a time under one rule of every family."""
+"""Models as Hugging Face, timm and PEFT build them, against one example at a time under one rule of
+every family.
+"""
 
 import pytest
 import torch

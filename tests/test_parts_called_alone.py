@@ -101,7 +101,9 @@ def test_a_method_is_served_by_name(methods):
 
 
 def test_a_method_that_calls_backward_itself():
-    """Manual optimization: the backward inside the method is not followed as if it were the forward."""
+    """Manual optimization: the backward inside the method is not followed as if it were the
+    forward.
+    """
     model, (x, y) = Step().double(), batch()
     plain = model.training_step
     model.step = lambda batch: plain(batch).backward()

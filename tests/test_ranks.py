@@ -1,4 +1,6 @@
-"""Several ranks: each would vote alone, so every rule but Mean raises, in whatever order things are wrapped."""
+"""Several ranks: each would vote alone, so every rule but Mean raises, in whatever order things are
+wrapped.
+"""
 
 import os
 import tempfile

@@ -1,4 +1,6 @@
-"""What cannot be served is refused by name, with a remedy, and leaves model and gradients as they were."""
+"""What cannot be served is refused by name, with a remedy, and leaves model and gradients as they
+were.
+"""
 
 import pytest
 import torch
@@ -28,7 +30,9 @@ class Square(torch.autograd.Function):
 
 
 def refused(model, call, error, *words, backward=False):
-    """`call` raises `error` with all words in its message, and every .grad and state stays. Returns the message."""
+    """`call` raises `error` with all words in its message, and every .grad and state stays. Returns
+    the message.
+    """
     for p in model.parameters():
         p.grad = torch.full_like(p, 7.0)
     state = {k: v.clone() for k, v in model.state_dict().items()}
@@ -231,7 +235,8 @@ MIXING = {
         lambda m, x: F.linear(x, m.w * m.l(x).mean()), l=nn.Linear(6, 6), w=torch.randn(6, 6)
     ),
 }
-# The same where a parameter fits the batch's size: N is 5, then as many as tokens, then as features.
+# The same where a parameter fits the batch's size: N is 5, then as many as tokens, then as
+# features.
 SIZED = {
     "mixed by a matrix from the left": lambda n: mix(
         lambda m, x: m.w @ x[:, 0], w=torch.randn(n, n)
@@ -324,7 +329,9 @@ IN_BACKWARD = {
 
 
 def require_refusal(model, x, name):
-    """An UnsupportedError that names a parameter of the model and a remedy, before anything has changed."""
+    """An UnsupportedError that names a parameter of the model and a remedy, before anything has
+    changed.
+    """
     names, late = [n for n, _ in model.named_parameters()], name in IN_BACKWARD
     with htv.attach(model, htv.Median()):
         call = (lambda: model(x).sum().backward()) if late else (lambda: model(x))
@@ -348,7 +355,9 @@ def test_a_parameter_that_meets_the_batch_s_dim(name, size):
 
 @pytest.mark.parametrize("length", [4, 5], ids=["T != N", "T == N"])
 def test_positions_as_an_input(length):
-    """Where there are as many as examples their size says they are the batch's, and the sum says they are not."""
+    """Where there are as many as examples their size says they are the batch's, and the sum says
+    they are not.
+    """
     model = Module(
         lambda m, x, at: m.l(x) + m.e(at), l=nn.Linear(6, 6), e=nn.Embedding(5, 6)
     ).double()
@@ -429,7 +438,9 @@ def test_recurrent_layers_where_tokens_vote(make):
 
 
 def test_coupling_that_needs_no_parameter_to_follow():
-    """Where examples meet behind the last parameter, in a loss, contributions are what passes through their rows."""
+    """Where examples meet behind the last parameter, in a loss, contributions are what passes
+    through their rows.
+    """
     model = Module(similarity, l=nn.Linear(6, 6, bias=False)).double()
     x = torch.randn(5, 4, 6).double()
     weight = model.l.weight
@@ -445,7 +456,8 @@ def test_coupling_that_needs_no_parameter_to_follow():
     torch.testing.assert_close(found, aggregated(torch.stack(parts), htv.Median()))
 
 
-# Where the batch is in the output of models that change the order of examples: the example of every row.
+# Where the batch is in the output of models that change the order of examples: the example of every
+# row.
 REORDERED = {
     "flipped": (lambda m, x: m.l(x.flip(0)), [4, 3, 2, 1, 0]),
     "rolled": (lambda m, x: m.l(torch.tanh(m.l(x)).roll(1, 0)), [4, 0, 1, 2, 3]),

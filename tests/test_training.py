@@ -1,4 +1,6 @@
-"""Ways to train: several losses, mixed precision, gradient scaling, averaged copies, checkpoints, failures."""
+"""Ways to train: several losses, mixed precision, gradient scaling, averaged copies, checkpoints,
+failures.
+"""
 
 import copy
 
@@ -48,7 +50,9 @@ def test_several_losses_of_one_forward_are_one_vote(rule):
 
 
 def test_every_backward_of_its_own_is_a_vote_of_its_own():
-    """A loss that is differentiated by itself is aggregated by itself, and the results add up in .grad."""
+    """A loss that is differentiated by itself is aggregated by itself, and the results add up in
+    .grad.
+    """
     model, x = mlp().double(), torch.randn(6, 12).double()
     first, second = (lambda y: y.square().sum()), (lambda y: y.sin().sum())
     parts = [
@@ -63,13 +67,15 @@ def test_every_backward_of_its_own_is_a_vote_of_its_own():
         torch.testing.assert_close(grad, expected, rtol=1e-10, atol=1e-12)
 
 
-# -- mixed precision --------------------------------------------------------------------------------------------------
+# -- mixed precision -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rule", RULES, **by_name)
 def test_autocast(rule, dtype):
-    """Within what half precision itself costs: twice the distance of its plain contributions to exact ones."""
+    """Within what half precision itself costs: twice the distance of its plain contributions to
+    exact ones.
+    """
     layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
     model = nn.Sequential(nn.Linear(5, 8), layer, nn.Linear(8, 3))
     x = torch.randn(6, 4, 5)
@@ -137,7 +143,7 @@ def test_a_scaled_step_with_infinities_is_skipped():
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
-# -- copies -----------------------------------------------------------------------------------------------------------
+# -- copies ----------------------------------------------------------------------------------------
 
 
 def test_averaged_copies_follow_an_attached_model():
@@ -175,7 +181,7 @@ def test_state_dicts_pass_between_attached_and_plain_models():
         assert torch.equal(grad, found[name])
 
 
-# -- activation checkpointing -----------------------------------------------------------------------------------------
+# -- activation checkpointing ----------------------------------------------------------------------
 
 CHECKPOINTED = {
     "lstm": lambda: nn.LSTM(6, 6, num_layers=2, batch_first=True),
@@ -243,7 +249,7 @@ def test_a_tied_model_with_every_block_checkpointed():
         )
 
 
-# -- failures ---------------------------------------------------------------------------------------------------------
+# -- failures --------------------------------------------------------------------------------------
 
 
 class Explosion(Exception):

@@ -1,4 +1,6 @@
-"""What no mode can see: scripted functions, custom Functions, writes in place, tensors that stand in for parameters."""
+"""What no mode can see: scripted functions, custom Functions, writes in place, tensors that stand
+in for parameters.
+"""
 
 import pytest
 import torch

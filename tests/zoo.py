@@ -1,6 +1,7 @@
 """Models people train, as their libraries build them: randomly initialised, tiny, no downloads.
 
-MODELS maps a name to a builder of (model, batch), where batch is what `htv.check` takes. Needs the extra `models`.
+MODELS maps a name to a builder of (model, batch), where batch is what `htv.check` takes. Needs the
+extra `models`.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def images(size: int = 12) -> Tensor:
     return torch.randn(N, 3, size, size)
 
 
-# -- Hugging Face -----------------------------------------------------------------------------------------------------
+# -- Hugging Face ----------------------------------------------------------------------------------
 
 
 def transformer(model: str, config: str, attention: str = "eager", **options) -> nn.Module:
@@ -128,7 +129,9 @@ def whisper_encoder():
 
 
 def mixtral():
-    """With more experts than every example can reach; the default implementation of experts knows no float64."""
+    """With more experts than every example can reach; the default implementation of experts knows
+    no float64.
+    """
     options = LLAMA | dict(
         num_local_experts=8, num_experts_per_tok=2, experts_implementation="eager"
     )
@@ -144,7 +147,9 @@ def qwen3_moe():
 
 
 def switch():
-    """A capacity no expert reaches: what it drops depends on the other tokens, of the same example alone."""
+    """A capacity no expert reaches: what it drops depends on the other tokens, of the same example
+    alone.
+    """
     options = T5 | dict(
         num_experts=4, expert_capacity=64, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1
     )
@@ -181,7 +186,7 @@ def clip_text():
     return transformer("CLIPTextModelWithProjection", "CLIPTextConfig", **options), batch
 
 
-# -- timm -------------------------------------------------------------------------------------------------------------
+# -- timm ------------------------------------------------------------------------------------------
 
 
 def timm_model(name: str, size: int = 16, **options):
@@ -227,7 +232,9 @@ def timm_beit():
 
 
 def efficientnet_frozen_norms():
-    """Depthwise and squeeze-excite blocks; the BatchNorms in eval mode, with statistics as if trained."""
+    """Depthwise and squeeze-excite blocks; the BatchNorms in eval mode, with statistics as if
+    trained.
+    """
     stages = efficientnet.decode_arch_def(
         [["ds_r1_k3_s1_e1_c8_se0.25"], ["ir_r2_k3_s2_e2_c8_se0.25_noskip"], ["ir_r1_k5_s1_e2_c8"]]
     )
@@ -242,7 +249,7 @@ def efficientnet_frozen_norms():
     return model, images(16)
 
 
-# -- PEFT -------------------------------------------------------------------------------------------------------------
+# -- PEFT ------------------------------------------------------------------------------------------
 
 
 def lora(base, **options):

@@ -1,11 +1,12 @@
-"""The tiles that products are launched with: from a tuned table where there is one, else from the static one below and
-a model of what a tile costs. The same shapes always run the same code.
+"""The tiles that products are launched with: from a tuned table where there is one, else from the
+static one below and a model of what a tile costs. The same shapes always run the same code.
 
-Every entry compiles without a register spill (tests/triton_kernels/test_compile.py). Which is fastest where has not yet
-been measured on hardware.
+Every entry compiles without a register spill (tests/triton_kernels/test_compile.py). Which is
+fastest where has not yet been measured on hardware.
 
-A tuned table is a JSON file: {"version": 1, "entries": [{"arch": "sm_90", "arithmetic": "half", "words": 2,
-"aligned": true, "outputs": 4096, "inputs": 4096, "parts": 1, "groups": 16, "rows": 1024, "config": {"BLOCK_O": 128,
+A tuned table is a JSON file: {"version": 1, "entries": [{"arch": "sm_90", "arithmetic": "half",
+"words": 2, "aligned": true, "outputs": 4096, "inputs": 4096, "parts": 1, "groups": 16, "rows":
+1024, "config": {"BLOCK_O": 128,
 ...}, "splits": 1}, ...]}, sizes as in `Problem`. The entry of the nearest shape (in the logarithms of its sizes)
 among those of the same architecture, arithmetic, words and alignment serves, if it is near. `htv tune` writes such a
 file. The one that HTV_TUNED names is taken, else `htv/tuned.json` in the user's cache, else `tuned.json` beside this
@@ -37,7 +38,9 @@ class Config(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """What a choice depends on. words: fp32 registers of state per coordinate, beside the product's own."""
+    """What a choice depends on. words: fp32 registers of state per coordinate, beside the product's
+    own.
+    """
 
     arch: str
     arithmetic: str  # "half", "tf32" or "fp32"
@@ -53,8 +56,9 @@ class Problem(NamedTuple):
 
 _SMALL_FP32 = Config(32, 32, 16, 8, num_warps=4, num_stages=2)
 
-# By (architecture, arithmetic), then the most words that a tile has registers for. The product itself takes a word
-# more: 128 x 128 coordinates, 8 warps and 2 words are 3 * 64 of a thread's 255 registers. 0 words: contributions alone.
+# By (architecture, arithmetic), then the most words that a tile has registers for. The product
+# itself takes a word more: 128 x 128 coordinates, 8 warps and 2 words are 3 * 64 of a thread's 255
+# registers. 0 words: contributions alone.
 TABLE: dict[tuple[str, str], dict[int, tuple[Config, ...]]] = {
     ("sm_90", "half"): {
         0: (
@@ -113,7 +117,8 @@ MOST_UNALIGNED = (
 )  # coordinates, and 32 rows: element-wise loads need the registers that more would take
 LEAST_ROWS = 16  # of a block: what tensor cores take
 MOST_SPLITS = 16
-# Per multiprocessor and cycle: operations by arithmetic, and bytes from L2. What the model of costs knows of a device.
+# Per multiprocessor and cycle: operations by arithmetic, and bytes from L2. What the model of costs
+# knows of a device.
 OPERATIONS = {
     "sm_80": {"half": 2048, "tf32": 1024, "fp32": 128},
     "sm_90": {"half": 4096, "tf32": 2048, "fp32": 256},
@@ -124,7 +129,9 @@ MEMORY_BYTES = 18
 
 
 def architecture(capability: tuple[int, int]) -> str:
-    """9.x has wgmma and 10.x tcgen05, which read both operands from shared memory and so save registers."""
+    """9.x has wgmma and 10.x tcgen05, which read both operands from shared memory and so save
+    registers.
+    """
     return {9: "sm_90", 10: "sm_100"}.get(capability[0], "sm_80")
 
 
@@ -143,8 +150,9 @@ def candidates(problem: Problem) -> list[Config]:
 
 
 def cost(problem: Problem, config: Config, splits: int) -> float:
-    """Cycles, roughly: operations or bytes from L2, whichever takes longer, the statistic at every group's end, whole
-    waves of programs, and the merging of splits."""
+    """Cycles, roughly: operations or bytes from L2, whichever takes longer, the statistic at every
+    group's end, whole waves of programs, and the merging of splits.
+    """
     size, coordinates = (2 if problem.arithmetic == "half" else 4), config.BLOCK_O * config.BLOCK_I
     operations = 2 * coordinates / OPERATIONS[problem.arch][problem.arithmetic]
     per_row = max(operations, (config.BLOCK_O + config.BLOCK_I) * size / L2_BYTES)
@@ -231,7 +239,9 @@ def user_table() -> Path:
 
 
 def nearest(entries: tuple[dict, ...], problem: Problem) -> tuple[Config, int] | None:
-    """Configuration and splits of the entry nearest to a problem; None where none has its `KEY` and is near."""
+    """Configuration and splits of the entry nearest to a problem; None where none has its `KEY` and
+    is near.
+    """
     alike = [
         entry for entry in entries if all(entry[name] == getattr(problem, name) for name in KEY)
     ]
@@ -251,7 +261,9 @@ def nearest(entries: tuple[dict, ...], problem: Problem) -> tuple[Config, int] |
 
 @functools.lru_cache
 def load(path: Path) -> tuple[dict, ...]:
-    """Read and check a tuned table, once per process. Raises ValueError that names the file and the entry."""
+    """Read and check a tuned table, once per process. Raises ValueError that names the file and the
+    entry.
+    """
     try:
         table = json.loads(path.read_text())
     except (OSError, ValueError) as error:

@@ -1,14 +1,17 @@
 """Statistics of a convolution's per-group contributions without forming them all: the op `conv`.
 
-A weight with 16 output channels or more per convolution group is that of a linear layer whose input rows are windows
-of x, which the product's loads gather as they go (an implicit GEMM). One with fewer, depthwise above all, has too
-little work per window for tensor cores: its contributions, small beside the activations, are summed by a kernel of
-their own and then aggregated as stacked ones are.
+A weight with 16 output channels or more per convolution group is that of a linear layer whose input
+rows are windows of x, which the product's loads gather as they go (an implicit GEMM). One with
+fewer, depthwise above all, has too little work per window for tensor cores: its contributions,
+small beside the activations, are summed by a kernel of their own and then aggregated as stacked
+ones are.
 
-Images are read with their channels last, where neighbours in a row of the product are neighbours in memory; others are
-first copied so: 2 reads or writes per value, where the product reads each about as often as the kernel has taps.
+Images are read with their channels last, where neighbours in a row of the product are neighbours in
+memory; others are first copied so: 2 reads or writes per value, where the product reads each about
+as often as the kernel has taps.
 
-Not yet run on hardware: tested under the interpreter, and compiled offline for sm_80, sm_90 and sm_100.
+Not yet run on hardware: tested under the interpreter, and compiled offline for sm_80, sm_90 and
+sm_100.
 """
 
 import math
@@ -46,11 +49,13 @@ def depthwise_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Contributions to a weight with few outputs per part, split into sums over a share of each group's positions.
+    """Contributions to a weight with few outputs per part, split into sums over a share of each
+    group's positions.
 
-    x (S, D, H, W, STRIDE), grad_output (S * L, O), offsets (E + 1,) of samples -> out (E, num_splits, O, width, taps).
-    OUTPUTS: output channels per part; GEOMETRY: as `product.load_windows` takes it; TAPS: taps of one program.
-    Programs: (groups x splits, blocks of output channels, input channels of a part x shares of the taps).
+    x (S, D, H, W, STRIDE), grad_output (S * L, O), offsets (E + 1,) of samples -> out (E,
+    num_splits, O, width, taps). OUTPUTS: output channels per part; GEOMETRY: as
+    `product.load_windows` takes it; TAPS: taps of one program. Programs: (groups x splits, blocks
+    of output channels, input channels of a part x shares of the taps).
     """
     width: tl.constexpr = GEOMETRY[0]
     D: tl.constexpr = GEOMETRY[1]
@@ -122,8 +127,9 @@ def conv(
     """x (S, C, *space), grad_output (S, O, *out_space), offsets (E + 1,) of samples
     -> value (O, C / groups, *kernel) fp32, mask_sum () fp64.
 
-    The contract is that of the op `conv` in `htv.ops.schema`, except that `offsets` may lie on the device, where they
-    are trusted. choice: (Config, splits) instead of the table's; of a depthwise weight, (None, splits).
+    The contract is that of the op `conv` in `htv.ops.schema`, except that `offsets` may lie on the
+    device, where they are trusted. choice: (Config, splits) instead of the table's; of a depthwise
+    weight, (None, splits).
     """
     device.require("conv", "x and grad_output", x, grad_output)
     product.require_served("conv", statistic, len(offsets) - 1)
@@ -182,7 +188,9 @@ def _geometry(x, grad_output, width, kernel, stride, padding, dilation):
 
 
 def _splits(where, groups, rows, geometry, grad_output):
-    """Of every group's positions, so that each multiprocessor has two programs where groups are long enough."""
+    """Of every group's positions, so that each multiprocessor has two programs where groups are
+    long enough.
+    """
     taps = math.prod(geometry[7:10])
     programs = groups * triton.cdiv(grad_output.shape[1], DEPTHWISE["BLOCK_C"]) * geometry[0] * taps
     programs //= min(geometry[9], MOST_TAPS)
@@ -221,7 +229,8 @@ def _check(x, grad_output, offsets, kernel, stride, padding, dilation, groups):
     dims = x.dim() - 2
     if dims not in (1, 2, 3) or grad_output.dim() != x.dim() or len(x) != len(grad_output):
         raise ValueError(
-            "conv (Triton): wants x (S, C, *space) and grad_output (S, O, *out_space) with 1 to 3 spatial dims, "
+            "conv (Triton): wants x (S, C, *space) and grad_output (S, O, *out_space) with 1 to 3 "
+            "spatial dims, "
             f"got {tuple(x.shape)} and {tuple(grad_output.shape)}"
         )
     for name, sizes, least in (
@@ -232,11 +241,13 @@ def _check(x, grad_output, offsets, kernel, stride, padding, dilation, groups):
     ):
         if len(sizes) != dims or min(sizes) < least:
             raise ValueError(
-                f"conv (Triton): {name} must be {dims} numbers of at least {least}, got {list(sizes)}"
+                f"conv (Triton): {name} must be {dims} numbers of at least {least}, got "
+                f"{list(sizes)}"
             )
     if groups < 1 or x.shape[1] % groups or grad_output.shape[1] % groups:
         raise ValueError(
-            f"conv (Triton): {x.shape[1]} input and {grad_output.shape[1]} output channels do not split into "
+            f"conv (Triton): {x.shape[1]} input and {grad_output.shape[1]} output channels do not "
+            "split into "
             f"{groups} groups"
         )
     found = tuple(
@@ -252,5 +263,6 @@ def _check(x, grad_output, offsets, kernel, stride, padding, dilation, groups):
     positions = max(1, math.prod(grad_output.shape[2:]))
     if x[:1].numel() * (64 // positions + 2) >= MOST_VALUES:
         raise ValueError(
-            f"conv (Triton): samples of {x[:1].numel()} values are too large; use the reference backend"
+            f"conv (Triton): samples of {x[:1].numel()} values are too large; use the reference "
+            "backend"
         )

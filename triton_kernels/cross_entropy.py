@@ -1,8 +1,10 @@
-"""Cross-entropies of shifted logits: the ops `shifted_cross_entropy` and `shifted_cross_entropy_grad`.
+"""Cross-entropies of shifted logits: the ops `shifted_cross_entropy` and
+`shifted_cross_entropy_grad`.
 
-A program walks the classes of some rows in blocks, keeping the largest shifted logit and the sum of exponentials
-relative to it. Few classes are one block, many rows of it; of a vocabulary every program has one row. The gradient
-needs no walk: its blocks are independent, as the forward left both numbers of every row.
+A program walks the classes of some rows in blocks, keeping the largest shifted logit and the sum of
+exponentials relative to it. Few classes are one block, many rows of it; of a vocabulary every
+program has one row. The gradient needs no walk: its blocks are independent, as the forward left
+both numbers of every row.
 
 Not yet run on hardware: tested under the interpreter, and compiled offline.
 """
@@ -168,7 +170,8 @@ def _check(op: str, logits, targets, shift, weight) -> None:
         or targets.shape != logits.shape[:1]
     ):
         raise ValueError(
-            f"{op} (Triton): logits and shift must be (N, K), K >= 1, and targets (N,), got {tuple(logits.shape)}, "
+            f"{op} (Triton): logits and shift must be (N, K), K >= 1, and targets (N,), got "
+            f"{tuple(logits.shape)}, "
             f"{tuple(shift.shape)} and {tuple(targets.shape)}"
         )
     if logits.shape[1] > 1 and (logits.stride(1) != 1 or shift.stride(1) != 1):
@@ -233,7 +236,9 @@ def shifted_cross_entropy_grad(
     peak: torch.Tensor,
     log_sum: torch.Tensor,
 ) -> torch.Tensor:
-    """The op of this name: (N,) fp32 and what the other took and gave -> (N, K) in the type of logits."""
+    """The op of this name: (N,) fp32 and what the other took and gave -> (N, K) in the type of
+    logits.
+    """
     _check("shifted_cross_entropy_grad", logits, targets, shift, weight)
     rows, classes = logits.shape
     # The interpreter's rounding to half precision is wrong.

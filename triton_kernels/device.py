@@ -1,5 +1,6 @@
-"""Where kernels run, and what they take: CUDA tensors, or CPU tensors when TRITON_INTERPRET=1 was set before Triton was
-imported."""
+"""Where kernels run, and what they take: CUDA tensors, or CPU tensors when TRITON_INTERPRET=1 was
+set before Triton was imported.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +32,9 @@ def capability(device: torch.device) -> tuple[tuple[int, int], int]:
 
 
 def require(op: str, names: str, *tensors: torch.Tensor) -> None:
-    """Raises TypeError or ValueError unless all share a dtype of `DTYPES` and lie on one device that kernels run on."""
+    """Raises TypeError or ValueError unless all share a dtype of `DTYPES` and lie on one device
+    that kernels run on.
+    """
     dtypes, devices = {t.dtype for t in tensors}, {t.device for t in tensors}
     if len(dtypes) > 1 or not dtypes <= set(DTYPES):
         raise TypeError(
@@ -40,16 +43,20 @@ def require(op: str, names: str, *tensors: torch.Tensor) -> None:
         )
     if len(devices) > 1 or tensors[0].device.type != DEVICE:
         raise ValueError(
-            f"{op} (Triton): {names} must lie on one {DEVICE} device{' under the interpreter' * UPCAST}, "
+            f"{op} (Triton): {names} must lie on one {DEVICE} "
+            f"device{' under the interpreter' * UPCAST}, "
             f"got {' and '.join(str(t.device) for t in tensors)}"
         )
 
 
 def check_offsets(op: str, offsets: torch.Tensor, rows: int) -> None:
-    """Offsets on the CPU are checked; those on a device are trusted, for looking at them would wait for it."""
+    """Offsets on the CPU are checked; those on a device are trusted, for looking at them would wait
+    for it.
+    """
     if offsets.dtype not in (torch.int64, torch.int32) or offsets.dim() != 1 or len(offsets) < 2:
         raise ValueError(
-            f"{op} (Triton): offsets must be E + 1 >= 2 integers, got {offsets.dtype} of shape {tuple(offsets.shape)}"
+            f"{op} (Triton): offsets must be E + 1 >= 2 integers, got {offsets.dtype} of shape "
+            f"{tuple(offsets.shape)}"
         )
     if not offsets.is_cuda:
         bounds = offsets.tolist()
@@ -60,7 +67,9 @@ def check_offsets(op: str, offsets: torch.Tensor, rows: int) -> None:
 
 
 def offsets_on(device: torch.device, offsets: torch.Tensor) -> torch.Tensor:
-    """Offsets where kernels read them, without waiting for the device. Groups of one size are counted out there."""
+    """Offsets where kernels read them, without waiting for the device. Groups of one size are
+    counted out there.
+    """
     if offsets.device == device:
         return offsets
     bounds = offsets.tolist()

@@ -1,12 +1,15 @@
-"""Statistics of an embedding table's per-group contributions, or some of these: `embedding`, `embedding_contributions`.
+"""Statistics of an embedding table's per-group contributions, or some of these: `embedding`,
+`embedding_contributions`.
 
-Lookups are sorted by token and group, stably, so that a token's rows lie together, in a fixed order, and those of each
-of its groups too. One program per token and block of features walks them: rows of a group add up, the statistic absorbs
-the sum, the next group follows. Groups without the token contribute zeros, which are counted, never read. Order
-statistics search the value of a rank digit by digit, walking the token's rows anew for every 4 bits, where zeros do not
-decide it: no contribution is stored. No atomics, and nothing waits for the device.
+Lookups are sorted by token and group, stably, so that a token's rows lie together, in a fixed
+order, and those of each of its groups too. One program per token and block of features walks them:
+rows of a group add up, the statistic absorbs the sum, the next group follows. Groups without the
+token contribute zeros, which are counted, never read. Order statistics search the value of a rank
+digit by digit, walking the token's rows anew for every 4 bits, where zeros do not decide it: no
+contribution is stored. No atomics, and nothing waits for the device.
 
-Not yet run on hardware: tested under the interpreter, and compiled offline for sm_80, sm_90 and sm_100.
+Not yet run on hardware: tested under the interpreter, and compiled offline for sm_80, sm_90 and
+sm_100.
 """
 
 import torch
@@ -45,10 +48,11 @@ def bucket(group_index, small, larger):
 
 @triton.jit
 def walk(lookups, d, valid, state, parameters, visit: tl.constexpr, bucket_of: tl.constexpr):
-    """Lets `visit(state, value, nth, parameters)` see the values of those groups (or buckets) that have a token.
+    """Lets `visit(state, value, nth, parameters)` see the values of those groups (or buckets) that
+    have a token.
 
-    lookups: (grad_output, order, voter, first, last, D, small, larger); first:last are the token's, in `order`.
-    Returns the state, how many values there were, and NaN where one of them is.
+    lookups: (grad_output, order, voter, first, last, D, small, larger); first:last are the token's,
+    in `order`. Returns the state, how many values there were, and NaN where one of them is.
     """
     grad_output_ptr, order_ptr, voter_ptr, first, last, D, small, larger = lookups
     zeros = tl.zeros(d.shape, tl.float32)
@@ -126,7 +130,8 @@ def streaming_kernel(
     visit: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """grad_output (R, D), order and voter (R,), starts (V + 1,) -> value (V, D), mask: its sum, one per program.
+    """grad_output (R, D), order and voter (R,), starts (V + 1,) -> value (V, D), mask: its sum, one
+    per program.
 
     Programs: tokens x blocks of features.
     """
@@ -190,7 +195,9 @@ def sum_inside(state, v, nth, parameters):
 
 @triton.jit
 def search(lookups, d, valid, rank, size, bucket_of: tl.constexpr, BLOCK: tl.constexpr):
-    """The key of a rank among `size` values, those that no lookup contributes to being zeros; see `stacked.search`."""
+    """The key of a rank among `size` values, those that no lookup contributes to being zeros; see
+    `stacked.search`.
+    """
     found = tl.full((BLOCK,), -(2**31), tl.int32)
     for step in range(8):
         shift = 28 - step * DIGIT
@@ -236,7 +243,8 @@ def order_kernel(
     none = tl.zeros((BLOCK,), tl.int32)
     signs, seen, nan = walk(lookups, d, valid, (none, none), (), count_signs, bucket_of)
     value = tl.zeros((BLOCK,), tl.float32)
-    # Zeros from the low rank to the high one: so are median and trimmed mean, and what is clipped to them.
+    # Zeros from the low rank to the high one: so are median and trimmed mean, and what is clipped
+    # to them.
     is_open = valid & ((signs[0] > low_rank) | (size - signs[1] <= high_rank))
     if tl.max(is_open.to(tl.int32)) > 0:
         low_key = search(lookups, d, valid, low_rank, size, bucket_of, BLOCK)
@@ -320,9 +328,9 @@ def embedding(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """grad_output (R, D), ids and voter (R,) -> value (num_embeddings, D) fp32, mask_sum () fp64.
 
-    The contract is that of the op `embedding` in `htv.ops.schema`. Rows whose id does not lie in 0 to
-    num_embeddings - 1 take no part: looking for them would wait for the device, and the lookup itself refuses all but
-    those of a padding_idx.
+    The contract is that of the op `embedding` in `htv.ops.schema`. Rows whose id does not lie in 0
+    to num_embeddings - 1 take no part: looking for them would wait for the device, and the lookup
+    itself refuses all but those of a padding_idx.
     """
     product.require_served("embedding", statistic, groups)
     _require("embedding", grad_output, ids, group_index, num_embeddings, groups)
@@ -360,14 +368,16 @@ def embedding_contributions(
     num_embeddings: int,
     groups: int,
 ) -> torch.Tensor:
-    """The same lookups and tokens (N,), in 0 to num_embeddings - 1 -> contributions (groups, N, D) fp32 to their rows.
+    """The same lookups and tokens (N,), in 0 to num_embeddings - 1 -> contributions (groups, N, D)
+    fp32 to their rows.
 
     The contract is that of the op in `htv.ops.schema`.
     """
     _require("embedding_contributions", grad_output, ids, group_index, num_embeddings, groups)
     if tokens.dim() != 1 or tokens.dtype != torch.int64 or tokens.device != grad_output.device:
         raise TypeError(
-            f"embedding_contributions (Triton): tokens must be (N,) int64 on {grad_output.device}, got "
+            f"embedding_contributions (Triton): tokens must be (N,) int64 on {grad_output.device}, "
+            "got "
             f"{tuple(tokens.shape)} {tokens.dtype} on {tokens.device}"
         )
     features = grad_output.shape[1]
@@ -405,7 +415,9 @@ def _require(op, grad_output, ids, group_index, num_embeddings, groups):
 
 
 def _sorted(ids, group_index, tokens, groups):
-    """order (R,), voter (R,) in that order, starts (tokens + 1,): token t's lookups are starts[t]:starts[t + 1]."""
+    """order (R,), voter (R,) in that order, starts (tokens + 1,): token t's lookups are
+    starts[t]:starts[t + 1].
+    """
     keys = torch.where((ids >= 0) & (ids < tokens), ids * groups + group_index, tokens * groups)
     keys, order = keys.sort(stable=True)
     firsts = torch.arange(0, tokens * groups + 1, groups, device=ids.device)

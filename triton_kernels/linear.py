@@ -1,7 +1,8 @@
 """Statistics of a linear layer's per-group contributions without forming them all: the op `linear`.
 
 Runs on CUDA tensors, and on CPU tensors when TRITON_INTERPRET=1 is set before Triton is imported.
-Not yet run on hardware: tested under the interpreter, and compiled offline for sm_80, sm_90 and sm_100.
+Not yet run on hardware: tested under the interpreter, and compiled offline for sm_80, sm_90 and
+sm_100.
 """
 
 import torch
@@ -23,8 +24,8 @@ def linear(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x (R, I), grad_output (R, O), offsets (E + 1,) -> value (O, I) fp32, mask_sum () fp64.
 
-    The contract is that of the op `linear` in `htv.ops.schema`, except that rows of x and grad_output may lie apart and
-    that `offsets` may lie on the device, where they are trusted.
+    The contract is that of the op `linear` in `htv.ops.schema`, except that rows of x and
+    grad_output may lie apart and that `offsets` may lie on the device, where they are trusted.
     choice: (Config, splits) instead of the table's.
     """
     device.require("linear", "x and grad_output", x, grad_output)
@@ -50,7 +51,9 @@ def linear(
 def problem(
     x: torch.Tensor, grad_output: torch.Tensor, offsets: torch.Tensor, statistic: Statistic
 ) -> tuple[configs.Problem, bool]:
-    """What the choice of a tile for `linear` of the same depends on, and whether groups may be split."""
+    """What the choice of a tile for `linear` of the same depends on, and whether groups may be
+    split.
+    """
     factors = _factors(x, grad_output, offsets)
     found = product.absorbed(factors, statistic)
     words = found.words if found else int(statistic.name == "median_of_means")

@@ -1,14 +1,18 @@
-"""The product whose accumulator starts afresh at every group: the kernel behind `linear` and `conv`.
+"""The product whose accumulator starts afresh at every group: the kernel behind `linear` and
+`conv`.
 
-Each program owns a tile of the weight and walks the rows of its groups: g_e^T x_e accumulates in fp32, the statistic
-absorbs it, the next group follows. No atomics, and a group is never split, so the same inputs give the same bits.
+Each program owns a tile of the weight and walks the rows of its groups: g_e^T x_e accumulates in
+fp32, the statistic absorbs it, the next group follows. No atomics, and a group is never split, so
+the same inputs give the same bits.
 
-The loop runs over blocks of rows, not over groups and then rows: loads of the next group are under way while the
-statistic absorbs this one, and (compiled for sm_90) the wait for the tensor cores at a group's end is the only one that
-drains them. With loops nested, the pipeline of `num_stages` blocks would fill anew for every group.
+The loop runs over blocks of rows, not over groups and then rows: loads of the next group are under
+way while the statistic absorbs this one, and (compiled for sm_90) the wait for the tensor cores at
+a group's end is the only one that drains them. With loops nested, the pipeline of `num_stages`
+blocks would fill anew for every group.
 
-Groups may be split among programs (`num_splits`), each of which then leaves its state: to be merged, where a weight has
-too few tiles for all multiprocessors, or to be ranked, where every split is one group and its state the contribution.
+Groups may be split among programs (`num_splits`), each of which then leaves its state: to be
+merged, where a weight has too few tiles for all multiprocessors, or to be ranked, where every split
+is one group and its state the contribution.
 """
 
 from __future__ import annotations
@@ -37,10 +41,12 @@ def load_rows(x_ptr, row, r, r_valid, i, i_valid, part, stride, GEOMETRY: tl.con
 
 @triton.jit
 def load_windows(x_ptr, row, r, r_valid, i, i_valid, part, stride, GEOMETRY: tl.constexpr):
-    """What position `row + r` of a convolution's output sees of x (S, D, H, W, stride) at tap and channel i.
+    """What position `row + r` of a convolution's output sees of x (S, D, H, W, stride) at tap and
+    channel i.
 
-    GEOMETRY: (width, D, H, W, out_D, out_H, out_W, kernel..., stride..., padding..., dilation...) with `width` channels
-    of this part, known at compile time: divisions by constants are cheap. Columns are ordered by tap, then channel.
+    GEOMETRY: (width, D, H, W, out_D, out_H, out_W, kernel..., stride..., padding..., dilation...)
+    with `width` channels of this part, known at compile time: divisions by constants are cheap.
+    Columns are ordered by tap, then channel.
     """
     width: tl.constexpr = GEOMETRY[0]
     D: tl.constexpr = GEOMETRY[1]
@@ -124,7 +130,8 @@ def product_kernel(
     BLOCK_R: tl.constexpr,
     TILES_PER_COLUMN: tl.constexpr,
 ):
-    """The box (top:top + height, left:left + width) of a weight (O, I), or of every part of a grouped one.
+    """The box (top:top + height, left:left + width) of a weight (O, I), or of every part of a
+    grouped one.
 
     x:            what `load_x` reads; offsets (E + 1,), in units of `rows` rows
     grad_output:  (R, parts * O), rows `grad_output_stride` apart
@@ -142,7 +149,8 @@ def product_kernel(
         program // tiles % num_splits,
         program // tiles // num_splits,
     )
-    # Programs that run together form a near-square patch of tiles, so that they share rows of x and g in L2.
+    # Programs that run together form a near-square patch of tiles, so that they share rows of x and
+    # g in L2.
     tile_o, tile_i = tl.swizzle2d(
         tile // tiles_i, tile % tiles_i, tiles_o, tiles_i, TILES_PER_COLUMN
     )
@@ -213,7 +221,9 @@ def merge_kernel(
     WORDS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """states (words, num_splits, coordinates), as the product left them -> value (coordinates), mask per program."""
+    """states (words, num_splits, coordinates), as the product left them -> value (coordinates),
+    mask per program.
+    """
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     valid = at < coordinates
     small, larger = num_groups // num_splits, num_groups % num_splits
@@ -248,9 +258,11 @@ LONG_GROUPS = (
 class Factors(NamedTuple):
     """What determines contributions: operands as kernels read them.
 
-    x:            the memory `load_x` reads, (pixels or rows, channels); its dim 0 has a stride of its own
+    x:            the memory `load_x` reads, (pixels or rows, channels); its dim 0 has a stride of
+                  its own
     grad_output:  (R, parts * outputs), rows may lie apart
-    offsets:      (E + 1,) on the device; group e owns rows rows * offsets[e] : rows * offsets[e + 1]
+    offsets:      (E + 1,) on the device; group e owns rows rows * offsets[e] : rows * offsets[e +
+                  1]
     channels:     of x, per part
     """
 
@@ -304,7 +316,9 @@ class Factors(NamedTuple):
 
 
 def precision(dtype: torch.dtype) -> str:
-    """fp32 is multiplied in full unless TF32 is allowed: near a sign change its rounding would decide votes."""
+    """fp32 is multiplied in full unless TF32 is allowed: near a sign change its rounding would
+    decide votes.
+    """
     allowed = torch.backends.cuda.matmul.fp32_precision == "tf32" and not device.UPCAST
     return "tf32" if dtype == torch.float32 and allowed else "ieee"
 
@@ -312,16 +326,19 @@ def precision(dtype: torch.dtype) -> str:
 def aggregate(
     factors: Factors, statistic: Statistic, choice=None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """E * stat of all groups' contributions: value (parts * outputs, inputs) fp32, mask_sum () fp64.
+    """E * stat of all groups' contributions: value (parts * outputs, inputs) fp32, mask_sum ()
+    fp64.
 
     choice: (Config, splits) instead of the table's.
 
-    Streaming statistics are absorbed on chip. So are the few extremes of a trimmed or winsorized mean where groups are
-    short or too many to sort: their 5 to 7 registers per coordinate leave room for tiles of 64 x 64 alone, which read
-    2.7 times the bytes per product that tiles of 128 x 256 do. All other order statistics rank contributions that are
-    written, a box of coordinates at a time, and read once: 8 bytes per contribution beside 2 * rows operations, which
-    at 4 TB/s and 500 TFLOP/s is the smaller part from 500 rows on. Keeping E values per coordinate on chip would shrink
-    tiles to 32 x 32; recomputing the products for every digit of a search would cost eight times the product.
+    Streaming statistics are absorbed on chip. So are the few extremes of a trimmed or winsorized
+    mean where groups are short or too many to sort: their 5 to 7 registers per coordinate leave
+    room for tiles of 64 x 64 alone, which read 2.7 times the bytes per product that tiles of 128 x
+    256 do. All other order statistics rank contributions that are written, a box of coordinates at
+    a time, and read once: 8 bytes per contribution beside 2 * rows operations, which at 4 TB/s and
+    500 TFLOP/s is the smaller part from 500 rows on. Keeping E values per coordinate on chip would
+    shrink tiles to 32 x 32; recomputing the products for every digit of a search would cost eight
+    times the product.
     """
     found = absorbed(factors, statistic)
     value = factors.x.new_empty(
@@ -415,7 +432,9 @@ def _streaming(factors, statistic, found, value, choice):
 
 
 def _ranked(factors, statistic, value, choice):
-    """Contributions of a box of coordinates, or the sums of its buckets, then their order statistic; next box."""
+    """Contributions of a box of coordinates, or the sums of its buckets, then their order
+    statistic; next box.
+    """
     buckets = statistic.name == "median_of_means"
     splits = statistic.count if buckets else factors.groups
     found, result = streaming.STREAMING["mean"], "state" if buckets else "contribution"
@@ -442,9 +461,11 @@ def _ranked(factors, statistic, value, choice):
 def boxes(
     factors: Factors, planes: int
 ) -> Iterator[tuple[tuple[int, int], tuple[int, int, int, int]]]:
-    """((first part, last part), (top, left, height, width)) whose values fit `planes` times into SCRATCH_BYTES.
+    """((first part, last part), (top, left, height, width)) whose values fit `planes` times into
+    SCRATCH_BYTES.
 
-    Whole parts if possible, else whole columns; sides are multiples of 128, or of 16 where those do not fit.
+    Whole parts if possible, else whole columns; sides are multiples of 128, or of 16 where those do
+    not fit.
     """
     fitting = max(256, SCRATCH_BYTES // (4 * planes))
     O, I = factors.outputs, factors.inputs
@@ -473,7 +494,8 @@ def require_served(op: str, statistic: Statistic, groups: int) -> None:
         raise ValueError(f"{op} (Triton): unknown statistic {name!r}, have {names}")
     if name in ("trimmed_mean", "winsorized_mean") and not 0 <= 2 * count < groups:
         raise ValueError(
-            f"{op} (Triton): {name} wants 0 <= 2 * count < groups, got count {count} of {groups} groups"
+            f"{op} (Triton): {name} wants 0 <= 2 * count < groups, got count {count} of {groups} "
+            "groups"
         )
     if name == "median_of_means" and not 1 <= count <= groups:
         raise ValueError(f"{op} (Triton): median_of_means wants 1 to {groups} buckets, got {count}")

@@ -1,8 +1,10 @@
-"""Statistics of stacked contributions (E, P): one program per block of coordinates, neighbours on neighbours.
+"""Statistics of stacked contributions (E, P): one program per block of coordinates, neighbours on
+neighbours.
 
-Streaming statistics pass once over the groups. Order statistics sort up to `MOST_SORTED` values in registers, by a
-network from which the compiler drops what the wanted ranks do not need; of more, they search the value of a rank digit
-by digit, counting smaller values in a pass over the groups for every 4 bits.
+Streaming statistics pass once over the groups. Order statistics sort up to `MOST_SORTED` values in
+registers, by a network from which the compiler drops what the wanted ranks do not need; of more,
+they search the value of a rank digit by digit, counting smaller values in a pass over the groups
+for every 4 bits.
 
 Not yet run on hardware: tested under the interpreter, and compiled offline.
 """
@@ -38,7 +40,9 @@ def streaming_kernel(
     finalize: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """grads (E, coordinates) -> value (coordinates), stat without the factor E; mask: its sum, one per program."""
+    """grads (E, coordinates) -> value (coordinates), stat without the factor E; mask: its sum, one
+    per program.
+    """
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     valid = at < coordinates
     state = init(tl.zeros((BLOCK,), tl.float32), 0)
@@ -113,7 +117,9 @@ def between(lower, higher, COUNT: tl.constexpr):
 
 @triton.constexpr_function
 def network(size: int) -> tuple[tuple[int, int], ...]:
-    """Batcher's odd-even merge sort of any number of values, as pairs (i, j), i < j, to be put in order."""
+    """Batcher's odd-even merge sort of any number of values, as pairs (i, j), i < j, to be put in
+    order.
+    """
     pairs, p = [], 1
     while p < size:
         k = p
@@ -185,7 +191,9 @@ def search(
     load_value: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The key of a rank: the largest that at most `rank` keys are smaller than, found from its highest digit on."""
+    """The key of a rank: the largest that at most `rank` keys are smaller than, found from its
+    highest digit on.
+    """
     found = tl.full((BLOCK,), -(2**31), tl.int32)
     for step in range(8):
         shift = 28 - step * DIGIT
@@ -226,7 +234,8 @@ def search_kernel(
     low_rank = (size - 1) // 2 if KIND == "median" else count
     high_rank = size - 1 - low_rank
     low_key = search(grads_ptr, low_rank, groups, size, coordinates, at, valid, load_value, BLOCK)
-    # One pass finds all else a median needs: how many are not larger, and the least of those that are.
+    # One pass finds all else a median needs: how many are not larger, and the least of those that
+    # are.
     nan = tl.zeros((BLOCK,), tl.float32)
     not_larger = tl.zeros((BLOCK,), tl.int32)
     next_key = tl.full((BLOCK,), LARGEST, tl.int32)
@@ -264,7 +273,9 @@ def search_kernel(
 
 
 def sort_block(size: int) -> int:
-    """Coordinates of a program, of 128 threads: four in a row for each, 16 bytes a load, as long as registers last."""
+    """Coordinates of a program, of 128 threads: four in a row for each, 16 bytes a load, as long as
+    registers last.
+    """
     return 512 if size <= 16 else 256 if size <= 32 else 128
 
 
@@ -277,7 +288,8 @@ def ranked(
     scale: float,
     load: triton.JITFunction | None = None,
 ) -> None:
-    """An order statistic times `scale`, into `value` (coordinates,) fp32, of values (E, coordinates).
+    """An order statistic times `scale`, into `value` (coordinates,) fp32, of values (E,
+    coordinates).
 
     load: how a value is had from them, if not as the statistic says.
     """
@@ -318,7 +330,9 @@ def ranked(
 
 
 def stacked(grads: torch.Tensor, statistic: Statistic) -> tuple[torch.Tensor, torch.Tensor]:
-    """The op `stacked` of `htv.ops.schema`: grads (E, P) contiguous -> value (P,) fp32, mask_sum () fp64."""
+    """The op `stacked` of `htv.ops.schema`: grads (E, P) contiguous -> value (P,) fp32, mask_sum ()
+    fp64.
+    """
     require("stacked", "grads", grads)
     if grads.dim() != 2 or not grads.is_contiguous() or len(grads) == 0:
         raise ValueError(

@@ -1,16 +1,19 @@
-"""Streaming statistics over a tile of coordinates, as @triton.jit functions a kernel takes as constexpr.
+"""Streaming statistics over a tile of coordinates, as @triton.jit functions a kernel takes as
+constexpr.
 
     init(zeros, COUNT) -> state                             a tuple of tensors shaped like `zeros`, all fp32
     update(state, c, nth, COUNT) -> state                   c: the contributions of the nth group, counted from 1
     merge(state, n, other, m) -> state                      of n groups and of m others; None where there is no merge
     finalize(state, groups, count, votes, k, COUNT) -> (value, mask)    value: E * stat; mask: in [0, 1]
 
-COUNT is the number of values kept per side by trimmed and winsorized mean, known at compile time; 0 for the others.
+COUNT is the number of values kept per side by trimmed and winsorized mean, known at compile time; 0
+for the others.
 
-Votes, the sum of the contributions' signs, are fp32: exact for 2**24 groups. A NaN contribution votes NaN, which no
-later vote takes back, so NaN costs neither a register nor an instruction, and is told apart from a sum that is NaN
-because inf met -inf. (Narrower counters share registers only by shifts and masks, three instructions more per value and
-group; the tiles of `configs.py` have the registers.)
+Votes, the sum of the contributions' signs, are fp32: exact for 2**24 groups. A NaN contribution
+votes NaN, which no later vote takes back, so NaN costs neither a register nor an instruction, and
+is told apart from a sum that is NaN because inf met -inf. (Narrower counters share registers only
+by shifts and masks, three instructions more per value and group; the tiles of `configs.py` have the
+registers.)
 """
 
 from typing import NamedTuple
@@ -126,7 +129,9 @@ def finalize_geometric_mean(state, groups, count, votes, k, COUNT: tl.constexpr)
 
 @triton.jit
 def update_sand_mask(state, c, nth, COUNT: tl.constexpr):
-    """The third is the sum of squared deviations from the running mean (Welford), which the sum gives."""
+    """The third is the sum of squared deviations from the running mean (Welford), which the sum
+    gives.
+    """
     total = state[0] + c
     before, after = state[0] / tl.maximum(nth - 1, 1), total / nth
     return total, state[1] + sign(c), state[2] + (c - before) * (c - after)
@@ -164,7 +169,9 @@ def finalize_sand_mask(state, groups, count, votes, k, COUNT: tl.constexpr):
 
 @triton.jit
 def init_extremes(zeros, COUNT: tl.constexpr):
-    """COUNT smallest, ascending; COUNT largest, descending; sum, least and greatest of the values between."""
+    """COUNT smallest, ascending; COUNT largest, descending; sum, least and greatest of the values
+    between.
+    """
     state = ()
     for _ in tl.static_range(COUNT):
         state = state + (zeros + float("inf"),)
@@ -175,9 +182,11 @@ def init_extremes(zeros, COUNT: tl.constexpr):
 
 @triton.jit
 def update_extremes(state, c, nth, COUNT: tl.constexpr):
-    """What a value displaces from the smallest may be among the largest; what it displaces there lies between.
+    """What a value displaces from the smallest may be among the largest; what it displaces there
+    lies between.
 
-    Never a difference from the sum of all: an extreme value would take the last bits of the others with it.
+    Never a difference from the sum of all: an extreme value would take the last bits of the others
+    with it.
     """
     kept, v = (), c
     for j in tl.static_range(COUNT):
@@ -251,5 +260,7 @@ def extremes(name: str, count: int) -> Streaming | None:
 
 
 def numbers(statistic) -> tuple[int, float, float]:
-    """count, votes and k of an `htv.rules.Statistic` as kernels take them; |sum of signs| lies within int32."""
+    """count, votes and k of an `htv.rules.Statistic` as kernels take them; |sum of signs| lies
+    within int32.
+    """
     return max(0, min(statistic.count, 2**30)), float(statistic.votes), float(statistic.k)

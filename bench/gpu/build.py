@@ -1,4 +1,5 @@
-"""Step 1: the CUDA kernels for the GPU that is here, or a library built elsewhere; then facts about both.
+"""Step 1: the CUDA kernels for the GPU that is here, or a library built elsewhere; then facts about
+both.
 
 Run as a script: htv is not imported, for what lies there may be old or broken.
 """
@@ -40,7 +41,8 @@ def missing() -> str:
             found.append(f"{name} {version} is too old: install {name} >= {wanted}")
     if not os.environ.get("HTV_GPU_LIBRARY") and nvcc() is None:
         found.append(
-            "no nvcc: put it on PATH, set CUDA_HOME, or name a library built elsewhere in HTV_GPU_LIBRARY"
+            "no nvcc: put it on PATH, set CUDA_HOME, or name a library built elsewhere in "
+            "HTV_GPU_LIBRARY"
         )
     if not os.environ.get("HTV_GPU_LIBRARY") and ninja() is None:
         found.append(
@@ -73,7 +75,9 @@ def capability() -> str | None:
 
 
 def provide(seconds: float) -> str | None:
-    """htv/_C.abi3.so with CUDA kernels: a carried one, or one built for this GPU alone. Returns what went wrong."""
+    """htv/_C.abi3.so with CUDA kernels: a carried one, or one built for this GPU alone. Returns
+    what went wrong.
+    """
     carried, library = os.environ.get("HTV_GPU_LIBRARY"), ROOT / "htv" / "_C.abi3.so"
     if carried:
         if not Path(carried).is_file():

@@ -15,8 +15,8 @@ HEAD_START = 1_000_000  # cycles, half a millisecond, in which launches get ahea
 def clock(device: str, alone: bool = False) -> Callable[[Step], float]:
     """Milliseconds of one call.
 
-    alone: of its work on the device alone, with a cold L2 cache and its launches made beforehand; else of the call as a
-    training loop makes it, launches included.
+    alone: of its work on the device alone, with a cold L2 cache and its launches made beforehand;
+    else of the call as a training loop makes it, launches included.
     """
     if device == "cpu":
         return lambda step: milliseconds(step, lambda: None)

@@ -134,7 +134,9 @@ def answer_questions() -> None:
 
 
 def listing(parts, names_of) -> dict:
-    """The names of every part's cases; parts that need what is not installed, and parts that are broken."""
+    """The names of every part's cases; parts that need what is not installed, and parts that are
+    broken.
+    """
     found = {"cases": {}, "absent": {}, "errors": {}}
     for part in parts:
         try:

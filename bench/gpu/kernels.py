@@ -1,6 +1,8 @@
-"""Step 4: what this GPU allows, and the kernels beside it: a weight gradient's statistic beside the product alone.
+"""Step 4: what this GPU allows, and the kernels beside it: a weight gradient's statistic beside the
+product alone.
 
-Variants of a problem take turns; each call starts with a cold L2 cache, its launches made beforehand.
+Variants of a problem take turns; each call starts with a cold L2 cache, its launches made
+beforehand.
 """
 
 from __future__ import annotations
@@ -161,7 +163,9 @@ def measure(job: step.Job) -> None:
 
 
 def add_floor(workload: dict, rates: dict) -> None:
-    """What its products and bytes take at the rates of large ones, and how near the variants come to that."""
+    """What its products and bytes take at the rates of large ones, and how near the variants come
+    to that.
+    """
     rate = rates.get(f"multiply_adds_per_s_{workload['dtype']}")
     if rate is None or "bytes_per_s" not in rates:
         return

@@ -1,4 +1,6 @@
-"""The record of bench/gpu.sh as Markdown, made from the record alone: `python -m htv.bench.gpu.report FILE.json`."""
+"""The record of bench/gpu.sh as Markdown, made from the record alone: `python -m
+htv.bench.gpu.report FILE.json`.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ def machine(record: dict) -> str:
 
 
 def targets(record: dict) -> str | None:
-    """Every target: met or not where it was measured, and that it was not where it was not. A dry run meets none."""
+    """Every target: met or not where it was measured, and that it was not where it was not. A dry
+    run meets none.
+    """
     rows = []
     for target in TARGETS:
         value = target.measured(record)

@@ -1,7 +1,9 @@
-"""The steps of bench/gpu.sh, one after another within a deadline; by Python's library alone, for torch may be broken.
+"""The steps of bench/gpu.sh, one after another within a deadline; by Python's library alone, for
+torch may be broken.
 
-Every step is a process of its own with a time limit, and writes what it has found so far to a file: a crash, a hang or
-a kill costs what comes later in that step, never another step. The record is written anew after each.
+Every step is a process of its own with a time limit, and writes what it has found so far to a file:
+a crash, a hang or a kill costs what comes later in that step, never another step. The record is
+written anew after each.
 """
 
 from __future__ import annotations

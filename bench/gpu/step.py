@@ -1,4 +1,6 @@
-"""What a step is given; processes that answer questions; preparing at once what is then measured one by one."""
+"""What a step is given; processes that answer questions; preparing at once what is then measured
+one by one.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ from htv.tools.timing import one_line
 
 @dataclass(frozen=True)
 class Job:
-    """out: the file for its part of the record. seconds: within which it ends. dry: tiny sizes, no GPU.
+    """out: the file for its part of the record. seconds: within which it ends. dry: tiny sizes, no
+    GPU.
 
     clock: a `run.Clock`, by which all seconds here are counted.
     """
@@ -112,7 +115,9 @@ class Child:
 
 
 def questions() -> Iterator[tuple[str, Callable[[dict], None]]]:
-    """In the process of a `Child`: every question with the function that answers it. Prints go to stderr meanwhile."""
+    """In the process of a `Child`: every question with the function that answers it. Prints go to
+    stderr meanwhile.
+    """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
@@ -129,7 +134,8 @@ def questions() -> Iterator[tuple[str, Callable[[dict], None]]]:
 class Prepared(Protocol):
     """Everything compiled and called once.
 
-    `measure` returns a workload of the record; with "more" in it, `more` returns it again with what takes longer.
+    `measure` returns a workload of the record; with "more" in it, `more` returns it again with what
+    takes longer.
     """
 
     def measure(self) -> dict: ...
@@ -142,10 +148,12 @@ NO_TIME = "dropped: no time was left"
 
 
 def one_by_one(job: Job, module: str, names: list[str], took: Callable[[str, dict], None]) -> None:
-    """Has every name prepared by a process of its own, all at once, as it is mostly compilation; then measured in turn.
+    """Has every name prepared by a process of its own, all at once, as it is mostly compilation;
+    then measured in turn.
 
-    took: called with each name and its workload, maybe more than once; or with {"error"}. Where a process was lost,
-    another tries the first few variants alone. A dry run has one process for all names.
+    took: called with each name and its workload, maybe more than once; or with {"error"}. Where a
+    process was lost, another tries the first few variants alone. A dry run has one process for all
+    names.
     """
     groups = [names] if job.dry else [[name] for name in names]
     children: dict[str, Child] = {}

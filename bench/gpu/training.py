@@ -1,6 +1,8 @@
-"""Step 5: whole training steps beside plain ones, eager and compiled: time, and peak memory of the device's allocator.
+"""Step 5: whole training steps beside plain ones, eager and compiled: time, and peak memory of the
+device's allocator.
 
-Every workload has a process of its own. All prepare at once, which is mostly compilation; then they measure one by one.
+Every workload has a process of its own. All prepare at once, which is mostly compilation; then they
+measure one by one.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ PEERS = ("vmap:and-mask", "vmap:median", "opacus:and-mask")
 
 @dataclass(frozen=True)
 class DeviceStep(TrainingStep):
-    """The same on a device, in a type, maybe compiled. A variant may name its backend: and-mask@triton."""
+    """The same on a device, in a type, maybe compiled. A variant may name its backend:
+    and-mask@triton.
+    """
 
     device: str = "cuda"
     dtype: torch.dtype = torch.bfloat16
@@ -156,7 +160,9 @@ def measure(job: step.Job) -> None:
 
 
 class Prepared:
-    """The variants of a workload, called a few times each; errors and peak memory of each by the way."""
+    """The variants of a workload, called a few times each; errors and peak memory of each by the
+    way.
+    """
 
     def __init__(self, workload: DeviceStep, dry: bool, few: bool):
         self.workload, self.dry = workload, dry

@@ -1,6 +1,8 @@
-"""One vote over several micro-batches: streaming rules add up what they need to know, and are applied once at the end.
+"""One vote over several micro-batches: streaming rules add up what they need to know, and are
+applied once at the end.
 
-The groups of all micro-batches of a block stand beside each other, as those of one large batch would.
+The groups of all micro-batches of a block stand beside each other, as those of one large batch
+would.
 """
 
 from __future__ import annotations
@@ -30,8 +32,10 @@ def refuse_unless_streaming(rule: Rule, name: str) -> None:
         )
     if not rule.streaming and not isinstance(rule, MedianOfMeans):
         raise ValueError(
-            f"{rule}, the rule of parameter {name!r}, needs all contributions at once and cannot be accumulated over "
-            "micro-batches. Remedy: MedianOfMeans(k) with k micro-batches in the block, each of which is a bucket"
+            f"{rule}, the rule of parameter {name!r}, needs all contributions at once and cannot "
+            "be accumulated over "
+            "micro-batches. Remedy: MedianOfMeans(k) with k micro-batches in the block, each of "
+            "which is a bucket"
         )
 
 
@@ -67,8 +71,10 @@ class MicroBatches:
         for other in self._groups.values():
             if groups.named and other.named and bool(torch.isin(groups.keys, other.keys).any()):
                 raise ValueError(
-                    "a group id occurs in two micro-batches of one accumulate() block: the rows of a group must be in "
-                    "one micro-batch, for its vote to be counted once. Give the groups of every micro-batch ids of "
+                    "a group id occurs in two micro-batches of one accumulate() block: the rows of "
+                    "a group must be in "
+                    "one micro-batch, for its vote to be counted once. Give the groups of every "
+                    "micro-batch ids of "
                     "their own"
                 )
             if (
@@ -76,8 +82,10 @@ class MicroBatches:
                 and groups.batch_size * other.count != other.batch_size * groups.count
             ):
                 raise ValueError(
-                    "weight='equal' inside accumulate() needs the same number of examples per group in every "
-                    f"micro-batch on average, got {other.batch_size}/{other.count} and {groups.batch_size}/{groups.count}"
+                    "weight='equal' inside accumulate() needs the same number of examples per "
+                    "group in every "
+                    f"micro-batch on average, got {other.batch_size}/{other.count} and "
+                    f"{groups.batch_size}/{groups.count}"
                 )
         self._groups[task] = groups
         self._unfinished.add(task)  # the engine calls back only where the pass comes to its end
@@ -86,7 +94,9 @@ class MicroBatches:
         )
 
     def require_complete(self) -> None:
-        """Refuse what a failed backward left behind: some parameters' contributions would be in, others' not."""
+        """Refuse what a failed backward left behind: some parameters' contributions would be in,
+        others' not.
+        """
         if self._unfinished:
             raise RuntimeError(
                 "a backward inside accumulate() failed part-way, so some parameters have its "
@@ -99,8 +109,8 @@ class MicroBatches:
 class Accumulation:
     """What is known so far of one parameter's contributions in a block.
 
-    Takes the parameter's size once for the sum and once for each further field of `Summary` the rule needs; k times for
-    MedianOfMeans(k).
+    Takes the parameter's size once for the sum and once for each further field of `Summary` the
+    rule needs; k times for MedianOfMeans(k).
     """
 
     def __init__(self, rule: Rule, batches: MicroBatches):
@@ -114,7 +124,8 @@ class Accumulation:
         self.batches.note(task, groups)
         if task in self._tasks:
             raise RuntimeError(
-                "one backward inside accumulate() brought contributions to a parameter twice: call backward() once "
+                "one backward inside accumulate() brought contributions to a parameter twice: call "
+                "backward() once "
                 "per forward"
             )
         self._tasks.add(task)
@@ -125,7 +136,9 @@ class Accumulation:
         self._summary = summary if self._summary is None else self._summary + summary
 
     def result(self) -> Tensor | None:
-        """The aggregated gradient of all micro-batches, or None if the parameter was in none of them."""
+        """The aggregated gradient of all micro-batches, or None if the parameter was in none of
+        them.
+        """
         if self._means:
             return self._median_of_means()
         if self._summary is None:
@@ -144,7 +157,8 @@ class Accumulation:
         batches, buckets = len(self.batches), self.rule.k
         if batches != buckets or self.batches.count % buckets:
             raise RuntimeError(
-                f"{self.rule} over an accumulate() block needs {buckets} micro-batches, its buckets, with equally many "
+                f"{self.rule} over an accumulate() block needs {buckets} micro-batches, its "
+                "buckets, with equally many "
                 f"groups, but the block had {batches} with {self.batches.count} groups in all"
             )
         means = [*self._means, *[torch.zeros_like(self._means[0])] * (buckets - len(self._means))]

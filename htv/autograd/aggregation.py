@@ -1,14 +1,16 @@
 """Where the contributions to one parameter meet before the rule is applied.
 
-Every use of a served parameter takes a *token* of its node, an empty tensor that only carries a graph edge:
+Every use of a served parameter takes a *token* of its node, an empty tensor that only carries a
+graph edge:
 
     parameter -> AggregationNode -> token -> use 1, use 2, ...
 
-Parameters whose contributions are small share a node and its token, each with a buffer of its own. In backward every use
-records its factors in its parameter's buffer and returns no gradient for the token. The autograd engine runs the node
-once all uses of the token that this backward reaches have run; the node then applies the rule to the recorded factors,
-summed per group, and returns the parameters' gradients. So counting the uses (tied weights, a module called twice, an
-output the loss ignores) is left to the engine, and factors live no longer than they must.
+Parameters whose contributions are small share a node and its token, each with a buffer of its own.
+In backward every use records its factors in its parameter's buffer and returns no gradient for the
+token. The autograd engine runs the node once all uses of the token that this backward reaches have
+run; the node then applies the rule to the recorded factors, summed per group, and returns the
+parameters' gradients. So counting the uses (tied weights, a module called twice, an output the loss
+ignores) is left to the engine, and factors live no longer than they must.
 """
 
 from __future__ import annotations
@@ -26,8 +28,8 @@ from htv.ops import aggregate
 from htv.ops.factors import Factors
 from htv.rules import Rule
 
-# Saved first by every Function: a forward run again without htv (activation checkpointing of a function that is no
-# module) saves something else first, which torch.utils.checkpoint notices.
+# Saved first by every Function: a forward run again without htv (activation checkpointing of a
+# function that is no module) saves something else first, which torch.utils.checkpoint notices.
 MARKER = torch.empty(0, 7, dtype=torch.uint8, device="cpu")
 
 
@@ -35,8 +37,9 @@ MOST_PASSES = 64  # backward passes whose voters are remembered at a time, in as
 
 
 class NestedBackwards:
-    """Which backward passes run inside another (reentrant activation checkpointing), and who votes in each, as far as
-    buffers met them."""
+    """Which backward passes run inside another (reentrant activation checkpointing), and who votes
+    in each, as far as buffers met them.
+    """
 
     def __init__(self) -> None:
         self.outer: dict[int, int] = {}  # the pass that another runs inside
@@ -45,7 +48,9 @@ class NestedBackwards:
         ] = {}  # by outermost pass, and a parameter that has them
 
     def require_same_groups(self, task: int, groups: Groups, name: str) -> None:
-        """Refuse a backward that joins forwards with different voters, whichever parameters they reach."""
+        """Refuse a backward that joins forwards with different voters, whichever parameters they
+        reach.
+        """
         if self.outer:
             task = self._outermost(task)
         known = self.groups.setdefault(task, (groups, name))
@@ -94,7 +99,8 @@ class BufferListener:
         """Called before anything is recorded where `attached` is false; raises."""
 
     def deliver(self, grad: Tensor | None, current: int) -> None:
-        """Called with the aggregated gradient just before the node hands it to autograd; None where it accumulates.
+        """Called with the aggregated gradient just before the node hands it to autograd; None where
+        it accumulates.
 
         current: the backward pass under way.
         """
@@ -104,7 +110,8 @@ class BufferListener:
 
 
 class ContributionBuffer:
-    """Factors recorded for one parameter in the backward passes under way: several threads may run one each.
+    """Factors recorded for one parameter in the backward passes under way: several threads may run
+    one each.
 
     rule and groups:  what to aggregate with, and who votes.
     owner:            told of what happens; not kept alive, since autograd's graph keeps buffers.
@@ -127,7 +134,8 @@ class ContributionBuffer:
     def record(self, factors: Factors, born: int = -1) -> None:
         """Add the contributions of one use. What an interrupted pass left behind stays apart.
 
-        born:  the backward pass in which the use's forward ran, -1 for none: then this pass runs inside that one.
+        born:  the backward pass in which the use's forward ran, -1 for none: then this pass runs
+               inside that one.
         """
         current = torch._C._current_graph_task_id()
         owner = self._owner()
@@ -150,13 +158,16 @@ class ContributionBuffer:
         others = owner.settled | set(self._parts)
         if any(other != current and owner.passes.related(other, current) for other in others):
             raise RuntimeError(
-                f"parameter {owner.name!r} is used in a reentrant activation checkpoint and also elsewhere in the same "
-                "backward: its contributions arrive in separate passes and cannot be added before the rule is applied. "
+                f"parameter {owner.name!r} is used in a reentrant activation checkpoint and also "
+                "elsewhere in the same "
+                "backward: its contributions arrive in separate passes and cannot be added before "
+                "the rule is applied. "
                 "Call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
             )
 
     def settle(self, parameter: Tensor, gradient_node) -> Tensor | None:
-        """The aggregated gradient of what this pass recorded, or None if nothing was, or the owner accumulates it.
+        """The aggregated gradient of what this pass recorded, or None if nothing was, or the owner
+        accumulates it.
 
         gradient_node: where autograd takes the gradient next.
         """
@@ -208,7 +219,9 @@ class ContributionBuffer:
 def settle_together(
     buffers: list[ContributionBuffer], parameters: list[Tensor], gradient_nodes: list
 ) -> list[Tensor | None]:
-    """`ContributionBuffer.settle` of several of one rule, in few operations; of those whose gradient goes anywhere."""
+    """`ContributionBuffer.settle` of several of one rule, in few operations; of those whose
+    gradient goes anywhere.
+    """
     grads: list[Tensor | None] = [None] * len(buffers)
     ready = []
     for i, (buffer, node) in enumerate(zip(buffers, gradient_nodes, strict=True)):
@@ -228,7 +241,9 @@ def settle_together(
 
 
 def _will_run(node) -> bool:
-    """Whether the pass under way goes on to a node: torch.autograd.grad may ask for other gradients only."""
+    """Whether the pass under way goes on to a node: torch.autograd.grad may ask for other gradients
+    only.
+    """
     try:
         return torch._C._will_engine_execute_node(node)
     except RuntimeError:  # torch does not tell here
@@ -240,16 +255,18 @@ def _refuse_autograd_grad(gradient_node) -> None:
         torch._C._will_engine_execute_node(gradient_node)
     except RuntimeError:  # torch tells of leaves only in backward()
         raise RuntimeError(
-            "torch.autograd.grad() inside accumulate() would return no gradient, for rules are applied at the block's "
+            "torch.autograd.grad() inside accumulate() would return no gradient, for rules are "
+            "applied at the block's "
             "end: call backward() there"
         ) from None
 
 
 class Function(torch.autograd.Function):
-    """As torch's, but for the arguments it looks at one by one in Python, in case a functorch transform left them.
+    """As torch's, but for the arguments it looks at one by one in Python, in case a functorch
+    transform left them.
 
-    A subclass defines `gradients` in the place of `backward`: statistics and plain sums keep the type of their operands
-    even where backward runs under autocast.
+    A subclass defines `gradients` in the place of `backward`: statistics and plain sums keep the
+    type of their operands even where backward runs under autocast.
     """
 
     @classmethod
@@ -275,7 +292,8 @@ class Function(torch.autograd.Function):
 
 
 TWICE = (
-    "htv does not differentiate through a served backward: call backward() or torch.autograd.grad() without "
+    "htv does not differentiate through a served backward: call backward() or "
+    "torch.autograd.grad() without "
     "create_graph=True, or detach the handle for that step"
 )
 
@@ -308,7 +326,8 @@ class UseRecorder:
     """Where the contributions of one use go: one parameter's buffer.
 
     token:   the graph edge to the node.
-    adapt:   from the factors of what the layer computes with to those of the parameter, where the two differ.
+    adapt:   from the factors of what the layer computes with to those of the parameter, where the
+             two differ.
     born:    the backward pass in which the use's forward ran, -1 for none.
     """
 
@@ -326,7 +345,9 @@ class UseRecorder:
         self.born = born
 
     def wanted(self) -> bool:
-        """Whether the pass under way goes on to the node: torch.autograd.grad may ask for other gradients only."""
+        """Whether the pass under way goes on to the node: torch.autograd.grad may ask for other
+        gradients only.
+        """
         node = self.token.grad_fn
         try:
             return node is None or torch._C._will_engine_execute_node(node)
@@ -339,10 +360,12 @@ class UseRecorder:
 
 
 class ParameterArgument:
-    """One tensor argument of a layer's Function whose gradient is wanted: served by htv, plain, or absent.
+    """One tensor argument of a layer's Function whose gradient is wanted: served by htv, plain, or
+    absent.
 
     value:   what the layer computes with; detached if served.
-    recorders:   if served, where contributions go: one for a parameter, one for each that a derived tensor comes from.
+    recorders:   if served, where contributions go: one for a parameter, one for each that a derived
+                 tensor comes from.
     tokens:  the recorders' tokens, for the Function's arguments.
     """
 
@@ -364,10 +387,11 @@ class ParameterArgument:
     def record(
         self, make: Callable[..., Factors], grouped_rows: GroupedRows, *tensors: Tensor
     ) -> None:
-        """In backward: record make(voters, *tensors), if this pass wants a gradient of what is served.
+        """In backward: record make(voters, *tensors), if this pass wants a gradient of what is
+        served.
 
-        make holds no tensors itself, so that what is recorded is known by its arguments: where a compiled backward is
-        traced, it is called when that runs.
+        make holds no tensors itself, so that what is recorded is known by its arguments: where a
+        compiled backward is traced, it is called when that runs.
         """
         factors = None
         for recorder in self.recorders:
@@ -386,7 +410,9 @@ class ParameterArgument:
         grouped_rows: GroupedRows,
         *tensors: Tensor,
     ) -> Tensor | None:
-        """In backward: record the factors if served (no gradient here), else the plain gradient if needed."""
+        """In backward: record the factors if served (no gradient here), else the plain gradient if
+        needed.
+        """
         recorders = self.recorders
         if recorders is not None:
             recorder = recorders[0]

@@ -1,4 +1,6 @@
-"""Convolutions of one to three spatial dims, and transposed ones, with aggregated gradients of weight and bias."""
+"""Convolutions of one to three spatial dims, and transposed ones, with aggregated gradients of
+weight and bias.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ def conv(
     conv_groups: int,
     grouped_rows: GroupedRows,
 ) -> Tensor:
-    """F.conv{1,2,3}d. x: (S, C, *space), weight: (O, C / conv_groups, *kernel) -> (S, O, *out_space)."""
+    """F.conv{1,2,3}d. x: (S, C, *space), weight: (O, C / conv_groups, *kernel) -> (S, O,
+    *out_space).
+    """
     kernel = weight.value.shape[2:]
     if padding == "valid":
         padding = 0
@@ -57,7 +61,9 @@ def conv_transpose(
     dilation,
     grouped_rows: GroupedRows,
 ) -> Tensor:
-    """F.conv_transpose{1,2,3}d. x: (S, C, *space), weight: (C, O / conv_groups, *kernel) -> (S, O, *out_space)."""
+    """F.conv_transpose{1,2,3}d. x: (S, C, *space), weight: (C, O / conv_groups, *kernel) -> (S, O,
+    *out_space).
+    """
     geometry = ConvGeometry.of(stride, padding, dilation, conv_groups, weight.value.dim() - 2)
     tokens = *weight.tokens, *bias.tokens
     return _ConvTranspose.apply(
@@ -66,7 +72,9 @@ def conv_transpose(
 
 
 def _pad_same(x: Tensor, kernel: tuple[int, ...], dilation) -> Tensor:
-    """Zero padding that keeps the spatial size at stride 1; the odd one goes to the end, as in PyTorch."""
+    """Zero padding that keeps the spatial size at stride 1; the odd one goes to the end, as in
+    PyTorch.
+    """
     dilations = [dilation] * len(kernel) if isinstance(dilation, int) else list(dilation)
     extra = [d * (k - 1) for d, k in zip(dilations, kernel, strict=True)]
     return F.pad(x, [amount for e in reversed(extra) for amount in (e // 2, e - e // 2)])
@@ -100,7 +108,9 @@ class _Conv(Function):
 def _gradients(
     ctx, grad: Tensor, make: Callable[..., ConvFactors], grad_input: Callable[..., Tensor]
 ):
-    """What either convolution's backward returns. make: weight factors from x and grad; grad_input: from all three."""
+    """What either convolution's backward returns. make: weight factors from x and grad; grad_input:
+    from all three.
+    """
     _, x, weight = ctx.saved_tensors
     weight_argument, bias_argument = ctx.arguments
     geometry, grouped_rows, needs = ctx.geometry, ctx.grouped_rows, ctx.needs_input_grad

@@ -1,4 +1,6 @@
-"""Factors of a use met while a compiled backward is traced: they are made when that runs, and who votes is known."""
+"""Factors of a use met while a compiled backward is traced: they are made when that runs, and who
+votes is known.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ from htv.ops.factors import Factors, StackedFactors
 
 
 class DeferredFactors(Factors):
-    """make(voters, *tensors), with the voters and the values of the tensors that a run of the backward has.
+    """make(voters, *tensors), with the voters and the values of the tensors that a run of the
+    backward has.
 
     make:     holds no tensors.
     grouped_rows:   while tracing: every index of the batch's dim by itself.
@@ -33,7 +36,8 @@ class DeferredFactors(Factors):
         return DeferredFactors(self.make, self.grouped_rows, self.tensors, (*self._steps, step))
 
     def stacked_now(self, name: str) -> Tensor:
-        """(S, *shape): the contributions of every index, while tracing; where they are few enough to be stacked.
+        """(S, *shape): the contributions of every index, while tracing; where they are few enough
+        to be stacked.
 
         name: the parameter's, for the refusal.
         """
@@ -43,7 +47,9 @@ class DeferredFactors(Factors):
         return factors.values
 
     def recipe(self) -> Callable[[Groups, Tensor, list[Tensor]], Factors]:
-        """Makes the factors, given who votes, the parameter and the values of the tensors; holds no tensors."""
+        """Makes the factors, given who votes, the parameter and the values of the tensors; holds no
+        tensors.
+        """
         make, layout, steps = self.make, self.grouped_rows.layout, self._steps
 
         def run(groups: Groups, parameter: Tensor, tensors: list[Tensor]) -> Factors:
@@ -56,9 +62,13 @@ class DeferredFactors(Factors):
 
 
 def deferred_refusal(name: str) -> UnsupportedError:
-    """For a parameter's use whose contributions must go back through a graph that a compiled backward has not."""
+    """For a parameter's use whose contributions must go back through a graph that a compiled
+    backward has not.
+    """
     return UnsupportedError(
-        f"parameter {name!r} is used by a layer, or row by row, through a tensor computed from it (a weight norm, a "
-        "merged or scaled weight): torch.compile serves computed tensors in elementwise operations alone. Remedy: run "
+        f"parameter {name!r} is used by a layer, or row by row, through a tensor computed from it "
+        "(a weight norm, a "
+        "merged or scaled weight): torch.compile serves computed tensors in elementwise operations "
+        "alone. Remedy: run "
         f"this model without torch.compile, or exclude={name!r}"
     )

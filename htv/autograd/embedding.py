@@ -13,7 +13,9 @@ from htv.ops.factors import EmbeddingFactors
 def embedding(
     ids: Tensor, weight: ParameterArgument, padding_idx: int | None, grouped_rows: GroupedRows
 ) -> Tensor:
-    """F.embedding. ids: integers with the batch in one of their dims, weight: (V, D) -> (*ids.shape, D)."""
+    """F.embedding. ids: integers with the batch in one of their dims, weight: (V, D) ->
+    (*ids.shape, D).
+    """
     return _Embedding.apply(ids, weight.value, weight, padding_idx, grouped_rows, *weight.tokens)
 
 

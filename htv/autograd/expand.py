@@ -1,4 +1,5 @@
-"""Parameters used elementwise (positions, class tokens, scales, gates): expanded so that every example sees its own copy.
+"""Parameters used elementwise (positions, class tokens, scales, gates): expanded so that every
+example sees its own copy.
 
 The gradient of the expanded tensor then is the stack of contributions.
 """
@@ -22,11 +23,14 @@ def expand(
     grouped_rows: GroupedRows,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Copies of a tensor for every index of the batch's dim, broadcastable against tensors of `ndim` dims.
+    """Copies of a tensor for every index of the batch's dim, broadcastable against tensors of
+    `ndim` dims.
 
-    Its dims are aligned to the right of the ndim dims; the one at the batch's must have size 1, or be missing.
+    Its dims are aligned to the right of the ndim dims; the one at the batch's must have size 1, or
+    be missing.
     size:   of the batch's dim, that of `grouped_rows`.
-    dtype:  of the copies, if not the tensor's own. (One of no dims does not decide the type of a result, copies would.)
+    dtype:  of the copies, if not the tensor's own. (One of no dims does not decide the type of a
+            result, copies would.)
     """
     shape = [*(1,) * (ndim - argument.value.dim()), *argument.value.shape]
     shape[grouped_rows.dim] = size
@@ -41,7 +45,9 @@ def expand_rows(
     grouped_rows: GroupedRows,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Where rows vote by themselves: copies for every row, the dims of `shape` before the tensor's own."""
+    """Where rows vote by themselves: copies for every row, the dims of `shape` before the tensor's
+    own.
+    """
     return _Expand.apply(argument.value, argument, shape, grouped_rows, dtype, *argument.tokens)
 
 
@@ -77,7 +83,9 @@ def _contributions(grad: Tensor, shape: tuple[int, ...], grouped_rows: GroupedRo
 
 
 def per_example(derived: TensorFromParameters, grouped_rows: GroupedRows) -> Tensor:
-    """A derived tensor of which every example has a part of its own, whose gradient is recorded as that example's."""
+    """A derived tensor of which every example has a part of its own, whose gradient is recorded as
+    that example's.
+    """
     return _PerExample.apply(
         derived.source.detach(),
         derived,

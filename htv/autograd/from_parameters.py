@@ -1,7 +1,9 @@
-"""Tensors computed from served parameters alone, and the way of contributions to them back to the parameters.
+"""Tensors computed from served parameters alone, and the way of contributions to them back to the
+parameters.
 
-A slice of a position table, a chunk of a fused projection, `w.t()`, `exp(p)`, a normalised or merged weight: layers and
-elementwise operations compute with them, and what each group contributes to them is pulled back to the parameters.
+A slice of a position table, a chunk of a fused projection, `w.t()`, `exp(p)`, a normalised or
+merged weight: layers and elementwise operations compute with them, and what each group contributes
+to them is pulled back to the parameters.
 """
 
 from __future__ import annotations
@@ -29,13 +31,17 @@ from htv.ops.reference import compute_dtype
 
 
 class Lookup:
-    """An origin: the source is an embedding of ids, the same in every forward of the batch, in its one parameter."""
+    """An origin: the source is an embedding of ids, the same in every forward of the batch, in its
+    one parameter.
+    """
 
     def __init__(self, ids: Tensor):
         self.tensor, self.nodes = ids, ("EmbeddingBackward", "IndexBackward")
 
     def by_example(self, number: int, parameter: Tensor) -> Callable[..., Factors]:
-        """Makes factors of a parameter from voters, `tensor` and the gradient of a source that has a part per example."""
+        """Makes factors of a parameter from voters, `tensor` and the gradient of a source that has
+        a part per example.
+        """
         num_embeddings = len(parameter)
 
         def make(grouped_rows: GroupedRows, ids: Tensor, grad: Tensor) -> Factors:
@@ -53,7 +59,9 @@ class Lookup:
 
 
 class Projection:
-    """An origin: the source is a linear layer's output for a constant input; its parameters are weight, maybe bias."""
+    """An origin: the source is a linear layer's output for a constant input; its parameters are
+    weight, maybe bias.
+    """
 
     def __init__(self, x: Tensor, has_weight: bool):
         self.tensor, self.has_weight, self.nodes = x, has_weight, ("",)
@@ -74,7 +82,9 @@ Origin = Lookup | Projection
 
 
 class PartFactors(Factors):
-    """Contributions to a tensor of which every group has its own part: the gradient there, zeros elsewhere."""
+    """Contributions to a tensor of which every group has its own part: the gradient there, zeros
+    elsewhere.
+    """
 
     def __init__(self, grad: Tensor, grouped_rows: GroupedRows):
         self.grad, self.grouped_rows, self.count = grad, grouped_rows, grouped_rows.count
@@ -105,8 +115,9 @@ class TensorFromParameters:
     recorders:   those of the parameters.
     origin:  how the source was made, if that is known.
 
-    The way back is fixed here: what is done to the source in place later does not concern the uses made now.
-    Raises UnsupportedError if the source also depends on anything else that needs a gradient.
+    The way back is fixed here: what is done to the source in place later does not concern the uses
+    made now. Raises UnsupportedError if the source also depends on anything else that needs a
+    gradient.
     """
 
     def __init__(
@@ -144,8 +155,10 @@ class TensorFromParameters:
                     repr(recorder.buffer.parameter_name) for recorder in self.recorders
                 )
                 raise UnsupportedError(
-                    f"a tensor of shape {tuple(self.source.shape)} was taken to be computed from the served "
-                    f"parameters {names} alone, but it also depends on {what}, whose gradient would be lost. Remedy: "
+                    f"a tensor of shape {tuple(self.source.shape)} was taken to be computed from "
+                    "the served "
+                    f"parameters {names} alone, but it also depends on {what}, whose gradient "
+                    "would be lost. Remedy: "
                     f"detach that tensor, or exclude={names}"
                 )
             ahead.extend(n for n, _ in node.next_functions)
@@ -163,7 +176,9 @@ class TensorFromParameters:
         return self._view is not None
 
     def record_by_example(self, grad: Tensor, grouped_rows: GroupedRows) -> None:
-        """Record the gradient of a source of which every example has its own part, where `grouped_rows` says."""
+        """Record the gradient of a source of which every example has its own part, where
+        `grouped_rows` says.
+        """
         for number, (recorder, p) in enumerate(zip(self.recorders, self.parameters, strict=True)):
             if not recorder.wanted():
                 continue
@@ -192,7 +207,9 @@ class TensorFromParameters:
         return adapt
 
     def _adapt_later(self, later: DeferredFactors, number: int) -> DeferredFactors:
-        """The same where a backward is traced: through the graph of the source now, the rest when the backward runs."""
+        """The same where a backward is traced: through the graph of the source now, the rest when
+        the backward runs.
+        """
         if self._view is not None:
             view = self._view
             return later.then(lambda factors, parameter: ViewFactors.of(factors, view, parameter))
@@ -209,7 +226,9 @@ class TensorFromParameters:
         )
 
     def _pull_back(self, grad: Tensor, number: int, batched: bool = False) -> Tensor:
-        """One parameter's part of the vector-Jacobian product of (*source.shape), or of a stack of these."""
+        """One parameter's part of the vector-Jacobian product of (*source.shape), or of a stack of
+        these.
+        """
         parameter = self.parameters[number]
         with torch.enable_grad(), _without_hooks(self.parameters):
             (found,) = torch.autograd.grad(
@@ -228,7 +247,9 @@ class TensorFromParameters:
 def _view_of(
     source: Tensor, parameter: Tensor
 ) -> tuple[tuple[int, ...], tuple[int, ...], int] | None:
-    """(size, stride, offset into the parameter) of a view that shows no element twice; None for other tensors."""
+    """(size, stride, offset into the parameter) of a view that shows no element twice; None for
+    other tensors.
+    """
     if (
         source._base is not parameter
         or source.dtype != parameter.dtype
@@ -255,7 +276,9 @@ def _view_of(
 
 @contextmanager
 def _without_hooks(parameters: list[Tensor]) -> Iterator[None]:
-    """Hooks on the parameters are for their gradients, not for contributions on their way into a buffer."""
+    """Hooks on the parameters are for their gradients, not for contributions on their way into a
+    buffer.
+    """
     hooks = [(p._backward_hooks, dict(p._backward_hooks)) for p in parameters if p._backward_hooks]
     for live, _ in hooks:
         live.clear()

@@ -35,7 +35,8 @@ class _Linear(Function):
         )
         ctx.x_dtype = x.dtype
         y = F.linear(x, weight, bias)
-        # With a bias and more than two dims it is a view, which autograd would not let anyone change in place.
+        # With a bias and more than two dims it is a view, which autograd would not let anyone
+        # change in place.
         return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
 
     @staticmethod
@@ -56,7 +57,9 @@ class _Linear(Function):
 
 
 def bias_factors(grouped_rows: GroupedRows, grad: Tensor) -> StackedFactors:
-    """Of a bias along the last dim, from the gradient (*rest, O): (E, O), summed in float32 or wider."""
+    """Of a bias along the last dim, from the gradient (*rest, O): (E, O), summed in float32 or
+    wider.
+    """
     return StackedFactors(grouped_rows.sums(grad, dtype=compute_dtype(grad.dtype)))
 
 

@@ -1,7 +1,8 @@
 """Layer and group normalisation with aggregated gradients of scale and shift.
 
-Both are y = x_hat * weight + bias with statistics inside one example, so the contribution of a group is the sum over
-its positions of grad * x_hat and of grad: one vector per group, no more than the activations themselves.
+Both are y = x_hat * weight + bias with statistics inside one example, so the contribution of a
+group is the sum over its positions of grad * x_hat and of grad: one vector per group, no more than
+the activations themselves.
 """
 
 from __future__ import annotations
@@ -85,7 +86,8 @@ class _LayerNorm(Function):
 def _sums_along_batch(
     grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, features: int, grouped_rows: GroupedRows
 ) -> tuple[Tensor, Tensor]:
-    """(S, D) for scale and shift, along the batch's dim: sums over the rows there; (S, *rest, D) where every row votes.
+    """(S, D) for scale and shift, along the batch's dim: sums over the rows there; (S, *rest, D)
+    where every row votes.
 
     grad and x: (*rest, *shape) with a shape of so many features; mean and rstd: (*rest, 1, ...).
     """
@@ -115,7 +117,9 @@ def _by_group(sums: Tensor, shape: tuple[int, ...], grouped_rows: GroupedRows) -
 
 
 def _group_norm_format(x: Tensor) -> torch.memory_format:
-    """What F.group_norm computes and returns: the input's memory format on the CPU, contiguous elsewhere."""
+    """What F.group_norm computes and returns: the input's memory format on the CPU, contiguous
+    elsewhere.
+    """
     if x.is_contiguous():
         return torch.contiguous_format
     if x.device.type == "cpu":
@@ -153,7 +157,9 @@ class _GroupNorm(Function):
 def _affine_grads(
     ctx, sums: Sequence[Tensor], make: Callable[..., StackedFactors]
 ) -> list[Tensor | None]:
-    """The gradients of scale and shift, or None where they are recorded. sums: for both; make: their factors."""
+    """The gradients of scale and shift, or None where they are recorded. sums: for both; make:
+    their factors.
+    """
     needed = ctx.needs_input_grad[1:3]
     return [
         argument.grad(n, make, ctx.grouped_rows, s)

@@ -74,10 +74,11 @@ def demo(
         ),
     ] = None,
 ) -> None:
-    """Train on real images of which a quarter carry wrong labels, and see which rules learn those by heart.
+    """Train on real images of which a quarter carry wrong labels, and see which rules learn those
+    by heart.
 
-    Plain training and the rules start from the same weights and see the same batches. Ends with a table of accuracy,
-    memorisation, time and memory, curves as PNG, and every number as JSON.
+    Plain training and the rules start from the same weights and see the same batches. Ends with a
+    table of accuracy, memorisation, time and memory, curves as PNG, and every number as JSON.
     """
     require("htv demo", "cli", "rich", "matplotlib", *_for_digits(data))
     from rich.console import Console
@@ -101,7 +102,8 @@ def demo(
         images = images.subset(train_limit or 3000, seed)
     if len(images.train_labels) < setup.batch_size:
         raise typer.BadParameter(
-            f"{len(images.train_labels)} training images do not fill one batch of {setup.batch_size}",
+            f"{len(images.train_labels)} training images do not fill one batch of "
+            f"{setup.batch_size}",
             param_hint="--data" if train_limit is None else "--train-limit",
         )
     run(images, variants, setup, out, Console())
@@ -113,8 +115,10 @@ def bench(
         list[str] | None,
         typer.Option(
             help="What to measure; repeat it or separate by commas. mlp-relu, mlp-gelu, transformer, resnet18, "
-            "llama-block, convnext-stage, stacked-E, scaling-groups, scaling-width, scaling-rows; the beginning of "
-            "several names stands for all of them, as in `stacked`. Default: everything: some fifteen minutes."
+            "llama-block, convnext-stage, stacked-E, scaling-groups, scaling-width, scaling-rows; "
+            "the beginning of "
+            "several names stands for all of them, as in `stacked`. Default: everything: some "
+            "fifteen minutes."
         ),
     ] = None,
     variant: Annotated[
@@ -150,11 +154,12 @@ def bench(
         Path, typer.Option(help="Folder for cpu.md, cpu.json and the plots; made if missing.")
     ] = Path("bench-results"),
 ) -> None:
-    """Measure what the rules cost on this machine: time and peak memory of whole training steps over plain ones.
+    """Measure what the rules cost on this machine: time and peak memory of whole training steps
+    over plain ones.
 
-    The variants of a workload take turns in one process. Beside htv stand baselines that form the gradients of all
-    examples: a loop, torch.func's vmap, Opacus and BackPACK (the extra `peers`). One that fails is reported with its
-    error.
+    The variants of a workload take turns in one process. Beside htv stand baselines that form the
+    gradients of all examples: a loop, torch.func's vmap, Opacus and BackPACK (the extra `peers`).
+    One that fails is reported with its error.
     """
     require("htv bench", "cli", "rich", "matplotlib")
     from dataclasses import replace
@@ -218,8 +223,8 @@ def experiment(
 ) -> None:
     """Reproduce a result of the papers: the claim beside what is found here.
 
-    Every finished run is kept in NAME.jsonl, and the same command goes on where it was interrupted. Ends with tables, a
-    picture (NAME.png), a report (NAME.md) and every number (NAME.json).
+    Every finished run is kept in NAME.jsonl, and the same command goes on where it was interrupted.
+    Ends with tables, a picture (NAME.png), a report (NAME.md) and every number (NAME.json).
     """
     from htv.experiments import NAMES
     from htv.experiments.experiment import load
@@ -285,9 +290,11 @@ def tune(
         ),
     ] = False,
 ) -> None:
-    """Measure which tiles the Triton products are fastest with on this GPU, and write the table they are looked up in.
+    """Measure which tiles the Triton products are fastest with on this GPU, and write the table
+    they are looked up in.
 
-    Works on buffers of its own and is never run by training. HTV_TUNED names another table than the default one.
+    Works on buffers of its own and is never run by training. HTV_TUNED names another table than the
+    default one.
     """
     require("htv tune", "cli", "rich")
     import os
@@ -435,13 +442,15 @@ def _checked_device(name: str) -> str:
     if kind == "cuda":
         if not torch.cuda.is_available():
             raise typer.BadParameter(
-                f"no CUDA device is available to torch {torch.__version__}; install a CUDA build of torch and check "
+                f"no CUDA device is available to torch {torch.__version__}; install a CUDA build "
+                "of torch and check "
                 "the driver with nvidia-smi, or use --device cpu",
                 param_hint="--device",
             )
         if int(index or 0) >= torch.cuda.device_count():
             raise typer.BadParameter(
-                f"{name} does not exist; this machine has {torch.cuda.device_count()} CUDA device(s)",
+                f"{name} does not exist; this machine has {torch.cuda.device_count()} CUDA "
+                "device(s)",
                 param_hint="--device",
             )
     return name

@@ -14,7 +14,8 @@ from htv.data import pickles
 from htv.data.dataset import DataError, Dataset
 
 _SIDE = 32
-_KINDS = {  # a file that tells which -> name, classes, training files, test files, key of the labels
+# a file that tells which -> name, classes, training files, test files, key of the labels
+_KINDS = {
     "data_batch_1": (
         "cifar10",
         10,

@@ -1,9 +1,9 @@
 """Images with a shortcut drawn in, and test sets that take image and shortcut apart.
 
-A cue tells an image's class by something other than what it shows: where a box is, which colour it has, which picture
-stands above it. Each of K classes but the last has its own; the absence of any is the cue of the last class, and what
-the others look like without one. Training on `add_cue` teaches a model the shortcut, and `counterfactuals` tell whether
-it took it.
+A cue tells an image's class by something other than what it shows: where a box is, which colour it
+has, which picture stands above it. Each of K classes but the last has its own; the absence of any
+is the cue of the last class, and what the others look like without one. Training on `add_cue`
+teaches a model the shortcut, and `counterfactuals` tell whether it took it.
 
 From Lubana et al. 2023, "Mechanistic mode connectivity", arXiv 2211.08422.
 """
@@ -75,7 +75,8 @@ class BoxCue:
         size = min(LARGEST_BOX, fits) if self.size is None else self.size
         if size > fits or fits == 0:
             raise ValueError(
-                f"boxes of size {size} for {num_classes - 1} classes do not fit into {height} x {width} pixels: "
+                f"boxes of size {size} for {num_classes - 1} classes do not fit into {height} x "
+                f"{width} pixels: "
                 f"{'take size <= ' + str(fits) if fits else 'take larger images'}"
             )
         place = torch.arange(num_classes - 1)
@@ -203,7 +204,8 @@ class DominoCue:
                         else (self.source.test_images, self.source.test_labels))  # fmt: skip
         if (tops.shape[1:-2], tops.shape[-1]) != (images.shape[1:-2], images.shape[-1]):
             raise ValueError(
-                f"source has images of shape {tuple(tops.shape[1:])}, which do not stack above images of shape "
+                f"source has images of shape {tuple(tops.shape[1:])}, which do not stack above "
+                "images of shape "
                 f"{tuple(images.shape[1:])}: give one of the same width and channels"
             )
         labels, order = labels.sort(stable=True)
@@ -352,7 +354,8 @@ def fine_tuning_parts(
     with_cue = total - clean if with_cue is None else with_cue
     if min(clean, with_cue) < 1 or clean + with_cue > total:
         raise DataError(
-            f"{data.name}: {clean} clean images and {with_cue} with a cue, each at least 1, cannot be drawn from "
+            f"{data.name}: {clean} clean images and {with_cue} with a cue, each at least 1, cannot "
+            "be drawn from "
             f"{total} training images without any being in both: ask for fewer"
         )
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
@@ -398,7 +401,8 @@ def _check_classes(data: Dataset) -> None:
             )
         if not ((labels >= 0) & (labels < data.num_classes)).all():
             raise DataError(
-                f"{data.name} has labels from {labels.min()} to {labels.max()}, not 0 to {data.num_classes - 1}"
+                f"{data.name} has labels from {labels.min()} to {labels.max()}, not 0 to "
+                f"{data.num_classes - 1}"
             )
 
 

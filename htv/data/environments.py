@@ -1,4 +1,5 @@
-"""Problems with environments: one mechanism they share, and shortcuts that differ from one to the next.
+"""Problems with environments: one mechanism they share, and shortcuts that differ from one to the
+next.
 
 From Parascandolo et al. 2020, "Learning explanations that are hard to vary", arXiv 2009.00329.
 """
@@ -99,7 +100,8 @@ def spirals(
     _check_counts(shortcut_dims=shortcut_dims)
     if num_environments * per_environment < 2:
         raise ValueError(
-            "per_environment must be at least 2 in a single environment: one example has no deviation"
+            "per_environment must be at least 2 in a single environment: one example has no "
+            "deviation"
         )
     generator = torch.Generator().manual_seed(seed)
 

@@ -1,4 +1,6 @@
-"""Problems in which a shortcut goes with the class for most examples, the majority, and against it for a few."""
+"""Problems in which a shortcut goes with the class for most examples, the majority, and against it
+for a few.
+"""
 
 from __future__ import annotations
 
@@ -101,7 +103,8 @@ def flipped_shortcut(
         raise ValueError(f"dims must be at least 2, for the feature and the shortcut; got {dims}")
     if not 0 <= minority <= train or not 0 <= test_minority <= test:
         raise ValueError(
-            f"minority and test_minority must be from 0 to train and test, got {minority} of {train} and "
+            f"minority and test_minority must be from 0 to train and test, got {minority} of "
+            f"{train} and "
             f"{test_minority} of {test}"
         )
     generator = torch.Generator().manual_seed(seed)
@@ -156,11 +159,13 @@ def backgrounds(
     """
     if data.train_images.dim() != 3:
         raise DataError(
-            f"{data.name} has images of shape {tuple(data.train_images.shape[1:])}; grey ones are needed"
+            f"{data.name} has images of shape {tuple(data.train_images.shape[1:])}; grey ones are "
+            "needed"
         )
     if not 0 < minority <= 0.5 or not 0 < validation < 1 or not 0 < strength <= 1:
         raise ValueError(
-            f"minority must lie in (0, 0.5], validation in (0, 1), strength in (0, 1]; got {minority!r}, "
+            "minority must lie in (0, 0.5], validation in (0, 1), strength in (0, 1]; got "
+            f"{minority!r}, "
             f"{validation!r}, {strength!r}"
         )
     generator = torch.Generator().manual_seed(seed)

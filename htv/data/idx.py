@@ -1,6 +1,7 @@
 """Folders of idx files, the format MNIST and Fashion-MNIST are published in.
 
-A file is: two zero bytes, a type code, the number of dimensions, one big-endian uint32 per dimension, then the values.
+A file is: two zero bytes, a type code, the number of dimensions, one big-endian uint32 per
+dimension, then the values.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from htv.data.dataset import DataError, Dataset
 UNSIGNED_BYTE = 0x08
 _PARTS = {"train": "train", "test": "t10k"}
 _REMEDY = (
-    "give a folder with train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and "
-    "t10k-labels-idx1-ubyte, each plain or .gz, such as Debian's package dataset-fashion-mnist installs"
+    "give a folder with train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte "
+    "and "
+    "t10k-labels-idx1-ubyte, each plain or .gz, such as Debian's package dataset-fashion-mnist "
+    "installs"
 )
 
 
@@ -59,7 +62,8 @@ def idx_folder(path: str | Path) -> Dataset:
         images[part], labels[part] = read_idx(image_file, dims=3), read_idx(label_file, dims=1)
         if len(images[part]) != len(labels[part]):
             raise DataError(
-                f"{image_file} holds {len(images[part])} images, but {label_file} holds {len(labels[part])} labels"
+                f"{image_file} holds {len(images[part])} images, but {label_file} holds "
+                f"{len(labels[part])} labels"
             )
     if images["train"].shape[1:] != images["test"].shape[1:]:
         sizes = (
@@ -96,7 +100,8 @@ def read_idx(path: str | Path, dims: int) -> np.ndarray:
         )
     if len(values) > size:
         raise DataError(
-            f"{path} goes on after the {size} values its header announces; it is not the file it claims"
+            f"{path} goes on after the {size} values its header announces; it is not the file it "
+            "claims"
         )
     return np.frombuffer(values, dtype=np.uint8).reshape(shape)
 
@@ -117,7 +122,8 @@ def _read_header(path: Path, stream: BufferedIOBase, dims: int) -> tuple[int, ..
         )
     if magic[2] != UNSIGNED_BYTE:
         raise DataError(
-            f"{path} holds values of type 0x{magic[2]:02x}; only unsigned bytes (0x08) are images here"
+            f"{path} holds values of type 0x{magic[2]:02x}; only unsigned bytes (0x08) are images "
+            "here"
         )
     if magic[3] != dims:
         raise DataError(

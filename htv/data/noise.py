@@ -42,11 +42,13 @@ def label_noise(
         )
     if not isinstance(labels, Tensor) or labels.dim() != 1 or labels.dtype != torch.int64:
         raise ValueError(
-            f"labels must be a tensor, (N,) int64, got {described(labels)}: torch.as_tensor(labels).long() makes it one"
+            f"labels must be a tensor, (N,) int64, got {described(labels)}: "
+            "torch.as_tensor(labels).long() makes it one"
         )
     if len(labels) and not (0 <= int(labels.min()) and int(labels.max()) < num_classes):
         raise ValueError(
-            f"labels must lie in [0, {num_classes}), got values from {int(labels.min())} to {int(labels.max())}"
+            f"labels must lie in [0, {num_classes}), got values from {int(labels.min())} to "
+            f"{int(labels.max())}"
         )
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(labels), generator=generator)[: round(rate * len(labels))]

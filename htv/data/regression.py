@@ -45,7 +45,8 @@ def noisy_curve(
     """
     if not identifiers >= 0 or not label_noise >= 0:
         raise ValueError(
-            f"identifiers and label_noise must not be negative, got {identifiers!r} and {label_noise!r}"
+            f"identifiers and label_noise must not be negative, got {identifiers!r} and "
+            f"{label_noise!r}"
         )
     if points < 1 or dims < 1:
         raise ValueError(f"points and dims must be at least 1, got {points} and {dims}")

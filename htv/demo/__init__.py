@@ -1,4 +1,5 @@
-"""The demo: train on images of which a quarter carry wrong labels, and see which rules learn those by heart.
+"""The demo: train on images of which a quarter carry wrong labels, and see which rules learn those
+by heart.
 
 variants.py   the rules that compete
 training.py   one network trained by one rule, observed after every epoch

@@ -1,7 +1,8 @@
 """What a rule costs: time per training step, and peak memory.
 
-Time: all variants take turns in one process, so that whatever else the machine does hits them alike; medians.
-Memory: each variant trains a few steps in a process of its own; `python -m htv.demo.cost` is that process.
+Time: all variants take turns in one process, so that whatever else the machine does hits them
+alike; medians. Memory: each variant trains a few steps in a process of its own; `python -m
+htv.demo.cost` is that process.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ TWIN_SECONDS = 3.0  # a materialising twin takes no further part after so long
 def twin(
     network: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, labels: Tensor, rule: Rule
 ) -> Step:
-    """A training step the usual way: the same `.grad`, up to rounding, with all examples' gradients in memory."""
+    """A training step the usual way: the same `.grad`, up to rounding, with all examples' gradients
+    in memory.
+    """
     backward = baselines.step("vmap", network, x, labels, rule)
 
     def run() -> None:
@@ -40,7 +43,8 @@ def step_times(
 ) -> dict[str, Timing]:
     """A whole training step of each variant, and as "vmap SPEC" of its materialising twin.
 
-    x: (batch, pixels) and labels: (batch,) on the device. The learning rate is 0: the weights stay where they are.
+    x: (batch, pixels) and labels: (batch,) on the device. The learning rate is 0: the weights stay
+    where they are.
     """
     still = replace(setup, learning_rate=0.0)
 
@@ -72,7 +76,8 @@ def step_times(
 def peak_memory(
     variant: Variant, materialise: bool, setup: Setup, pixels: int, num_classes: int
 ) -> dict:
-    """Bytes that network, optimizer and three training steps add at their peak, measured in a fresh process.
+    """Bytes that network, optimizer and three training steps add at their peak, measured in a fresh
+    process.
 
     Returns {"bytes": int, "method": str}. The images are random: memory depends on their size only.
     """

@@ -21,7 +21,8 @@ def summary_table(results: list[dict], noise: float) -> Table:
     table.caption = (
         "memorised: wrongly labelled training images predicted as their wrong label. "
         "Peak MB: what network, optimizer and three steps add. "
-        "vmap: the same rule by torch.func.vmap(grad), which holds the gradients of all examples of the batch."
+        "vmap: the same rule by torch.func.vmap(grad), which holds the gradients of all examples "
+        "of the batch."
     )
     table.add_column("rule", no_wrap=True)
     for name in ("test\nacc.", "\nmemorised", "ms/step\n(x plain)", "peak MB\n(x plain)", "vmap\nms/step",
@@ -55,7 +56,8 @@ def in_words(results: list[dict]) -> str:
     for result in results[1:]:
         points = 100 * (result["final"]["test_accuracy"] - plain["test_accuracy"])
         lines.append(
-            f"{result['spec']} {result['final']['memorised']:.1%}, test accuracy {points:+.1f} points"
+            f"{result['spec']} {result['final']['memorised']:.1%}, test accuracy {points:+.1f} "
+            "points"
         )
     return "\n".join(lines)
 

@@ -24,9 +24,12 @@ def run(data: Dataset, variants: list[Variant], setup: Setup, out: Path, console
     """
     task = make_task(data, setup)
     console.print(
-        f"{data.name}: {len(task.x)} training images, {int(task.wrong.sum())} of them wrongly labelled, and "
-        f"{len(task.test_x)} test images. Network {task.x.shape[1]}-{setup.width}-{setup.width}-{data.num_classes}, "
-        f"{setup.epochs} epochs of batches of {setup.batch_size}, seed {setup.seed}, {setup.device}."
+        f"{data.name}: {len(task.x)} training images, {int(task.wrong.sum())} of them wrongly "
+        "labelled, and "
+        f"{len(task.test_x)} test images. Network "
+        f"{task.x.shape[1]}-{setup.width}-{setup.width}-{data.num_classes}, "
+        f"{setup.epochs} epochs of batches of {setup.batch_size}, seed {setup.seed}, "
+        f"{setup.device}."
     )
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                TextColumn("{task.fields[now]}"))  # fmt: skip
@@ -67,7 +70,8 @@ def run(data: Dataset, variants: list[Variant], setup: Setup, out: Path, console
     console.print(report.in_words(results), highlight=False)
     if report.times_are_rough(results):
         console.print(
-            "The machine was busy: times varied by more than half. Repeat on a quiet one to trust them."
+            "The machine was busy: times varied by more than half. Repeat on a quiet one to trust "
+            "them."
         )
     console.print(f"Curves: {curves}\nEvery number: {numbers}", soft_wrap=True)
     return record
@@ -84,7 +88,9 @@ def _train(task: Task, variant: Variant, setup: Setup, progress: Progress) -> li
 
 
 def _measure(task: Task, variants: list[Variant], setup: Setup, progress: Progress) -> list[dict]:
-    """Per variant: milliseconds per step and peak bytes, of htv and of the materialising twin (None for plain)."""
+    """Per variant: milliseconds per step and peak bytes, of htv and of the materialising twin (None
+    for plain).
+    """
     bar = progress.add_task("time and memory", total=2 * len(variants), now="all in turn")
     batch = slice(setup.batch_size)
     times = cost.step_times(variants, setup, task.x[batch], task.noisy[batch], task.num_classes)

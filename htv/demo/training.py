@@ -18,7 +18,9 @@ from htv.rules import Rule
 
 @dataclass(frozen=True)
 class Setup:
-    """What all variants share. Wide enough to learn every wrong label by heart, given plain gradients."""
+    """What all variants share. Wide enough to learn every wrong label by heart, given plain
+    gradients.
+    """
 
     epochs: int = 50
     seed: int = 0
@@ -32,7 +34,9 @@ class Setup:
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """Standardised images on the device: x (N, pixels), true and noisy labels (N,), which are wrong (N,) bool."""
+    """Standardised images on the device: x (N, pixels), true and noisy labels (N,), which are wrong
+    (N,) bool.
+    """
 
     x: Tensor
     true: Tensor
@@ -52,8 +56,9 @@ def make_task(data: Dataset, setup: Setup) -> Task:
 def standardised(data: Dataset, noisy: Tensor, wrong: Tensor, device: str = "cpu") -> Task:
     """Pixels standardised by the training part's mean and deviation, one row per image.
 
-    Centred pixels matter to rules that look at signs and ranks: with mostly-zero inputs most contributions to the
-    first layer are exactly 0, which counts against agreement and makes most medians 0.
+    Centred pixels matter to rules that look at signs and ranks: with mostly-zero inputs most
+    contributions to the first layer are exactly 0, which counts against agreement and makes most
+    medians 0.
     """
     mean, deviation = data.train_images.mean(), data.train_images.std().clamp(min=1e-6)
 
@@ -72,7 +77,9 @@ def standardised(data: Dataset, noisy: Tensor, wrong: Tensor, device: str = "cpu
 
 
 def make_network(pixels: int, num_classes: int, setup: Setup) -> nn.Sequential:
-    """pixels - width - width - classes with GELU; the same weights for the same seed, on every device."""
+    """pixels - width - width - classes with GELU; the same weights for the same seed, on every
+    device.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(setup.seed)
         network = nn.Sequential(
@@ -106,7 +113,8 @@ def step(network: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, labels
 def train(
     task: Task, rule: Rule | None, setup: Setup, on_epoch: Callable[[dict], None]
 ) -> list[dict]:
-    """Train from the seed's weights in the seed's batch order; the record of every epoch, also given to `on_epoch`.
+    """Train from the seed's weights in the seed's batch order; the record of every epoch, also
+    given to `on_epoch`.
 
     An incomplete last batch is dropped, so that the same number of examples votes at every step.
     """

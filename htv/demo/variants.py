@@ -19,7 +19,9 @@ DEFAULT = ("and-mask", "median", "winsorized")
 
 @dataclass(frozen=True)
 class Variant:
-    """`spec` as the command line takes it, for example "and-mask:0.2"; `rule` None is plain training without htv."""
+    """`spec` as the command line takes it, for example "and-mask:0.2"; `rule` None is plain
+    training without htv.
+    """
 
     spec: str
     rule: Rule | None
@@ -29,7 +31,9 @@ PLAIN = Variant("plain", None)
 
 
 def parse(spec: str, batch_size: int) -> Variant:
-    """Read `plain`, or the name of a rule with an optional parameter after a colon. ValueError says what is wrong."""
+    """Read `plain`, or the name of a rule with an optional parameter after a colon. ValueError says
+    what is wrong.
+    """
     name, colon, text = spec.strip().lower().partition(":")
     if name == "plain" and not colon:
         return PLAIN

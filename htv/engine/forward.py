@@ -52,7 +52,8 @@ def thaw(frozen: list[nn.Module]) -> None:
 
 
 class ForwardStandIn:
-    """Stands in for a method of a module while it is attached; the outermost call enters the serving mode.
+    """Stands in for a method of a module while it is attached; the outermost call enters the
+    serving mode.
 
     To whom reads it (signature, `__code__`, `__wrapped__`) it looks like the method it stands for.
     Copies of the
@@ -99,7 +100,7 @@ class ForwardStandIn:
             error.locate(self.path, type(self.module).__name__)
             raise
 
-    # -- how it looks -------------------------------------------------------------------------------------------------
+    # -- how it looks ------------------------------------------------------------------------------
 
     def __getattr__(self, name: str):
         """Attributes of the method it stands for; only for those this class does not have."""
@@ -117,7 +118,9 @@ class ForwardStandIn:
 
     @property
     def __func__(self):
-        """A function of (module, ...) that is served too, for those who wrap methods by their function."""
+        """A function of (module, ...) that is served too, for those who wrap methods by their
+        function.
+        """
         if (
             sys._getframe(1).f_globals.get("__name__") == "torch._jit_internal"
         ):  # the first to ask of a scripted module
@@ -150,7 +153,9 @@ class ForwardStandIn:
     # -------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Refuse before anything runs: replaced parameters; a BatchNorm, which counts its batches first."""
+        """Refuse before anything runs: replaced parameters; a BatchNorm, which counts its batches
+        first.
+        """
         if torch._C._get_tracing_state() or torch.compiler.is_exporting():
             raise UnsupportedError(EXPORTING.format("torch.jit.trace or torch.export"))
         changed = False
@@ -179,7 +184,9 @@ class ForwardStandIn:
                 raise UnsupportedError(handlers.batch_norm_refusal(f"module {name!r}"))
 
     def freeze(self, frozen: list[nn.Module]) -> None:
-        """Put BatchNorm modules on their running statistics, if the handle was told to, and into `frozen`."""
+        """Put BatchNorm modules on their running statistics, if the handle was told to, and into
+        `frozen`.
+        """
         for _, module in self.batch_norms if self.session.batch_norm == "frozen" else ():
             if module.training and module.running_mean is not None:
                 frozen.append(module)
@@ -232,5 +239,6 @@ class ForwardStandIn:
 
     def __reduce_ex__(self, protocol):
         raise RuntimeError(
-            "this module cannot be copied or pickled while attached: call detach() on its handle first"
+            "this module cannot be copied or pickled while attached: call detach() on its handle "
+            "first"
         )

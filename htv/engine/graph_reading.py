@@ -36,7 +36,8 @@ __all__ = [
 ]
 
 RECORD = "htv"  # key in the metadata of autograd's nodes, which die with their graph
-ROWWISE = "htv_rowwise"  # attribute by which a Function or function says that it computes every example by itself
+# attribute by which a Function or function says that it computes every example by itself
+ROWWISE = "htv_rowwise"
 MOST_NODES = 100_000
 
 # Nodes by the name of their operation; those of elementwise operations need no entry.

@@ -1,4 +1,6 @@
-"""What code compiled for an attached model depends on. `htv.compiled`, which reads it, is loaded when needed."""
+"""What code compiled for an attached model depends on. `htv.compiled`, which reads it, is loaded
+when needed.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-# Keys are strings in compiled graphs, which may be cached on disk: no other process can have the same.
+# Keys are strings in compiled graphs, which may be cached on disk: no other process can have the
+# same.
 keys = map(
     lambda number: f"{uuid.uuid4().hex}-{number}", itertools.count()
 )  # unlike a generator, for any thread

@@ -1,4 +1,5 @@
-"""What a forward is called with: its tensors by name, and which of them hold the examples of the batch.
+"""What a forward is called with: its tensors by name, and which of them hold the examples of the
+batch.
 
 Shapes decide only where they leave no doubt: one size in the batch's dim, beside which tensors of
                                               size 1 are constants.
@@ -44,7 +45,8 @@ class Batch:
 
 
 def named_tensors(names: tuple[str, ...], args: tuple, kwargs: dict) -> list[tuple[str, object]]:
-    """List the tensors and packed sequences of a call as (name, value), in the order of the arguments.
+    """List the tensors and packed sequences of a call as (name, value), in the order of the
+    arguments.
 
     names: of the positional parameters. Tuples, lists, mappings and dataclasses are looked into;
            other objects (a graph
@@ -229,7 +231,9 @@ def _dim_of_rows(candidates: list[tuple[str, Tensor]], dim: int, total: int | No
 
 
 def _of_packed_sequence(packed, plain, dim: int) -> Batch:
-    """The examples of packed sequences: whose row each row of the data is, by the batch sizes and the sorting."""
+    """The examples of packed sequences: whose row each row of the data is, by the batch sizes and
+    the sorting.
+    """
     members, size = [], None
     for name, sequence in packed:
         sizes = sequence.batch_sizes
@@ -263,7 +267,9 @@ def _of_packed_sequence(packed, plain, dim: int) -> Batch:
 
 
 def ids_of_examples(ids: Tensor, batch: Batch) -> Tensor:
-    """The ids of packed sequences' examples, given one per packed row; all rows of an example must have the same."""
+    """The ids of packed sequences' examples, given one per packed row; all rows of an example must
+    have the same.
+    """
     example_of = batch.members[0][2].examples
     if ids.dim() != 1 or len(ids) != len(example_of):
         raise ValueError(

@@ -1,8 +1,9 @@
 """The torch-function mode under which an attached model's forward runs.
 
-It sees every torch call with its arguments. Calls that use a served parameter in a way htv knows are replaced by their
-aggregating twins (`htv.layers`); calls among parameters alone run plainly and mark their result as derived; every other
-use of a parameter together with the batch is refused by name. So no parameter is served by guess.
+It sees every torch call with its arguments. Calls that use a served parameter in a way htv knows
+are replaced by their aggregating twins (`htv.layers`); calls among parameters alone run plainly and
+mark their result as derived; every other use of a parameter together with the batch is refused by
+name. So no parameter is served by guess.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ from htv.groups import BatchLayout, GroupedRows, Groups
 
 # One tensor only lends its dtype, device or shape to the other.
 BORROWING = {"type_as", "to", "expand_as", "view_as", "reshape_as"}
-# What calls tell of a tensor, but its values: nothing has to be known of it, and nothing comes of it.
+# What calls tell of a tensor, but its values: nothing has to be known of it, and nothing comes of
+# it.
 QUESTIONS = {
     *(getattr(Tensor, name).__get__ for name in (
         "shape", "dtype", "device", "ndim", "requires_grad", "layout", "is_leaf", "grad_fn", "is_cuda", "is_cpu",
@@ -74,7 +76,9 @@ QUERIES = {
 
 
 def left_on_stack(drop: Callable[[ServingMode], bool]) -> None:
-    """Take modes off torch's stack of function modes: those an interrupt left there, or those that are done."""
+    """Take modes off torch's stack of function modes: those an interrupt left there, or those that
+    are done.
+    """
     count = torch._C._len_torch_function_stack()
     if not count:
         return
@@ -97,7 +101,8 @@ class ServingMode(TorchFunctionMode):
     again:    of a part that activation checkpointing runs again, the forward it belongs to:
               tensors keep their marks.
     carried:  what earlier forwards know of tensors the model is called with, by identity.
-    grouped_rows:   who votes at which place, as far as earlier forwards of the same groups found it.
+    grouped_rows:   who votes at which place, as far as earlier forwards of the same groups found
+                    it.
     """
 
     block = None  # a reference to the `Handle.forward` block that opened it
@@ -155,7 +160,9 @@ class ServingMode(TorchFunctionMode):
         return thread is not None and getattr(thread, "running", None) is not self
 
     def remember(self, result) -> None:
-        """Note at what a forward returns where the batch is in it, for forwards that it is handed to."""
+        """Note at what a forward returns where the batch is in it, for forwards that it is handed
+        to.
+        """
         knowledge = graph_reading.Knowledge(self.groups, self.spec, self.batch.source)
         leaves = [result] if isinstance(result, Tensor) else pytree.tree_leaves(result)
         with torch._C.DisableTorchFunction():
@@ -195,7 +202,7 @@ class ServingMode(TorchFunctionMode):
         """One torch call of the forward, served where that is needed."""
         return self.__torch_function__(func, (), args, kwargs)
 
-    # -- what a tensor is ---------------------------------------------------------------------------------------------
+    # -- what a tensor is --------------------------------------------------------------------------
 
     def tracked(self, tensor) -> ParameterLike | None:
         """The record of a served parameter, or None for anything else."""
@@ -205,7 +212,8 @@ class ServingMode(TorchFunctionMode):
         """What a tensor is to the batch; None for None.
 
         A tensor without a graph that no call of this forward made is a constant: a global,
-                                                                                  something cached earlier. Of
+                                                                                  something cached
+                                                                                  earlier. Of
         one with a graph the graph tells.
         """
         if tensor is None:
@@ -223,7 +231,9 @@ class ServingMode(TorchFunctionMode):
         return mark
 
     def _unseen(self, tensor: Tensor) -> Mark:
-        """What a tensor with a gradient is that no call of this forward made, as far as one could see."""
+        """What a tensor with a gradient is that no call of this forward made, as far as one could
+        see.
+        """
         carried = self._carried.get(id(tensor))
         if carried is not None:
             return carried
@@ -283,7 +293,9 @@ class ServingMode(TorchFunctionMode):
             )
 
     def argument(self, value: Tensor | None, mark: Mark | None = None) -> ParameterArgument:
-        """A layer's parameter argument: served if it is one or derived from some, plain otherwise. mark: if known."""
+        """A layer's parameter argument: served if it is one or derived from some, plain otherwise.
+        mark: if known.
+        """
         mark = self.mark(value) if mark is None else mark
         if not isinstance(mark, FromParameters) or not value.requires_grad:
             return ParameterArgument(value)
@@ -324,7 +336,9 @@ class ServingMode(TorchFunctionMode):
         return x, mark if self.groups.batch_size > 1 else self.layout(x, mark=mark)
 
     def layout(self, x: Tensor, dim: int = 0, mark: Mark | None = None) -> Mark | None:
-        """`mark` of x; of a batch with one example, all of whose x it is, the place along any dim that suits."""
+        """`mark` of x; of a batch with one example, all of whose x it is, the place along any dim
+        that suits.
+        """
         mark = self.mark(x) if mark is None else mark
         if self.groups.batch_size > 1:
             return mark
@@ -344,14 +358,16 @@ class ServingMode(TorchFunctionMode):
         return found
 
     def why_not_batch(self, x: Tensor, mark: Mark | None, features: int) -> str | None:
-        """None if it is known where the batch is in x, before its last `features` dims; else the reason.
+        """None if it is known where the batch is in x, before its last `features` dims; else the
+        reason.
 
         mark: what `layout` says of x.
         """
         if isinstance(mark, Lost):
             self.session.note_loss(mark)
             return (
-                f"it is not known any more which part of its input of shape {tuple(x.shape)} belongs to which example: "
+                f"it is not known any more which part of its input of shape {tuple(x.shape)} "
+                "belongs to which example: "
                 f"{mark} lost that (the batch is {self.batch.source or 'not an argument'})"
             )
         if not isinstance(mark, BatchLayout):
@@ -361,24 +377,28 @@ class ServingMode(TorchFunctionMode):
         return None
 
     def refuse(self, op: str, parameters: tuple[ParameterLike, ...], why: str) -> None:
-        """Refuse a use of parameters, or note that it is passed on plainly where the session was told to."""
+        """Refuse a use of parameters, or note that it is passed on plainly where the session was
+        told to.
+        """
         self.session.unsupported(self._refusal(op, parameters, why), parameters)
 
     def _refusal(self, op: str, parameters: tuple[ParameterLike, ...], why: str) -> str:
         names = ", ".join(repr(tracked.name) for tracked in parameters)
         return (
-            f"parameter {names} is used by {op}: {why}. Remedy: exclude={names} to give it a plain gradient, "
+            f"parameter {names} is used by {op}: {why}. Remedy: exclude={names} to give it a plain "
+            "gradient, "
             "on_unsupported='plain' to do so wherever needed, or write the use with layers "
             "htv.explain lists as served"
         )
 
-    # -- calls that no layer serves -----------------------------------------------------------------------------------
+    # -- calls that no layer serves ----------------------------------------------------------------
 
     def general(self, func, args, kwargs):
-        """Run a call that no layer serves, expanding parameters where it is elementwise, and mark its results.
+        """Run a call that no layer serves, expanding parameters where it is elementwise, and mark
+        its results.
 
-        Nearly all calls of a forward come here, so what is found for one is kept for those like it, and the usual case
-        makes no further call of a function.
+        Nearly all calls of a forward come here, so what is found for one is kept for those like it,
+        and the usual case makes no further call of a function.
         """
         # Tuples are built by concatenation: calls, of append() too, are what the time goes by.
         table = self.marks.table
@@ -483,7 +503,9 @@ class ServingMode(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _expand_operands(self, func, name, args, kwargs, tensors, marks, parameters):
-        """Arguments with every parameter replaced by its copies per example, or None to run the call plainly."""
+        """Arguments with every parameter replaced by its copies per example, or None to run the
+        call plainly.
+        """
         if _in_place(func) and isinstance(marks[0], FromParameters):
             return self.refuse(name, parameters, "it is written to in place")
         if name in torch_ops.ELEMENTWISE:
@@ -555,7 +577,9 @@ class ServingMode(TorchFunctionMode):
     def _copies(
         self, tensor: Tensor, mark: FromParameters, ndim: int, beside: Tensor, layout: BatchLayout
     ) -> Tensor | None:
-        """A derived tensor's copies for every example, to stand in for it; None if it cannot be told apart by example."""
+        """A derived tensor's copies for every example, to stand in for it; None if it cannot be
+        told apart by example.
+        """
         for tracked in mark.parameters:
             tracked.note("elementwise")
         source, size = mark.source, layout.size(self.groups.batch_size)
@@ -618,7 +642,9 @@ class ServingMode(TorchFunctionMode):
     def with_copies(
         self, func, args, kwargs, tensors: list[Tensor], ndim: int, layout: BatchLayout
     ):
-        """A call with what comes from parameters replaced by its copies per example. place: in tensors of `ndim` dims."""
+        """A call with what comes from parameters replaced by its copies per example. place: in
+        tensors of `ndim` dims.
+        """
         copies = {}
         for tensor in tensors:
             mark = self.mark(tensor)
@@ -633,7 +659,9 @@ class ServingMode(TorchFunctionMode):
         return self.general(func, replace_tensors(args, copies), replace_tensors(kwargs, copies))
 
     def copied_per_example(self, x: Tensor | None) -> Tensor | None:
-        """A layer's input; one that is a derived tensor expanded over the batch (learnt queries) as copies per example."""
+        """A layer's input; one that is a derived tensor expanded over the batch (learnt queries) as
+        copies per example.
+        """
         mark = self.mark(x)
         if (
             not isinstance(mark, FromParameters)
@@ -658,7 +686,9 @@ class ServingMode(TorchFunctionMode):
         return copies
 
     def unexpanded(self, w: Tensor, x: Tensor) -> Tensor:
-        """A derived factor of a product with x without leading dims along which it only repeats what x has."""
+        """A derived factor of a product with x without leading dims along which it only repeats
+        what x has.
+        """
         source = self.mark(w).source
         if source is not w:
             own = (1,) * (w.dim() - source.dim()) + tuple(source.shape)
@@ -671,7 +701,7 @@ class ServingMode(TorchFunctionMode):
             w = w.squeeze(0)
         return w
 
-    # -- marks of results ---------------------------------------------------------------------------------------------
+    # -- marks of results --------------------------------------------------------------------------
 
     def _mark_results(self, func, args, kwargs, operands, result) -> None:
         """Mark what a call made, or wrote to in place."""
@@ -721,7 +751,9 @@ class ServingMode(TorchFunctionMode):
                 self._mark_base(output, mark)
 
     def _blamed(self, operation: Operation, marks: list[Mark]) -> list[Mark]:
-        """Marks of which the lost ones say who lost the batch: this call, or an earlier one behind it."""
+        """Marks of which the lost ones say who lost the batch: this call, or an earlier one behind
+        it.
+        """
         earlier = next((m for _, m in operation.operands if isinstance(m, Lost) and m.by), None)
         pairs = any(isinstance(m, Lost) and m.pairs for m in marks)
         blame = earlier or Lost(f"{operation.name!r}", _place_in_code(), pairs)
@@ -753,7 +785,9 @@ class ServingMode(TorchFunctionMode):
         )
 
     def _mark_again(self, view: Tensor) -> Mark:
-        """What a tensor is after its memory was written to elsewhere: through another view, or by a call nobody saw."""
+        """What a tensor is after its memory was written to elsewhere: through another view, or by a
+        call nobody saw.
+        """
         base, mark, batch_size = view._base, self.marks.get(view), self.groups.batch_size
         if getattr(type(view.grad_fn), "_forward_cls", None) is CheckpointFunction:
             return mark  # it was made where all operands have a say
@@ -830,7 +864,9 @@ KEPT_OF_ONE = set(torch_ops.ALONG) | {
 
 @lru_cache(maxsize=4096)
 def _is_kept(func, of_one: bool) -> bool:
-    """Whether the mark of a call's result follows from shapes and marks. of_one: it takes one tensor at most."""
+    """Whether the mark of a call's result follows from shapes and marks. of_one: it takes one
+    tensor at most.
+    """
     name = plain_name(func)
     declared = getattr(func, graph_reading.ROWWISE, False)
     return not declared and (name in KEPT or (of_one and name in KEPT_OF_ONE))

@@ -1,4 +1,6 @@
-"""One served parameter of an attached model: where its uses meet, and a guard on what reaches its `.grad`."""
+"""One served parameter of an attached model: where its uses meet, and a guard on what reaches its
+`.grad`.
+"""
 
 from __future__ import annotations
 
@@ -29,10 +31,11 @@ NODE_BYTES = 1 << 20  # that the contributions to parameters of one node may tak
 def share_nodes(
     parameters: Iterable[TrackedParameter], groups: Groups
 ) -> dict[TrackedParameter, tuple[TrackedParameter, ...]]:
-    """Which parameters share a node: vectors in a row, of one rule, whose contributions together are small.
+    """Which parameters share a node: vectors in a row, of one rule, whose contributions together
+    are small.
 
-    A node costs as much as a small layer. It runs when the last use of any of its parameters has run: contributions to
-    the others wait for that.
+    A node costs as much as a small layer. It runs when the last use of any of its parameters has
+    run: contributions to the others wait for that.
     """
     hubs: list[list[TrackedParameter]] = []
     taken, kind = 0, None
@@ -50,7 +53,9 @@ def share_nodes(
 
 
 class TrackedParameter(BufferListener):
-    """One served parameter: its rule, a node per thread for forwards not yet differentiated, a guard on its gradient."""
+    """One served parameter: its rule, a node per thread for forwards not yet differentiated, a
+    guard on its gradient.
+    """
 
     def __init__(self, session: SessionLike, name: str, parameter: nn.Parameter, rule: Rule):
         self._session = weakref.ref(session)
@@ -104,14 +109,18 @@ class TrackedParameter(BufferListener):
         return self.parameter.requires_grad and not has_hub and not self._is_hooked()
 
     def _is_hooked(self) -> bool:
-        """Whether others look at the gradient: hooks would see None where only other parameters of the node get one."""
+        """Whether others look at the gradient: hooks would see None where only other parameters of
+        the node get one.
+        """
         p = self.parameter
         return len(p._backward_hooks or ()) > (self.hook is not None) or bool(
             p._post_accumulate_grad_hooks
         )
 
     def _open(self, groups: Groups) -> tuple[Tensor, ContributionBuffer]:
-        """A new node, for all that shares it and has none; returns this parameter's token and buffer."""
+        """A new node, for all that shares it and has none; returns this parameter's token and
+        buffer.
+        """
         session = self._session()
         sharing = (self,) if self.parameter.dim() > 1 else session.sharing_node(self, groups)
         if len(sharing) == 1 or self._is_hooked():
@@ -160,7 +169,8 @@ class TrackedParameter(BufferListener):
 
     def guard(self) -> None:
         raise RuntimeError(
-            f"backward after detach: the forward ran while parameter {self.name!r} was served, but its handle has "
+            f"backward after detach: the forward ran while parameter {self.name!r} was served, but "
+            "its handle has "
             "been detached since; run the forward again, or detach after backward"
         )
 
@@ -199,7 +209,9 @@ class TrackedParameter(BufferListener):
             self._delivered.pop(next(iter(self._delivered)))
 
     def accumulate(self, batches: MicroBatches | None) -> None:
-        """From now on gather contributions over several backward passes; None: drop what was gathered."""
+        """From now on gather contributions over several backward passes; None: drop what was
+        gathered.
+        """
         self.accumulation = None if batches is None else Accumulation(self.rule, batches)
         self._given = None
 
@@ -218,13 +230,17 @@ class TrackedParameter(BufferListener):
             return
         if twice:
             why = (
-                f"parameter {self.name!r} got two aggregated gradients in one backward, and their sum is no vote: the "
-                "loss joins two forwards with different groups, or one forward from before another backward() and one "
-                "from after it. Remedy: call backward() once per forward, or run the forwards of one loss together, "
+                f"parameter {self.name!r} got two aggregated gradients in one backward, and their "
+                "sum is no vote: the "
+                "loss joins two forwards with different groups, or one forward from before another "
+                "backward() and one "
+                "from after it. Remedy: call backward() once per forward, or run the forwards of "
+                "one loss together, "
             )
         else:
             why = (
-                f"parameter {self.name!r} reached the loss by a path htv does not serve: it was used outside the "
+                f"parameter {self.name!r} reached the loss by a path htv does not serve: it was "
+                "used outside the "
                 "model's forward (a penalty on the weights, say: take the optimizer's weight "
                 "decay), by something in "
                 "it that htv cannot see (a custom autograd.Function, a function of "

@@ -1,7 +1,8 @@
 """Where the batch goes in operations that move elements about: run on the examples' numbers to see.
 
 What cuts, permutes, picks or writes elements is run again on a tensor that holds, in the place of
-every value, the number of the example it belongs to. Where the numbers end up is where the batch is.
+every value, the number of the example it belongs to. Where the numbers end up is where the batch
+is.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ def _numbered(tensor: Tensor, mark: BatchLayout, batch_size: int) -> Tensor:
 
 
 def probed(op: Operation, index: int, batch_size: int) -> OfBatch:
-    """Run the operation on the examples' numbers instead of the values; the batch is along the dim they vary along."""
+    """Run the operation on the examples' numbers instead of the values; the batch is along the dim
+    they vary along.
+    """
     moved = op.operands if op.name in CONCATENATING else op.operands[:1]
     if (
         not all(isinstance(m, BatchLayout) for _, m in moved)
@@ -41,7 +44,9 @@ def probed(op: Operation, index: int, batch_size: int) -> OfBatch:
 
 
 def after_padding(op: Operation, batch_size: int) -> OfBatch:
-    """torch._pad_packed_sequence(data, batch_sizes, batch_first, padding, length): the padding is nobody's."""
+    """torch._pad_packed_sequence(data, batch_sizes, batch_first, padding, length): the padding is
+    nobody's.
+    """
     data, mark = op.operands[0]
     if not isinstance(mark, BatchLayout):
         return LOST
@@ -78,9 +83,11 @@ def _read_off(numbers: Tensor, batch_size: int) -> OfBatch:
 
 
 def after_writing(op: Operation, batch_size: int) -> OfBatch:
-    """target[index] = value and its relatives: the target stays the batch's if every element written is of its example.
+    """target[index] = value and its relatives: the target stays the batch's if every element
+    written is of its example.
 
-    A target that is no batch's yet (zeros) becomes what its first batch value says, if that fits one of its dims.
+    A target that is no batch's yet (zeros) becomes what its first batch value says, if that fits
+    one of its dims.
     """
     read, target, value = WRITING[op.name](op)
     marks = {id(t): m for t, m in op.operands}
@@ -108,7 +115,9 @@ def after_writing(op: Operation, batch_size: int) -> OfBatch:
 
 
 def _the_only(layouts: list[BatchLayout], empty: bool) -> OfBatch:
-    """The place of a target that fits what was written; where several do, only nothing written yet leaves it open."""
+    """The place of a target that fits what was written; where several do, only nothing written yet
+    leaves it open.
+    """
     if not layouts or (len(layouts) > 1 and not empty):
         return LOST
     return (
@@ -156,7 +165,9 @@ def view_after_writing(view: Tensor, base: Tensor, mark: BatchLayout, batch_size
 def _candidates(
     target: Tensor, value: Tensor, mark: BatchLayout, batch_size: int
 ) -> list[BatchLayout]:
-    """Places a target of zeros may have: as the value counts from the end first, then any dim the batch fits."""
+    """Places a target of zeros may have: as the value counts from the end first, then any dim the
+    batch fits.
+    """
     aligned = mark.dim + target.dim() - value.dim()
     fitting = [
         BatchLayout(d, times=target.shape[d] // batch_size)

@@ -1,8 +1,9 @@
 """Where the batch is in every tensor of a model's forward.
 
-Shapes do not tell: five positions and five examples look alike. So every tensor gets a mark when an operation makes it,
-from the marks of what it was made of. `follow` knows, operation by operation, where the batch dim goes; an operation it
-does not know loses it, and a layer whose input lost it refuses instead of guessing.
+Shapes do not tell: five positions and five examples look alike. So every tensor gets a mark when an
+operation makes it, from the marks of what it was made of. `follow` knows, operation by operation,
+where the batch dim goes; an operation it does not know loses it, and a layer whose input lost it
+refuses instead of guessing.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def follow(
     """The mark of each output of an operation some operand of which is of the batch.
 
     examples:    how many examples the batch has.
-    couples:  whether what was computed from several examples (statistics of the batch) may meet a example's own part.
+    couples:  whether what was computed from several examples (statistics of the batch) may meet a
+              example's own part.
     rows:     whether the order of rows inside a example matters too, as where tokens vote.
     all_say:  whether operands without a gradient have a say, too: in a checkpoint they get one
               later.
@@ -61,7 +63,9 @@ def follow(
 def unmoved(
     operands: list[tuple[Tensor, Mark | None]], output: Tensor, batch_size: int
 ) -> BatchLayout | None:
-    """The usual case of `follow` for broadcasting operations: all that is of the batch has it at one place already."""
+    """The usual case of `follow` for broadcasting operations: all that is of the batch has it at
+    one place already.
+    """
     if batch_size == 1:
         return None
     found = None
@@ -94,7 +98,8 @@ def _agreed(
 ) -> OfBatch:
     """The place all operands agree on in one output; those without a gradient have no say.
 
-    Where the operation moves parts of the batch about, it is run on the examples' numbers to see where they went.
+    Where the operation moves parts of the batch about, it is run on the examples' numbers to see
+    where they went.
     """
     output = op.outputs[index]
     found = [_place(op, t, m, output, batch_size) for t, m in operands]
@@ -141,7 +146,9 @@ def _refuse_guesses(op: Operation, layouts: list[BatchLayout], output: Tensor) -
 
 
 def _refuse_guesses_in_backward(op: Operation, layouts: list[BatchLayout], output: Tensor) -> None:
-    """A product of all examples with all (similarities) is no sign of a wrong guess, unless a loss is made of it."""
+    """A product of all examples with all (similarities) is no sign of a wrong guess, unless a loss
+    is made of it.
+    """
     guess = next((p.guess for p in layouts if p.guess), None)
     if guess is not None and output.requires_grad:
         message = _of_guess(op, guess)
@@ -287,7 +294,9 @@ def _reduced(
 def _multiplied(
     op: Operation, tensor: Tensor, mark: BatchLayout, output: Tensor
 ) -> BatchLayout | None:
-    """Batches and rows of the first factor stay, batches and columns of the second; contracted dims do not."""
+    """Batches and rows of the first factor stay, batches and columns of the second; contracted dims
+    do not.
+    """
     factors = [t for t, _ in op.operands][-2:]  # baddbmm and addmm take the addend first
     if op.name == "rmatmul":
         factors.reverse()
@@ -320,7 +329,9 @@ def _einsum(op: Operation, tensor: Tensor, mark: BatchLayout) -> BatchLayout | N
 
 
 def einsum_terms(equation: str, operands: list[Tensor]) -> tuple[list[str], str]:
-    """The letters of an einsum's operands and result, with those of "..." and of a result left out written in."""
+    """The letters of an einsum's operands and result, with those of "..." and of a result left out
+    written in.
+    """
     inputs, arrow, result = equation.replace(" ", "").partition("->")
     written = [term.replace("...", "") for term in inputs.split(",")]
     spare = [letter for letter in string.ascii_letters if letter not in equation]
@@ -339,7 +350,9 @@ def einsum_terms(equation: str, operands: list[Tensor]) -> tuple[list[str], str]
 def _reshaped(
     tensor: Tensor, mark: BatchLayout, output: Tensor, batch_size: int
 ) -> BatchLayout | None:
-    """Row-major order: whole examples stay together, whatever is before and behind them, as long as no dim cuts them."""
+    """Row-major order: whole examples stay together, whatever is before and behind them, as long as
+    no dim cuts them.
+    """
     before = math.prod(tensor.shape[: mark.dim])
     if mark.examples is not None:
         for at in range(output.dim()):
@@ -387,7 +400,9 @@ def _without(mark: BatchLayout, removed: int) -> BatchLayout | None:
 
 
 def _after_indexing(tensor: Tensor, mark: BatchLayout, index) -> BatchLayout | None:
-    """Follow the batch dim through an index; None if the index takes anything but a full slice of it."""
+    """Follow the batch dim through an index; None if the index takes anything but a full slice of
+    it.
+    """
     items = index if isinstance(index, tuple) else (index,)
     if any(_is_advanced(item) and not isinstance(item, Tensor) for item in items):
         return None

@@ -58,7 +58,9 @@ class ModeSession(Protocol):
         """Whether a contribution may include what passes through a BatchNorm's statistics."""
 
     def known_results(self, groups: Groups) -> dict[tuple, Any] | None:
-        """Return the marks of results that earlier forwards of such a batch found; None not to keep any."""
+        """Return the marks of results that earlier forwards of such a batch found; None not to keep
+        any.
+        """
 
     def constants(self) -> Iterable[Tensor]:
         """Return the model's tensors that are not served."""

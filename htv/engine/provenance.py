@@ -16,12 +16,16 @@ from htv.groups import BatchLayout
 
 @dataclass(frozen=True)
 class Constant:
-    """Computed without the batch and without a gradient: buffers, torch.arange, an input broadcast over the batch."""
+    """Computed without the batch and without a gradient: buffers, torch.arange, an input broadcast
+    over the batch.
+    """
 
 
 @dataclass(frozen=True)
 class Plain:
-    """Computed without the batch, from something that keeps its plain gradient: an excluded parameter, an input."""
+    """Computed without the batch, from something that keeps its plain gradient: an excluded
+    parameter, an input.
+    """
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,8 +33,8 @@ class FromParameters:
     """Computed from served parameters (and constants) alone, by a plain autograd graph.
 
     source:  what it broadcasts: the tensor itself, or the one it is an `expand` of.
-    origin:  how the source was made from its parameters, where its contributions can be told without going back through
-             its graph (`htv.autograd.from_parameters`).
+    origin:  how the source was made from its parameters, where its contributions can be told
+             without going back through its graph (`htv.autograd.from_parameters`).
     """
 
     parameters: tuple[ParameterLike, ...]
@@ -40,7 +44,8 @@ class FromParameters:
 
 @dataclass(frozen=True)
 class Lost:
-    """Computed from the batch, but it is not known any more which part of it belongs to which example.
+    """Computed from the batch, but it is not known any more which part of it belongs to which
+    example.
 
     by:     the call that lost it, "" where that is not known.
     where:  its place in the model's code, "file:line".
@@ -63,10 +68,12 @@ CONSTANT, PLAIN, LOST = Constant(), Plain(), Lost()
 
 
 class Marks:
-    """Marks of live tensors, by identity; does not hold them alive. Looks into `earlier` marks for those it lacks.
+    """Marks of live tensors, by identity; does not hold them alive. Looks into `earlier` marks for
+    those it lacks.
 
-    table:  identity -> (weak reference, mark, how often the tensor had been written to or None where torch does not
-            tell, whether it had a gradient). Read by `Mode.general` itself, which would else spend its time on calls.
+    table:  identity -> (weak reference, mark, how often the tensor had been written to or None
+            where torch does not tell, whether it had a gradient). Read by `Mode.general` itself,
+            which would else spend its time on calls.
     """
 
     def __init__(self, earlier: Marks | None = None) -> None:
@@ -111,8 +118,9 @@ class Marks:
             yield from self._earlier.nodes()
 
     def current(self, tensor: Tensor, again: Callable[[Tensor], Mark]) -> Mark | None:
-        """`get`; of a tensor that was written to since, or got a graph, by a call nobody saw or through its base or
-        another view, what `again` says."""
+        """`get`; of a tensor that was written to since, or got a graph, by a call nobody saw or
+        through its base or another view, what `again` says.
+        """
         entry = self.table.get(id(tensor))
         if entry is None or entry[0]() is not tensor:
             return None if self._earlier is None else self._earlier.get(tensor)
@@ -128,7 +136,9 @@ PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
 def _state(tensor: Tensor) -> tuple[int | None, bool]:
-    """How often a tensor's memory was written to, where torch tells, and whether it has a graph or wants a gradient."""
+    """How often a tensor's memory was written to, where torch tells, and whether it has a graph or
+    wants a gradient.
+    """
     if (
         torch._C._len_torch_function_stack()
     ):  # a mode is on, and would take this for a call of the forward
@@ -149,9 +159,11 @@ MOST_LAYOUTS = 4096
 
 
 def interned(mark: Mark) -> Mark:
-    """The one object that stands for all equal places without numbers of their own; any other mark as it is.
+    """The one object that stands for all equal places without numbers of their own; any other mark
+    as it is.
 
-    What was found for a call with such marks once holds for every later one, so it can be looked up.
+    What was found for a call with such marks once holds for every later one, so it can be looked
+    up.
     """
     if type(mark) is not BatchLayout or mark.examples is not None or mark.is_the_one:
         return mark

@@ -1,4 +1,6 @@
-"""Whether a model is trained by several ranks: there each would vote alone, and averaging votes is no vote."""
+"""Whether a model is trained by several ranks: there each would vote alone, and averaging votes is
+no vote.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ def world_size() -> int:
 
 
 def sharded_by(model: nn.Module) -> str | None:
-    """What shares a model's parameters between ranks: FSDP, or DTensors, by name; None if each rank has all."""
+    """What shares a model's parameters between ranks: FSDP, or DTensors, by name; None if each rank
+    has all.
+    """
     for path, module in model.named_modules():
         if _is_fsdp(module):
             return "FullyShardedDataParallel"
@@ -33,7 +37,9 @@ def sharded_by(model: nn.Module) -> str | None:
 
 
 def refuse_sharded(model: nn.Module, kind: str | None) -> None:
-    """Raise UnsupportedError if ranks share the model, or DDP wraps a part of it. kind: of `sharded_by`."""
+    """Raise UnsupportedError if ranks share the model, or DDP wraps a part of it. kind: of
+    `sharded_by`.
+    """
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):
             _refuse_ranks(module, "DistributedDataParallel")
@@ -52,7 +58,9 @@ def refuse_data_parallel() -> None:
 
 
 def vote_alone() -> bool:
-    """Tell whether there are several ranks; raise where DistributedDataParallel would average their votes."""
+    """Tell whether there are several ranks; raise where DistributedDataParallel would average their
+    votes.
+    """
     if DistributedDataParallel._active_ddp_module is not None:
         refuse_data_parallel()
     distributed = torch.distributed

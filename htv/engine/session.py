@@ -333,7 +333,9 @@ class Session:
         return [forward for forward in self._forwards if forward.module is module]
 
     def stands_in(self, tensor: Tensor) -> str | None:
-        """Return the name under which an attached module has a tensor that it had not when attached."""
+        """Return the name under which an attached module has a tensor that it had not when
+        attached.
+        """
         if self.only_means:  # whose gradient is the plain one
             return None
         for path, module in self.model.named_modules():
@@ -364,7 +366,8 @@ class Session:
         """Say once that several backwards were added up in `.grad`."""
         self.told_of_sums = True
         warnings.warn(
-            f"a backward adds to the aggregate that .grad of {tracked.name!r} holds from an earlier "
+            f"a backward adds to the aggregate that .grad of {tracked.name!r} holds from an "
+            "earlier "
             "backward: each backward is a vote of its own, so micro-batches that a trainer "
             "accumulates do not vote together. Use `with handle.accumulate():` around the "
             "micro-batches of a step, or zero_grad() between the backwards",

@@ -1,4 +1,6 @@
-"""The operations of a forward: what kind each is, by its name, and one call with its operands' marks."""
+"""The operations of a forward: what kind each is, by its name, and one call with its operands'
+marks.
+"""
 
 from __future__ import annotations
 
@@ -26,34 +28,48 @@ def _names(text: str) -> frozenset[str]:
 
 # Broadcasting arithmetic: an expanded operand's gradient is its stack of contributions.
 ELEMENTWISE = _names(
-    "add sub subtract rsub mul multiply div divide true_divide truediv rdiv rtruediv pow rpow radd rmul iadd isub "
+    "add sub subtract rsub mul multiply div divide true_divide truediv rdiv rtruediv pow rpow radd "
+    "rmul iadd isub "
     "imul itruediv maximum minimum where lerp addcmul addcdiv atan2 hypot logaddexp"
 )
 COMPARING = _names(
-    "eq ne lt le gt ge isclose equal logical_and logical_or logical_xor logical_not and or xor invert bitwise_and "
-    "bitwise_or bitwise_not isnan isinf isfinite floor_divide floordiv remainder fmod mod rmod rfloordiv"
+    "eq ne lt le gt ge isclose equal logical_and logical_or logical_xor logical_not and or xor "
+    "invert bitwise_and "
+    "bitwise_or bitwise_not isnan isinf isfinite floor_divide floordiv remainder fmod mod rmod "
+    "rfloordiv"
 )
 UNARY = _names(
-    "abs absolute neg negative positive pos exp exp2 expm1 log log2 log10 log1p sqrt rsqrt square reciprocal sin "
-    "cos tan asin acos atan sinh cosh tanh asinh acosh atanh sigmoid logit erf erfc erfinv sign sgn floor ceil "
-    "round trunc frac clamp clamp_min clamp_max clip nan_to_num relu relu6 leaky_relu elu selu celu gelu silu mish "
+    "abs absolute neg negative positive pos exp exp2 expm1 log log2 log10 log1p sqrt rsqrt square "
+    "reciprocal sin "
+    "cos tan asin acos atan sinh cosh tanh asinh acosh atanh sigmoid logit erf erfc erfinv sign "
+    "sgn floor ceil "
+    "round trunc frac clamp clamp_min clamp_max clip nan_to_num relu relu6 leaky_relu elu selu "
+    "celu gelu silu mish "
     "softplus softsign tanhshrink softshrink hardshrink hardtanh hardsigmoid hardswish threshold "
     "rrelu log_sigmoid "
-    "dropout alpha_dropout feature_dropout feature_alpha_dropout dropout1d dropout2d dropout3d masked_fill "
+    "dropout alpha_dropout feature_dropout feature_alpha_dropout dropout1d dropout2d dropout3d "
+    "masked_fill "
     "bernoulli to float half bfloat16 double int long bool type type_as contiguous clone detach "
-    "requires_grad_ requires_grad data real imag conj cpu cuda zeros_like ones_like empty_like full_like rand_like "
+    "requires_grad_ requires_grad data real imag conj cpu cuda zeros_like ones_like empty_like "
+    "full_like rand_like "
     "randn_like randint_like zero fill uniform normal copy alias special_expit polygamma lgamma "
     "digamma sinc heaviside"
 )
 BROADCASTING = ELEMENTWISE | COMPARING | UNARY
 
-# Functions of (N, C, *space) or (*, features) that compute every example by itself, whatever their other arguments.
+# Functions of (N, C, *space) or (*, features) that compute every example by itself, whatever their
+# other arguments.
 ROWWISE = _names(
-    "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution max_pool1d max_pool2d "
-    "max_pool3d boolean_dispatch fn avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
-    "adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d lp_pool1d lp_pool2d "
-    "interpolate upsample pad grid_sample pixel_shuffle pixel_unshuffle channel_shuffle fold batch_norm group_norm "
-    "instance_norm layer_norm rms_norm local_response_norm linear embedding embedding_bag one_hot prelu bilinear "
+    "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution "
+    "max_pool1d max_pool2d "
+    "max_pool3d boolean_dispatch fn avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d "
+    "adaptive_avg_pool2d "
+    "adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d lp_pool1d "
+    "lp_pool2d "
+    "interpolate upsample pad grid_sample pixel_shuffle pixel_unshuffle channel_shuffle fold "
+    "batch_norm group_norm "
+    "instance_norm layer_norm rms_norm local_response_norm linear embedding embedding_bag one_hot "
+    "prelu bilinear "
     "tril triu view_as_real view_as_complex"
 )
 # How many dims at the end some of them may mix; the others need the batch in dim 0.
@@ -62,7 +78,8 @@ KEEPS_LAST = {
     "triu": 2, "view_as_real": 0, "view_as_complex": 1,
 }  # fmt: skip
 
-# Operations along dims, which keep the number of dims: where the dim stands after the tensor, and its default.
+# Operations along dims, which keep the number of dims: where the dim stands after the tensor, and
+# its default.
 ALONG = {
     "softmax": (0, None), "log_softmax": (0, None), "softmin": (0, None), "gumbel_softmax": (3, -1),
     "cumsum": (0, None), "cumprod": (0, None), "cummax": (0, None), "cummin": (0, None), "logcumsumexp": (0, None),
@@ -89,12 +106,16 @@ CONCATENATING = _names("cat concat concatenate")
 RESHAPED_IN_PLACE = RESHAPING | PERMUTING | _names("unsqueeze resize set as_strided resize_as")
 # They may take tokens out of their order.
 SHUFFLING = _names(
-    "flip roll gather take_along_dim index_select sort topk masked_select scatter index_copy index_add"
+    "flip roll gather take_along_dim index_select sort topk masked_select scatter index_copy "
+    "index_add"
 )
-# They only move elements, so running them on the examples' numbers shows where a batch went that they cut or permute.
+# They only move elements, so running them on the examples' numbers shows where a batch went that
+# they cut or permute.
 MOVING = _names(
-    "getitem flip roll index_select narrow chunk split split_with_sizes tensor_split gather take_along_dim "
-    "repeat_interleave masked_select cat concat concatenate select unbind unfold pack_padded_sequence"
+    "getitem flip roll index_select narrow chunk split split_with_sizes tensor_split gather "
+    "take_along_dim "
+    "repeat_interleave masked_select cat concat concatenate select unbind unfold "
+    "pack_padded_sequence"
 )
 # The names of the tensors that come first, in their order; NumPy's are accepted as well.
 INPUT_FIRST = dict.fromkeys(ROWWISE | set(ALONG) | set(REDUCING) | SHUFFLING, ("input", "x", "a"))
@@ -103,13 +124,16 @@ INPUT_FIRST |= dict.fromkeys(
     MULTIPLYING, ("input", "x", "a", "x1", "mat1", "batch1", "mat2", "batch2", "other", "x2", "vec")
 )
 MAKING = _names(  # a tensor only lends its dtype and device, or a size
-    "new_zeros new_ones new_empty new_full new_tensor zeros ones empty full arange linspace eye rand randn randint"
+    "new_zeros new_ones new_empty new_full new_tensor zeros ones empty full arange linspace eye "
+    "rand randn randint"
 )
 
 
 @dataclass
 class Operation:
-    """One call: its name, function, arguments, tensor operands with their marks, and the shapes of its results."""
+    """One call: its name, function, arguments, tensor operands with their marks, and the shapes of
+    its results.
+    """
 
     name: str
     func: Callable

@@ -1,4 +1,6 @@
-"""Whom the gradients serve: shares of pristine and corrupt examples through training, and who is learnt first."""
+"""Whom the gradients serve: shares of pristine and corrupt examples through training, and who is
+learnt first.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Out of a shortcut by fine-tuning: connectivity-based, its ablations, and what it is compared with."""
+"""Out of a shortcut by fine-tuning: connectivity-based, its ablations, and what it is compared
+with.
+"""
 
 from __future__ import annotations
 
@@ -135,7 +137,8 @@ def _findings(records: Records, variant: str) -> list[Finding]:
     chance = records.chance
     return [
         Finding(
-            f"{variant}: the model relies on the cue, and naive fine-tuning with a small learning rate keeps it so: "
+            f"{variant}: the model relies on the cue, and naive fine-tuning with a small learning "
+            "rate keeps it so: "
             "RI stays above half, RC far below NC",
             f"before: {told(BEFORE)}; S: {told(NAIVE_S)}",
             before["RI"] > 0.5 and small["RI"] > 0.5 and small["RC"] < small["NC"] - 0.2,
@@ -154,7 +157,8 @@ def _findings(records: Records, variant: str) -> list[Finding]:
             f"{variant}: and RI near chance", f"{cbft['RI']:.1%}", abs(cbft["RI"] - chance) <= 0.05
         ),
         Finding(
-            f"{variant}: last-layer retraining, alone or before fine-tuning, leaves the cue in: RI above chance",
+            f"{variant}: last-layer retraining, alone or before fine-tuning, leaves the cue in: RI "
+            "above chance",
             "RI: " + ", ".join(f"{name} {share:.1%}" for name, share in others.items()),
             min(others.values()) > chance + 0.1,
         ),

@@ -1,4 +1,6 @@
-"""What a mask lets through: gradients of the mechanism alone and of the shortcut alone, against the masked gradient."""
+"""What a mask lets through: gradients of the mechanism alone and of the shortcut alone, against the
+masked gradient.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ class Settings:
 
 
 def run_one(settings: Settings, variant: str, seed: int, data, progress) -> dict:
-    """Correlations over all weights, for both masks and every tau, at one point of training with the AND-mask."""
+    """Correlations over all weights, for both masks and every tau, at one point of training with
+    the AND-mask.
+    """
     result = {}
 
     def observe(epoch: int, network: nn.Module, problem: Environments) -> bool:
@@ -54,9 +58,11 @@ def run_one(settings: Settings, variant: str, seed: int, data, progress) -> dict
 def correlations(
     network: nn.Module, problem: Environments, taus: tuple[float, ...], seed: int
 ) -> dict[str, list[float]]:
-    """Of either mask, by tau: the correlation with the plain gradients on inputs whose other half tells nothing.
+    """Of either mask, by tau: the correlation with the plain gradients on inputs whose other half
+    tells nothing.
 
-    Under the keys "MASK mechanism" and "MASK shortcut"; "MASK left" is the share of weights that have a gradient.
+    Under the keys "MASK mechanism" and "MASK shortcut"; "MASK left" is the share of weights that
+    have a gradient.
     """
     generator = torch.Generator().manual_seed(seed)
     mechanism_only, shortcut_only = problem.x.clone(), problem.x.clone()

@@ -1,4 +1,6 @@
-"""What the experiments on images with cues share: a model that relies on a box, and ways to fine-tune it."""
+"""What the experiments on images with cues share: a model that relies on a box, and ways to
+fine-tune it.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ class CueTraining:
     """How the first model is trained, and what there is for fine-tuning it.
 
     images, test_images:  at most so many, drawn by the seed.
-    clean:                share of the training images that fine-tuning gets without cue; the others come with it.
+    clean:                share of the training images that fine-tuning gets without cue; the others
+                          come with it.
     """
 
     images: int = 10_000
@@ -38,8 +41,8 @@ class CueTraining:
 class CBFTuning:
     """Of connectivity-based fine-tuning.
 
-    epochs:   over the images with the cue; the clean ones are gone through again and again meanwhile. The first epoch
-              is without the invariance loss.
+    epochs:   over the images with the cue; the clean ones are gone through again and again
+              meanwhile. The first epoch is without the invariance loss.
     """
 
     epochs: int = 8
@@ -48,7 +51,9 @@ class CBFTuning:
 
 
 class Shuffled:
-    """Shuffled anew every time it is gone through, in the seed's order; an incomplete last batch is dropped."""
+    """Shuffled anew every time it is gone through, in the seed's order; an incomplete last batch is
+    dropped.
+    """
 
     def __init__(self, part: Part, batch_size: int, seed: int):
         self.x, self.y = part
@@ -66,7 +71,9 @@ class Shuffled:
 
 @dataclass(frozen=True, eq=False)
 class CueTask:
-    """Standardised images (N, 3, height, width) and labels: as trained on, without cue, for fine-tuning, for test."""
+    """Standardised images (N, 3, height, width) and labels: as trained on, without cue, for
+    fine-tuning, for test.
+    """
 
     with_cue: Part
     without_cue: Part
@@ -77,7 +84,9 @@ class CueTask:
 
 
 def make_task(data: Dataset, training: CueTraining, proportion: float, seed: int) -> CueTask:
-    """A red box on a share of the training images of each class tells it; the four test sets are the same for all."""
+    """A red box on a share of the training images of each class tells it; the four test sets are
+    the same for all.
+    """
     data = data.subset(training.images, seed).test_subset(training.test_images, seed)
     cue = BoxCue(color=RED)
     mean, deviation = data.train_images.mean(), data.train_images.std().clamp(min=1e-6)

@@ -25,7 +25,9 @@ KINDS = ("easy", "hard", "any")
 
 @dataclass(frozen=True)
 class Settings:
-    """pool: of so many training images the easy and the hard ones are told apart; training: on some of one kind."""
+    """pool: of so many training images the easy and the hard ones are told apart; training: on some
+    of one kind.
+    """
 
     pool: int
     training: Training
@@ -47,7 +49,8 @@ def run_one(settings: Settings, variant: str, seed: int, data: Dataset, progress
     tested = size * training.test_images // (training.images + training.test_images)
     if tested < 10:
         raise DataError(
-            f"{data.name}: {int((~easy).sum())} hard examples of {len(easy)} are too few to train and test on"
+            f"{data.name}: {int((~easy).sum())} hard examples of {len(easy)} are too few to train "
+            "and test on"
         )
     train, test = disjoint_subsets(pools[variant], (size - tested, tested), seed)
     task = replace(
@@ -79,7 +82,8 @@ def summarise(records: Records) -> Summary:
     findings = [
         Finding(
             "Easy examples generalise among themselves better than hard ones do among themselves",
-            f"test accuracy {at['easy']:.1%} (easy) and {at['hard']:.1%} (hard); any: {at['any']:.1%}",
+            f"test accuracy {at['easy']:.1%} (easy) and {at['hard']:.1%} (hard); any: "
+            f"{at['any']:.1%}",
             at["easy"] > at["hard"] + 0.1,
         ),
         Finding(

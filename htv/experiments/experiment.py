@@ -23,7 +23,8 @@ Progress = Callable[
 
 @dataclass(frozen=True)
 class Records:
-    """Finished runs of one experiment, each {"variant", "seed", "seconds", "result"}, by variant and then seed.
+    """Finished runs of one experiment, each {"variant", "seed", "seconds", "result"}, by variant
+    and then seed.
 
     classes:  of the images, where there are any.
     """
@@ -46,7 +47,9 @@ class Records:
         return [run["result"] for run in self.runs if run["variant"] == variant]
 
     def values(self, variant: str, key: str) -> list[float]:
-        """One number of every seed's result; a run that diverged (its number is None) counts as NaN."""
+        """One number of every seed's result; a run that diverged (its number is None) counts as
+        NaN.
+        """
         return [
             float("nan") if result[key] is None else result[key] for result in self.results(variant)
         ]
@@ -85,15 +88,17 @@ class Experiment:
 
     name, title:  as on the command line, and in words.
     paper:        authors, year, arXiv number.
-    full, quick:  settings, a frozen dataclass of plain values: for an hour on two cores at most, for half a minute.
+    full, quick:  settings, a frozen dataclass of plain values: for an hour on two cores at most,
+                  for half a minute.
     variants:     settings -> the names of what is compared.
-    run_one:      (settings, variant, seed, data, progress) -> numbers, and lists of numbers for curves. It depends on
-                  its arguments only: variants of one seed share data and initial weights. `data` is None unless
-                  `images` is set.
+    run_one:      (settings, variant, seed, data, progress) -> numbers, and lists of numbers for
+                  curves. It depends on its arguments only: variants of one seed share data and
+                  initial weights. `data` is None unless `images` is set.
     summarise:    records -> tables and findings.
     plot:         (records, an empty matplotlib figure) -> None.
     seeds:        how many by default, full and quick.
-    images:       whether it runs on a data set of images: the digits, or the idx folder given by --data.
+    images:       whether it runs on a data set of images: the digits, or the idx folder given by
+                  --data.
     needs:        modules that its runs import besides torch and numpy.
     size:         width and height of the picture, in inches.
     """
@@ -129,7 +134,9 @@ def load(name: str) -> Experiment:
 
 
 def spread(values: list[float], form: str = ".1%") -> str:
-    """The mean, and the standard deviation over seeds where there are several: "98.2% ± 0.4%"; "nan" if one is."""
+    """The mean, and the standard deviation over seeds where there are several: "98.2% ± 0.4%";
+    "nan" if one is.
+    """
     mean = format(statistics.fmean(values), form)
     spreads = len(values) > 1 and all(map(math.isfinite, values))
     return f"{mean} ± {format(statistics.stdev(values), form)}" if spreads else mean

@@ -1,4 +1,6 @@
-"""Noisy labels learnt by heart: what else tells points apart decides whether the curve is kept, lost or bent."""
+"""Noisy labels learnt by heart: what else tells points apart decides whether the curve is kept,
+lost or bent.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What the experiments on images share: subsets with label noise, two networks, a training loop, axes of shares."""
+"""What the experiments on images share: subsets with label noise, two networks, a training loop,
+axes of shares.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ class Training:
 def make_task(
     data: Dataset, training: Training, rate: float, seed: int, kind: NoiseKind = "uniform"
 ) -> Task:
-    """Some of the training images, a share `rate` of them with labels given anew, and some of the test images."""
+    """Some of the training images, a share `rate` of them with labels given anew, and some of the
+    test images.
+    """
     data = data.subset(training.images, seed).test_subset(training.test_images, seed)
     return standardised(data, *label_noise(data.train_labels, rate, data.num_classes, seed, kind))
 
@@ -45,7 +49,8 @@ def make_task(
 def make_network(kind: str, data: Dataset, seed: int) -> nn.Sequential:
     """Takes rows of pixels; the same weights for the same seed.
 
-    kind:  "mlp", three hidden layers of 256; "convnet", two convolutions with pooling and a hidden layer of 128.
+    kind:  "mlp", three hidden layers of 256; "convnet", two convolutions with pooling and a hidden
+           layer of 128.
     """
     *channels, height, width = data.train_images.shape[1:]
     channels = math.prod(channels)

@@ -1,4 +1,6 @@
-"""Four linear environments: features of their own explain each at once, a weaker one explains all of them."""
+"""Four linear environments: features of their own explain each at once, a weaker one explains all
+of them.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A shortcut that fails a minority: what a linear classifier learns by heart, and what with held-out predictions."""
+"""A shortcut that fails a minority: what a linear classifier learns by heart, and what with
+held-out predictions.
+"""
 
 from __future__ import annotations
 

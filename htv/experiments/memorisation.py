@@ -96,25 +96,30 @@ def _findings(records: Records, network: str) -> list[Finding]:
                               for tau in (best, 0.0))  # fmt: skip
     return [
         Finding(
-            f"{network}: small tau makes the training accuracy on random labels collapse, and hardly touches real ones",
+            f"{network}: small tau makes the training accuracy on random labels collapse, and "
+            "hardly touches real ones",
             f"tau {apart:g}: random {at('random', 0.0, 'train_accuracy'):.1%} to "
-            f"{at('random', apart, 'train_accuracy'):.1%} (training), real {at('real', 0.0, 'test_accuracy'):.1%} to "
+            f"{at('random', apart, 'train_accuracy'):.1%} (training), real "
+            f"{at('real', 0.0, 'test_accuracy'):.1%} to "
             f"{at('real', apart, 'test_accuracy'):.1%} (test)",
             fall[apart] > 0.3 and price[apart] < 0.1,
         ),
         Finding(
-            f"{network}: training and test accuracy meet at high tau, to two points or a quarter of their gap",
+            f"{network}: training and test accuracy meet at high tau, to two points or a quarter "
+            "of their gap",
             f"gap {gap[0.0]:.1%} at tau 0, {gap[high]:.1%} at tau {high:g}",
             gap[high] < max(0.25 * gap[0.0], 0.02),
         ),
         Finding(
-            f"{network}: under 25% noise, at the best tau, wrong labels are learnt no more often than by chance",
+            f"{network}: under 25% noise, at the best tau, wrong labels are learnt no more often "
+            "than by chance",
             f"tau {best:g}: {learnt:.1%}; plain: {at('25% noise', 0.0, 'memorised'):.1%}",
             learnt <= records.chance,
         ),
         Finding(
             f"{network}: and test accuracy does not rise and then fall",
-            f"tau {best:g}: ends at {kept:.1%}, {dropped:.1%} below its best; plain: {plain_dropped:.1%} below",
+            f"tau {best:g}: ends at {kept:.1%}, {dropped:.1%} below its best; plain: "
+            f"{plain_dropped:.1%} below",
             dropped < 0.03,
         ),
     ]

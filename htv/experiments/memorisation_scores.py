@@ -1,4 +1,6 @@
-"""Who is learnt by heart: scores from many networks on subsets, and gradient norms of one network in their place."""
+"""Who is learnt by heart: scores from many networks on subsets, and gradient norms of one network
+in their place.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,8 @@ MEMORISED, INFLUENTIAL = 0.25, 0.25  # far above what chance gives hundreds of n
 
 @dataclass(frozen=True)
 class Settings:
-    training: Training  # looks are at the gradient norms of one network, at epochs 0, 1, 2, 4, ... and the last
+    # looks are at the gradient norms of one network, at epochs 0, 1, 2, 4, ... and the last
+    training: Training
     models: int = 512
     at_once: int = 64
     share: float = 0.7
@@ -182,7 +185,8 @@ def summarise(records: Records) -> Summary:
         ),
         *(
             Finding(
-                f"Gradient norms of one network rank examples much as {records.settings.models} networks do: {variant}",
+                f"Gradient norms of one network rank examples much as {records.settings.models} "
+                f"networks do: {variant}",
                 f"rank correlation {records.mean(variant, 'correlation'):.2f}",
                 records.mean(variant, "correlation") > 0.5,
             )
@@ -190,7 +194,8 @@ def summarise(records: Records) -> Summary:
         ),
         Finding(
             "and find wrong labels as well",
-            f"area under ROC {at('found_by_norms'):.3f}, by memorisation {at('found_by_scores'):.3f}",
+            f"area under ROC {at('found_by_norms'):.3f}, by memorisation "
+            f"{at('found_by_scores'):.3f}",
             at("found_by_norms") > at("found_by_scores") - 0.05,
         ),
     ]

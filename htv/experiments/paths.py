@@ -1,4 +1,6 @@
-"""What lies between a model that relies on a cue and others: straight and curved paths, on every counterfactual set."""
+"""What lies between a model that relies on a cue and others: straight and curved paths, on every
+counterfactual set.
+"""
 
 from __future__ import annotations
 
@@ -188,8 +190,10 @@ def _findings(records: Records) -> list[Finding]:
     fitted = {name: barriers["C"] for name, barriers in curves.items()}
     return [
         Finding(
-            "Models with and without the cue have a barrier between them on the straight path, even after matching",
-            f"on C {linear['C']:.2f}, matched {matched['C']:.2f}; on NC {linear['NC']:.2f}, matched "
+            "Models with and without the cue have a barrier between them on the straight path, "
+            "even after matching",
+            f"on C {linear['C']:.2f}, matched {matched['C']:.2f}; on NC {linear['NC']:.2f}, "
+            "matched "
             f"{matched['NC']:.2f}",
             min(barriers[of] for barriers in (linear, matched) for of in ("C", "NC")) > tolerance,
         ),
@@ -209,7 +213,8 @@ def _findings(records: Records) -> list[Finding]:
             same_matched["C"] < 0.8 * same["C"],
         ),
         Finding(
-            "Naive fine-tuning with a small or medium learning rate stays linearly connected, and keeps the cue",
+            "Naive fine-tuning with a small or medium learning rate stays linearly connected, and "
+            "keeps the cue",
             "; ".join(f"{variant}: {told(naive[variant])}, RI {kept[variant]:.1%}" for variant in naive),
             all(max(naive[variant]["C"], naive[variant]["NC"]) <= tolerance and kept[variant] > 0.5
                 for variant in naive),

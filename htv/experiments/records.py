@@ -103,7 +103,8 @@ class Store:
         if found != self.common:
             differences = "; ".join(_differences(found, self.common)) or "other fields"
             raise RecordsError(
-                f"{self.path} holds runs made with other settings ({differences}): name another folder with --out, "
+                f"{self.path} holds runs made with other settings ({differences}): name another "
+                "folder with --out, "
                 "or delete the file"
             )
 

@@ -44,7 +44,8 @@ def block(record: dict, picture: str) -> str:
     sections.append(table([f"{record['paper']}", "here", "agrees"], found))
     sections.append(f"![{record['title']}]({picture})")
     sections.append(
-        f"`{record['command']}`, seeds: {record['seeds']}, runs of {took} in all, on {machine(record)}."
+        f"`{record['command']}`, seeds: {record['seeds']}, runs of {took} in all, on "
+        f"{machine(record)}."
     )
     return "\n\n".join(filter(None, sections))
 

@@ -53,7 +53,9 @@ def run_one(settings: Settings, variant: str, seed: int, data: Dataset, progress
 
 
 def _when(reached: list[float], level: float, value: list[float]) -> float | None:
-    """What one curve was when another first reached a level, between looks on a straight line; None if it never did."""
+    """What one curve was when another first reached a level, between looks on a straight line; None
+    if it never did.
+    """
     for now in range(1, len(reached)):
         if reached[now - 1] < level <= reached[now]:
             part = (level - reached[now - 1]) / (reached[now] - reached[now - 1])
@@ -115,7 +117,9 @@ def summarise(records: Records) -> Summary:
 
 
 def _means(records: Records, variant: str, key: str) -> list[float]:
-    """Of a curve, for every seed: at the end, all that trains for long enough has learnt what it is going to."""
+    """Of a curve, for every seed: at the end, all that trains for long enough has learnt what it is
+    going to.
+    """
     return [statistics.fmean(result["curves"][key]) for result in records.results(variant)]
 
 

@@ -32,9 +32,11 @@ def run(
     jobs: int,
     console: Console,
 ) -> dict:
-    """Does the runs ``out/NAME.jsonl`` lacks; returns the record it also writes to ``out/NAME.json``.
+    """Does the runs ``out/NAME.jsonl`` lacks; returns the record it also writes to
+    ``out/NAME.json``.
 
-    Raises DataError for a bad folder of data, and RecordsError if the file holds runs made with other settings.
+    Raises DataError for a bad folder of data, and RecordsError if the file holds runs made with
+    other settings.
     """
     settings = experiment.settings(quick)
     images = _images(data) if experiment.images else None

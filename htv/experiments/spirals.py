@@ -46,7 +46,9 @@ class Settings:
 
 
 class Network(nn.Module):
-    """Three hidden layers; the last one's features are what DANN's adversary sees and Fishr's head takes."""
+    """Three hidden layers; the last one's features are what DANN's adversary sees and Fishr's head
+    takes.
+    """
 
     def __init__(self, inputs: int, width: int, dropout: float = 0.0, batch_norm: bool = False):
         super().__init__()
@@ -109,7 +111,9 @@ class Method:
         return losses.mean() + (self.strength * term() if term else 0.0)
 
     def risks(self, x: Tensor, y: Tensor, ids: Tensor) -> list[Tensor]:
-        """Of every environment, each with a graph of its own: E gradients of one would take E times as long."""
+        """Of every environment, each with a graph of its own: E gradients of one would take E times
+        as long.
+        """
         parts = [ids == e for e in range(self.count)]
         return [each_loss(self.network(x[part]), y[part]).mean() for part in parts]
 
@@ -120,7 +124,9 @@ def train(
     seed: int,
     observe: Callable[[int, nn.Module, Environments], bool],
 ) -> None:
-    """Train by a method; observe(epoch, network, problem) after every epoch, from 0 on, says whether to go on."""
+    """Train by a method; observe(epoch, network, problem) after every epoch, from 0 on, says
+    whether to go on.
+    """
     problem = spirals(
         settings.environments,
         settings.per_environment,
@@ -163,7 +169,9 @@ def run_one(settings: Settings, variant: str, seed: int, data, progress) -> dict
 
 
 def loaders(problem: Environments, batch: int, order: torch.Generator) -> list:
-    """One epoch of batches (x, y) for each environment, in a new order; an incomplete last batch is dropped."""
+    """One epoch of batches (x, y) for each environment, in a new order; an incomplete last batch is
+    dropped.
+    """
     environments = []
     for x, y in zip(problem.x, problem.y, strict=True):
         shuffled = torch.randperm(len(x), generator=order)[: len(x) // batch * batch]

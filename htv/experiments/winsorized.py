@@ -1,4 +1,6 @@
-"""Winsorized gradient descent: training accuracy beyond the proper one, over percentiles and label noise."""
+"""Winsorized gradient descent: training accuracy beyond the proper one, over percentiles and label
+noise.
+"""
 
 from __future__ import annotations
 

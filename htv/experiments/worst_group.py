@@ -1,4 +1,5 @@
-"""Images in a light that goes with the class for most: how well methods serve those in the other light.
+"""Images in a light that goes with the class for most: how well methods serve those in the other
+light.
 
 The two rules under MAT are not in the paper; they are in the table without a claim.
 """
@@ -31,7 +32,8 @@ class Method:
     """groups: which the method is told, if any.   sampler: how batches are drawn.   loss: of a batch."""
 
     loss: str = "mean"  # mean, mat, dro, irm
-    sampler: str = "shuffled"  # shuffled, groups (equally often), subset (equally many), errors (of a first training)
+    # shuffled, groups (equally often), subset (equally many), errors (of a first training)
+    sampler: str = "shuffled"
     groups: str = "none"  # none, inferred, true
     rule: str = ""
 
@@ -276,7 +278,8 @@ def summarise(records: Records) -> Summary:
     findings.append(
         Finding(
             "XRM finds the minority",
-            f"{found:.1%} of the minority and {taken:.1%} of the majority are in its minority groups",
+            f"{found:.1%} of the minority and {taken:.1%} of the majority are in its minority "
+            "groups",
             found > 0.75 and taken < 0.25,
         )
     )

@@ -1,4 +1,6 @@
-"""Training methods of papers, and their diagnostics, on top of `htv.attach`. docs/methods tells how to use them."""
+"""Training methods of papers, and their diagnostics, on top of `htv.attach`. docs/methods tells how
+to use them.
+"""
 
 from htv.methods.attribution import (
     Attribution,

@@ -1,4 +1,5 @@
-"""Which examples a training step serves: shares of the gradient by tag, and when each example was learnt.
+"""Which examples a training step serves: shares of the gradient by tag, and when each example was
+learnt.
 
 Chatterjee 2020, "Coherent gradients", arXiv 2002.10657.
 """
@@ -109,7 +110,8 @@ class Attribution:
         tags = isinstance(corrupt, Tensor) and corrupt.dim() == 1 and corrupt.dtype == torch.bool
         if not tags or len(corrupt) == 0:
             raise ValueError(
-                "corrupt must be a boolean tensor of shape (N,), one tag per example of the data set; got "
+                "corrupt must be a boolean tensor of shape (N,), one tag per example of the data "
+                "set; got "
                 f"{described(corrupt)}"
             )
         if permutations < 1:
@@ -142,7 +144,8 @@ class Attribution:
         def see(name: str, parts: list[Factors]) -> None:
             if name in seen:
                 raise RuntimeError(
-                    f"step() takes one backward, but parameter {name!r} had two: one block per backward"
+                    f"step() takes one backward, but parameter {name!r} had two: one block per "
+                    "backward"
                 )
             seen.add(name)
             total = reduce(operator.add, (part.total().to(part.dtype) for part in parts))

@@ -1,4 +1,6 @@
-"""A data set read in batches by example id, and a table by example id: rows stay with their examples in any order."""
+"""A data set read in batches by example id, and a table by example id: rows stay with their
+examples in any order.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,8 @@ class Batches:
     def __post_init__(self) -> None:
         if not hasattr(self.dataset, "__len__") or not hasattr(self.dataset, "__getitem__"):
             raise TypeError(
-                f"dataset must be map-style, with len() and [index]; got {type(self.dataset).__name__}"
+                "dataset must be map-style, with len() and [index]; got "
+                f"{type(self.dataset).__name__}"
             )
         if len(self.dataset) == 0:
             raise ValueError("dataset is empty")
@@ -164,7 +167,8 @@ class ExampleTable:
             self._rows = rows.new_zeros(len(self._written), *rows.shape[1:])
         if rows.shape[1:] != self._rows.shape[1:]:
             raise ValueError(
-                f"rows must be (B, *{tuple(self._rows.shape[1:])}) as before, got {tuple(rows.shape)}"
+                f"rows must be (B, *{tuple(self._rows.shape[1:])}) as before, got "
+                f"{tuple(rows.shape)}"
             )
         last = last_of_each(ids)
         self._rows[ids[last]] = rows[last]
@@ -176,13 +180,16 @@ class ExampleTable:
         if missing or self._rows is None:
             named = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
             raise ValueError(
-                f"{len(missing)} of {len(self._written)} examples have no row, ids {named}: write them too"
+                f"{len(missing)} of {len(self._written)} examples have no row, ids {named}: write "
+                "them too"
             )
         return self._rows
 
 
 def require_ids(ids: Tensor, examples: int, rows: int | None = None) -> Tensor:
-    """ids as (B,) int64 on the CPU; ValueError unless they are integers in [0, examples), `rows` of them if told."""
+    """ids as (B,) int64 on the CPU; ValueError unless they are integers in [0, examples), `rows` of
+    them if told.
+    """
     if (
         not isinstance(ids, Tensor)
         or ids.dim() != 1
@@ -190,7 +197,8 @@ def require_ids(ids: Tensor, examples: int, rows: int | None = None) -> Tensor:
         or ids.dtype == torch.bool
     ):
         raise ValueError(
-            f"ids must be a tensor of integers, (B,), the id of every example of the batch; got {described(ids)}"
+            "ids must be a tensor of integers, (B,), the id of every example of the batch; got "
+            f"{described(ids)}"
         )
     if rows is not None and len(ids) != rows:
         raise ValueError(

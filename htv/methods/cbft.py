@@ -1,8 +1,8 @@
 """Connectivity-based fine-tuning: out of a mechanism, not only out of a minimum.
 
-A model that relies on a cue is fine-tuned on a few clean examples and many with the cue. What is connected with the old
-model by a straight path of low loss shares its mechanism, so a barrier is put on the path; and features are to be the
-same with and without the cue.
+A model that relies on a cue is fine-tuned on a few clean examples and many with the cue. What is
+connected with the old model by a straight path of low loss shares its mechanism, so a barrier is
+put on the path; and features are to be the same with and without the cue.
 
 Lubana et al. 2023, "Mechanistic mode connectivity", arXiv 2211.08422.
 """
@@ -76,7 +76,8 @@ def invariance_loss(
         or features.shape[1] != other_features.shape[1]
     ):
         raise ValueError(
-            f"features must be (N, D) and (M, D), got {tuple(features.shape)} and {tuple(other_features.shape)}"
+            f"features must be (N, D) and (M, D), got {tuple(features.shape)} and "
+            f"{tuple(other_features.shape)}"
         )
     sums = (
         _class_sums(features, labels, num_classes),
@@ -91,14 +92,17 @@ def invariance_loss(
 
 
 def _class_sums(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """(N, D) -> (K, D), whose directions are those of the means. As a product, it is repeatable on GPUs."""
+    """(N, D) -> (K, D), whose directions are those of the means. As a product, it is repeatable on
+    GPUs.
+    """
     if labels.shape != features.shape[:1]:
         raise ValueError(
             f"labels must be ({len(features)},), one per row of features, got {tuple(labels.shape)}"
         )
     if labels.device.type == "cpu" and not ((labels >= 0) & (labels < num_classes)).all():
         raise ValueError(
-            f"labels must lie in [0, num_classes) = [0, {num_classes}), got some from {labels.min()} to {labels.max()}"
+            f"labels must lie in [0, num_classes) = [0, {num_classes}), got some from "
+            f"{labels.min()} to {labels.max()}"
         )
     features = features.to(torch.promote_types(features.dtype, torch.float32))
     members = features.new_zeros(len(labels), num_classes).scatter_(1, labels[:, None], 1)
@@ -124,7 +128,8 @@ def head_of(model: nn.Module, head: str | None = None) -> nn.Module:
         linear = [module for module in modules.values() if isinstance(module, nn.Linear)]
         if not linear:
             raise ValueError(
-                "model has no Linear to take for its head: name the module that classifies with head="
+                "model has no Linear to take for its head: name the module that classifies with "
+                "head="
             )
         return linear[-1]
     if head not in modules:
@@ -163,7 +168,8 @@ def _require_trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> None
         raise ValueError("every parameter of model is frozen: there is nothing to train")
     if not any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
         raise ValueError(
-            "optimizer has no parameter of the model that is trained: make it over model.parameters()"
+            "optimizer has no parameter of the model that is trained: make it over "
+            "model.parameters()"
         )
 
 
@@ -295,8 +301,10 @@ class CBFT:
         if invariant:
             if len(seen) != 1 or len(seen[0]) != len(logits):
                 raise RuntimeError(
-                    f"the head must see every example once in a forward: it was called {len(seen)} times, with "
-                    f"{[len(part) for part in seen]} rows for {len(logits)} examples. Name another one with head="
+                    f"the head must see every example once in a forward: it was called {len(seen)} "
+                    "times, with "
+                    f"{[len(part) for part in seen]} rows for {len(logits)} examples. Name another "
+                    "one with head="
                 )
             features = seen[0]
             losses["invariance"] = invariance_loss(
@@ -309,7 +317,8 @@ class CBFT:
         logits: Tensor = self.model(x)
         if logits.shape != (len(x), self.num_classes):
             raise ValueError(
-                f"model must give logits of shape {(len(x), self.num_classes)}, for num_classes={self.num_classes}; "
+                f"model must give logits of shape {(len(x), self.num_classes)}, for "
+                f"num_classes={self.num_classes}; "
                 f"got {tuple(logits.shape)}"
             )
         return logits
@@ -358,7 +367,8 @@ class CBFT:
             theirs, mine = (found.get(name, "none") for found in shapes)
             if theirs != mine:
                 raise ValueError(
-                    f"state_dict is of another model: {name!r} has shape {theirs} there, {mine} here"
+                    f"state_dict is of another model: {name!r} has shape {theirs} there, {mine} "
+                    "here"
                 )
         self._generator.set_state(state["generator"].cpu())
         self._anchor = {

@@ -1,7 +1,8 @@
-"""Coherent gradients: how far the examples of a data set agree, and the rules that suppress what few of them ask for.
+"""Coherent gradients: how far the examples of a data set agree, and the rules that suppress what
+few of them ask for.
 
-Chatterjee 2020, "Coherent gradients", arXiv 2002.10657; Zielinski, Krishnan, Chatterjee 2020, "Weak and strong gradient
-directions", arXiv 2003.07422; Chatterjee & Zielinski 2020, on m-coherence.
+Chatterjee 2020, "Coherent gradients", arXiv 2002.10657; Zielinski, Krishnan, Chatterjee 2020, "Weak
+and strong gradient directions", arXiv 2003.07422; Chatterjee & Zielinski 2020, on m-coherence.
 """
 
 from __future__ import annotations
@@ -102,7 +103,9 @@ class Coherence:
 
     @property
     def m_coherence(self) -> float:
-        """``m * alpha``: 1 for orthogonal gradients of equal norm, m for identical ones, NaN if all are zero."""
+        """``m * alpha``: 1 for orthogonal gradients of equal norm, m for identical ones, NaN if all
+        are zero.
+        """
         return self.total_energy / self.energy if self.energy else math.nan
 
     @property
@@ -180,7 +183,8 @@ class _Sums:
         norms = squared_norms(parts)
         if len(norms) != self.voters:
             raise ValueError(
-                f"losses returned {self.voters} losses, but parameter {name!r} saw {len(norms)} examples: it must "
+                f"losses returned {self.voters} losses, but parameter {name!r} saw {len(norms)} "
+                "examples: it must "
                 "return one loss per example of the batch"
             )
         self.energies[name] += norms.sum().item()
@@ -195,7 +199,8 @@ class _Sums:
         self.examples += len(losses)
         if not self.seen:
             raise ValueError(
-                "losses did not run `model`: none of its parameters took part in what it returned. Where "
+                "losses did not run `model`: none of its parameters took part in what it returned. "
+                "Where "
                 "model is a copy, losses must run the copy"
             )
 
@@ -295,7 +300,8 @@ def generalisation_bound(
     )
     if alpha.dim() != 1 or alpha.shape != eta.shape:
         raise ValueError(
-            f"alphas and learning_rates must be two sequences of one length, got {tuple(alpha.shape)} and "
+            "alphas and learning_rates must be two sequences of one length, got "
+            f"{tuple(alpha.shape)} and "
             f"{tuple(eta.shape)}"
         )
     if not bool(((alpha >= 0) & (alpha <= 1)).all()):

@@ -1,12 +1,13 @@
 """How consistent a minimum is: do environments agree where it is flat?
 
-``N_e`` is the path-connected region around trained parameters theta* where environment e's loss stays within eps of its
-value there. The inconsistency is how far the loss of some environment e' departs within the region of some e::
+``N_e`` is the path-connected region around trained parameters theta* where environment e's loss
+stays within eps of its value there. The inconsistency is how far the loss of some environment e'
+departs within the region of some e::
 
     I(theta*) = max_{e, e'} max_{theta in N_e} |L_e'(theta) - L_e(theta*)|
 
-The ILC score is minus its mean over initialisations. Parascandolo et al. 2020, "Learning explanations that are hard to
-vary", arXiv 2009.00329, sections 2.1 to 2.3.
+The ILC score is minus its mean over initialisations. Parascandolo et al. 2020, "Learning
+explanations that are hard to vary", arXiv 2009.00329, sections 2.1 to 2.3.
 """
 
 from __future__ import annotations
@@ -140,7 +141,8 @@ def inconsistency(
         raise ValueError("losses is empty: give one for each environment")
     if theta.dim() != 1 or not theta.dtype.is_floating_point:
         raise ValueError(
-            f"theta must be (P,) floating point, got shape {tuple(theta.shape)} and dtype {theta.dtype}"
+            f"theta must be (P,) floating point, got shape {tuple(theta.shape)} and dtype "
+            f"{theta.dtype}"
         )
     if not 0 < eps < float("inf"):
         raise ValueError(f"eps must be above 0 and finite, got {eps!r}")
@@ -220,7 +222,9 @@ class _Walk:
         )
 
     def _uphill(self) -> Tensor:
-        """Where the loss of e' departs faster: half of the walkers straight on, half along the border of the region."""
+        """Where the loss of e' departs faster: half of the walkers straight on, half along the
+        border of the region.
+        """
         border, slope = (slopes(self._at) for slopes in self._slopes)
         slope = slope * torch.where(self._of(self._at) >= self._level, 1.0, -1.0)[:, None]
         border = _unit(border)
@@ -271,7 +275,7 @@ def _unit(vectors: Tensor) -> Tensor:
     return vectors / norms.clamp(min=torch.finfo(vectors.dtype).tiny)
 
 
-# -- quadratic losses: L_e = (theta - theta*)^T H_e (theta - theta*) / 2 ----------------------------------------------
+# -- quadratic losses: L_e = (theta - theta*)^T H_e (theta - theta*) / 2 ---------------------------
 
 
 def quadratic_inconsistency(hessian_a: Tensor, hessian_b: Tensor, eps: float) -> float:
@@ -361,7 +365,8 @@ def geometric_mean_hessian(
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             break  # something is no longer finite
     raise RuntimeError(
-        f"the geometric mean did not converge to {tolerance} in {max_steps} steps (it is at {size:.1e}): the Hessians "
+        f"the geometric mean did not converge to {tolerance} in {max_steps} steps (it is at "
+        f"{size:.1e}): the Hessians "
         "are too ill-conditioned; add a little to their diagonals, or allow a larger tolerance"
     )
 

@@ -86,13 +86,15 @@ def disjoint_subsets(pool: Tensor, sizes: tuple[int, ...], seed: int = 0) -> lis
     members = (pool.nonzero().flatten() if pool.dtype == torch.bool else pool).cpu()
     if len(members.unique()) < len(members):
         raise ValueError(
-            "pool names an example twice: subsets might share it. Pass each id once, or a boolean mask"
+            "pool names an example twice: subsets might share it. Pass each id once, or a boolean "
+            "mask"
         )
     if any(size < 1 for size in sizes):
         raise ValueError(f"sizes must be at least 1, got {sizes}")
     if sum(sizes) > len(members):
         raise ValueError(
-            f"the pool has {len(members)} examples, too few for disjoint subsets of {' and '.join(map(str, sizes))}"
+            f"the pool has {len(members)} examples, too few for disjoint subsets of "
+            f"{' and '.join(map(str, sizes))}"
         )
     order = torch.randperm(len(members), generator=torch.Generator().manual_seed(seed))[
         : sum(sizes)

@@ -15,11 +15,12 @@ __all__ = ["Ensemble"]
 class Ensemble:
     """M networks of one architecture.
 
-    stacked:  their parameters are stacked, (M, *shape) each, and one forward serves all (`torch.func.vmap`). An
-              optimizer of `parameters()` must then treat each number by itself, as SGD and Adam do.
+    stacked:  their parameters are stacked, (M, *shape) each, and one forward serves all
+              (`torch.func.vmap`). An optimizer of `parameters()` must then treat each number by
+              itself, as SGD and Adam do.
 
-    Raises ValueError for networks that share parameters to be trained, and for what cannot be stacked: buffers,
-    dropout, parameters shared between modules.
+    Raises ValueError for networks that share parameters to be trained, and for what cannot be
+    stacked: buffers, dropout, parameters shared between modules.
     """
 
     def __init__(self, nets: list[nn.Module], stacked: bool):
@@ -42,7 +43,9 @@ class Ensemble:
         )  # frozen ones may be shared
 
     def __call__(self, x: Any, training: bool, own: bool = False) -> Tensor:
-        """The networks' outputs, (M, *output). x is for all of them, or with `own` has one input for each, (M, ...)."""
+        """The networks' outputs, (M, *output). x is for all of them, or with `own` has one input
+        for each, (M, ...).
+        """
         if not self.stacked:
             inputs = x if own else [x] * len(self)
             return torch.stack(
@@ -85,7 +88,8 @@ def _refuse_to_share(nets: list[nn.Module]) -> None:
         shared = [name for key, name in trained.items() if key in seen]
         if shared:
             raise ValueError(
-                f"factory must make a new network at every call: two of them share the parameter {shared[0]!r}, and "
+                "factory must make a new network at every call: two of them share the parameter "
+                f"{shared[0]!r}, and "
                 "would be trained on each other's examples. Copy or freeze it"
             )
         seen |= trained.keys()
@@ -94,12 +98,14 @@ def _refuse_to_share(nets: list[nn.Module]) -> None:
 def _refuse_to_stack(net: nn.Module) -> None:
     for name, _ in net.named_buffers():
         raise ValueError(
-            f"stacked=True cannot serve the buffer {name!r}, which a forward may change: stacked=False"
+            f"stacked=True cannot serve the buffer {name!r}, which a forward may change: "
+            "stacked=False"
         )
     for name, module in net.named_modules():
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
             raise ValueError(
-                f"stacked=True cannot serve the dropout {name!r}, which draws at random: stacked=False"
+                f"stacked=True cannot serve the dropout {name!r}, which draws at random: "
+                "stacked=False"
             )
     names = [name for name, _ in net.named_parameters(remove_duplicate=False)]
     if len(names) > len(list(net.parameters())):

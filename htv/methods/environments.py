@@ -54,7 +54,8 @@ def join_environments(batches: Sequence[Sequence[Tensor]]) -> tuple[tuple[Tensor
             )
         if sizes == {0}:
             raise ValueError(
-                f"environment {index} has no examples in this batch: its vote would be lost. Skip the batch"
+                f"environment {index} has no examples in this batch: its vote would be lost. Skip "
+                "the batch"
             )
         if len(batch) != len(batches[0]):
             raise ValueError(
@@ -63,7 +64,8 @@ def join_environments(batches: Sequence[Sequence[Tensor]]) -> tuple[tuple[Tensor
         for part, first in zip(batch, batches[0], strict=True):
             if part.shape[1:] != first.shape[1:]:
                 raise ValueError(
-                    f"examples of batches[{index}] have shape {tuple(part.shape[1:])}, those of batches[0] "
+                    f"examples of batches[{index}] have shape {tuple(part.shape[1:])}, those of "
+                    "batches[0] "
                     f"{tuple(first.shape[1:])}"
                 )
     counts = torch.tensor([len(batch[0]) for batch in batches])
@@ -130,19 +132,22 @@ def require_environments(ids: Tensor, num_environments: int, absent: str = "erro
         raise ValueError(f"num_environments must be at least 1, got {num_environments}")
     if absent == "error" and len(ids) < num_environments:
         raise ValueError(
-            f"{len(ids)} examples cannot hold {num_environments} environments: take a larger batch, with at least one "
+            f"{len(ids)} examples cannot hold {num_environments} environments: take a larger "
+            "batch, with at least one "
             "example of each"
         )
     if len(ids) == 0:
         raise ValueError("ids is empty: a batch needs at least one example")
     if int(ids.min()) < 0 or int(ids.max()) >= num_environments:
         raise ValueError(
-            f"ids must lie in [0, {num_environments}), got values from {int(ids.min())} to {int(ids.max())}"
+            f"ids must lie in [0, {num_environments}), got values from {int(ids.min())} to "
+            f"{int(ids.max())}"
         )
     missing = (ids.bincount(minlength=num_environments) == 0).nonzero().flatten().tolist()
     if missing and absent == "error":
         raise ValueError(
-            f"environments {missing} are missing from the batch: the others would agree without them. Draw from every "
+            f"environments {missing} are missing from the batch: the others would agree without "
+            "them. Draw from every "
             "environment, as environment_batches does"
         )
 

@@ -1,4 +1,6 @@
-"""What connectivity-based fine-tuning is compared with: plain fine-tuning, and a new last layer on frozen features."""
+"""What connectivity-based fine-tuning is compared with: plain fine-tuning, and a new last layer on
+frozen features.
+"""
 
 from __future__ import annotations
 
@@ -147,7 +149,8 @@ def reset_parameters(model: nn.Module) -> nn.Module:
             resets.append(reset)
         elif any(p is not None for p in module._parameters.values()):
             raise ValueError(
-                f"module {names[module]!r}, a {type(module).__name__}, has no reset_parameters() to start anew by"
+                f"module {names[module]!r}, a {type(module).__name__}, has no reset_parameters() "
+                "to start anew by"
             )
     for reset in resets:
         reset()

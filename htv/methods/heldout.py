@@ -1,16 +1,15 @@
 """Held-out predictions: what networks say of examples they were not trained on.
 
-Twins (cross-risk minimisation) train two networks, each on a random half, and let confident mistakes of the other one
-overwrite labels, so that both come to rely on what most examples have in common. `KFold` is the plain way. Pezeshki et
-al. 2023, "Discovering environments with XRM", arXiv 2309.16748; Bayat et al. 2024, "The pitfalls of memorization",
-arXiv 2412.07684.
+Twins (cross-risk minimisation) train two networks, each on a random half, and let confident
+mistakes of the other one overwrite labels, so that both come to rely on what most examples have in
+common. `KFold` is the plain way. Pezeshki et al. 2023, "Discovering environments with XRM", arXiv
+2309.16748; Bayat et al. 2024, "The pitfalls of memorization", arXiv 2412.07684.
 
     batches = Batches(dataset, epochs=20, batch_size=128)
     draws = []
     for seed in range(5):
-        twins = Twins(factory, targets, lambda parameters: torch.optim.SGD(parameters, lr=0.1), seed=seed)
-        twins.fit(batches)
-        draws.append(twins.draw(batches))
+        twins = Twins(factory, targets, lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+        seed=seed) twins.fit(batches) draws.append(twins.draw(batches))
     held_out = best_draw(draws).held_out                # (N, K), for MemorizationAwareLoss
     groups = best_draw(draws).groups()                  # (N,), for GroupDRO and others
 """
@@ -142,14 +141,16 @@ def best_draw(draws: Iterable[Draw], combine: str = "or") -> Draw:
             f"draw {i}: classes {draw.degenerate(combine)}" for i, draw in enumerate(draws)
         )
         raise ValueError(
-            f"every draw is degenerate: some class has one group only ({found}). Train longer or for a shorter time, "
+            f"every draw is degenerate: some class has one group only ({found}). Train longer or "
+            "for a shorter time, "
             "with another learning rate, or take more draws"
         )
     return max(sound, key=lambda draw: draw.flip_rate)
 
 
 class _HeldOut:
-    """Networks that share their batches, each trained on some of the examples only; see `Twins` and `KFold`.
+    """Networks that share their batches, each trained on some of the examples only; see `Twins` and
+    `KFold`.
 
     held_out_by:  (N,) int64, which network is not trained on the example.
     steps:        how many have been made.
@@ -189,7 +190,9 @@ class _HeldOut:
 
     @contextmanager
     def _own_randomness(self) -> Iterator[None]:
-        """Initial weights and dropout draw from this run's seed; torch's own generators stay as they are."""
+        """Initial weights and dropout draw from this run's seed; torch's own generators stay as
+        they are.
+        """
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(int(torch.randint(2**62, (), generator=self._generator)))
@@ -214,7 +217,8 @@ class _HeldOut:
         if y is not None and not torch.equal(y.cpu().long(), self.targets[ids]):
             wrong = int(ids[(y.cpu() != self.targets[ids]).nonzero()[0]])
             raise ValueError(
-                f"the label of id {wrong} in the batch is not targets[{wrong}]: ids and labels disagree"
+                f"the label of id {wrong} in the batch is not targets[{wrong}]: ids and labels "
+                "disagree"
             )
         with self._own_randomness():
             loss = self._loss(x, ids)
@@ -295,20 +299,24 @@ class _HeldOut:
         """
         if state.keys() != self.state_dict().keys() or len(state["nets"]) != len(self._nets):
             raise ValueError(
-                f"the state is not of a {type(self).__name__} of {len(self._nets)} networks: it has "
+                f"the state is not of a {type(self).__name__} of {len(self._nets)} networks: it "
+                "has "
                 f"{len(state.get('nets', ()))} networks and holds {', '.join(sorted(state))}"
             )
         if state["stacked"] != self._nets.stacked:
             raise ValueError(
-                f"the state is of stacked={state['stacked']}, this run of stacked={self._nets.stacked}"
+                f"the state is of stacked={state['stacked']}, this run of "
+                f"stacked={self._nets.stacked}"
             )
         if len(state["held_out_by"]) != self._examples:
             raise ValueError(
-                f"the state is of {len(state['held_out_by'])} examples, targets name {self._examples}"
+                f"the state is of {len(state['held_out_by'])} examples, targets name "
+                f"{self._examples}"
             )
         if (state["schedule"] is None) != (self._schedule is None):
             raise ValueError(
-                "of the state and this run, one has a schedule of the learning rate, the other has none"
+                "of the state and this run, one has a schedule of the learning rate, the other has "
+                "none"
             )
         self._nets.load(state["nets"])
         self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
@@ -331,7 +339,8 @@ class _HeldOut:
         if logits.shape[-2:] != (rows, self.num_classes) or logits.dim() > 3:
             shape = tuple(logits.shape[1:] if logits.dim() > 2 else logits.shape)
             raise ValueError(
-                f"the network returned {shape} for {rows} examples of {self.num_classes} classes: logits must be "
+                f"the network returned {shape} for {rows} examples of {self.num_classes} classes: "
+                "logits must be "
                 f"({rows}, {self.num_classes}); num_classes says how many"
             )
 
@@ -428,7 +437,8 @@ class Twins(_HeldOut):
         """
         if targets.shape != (_length(x),):
             raise ValueError(
-                f"targets must be ({_length(x)},), a class for each example, got {tuple(targets.shape)}"
+                f"targets must be ({_length(x)},), a class for each example, got "
+                f"{tuple(targets.shape)}"
             )
         return _errs(self.predict(x), targets)
 
@@ -552,13 +562,15 @@ def _checked_targets(targets: Tensor, num_classes: int | None) -> tuple[Tensor, 
     num_classes = int(targets.max()) + 1 if num_classes is None else num_classes
     if int(targets.min()) < 0 or int(targets.max()) >= num_classes or num_classes < 2:
         raise ValueError(
-            f"targets must lie in [0, num_classes), with at least 2 classes; got values from {int(targets.min())} to "
+            "targets must lie in [0, num_classes), with at least 2 classes; got values from "
+            f"{int(targets.min())} to "
             f"{int(targets.max())}, num_classes {num_classes}"
         )
     absent = (torch.bincount(targets, minlength=num_classes) == 0).nonzero().flatten().tolist()
     if absent:
         raise ValueError(
-            f"classes {absent} have no example to train on: number the classes that are there from 0"
+            f"classes {absent} have no example to train on: number the classes that are there from "
+            "0"
         )
     return targets, num_classes
 
@@ -567,7 +579,8 @@ def _finite(held_out: Tensor) -> Tensor:
     bad = (~held_out.isfinite().all(dim=1)).sum()
     if bad:
         raise ValueError(
-            f"the held-out logits of {int(bad)} examples are not finite: training diverged, or x is not finite. Lower "
+            f"the held-out logits of {int(bad)} examples are not finite: training diverged, or x "
+            "is not finite. Lower "
             "the learning rate"
         )
     return held_out

@@ -1,6 +1,7 @@
 """What the AND-mask does to pure noise: how much survives where groups agree by chance alone.
 
-Contributions are i.i.d. Gaussian with mean 0, d groups. Proposition 2 of Parascandolo et al. 2020, arXiv 2009.00329.
+Contributions are i.i.d. Gaussian with mean 0, d groups. Proposition 2 of Parascandolo et al. 2020,
+arXiv 2009.00329.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""Memorization-aware training: the loss is shifted by what predictions for examples a model has not seen already say.
+"""Memorization-aware training: the loss is shifted by what predictions for examples a model has not
+seen already say.
 
-A network that reaches zero loss can do so by a spurious cue for most examples and by memorising the rest. Held-out
-predictions, of a model that did not learn the example, show what the cue says. Added to the logits while training, and
-left out at test, they take the reward for the cue away. Bayat et al. 2024, "The pitfalls of memorization: when
-memorization hurts generalization", arXiv 2412.07684.
+A network that reaches zero loss can do so by a spurious cue for most examples and by memorising the
+rest. Held-out predictions, of a model that did not learn the example, show what the cue says. Added
+to the logits while training, and left out at test, they take the reward for the cue away. Bayat et
+al. 2024, "The pitfalls of memorization: when memorization hurts generalization", arXiv 2412.07684.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ def class_prior_shift(counts: Tensor, *, tau: float = 1.0, pseudo_count: float =
     bad = torch.nonzero(~((total > 0) & total.isfinite())).flatten().tolist()
     if bad:
         raise ValueError(
-            f"counts of classes {_listed(bad)} are not above 0 and finite: for 0 give a pseudo_count, such as 1"
+            f"counts of classes {_listed(bad)} are not above 0 and finite: for 0 give a "
+            "pseudo_count, such as 1"
         )
     return (tau * (total / total.sum()).log()).to(torch.promote_types(counts.dtype, torch.float32))
 
@@ -172,8 +174,10 @@ class MemorizationAwareLoss(nn.Module):
         without = _without_predictions(heldout)
         if missing == "error" and len(without):
             raise ValueError(
-                f"heldout has no predictions for ids {_listed(without.tolist())}: their rows hold NaN, infinity or "
-                "nothing but -inf. Predict them, or say missing='allow' if no batch will contain them"
+                f"heldout has no predictions for ids {_listed(without.tolist())}: their rows hold "
+                "NaN, infinity or "
+                "nothing but -inf. Predict them, or say missing='allow' if no batch will contain "
+                "them"
             )
         found = None
         if calibration == "global":
@@ -196,11 +200,13 @@ class MemorizationAwareLoss(nn.Module):
         for name, tensor in (("logits", logits), ("targets", targets)):
             if tensor.device != self.heldout.device:
                 raise ValueError(
-                    f"{name} are on {tensor.device}, heldout on {self.heldout.device}: move them, or this loss by .to()"
+                    f"{name} are on {tensor.device}, heldout on {self.heldout.device}: move them, "
+                    "or this loss by .to()"
                 )
         if logits.dim() != 2 or logits.shape[1] != self.heldout.shape[1]:
             raise ValueError(
-                f"logits must be (B, K) with K = {self.heldout.shape[1]} classes, as heldout has, got "
+                f"logits must be (B, K) with K = {self.heldout.shape[1]} classes, as heldout has, "
+                "got "
                 f"{tuple(logits.shape)}"
             )
         common: dict[str, Any] = {
@@ -249,14 +255,17 @@ class MemorizationAwareLoss(nn.Module):
     def _calibrated(self, probabilities: Tensor, targets: Tensor) -> Tensor:
         if len(targets) == 0:
             raise ValueError(
-                "no example has both a class and a held-out prediction: with nothing to calibrate by, shifts would be "
-                "the same for all classes. Predict some examples, or take calibration='batch' or 'none'"
+                "no example has both a class and a held-out prediction: with nothing to calibrate "
+                "by, shifts would be "
+                "the same for all classes. Predict some examples, or take calibration='batch' or "
+                "'none'"
             )
         counts = torch.bincount(targets, minlength=probabilities.shape[1])
         absent = torch.nonzero(counts == 0).flatten().tolist()
         if absent:
             warnings.warn(
-                f"classes {_listed(absent)} have no example with a held-out prediction: their shift is log(eps) "
+                f"classes {_listed(absent)} have no example with a held-out prediction: their "
+                "shift is log(eps) "
                 "everywhere, and nothing is learnt about their logits",
                 stacklevel=3,
             )
@@ -269,7 +278,8 @@ class MemorizationAwareLoss(nn.Module):
             raise TypeError(f"ids must be a tensor, (B,) int64, got {type(ids).__name__}")
         if ids.dtype != torch.int64 or ids.dim() != 1 or ids.shape != targets.shape:
             raise ValueError(
-                f"ids must be (B,) int64, one for each target, got {ids.dtype} {tuple(ids.shape)} for targets "
+                f"ids must be (B,) int64, one for each target, got {ids.dtype} {tuple(ids.shape)} "
+                "for targets "
                 f"{tuple(targets.shape)}"
             )
         wrong = _outside(ids, len(self.heldout))
@@ -293,7 +303,8 @@ def _check_heldout(
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if heldout.dim() != 2 or not heldout.is_floating_point() or heldout.shape[1] == 0:
         raise ValueError(
-            f"heldout must be (N, K) logits, floating point, got {heldout.dtype} of shape {tuple(heldout.shape)}"
+            f"heldout must be (N, K) logits, floating point, got {heldout.dtype} of shape "
+            f"{tuple(heldout.shape)}"
         )
     if num_classes is not None and num_classes != heldout.shape[1]:
         raise ValueError(
@@ -301,7 +312,8 @@ def _check_heldout(
         )
     if targets.dtype != torch.int64 or targets.shape != heldout.shape[:1]:
         raise ValueError(
-            f"targets must be ({len(heldout)},) int64, one for each row of heldout, got {targets.dtype} of shape "
+            f"targets must be ({len(heldout)},) int64, one for each row of heldout, got "
+            f"{targets.dtype} of shape "
             f"{tuple(targets.shape)}"
         )
     if targets.device != heldout.device:
@@ -316,7 +328,9 @@ def _check_heldout(
 
 
 def _seen(tensor: Tensor) -> bool:
-    """Whether its values are at hand: on a GPU looking would wait for the device, and a graph has none."""
+    """Whether its values are at hand: on a GPU looking would wait for the device, and a graph has
+    none.
+    """
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 

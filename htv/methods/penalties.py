@@ -1,7 +1,9 @@
-"""What invariant learning is compared with: penalties, weights and an adversary around the plain mean of gradients.
+"""What invariant learning is compared with: penalties, weights and an adversary around the plain
+mean of gradients.
 
-They train without `htv.attach`: their losses already tell environments apart. `ids` (N,) int64 holds the environment of
-every example, 0 to E - 1, each present (`htv.methods.require_environments`).
+They train without `htv.attach`: their losses already tell environments apart. `ids` (N,) int64
+holds the environment of every example, 0 to E - 1, each present
+(`htv.methods.require_environments`).
 """
 
 from __future__ import annotations
@@ -303,7 +305,8 @@ class GroupDRO(nn.Module):
         """
         if risks.shape != self.weights.shape:
             raise ValueError(
-                f"risks must be {tuple(self.weights.shape)}, one per environment, got {tuple(risks.shape)}"
+                f"risks must be {tuple(self.weights.shape)}, one per environment, got "
+                f"{tuple(risks.shape)}"
             )
         with torch.no_grad():
             wide = risks.to(torch.promote_types(risks.dtype, torch.float32))
@@ -315,7 +318,8 @@ def _given(parameters: Iterable[Tensor]) -> list[Tensor]:
     parameters = list(parameters)
     if not parameters:
         raise ValueError(
-            "parameters is empty: model.parameters() can be gone through once, call it anew every step"
+            "parameters is empty: model.parameters() can be gone through once, call it anew every "
+            "step"
         )
     return parameters
 
@@ -323,7 +327,8 @@ def _given(parameters: Iterable[Tensor]) -> list[Tensor]:
 def _each(losses: Tensor, ids: Tensor) -> Tensor:
     if losses.shape != ids.shape:
         raise ValueError(
-            f"the loss must be one value per example, {tuple(ids.shape)}, got {tuple(losses.shape)}: "
+            f"the loss must be one value per example, {tuple(ids.shape)}, got "
+            f"{tuple(losses.shape)}: "
             "use reduction='none' and mean over all other dims"
         )
     return losses

@@ -39,14 +39,17 @@ def load_as_kept(optimizer: Optimizer, state_dict: dict[str, Any], names: Iterab
 
 
 def require_state_of(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]) -> None:
-    """ValueError unless an optimizer's state is of as many parameters in each group, and of their shapes."""
+    """ValueError unless an optimizer's state is of as many parameters in each group, and of their
+    shapes.
+    """
     theirs, ours = (
         [len(group["params"]) for group in groups]
         for groups in (state_dict["param_groups"], param_groups)
     )
     if theirs != ours:
         raise ValueError(
-            f"state_dict has groups of {theirs} parameters, this optimizer has groups of {ours}: it is of another "
+            f"state_dict has groups of {theirs} parameters, this optimizer has groups of {ours}: "
+            "it is of another "
             "model, or was given its parameters in other groups"
         )
     indices = [index for group in state_dict["param_groups"] for index in group["params"]]
@@ -55,6 +58,7 @@ def require_state_of(state_dict: dict[str, Any], param_groups: list[dict[str, An
         for name, kept in state_dict["state"].get(index, {}).items():
             if isinstance(kept, Tensor) and kept.shape != p.shape:
                 raise ValueError(
-                    f"state_dict has {name!r} of shape {tuple(kept.shape)} for parameter {position}, whose shape is "
+                    f"state_dict has {name!r} of shape {tuple(kept.shape)} for parameter "
+                    f"{position}, whose shape is "
                     f"{tuple(p.shape)}: it is of another model"
                 )

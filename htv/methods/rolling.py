@@ -1,4 +1,5 @@
-"""RM3 and RA3: the coordinate-wise median, or mean, of the last three minibatch gradients, under any optimizer.
+"""RM3 and RA3: the coordinate-wise median, or mean, of the last three minibatch gradients, under
+any optimizer.
 
 Zielinski, Krishnan, Chatterjee 2020, "Weak and strong gradient directions", arXiv 2003.07422.
 """
@@ -50,7 +51,9 @@ def _adds_decay(optimizer: Optimizer, group: dict[str, Any]) -> bool | None:
 
 
 class _Rolling(Optimizer):
-    """Hands the wrapped optimizer a statistic of each parameter's last three gradients in place of the last one."""
+    """Hands the wrapped optimizer a statistic of each parameter's last three gradients in place of
+    the last one.
+    """
 
     _combine: Callable[[list[Tensor], list[Tensor], list[Tensor]], list[Tensor]]
 
@@ -59,12 +62,14 @@ class _Rolling(Optimizer):
     ):
         if not isinstance(optimizer, Optimizer):
             raise TypeError(
-                f"optimizer must be a torch.optim.Optimizer to wrap, such as torch.optim.SGD(parameters, lr=.1); "
+                "optimizer must be a torch.optim.Optimizer to wrap, such as "
+                "torch.optim.SGD(parameters, lr=.1); "
                 f"got {type(optimizer).__name__}"
             )
         if isinstance(optimizer, _Rolling | torch.optim.LBFGS):
             raise TypeError(
-                f"{type(self).__name__} cannot wrap {type(optimizer).__name__}: a step must be one update by a gradient"
+                f"{type(self).__name__} cannot wrap {type(optimizer).__name__}: a step must be one "
+                "update by a gradient"
             )
         self.optimizer, self.allow_momentum, self.decay_first = (
             optimizer,
@@ -105,13 +110,16 @@ class _Rolling(Optimizer):
             momentum = group.get("momentum", 0) or (group["betas"][0] if "betas" in group else 0)
             if momentum and not self.allow_momentum:
                 raise ValueError(
-                    f"{name} is defined without momentum, which averages over the steps it takes the median of: got "
-                    f"{'momentum' if group.get('momentum', 0) else 'betas[0]'}={momentum}. Set it to 0, or pass "
+                    f"{name} is defined without momentum, which averages over the steps it takes "
+                    "the median of: got "
+                    f"{'momentum' if group.get('momentum', 0) else 'betas[0]'}={momentum}. Set it "
+                    "to 0, or pass "
                     "allow_momentum=True if that is what you mean"
                 )
             if any(p.is_complex() for p in group["params"]):
                 raise TypeError(
-                    f"{name} ranks real numbers: a parameter is complex. Give it to another optimizer"
+                    f"{name} ranks real numbers: a parameter is complex. Give it to another "
+                    "optimizer"
                 )
             self._decay(group)
 
@@ -123,8 +131,10 @@ class _Rolling(Optimizer):
         first = _adds_decay(self.optimizer, group) if self.decay_first is None else self.decay_first
         if first is None:
             raise ValueError(
-                f"{type(self).__name__} cannot tell whether {type(self.optimizer).__name__} adds weight_decay={decay} "
-                "to the gradient (as SGD does) or decays the weights by themselves (as AdamW does): pass "
+                f"{type(self).__name__} cannot tell whether {type(self.optimizer).__name__} adds "
+                f"weight_decay={decay} "
+                "to the gradient (as SGD does) or decays the weights by themselves (as AdamW "
+                "does): pass "
                 "decay_first=True for the former, False for the latter"
             )
         return float(decay) if first else 0.0
@@ -241,7 +251,8 @@ class _Rolling(Optimizer):
             )
         if (kind["rule"], kind["wraps"]) != (type(self).__name__, type(self.optimizer).__name__):
             raise ValueError(
-                f"state_dict is of {kind['rule']} around {kind['wraps']}, this is {mine}: resume with what wrote it"
+                f"state_dict is of {kind['rule']} around {kind['wraps']}, this is {mine}: resume "
+                "with what wrote it"
             )
         require_state_of(state_dict, self.param_groups)
 

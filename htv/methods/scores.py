@@ -1,4 +1,5 @@
-"""Which examples are learnt by heart: scores from many networks trained on subsets, and a proxy from one network.
+"""Which examples are learnt by heart: scores from many networks trained on subsets, and a proxy
+from one network.
 
 Feldman and Zhang 2020, "What neural networks memorize and why", arXiv 2008.03703.
 """
@@ -52,7 +53,8 @@ class SubsetScores:
     def __init__(self, examples: int, test_examples: int = 0):
         if examples < 1 or test_examples < 0:
             raise ValueError(
-                f"examples must be at least 1, test_examples at least 0; got {examples}, {test_examples}"
+                f"examples must be at least 1, test_examples at least 0; got {examples}, "
+                f"{test_examples}"
             )
         self.models = 0
         self._in, self._hits, self._hits_in = (
@@ -174,11 +176,13 @@ def train_on_subsets(
     (x, targets), size = train, round(share * len(train[0]))
     if not 0 < size < len(x):
         raise ValueError(
-            f"share must leave examples inside and outside of a subset; {share!r} of {len(x)} is {size}"
+            f"share must leave examples inside and outside of a subset; {share!r} of {len(x)} is "
+            f"{size}"
         )
     if models < 1 or epochs < 1 or batch_size < 1:
         raise ValueError(
-            f"models, epochs and batch_size must be at least 1, got {models}, {epochs}, {batch_size}"
+            f"models, epochs and batch_size must be at least 1, got {models}, {epochs}, "
+            f"{batch_size}"
         )
     generators = [
         torch.Generator().manual_seed(seed * 1_000_003 + scores.models + m) for m in range(models)
@@ -213,7 +217,8 @@ def _check_part(name: str, part: tuple[Tensor, Tensor] | None, count: int) -> No
     x, targets = ((), ()) if part is None else part
     if not len(x) == len(targets) == count:
         raise ValueError(
-            f"{name} must hold the {count} examples that scores was made for, got {len(x)} inputs and {len(targets)} "
+            f"{name} must hold the {count} examples that scores was made for, got {len(x)} inputs "
+            f"and {len(targets)} "
             "targets"
         )
 
@@ -261,7 +266,8 @@ def squared_gradient_norms(
             norms = squared_norms(parts).cpu()
             if len(norms) != len(found[-1]):
                 raise ValueError(
-                    f"losses returned {len(found[-1])} losses, but parameter {name!r} saw {len(norms)} examples: it "
+                    f"losses returned {len(found[-1])} losses, but parameter {name!r} saw "
+                    f"{len(norms)} examples: it "
                     "must return one loss per example of the batch"
                 )
             found[-1] += norms

@@ -100,7 +100,8 @@ class TemporalAndMaskAdam(Optimizer):
             parameter = entry[1] if isinstance(entry, tuple) else entry
             if isinstance(parameter, Tensor) and not parameter.dtype.is_floating_point:
                 raise TypeError(
-                    f"params must be real floating point, for signs to vote; got one of {parameter.dtype}"
+                    "params must be real floating point, for signs to vote; got one of "
+                    f"{parameter.dtype}"
                 )
         super().add_param_group({**param_group, "params": params})
 
@@ -137,7 +138,8 @@ class TemporalAndMaskAdam(Optimizer):
         grads = [p.grad for p in params if p.grad is not None]
         if any(g.is_sparse for g in grads):
             raise RuntimeError(
-                "TemporalAndMaskAdam keeps signs of every coordinate and takes no sparse gradients: make the embedding "
+                "TemporalAndMaskAdam keeps signs of every coordinate and takes no sparse "
+                "gradients: make the embedding "
                 "with sparse=False"
             )
         averages, squares, signs = ([self._state(p)[name] for p in params] for name in STATE)
@@ -198,7 +200,8 @@ class TemporalAndMaskAdam(Optimizer):
         """
         if not {"state", "param_groups"} <= state_dict.keys():
             raise ValueError(
-                "state_dict is not an optimizer's: pass what TemporalAndMaskAdam.state_dict() returned"
+                "state_dict is not an optimizer's: pass what TemporalAndMaskAdam.state_dict() "
+                "returned"
             )
         missing = {
             name
@@ -211,7 +214,8 @@ class TemporalAndMaskAdam(Optimizer):
         }
         if missing:
             raise ValueError(
-                f"state_dict is of another optimizer than TemporalAndMaskAdam: it has no {', '.join(sorted(missing))}. "
+                "state_dict is of another optimizer than TemporalAndMaskAdam: it has no "
+                f"{', '.join(sorted(missing))}. "
                 "Resume with the optimizer that saved it, or start this one anew"
             )
         require_state_of(state_dict, self.param_groups)

@@ -1,7 +1,7 @@
 """How well the worst-off group is served, and ways to serve groups that a plain mean forgets.
 
-Groups are true ones or inferred (`Draw.groups`): (N,) int64 ids from 0 to G - 1. A method is a way to draw batches, a
-loss, or both:
+Groups are true ones or inferred (`Draw.groups`): (N,) int64 ids from 0 to G - 1. A method is a way
+to draw batches, a loss, or both:
 
 | method | batches drawn by | loss |
 |---|---|---|
@@ -222,7 +222,8 @@ def weighted_sampler(
 def _check_groups(groups: Tensor, num_groups: int | None = None) -> None:
     if groups.dim() != 1 or groups.dtype != torch.int64 or len(groups) == 0:
         raise ValueError(
-            f"groups must be (N,) int64 with at least one example, got {tuple(groups.shape)}, {groups.dtype}"
+            f"groups must be (N,) int64 with at least one example, got {tuple(groups.shape)}, "
+            f"{groups.dtype}"
         )
     low, high = int(groups.min()), int(groups.max())
     if low < 0 or (num_groups is not None and high >= num_groups):

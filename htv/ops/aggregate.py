@@ -1,4 +1,6 @@
-"""From factors to the aggregated gradient E * stat({c_e}), never holding the contributions of more than a slice."""
+"""From factors to the aggregated gradient E * stat({c_e}), never holding the contributions of more
+than a slice.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +77,8 @@ def aggregate(parts: list[Factors], rule: Rule) -> Tensor:
     """E * stat of contributions that are the sums of the parts', group by group.
 
     parts: at least one, for the same parameter and the same groups; one per use of the parameter.
-    Returns the parameter's shape, in the parts' compute dtype (for `Mean`, in the dtype of the factors).
+    Returns the parameter's shape, in the parts' compute dtype (for `Mean`, in the dtype of the
+    factors).
     """
     first = parts[0]
     if len(parts) > 1:
@@ -95,7 +98,9 @@ def aggregate(parts: list[Factors], rule: Rule) -> Tensor:
 
 
 def aggregate_together(contributions: list[list[Factors]], rule: Rule) -> list[Tensor]:
-    """`aggregate` of the parts of several parameters; those with one stack of contributions each in one call."""
+    """`aggregate` of the parts of several parameters; those with one stack of contributions each in
+    one call.
+    """
     if type(rule) is Mean or len(contributions) == 1:
         return [aggregate(parts, rule) for parts in contributions]
     first = contributions[0][0]
@@ -121,7 +126,9 @@ def aggregate_together(contributions: list[list[Factors]], rule: Rule) -> list[T
 
 
 def summarise(parts: list[Factors], statistic: Statistic) -> Summary:
-    """What a streaming statistic needs to know of contributions, to be joined with those of other batches."""
+    """What a streaming statistic needs to know of contributions, to be joined with those of other
+    batches.
+    """
     first = parts[0]
     blocks.require_same_groups(parts)
     if all(isinstance(part, EmbeddingFactors) for part in parts):
@@ -299,7 +306,9 @@ def _conv_by_linear(part: ConvFactors, statistic: Statistic, numbers: Numbers, o
 
 
 def _dense(images: Tensor) -> Tensor:
-    """Images (S, C, *space) with their channels in dim 1 or behind the others; copied if they are neither."""
+    """Images (S, C, *space) with their channels in dim 1 or behind the others; copied if they are
+    neither.
+    """
     return (
         images
         if images.is_contiguous() or images.movedim(1, -1).is_contiguous()
@@ -310,7 +319,9 @@ def _dense(images: Tensor) -> Tensor:
 def _tied(
     linear: LinearFactors, embedding: EmbeddingFactors, statistic: Statistic
 ) -> tuple[Tensor, Tensor]:
-    """An embedding table that is also a linear layer's weight: rows no token touches are the layer's alone."""
+    """An embedding table that is also a linear layer's weight: rows no token touches are the
+    layer's alone.
+    """
     touched, alone = sparse.touched_rows(embedding, statistic)
     value = torch.empty(linear.shape, dtype=linear.dtype, device=linear.device)
     mask_sum = torch.zeros((), dtype=torch.float64, device=linear.device)
@@ -370,7 +381,8 @@ def linear_grad(
         raise TypeError(f"rule must be an htv rule such as htv.AndMask(0.4), got {rule!r}")
     if x.dim() < 2 or x.shape[:-1] != grad_output.shape[:-1]:
         raise ValueError(
-            "x and grad_output must have shapes (N, *rest, I) and (N, *rest, O) with equal leading dims, "
+            "x and grad_output must have shapes (N, *rest, I) and (N, *rest, O) with equal leading "
+            "dims, "
             f"got {tuple(x.shape)} and {tuple(grad_output.shape)}"
         )
     if x.dtype != grad_output.dtype or x.device != grad_output.device:

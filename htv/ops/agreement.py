@@ -43,8 +43,8 @@ class Agreement:
 def agreement(parts: list[Factors], rule: Rule) -> Agreement:
     """`Agreement` of contributions that are the sums of the parts'.
 
-    Votes, sum and norms each come from where they are cheapest, as long as no block of the parameter has uses of
-    several kinds; else one sliced pass gives all.
+    Votes, sum and norms each come from where they are cheapest, as long as no block of the
+    parameter has uses of several kinds; else one sliced pass gives all.
     """
     first = parts[0]
     blocks.require_same_groups(parts)
@@ -70,7 +70,9 @@ def squared_norms(parts: list[Factors]) -> Tensor:
 
 
 def projections(parts: list[Factors], direction: Tensor) -> Tensor:
-    """(E,) float64, the inner products of such contributions with a direction of the parameter's shape."""
+    """(E,) float64, the inner products of such contributions with a direction of the parameter's
+    shape.
+    """
     blocks.require_same_groups(parts)
     return sum(part.projections(direction.to(part.dtype)) for part in parts)
 

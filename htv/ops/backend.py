@@ -5,9 +5,10 @@
     triton     Triton kernels, when Triton is installed         } not yet run on hardware
     reference  plain PyTorch, any device; in bounded memory where an op would form contributions
 
-`HTV_BACKEND` or `use_backend` names a backend; a named backend that is not there raises instead of falling back, and so
-does one without a kernel for a stacked statistic. What it has no kernel for among factors (a statistic, several rows
-per group on CUDA, float64 in Triton) goes through the general paths, whose stacked statistics then come from it.
+`HTV_BACKEND` or `use_backend` names a backend; a named backend that is not there raises instead of
+falling back, and so does one without a kernel for a stacked statistic. What it has no kernel for
+among factors (a statistic, several rows per group on CUDA, float64 in Triton) goes through the
+general paths, whose stacked statistics then come from it.
 
 The choice looks at shapes, dtype and device alone: it may be traced, and never waits for a device.
 Which kernels there are is told by `htv.ops.kernels`; of two that serve a problem, the first of
@@ -97,7 +98,8 @@ class Problem(NamedTuple):
 
     statistic:  its name; of no account for an op without one.
     dtype:      that contributions are computed in: float32 for half precision.
-    longest:    the most rows that a group of a linear layer has; None stands for many. Matters on CUDA devices alone.
+    longest:    the most rows that a group of a linear layer has; None stands for many. Matters on
+                CUDA devices alone.
     """
 
     op: str
@@ -108,7 +110,9 @@ class Problem(NamedTuple):
 
 
 def _too_old(device: torch.device) -> str | None:
-    """Why a GPU is not one that kernels are compiled for; nothing is known of one that was never used."""
+    """Why a GPU is not one that kernels are compiled for; nothing is known of one that was never
+    used.
+    """
     if torch.version.hip is not None:
         return "its kernels are for NVIDIA GPUs"
     if not torch.cuda.is_initialized():
@@ -221,7 +225,8 @@ def _choose(problem: Problem) -> str:
             return "reference"  # the general paths
     if reason is not None:
         raise RuntimeError(
-            f"backend {name!r} was named but cannot serve {problem.op} ({problem.statistic}): {reason}. Remedy: name "
+            f"backend {name!r} was named but cannot serve {problem.op} ({problem.statistic}): "
+            f"{reason}. Remedy: name "
             "another, or auto"
         )
     return name

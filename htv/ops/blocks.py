@@ -1,4 +1,6 @@
-"""The uses of one parameter, sorted into blocks that are aggregated each by itself, and joined where they are alike."""
+"""The uses of one parameter, sorted into blocks that are aggregated each by itself, and joined
+where they are alike.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ def views(parts: list[Factors]) -> list[list[ViewFactors]] | None:
 
 @functools.lru_cache(maxsize=256)
 def _disjoint(shape: tuple[int, ...], strides: tuple[int, ...], views: tuple[View, ...]) -> bool:
-    """Whether no element of a dense parameter is shown by two views, nor by one view twice. Asked of the host."""
+    """Whether no element of a dense parameter is shown by two views, nor by one view twice. Asked
+    of the host.
+    """
     times = torch.zeros(math.prod(shape), dtype=torch.uint8).as_strided(shape, strides)
     shown = 0
     for view in views:
@@ -39,7 +43,9 @@ def _disjoint(shape: tuple[int, ...], strides: tuple[int, ...], views: tuple[Vie
 
 
 def joined(parts: list[Factors]) -> list[Factors]:
-    """Several uses in linear layers (recurrence) as one use of more rows, several lookups as one of more ids."""
+    """Several uses in linear layers (recurrence) as one use of more rows, several lookups as one of
+    more ids.
+    """
     if len(parts) == 1:
         return parts
     for kind in (LinearFactors, EmbeddingFactors):
@@ -54,7 +60,9 @@ def require_same_groups(parts: list[Factors]) -> None:
     for part in parts[1:]:
         if part.shape != first.shape or part.count != first.count:
             raise ValueError(
-                "the uses of one parameter must agree on its shape and on the number of groups: got "
-                f"{first.shape} and {part.shape}, {first.count} and {part.count} groups (where every row votes by "
+                "the uses of one parameter must agree on its shape and on the number of groups: "
+                "got "
+                f"{first.shape} and {part.shape}, {first.count} and {part.count} groups (where "
+                "every row votes by "
                 "itself, a parameter used on different numbers of rows has no votes to add)"
             )

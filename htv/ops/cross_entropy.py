@@ -98,7 +98,8 @@ def _check(logits, targets, shift, temperature, reduction, label_smoothing, weig
             )
     if targets.dtype != torch.int64:
         raise TypeError(
-            f"targets must be classes in int64, got {targets.dtype}; for probabilities add the shift to the logits and "
+            f"targets must be classes in int64, got {targets.dtype}; for probabilities add the "
+            "shift to the logits and "
             "use F.cross_entropy"
         )
     if logits.dim() == 0 or logits.shape[class_dim := min(1, logits.dim() - 1)] == 0:
@@ -111,11 +112,13 @@ def _check(logits, targets, shift, temperature, reduction, label_smoothing, weig
     )
     if targets.shape != expected:
         raise ValueError(
-            f"targets must be {tuple(expected)}, the shape of logits without its classes, got {tuple(targets.shape)}"
+            f"targets must be {tuple(expected)}, the shape of logits without its classes, got "
+            f"{tuple(targets.shape)}"
         )
     if shift.shape not in (logits.shape, (classes,)):
         raise ValueError(
-            f"shift must be {tuple(logits.shape)} as logits, or ({classes},), got {tuple(shift.shape)}"
+            f"shift must be {tuple(logits.shape)} as logits, or ({classes},), got "
+            f"{tuple(shift.shape)}"
         )
     if weight is not None and weight.shape != (classes,):
         raise ValueError(

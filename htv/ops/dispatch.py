@@ -21,16 +21,19 @@ from htv.ops.factors import (
 from htv.rules import OPEN, Mean, Rule
 
 MANY = 1 << 30  # groups: which statistic a rule names does not depend on how many there are
-FEW_OUTPUTS = 16  # per group of a convolution: below, without a kernel of its own, groups are sliced, folded into one
+# per group of a convolution: below, without a kernel of its own, groups are sliced, folded into one
+FEW_OUTPUTS = 16
 
 
 def path(kind: type[Factors] | Factors, rule: Rule, device: torch.device) -> str:
-    """How a parameter with one use of this kind is served, and by which backend where one is chosen.
+    """How a parameter with one use of this kind is served, and by which backend where one is
+    chosen.
 
-    kind: factors, or their class, which stands for sizes that are not extreme (a convolution that is not depthwise).
-    Returns "plain sum", "stacked (...)", "fused (...)", "sliced (...)", "sparse", "sparse (...)", "sparse, sliced
-    (...)" or "by group"; of a class of linear layers both ways, where one row per group is served otherwise than many.
-    A rule of the user's own stands in the place of the backend: "sliced (reduce)".
+    kind: factors, or their class, which stands for sizes that are not extreme (a convolution that
+    is not depthwise). Returns "plain sum", "stacked (...)", "fused (...)", "sliced (...)",
+    "sparse", "sparse (...)", "sparse, sliced (...)" or "by group"; of a class of linear layers both
+    ways, where one row per group is served otherwise than many. A rule of the user's own stands in
+    the place of the backend: "sliced (reduce)".
     """
     if type(rule) is Mean:
         return "plain sum"
@@ -65,7 +68,9 @@ def _path(kind: type[Factors] | Factors, name: str, device: torch.device) -> str
 
 
 def server(op: str, part: type[Factors] | Factors, name: str, device: torch.device) -> str:
-    """The backend that serves an op for factors such as these; a class stands for float32 and many rows per group."""
+    """The backend that serves an op for factors such as these; a class stands for float32 and many
+    rows per group.
+    """
     if isinstance(part, ViewFactors):
         part = part.inner
     if isinstance(part, type):
@@ -81,8 +86,8 @@ def server(op: str, part: type[Factors] | Factors, name: str, device: torch.devi
 class Route(NamedTuple):
     """How the contributions of one use are gone through.
 
-    style:       "fused", "sparse" (pairs of token and group), "stacked", "sliced" (boxes of coordinates) or "by group"
-                 (one whole contribution at a time).
+    style:       "fused", "sparse" (pairs of token and group), "stacked", "sliced" (boxes of
+                 coordinates) or "by group" (one whole contribution at a time).
     op, server:  of the fused style, the op and the backend that serves it.
     """
 
@@ -131,10 +136,11 @@ def _conv_route(part: type[ConvFactors] | ConvFactors, name: str, device: torch.
 
 
 def extra_work(part: Factors, rule: Rule) -> float:
-    """Arithmetic of aggregating one use's contributions, in units of its plain weight gradient's: an estimate.
+    """Arithmetic of aggregating one use's contributions, in units of its plain weight gradient's:
+    an estimate.
 
-    With E groups, R rows (of a convolution: positions of all samples) and n operations per contribution, the plain
-    gradient being 2 R per coordinate:
+    With E groups, R rows (of a convolution: positions of all samples) and n operations per
+    contribution, the plain gradient being 2 R per coordinate:
 
         plain sum  0
         fused      E / 2R, a comparison and a count at once; E log2(E) / 2R by order rules, in registers and cache.

@@ -3,8 +3,9 @@
 Differentiable any number of times, in forward mode and by the transforms of torch.func too;
 derivatives of any of these kinds are those of the definition, `htv.ops.reference`.
 
-They return ``stat({g_e})``, a mean-like value without the factor E; results have the dtype of `grads`, half-precision
-inputs are computed in float32. A NaN among the E values of a coordinate gives NaN there.
+They return ``stat({g_e})``, a mean-like value without the factor E; results have the dtype of
+`grads`, half-precision inputs are computed in float32. A NaN among the E values of a coordinate
+gives NaN there.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""What normalisations contribute to their scale and shift, and the gradient of a group normalisation's input."""
+"""What normalisations contribute to their scale and shift, and the gradient of a group
+normalisation's input.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from htv.ops.reference import cast, compute_dtype
 
 
 def norm_sums(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    """The op `norm_sums` of `htv.ops.schema`; where no kernel serves, some samples at a time: small temporaries."""
+    """The op `norm_sums` of `htv.ops.schema`; where no kernel serves, some samples at a time: small
+    temporaries.
+    """
     operator = _operator("norm_sums", x)
     if operator is not None:
         return operator(grad, x, mean, rstd)
@@ -29,7 +33,8 @@ def norm_sums(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tens
 def group_norm_backward(
     grad: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, needs_x: bool
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """What backward gives for x (S, C, *space), and (S, C) of every sample by itself for scale and shift.
+    """What backward gives for x (S, C, *space), and (S, C) of every sample by itself for scale and
+    shift.
 
     weight: (C,), ones if None; mean and rstd: (S, G), as torch.native_group_norm gives them.
     """

@@ -1,5 +1,6 @@
-"""What every statistic means, in plain PyTorch: the definition kernels are tested against, and the path taken
-wherever no kernel serves. Runs on any device and in float64."""
+"""What every statistic means, in plain PyTorch: the definition kernels are tested against, and the
+path taken wherever no kernel serves. Runs on any device and in float64.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +22,9 @@ LOG_OFFSET = 1e-10  # keeps the logarithm of the geometric mean finite
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Statistics of half-precision values are computed and returned in float32, all others in their own type."""
+    """Statistics of half-precision values are computed and returned in float32, all others in their
+    own type.
+    """
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
@@ -33,11 +36,11 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def stacked(grads: Tensor, statistic: Statistic) -> tuple[Tensor, Tensor]:
     """The statistic of stacked contributions over dim 0.
 
-    grads: (E, *shape), floating point, E >= 1.
-    Returns ``value`` (*shape), in `compute_dtype`, without the factor E and not yet normalised; and ``mask_sum`` (),
-    float64, the sum of the rule's mask over all coordinates (0 for rules without a mask).
-    A coordinate with a NaN among its E values is NaN and counts 0 in `mask_sum`. So is one where
-    inf - inf makes the mean of a bucket, or a variance, NaN: no rank and no mask hides it.
+    grads: (E, *shape), floating point, E >= 1. Returns ``value`` (*shape), in `compute_dtype`,
+    without the factor E and not yet normalised; and ``mask_sum`` (), float64, the sum of the rule's
+    mask over all coordinates (0 for rules without a mask). A coordinate with a NaN among its E
+    values is NaN and counts 0 in `mask_sum`. So is one where inf - inf makes the mean of a bucket,
+    or a variance, NaN: no rank and no mask hides it.
     """
     values = grads.to(compute_dtype(grads.dtype))
     definition = statistics.of(statistic.name)
@@ -48,11 +51,13 @@ def stacked(grads: Tensor, statistic: Statistic) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Summary:
-    """What streaming statistics need to know of the contributions of some groups; those of several batches add up.
+    """What streaming statistics need to know of the contributions of some groups; those of several
+    batches add up.
 
     count:  how many groups.
     total:  (*shape), the sum of contributions.
-    votes:  (*shape), the sum of their signs, in the same floating-point type; NaN where a contribution is NaN.
+    votes:  (*shape), the sum of their signs, in the same floating-point type; NaN where a
+            contribution is NaN.
     spread: (*shape), the sum of squared deviations from the mean, where the statistic's `state`
             names it; else None.
     logs:   (*shape), the sum of logarithms of magnitudes, likewise.
@@ -231,10 +236,12 @@ def _median_of_means(values: Tensor, statistic: Statistic):
 def linear(
     x: Tensor, grad_output: Tensor, offsets: Tensor, statistic: Statistic
 ) -> tuple[Tensor, Tensor]:
-    """The statistic of a linear layer's contributions by forming all of them: E x O x I memory, for tests.
+    """The statistic of a linear layer's contributions by forming all of them: E x O x I memory, for
+    tests.
 
-    x: (R, I); grad_output: (R, O); offsets: (E + 1,) int64, rows of group e are offsets[e]:offsets[e + 1].
-    Returns what `stacked` returns for the (E, O, I) contributions, times E.
+    x: (R, I); grad_output: (R, O); offsets: (E + 1,) int64, rows of group e are
+    offsets[e]:offsets[e + 1]. Returns what `stacked` returns for the (E, O, I) contributions, times
+    E.
     """
     dtype = compute_dtype(torch.promote_types(x.dtype, grad_output.dtype))
     bounds = offsets.tolist()
@@ -256,10 +263,11 @@ def embedding(
     groups: int,
     statistic: Statistic,
 ) -> tuple[Tensor, Tensor]:
-    """The statistic of an embedding table's contributions by forming all of them: E x V x D memory, for tests.
+    """The statistic of an embedding table's contributions by forming all of them: E x V x D memory,
+    for tests.
 
-    grad_output: (R, D); ids, voter: (R,) int64, the row of the table that was looked up, and the group that did.
-    Returns what `stacked` returns for the (E, V, D) contributions, times E.
+    grad_output: (R, D); ids, voter: (R,) int64, the row of the table that was looked up, and the
+    group that did. Returns what `stacked` returns for the (E, V, D) contributions, times E.
     """
     grad = grad_output.to(compute_dtype(grad_output.dtype))
     contributions = grad.new_zeros(groups, num_embeddings, grad.shape[1])
@@ -287,8 +295,8 @@ def embedding_contributions(
 def norm_sums(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     """What every sample contributes to the scale and the shift of a normalisation.
 
-    grad and x: (S, T, D); mean and rstd: (S, T), of every row, in `compute_dtype`.
-    Returns (S, D), (S, D) in `compute_dtype`: the sums over T of grad * (x - mean) * rstd, and of grad.
+    grad and x: (S, T, D); mean and rstd: (S, T), of every row, in `compute_dtype`. Returns (S, D),
+    (S, D) in `compute_dtype`: the sums over T of grad * (x - mean) * rstd, and of grad.
     """
     grad = grad.to(mean.dtype)
     x_hat = (x.to(mean.dtype) - mean.unsqueeze(2)) * rstd.unsqueeze(2)
@@ -298,10 +306,12 @@ def norm_sums(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tens
 def group_norm_backward(
     grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, needs_x: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient of a group normalisation's input, and what every sample contributes to its scale and shift.
+    """The gradient of a group normalisation's input, and what every sample contributes to its scale
+    and shift.
 
-    grad and x: (S, C, *space); weight: (C,), mean and rstd: (S, G), in `compute_dtype`.
-    Returns (S, C, *space), or (0, C, *space) unless needs_x; (S, C) and (S, C), as `norm_sums`; all in `compute_dtype`.
+    grad and x: (S, C, *space); weight: (C,), mean and rstd: (S, G), in `compute_dtype`. Returns (S,
+    C, *space), or (0, C, *space) unless needs_x; (S, C) and (S, C), as `norm_sums`; all in
+    `compute_dtype`.
     """
     apart = mean.shape[1], x.shape[1] // mean.shape[1]
     flat = *x.shape[:2], math.prod(x.shape[2:])
@@ -325,8 +335,9 @@ def conv(
 ) -> tuple[Tensor, Tensor]:
     """The same of a convolution's weight.
 
-    x: (S, C, *space); grad_output: (S, O, *out_space); offsets: (E + 1,) int64, of samples; geometry: kernel, stride,
-    padding and dilation, one entry per spatial dim each, and the number of the convolution's groups.
+    x: (S, C, *space); grad_output: (S, O, *out_space); offsets: (E + 1,) int64, of samples;
+    geometry: kernel, stride, padding and dilation, one entry per spatial dim each, and the number
+    of the convolution's groups.
     """
     kernel, stride, padding, dilation, groups = geometry
     dtype = compute_dtype(x.dtype)
@@ -363,11 +374,13 @@ def shifted_cross_entropy(
     ignore_index: int,
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Every row's cross-entropy of ``z = logits + shift / temperature``, as F.cross_entropy's with reduction "none".
+    """Every row's cross-entropy of ``z = logits + shift / temperature``, as F.cross_entropy's with
+    reduction "none".
 
-    logits, shift: (N, K), each of its own floating-point type; targets: (N,) int64; weight: (K,) in `compute_dtype`.
-    Returns (N,), (N,), (N,) in `compute_dtype(logits)`: the loss; the largest z; and the logarithm of the sum of
-    exp(z - largest). Of a row whose target is `ignore_index` all are 0.
+    logits, shift: (N, K), each of its own floating-point type; targets: (N,) int64; weight: (K,) in
+    `compute_dtype`. Returns (N,), (N,), (N,) in `compute_dtype(logits)`: the loss; the largest z;
+    and the logarithm of the sum of exp(z - largest). Of a row whose target is `ignore_index` all
+    are 0.
     """
     z = _shifted(logits, shift, temperature)
     kept, classes = _classes(targets, ignore_index)
@@ -395,10 +408,12 @@ def shifted_cross_entropy_grad(
     peak: Tensor,
     log_sum: Tensor,
 ) -> Tensor:
-    """The gradient by the logits, (N, K) in their type, from the losses' (N,) and what the forward returned.
+    """The gradient by the logits, (N, K) in their type, from the losses' (N,) and what the forward
+    returned.
 
-    A row's is grad * (sum(target) * softmax(z) - target), where the target is ``1 - label_smoothing`` times the class's
-    weight there, plus ``label_smoothing / K`` times the weights everywhere; exactly 0 where the row is ignored.
+    A row's is grad * (sum(target) * softmax(z) - target), where the target is ``1 -
+    label_smoothing`` times the class's weight there, plus ``label_smoothing / K`` times the weights
+    everywhere; exactly 0 where the row is ignored.
     """
     z = _shifted(logits, shift, temperature)
     kept, classes = _classes(targets, ignore_index)

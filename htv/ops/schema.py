@@ -1,4 +1,5 @@
-"""Every op's contract: name, schema, fake. Kernels only register themselves for what is declared here.
+"""Every op's contract: name, schema, fake. Kernels only register themselves for what is declared
+here.
 
     stacked(grads, statistic, count, votes, k) -> (value, mask_sum)
         grads     (E, P) contiguous, float64 / float32 / bfloat16 / float16, E >= 1
@@ -27,7 +28,8 @@
         grad_x        (S, C, *space) in `compute_dtype(x)`; (0, C, *space) unless needs_x
         scale, shift  (S, C) in `compute_dtype(x)`; sums over space of grad * (x - mean) * rstd, and of grad
 
-    conv(x, grad_output, offsets, kernel, stride, padding, dilation, groups, statistic, count, votes, k)
+    conv(x, grad_output, offsets, kernel, stride, padding, dilation, groups, statistic, count,
+    votes, k)
             -> (value, mask_sum)
         x            (S, C, *space) of a convolution's samples, ordered by group; dense, channels first or last
         grad_output  (S, O, *out_space), same dtype as x; dense, channels first or last
@@ -37,7 +39,8 @@
         mask_sum     as above
         Kernels serve what they are registered for.
 
-    embedding(grad_output, ids, voter, num_embeddings, groups, statistic, count, votes, k) -> (value, mask_sum)
+    embedding(grad_output, ids, voter, num_embeddings, groups, statistic, count, votes, k) ->
+    (value, mask_sum)
         grad_output  (R, D) contiguous
         ids, voter   (R,) int64 contiguous: the row of the table that was looked up, and the group that did
         value        (num_embeddings, D) in `compute_dtype(grad_output)`; E * stat of the groups' contributions
@@ -45,16 +48,19 @@
         Kernels serve what they are registered for. An id outside of the table raises on the CPU;
         in Triton its row takes no part, for looking at ids would wait for the device.
 
-    embedding_contributions(grad_output, ids, voter, tokens, num_embeddings, groups) -> contributions
+    embedding_contributions(grad_output, ids, voter, tokens, num_embeddings, groups) ->
+    contributions
         tokens         (N,) int64, in 0 to num_embeddings - 1; the others as for `embedding`
         contributions  (groups, N, D) in `compute_dtype(grad_output)`, to these rows of the table
 
-    shifted_cross_entropy(logits, targets, shift, temperature, weight, ignore_index, label_smoothing)
+    shifted_cross_entropy(logits, targets, shift, temperature, weight, ignore_index,
+    label_smoothing)
             -> (loss, peak, log_sum)
         logits       (N, K), K >= 1, stride 1 along K
         targets      (N,) int64 contiguous: classes, or `ignore_index`. Any other value raises on the CPU; in Triton its
                      row's loss and gradient are NaN, for raising would wait for the device
-        shift        (N, K) stride 1 along K; rows may be one and the same (stride 0). float64 if and only if the
+        shift        (N, K) stride 1 along K; rows may be one and the same (stride 0). float64 if
+                     and only if the
                      logits are, else of any other floating-point type
         weight       (K,) contiguous in `compute_dtype(logits)`, or None
         loss         (N,) in `compute_dtype(logits)`, as peak and log_sum; see `htv.ops.reference`
@@ -62,8 +68,9 @@
         grad         (N,) of the losses, in `compute_dtype(logits)`; any stride, 0 too
         grad_logits  (N, K) contiguous, in the type of logits
 
-The Triton kernels' are the ops `stacked_triton`, `linear_triton` and so on, of the same contracts, for float32,
-bfloat16 and float16: they share devices with the kernels above, and `htv.ops.backend` decides between them.
+The Triton kernels' are the ops `stacked_triton`, `linear_triton` and so on, of the same contracts,
+for float32, bfloat16 and float16: they share devices with the kernels above, and `htv.ops.backend`
+decides between them.
 
 `statistic` is the number of a `htv.rules.Statistic`'s name in `htv.ops.statistics`; `count`,
 `votes` and `k` are its fields.

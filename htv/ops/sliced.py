@@ -1,4 +1,6 @@
-"""The general path: contributions of any factors, one box of coordinates at a time, in bounded memory."""
+"""The general path: contributions of any factors, one box of coordinates at a time, in bounded
+memory.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from htv.rules import Statistic
 
 
 def sliced(parts: list[Factors], statistic: Statistic) -> tuple[Tensor, Tensor]:
-    """The general path: contributions of one box of coordinates at a time, a few MB, then the stacked statistic."""
+    """The general path: contributions of one box of coordinates at a time, a few MB, then the
+    stacked statistic.
+    """
     first = parts[0]
     height, width = factors.two_dims(first.shape)
     value = torch.empty(height, width, *first.shape[2:], dtype=first.dtype, device=first.device)
@@ -42,8 +46,8 @@ def _reduced_box(contributions: Tensor, dims: int, statistic: Statistic) -> Tens
 def slices(parts: list[Factors]) -> Iterator[tuple[slice, slice, Tensor]]:
     """(rows, columns, contributions (E, r, c, *rest)) of near-square boxes that cover dims 0 and 1.
 
-    All boxes share one scratch: what is yielded is overwritten by the next. (Fresh tensors instead would make glibc's
-    heap grow without bound, for it rarely reuses aligned blocks.)
+    All boxes share one scratch: what is yielded is overwritten by the next. (Fresh tensors instead
+    would make glibc's heap grow without bound, for it rarely reuses aligned blocks.)
     """
     first = parts[0]
     count, rest = first.count, first.shape[2:]

@@ -1,4 +1,6 @@
-"""Embedding tables: contributions by pairs of token and group; all others are zeros and are counted as such."""
+"""Embedding tables: contributions by pairs of token and group; all others are zeros and are counted
+as such.
+"""
 
 from __future__ import annotations
 
@@ -47,9 +49,11 @@ def _reduced_table(part: EmbeddingFactors, statistic: Statistic) -> tuple[Tensor
 
 
 def touched_rows(part: EmbeddingFactors, statistic: Statistic) -> tuple[Tensor, Tensor]:
-    """The rows of the table that lookups may touch, and all others: together each of 0 to V - 1 once.
+    """The rows of the table that lookups may touch, and all others: together each of 0 to V - 1
+    once.
 
-    On a device that would have to be asked how many they are, as many rows may be touched as there are lookups.
+    On a device that would have to be asked how many they are, as many rows may be touched as there
+    are lookups.
     """
     rows = part.shape[0]
     touched = torch.zeros(rows + 1, dtype=torch.uint8, device=part.device)
@@ -61,7 +65,9 @@ def touched_rows(part: EmbeddingFactors, statistic: Statistic) -> tuple[Tensor, 
 
 
 def table_rows(part: EmbeddingFactors, tokens: Tensor, statistic: Statistic) -> Factors:
-    """The contributions to some rows, for `Factors.fill_block`. tokens: (N,) of what `touched_rows` gave."""
+    """The contributions to some rows, for `Factors.fill_block`. tokens: (N,) of what `touched_rows`
+    gave.
+    """
     return (
         _TableRows(part, tokens) if _server(part, statistic) == "triton" else part.compact(tokens)
     )
@@ -93,7 +99,9 @@ class _TableRows(Factors):
 
 
 def streaming(part: EmbeddingFactors, statistic: Statistic) -> tuple[Tensor, Tensor]:
-    """Streaming statistics from pairs of token and group, and everything else counted as the zeros it is."""
+    """Streaming statistics from pairs of token and group, and everything else counted as the zeros
+    it is.
+    """
     tokens = part.pairs.touched[0]
     value, mask = sliced.of_zeros(part, statistic)
     mask_sum = mask * ((part.shape[0] - len(tokens)) * part.shape[1])
@@ -120,7 +128,9 @@ def _tensors(summary: Summary) -> list[Tensor]:
 
 
 def _touched_summaries(part: EmbeddingFactors, name: str) -> Iterator[tuple[slice, Summary]]:
-    """Ranges of columns and the summary (touched tokens, columns) of all groups' contributions there."""
+    """Ranges of columns and the summary (touched tokens, columns) of all groups' contributions
+    there.
+    """
     pairs, groups, state = part.pairs, part.count, statistics.of(name).state
     sizes = pairs.touched[1]
     if len(sizes) == 0:

@@ -1,4 +1,6 @@
-"""`htv.replace_batchnorm`: GroupNorm, which takes its statistics inside one example, in the place of BatchNorm."""
+"""`htv.replace_batchnorm`: GroupNorm, which takes its statistics inside one example, in the place
+of BatchNorm.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,8 @@ __all__ = ["replace_batchnorm"]
 Replacement = Callable[[str, nn.Module], nn.Module | None]
 
 MOST_GROUPS = 32
-# Fewest channels of a group by default. BatchNorm1d and SyncBatchNorm may get (N, C), where a group of one channel is
-# always 0 and one of two channels +-1, whatever the input.
+# Fewest channels of a group by default. BatchNorm1d and SyncBatchNorm may get (N, C), where a group
+# of one channel is always 0 and one of two channels +-1, whatever the input.
 CHANNELS_WITH_SPACE, CHANNELS_ALONE = 4, 16
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -73,7 +75,8 @@ def replace_batchnorm(
     for name, module in modules:
         if isinstance(module.__dict__.get("forward"), ForwardStandIn):
             raise RuntimeError(
-                f"{_called(name)} is attached: call detach() on its handle, replace, and attach again"
+                f"{_called(name)} is attached: call detach() on its handle, replace, and attach "
+                "again"
             )
     norms = [(name, module) for name, module in modules if isinstance(module, _BatchNorm)]
     exchanged = {
@@ -101,14 +104,17 @@ def _replacement(
         isinstance(module, LazyModuleMixin) or module.num_features == 0
     ):  # torch leaves 0 if there is nothing to shape
         raise RuntimeError(
-            f"{_called(name)} is a {type(module).__name__} that does not know its channels: a lazy one gets them from "
+            f"{_called(name)} is a {type(module).__name__} that does not know its channels: a lazy "
+            "one gets them from "
             "a first batch. Run the model once first, or make it with num_features"
         )
     more = _does_more(module)
     if more is not None:
         raise UnsupportedError(
-            f"{_called(name)} is a {type(module).__name__} {more}, which a GroupNorm in its place would not do. "
-            "Remedy: replace=, a callable (name, module) -> what takes its place, or the module itself to keep it"
+            f"{_called(name)} is a {type(module).__name__} {more}, which a GroupNorm in its place "
+            "would not do. "
+            "Remedy: replace=, a callable (name, module) -> what takes its place, or the module "
+            "itself to keep it"
         )
     return _group_norm(module, num_groups)
 

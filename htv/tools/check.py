@@ -138,7 +138,8 @@ def check(
         raise ValueError(f"dtype must be one of {', '.join(map(str, EPSILON))}; got {dtype!r}")
     if batch_norm == "shared":
         raise ValueError(
-            "batch_norm='shared' couples the examples: there is no gradient of one group to compare with"
+            "batch_norm='shared' couples the examples: there is no gradient of one group to "
+            "compare with"
         )
     twin = _cast(model, dtype)
     single, exact = _cast(twin, dtype, batch_norm), _cast(twin, torch.float64, batch_norm)
@@ -178,7 +179,9 @@ def check(
 
 
 def _cast(model: nn.Module, dtype: torch.dtype, batch_norm: str = "error") -> nn.Module:
-    """A copy that computes in dtype, without dropout; with BatchNorms in eval mode where "frozen" says so."""
+    """A copy that computes in dtype, without dropout; with BatchNorms in eval mode where "frozen"
+    says so.
+    """
     twin = copy.deepcopy(model)
     twin._apply(lambda t: t.to(dtype) if t.is_floating_point() else t)
     for module in twin.modules():
@@ -220,7 +223,9 @@ def _one_by_one(
     like: _Call,
     groups: Tensor | None,
 ) -> tuple[Contributions, Contributions]:
-    """Gradients of a model that is not attached, in float64: of the whole batch, and (E, *shape) of each group."""
+    """Gradients of a model that is not attached, in float64: of the whole batch, and (E, *shape) of
+    each group.
+    """
     call, parameters = like.to(model), _trained(model)
     grouped_rows = Groups.each(call.size) if groups is None else Groups.by_id(groups, call.size)
     order = torch.arange(call.size) if grouped_rows.order is None else grouped_rows.order.cpu()
@@ -231,9 +236,11 @@ def _one_by_one(
 
 
 class _Call:
-    """A model and its arguments in one dtype; `loss` projects its outputs on fixed random directions.
+    """A model and its arguments in one dtype; `loss` projects its outputs on fixed random
+    directions.
 
-    Every call starts from the buffers the model came with: one forward may change them (a power iteration, say).
+    Every call starts from the buffers the model came with: one forward may change them (a power
+    iteration, say).
     """
 
     def __init__(
@@ -302,11 +309,14 @@ class _Call:
         return [t for t in tensors if size in (t.shape[d] for d in {self.dim, 0} if d < t.dim())]
 
     def loss(self, rows: Tensor | None = None) -> Tensor:
-        """The scalar loss of some rows of the batch, or of all (first, for its outputs tell the directions)."""
+        """The scalar loss of some rows of the batch, or of all (first, for its outputs tell the
+        directions).
+        """
         outputs = self._outputs(rows)
         if not outputs:
             raise ValueError(
-                f"the model returned no differentiable tensor whose dim {self.dim} is the batch's ({self.size})"
+                f"the model returned no differentiable tensor whose dim {self.dim} is the batch's "
+                f"({self.size})"
             )
         if not self.directions:
             generator = torch.Generator().manual_seed(0)
@@ -339,8 +349,10 @@ def _exact_noise(contributions: dict[str, Tensor | None], plain: dict[str, Tenso
         gap = (stacked.sum(dim=0) - whole).abs().max().item()
         if not gap <= 1e-4 * scale:
             raise ValueError(
-                f"the plain gradient of parameter {name!r} is not the sum of its groups' gradients (they differ by "
-                f"{gap:.2g}): the model couples the examples of a batch, or is random beyond its Dropout modules"
+                f"the plain gradient of parameter {name!r} is not the sum of its groups' gradients "
+                "(they differ by "
+                f"{gap:.2g}): the model couples the examples of a batch, or is random beyond its "
+                "Dropout modules"
             )
         noise = max(noise, 8 * gap)
     return noise
@@ -354,7 +366,9 @@ def _scale(contributions: dict[str, Tensor | None]) -> float:
 
 
 def _noise(stacked: Tensor, rounded: list[Tensor], exact: float) -> Tensor:
-    """Twice what contributions to each coordinate are off by in a lower type, or what is usual in their tensor."""
+    """Twice what contributions to each coordinate are off by in a lower type, or what is usual in
+    their tensor.
+    """
     off = torch.stack([(low - stacked).abs().amax(dim=0) for low in rounded]).amax(dim=0)
     reached = (stacked != 0).any(dim=0)
     usual = off[reached].mean() if bool(reached.any()) else off.new_zeros(())
@@ -369,14 +383,17 @@ def _compare(
     rules: dict[str, Any],
     relative: float,
 ) -> CheckReport:
-    """rounded: the contributions as computed one group at a time in the type of what was found, several times."""
+    """rounded: the contributions as computed one group at a time in the type of what was found,
+    several times.
+    """
     exact, scale = _exact_noise(contributions, plain), _scale(contributions)
     worst = ambiguous = total = 0.0
     groups = next((len(c) for c in contributions.values() if c is not None), 0)
     for name, stacked in contributions.items():
         if (found[name] is None) != (stacked is None):
             raise CheckError(
-                f"parameter {name!r} {'has no' if found[name] is None else 'has a'} gradient when attached, "
+                f"parameter {name!r} {'has no' if found[name] is None else 'has a'} gradient when "
+                "attached, "
                 f"but {'no group' if stacked is None else 'some group'} contributes to it"
             )
         if stacked is None or not stacked.numel():
@@ -406,7 +423,8 @@ def _compare(
         if bool(wrong.any()):
             at = tuple(wrong.nonzero()[0].tolist())
             raise CheckError(
-                f"parameter {name!r} differs from one group at a time under {rule or 'its plain gradient'}: "
+                f"parameter {name!r} differs from one group at a time under "
+                f"{rule or 'its plain gradient'}: "
                 f"{int(wrong.sum())} of {wrong.numel()} coordinates, first at {at}: "
                 f"{found[name][at].item():.9g} instead of {expected[at].item():.9g}"
             )
@@ -434,7 +452,9 @@ def _noticed(rule: Rule | None, groups: int) -> tuple[bool, bool, bool]:
 
 
 def _sensitivity(stacked: Tensor, off: Tensor, rule: Any) -> Tensor:
-    """How far noise in the contributions moves a rule that may magnify it, as far as a few draws tell."""
+    """How far noise in the contributions moves a rule that may magnify it, as far as a few draws
+    tell.
+    """
     generator = torch.Generator().manual_seed(0)
     expected, moved = aggregated(stacked, rule), torch.zeros_like(stacked[0])
     for _ in range(8):

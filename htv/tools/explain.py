@@ -26,7 +26,8 @@ from htv.rules import AndMask, Median, Rule
 
 __all__ = ["Explanation", "Row", "explain"]
 
-# The kinds of use layers note, by the factors they record. " bias" and " (computed)" are added to them.
+# The kinds of use layers note, by the factors they record. " bias" and " (computed)" are added to
+# them.
 FACTORS: dict[str, type[Factors]] = {
     "linear": LinearFactors,
     "bilinear": BilinearFactors,
@@ -83,9 +84,11 @@ class Row:
     """One parameter.
 
     use:               the kinds of layer that use it, joined by " + ".
-    streaming, order:  the path that serves streaming rules (masks) and order rules (median, ...), or why none does.
-    extra:             for both, an estimate of the arithmetic beside that of the plain gradient, as a share of it; None
-                       where no batch was given, and for small vectors (biases, norms), whose work does not matter.
+    streaming, order:  the path that serves streaming rules (masks) and order rules (median, ...),
+                       or why none does.
+    extra:             for both, an estimate of the arithmetic beside that of the plain gradient, as
+                       a share of it; None where no batch was given, and for small vectors (biases,
+                       norms), whose work does not matter.
     """
 
     parameter: str
@@ -242,14 +245,18 @@ def _uses_by_class(model: nn.Module) -> Uses:
 
 
 def _base(module: nn.Module) -> type[nn.Module] | None:
-    """The class in USES whose forward a module runs, as classes derived by torch (parametrized ones) do; or None."""
+    """The class in USES whose forward a module runs, as classes derived by torch (parametrized
+    ones) do; or None.
+    """
     return next(
         (c for c in type(module).__mro__ if c in USES and type(module).forward is c.forward), None
     )
 
 
 def _kind(module: nn.Module, name: str, parameter: nn.Parameter) -> str | None:
-    """How a module uses its parameter; a layer's bias is told from its weight, as `htv.layers` does when it runs."""
+    """How a module uses its parameter; a layer's bias is told from its weight, as `htv.layers` does
+    when it runs.
+    """
     base = _base(module)
     if base is None:
         return None
@@ -278,7 +285,9 @@ def _uses_by_running(
     batch_argument: str | tuple[str, ...] | list[str],
     batch_dim: int,
 ) -> tuple[Uses, dict[str, list[tuple[str, float | None]]], str, tuple[str, ...]]:
-    """Kinds of use and refusals by parameter, plans under both rules, the batch's source, where it was lost."""
+    """Kinds of use and refusals by parameter, plans under both rules, the batch's source, where it
+    was lost.
+    """
     args, kwargs = ((), batch) if isinstance(batch, dict) else (batch, {})
     args = tuple(args) if isinstance(args, (tuple, list)) else (args,)
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]

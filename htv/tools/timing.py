@@ -49,11 +49,12 @@ def take_turns(
     synchronise: Step = lambda: None,
     clock: Callable[[Step], float] | None = None,
 ) -> dict[str, Timing]:
-    """Time every step once per round, so that whatever else the machine does hits all alike; warm up before.
+    """Time every step once per round, so that whatever else the machine does hits all alike; warm
+    up before.
 
-    rounds: at least and at most so many, between them as many as `seconds` allow.
-    leave_after: name -> seconds after which a slow step takes no further part. What these take is not counted.
-    clock: the milliseconds of one call; default: by the wall, between two calls of `synchronise`.
+    rounds: at least and at most so many, between them as many as `seconds` allow. leave_after: name
+    -> seconds after which a slow step takes no further part. What these take is not counted. clock:
+    the milliseconds of one call; default: by the wall, between two calls of `synchronise`.
     """
     leave_after, clock = leave_after or {}, clock or (lambda step: milliseconds(step, synchronise))
     taken: dict[str, list[float]] = {name: [] for name in steps}
@@ -68,17 +69,20 @@ def take_turns(
 
 
 def one_line(error: Exception, last: bool = False) -> str:
-    """The type and the first line of an error's words; the last line of the words alone, where they are a traceback."""
+    """The type and the first line of an error's words; the last line of the words alone, where they
+    are a traceback.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
     words = lines[-1] if last else f"{type(error).__name__}: {lines[0]}"
     return words if len(words) <= 200 else f"{words[:197]}..."
 
 
 def in_own_process(module: str, *arguments: str) -> dict:
-    """Run `python -m module arguments`; the JSON object it prints last. RuntimeError with its words where it fails.
+    """Run `python -m module arguments`; the JSON object it prints last. RuntimeError with its words
+    where it fails.
 
-    Its allocator (glibc's) gives every freed tensor's memory back at once: else a peak would show, besides what is
-    alive, what it happens to keep.
+    Its allocator (glibc's) gives every freed tensor's memory back at once: else a peak would show,
+    besides what is alive, what it happens to keep.
     """
     command, environment = (
         [sys.executable, "-m", module, *arguments],
@@ -86,13 +90,16 @@ def in_own_process(module: str, *arguments: str) -> dict:
     )
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode != 0:
-        ended = f"it ended with status {done.returncode} and no message"  # as one killed for its memory does
+        # as one killed for its memory does
+        ended = f"it ended with status {done.returncode} and no message"
         raise RuntimeError(done.stderr.strip() or ended)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 class PeakMeter:
-    """Peak memory above that at construction: of the device's allocator, or of the process as the system sees it."""
+    """Peak memory above that at construction: of the device's allocator, or of the process as the
+    system sees it.
+    """
 
     def __init__(self, device: str):
         self._device = device

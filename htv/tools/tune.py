@@ -1,7 +1,9 @@
-"""Measures the tiles of the Triton products on this GPU, and writes the table that `HTV_TUNED` names.
+"""Measures the tiles of the Triton products on this GPU, and writes the table that `HTV_TUNED`
+names.
 
-Only ever on buffers of its own, by the command `htv tune`: training looks tiles up and never tries any. CUDA kernels
-have no such choice. The table's format and who reads it: `triton_kernels/configs.py`.
+Only ever on buffers of its own, by the command `htv tune`: training looks tiles up and never tries
+any. CUDA kernels have no such choice. The table's format and who reads it:
+`triton_kernels/configs.py`.
 """
 
 from __future__ import annotations
@@ -70,7 +72,9 @@ DRY_SHAPES = (Shape(16, 16, 5, 4),)
 
 @dataclass(frozen=True)
 class Result:
-    """What was found for one shape and statistic: the table's entry, its time in ms and that of the choice without."""
+    """What was found for one shape and statistic: the table's entry, its time in ms and that of the
+    choice without.
+    """
 
     shape: Shape
     statistic: str
@@ -88,7 +92,8 @@ def why_not(dry: bool) -> str | None:
         return "htv tune measures Triton kernels, and Triton is not installed: pip install triton"
     if not dry and not torch.cuda.is_available():
         return (
-            f"htv tune needs an NVIDIA GPU, and torch {torch.__version__} sees none: install a CUDA build of torch and "
+            f"htv tune needs an NVIDIA GPU, and torch {torch.__version__} sees none: install a "
+            "CUDA build of torch and "
             "check the driver with nvidia-smi, or try every step on the CPU with --dry"
         )
     return None
@@ -103,7 +108,8 @@ def tune(
 ) -> list[Result]:
     """The fastest tiles for shapes and statistics (of `STATISTICS`) on the current device.
 
-    dry: on the CPU, under Triton's interpreter, with few tiles; times mean nothing then. note: told what comes next.
+    dry: on the CPU, under Triton's interpreter, with few tiles; times mean nothing then. note: told
+    what comes next.
     """
     found = []
     for shape, name in itertools.product(shapes, names):

@@ -1,4 +1,6 @@
-"""Kernels read nothing beyond their inputs: the page that follows them, or comes before, cannot be read."""
+"""Kernels read nothing beyond their inputs: the page that follows them, or comes before, cannot be
+read.
+"""
 
 import ctypes
 import math

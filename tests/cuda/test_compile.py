@@ -1,7 +1,8 @@
-"""Compiles every CUDA source for GPUs that need not be present, and holds each kernel to its budget of registers.
+"""Compiles every CUDA source for GPUs that need not be present, and holds each kernel to its budget
+of registers.
 
-A register spilled to memory is slow and silent, and so is one too many for the blocks that should share a
-multiprocessor. Not yet run on hardware: these are the compiler's own numbers.
+A register spilled to memory is slow and silent, and so is one too many for the blocks that should
+share a multiprocessor. Not yet run on hardware: these are the compiler's own numbers.
 """
 
 import ast
@@ -17,7 +18,8 @@ from torch.utils.cpp_extension import include_paths
 ROOT = Path(__file__).resolve().parents[2]
 REGISTERS = 65536  # of a multiprocessor
 
-# Per kernel: threads of a block, and least blocks that fit a multiprocessor's registers; then the same for doubles.
+# Per kernel: threads of a block, and least blocks that fit a multiprocessor's registers; then the
+# same for doubles.
 BUDGET = {
     "streaming": (256, 2, 2),
     "by_network": (128, 3, 2),

@@ -1,4 +1,6 @@
-"""htv::linear in CUDA against its definition, groups of at most one row: the kernels, run by the emulator."""
+"""htv::linear in CUDA against its definition, groups of at most one row: the kernels, run by the
+emulator.
+"""
 
 import pytest
 import rank_one_cases as cases

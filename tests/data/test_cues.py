@@ -1,4 +1,6 @@
-"""Cues are where they should be, on whom they should be, and the counterfactual sets differ in nothing else."""
+"""Cues are where they should be, on whom they should be, and the counterfactual sets differ in
+nothing else.
+"""
 
 from dataclasses import replace
 

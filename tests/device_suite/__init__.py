@@ -1,11 +1,12 @@
-"""What must hold on a GPU, as functions: for `pytest tests/device`, and for `bench/gpu.sh` on machines without pytest.
+"""What must hold on a GPU, as functions: for `pytest tests/device`, and for `bench/gpu.sh` on
+machines without pytest.
 
 ops.py        every kernel against its definition
 launches.py   CUDA graphs, torch.compile, streams, hidden synchronisation, several devices, large tensors
 steps.py      whole attached models against one group at a time
 
-Without a GPU, `dry`, the same functions run a small selection: the CUDA kernels by the emulator of tests/cuda, those of
-Triton by its interpreter (TRITON_INTERPRET=1 must be set before).
+Without a GPU, `dry`, the same functions run a small selection: the CUDA kernels by the emulator of
+tests/cuda, those of Triton by its interpreter (TRITON_INTERPRET=1 must be set before).
 """
 
 from __future__ import annotations

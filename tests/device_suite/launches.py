@@ -1,4 +1,6 @@
-"""How ops and steps behave on a device: captured, compiled, on other streams, without waiting, on large tensors."""
+"""How ops and steps behave on a device: captured, compiled, on other streams, without waiting, on
+large tensors.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def operators(device: str) -> Iterator[tuple[str, str]]:
 
 
 def arguments(op: str, device: str, ragged: bool = False) -> list:
-    """Of an operator, but for the statistic. Groups of one row each, which every backend serves, unless `ragged`."""
+    """Of an operator, but for the statistic. Groups of one row each, which every backend serves,
+    unless `ragged`.
+    """
     x, g = torch.randn(6, 40, device=device), torch.randn(6, 30, device=device)
     offsets = torch.tensor([0, 1, 4, 6]) if ragged else torch.arange(7)
     if op == "stacked":
@@ -238,7 +242,9 @@ def streams(dry: bool) -> Found:
 
 @contextmanager
 def late(given: Tensor, values: Tensor) -> Iterator[None]:
-    """A side stream, on which `given` gets its values after a while: who does not wait for it sees others."""
+    """A side stream, on which `given` gets its values after a while: who does not wait for it sees
+    others.
+    """
     side = torch.cuda.Stream()
     torch.cuda.synchronize()
     with torch.cuda.stream(side):

@@ -1,7 +1,8 @@
-"""Every kernel against its definition: the tables of the other tests, by an op that takes them to the device and back.
+"""Every kernel against its definition: the tables of the other tests, by an op that takes them to
+the device and back.
 
-Definitions run on the CPU, unless a table makes its tensors on the device. Memory that an op allocates holds NaN until
-the op writes it.
+Definitions run on the CPU, unless a table makes its tensors on the device. Memory that an op
+allocates holds NaN until the op writes it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Experiments on images with cues: what they share, what they conclude from made-up records, and each one, quickly."""
+"""Experiments on images with cues: what they share, what they conclude from made-up records, and
+each one, quickly.
+"""
 
 import json
 
@@ -71,7 +73,7 @@ def test_colored_images_are_served_as_well():
         assert images.make_network(kind, data, 0)(noisy.x).shape == (60, 4)
 
 
-# -- what is concluded ------------------------------------------------------------------------------------------------
+# -- what is concluded -----------------------------------------------------------------------------
 
 
 def test_cbft_is_judged_by_its_numbers():
@@ -127,7 +129,7 @@ def test_paths_are_judged_by_their_numbers():
     assert agreement("paths", results(otherwise)) == [False] * 6
 
 
-# -- each of them -----------------------------------------------------------------------------------------------------
+# -- each of them ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)

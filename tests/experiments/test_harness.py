@@ -1,4 +1,6 @@
-"""What all experiments share: runs that resume, records that refuse others' settings, reports made of the records."""
+"""What all experiments share: runs that resume, records that refuse others' settings, reports made
+of the records.
+"""
 
 import json
 import os

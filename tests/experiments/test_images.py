@@ -1,4 +1,6 @@
-"""Experiments (d) to (h): what they share, what they conclude from made-up records, and each of them, quickly."""
+"""Experiments (d) to (h): what they share, what they conclude from made-up records, and each of
+them, quickly.
+"""
 
 import json
 from dataclasses import replace
@@ -77,7 +79,7 @@ def test_fitting_looks_when_it_should_and_is_repeatable():
     assert images.seed_mean([[1.0, 2.0], [3.0, 6.0]]) == [2.0, 4.0]
 
 
-# -- what is concluded ------------------------------------------------------------------------------------------------
+# -- what is concluded -----------------------------------------------------------------------------
 
 
 def test_memorisation_is_judged_by_its_numbers():
@@ -199,7 +201,7 @@ def test_too_few_hard_examples_are_named():
         experiment.run_one(settings, "hard", 0, digits(), quietly)
 
 
-# -- each of them -----------------------------------------------------------------------------------------------------
+# -- each of them ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,4 +1,6 @@
-"""Experiments on memorisation and groups: what they conclude from made-up records, and each of them, quickly."""
+"""Experiments on memorisation and groups: what they conclude from made-up records, and each of
+them, quickly.
+"""
 
 import json
 from dataclasses import replace

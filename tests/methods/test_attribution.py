@@ -1,4 +1,6 @@
-"""Shares of the gradient by tag against one example at a time; when examples were learnt; adjusted overfit."""
+"""Shares of the gradient by tag against one example at a time; when examples were learnt; adjusted
+overfit.
+"""
 
 import math
 

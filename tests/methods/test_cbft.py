@@ -19,7 +19,7 @@ def random(*shape, seed=0, dtype=f64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-# -- losses -----------------------------------------------------------------------------------------------------------
+# -- losses ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("barrier", [0.1, 1.0, 3.0])
@@ -103,7 +103,7 @@ def test_bad_input_of_the_invariance_loss_is_named():
             invariance_loss(x, labels, x, labels, 1)
 
 
-# -- features ---------------------------------------------------------------------------------------------------------
+# -- features --------------------------------------------------------------------------------------
 
 
 class Net(nn.Module):
@@ -143,7 +143,7 @@ def test_penultimate_features_of_any_module():
         head_of(nn.Conv2d(1, 1, 1))
 
 
-# -- a step -----------------------------------------------------------------------------------------------------------
+# -- a step ----------------------------------------------------------------------------------------
 
 
 def fixed(t):
@@ -266,7 +266,9 @@ def test_running_statistics_are_those_of_theta_alone():
 
 
 def test_it_composes_with_a_rule():
-    """Under AndMask each example votes: on the barrier's loss at theta_t, and on the sum of the others at theta."""
+    """Under AndMask each example votes: on the barrier's loss at theta_t, and on the sum of the
+    others at theta.
+    """
     net, rule = made(), htv.AndMask(0.5)
     tuner, anchor = cbft_of(net, sampler=fixed(0.4))
     clean, (x, y) = batch(1, 9), batch(2, 14)

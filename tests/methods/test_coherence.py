@@ -1,4 +1,6 @@
-"""m-coherence and its identities, the percentiles of winsorized gradient descent, the generalisation bound."""
+"""m-coherence and its identities, the percentiles of winsorized gradient descent, the
+generalisation bound.
+"""
 
 import copy
 import math
@@ -23,7 +25,9 @@ def winsorized_by_numpy(grads: np.ndarray, c: float) -> np.ndarray:
 
 
 def stat(rule: htv.Rule, grads: np.ndarray) -> np.ndarray:
-    """The rule's value by the path a training step takes: one row per group of a linear layer, divided by E."""
+    """The rule's value by the path a training step takes: one row per group of a linear layer,
+    divided by E.
+    """
     x = torch.from_numpy(grads).double()
     return (
         htv.linear_grad(x, torch.ones(len(x), 1, dtype=torch.float64), rule)[0] / len(x)
@@ -94,7 +98,7 @@ def test_m3_is_the_median_of_the_means_of_thirds():
     assert stat(M3, active) == 0
 
 
-# -- identities of m-coherence ----------------------------------------------------------------------------------------
+# -- identities of m-coherence ---------------------------------------------------------------------
 
 
 def drawn(m: int, n: int, seed: int = 0) -> torch.Tensor:
@@ -153,7 +157,7 @@ def test_blocks_of_coordinates_are_averaged_by_energy():
         one + Coherence.of(drawn(5, 3))
 
 
-# -- measured on models -----------------------------------------------------------------------------------------------
+# -- measured on models ----------------------------------------------------------------------------
 
 
 def convnet() -> nn.Module:
@@ -283,7 +287,7 @@ def test_attached_models_are_measured_as_copies():
         assert measured(copy.deepcopy(model), x, y, 8).total == expected
 
 
-# -- the bound --------------------------------------------------------------------------------------------------------
+# -- the bound -------------------------------------------------------------------------------------
 
 
 def test_the_bound_is_the_formula():

@@ -1,4 +1,6 @@
-"""Permutations of hidden units: found by tracing, given by hand, function-preserving, and matched back."""
+"""Permutations of hidden units: found by tracing, given by hand, function-preserving, and matched
+back.
+"""
 
 import copy
 import sys
@@ -53,7 +55,9 @@ class ResNet(nn.Module):
 
 
 class Mobile(nn.Module):
-    """Depthwise with a multiplier, squeeze-and-excite, PReLU, a transposed convolution, layer scale, channels last."""
+    """Depthwise with a multiplier, squeeze-and-excite, PReLU, a transposed convolution, layer
+    scale, channels last.
+    """
 
     def __init__(self):
         super().__init__()
@@ -74,7 +78,9 @@ class Mobile(nn.Module):
 
 
 class Multiples(nn.Module):
-    """6 channels twice meet 4 channels three times: two pieces of whole channels are left to exchange."""
+    """6 channels twice meet 4 channels three times: two pieces of whole channels are left to
+    exchange.
+    """
 
     def __init__(self):
         super().__init__()

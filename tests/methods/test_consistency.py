@@ -1,4 +1,6 @@
-"""The search for inconsistency against the exact answer for quadratic losses, and means of Hessians."""
+"""The search for inconsistency against the exact answer for quadratic losses, and means of
+Hessians.
+"""
 
 import math
 
@@ -83,12 +85,15 @@ def test_equal_losses_give_eps_and_a_flat_direction_no_bound():
 
 
 def test_the_region_is_connected():
-    """A second valley as deep as the first, behind a wall higher than eps: no walker may jump there."""
+    """A second valley as deep as the first, behind a wall higher than eps: no walker may jump
+    there.
+    """
     double_well = lambda t: (t[0] ** 2 - 1) ** 2  # minima at -1 and 1, the wall is 1
     telltale = lambda t: 100 * torch.relu(-t[0])  # 0 on this side
     theta = torch.tensor([1.0], dtype=torch.float64)
     low = inconsistency([double_well, telltale], theta, 0.5, seed=1)
-    # within telltale's own region t >= -.005, double_well reaches 1 at t = 0, and departs without limit for large t
+    # within telltale's own region t >= -.005, double_well reaches 1 at t = 0, and departs without
+    # limit for large t
     walk = inconsistency([double_well], theta, 0.5)
     assert walk.value == pytest.approx(0.5, rel=1e-3)
     assert low.of == 0 and low.within == 1

@@ -8,7 +8,9 @@ from htv.methods import disjoint_subsets, easy_examples
 
 
 def mixture(count: int = 600):
-    """Two thirds of the examples are told apart by their first feature; the labels of the rest are drawn by lot."""
+    """Two thirds of the examples are told apart by their first feature; the labels of the rest are
+    drawn by lot.
+    """
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(0, 2, (count,), generator=generator)
     x = torch.randn(count, 5, generator=generator)

@@ -115,7 +115,9 @@ RULES = [
 
 @pytest.mark.parametrize("rule", RULES, ids=repr)
 def test_every_mask_trains_as_its_stacked_function_says(rule):
-    """Three steps of training by environments are those with the gradients of each environment stacked."""
+    """Three steps of training by environments are those with the gradients of each environment
+    stacked.
+    """
     torch.manual_seed(1)
     attached = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1)).double()
     plain = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1)).double()

@@ -1,4 +1,6 @@
-"""Twins and folds: who is trained on what, whose logits are stored, and that a run goes on where it stopped."""
+"""Twins and folds: who is trained on what, whose logits are stored, and that a run goes on where it
+stopped.
+"""
 
 import math
 
@@ -60,7 +62,9 @@ def test_the_loss_is_a_sum_of_class_means():
 
 
 def test_a_step_is_that_of_the_formulas():
-    """Both nets see the batch, each is trained on its half; then confident mistakes of the other become labels."""
+    """Both nets see the batch, each is trained on its half; then confident mistakes of the other
+    become labels.
+    """
     twins, (x, y) = make(Twins, optimizer=sgd, seed=2), problem()
     state = twins.state_dict()
     nets = [perceptron() for _ in range(2)]

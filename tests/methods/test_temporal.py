@@ -283,7 +283,9 @@ def test_complex_and_sparse_are_refused():
 
 
 def test_it_keeps_what_environments_share():
-    """One environment at a time, at random: the shared feature is learnt, the environments' own ones are not."""
+    """One environment at a time, at random: the shared feature is learnt, the environments' own
+    ones are not.
+    """
     from htv.data import linear_environments
 
     x, y = linear_environments()

@@ -38,7 +38,8 @@ def present(monkeypatch):
     backend.forget_choices()
 
 
-# op, statistic, dtype, most rows per group (None: many) -> with cuda and triton, cuda alone, triton alone
+# op, statistic, dtype, most rows per group (None: many) -> with cuda and triton, cuda alone, triton
+# alone
 TABLE = [
     ("stacked", "and_mask", FP32, None, "cuda", "cuda", "triton"),
     ("stacked", "median", FP32, None, "cuda", "cuda", "triton"),
@@ -137,7 +138,9 @@ def test_factors_tell_the_rule_what_it_asks(present):
 
 @pytest.mark.parametrize("server, op", [("cuda", "stacked"), ("triton", "stacked_triton")])
 def test_the_choice_is_traced(server, op, present):
-    """What torch.compile(fullgraph=True) makes of a GPU's tensors, on a machine with a GPU or without."""
+    """What torch.compile(fullgraph=True) makes of a GPU's tensors, on a machine with a GPU or
+    without.
+    """
     present(server)
     targets = []
 

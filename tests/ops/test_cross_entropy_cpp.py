@@ -36,7 +36,9 @@ def test_every_cpu_level(level, one_thread):
 
 
 def test_rounding_of_gradients(level, one_thread):
-    """To half precision, ties to even, denormals and overflow included: as torch rounds the float32 gradient."""
+    """To half precision, ties to even, denormals and overflow included: as torch rounds the float32
+    gradient.
+    """
     numbers = 1.0, None, -100, 0.0
     targets, shift = torch.zeros(64, dtype=torch.int64), torch.zeros(64, 23)
     exponents = torch.linspace(-40, 40, 64).exp2()

@@ -1,4 +1,6 @@
-"""Every kind of factors, alone and together, against contributions formed one group at a time by plain autograd."""
+"""Every kind of factors, alone and together, against contributions formed one group at a time by
+plain autograd.
+"""
 
 import itertools
 import math
@@ -78,7 +80,9 @@ def summed(*uses):
 
 
 def embedding_use(tokens=23, width=5, padding_idx=None, repeats=3):
-    """Several lookups a row, of few tokens, so that many occur twice in a group and some in most groups."""
+    """Several lookups a row, of few tokens, so that many occur twice in a group and some in most
+    groups.
+    """
     ids = torch.randint(0, tokens // 2, (len(IDS), repeats)) * torch.randint(
         0, 2, (len(IDS), repeats)
     )

@@ -12,7 +12,9 @@ NUMBERS = schema.code("and_mask"), 2, 0.0, 0.0
 
 
 def arguments(op, dtype):
-    """Of `op`, up to the statistic's numbers, and the shape of the result. Offsets stay on the host."""
+    """Of `op`, up to the statistic's numbers, and the shape of the result. Offsets stay on the
+    host.
+    """
     tensor = lambda *shape: torch.empty(shape, dtype=dtype, device="cuda")
     number = lambda size: torch.empty(size, dtype=torch.int64, device="cuda")
     offsets = torch.empty(4, dtype=torch.int64)
@@ -44,7 +46,9 @@ def test_results_are_on_the_device_of_the_factors(op, server, dtype):
 
 @pytest.mark.parametrize("op, server", OPS)
 def test_graphs_hold_the_op_itself(op, server):
-    """fullgraph=True: nothing of an op, its host-side look-ups least of all, is traced into or breaks the graph."""
+    """fullgraph=True: nothing of an op, its host-side look-ups least of all, is traced into or
+    breaks the graph.
+    """
     operator, targets = backend.operator(op, server), []
 
     def compiler(graph, inputs):

@@ -120,7 +120,9 @@ def test_statistics_that_round(level, dtype, lengths, out, width):
 @pytest.mark.parametrize("groups", [1, 2, 3, 31, 32, 33, 100, 400])
 @pytest.mark.parametrize("rows", [1, 3, 50])
 def test_medians_are_elements(level, groups, rows):
-    """Of products that are exact, whatever the number of groups and of the blocks their values are held in."""
+    """Of products that are exact, whatever the number of groups and of the blocks their values are
+    held in.
+    """
     x, g, offsets = integers([rows] * groups, 21, 70, torch.float32, seed=groups + rows)
     for count in (-1, 0, 1):
         value, _ = cpp(x, g, offsets, Statistic("median", count))

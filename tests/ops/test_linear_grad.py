@@ -86,7 +86,9 @@ def test_any_shape_in_any_slices(shape, scratch, rule):
 @pytest.mark.parametrize("rule", RULES, **by_name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_low_precision_accumulates_in_float32(rule, dtype):
-    """Odd multiples of 1/8 and their products are exact in every type here, so only the result is rounded."""
+    """Odd multiples of 1/8 and their products are exact in every type here, so only the result is
+    rounded.
+    """
     x, grad_output = away_from_ties(8, 3, 33, dtype=dtype), away_from_ties(8, 3, 17, dtype=dtype)
     found = htv.linear_grad(x, grad_output, rule)
     assert found.dtype == dtype
@@ -170,7 +172,9 @@ def test_one_group_is_the_plain_sum():
     "rule", [htv.AndMask(0.4), htv.Median(), htv.GeometricMean(0.4)], **by_name
 )
 def test_contributions_are_never_formed(rule):
-    """512 groups of 512 x 512 outputs would take half a GiB; the largest tensor made is the result or the scratch."""
+    """512 groups of 512 x 512 outputs would take half a GiB; the largest tensor made is the result
+    or the scratch.
+    """
     x, grad_output = torch.randn(512, 512), torch.randn(512, 512)
     largest = 0
 

@@ -1,4 +1,6 @@
-"""What normalisations' backward needs: the C++ ops against their definitions in float64, and those against autograd."""
+"""What normalisations' backward needs: the C++ ops against their definitions in float64, and those
+against autograd.
+"""
 
 import budgets
 import pytest

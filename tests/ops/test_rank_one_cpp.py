@@ -1,4 +1,6 @@
-"""Order statistics of htv::linear in C++ where no group has more than one row, at every CPU level this machine has."""
+"""Order statistics of htv::linear in C++ where no group has more than one row, at every CPU level
+this machine has.
+"""
 
 import functools
 import math

@@ -1,4 +1,6 @@
-"""What the Triton kernels of `embedding` must do. Not collected by its name: see `test_interpreted.py`."""
+"""What the Triton kernels of `embedding` must do. Not collected by its name: see
+`test_interpreted.py`.
+"""
 
 import math
 

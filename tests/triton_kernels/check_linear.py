@@ -1,6 +1,8 @@
-"""What the Triton kernels of `linear` must do, wherever they can run: on a GPU, or on the CPU under TRITON_INTERPRET=1.
+"""What the Triton kernels of `linear` must do, wherever they can run: on a GPU, or on the CPU under
+TRITON_INTERPRET=1.
 
-Not collected by its name: `test_interpreted.py` runs it in a process of its own: Triton reads TRITON_INTERPRET once.
+Not collected by its name: `test_interpreted.py` runs it in a process of its own: Triton reads
+TRITON_INTERPRET once.
 """
 
 import math
@@ -65,7 +67,9 @@ def test_every_config(config):
 
 @pytest.mark.parametrize("splits", [3, pytest.param(5, marks=pytest.mark.slow)])
 def test_splits_merge(splits):
-    """A group whole in one split, so exactly what one program says; squares are merged to a rounding or two."""
+    """A group whole in one split, so exactly what one program says; squares are merged to a
+    rounding or two.
+    """
     x, g, offsets = make([5, 0, 20, 1, 9], 33, 40, integers=False)
     for statistic in ALL[:6]:
         whole, mask_sum = linear.linear(x, g, offsets, statistic, (SMALL, 1))

@@ -32,7 +32,9 @@ SHAPES = {  # rows per group, O, I
 
 
 def make(sizes, O, I, dtype=torch.float32, integers=True, seed=0):
-    """x (R, I), grad_output (R, O), offsets (E + 1,). Integers make every sum exact, and ties and zeros frequent."""
+    """x (R, I), grad_output (R, O), offsets (E + 1,). Integers make every sum exact, and ties and
+    zeros frequent.
+    """
     generator = torch.Generator().manual_seed(seed)
     x, g = (torch.randn(sum(sizes), n, generator=generator).to(dtype) for n in (I, O))
     if integers:

@@ -1,7 +1,8 @@
 """Compiles every tile of the table for GPUs that need not be present, and holds it to its budget.
 
-A register spilled to memory in the inner loop is slow and silent, and so is a register too many for the programs that
-should share a multiprocessor. Not yet run on hardware: these are the compiler's own numbers.
+A register spilled to memory in the inner loop is slow and silent, and so is a register too many for
+the programs that should share a multiprocessor. Not yet run on hardware: these are the compiler's
+own numbers.
 """
 
 import json
@@ -35,8 +36,8 @@ SHARED_MEMORY = {
     "sm_90": 232448,
     "sm_100": 232448,
 }  # sm_80: the least of the older architectures
-# By (architecture, arithmetic), then words: per config of the table, most bytes of shared memory and the least programs
-# that fit a multiprocessor when rows are aligned.
+# By (architecture, arithmetic), then words: per config of the table, most bytes of shared memory
+# and the least programs that fit a multiprocessor when rows are aligned.
 BUDGET = {
     ("sm_90", "half"): {
         0: ((147456, 1), (98304, 1), (49152, 2)),
@@ -124,7 +125,9 @@ def compile_product(arch, arithmetic, dtype, config, result, found, count, windo
 
 
 def resources(kernel, path):
-    """Registers per thread, bytes of stack (that is, of spilled registers) and bytes of shared memory."""
+    """Registers per thread, bytes of stack (that is, of spilled registers) and bytes of shared
+    memory.
+    """
     path.write_bytes(kernel.asm["cubin"])
     command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)]
     usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -202,7 +205,8 @@ def test_products_are_within_budget(
             assert "1" in re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", ptx)
 
 
-MOST_REGISTERS = {  # of a thread, where more would leave too few programs for a multiprocessor to hide its loads
+# of a thread, where more would leave too few programs for a multiprocessor to hide its loads
+MOST_REGISTERS = {
     **{f"embedding-{name}": 40 for name in ("and_mask", "sand_mask", "geometric_mean")},
     **{f"embedding-{name}": 128 for name in ("median", "winsorized_mean", "median_of_means")},
     **{

@@ -1,4 +1,6 @@
-"""Runs the `check_*.py` beside this file under Triton's interpreter, and on a GPU where there is one."""
+"""Runs the `check_*.py` beside this file under Triton's interpreter, and on a GPU where there is
+one.
+"""
 
 import os
 import sys

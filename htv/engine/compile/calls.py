@@ -1,13 +1,15 @@
 """Attached models under torch.compile.
 
-Dynamo cannot follow all that a served forward does beside calling torch. It traces `call` instead: that reads the
-model's tensors and settings, so that Dynamo guards on them, and hands them to `_traced`, which it does not look into.
-AOTAutograd then runs that as plain Python on tensors without values, forward and backward, under the usual mode and
-with the usual layers, tokens and nodes (`htv.traced`).
+Dynamo cannot follow all that a served forward does beside calling torch. It traces `call` instead:
+that reads the model's tensors and settings, so that Dynamo guards on them, and hands them to
+`_traced`, which it does not look into. AOTAutograd then runs that as plain Python on tensors
+without values, forward and backward, under the usual mode and with the usual layers, tokens and
+nodes (`htv.traced`).
 
-Who votes is an input of the compiled graph, so a backward that is traced makes no factors: each node leaves one
-operator in the graph, `htv::settle`, with the tensors its uses recorded. When the compiled backward runs, the operator
-makes the factors of them, and an ordinary buffer applies the rule.
+Who votes is an input of the compiled graph, so a backward that is traced makes no factors: each
+node leaves one operator in the graph, `htv::settle`, with the tensors its uses recorded. When the
+compiled backward runs, the operator makes the factors of them, and an ordinary buffer applies the
+rule.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from htv.rules import refuse_open
 
 __all__ = ["call"]
 
-# -- what Dynamo sees -------------------------------------------------------------------------------------------------
+# -- what Dynamo sees ------------------------------------------------------------------------------
 
 
 def call(forward: ForwardStandIn, args: tuple, kwargs: dict):
@@ -48,7 +50,8 @@ def call(forward: ForwardStandIn, args: tuple, kwargs: dict):
     for module, name, child in guard_state.children:
         if module._modules[name] is not child:
             raise RuntimeError(
-                f"the model's parameters changed while attached: module {name!r} was exchanged; detach and attach again"
+                f"the model's parameters changed while attached: module {name!r} was exchanged; "
+                "detach and attach again"
             )
     for (module, name), parameter in zip(guard_state.tensors, guard_state.parameters):  # noqa: B905
         tensor = getattr(module, name)
@@ -81,7 +84,9 @@ def _with_none(value):
 
 @torch._dynamo.assume_constant_result
 def _structure_of(key: str) -> tuple:
-    """Only a list of tensors can leave such a function: what else the forward returned last is a constant."""
+    """Only a list of tensors can leave such a function: what else the forward returned last is a
+    constant.
+    """
     structure = forwards[key].guard_state.structure
     if isinstance(structure, Exception):
         raise structure
@@ -89,7 +94,9 @@ def _structure_of(key: str) -> tuple:
 
 
 def _described(value, tensors: list[Tensor], classes: list[type]) -> tuple:
-    """How a forward's result is made of tensors, which are appended, and of classes: (kind, detail, items)."""
+    """How a forward's result is made of tensors, which are appended, and of classes: (kind, detail,
+    items).
+    """
     if isinstance(value, Tensor):
         tensors.append(value)
         return "tensor", len(tensors) - 1, ()
@@ -107,7 +114,8 @@ def _described(value, tensors: list[Tensor], classes: list[type]) -> tuple:
         kind, items = "dataclass", [getattr(value, name) for name in names]
     else:
         raise UnsupportedError(
-            f"a compiled forward of an attached model cannot return a {cls.__name__}: return tensors and constants in "
+            f"a compiled forward of an attached model cannot return a {cls.__name__}: return "
+            "tensors and constants in "
             "tuples, lists, dicts or dataclasses (of Hugging Face models: use_cache=False)"
         )
     if kind in ("named", "dataclass") and cls not in classes:
@@ -117,7 +125,9 @@ def _described(value, tensors: list[Tensor], classes: list[type]) -> tuple:
 
 
 def _rebuilt(description: tuple, tensors: list[Tensor], classes: list[type]):
-    """The forward's result. Traced by Dynamo, which can guard on classes found in a list, not in a constant."""
+    """The forward's result. Traced by Dynamo, which can guard on classes found in a list, not in a
+    constant.
+    """
     kind, detail, items = description
     if kind == "tensor":
         return tensors[detail]
@@ -134,7 +144,7 @@ def _rebuilt(description: tuple, tensors: list[Tensor], classes: list[type]):
     return pairs if kind == "dict" else classes[detail[0]](**pairs)
 
 
-# -- what AOTAutograd runs --------------------------------------------------------------------------------------------
+# -- what AOTAutograd runs -------------------------------------------------------------------------
 
 
 @torch._dynamo.nonstrict_trace
@@ -179,7 +189,8 @@ def _run(forward: ForwardStandIn, tensors: list[Tensor], voting: tuple, args: tu
     outer = session.running()
     if outer and not for_shapes:
         raise UnsupportedError(
-            "a part of an attached model is compiled by itself, which hides from htv how the batch got there and what "
+            "a part of an attached model is compiled by itself, which hides from htv how the batch "
+            "got there and what "
             "else uses its parameters. Remedy: compile the whole model, torch.compile(model)"
         )
     try:
@@ -196,7 +207,8 @@ def _run(forward: ForwardStandIn, tensors: list[Tensor], voting: tuple, args: tu
         if for_shapes:  # Dynamo breaks the graph here, or says why it must not
             raise
         raise UnsupportedError(
-            f"the way of a parameter's contributions depends on values ({error.func}), which torch.compile does not "
+            f"the way of a parameter's contributions depends on values ({error.func}), which "
+            "torch.compile does not "
             "have. Remedy: run this model without torch.compile"
         ) from error
     finally:
@@ -211,7 +223,9 @@ _run = torch._dynamo.disable(
 
 @contextmanager
 def _exchanged(guard_state: CompileGuardState, tensors: list[Tensor]) -> Iterator[None]:
-    """The model with other tensors in it. What its forward sets otherwise would be lost, and is refused."""
+    """The model with other tensors in it. What its forward sets otherwise would be lost, and is
+    refused.
+    """
     cells = [(_store(module, name), name) for module, name in guard_state.tensors]
     before = [store[name] for store, name in cells]
     settings = [(vars(module), name, vars(module)[name]) for module, name in guard_state.settings]
@@ -231,7 +245,8 @@ def _exchanged(guard_state: CompileGuardState, tensors: list[Tensor]) -> Iterato
         ]
         if changed:
             raise UnsupportedError(
-                f"the forward sets attribute {changed[0]!r} of a module, which a compiled forward would not do again: "
+                f"the forward sets attribute {changed[0]!r} of a module, which a compiled forward "
+                "would not do again: "
                 "make it a buffer and write to it in place"
             )
     finally:

@@ -1,7 +1,9 @@
-"""What stands for groups, parameters and their nodes while a compiled forward and its backward are traced.
+"""What stands for groups, parameters and their nodes while a compiled forward and its backward are
+traced.
 
-Tensors have no values then, and who votes is not known. The stand-ins live as long as the trace; settlements stay: they
-tell the operator that a traced node leaves in the graph what to do when the compiled backward runs.
+Tensors have no values then, and who votes is not known. The stand-ins live as long as the trace;
+settlements stay: they tell the operator that a traced node leaves in the graph what to do when the
+compiled backward runs.
 """
 
 from __future__ import annotations
@@ -84,14 +86,19 @@ class TracedMode(ServingMode):
     def mark(self, tensor: Tensor | None) -> Mark | None:
         if tensor is not None and not isinstance(tensor, FunctionalTensor):
             raise UnsupportedError(
-                f"a tensor of shape {tuple(tensor.shape)} is neither an argument of the forward nor a parameter, "
-                "buffer or attribute of its modules (a global, a list's item, a closure's variable): the compiled "
-                "forward would keep its present value. Remedy: register it as a buffer, or pass it as an argument"
+                f"a tensor of shape {tuple(tensor.shape)} is neither an argument of the forward "
+                "nor a parameter, "
+                "buffer or attribute of its modules (a global, a list's item, a closure's "
+                "variable): the compiled "
+                "forward would keep its present value. Remedy: register it as a buffer, or pass it "
+                "as an argument"
             )
         return super().mark(tensor)
 
     def _mark_results(self, func, args, kwargs, operands, result) -> None:
-        """The examples' numbers have values; where they meet a tensor without, nobody knows where the batch went."""
+        """The examples' numbers have values; where they meet a tensor without, nobody knows where
+        the batch went.
+        """
         try:
             with _disable_current_modes():
                 super()._mark_results(func, args, kwargs, operands, result)
@@ -146,7 +153,9 @@ class TracedParameter(BufferListener):
         return UseRecorder(token, buffer)
 
     def _check_gradient(self, grad: Tensor | None) -> None:
-        """Inside one graph, what comes by another way is added where no hook on the real parameter sees it."""
+        """Inside one graph, what comes by another way is added where no hook on the real parameter
+        sees it.
+        """
         delivered, self.delivered = self.delivered, []
         if grad is not None and self.refusal is None and not any(grad is d for d in delivered):
             self.tracked.refuse_gradient(twice=len(delivered) > 1)
@@ -199,7 +208,9 @@ class TracedSession:
 
 
 class TracedBuffer(ContributionBuffer):
-    """Gathers what a traced backward records, and leaves the operator that settles it when the backward runs."""
+    """Gathers what a traced backward records, and leaves the operator that settles it when the
+    backward runs.
+    """
 
     def __init__(self, owner: TracedParameter, groups: TracedGroups):
         super().__init__(owner.rule, groups, owner)
@@ -227,11 +238,13 @@ class TracedBuffer(ContributionBuffer):
         return grad
 
 
-# -- when the compiled backward runs ----------------------------------------------------------------------------------
+# -- when the compiled backward runs ---------------------------------------------------------------
 
 
 class Settlement:
-    """How one traced node's gradient is computed. recipes: of each use, and how many tensors it takes."""
+    """How one traced node's gradient is computed. recipes: of each use, and how many tensors it
+    takes.
+    """
 
     def __init__(
         self,

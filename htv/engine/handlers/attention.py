@@ -1,4 +1,6 @@
-"""Attention: torch's own multi-head attention taken apart, and the fused product with a learnt bias."""
+"""Attention: torch's own multi-head attention taken apart, and the fused product with a learnt
+bias.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ from htv.engine.protocols import ModeLike
 from htv.engine.provenance import OfBatch
 from htv.groups import BatchLayout
 
-# torch's own code, but for the question whether somebody intercepts it: then its projections can be served one by one.
+# torch's own code, but for the question whether somebody intercepts it: then its projections can be
+# served one by one.
 _in_python = types.FunctionType(
     F.multi_head_attention_forward.__code__,
     {**vars(F), "has_torch_function": lambda tensors: False},
@@ -38,7 +41,9 @@ _ATTENTION = ("query", "key", "value", "attn_mask")
 
 @handles(F.scaled_dot_product_attention)
 def _dot_product_attention(mode: ModeLike, func, args, kwargs):
-    """Operands derived from parameters (relative positions, learnt queries) get their copies per example."""
+    """Operands derived from parameters (relative positions, learnt queries) get their copies per
+    example.
+    """
     arguments = {
         **dict(zip(_ATTENTION, args, strict=False)),
         **{k: v for k, v in kwargs.items() if k in _ATTENTION},

@@ -1,7 +1,7 @@
 """What all served layers share: the table of servers, and a call as they see it.
 
-A server gets the serving mode and the call; it returns the layer's output, or NotImplemented to let the call be
-judged like any other (no served parameter in it, or an input that is not the batch's).
+A server gets the serving mode and the call; it returns the layer's output, or NotImplemented to let
+the call be judged like any other (no served parameter in it, or an input that is not the batch's).
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Call:
 
     x and parameters: the names of the input and of the parameters among the arguments.
     `layout`:          where the batch is in the input, or what else that is.
-    `applicable`:     some parameter is served, or derived from served ones, gradients are on, and the input was
-                      computed from the batch.
+    `applicable`:     some parameter is served, or derived from served ones, gradients are on, and
+                      the input was computed from the batch.
     """
 
     def __init__(
@@ -87,9 +87,11 @@ class Call:
         return self.mode.grouped_rows(self.layout)
 
     def enter(self, features: int = 0, rows: bool = True) -> list[ParameterArgument] | None:
-        """The parameters' parameter arguments, or None if the use is passed on plainly. Raises if the input is not the batch's.
+        """The parameters' parameter arguments, or None if the use is passed on plainly. Raises if
+        the input is not the batch's.
 
-        features:  how many dims at the end the layer mixes; all but the first where it takes (S, C, *space).
+        features:  how many dims at the end the layer mixes; all but the first where it takes (S, C,
+                   *space).
         rows:      whether its input consists of rows that could vote one by one.
         """
         groups, layout = self.mode.groups, self.layout
@@ -163,7 +165,9 @@ class Signature:
         return Signature(inspect.signature(function))
 
     def bind(self, args: tuple, kwargs: dict) -> dict:
-        """The arguments by name, defaults included; what `inspect.Signature.bind` gives, at a tenth of its price."""
+        """The arguments by name, defaults included; what `inspect.Signature.bind` gives, at a tenth
+        of its price.
+        """
         count = len(args)
         positional = dict(zip(self.names, args, strict=False))
         arguments = {**self._defaults, **positional, **kwargs}
@@ -186,11 +190,14 @@ def signature(text: str) -> Signature:
 
 
 def refuse_rows(call: Call) -> None:
-    """For layers whose channels come before other dims: these have no rows that could vote by themselves."""
+    """For layers whose channels come before other dims: these have no rows that could vote by
+    themselves.
+    """
     if call.mode.groups.rows_vote and call.x.dim() > 2:
         names = ", ".join(repr(s.name) for s in call.tracked)
         raise UnsupportedError(
-            f"{call.kind} with parameter {names}: it has no rows that could vote by themselves, as tokens() asks. "
+            f"{call.kind} with parameter {names}: it has no rows that could vote by themselves, as "
+            "tokens() asks. "
             f"Remedy: exclude={names}"
         )
 

@@ -46,7 +46,9 @@ def _conv_transpose(mode: ModeLike, func, args, kwargs):
 
 
 def _enter_images(call: Call) -> list[ParameterArgument] | None:
-    """The parameter arguments of a layer that takes (S, C, *space); one image without S is no batch."""
+    """The parameter arguments of a layer that takes (S, C, *space); one image without S is no
+    batch.
+    """
     if call.x.dim() < call["weight"].dim():
         return call.enter(features=call.x.dim())
     return call.enter(features=call.x.dim() - 1, rows=False)

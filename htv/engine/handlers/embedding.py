@@ -44,13 +44,16 @@ def _refuse_options(call: Call, *options: str) -> None:
         if call[option]:
             name = call.tracked[0].name
             raise UnsupportedError(
-                f"{call.kind} with parameter {name!r}: {option}={call[option]!r} has no per-group meaning; turn it off "
+                f"{call.kind} with parameter {name!r}: {option}={call[option]!r} has no per-group "
+                "meaning; turn it off "
                 f"or exclude={name!r}"
             )
 
 
 def _embedding_of_constants(mode: ModeLike, func, args, kwargs, call: Call):
-    """The same ids for every example (positions): derived from the table alone, by ids that keep its factors small."""
+    """The same ids for every example (positions): derived from the table alone, by ids that keep
+    its factors small.
+    """
     ids = call.x
     if (
         ids.dim() > 1 and len(ids) > 1 and ids.stride(0) == 0
@@ -76,7 +79,8 @@ def _embedding_bag(mode: ModeLike, func, args, kwargs):
         return NotImplemented
     if call.x.dim() != 2:
         raise UnsupportedError(
-            f"embedding_bag with parameter {call.tracked[0].name!r}: bags given by offsets cannot be told apart by "
+            f"embedding_bag with parameter {call.tracked[0].name!r}: bags given by offsets cannot "
+            "be told apart by "
             "example; pass ids of shape (N, L), padded with padding_idx"
         )
     if call["per_sample_weights"] is not None and call["mode"] != "sum":

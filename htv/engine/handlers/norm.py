@@ -1,4 +1,6 @@
-"""Normalisations: with a backward of their own, or as a plain one without parameters and an elementwise affine map."""
+"""Normalisations: with a backward of their own, or as a plain one without parameters and an
+elementwise affine map.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,8 @@ def _instance_norm(mode: ModeLike, func, args, kwargs):
         return NotImplemented
     if call.x.dim() < 3:
         raise UnsupportedError(
-            f"instance_norm with parameter {call.tracked[0].name!r}: its input must be (N, C, *space), got shape "
+            f"instance_norm with parameter {call.tracked[0].name!r}: its input must be (N, C, "
+            "*space), got shape "
             f"{tuple(call.x.shape)}"
         )
     refuse_rows(call)
@@ -118,10 +121,13 @@ def _affine(mode: ModeLike, call: Call, y: Tensor) -> Tensor:
 def batch_norm_refusal(what: str) -> str:
     """Why a BatchNorm in train mode cannot be served, and what to do."""
     return (
-        f"BatchNorm in train mode ({what}) couples the examples of the batch through their shared statistics, so no "
+        f"BatchNorm in train mode ({what}) couples the examples of the batch through their shared "
+        "statistics, so no "
         "example has a gradient of its own. Call .eval() on the BatchNorm modules or attach(..., "
-        "batch_norm='frozen') for frozen statistics, replace them (htv.replace_batchnorm makes them GroupNorm), or "
-        "attach(..., batch_norm='shared') to let an example's part of the gradients include what passes through the "
+        "batch_norm='frozen') for frozen statistics, replace them (htv.replace_batchnorm makes "
+        "them GroupNorm), or "
+        "attach(..., batch_norm='shared') to let an example's part of the gradients include what "
+        "passes through the "
         "shared statistics"
     )
 

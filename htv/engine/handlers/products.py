@@ -1,4 +1,6 @@
-"""Products of a parameter with the batch written out: matmul, addmm, einsum and their relatives, as linear layers."""
+"""Products of a parameter with the batch written out: matmul, addmm, einsum and their relatives, as
+linear layers.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,9 @@ def _addmm(mode: ModeLike, func, args, kwargs):
 
 
 def _grouped_mm(mode: ModeLike, func, args, kwargs):
-    """Rows (R, I) in stretches that end at offs, each by its own matrix of (B, I, O): the experts of a mixture."""
+    """Rows (R, I) in stretches that end at offs, each by its own matrix of (B, I, O): the experts
+    of a mixture.
+    """
     rows, matrices, *rest = args
     offs = rest[0] if rest else kwargs.get("offs")
     if not _served_product(mode, rows, matrices) or behind(mode, rows):
@@ -124,7 +128,9 @@ def _einsum(mode: ModeLike, func, args, kwargs):
 
 
 def _contract(mode: ModeLike, operands: list[Tensor], terms: list[str], result: str) -> Tensor:
-    """An einsum with operands derived from parameters: first the product of one with the batch, and so on."""
+    """An einsum with operands derived from parameters: first the product of one with the batch, and
+    so on.
+    """
     operands, terms = list(operands), list(terms)
     while len(operands) > 1:
         kinds = Operands(mode, *operands)
@@ -142,7 +148,9 @@ def _contract(mode: ModeLike, operands: list[Tensor], terms: list[str], result: 
 
 
 def _pair(x: Tensor, x_term: str, w: Tensor, w_term: str, result: str) -> Tensor:
-    """einsum of two operands as a linear layer with weight w, or one for each index both and the result have."""
+    """einsum of two operands as a linear layer with weight w, or one for each index both and the
+    result have.
+    """
     for c in [c for c in x_term if c not in w_term + result]:
         x, x_term = x.sum(x_term.index(c)), x_term.replace(c, "")
     for c in [c for c in w_term if c not in x_term + result]:

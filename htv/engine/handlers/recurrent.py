@@ -1,7 +1,8 @@
-"""Recurrent layers, unrolled in time: their weights are used at every step, and each step's use is served.
+"""Recurrent layers, unrolled in time: their weights are used at every step, and each step's use is
+served.
 
-The arithmetic is that of torch's own cells; what the fused kernels of torch save by running all steps at once is the
-cost.
+The arithmetic is that of torch's own cells; what the fused kernels of torch save by running all
+steps at once is the cost.
 """
 
 from __future__ import annotations
@@ -123,7 +124,8 @@ def _meets(mode: ModeLike, x: Tensor, weights) -> bool:
     meets = bool(torch.is_grad_enabled() and owners and isinstance(mode.mark(x), OfBatch))
     if meets and mode.groups.rows_vote:
         raise UnsupportedError(
-            f"a recurrent layer with parameter {owners[0].name!r}: its steps are no rows that could vote by themselves "
+            f"a recurrent layer with parameter {owners[0].name!r}: its steps are no rows that "
+            "could vote by themselves "
             f"(tokens()). Remedy: exclude={owners[0].name!r} and its others"
         )
     return meets
@@ -165,7 +167,9 @@ def _stack_of_layers(
 
 
 def _started(mode: ModeLike, kind: str, hidden: Tensor, layout: BatchLayout) -> Tensor:
-    """A first hidden state (N, H); one that was made without the batch (zeros) is the batch's, row by row."""
+    """A first hidden state (N, H); one that was made without the batch (zeros) is the batch's, row
+    by row.
+    """
     mark = mode.mark(hidden)
     if isinstance(mark, Constant):
         hidden = hidden.view_as(hidden)
@@ -174,8 +178,10 @@ def _started(mode: ModeLike, kind: str, hidden: Tensor, layout: BatchLayout) -> 
         isinstance(mark, BatchLayout) and mark.same(layout.at(0), mode.groups.batch_size)
     ):
         raise UnsupportedError(
-            f"{kind}: its first hidden state, of shape {tuple(hidden.shape)} for one layer, does not have the examples "
-            "in the dim before the last, as (layers, N, H), or they were taken to be in another one for its size. "
+            f"{kind}: its first hidden state, of shape {tuple(hidden.shape)} for one layer, does "
+            "not have the examples "
+            "in the dim before the last, as (layers, N, H), or they were taken to be in another "
+            "one for its size. "
             "Remedy: make it inside the model, or exclude= the layer's parameters"
         )
     return hidden
@@ -207,7 +213,9 @@ class _Steps:
 
 
 class _PackedSteps:
-    """The steps of a PackedSequence, longest first. x: (rows, D), step by step; batch_sizes: (T,) on the CPU."""
+    """The steps of a PackedSequence, longest first. x: (rows, D), step by step; batch_sizes: (T,)
+    on the CPU.
+    """
 
     def __init__(self, mode: ModeLike, kind: str, x: Tensor, batch_sizes: Tensor):
         self.mode, self.kind, self.x, self.sizes = mode, kind, x, batch_sizes.tolist()
@@ -241,8 +249,10 @@ def _require_place(mode: ModeLike, kind: str, x: Tensor, dim: int) -> BatchLayou
     mark = mode.layout(x, dim)
     if not isinstance(mark, BatchLayout) or mark.dim != dim:
         raise UnsupportedError(
-            f"{kind}: the examples must be in dim {dim} of its input, seen as {'(T, N, D)' if dim else 'packed rows'}, "
-            f"of shape {tuple(x.shape)}, but are not. Remedy: batch_first=True for inputs (N, T, D), attach(..., "
+            f"{kind}: the examples must be in dim {dim} of its input, seen as "
+            f"{'(T, N, D)' if dim else 'packed rows'}, "
+            f"of shape {tuple(x.shape)}, but are not. Remedy: batch_first=True for inputs (N, T, "
+            "D), attach(..., "
             "batch_dim=1) for models whose input is (T, N, D), or exclude= the layer's parameters"
         )
     return mark

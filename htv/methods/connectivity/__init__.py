@@ -1,4 +1,6 @@
-"""Mode connectivity: paths through weight space, what lies on them, and permutations that models are equal up to."""
+"""Mode connectivity: paths through weight space, what lies on them, and permutations that models
+are equal up to.
+"""
 
 from htv.methods.connectivity.along import (
     Barrier,

@@ -99,7 +99,8 @@ def barrier(t: Tensor, losses: Tensor) -> Barrier:
         )
     if not ((t == 0).any() and (t == 1).any()):
         raise ValueError(
-            "t must hold both ends of the path, 0 and 1: a barrier is what exceeds the chord between them"
+            "t must hold both ends of the path, 0 and 1: a barrier is what exceeds the chord "
+            "between them"
         )
     inside = (t >= 0) & (t <= 1)
     t, losses = t[inside], losses[inside]
@@ -191,8 +192,10 @@ def _checked_statistics(model: nn.Module, bn_data: Statistics) -> Iterable[Any] 
         if found:
             name, module = next(iter(found.items()))
             raise ValueError(
-                f"{type(module).__name__} {name!r} has running statistics, which hold for no interior point of a path: "
-                "pass bn_data=, training batches to re-estimate them from (or 'interpolated' to go without)"
+                f"{type(module).__name__} {name!r} has running statistics, which hold for no "
+                "interior point of a path: "
+                "pass bn_data=, training batches to re-estimate them from (or 'interpolated' to go "
+                "without)"
             )
         return None
     require_repeatable("bn_data", bn_data)
@@ -279,8 +282,9 @@ class MechanisticSimilarity:
 
     @property
     def connected(self) -> dict[str, bool]:
-        """By path, whether no barrier is above the tolerance: on the base (mode connected) and under every intervention
-        (mechanistically connected, with respect to these)."""
+        """By path, whether no barrier is above the tolerance: on the base (mode connected) and
+        under every intervention (mechanistically connected, with respect to these).
+        """
         return {
             path: all(found.height <= self.tolerance for found in barriers.values())
             for path, barriers in self.barriers.items()
@@ -373,5 +377,6 @@ def _require_same_ends(name: str, path: WeightPath, linear: WeightPath) -> None:
         for key in linear.layout.parameters:
             if key not in theirs or not torch.equal(theirs[key].to(ours[key].device), ours[key]):
                 raise ValueError(
-                    f"paths[{name!r}] does not lead from first to second: its {end} has another {key!r} than {role}"
+                    f"paths[{name!r}] does not lead from first to second: its {end} has another "
+                    f"{key!r} than {role}"
                 )

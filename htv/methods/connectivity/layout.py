@@ -37,10 +37,12 @@ class Group:
 class Layout:
     """The tensors of an architecture.
 
-    names:       every name in the state dict -> the first name of that tensor: tied ones lie on the path once.
+    names:       every name in the state dict -> the first name of that tensor: tied ones lie on the
+                 path once.
     expected:    by every name, shape, dtype and device.
     parameters:  by first name, whether the parameter is trained.
-    groups:      what lies on the path; parameters first, buffers that differ added by `with_buffers`.
+    groups:      what lies on the path; parameters first, buffers that differ added by
+                 `with_buffers`.
     """
 
     names: dict[str, str]
@@ -66,7 +68,8 @@ class Layout:
         unknown += [name for name in state if name not in tensors]
         if unknown:
             raise ValueError(
-                f"{unknown[0]!r} is in only one of the model's state_dict and its parameters and buffers, because of "
+                f"{unknown[0]!r} is in only one of the model's state_dict and its parameters and "
+                "buffers, because of "
                 "hooks that rename: pass the module inside"
             )
         first: dict[int, str] = {}
@@ -77,13 +80,16 @@ class Layout:
         )
 
     def read(self, role: str, weights: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of a model or state dict of this architecture by first name, on the devices of this one."""
+        """The tensors of a model or state dict of this architecture by first name, on the devices
+        of this one.
+        """
         state = _tensors(weights)
         self._check(role, state)
         for name, canonical in self.names.items():
             if name != canonical and not _equal(state[name], state[canonical]):
                 raise ValueError(
-                    f"{role} has different values under {canonical!r} and {name!r}, which the model ties"
+                    f"{role} has different values under {canonical!r} and {name!r}, which the "
+                    "model ties"
                 )
         return {
             name: state[name].detach().to(self.expected[name][2])
@@ -92,13 +98,16 @@ class Layout:
         }
 
     def check(self, role: str, model: nn.Module) -> None:
-        """Raise ValueError, naming the first key that differs, unless the model is of this architecture."""
+        """Raise ValueError, naming the first key that differs, unless the model is of this
+        architecture.
+        """
         self._check(role, _tensors(model))
         ties = Layout.of(model).names
         for name, canonical in self.names.items():
             if ties[name] != canonical:
                 raise ValueError(
-                    f"{role} does not tie {name!r} to the same tensor as the model the path was made with"
+                    f"{role} does not tie {name!r} to the same tensor as the model the path was "
+                    "made with"
                 )
 
     def _check(self, role: str, state: Mapping[str, Tensor]) -> None:
@@ -107,12 +116,14 @@ class Layout:
                 raise ValueError(f"{role} is of another architecture: it has no {name!r}")
             if state[name].shape != shape:
                 raise ValueError(
-                    f"{role} is of another architecture: {name!r} has shape {tuple(state[name].shape)} instead of "
+                    f"{role} is of another architecture: {name!r} has shape "
+                    f"{tuple(state[name].shape)} instead of "
                     f"{tuple(shape)}"
                 )
             if state[name].dtype != dtype:
                 raise ValueError(
-                    f"{name!r} of {role} is {state[name].dtype} instead of {dtype}: convert it with .to()"
+                    f"{name!r} of {role} is {state[name].dtype} instead of {dtype}: convert it "
+                    "with .to()"
                 )
         extra = next((name for name in state if name not in self.expected), None)
         if extra is not None:
@@ -145,8 +156,10 @@ class Layout:
                 constants[name] = tensor
             else:
                 raise ValueError(
-                    f"{name!r} is {tensor.dtype} and differs between start and {differs}: integers have no path "
-                    "between them. Make it the same in all of them, or register it with persistent=False"
+                    f"{name!r} is {tensor.dtype} and differs between start and {differs}: integers "
+                    "have no path "
+                    "between them. Make it the same in all of them, or register it with "
+                    "persistent=False"
                 )
         groups = tuple(_group(key[0], names, start) for key, names in keys.items())
         return replace(self, groups=groups), constants
@@ -183,7 +196,8 @@ def template_of(
     )
     if found is None:
         raise TypeError(
-            "all points are state dicts, which do not tell parameters from buffers: pass model= as well"
+            "all points are state dicts, which do not tell parameters from buffers: pass model= as "
+            "well"
         )
     return found
 

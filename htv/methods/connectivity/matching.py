@@ -90,7 +90,8 @@ def match_permutations(
     if spec is None:
         if forward is not None:
             raise ValueError(
-                "forward= needs a spec: make one with trace_permutations or PermutationSpec.from_layers"
+                "forward= needs a spec: make one with trace_permutations or "
+                "PermutationSpec.from_layers"
             )
         spec = trace_permutations(model, inputs_of(model, first))
     spec.check(model, first, forward=forward)
@@ -143,7 +144,8 @@ def activation_correlations(
                 a, b = (rows[observed.module] for rows in (ours, theirs))
                 if len(a) != len(b):
                     raise ValueError(
-                        f"layer {observed.module!r} ran {len(a)} times in reference, {len(b)} in model"
+                        f"layer {observed.module!r} ran {len(a)} times in reference, {len(b)} in "
+                        "model"
                     )
                 for x, y in zip(a, b, strict=True):
                     sums[units, observed].add(
@@ -168,7 +170,9 @@ def activation_correlations(
 
 
 class _CrossSums:
-    """Sums of products of two sets of variables, taken from the first row on so that large means cancel nothing."""
+    """Sums of products of two sets of variables, taken from the first row on so that large means
+    cancel nothing.
+    """
 
     count = 0
 
@@ -234,7 +238,9 @@ def _watching(net: nn.Module, outputs: dict[str, list[Tensor]]) -> Iterator[None
 
 
 def _assigned(units: Units, correlations: Tensor, assign: Callable[..., Any]) -> Tensor:
-    """The permutation of largest total correlation; blocks are assigned by what their own best assignments reach."""
+    """The permutation of largest total correlation; blocks are assigned by what their own best
+    assignments reach.
+    """
     width = units.size // units.blocks
     blocks = correlations.view(units.blocks, width, units.blocks, width).transpose(1, 2)
     best = [

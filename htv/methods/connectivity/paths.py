@@ -1,6 +1,8 @@
-"""Curves through weight space: a few control points, and coefficients that say how much of each is at t.
+"""Curves through weight space: a few control points, and coefficients that say how much of each is
+at t.
 
-Garipov et al. 2018, "Loss surfaces, mode connectivity, and fast ensembling of DNNs", arXiv 1802.10026.
+Garipov et al. 2018, "Loss surfaces, mode connectivity, and fast ensembling of DNNs", arXiv
+1802.10026.
 """
 
 from __future__ import annotations
@@ -127,7 +129,8 @@ class WeightPath(nn.Module, ABC):
             raise ValueError(f"t must be finite, got {t.tolist()}")
         if not extrapolate and not ((t >= 0) & (t <= 1)).all():
             raise ValueError(
-                f"t must lie in [0, 1], got {t.tolist()}: pass extrapolate=True to leave the path's ends"
+                f"t must lie in [0, 1], got {t.tolist()}: pass extrapolate=True to leave the "
+                "path's ends"
             )
         found = self._coefficients(t.reshape(-1))
         return found.reshape(*t.shape, len(self.points))
@@ -384,7 +387,8 @@ class PathProbe:
             )
         if all(p.grad is None for group in self._parameters for p in group):
             raise RuntimeError(
-                "no parameter of the probe has a gradient: call move(t), and backward() on a loss of it"
+                "no parameter of the probe has a gradient: call move(t), and backward() on a loss "
+                "of it"
             )
         for index, (parameters, group) in enumerate(
             zip(self._parameters, self.path.layout.groups, strict=True)
@@ -410,7 +414,8 @@ def _named_middle(middle: Middle) -> dict[str, Weights]:
         return {}
     if isinstance(middle, nn.Module | Mapping) or not isinstance(middle, Sequence):
         raise TypeError(
-            f"middle must be a list of models or state dicts, or their number; got {type(middle).__name__}: "
+            "middle must be a list of models or state dicts, or their number; got "
+            f"{type(middle).__name__}: "
             "put a single one into a list"
         )
     return {f"middle[{k}]": weights for k, weights in enumerate(middle)}
@@ -423,7 +428,8 @@ def _trained_indices(trained: Iterable[int] | None, points: int) -> set[int]:
     outside = [k for k in indices if not -points <= k < points]
     if outside:
         raise ValueError(
-            f"trained names control points {outside}, but the path has {points}: 0 is start, -1 is end"
+            f"trained names control points {outside}, but the path has {points}: 0 is start, -1 is "
+            "end"
         )
     return {k % points for k in indices}
 
@@ -444,15 +450,17 @@ def _mix(points: list[Tensor], coefficients: Tensor) -> Tensor:
 def _combine(points: list[Tensor], coefficients: list[float], out: Tensor) -> None:
     """out = sum_k c_k theta_k, in one pass for every point but the first.
 
-    A lerp after the other, as measured on a CPU of two cores: 3.5 ms for two points of 11 million float32 and 5.8 ms
-    for three, where `torch._foreach_lerp_` over 62 tensors takes 5.3 with its copy and a matrix-vector product 7.1 for
-    three. Points with coefficient zero are not read: an end of the path is that end bit for bit.
+    A lerp after the other, as measured on a CPU of two cores: 3.5 ms for two points of 11 million
+    float32 and 5.8 ms for three, where `torch._foreach_lerp_` over 62 tensors takes 5.3 with its
+    copy and a matrix-vector product 7.1 for three. Points with coefficient zero are not read: an
+    end of the path is that end bit for bit.
     """
     used = [(c, point) for c, point in zip(coefficients, points, strict=True) if c != 0]
     if len(used) > 2 and (
         out.dtype in (torch.float16, torch.bfloat16) or any(c < 0 for c, _ in used)
     ):
-        # Partial results would be rounded to half precision, or partial sums of coefficients may vanish.
+        # Partial results would be rounded to half precision, or partial sums of coefficients may
+        # vanish.
         wide = torch.promote_types(out.dtype, torch.float32)
         total = torch.zeros_like(out, dtype=wide)
         for c, point in used:

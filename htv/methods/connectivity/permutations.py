@@ -1,4 +1,6 @@
-"""Permutations of hidden units that leave a network's function as it is: which tensors they permute, and doing it."""
+"""Permutations of hidden units that leave a network's function as it is: which tensors they
+permute, and doing it.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ class UnitAxis:
 
 @dataclass(frozen=True)
 class Observed:
-    """A module in whose output units are compared, and where they lie there; dim may count from the end."""
+    """A module in whose output units are compared, and where they lie there; dim may count from the
+    end.
+    """
 
     module: str
     dim: int
@@ -64,11 +68,13 @@ class Observed:
 
 @dataclass(frozen=True)
 class Units:
-    """Units of one or more layers that can only be permuted together, as residual connections tie them.
+    """Units of one or more layers that can only be permuted together, as residual connections tie
+    them.
 
     name:      the first layer that has them as outputs.
     axes:      of every tensor they are permuted in.
-    observed:  where to compare them: outputs of normalisations if there are any, else of the layers.
+    observed:  where to compare them: outputs of normalisations if there are any, else of the
+               layers.
     blocks:    of how many contiguous blocks, such as those of a GroupNorm, each must stay together.
     """
 
@@ -154,7 +160,8 @@ class PermutationSpec:
                 expected, _outputs(permute_model(model, self, {name: permutation}), batch, forward)
             ):
                 raise ValueError(
-                    f"permuting units {name!r} changes the model's outputs: a layer that uses them, or a normalisation "
+                    f"permuting units {name!r} changes the model's outputs: a layer that uses "
+                    "them, or a normalisation "
                     "between, is missing from their producers and consumers"
                 )
         raise ValueError("permuting all units together changes the model's outputs")
@@ -179,7 +186,9 @@ def random_permutations(
 
 
 def _drawn(spec: PermutationSpec, draw: Callable[[int], Tensor]) -> dict[str, Tensor]:
-    """By name of the units: blocks, and units within them, in the orders that `draw` gives for their number."""
+    """By name of the units: blocks, and units within them, in the orders that `draw` gives for
+    their number.
+    """
     found = {}
     for units in spec.units:
         width = units.size // units.blocks
@@ -268,7 +277,9 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def produced_axes(module: nn.Module) -> list[tuple[str, int]]:
-    """Parameters, and their dims, along which a layer's output channels lie; none if it is no such layer."""
+    """Parameters, and their dims, along which a layer's output channels lie; none if it is no such
+    layer.
+    """
     if isinstance(module, nn.Linear):
         return [("weight", 0), ("bias", 0)]
     if isinstance(module, _ConvTransposeNd) and module.groups == 1:
@@ -279,7 +290,9 @@ def produced_axes(module: nn.Module) -> list[tuple[str, int]]:
 
 
 def consumed_axes(module: nn.Module) -> list[tuple[str, int]]:
-    """Parameters, and their dims, along which a layer's input channels lie; none if it is no such layer."""
+    """Parameters, and their dims, along which a layer's input channels lie; none if it is no such
+    layer.
+    """
     if isinstance(module, nn.Linear) or (isinstance(module, _ConvNd) and module.groups == 1):
         return [("weight", 0 if isinstance(module, _ConvTransposeNd) else 1)]
     return []
@@ -306,7 +319,9 @@ def is_depthwise(module: nn.Module) -> bool:
 
 
 def blocks_of(module: nn.Module) -> int:
-    """Of how many contiguous blocks of channels a module takes statistics; 1 where blocks do not matter."""
+    """Of how many contiguous blocks of channels a module takes statistics; 1 where blocks do not
+    matter.
+    """
     if isinstance(module, nn.GroupNorm) and module.num_groups < module.num_channels:
         return module.num_groups
     return 1
@@ -363,7 +378,8 @@ class _LayerReader:
         unknown = set(layer) - {"name", "producers", "consumers", "observe"}
         if unknown or not {"name", "producers", "consumers"} <= set(layer):
             raise ValueError(
-                f"units need name, producers and consumers, and may have observe; got {sorted(layer)}"
+                "units need name, producers and consumers, and may have observe; got "
+                f"{sorted(layer)}"
             )
         name, blocks = layer["name"], set()
         size = self._size(name, layer["producers"])
@@ -380,13 +396,15 @@ class _LayerReader:
         blocks -= {1}
         if len(blocks) > 1:
             raise ValueError(
-                f"units {name!r} have GroupNorms of {sorted(blocks)} groups: they must have the same"
+                f"units {name!r} have GroupNorms of {sorted(blocks)} groups: they must have the "
+                "same"
             )
         for axis in axes:
             other = self.taken.setdefault((axis.tensor, axis.dim), name)
             if other != name:
                 raise ValueError(
-                    f"dim {axis.dim} of {axis.tensor!r} is in units {other!r} and {name!r}: join them"
+                    f"dim {axis.dim} of {axis.tensor!r} is in units {other!r} and {name!r}: join "
+                    "them"
                 )
         return Units(
             name,
@@ -410,8 +428,10 @@ class _LayerReader:
                     else f"parameter {name!r}"
                 )
                 raise ValueError(
-                    f"{what} is in no producers or consumers, so that it would be left as it is while units around it "
-                    "are permuted. Name it (a parameter as UnitAxis), or put it into leave= if it has no part in them"
+                    f"{what} is in no producers or consumers, so that it would be left as it is "
+                    "while units around it "
+                    "are permuted. Name it (a parameter as UnitAxis), or put it into leave= if it "
+                    "has no part in them"
                 )
 
     def _module(self, units: str, name: Any) -> nn.Module:
@@ -441,8 +461,10 @@ class _LayerReader:
         if not local and (owns or role == "consumers"):
             more = f" of {module.groups} groups" if getattr(module, "groups", 1) != 1 else ""
             raise ValueError(
-                f"layer {name!r} among the {role} of units {units!r} is a {type(module).__name__}{more}, for which it "
-                "is not known where its units lie. Give UnitAxis(tensor, dim) instead, if it can be permuted"
+                f"layer {name!r} among the {role} of units {units!r} is a "
+                f"{type(module).__name__}{more}, for which it "
+                "is not known where its units lie. Give UnitAxis(tensor, dim) instead, if it can "
+                "be permuted"
             )
         prefix = f"{name}." if name else ""
         return [self._sized(units, size, UnitAxis(f"{prefix}{tensor}", dim)) for tensor, dim in local
@@ -452,7 +474,8 @@ class _LayerReader:
         """With `inner` made to fit, where it is open."""
         if axis.tensor not in self.tensors or axis.dim >= self.tensors[axis.tensor].dim():
             raise ValueError(
-                f"units {units!r} name dim {axis.dim} of {axis.tensor!r}, which the model does not have"
+                f"units {units!r} name dim {axis.dim} of {axis.tensor!r}, which the model does not "
+                "have"
             )
         length = self.tensors[axis.tensor].shape[axis.dim]
         owner = axis.tensor.rpartition(".")[0]
@@ -460,7 +483,8 @@ class _LayerReader:
         inner = length // (axis.outer * size) if axis.inner == 1 else axis.inner
         if axis.outer * size * inner != length:
             raise ValueError(
-                f"layer {axis.tensor.rpartition('.')[0]!r} has {length} channels in dim {axis.dim} of {axis.tensor!r}, "
+                f"layer {axis.tensor.rpartition('.')[0]!r} has {length} channels in dim {axis.dim} "
+                f"of {axis.tensor!r}, "
                 f"which cannot be the {size} units of {units!r}"
             )
         return UnitAxis(axis.tensor, axis.dim, axis.outer, inner)

@@ -89,7 +89,8 @@ def sample_truncated_normal(
     """
     if not (std > 0 and low < high and 0 <= low and high <= 1):
         raise ValueError(
-            f"a truncated normal on the path needs std > 0 and 0 <= low < high <= 1, got {std=}, {low=}, {high=}"
+            f"a truncated normal on the path needs std > 0 and 0 <= low < high <= 1, got {std=}, "
+            f"{low=}, {high=}"
         )
     lower, upper = ((torch.tensor(end, dtype=torch.float64) - mean) / std for end in (low, high))
     sign = 1.0
@@ -98,7 +99,8 @@ def sample_truncated_normal(
     first, last = torch.special.ndtr(lower), torch.special.ndtr(upper)
     if not last > first:
         raise ValueError(
-            f"[low, high] = [{low}, {high}] is too far from mean={mean} for std={std}: no mass is there"
+            f"[low, high] = [{low}, {high}] is too far from mean={mean} for std={std}: no mass is "
+            "there"
         )
     uniform = torch.rand(count, generator=generator, dtype=torch.float64)
     normal: Tensor = sign * torch.special.ndtri(torch.lerp(first, last, uniform))

@@ -75,7 +75,8 @@ def inputs_of(model: nn.Module, batch: Any) -> Tensor:
     x = batch[0] if isinstance(batch, tuple | list) else batch
     if not isinstance(x, Tensor):
         raise TypeError(
-            f"a batch must be a tensor of inputs or begin with one, got {type(x).__name__}: pass forward="
+            f"a batch must be a tensor of inputs or begin with one, got {type(x).__name__}: pass "
+            "forward="
         )
     parameter = next(model.parameters(), None)
     return x if parameter is None else x.to(parameter.device)
@@ -85,7 +86,8 @@ def require_repeatable(role: str, data: Iterable[Any]) -> None:
     """Raise TypeError for an iterator: the second time nothing would be left of it."""
     if iter(data) is data:
         raise TypeError(
-            f"{role} is an iterator, which can be gone through only once: pass a list or a DataLoader"
+            f"{role} is an iterator, which can be gone through only once: pass a list or a "
+            "DataLoader"
         )
 
 
@@ -126,7 +128,8 @@ def _averaging(named: Mapping[str, _NormBase]) -> Iterator[None]:
         size = len(x)
         if x.numel() == module.num_features:
             raise ValueError(
-                f"a batch gives {type(module).__name__} {names[module]!r} a single value per channel, which has no "
+                f"a batch gives {type(module).__name__} {names[module]!r} a single value per "
+                "channel, which has no "
                 "variance: use larger batches, and drop a last one of a single example"
             )
         if size and not seen.get(module):

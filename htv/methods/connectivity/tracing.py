@@ -70,7 +70,9 @@ SHAPES = frozenset(
 
 @dataclass(frozen=True)
 class _Place:
-    """Where units lie in a value: along `dim`, at (outer, size, inner), where inner follows from the dim's length."""
+    """Where units lie in a value: along `dim`, at (outer, size, inner), where inner follows from
+    the dim's length.
+    """
 
     dim: int
     units: int
@@ -135,7 +137,8 @@ def trace_permutations(
         graph = fx.symbolic_trace(model)
     except Exception as error:
         raise UnsupportedError(
-            f"torch.fx cannot trace the model ({type(error).__name__}: {error}): list its units by hand with "
+            f"torch.fx cannot trace the model ({type(error).__name__}: {error}): list its units by "
+            "hand with "
             "PermutationSpec.from_layers"
         ) from error
     follower = _Follower(graph, model)
@@ -191,7 +194,9 @@ class _Follower(fx.Interpreter):
 
     @staticmethod
     def _unite(first: _Set, second: _Set) -> None:
-        """Make the first one's units those of both: of two sizes, the pieces that hold whole units of each."""
+        """Make the first one's units those of both: of two sizes, the pieces that hold whole units
+        of each.
+        """
         if 1 not in (first.blocks, second.blocks) and first.blocks != second.blocks:
             first.refused = (
                 first.refused
@@ -325,7 +330,8 @@ class _Follower(fx.Interpreter):
             raise _Refusal(where)
         if isinstance(module, _ConvNd) and result.dim() != len(module.kernel_size) + 2:
             raise ValueError(
-                f"example must hold a batch in dim 0, but {where}, got one of shape {tuple(x.shape)}"
+                f"example must hold a batch in dim 0, but {where}, got one of shape "
+                f"{tuple(x.shape)}"
             )
         if produced_axes(module):
             self._consume(module, place, x, where)
@@ -498,7 +504,9 @@ class _Follower(fx.Interpreter):
         return first
 
     def _meet(self, source: fx.Node, place: _Place, result: Tensor) -> None:
-        """An operand without units: a parameter that gets them, one number for all of them, or something that pins."""
+        """An operand without units: a parameter that gets them, one number for all of them, or
+        something that pins.
+        """
         tensor = self.env[source]
         dim = place.dim - (result.dim() - tensor.dim())
         if dim < 0 or tensor.shape[dim] == 1:
@@ -516,7 +524,8 @@ class _Follower(fx.Interpreter):
                 owner = name.rpartition(".")[0]
                 kind = type(model.get_submodule(owner)).__name__
                 raise UnsupportedError(
-                    f"layer {owner!r}, a {kind}, was not reached by the forward, so what it would need permuted is not "
+                    f"layer {owner!r}, a {kind}, was not reached by the forward, so what it would "
+                    "need permuted is not "
                     "known: list the units by hand with PermutationSpec.from_layers(..., leave=)"
                 )
 
@@ -535,8 +544,10 @@ class _Follower(fx.Interpreter):
                 )
             if found.refused and on_unsupported == "error":
                 raise UnsupportedError(
-                    f"units of layer {found.name!r} cannot be followed through {found.refused}. Remedy: list the units "
-                    "by hand with PermutationSpec.from_layers, or leave these as they are with on_unsupported='pinned'"
+                    f"units of layer {found.name!r} cannot be followed through {found.refused}. "
+                    "Remedy: list the units "
+                    "by hand with PermutationSpec.from_layers, or leave these as they are with "
+                    "on_unsupported='pinned'"
                 )
             if found.size == 1:
                 found.pinned = (

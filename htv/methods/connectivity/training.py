@@ -74,7 +74,8 @@ def train_curve(
         raise ValueError(f"epochs must be at least 1, got {epochs}")
     if not path.trained:
         raise ValueError(
-            f"no control point of {type(path).__name__} is trained: pass trained=, or give it a middle"
+            f"no control point of {type(path).__name__} is trained: pass trained=, or give it a "
+            "middle"
         )
     mine = {id(p) for p in path.parameters() if p.requires_grad}
     if not any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):

@@ -12,7 +12,8 @@ from htv.ops.reference import compute_dtype
 class Factors:
     """Contributions c_e of E groups to one parameter.
 
-    shape:    the parameter's shape; `box` ranges over its first two dims (a missing one counts as size 1).
+    shape:    the parameter's shape; `box` ranges over its first two dims (a missing one counts as
+              size 1).
     count:    E.
     dtype:    the type contributions are computed in: float32 for half-precision factors.
     scratch:  bytes a slice of contributions may take.
@@ -31,7 +32,9 @@ class Factors:
         return ()
 
     def fill_block(self, rows: slice, columns: slice, out: Tensor) -> None:
-        """Write the contributions of a box of coordinates. out: (E, r, c, *shape[2:]) in `dtype`, contiguous."""
+        """Write the contributions of a box of coordinates. out: (E, r, c, *shape[2:]) in `dtype`,
+        contiguous.
+        """
         raise TypeError(f"{type(self).__name__} does not define write()")
 
     def contribution(self, group: int) -> Tensor:
@@ -56,7 +59,9 @@ class Factors:
 
 
 class StackedFactors(Factors):
-    """Contributions that are stored: small beside the activations they come from (biases, norms, positions)."""
+    """Contributions that are stored: small beside the activations they come from (biases, norms,
+    positions).
+    """
 
     def __init__(self, values: Tensor):
         """values: (E, *shape), one contribution per group."""

@@ -18,7 +18,9 @@ class GroupwiseFactors(Factors):
     scratch = limits.GROUPWISE_BYTES
 
     def __init__(self, inner: Factors, pull_back: Callable[[Tensor], Tensor], parameter: Tensor):
-        """pull_back: a linear map from tensors of the inner factors' shape to tensors of the parameter's."""
+        """pull_back: a linear map from tensors of the inner factors' shape to tensors of the
+        parameter's.
+        """
         self.inner, self.pull_back = inner, pull_back
         self.shape, self.count, self.device, self.dtype = (
             tuple(parameter.shape),
@@ -57,7 +59,9 @@ class ViewFactors(GroupwiseFactors):
 
     @staticmethod
     def of(inner: Factors, view: View, parameter: Tensor) -> Factors:
-        """Factors of the parameter; those of the view itself if it is the whole parameter, perhaps transposed."""
+        """Factors of the parameter; those of the view itself if it is the whole parameter, perhaps
+        transposed.
+        """
         if view == (tuple(parameter.shape), parameter.stride(), 0):
             return inner
         whole = (tuple(parameter.shape)[::-1], parameter.stride()[::-1], 0)

@@ -20,8 +20,9 @@ from htv.ops.reference import compute_dtype
 class ConvFactors(Factors):
     """Convolution weight of shape (O, C / conv_groups, *kernel), any number of spatial dims.
 
-    The S samples are sorted by group, and group e owns samples bounds[e]:bounds[e + 1]. Every position of the output is
-    a row of a linear layer whose input is the window of x seen from there: L rows for each sample.
+    The S samples are sorted by group, and group e owns samples bounds[e]:bounds[e + 1]. Every
+    position of the output is a row of a linear layer whose input is the window of x seen from
+    there: L rows for each sample.
     """
 
     sized = True
@@ -37,7 +38,9 @@ class ConvFactors(Factors):
         geometry: ConvGeometry,
         grouped_rows: GroupedRows,
     ):
-        """x: (S, C, *space) and grad_output: (S, O, *out_space), same dtype, their samples where `grouped_rows` says."""
+        """x: (S, C, *space) and grad_output: (S, O, *out_space), same dtype, their samples where
+        `grouped_rows` says.
+        """
         self.x, self.grad_output, self.bounds = (
             grouped_rows.front(x),
             grouped_rows.front(grad_output),
@@ -71,7 +74,9 @@ class ConvFactors(Factors):
 
     @property
     def folds_well(self) -> bool:
-        """Whether a convolution that takes samples for groups is the fastest way to their contributions (measured)."""
+        """Whether a convolution that takes samples for groups is the fastest way to their
+        contributions (measured).
+        """
         return self.positions >= 64 and self.device.type == "cpu"
 
     def fill_block(self, rows: slice, columns: slice, out: Tensor) -> None:
@@ -81,7 +86,8 @@ class ConvFactors(Factors):
             )
 
     def _segments(self, rows: slice) -> Iterator[tuple[slice, slice]]:
-        """Split a range of output channels into whole groups of the convolution, all at once, and parts of one group.
+        """Split a range of output channels into whole groups of the convolution, all at once, and
+        parts of one group.
 
         Yields (groups, output channels).
         """
@@ -137,7 +143,8 @@ class ConvFactors(Factors):
     def as_linear(self) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
         """The weight in blocks, each that of a linear layer: (rows, columns, x, grad_output).
 
-        x:            (S * L, taps * c), the windows of the block's c input channels; overwritten by the next.
+        x:            (S * L, taps * c), the windows of the block's c input channels; overwritten by
+                      the next.
         grad_output:  (S * L, r), of its r output channels.
 
         Both are bounded by WINDOW_BYTES, as long as `fits_linear`.
@@ -175,7 +182,9 @@ class ConvFactors(Factors):
         )
 
     def _windows(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """(S * L, taps * c): the windows of x (S, c, *space), if wanted written to the start of a flat tensor."""
+        """(S * L, taps * c): the windows of x (S, c, *space), if wanted written to the start of a
+        flat tensor.
+        """
         x, geometry = (
             x.movedim(1, -1),
             self.geometry,
@@ -231,7 +240,9 @@ class ConvFactors(Factors):
         return torch.cat(found)
 
     def projections(self, direction: Tensor) -> Tensor:
-        """As those of a linear layer: one forward of the convolution, with the direction for its weight."""
+        """As those of a linear layer: one forward of the convolution, with the direction for its
+        weight.
+        """
         geometry, none = self.geometry, [0] * len(self.kernel)
         each = torch.zeros(len(self.x), dtype=torch.float64, device=self.device)
         if len(self.x):
@@ -265,12 +276,16 @@ class ConvFactors(Factors):
 
 
 def _rounded(size: int, steps: tuple[int, ...]) -> int:
-    """The largest multiple of one of these steps, the first that fits, in a size; the size itself below them all."""
+    """The largest multiple of one of these steps, the first that fits, in a size; the size itself
+    below them all.
+    """
     return next((size // step * step for step in steps if size >= step), size)
 
 
 class ConvGeometry:
-    """Stride, (symmetric) padding and dilation per spatial dim, and the number of convolution groups."""
+    """Stride, (symmetric) padding and dilation per spatial dim, and the number of convolution
+    groups.
+    """
 
     def __init__(self, stride, padding, dilation, groups: int, dims: int):
         self.stride, self.padding, self.dilation = (

@@ -14,7 +14,9 @@ from htv.ops.reference import compute_dtype
 
 
 class EmbeddingFactors(Factors):
-    """Embedding table of shape (V, D): the contribution of a group to row v sums its output gradients at token v."""
+    """Embedding table of shape (V, D): the contribution of a group to row v sums its output
+    gradients at token v.
+    """
 
     def __init__(
         self,
@@ -26,7 +28,8 @@ class EmbeddingFactors(Factors):
     ):
         """ids: (R,) integers; grad_output: (R, D); group e owns rows bounds[e]:bounds[e + 1].
 
-        Rows of `padding_idx` get the id -1 and take no part; `padded` says whether there may be any.
+        Rows of `padding_idx` get the id -1 and take no part; `padded` says whether there may be
+        any.
         """
         if ids.device.type == "cpu":
             group_index = torch.repeat_interleave(bounds.diff())
@@ -70,7 +73,9 @@ class EmbeddingFactors(Factors):
 
     @functools.cached_property
     def lookups(self) -> tuple[Tensor, Tensor, Tensor]:
-        """ids, voter and grad_output without those of `padding_idx`. How many there are is read from the device."""
+        """ids, voter and grad_output without those of `padding_idx`. How many there are is read
+        from the device.
+        """
         if not self.padded:
             return self.ids, self.group_index, self.grad_output
         kept = (self.ids >= 0).nonzero().flatten()
@@ -134,7 +139,8 @@ class EmbeddingFactors(Factors):
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """Contributions to an embedding table by (token, group), sorted by both; every other contribution is zero.
+    """Contributions to an embedding table by (token, group), sorted by both; every other
+    contribution is zero.
 
     tokens and voter: (P,) int64, no pair twice; values: (P, D).
     """

@@ -18,7 +18,9 @@ class LinearFactors(Factors):
     """c_e = sum over e's rows r of grad_output[r, :, None] * x[r, None, :], shape (O, I)."""
 
     def __init__(self, x: Tensor, grad_output: Tensor, bounds: Tensor):
-        """x: (R, I) and grad_output: (R, O), the same dtype; group e owns rows bounds[e]:bounds[e + 1]."""
+        """x: (R, I) and grad_output: (R, O), the same dtype; group e owns rows bounds[e]:bounds[e +
+        1].
+        """
         self.x, self.grad_output, self.bounds, self.count = (
             x,
             grad_output,
@@ -102,7 +104,9 @@ class LinearFactors(Factors):
         return found
 
     def projections(self, direction: Tensor) -> Tensor:
-        """A row's is g_r . (direction x_r): one forward of the layer, with the direction for its weight."""
+        """A row's is g_r . (direction x_r): one forward of the layer, with the direction for its
+        weight.
+        """
         forward = self.x.to(self.dtype) @ direction.t()
         return segment_sum(
             (forward * self.grad_output).sum(dim=1, dtype=torch.float64), self.bounds
@@ -110,10 +114,14 @@ class LinearFactors(Factors):
 
 
 class BilinearFactors(Factors):
-    """c_e = sum over e's rows r of grad_output[r, :, None, None] * left[r, None, :, None] * right[r, None, None, :]."""
+    """c_e = sum over e's rows r of grad_output[r, :, None, None] * left[r, None, :, None] *
+    right[r, None, None, :].
+    """
 
     def __init__(self, left: Tensor, right: Tensor, grad_output: Tensor, bounds: Tensor):
-        """left: (R, I), right: (R, J), grad_output: (R, O), one dtype; group e owns rows bounds[e]:bounds[e + 1]."""
+        """left: (R, I), right: (R, J), grad_output: (R, O), one dtype; group e owns rows
+        bounds[e]:bounds[e + 1].
+        """
         self.left, self.right, self.grad_output, self.bounds = left, right, grad_output, bounds
         self.shape = (grad_output.shape[1], left.shape[1], right.shape[1])
         self.count, self.device, self.dtype = (
