@@ -147,11 +147,10 @@ class ContributionBuffer:
                 passes.outer[current] = born
             if passes.outer:
                 self._refuse_reentry(owner, current)
-        parts = self._parts.get(current)
-        if parts is None:
-            self._parts[current] = [factors]
+        if current in self._parts:
+            self._parts[current].append(factors)
         else:
-            parts.append(factors)
+            self._parts[current] = [factors]
 
     def _refuse_reentry(self, owner: BufferListener, current: int) -> None:
         """One outermost backward may apply the rule to a parameter once."""
@@ -375,10 +374,10 @@ class ParameterArgument:
         self.value, self.recorders = value, recorders
         if recorders is None:
             self.tokens = ()
-        elif len(recorders) == 1:
-            self.tokens = (recorders[0].token,)
-        else:
+        elif recorders[1:]:
             self.tokens = tuple([recorder.token for recorder in recorders])
+        else:
+            self.tokens = (recorders[0].token,)
 
     @property
     def is_served(self) -> bool:
@@ -417,7 +416,7 @@ class ParameterArgument:
         if recorders is not None:
             recorder = recorders[0]
             if (
-                len(recorders) > 1
+                recorders[1:]
                 or recorder.adapts
                 or type(recorder.buffer) is not ContributionBuffer
             ):

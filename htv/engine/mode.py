@@ -189,7 +189,7 @@ class ServingMode(TorchFunctionMode):
             return func(
                 *args, **kwargs
             )  # no tensor comes of it, or it is of a backward that the forward calls
-        if kwargs:
+        if kwargs and (not args or plain_name(func) in torch_ops.MULTIPLYING):
             args, kwargs = torch_ops.in_order(plain_name(func), args, kwargs)
         handler = handlers.HANDLERS.get(func)
         if handler is not None:

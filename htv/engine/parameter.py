@@ -153,7 +153,11 @@ class TrackedParameter(BufferListener):
                 if tracked is None or grad is None or tracked.refusal is not None:
                     return
                 current = torch._C._current_graph_task_id()
-                if tracked._delivered.pop(current, None) != (grad.data_ptr(), grad._version):
+                delivered, expected = tracked._delivered, None
+                if current in delivered:
+                    expected = delivered[current]
+                    del delivered[current]
+                if expected != (grad.data_ptr(), grad._version):
                     tracked.refuse_gradient(tracked._twice == current)
 
             self.hook = _hook_first(self.parameter, check)

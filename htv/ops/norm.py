@@ -40,7 +40,8 @@ def group_norm_backward(
     """
     dtype = compute_dtype(x.dtype)
     weight = mean.new_ones(x.shape[1]) if weight is None else weight
-    weight, mean, rstd = cast(weight, dtype), cast(mean, dtype), cast(rstd, dtype)
+    if weight.dtype != dtype or mean.dtype != dtype:
+        weight, mean, rstd = weight.to(dtype), mean.to(dtype), rstd.to(dtype)
     operator = _operator("group_norm_backward", x)
     if operator is not None and x.is_contiguous():
         operands = grad.contiguous(), x, weight, mean, rstd, needs_x

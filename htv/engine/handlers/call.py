@@ -56,7 +56,7 @@ class Call:
         else:
             self.arguments = arguments = dict(zip(signature.names, args, strict=True))
         self.x, self.layout = mode.input(arguments[x])
-        self._uses: list[tuple[str, Tensor | None, Mark | None, tuple[ParameterLike, ...]]] = []
+        self._uses: tuple[tuple, ...] = ()  # name, argument, its mark, the parameters behind it
         self.tracked: tuple[ParameterLike, ...] = ()
         own = mode.own
         for name in parameters:
@@ -70,7 +70,7 @@ class Call:
                     for owner in owners:
                         if owner not in self.tracked:
                             self.tracked += (owner,)
-            self._uses.append((name, parameter, mark, owners))
+            self._uses = (*self._uses, (name, parameter, mark, owners))
         self.applicable = bool(
             self.tracked and torch.is_grad_enabled() and isinstance(self.layout, OfBatch)
         )
@@ -111,7 +111,8 @@ class Call:
             else:
                 use = f"{self.kind} (computed)"
             for owner in owners:
-                owner.uses.add(use)
+                if use not in owner.uses:
+                    owner.uses.add(use)
             if is_own:
                 arguments.append(
                     ParameterArgument(
