@@ -15,6 +15,7 @@ import htv
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "extending.md"
 COPIED = ("htv", "triton_kernels", "docs", "setup.py", "pyproject.toml")
+IGNORED = shutil.ignore_patterns("__pycache__", "results")
 EDIT = re.compile(
     r"^\*\*`(?P<file>[^`]+)`\*\*, (?P<where>above|below|at the end|a new file)"
     r"( (?P<ticks>`{1,2}) ?(?P<anchor>.+?) ?(?P=ticks)(?!`))?:\n\n```\w+\n(?P<text>.*?)^```$",
@@ -65,11 +66,10 @@ def apply(edit: Edit, tree: Path) -> None:
 @pytest.fixture
 def tree(tmp_path):
     """A copy of what the recipes edit, with the compiled library where there is one."""
-    ignored = shutil.ignore_patterns("__pycache__", "results")
     for name in COPIED:
         source = ROOT / name
         if source.is_dir():
-            shutil.copytree(source, tmp_path / name, ignore=ignored)
+            shutil.copytree(source, tmp_path / name, ignore=IGNORED)
         elif source.exists():
             shutil.copy2(source, tmp_path / name)
     for library in Path(htv.__file__).parent.glob("_*.so"):
@@ -128,6 +128,77 @@ def test_a_kernel(tree):
         "print('\\n'.join(map(str, registry.by_op().items())))"
     )
     assert "('norm_sums', {'cpp': 'yes', 'cuda': '-', 'triton': 'yes'})" in run(tree, "-c", program)
+
+
+NEW_LAYER = """
+import torch
+from torch import nn
+import htv
+
+class Convolution(nn.Module):  # over time, T first
+    def __init__(self):
+        super().__init__()
+        self.w, self.b = nn.Parameter(torch.randn(3, 6, 5)), nn.Parameter(torch.randn(5))
+        self.head = nn.Linear(5, 2)
+
+    def forward(self, x):
+        return self.head(torch.conv_tbc(x, self.w, self.b, 1))
+
+torch.manual_seed(0)
+model, x = Convolution(), torch.randn(4, 7, 6)
+for rule in (htv.AndMask(0.4), htv.Median(), htv.WinsorizedMean(1)):
+    assert htv.check(model, x, rule, batch_dim=1).groups == 7
+    assert htv.check(model, x, rule, batch_dim=1, groups=torch.arange(7) % 3).groups == 3
+assert htv.check(model, x, htv.Median(), batch_dim=1, exclude=("w", "b")).parameters == 4
+assert htv.check(model, x, htv.Median(), batch_dim=1, exclude="b").parameters == 4
+try:
+    htv.check(model, x, htv.Median())  # the batch in time's place
+except htv.UnsupportedError as error:
+    assert "conv_tbc" in str(error)
+else:
+    raise AssertionError("examples along time were not refused")
+row = htv.explain(model, x, batch_dim=1).rows[0]
+print(htv.__file__, row.parameter, row.use)
+"""
+
+
+def test_a_layer(tree):
+    edits = recipe("A layer")
+    assert {edit.file for edit in edits} == {
+        "htv/engine/handlers/conv_tbc.py", "tests/layer_table.py",
+    }  # fmt: skip
+    shutil.copytree(ROOT / "tests", tree / "tests", ignore=IGNORED)
+    supported = tree / "docs" / "supported.md"
+    before = supported.read_text()
+    with pytest.raises(AssertionError, match="parameter 'w', 'b' is used by conv_tbc"):
+        run(tree, "-c", NEW_LAYER)
+    for edit in edits:
+        apply(edit, tree)
+    found = run(tree, "-c", NEW_LAYER)
+    assert f"{tree / 'htv'}" in found and found.endswith(" w conv_tbc\n")
+    run(tree, "tests/supported.py")
+    lines = set(supported.read_text().splitlines()) - set(before.splitlines())
+    assert lines == {"| conv_tbc | served exactly | test_layers.py::test_layer |"}
+    command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "conv_tbc or supported")
+    assert re.search(r"^\d\d passed", run(tree, *command, "tests/test_layers.py"), re.MULTILINE)
+
+
+def test_what_is_registered_twice_is_refused():
+    import torch
+
+    from htv.engine import handlers
+    from htv.engine.handlers.call import handles
+    from htv.ops.factors import StackedFactors
+
+    before = [dict(table) for table in (handlers.HANDLERS, handlers.FACTORS, handlers.USES)]
+    for registration, words in (
+        (handles(torch.nn.functional.linear), "function linear|built-in.* linear"),
+        (handles(uses={"linear": StackedFactors}), "'linear' is registered already"),
+        (handles(modules={torch.nn.Linear: "embedding"}), "Linear'> is registered already"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            registration(lambda mode, func, args, kwargs: NotImplemented)
+    assert before == [handlers.HANDLERS, handlers.FACTORS, handlers.USES]
 
 
 def test_a_rule_of_ones_own_outside_of_htv():

@@ -12,69 +12,14 @@ from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from htv.attach import attach
+from htv.engine.handlers import FACTORS, USES
 from htv.ops import dispatch
-from htv.ops.factors import (
-    BilinearFactors,
-    ConvFactors,
-    EmbeddingFactors,
-    Factors,
-    GroupwiseFactors,
-    LinearFactors,
-    StackedFactors,
-)
+from htv.ops.factors import Factors, GroupwiseFactors, StackedFactors
 from htv.rules import AndMask, Median, Rule
 
 __all__ = ["Explanation", "Row", "explain"]
 
-# The kinds of use layers note, by the factors they record. " bias" and " (computed)" are added to
-# them.
-FACTORS: dict[str, type[Factors]] = {
-    "linear": LinearFactors,
-    "bilinear": BilinearFactors,
-    "conv1d": ConvFactors,
-    "conv2d": ConvFactors,
-    "conv3d": ConvFactors,
-    "conv_transpose1d": ConvFactors,
-    "conv_transpose2d": ConvFactors,
-    "conv_transpose3d": ConvFactors,
-    "embedding": EmbeddingFactors,
-    "layer_norm": StackedFactors,
-    "group_norm": StackedFactors,
-    "elementwise": StackedFactors,
-}
 COMPUTED = " (computed)"
-
-USES: dict[type[nn.Module], str] = {
-    nn.Linear: "linear",
-    nn.Bilinear: "bilinear",
-    nn.Conv1d: "conv1d",
-    nn.Conv2d: "conv2d",
-    nn.Conv3d: "conv3d",
-    nn.ConvTranspose1d: "conv_transpose1d",
-    nn.ConvTranspose2d: "conv_transpose2d",
-    nn.ConvTranspose3d: "conv_transpose3d",
-    nn.Embedding: "embedding",
-    nn.EmbeddingBag: "embedding",
-    nn.LayerNorm: "layer_norm",
-    nn.GroupNorm: "group_norm",
-    nn.RMSNorm: "elementwise",
-    nn.InstanceNorm1d: "elementwise",
-    nn.InstanceNorm2d: "elementwise",
-    nn.InstanceNorm3d: "elementwise",
-    nn.BatchNorm1d: "elementwise",
-    nn.BatchNorm2d: "elementwise",
-    nn.BatchNorm3d: "elementwise",
-    nn.PReLU: "elementwise",
-    nn.MultiheadAttention: "linear",
-    nn.LSTM: "linear",
-    nn.GRU: "linear",
-    nn.RNN: "linear",
-    nn.LSTMCell: "linear",
-    nn.GRUCell: "linear",
-    nn.RNNCell: "linear",
-}
-
-
 Uses = dict[str, tuple[list[str], str | None]]  # by parameter: kinds of use, and why none is served
 RULES = AndMask(0.5), Median()  # one that streams, one that ranks
 
@@ -254,8 +199,8 @@ def _base(module: nn.Module) -> type[nn.Module] | None:
 
 
 def _kind(module: nn.Module, name: str, parameter: nn.Parameter) -> str | None:
-    """How a module uses its parameter; a layer's bias is told from its weight, as `htv.layers` does
-    when it runs.
+    """How a module uses its parameter; a layer's bias is told from its weight, as the handlers
+    do when it runs.
     """
     base = _base(module)
     if base is None:

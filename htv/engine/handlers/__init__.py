@@ -1,23 +1,16 @@
 """The torch functions htv serves, by kind, one handler each.
 
-To serve another one, write a handler in the file of its kind, decorated by `handles` of
-`htv.engine.handlers.call`.
+Every module of this package is imported. To serve another function, write a module with its
+handler, decorated by `handles` of `htv.engine.handlers.call`: docs/extending.md has a recipe.
 """
 
-from htv.engine.handlers import (
-    activation,
-    attention,
-    conv,
-    embedding,
-    linear,
-    norm,
-    products,
-    recurrent,
-)
-from htv.engine.handlers.call import HANDLERS
+import importlib
+import pkgutil
+
+from htv.engine.handlers.call import FACTORS, HANDLERS, USES
 from htv.engine.handlers.norm import batch_norm_refusal
 
-__all__ = [
-    "HANDLERS", "activation", "attention", "batch_norm_refusal", "conv", "embedding", "linear", "norm", "products",
-    "recurrent",
-]  # fmt: skip
+__all__ = ["FACTORS", "HANDLERS", "USES", "batch_norm_refusal"]
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

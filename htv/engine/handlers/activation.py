@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from htv.engine.handlers.call import Call, handles, refuse_rows, signature
 from htv.engine.protocols import ModeLike
@@ -11,7 +12,7 @@ from htv.engine.protocols import ModeLike
 _PRELU = signature("input, weight")
 
 
-@handles(F.prelu, torch.prelu)
+@handles(F.prelu, torch.prelu, modules={nn.PReLU: "elementwise"})
 def _prelu(mode: ModeLike, func, args, kwargs):
     call = Call(mode, "prelu", _PRELU, args, kwargs, "input", "weight")
     if not call.applicable:

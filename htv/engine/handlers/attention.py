@@ -7,6 +7,7 @@ from __future__ import annotations
 import types
 
 import torch.nn.functional as F
+from torch import nn
 
 from htv.engine.handlers.call import Operands, Signature, handles
 from htv.engine.protocols import ModeLike
@@ -26,7 +27,7 @@ _in_python = types.FunctionType(
 _MULTI_HEAD = Signature.of(F.multi_head_attention_forward)
 
 
-@handles(F.multi_head_attention_forward)
+@handles(F.multi_head_attention_forward, modules={nn.MultiheadAttention: "linear"})
 def _multi_head_attention(mode: ModeLike, func, args, kwargs):
     bound = _MULTI_HEAD.bind(args, kwargs)
     tensors = (bound[name] for name in ("query", "key", "value"))

@@ -1,4 +1,4 @@
-"""What all served layers share: the table of servers, and a call as they see it.
+"""What all served layers share: the tables they register in, and a call as they see it.
 
 A server gets the serving mode and the call; it returns the layer's output, or NotImplemented to let
 the call be judged like any other (no served parameter in it, or an input that is not the batch's).
@@ -7,28 +7,53 @@ the call be judged like any other (no served parameter in it, or an input that i
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from htv.autograd.aggregation import ParameterArgument
 from htv.engine.protocols import ModeLike, ParameterLike
 from htv.engine.provenance import FromParameters, Mark, OfBatch
 from htv.errors import UnsupportedError
 from htv.groups import BatchLayout, GroupedRows
+from htv.ops.factors import Factors, StackedFactors
 
 HANDLERS: dict[Callable, Callable] = {}
+# The kinds of use layers note, by the factors they record. " bias" and " (computed)" are added to
+# them. The mode itself notes the elementwise ones.
+FACTORS: dict[str, type[Factors]] = {"elementwise": StackedFactors}
+USES: dict[type[nn.Module], str] = {}  # the kind of use that a class of modules makes of its weight
 
 
-def handles(*functions: Callable):
-    """Register the decorated server for torch functions."""
+def handles(
+    *functions: Callable,
+    uses: Mapping[str, type[Factors]] | None = None,
+    modules: Mapping[type[nn.Module], str] | None = None,
+):
+    """Register the decorated server for torch functions.
+
+    uses:     the kinds of use the server notes, and the factors it records for each.
+    modules:  torch's modules that call the functions, and the kind of use each makes of its weight.
+
+    The last two tell `htv.explain` what to expect. ValueError where somebody else registered a
+    function, a kind or a module as something else.
+    """
 
     def register(server):
-        HANDLERS.update(dict.fromkeys(functions, server))
+        _register(HANDLERS, dict.fromkeys(functions, server))
+        _register(FACTORS, uses or {})
+        _register(USES, modules or {})
         return server
 
     return register
+
+
+def _register(table: dict, rows: Mapping[Any, Any]) -> None:
+    for key, value in rows.items():
+        if table.setdefault(key, value) != value:
+            raise ValueError(f"{key!r} is registered already, as {table[key]!r}")
 
 
 class Call:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import torch.nn.functional as F
+from torch import nn
 
 from htv.autograd.aggregation import ParameterArgument
 from htv.autograd.conv import conv, conv_transpose
 from htv.engine.handlers.call import Call, handles, signature
 from htv.engine.protocols import ModeLike
+from htv.ops.factors import ConvFactors
 
 _CONV = signature("input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1")
 _CONV_TRANSPOSE = signature(
@@ -15,7 +17,13 @@ _CONV_TRANSPOSE = signature(
 )
 
 
-@handles(F.conv1d, F.conv2d, F.conv3d)
+@handles(
+    F.conv1d,
+    F.conv2d,
+    F.conv3d,
+    uses=dict.fromkeys(("conv1d", "conv2d", "conv3d"), ConvFactors),
+    modules={nn.Conv1d: "conv1d", nn.Conv2d: "conv2d", nn.Conv3d: "conv3d"},
+)
 def _conv(mode: ModeLike, func, args, kwargs):
     call = Call(mode, func.__name__, _CONV, args, kwargs, "input", "weight", "bias")
     arguments = _enter_images(call) if call.applicable else None
@@ -35,7 +43,17 @@ def _conv(mode: ModeLike, func, args, kwargs):
     )
 
 
-@handles(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+@handles(
+    F.conv_transpose1d,
+    F.conv_transpose2d,
+    F.conv_transpose3d,
+    uses=dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), ConvFactors),
+    modules={
+        nn.ConvTranspose1d: "conv_transpose1d",
+        nn.ConvTranspose2d: "conv_transpose2d",
+        nn.ConvTranspose3d: "conv_transpose3d",
+    },
+)
 def _conv_transpose(mode: ModeLike, func, args, kwargs):
     call = Call(mode, func.__name__, _CONV_TRANSPOSE, args, kwargs, "input", "weight", "bias")
     arguments = _enter_images(call) if call.applicable else None

@@ -6,7 +6,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from htv.autograd.embedding import embedding
 from htv.autograd.from_parameters import Lookup
@@ -14,12 +14,13 @@ from htv.engine.handlers.call import Call, Signature, behind, handles, stands_al
 from htv.engine.protocols import ModeLike
 from htv.engine.provenance import Constant, FromParameters, Lost
 from htv.errors import UnsupportedError
+from htv.ops.factors import EmbeddingFactors
 
 _EMBEDDING = Signature.of(F.embedding)
 _EMBEDDING_BAG = Signature.of(F.embedding_bag)
 
 
-@handles(F.embedding)
+@handles(F.embedding, uses={"embedding": EmbeddingFactors}, modules={nn.Embedding: "embedding"})
 def _embedding(mode: ModeLike, func, args, kwargs):
     call = Call(mode, "embedding", _EMBEDDING, args, kwargs, "input", "weight")
     ids, padding_idx = call.x, call["padding_idx"]
@@ -71,7 +72,7 @@ def _embedding_of_constants(mode: ModeLike, func, args, kwargs, call: Call):
     return rows
 
 
-@handles(F.embedding_bag)
+@handles(F.embedding_bag, modules={nn.EmbeddingBag: "embedding"})
 def _embedding_bag(mode: ModeLike, func, args, kwargs):
     call = Call(mode, "embedding_bag", _EMBEDDING_BAG, args, kwargs, "input", "weight")
     _refuse_options(call, "max_norm", "scale_grad_by_freq", "sparse")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from htv.autograd.from_parameters import Projection
 from htv.autograd.linear import bilinear, linear
@@ -12,12 +13,13 @@ from htv.engine.protocols import ModeLike
 from htv.engine.provenance import Constant, FromParameters
 from htv.errors import UnsupportedError
 from htv.groups import BatchLayout
+from htv.ops.factors import BilinearFactors, LinearFactors
 
 _LINEAR = signature("input, weight, bias=None")
 _BILINEAR = signature("input1, input2, weight, bias=None")
 
 
-@handles(F.linear)
+@handles(F.linear, uses={"linear": LinearFactors}, modules={nn.Linear: "linear"})
 def _linear(mode: ModeLike, func, args, kwargs):
     call = Call(mode, "linear", _LINEAR, args, kwargs, "input", "weight", "bias")
     if call.tracked and isinstance(call.layout, Constant) and torch.is_grad_enabled():
@@ -46,7 +48,7 @@ def _linear(mode: ModeLike, func, args, kwargs):
     )
 
 
-@handles(F.bilinear)
+@handles(F.bilinear, uses={"bilinear": BilinearFactors}, modules={nn.Bilinear: "bilinear"})
 def _bilinear(mode: ModeLike, func, args, kwargs):
     call = Call(mode, "bilinear", _BILINEAR, args, kwargs, "input1", "weight", "bias")
     right = call["input2"]

@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from htv.autograd.norm import group_norm, layer_norm
 from htv.engine.handlers.call import Call, Signature, handles, refuse_rows, signature
 from htv.engine.protocols import ModeLike
 from htv.engine.provenance import OfBatch
 from htv.errors import UnsupportedError
+from htv.ops.factors import StackedFactors
 
 _LAYER_NORM = Signature.of(F.layer_norm)
 _GROUP_NORM = Signature.of(F.group_norm)
@@ -24,7 +25,7 @@ _TORCH_BATCH_NORM = signature(
 )
 
 
-@handles(F.layer_norm)
+@handles(F.layer_norm, uses={"layer_norm": StackedFactors}, modules={nn.LayerNorm: "layer_norm"})
 def _layer_norm(mode: ModeLike, func, args, kwargs):
     call = Call(mode, "layer_norm", _LAYER_NORM, args, kwargs, "input", "weight", "bias")
     shape = tuple(call["normalized_shape"])
@@ -36,7 +37,7 @@ def _layer_norm(mode: ModeLike, func, args, kwargs):
     )
 
 
-@handles(F.group_norm)
+@handles(F.group_norm, uses={"group_norm": StackedFactors}, modules={nn.GroupNorm: "group_norm"})
 def _group_norm(mode: ModeLike, func, args, kwargs):
     call = Call(mode, "group_norm", _GROUP_NORM, args, kwargs, "input", "weight", "bias")
     arguments = call.enter(features=call.x.dim() - 1, rows=False) if call.applicable else None
@@ -53,7 +54,7 @@ def _group_norm(mode: ModeLike, func, args, kwargs):
     )
 
 
-@handles(F.rms_norm, torch.rms_norm)
+@handles(F.rms_norm, torch.rms_norm, modules={nn.RMSNorm: "elementwise"})
 def _rms_norm(mode: ModeLike, func, args, kwargs):
     call = Call(mode, "rms_norm", _RMS_NORM, args, kwargs, "input", "weight")
     if not call.applicable:
@@ -64,7 +65,10 @@ def _rms_norm(mode: ModeLike, func, args, kwargs):
     return mode.general(torch.mul, (normalised, call["weight"]), {})
 
 
-@handles(F.instance_norm)
+@handles(
+    F.instance_norm,
+    modules=dict.fromkeys((nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d), "elementwise"),
+)
 def _instance_norm(mode: ModeLike, func, args, kwargs):
     call = Call(mode, "instance_norm", _INSTANCE_NORM, args, kwargs, "input", "weight", "bias")
     if not call.applicable:
@@ -81,7 +85,10 @@ def _instance_norm(mode: ModeLike, func, args, kwargs):
     return _affine(mode, call, mode.general(F.instance_norm, (call.x,), without))
 
 
-@handles(F.batch_norm)
+@handles(
+    F.batch_norm,
+    modules=dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), "elementwise"),
+)
 def _batch_norm(mode: ModeLike, func, args, kwargs):
     call = Call(mode, "batch_norm", _BATCH_NORM, args, kwargs, "input", "weight", "bias")
     if not torch.is_grad_enabled() or not isinstance(mode.mark(call.x), OfBatch):

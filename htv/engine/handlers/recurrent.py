@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from htv.engine.handlers.call import behind, handles
 from htv.engine.protocols import ModeLike
@@ -57,6 +57,14 @@ STEPS: dict[str, Cell] = {
     "gru": _gru_step,
     "rnn_tanh": _tanh_step,
     "rnn_relu": _relu_step,
+}
+
+
+MODULES: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {  # the layer and the cell
+    "lstm": (nn.LSTM, nn.LSTMCell),
+    "gru": (nn.GRU, nn.GRUCell),
+    "rnn_tanh": (nn.RNN, nn.RNNCell),
+    "rnn_relu": (nn.RNN, nn.RNNCell),
 }
 
 
@@ -260,9 +268,10 @@ def _require_place(mode: ModeLike, kind: str, x: Tensor, dim: int) -> BatchLayou
 
 def _register() -> None:
     for kind, step in STEPS.items():
-        layer, cell = _server(kind, step)
-        handles(getattr(torch, kind))(layer)
-        handles(getattr(torch, f"{kind}_cell"))(cell)
+        functions = getattr(torch, kind), getattr(torch, f"{kind}_cell")
+        servers = _server(kind, step)
+        for function, server, module in zip(functions, servers, MODULES[kind], strict=True):
+            handles(function, modules={module: "linear"})(server)
 
 
 _register()
