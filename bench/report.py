@@ -65,7 +65,10 @@ def machine(record: dict) -> str:
     libraries = ", ".join(
         f"{name} {version}" for name, version in versions.items() if version != "not installed"
     )
-    return f"{record['date'][:10]}, {facts['cpu']}, {facts['threads']} threads, {facts['cpu_capability']}, {libraries}"
+    return (
+        f"{record['date'][:10]}, {facts['cpu']}, {facts['threads']} threads, "
+        f"{facts['cpu_capability']}, {libraries}"
+    )
 
 
 def _of_kind(record: dict, kind: str, with_axis: bool = False) -> dict[str, dict]:

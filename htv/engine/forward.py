@@ -18,8 +18,8 @@ from htv.errors import UnsupportedError
 __all__ = ["ForwardStandIn"]
 
 LIKE_A_FUNCTION = (
-    "__annotations__", "__closure__", "__code__", "__defaults__", "__globals__", "__kwdefaults__", "__name__",
-    "__qualname__",
+    "__annotations__", "__closure__", "__code__", "__defaults__", "__globals__", "__kwdefaults__",
+    "__name__", "__qualname__",
 )  # fmt: skip
 EXPORTING = (
     "an attached model cannot be exported or scripted ({}): what htv adds is no part of a graph "

@@ -42,16 +42,17 @@ MOST_NODES = 100_000
 
 # Nodes by the name of their operation; those of elementwise operations need no entry.
 ALIASES = {
-    "to_copy": "to", "native_dropout": "dropout", "unsafe_view": "view", "reshape_alias": "view", "t": "permute",
-    "select": "select", "slice": "narrow", "unsafe_split": "split", "split_with_sizes": "split", "linalg_vector_norm":
-    "norm", "native_layer_norm": "layer_norm", "fused_rms_norm": "rms_norm", "constant_pad_nd": "pad",
+    "to_copy": "to", "native_dropout": "dropout", "unsafe_view": "view", "reshape_alias": "view",
+    "t": "permute", "select": "select", "slice": "narrow", "unsafe_split": "split",
+    "split_with_sizes": "split", "linalg_vector_norm": "norm",
+    "native_layer_norm": "layer_norm", "fused_rms_norm": "rms_norm", "constant_pad_nd": "pad",
     "special_expit": "sigmoid", "fused_dropout": "dropout",
 }  # fmt: skip
 SHAPED = {"view", "squeeze", "expand"}  # what they do shows in the shapes
 ALONG = {
-    "softmax", "log_softmax", "cumsum", "cumprod", "logcumsumexp", "select", "narrow", "split", "unbind", "unsqueeze",
-    "sum", "nansum", "mean", "amax", "amin", "max", "min", "var", "std", "prod", "logsumexp", "norm", "median", "glu",
-    "sort", "topk",
+    "softmax", "log_softmax", "cumsum", "cumprod", "logcumsumexp", "select", "narrow", "split",
+    "unbind", "unsqueeze", "sum", "nansum", "mean", "amax", "amin", "max", "min", "var", "std",
+    "prod", "logsumexp", "norm", "median", "glu", "sort", "topk",
 }  # fmt: skip
 
 

@@ -51,12 +51,14 @@ BORROWING = {"type_as", "to", "expand_as", "view_as", "reshape_as"}
 # it.
 QUESTIONS = {
     *(getattr(Tensor, name).__get__ for name in (
-        "shape", "dtype", "device", "ndim", "requires_grad", "layout", "is_leaf", "grad_fn", "is_cuda", "is_cpu",
-        "is_meta", "is_sparse", "is_nested", "is_quantized", "_version", "output_nr", "itemsize", "nbytes",
+        "shape", "dtype", "device", "ndim", "requires_grad", "layout", "is_leaf", "grad_fn",
+        "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_nested", "is_quantized", "_version",
+        "output_nr", "itemsize", "nbytes",
     )),
     *(getattr(Tensor, name) for name in (
-        "size", "dim", "ndimension", "numel", "nelement", "stride", "element_size", "is_floating_point", "is_complex",
-        "is_contiguous", "storage_offset", "get_device", "is_inference", "__len__",
+        "size", "dim", "ndimension", "numel", "nelement", "stride", "element_size",
+        "is_floating_point", "is_complex", "is_contiguous", "storage_offset", "get_device",
+        "is_inference", "__len__",
     )),
     torch.numel, torch.is_floating_point, torch.is_complex,
 }  # fmt: skip
@@ -373,7 +375,10 @@ class ServingMode(TorchFunctionMode):
         if not isinstance(mark, BatchLayout):
             return f"its input of shape {tuple(x.shape)} was not computed from the batch"
         if mark.dim >= x.dim() - features:
-            return f"the batch is in dim {mark.dim} of its input of shape {tuple(x.shape)}, which this layer mixes"
+            return (
+                f"the batch is in dim {mark.dim} of its input of shape {tuple(x.shape)}, which "
+                "this layer mixes"
+            )
         return None
 
     def refuse(self, op: str, parameters: tuple[ParameterLike, ...], why: str) -> None:
@@ -498,8 +503,11 @@ class ServingMode(TorchFunctionMode):
             replaced = self._expand_operands(func, name, args, kwargs, tensors, marks, parameters)
             return func(*args, **kwargs) if replaced is None else func(*replaced[0], **replaced[1])
         if any(isinstance(m, Plain) for m in marks):
-            why = "it is combined with something that keeps its plain gradient, an excluded parameter or an input that "
-            self.refuse(name, parameters, f"{why}is not of the batch; exclude both or neither")
+            why = (
+                "it is combined with something that keeps its plain gradient, an excluded "
+                "parameter or an input that is not of the batch; exclude both or neither"
+            )
+            self.refuse(name, parameters, why)
         return func(*args, **kwargs)
 
     def _expand_operands(self, func, name, args, kwargs, tensors, marks, parameters):
@@ -538,7 +546,10 @@ class ServingMode(TorchFunctionMode):
             or lost
             or not (batch_size == 1 or all(p.same(layouts[0][1], batch_size) for _, p in layouts))
         ):
-            why = f"of the other operands, of shapes {shapes}, it is not known which part belongs to which example: "
+            why = (
+                f"of the other operands, of shapes {shapes}, it is not known which part belongs to "
+                "which example: "
+            )
             for mark in losses:
                 self.session.note_loss(mark)
             blame = (
@@ -570,7 +581,10 @@ class ServingMode(TorchFunctionMode):
             if _tracked(tensor, mark):
                 copies[id(tensor)] = found = self._copies(tensor, mark, ndim, beside, layout)
                 if found is None:
-                    why = f"its shape {tuple(tensor.shape)} varies along dim {layout.dim}, the batch's, of {shapes}"
+                    why = (
+                        f"its shape {tuple(tensor.shape)} varies along dim {layout.dim}, the "
+                        f"batch's, of {shapes}"
+                    )
                     return self.refuse(name, mark.parameters, why)
         return replace_tensors(args, copies), replace_tensors(kwargs, copies)
 

@@ -74,27 +74,28 @@ ROWWISE = _names(
 )
 # How many dims at the end some of them may mix; the others need the batch in dim 0.
 KEEPS_LAST = {
-    "layer_norm": 1, "rms_norm": 1, "linear": 1, "bilinear": 1, "pad": 1, "embedding": 0, "one_hot": 0, "tril": 2,
-    "triu": 2, "view_as_real": 0, "view_as_complex": 1,
+    "layer_norm": 1, "rms_norm": 1, "linear": 1, "bilinear": 1, "pad": 1, "embedding": 0,
+    "one_hot": 0, "tril": 2, "triu": 2, "view_as_real": 0, "view_as_complex": 1,
 }  # fmt: skip
 
 # Operations along dims, which keep the number of dims: where the dim stands after the tensor, and
 # its default.
 ALONG = {
     "softmax": (0, None), "log_softmax": (0, None), "softmin": (0, None), "gumbel_softmax": (3, -1),
-    "cumsum": (0, None), "cumprod": (0, None), "cummax": (0, None), "cummin": (0, None), "logcumsumexp": (0, None),
-    "flip": (0, None), "roll": (1, None), "sort": (0, -1), "argsort": (0, -1), "topk": (1, -1), "gather": (0, None),
-    "index_select": (0, None), "index_fill": (0, None), "take_along_dim": (1, None),
-    "chunk": (1, 0), "split": (1, 0), "split_with_sizes": (1, 0), "tensor_split": (1, 0), "narrow": (0, None),
-    "normalize": (1, 1), "glu": (0, -1), "repeat_interleave": (1, None), "diff": (1, -1),
-    "unfold": (0, None),
+    "cumsum": (0, None), "cumprod": (0, None), "cummax": (0, None), "cummin": (0, None),
+    "logcumsumexp": (0, None), "flip": (0, None), "roll": (1, None), "sort": (0, -1),
+    "argsort": (0, -1), "topk": (1, -1), "gather": (0, None), "index_select": (0, None),
+    "index_fill": (0, None), "take_along_dim": (1, None), "chunk": (1, 0), "split": (1, 0),
+    "split_with_sizes": (1, 0), "tensor_split": (1, 0), "narrow": (0, None), "normalize": (1, 1),
+    "glu": (0, -1), "repeat_interleave": (1, None), "diff": (1, -1), "unfold": (0, None),
 }  # fmt: skip
 
 # Reductions: where the dims stand after the tensor.
 REDUCING = {
-    "sum": 0, "nansum": 0, "mean": 0, "nanmean": 0, "amax": 0, "amin": 0, "max": 0, "min": 0, "median": 0, "std": 0,
-    "var": 0, "prod": 0, "logsumexp": 0, "argmax": 0, "argmin": 0, "any": 0, "all": 0, "norm": 1, "vector_norm": 1,
-    "linalg_norm": 1, "linalg_vector_norm": 1, "cosine_similarity": 1, "count_nonzero": 0,
+    "sum": 0, "nansum": 0, "mean": 0, "nanmean": 0, "amax": 0, "amin": 0, "max": 0, "min": 0,
+    "median": 0, "std": 0, "var": 0, "prod": 0, "logsumexp": 0, "argmax": 0, "argmin": 0, "any": 0,
+    "all": 0, "norm": 1, "vector_norm": 1, "linalg_norm": 1, "linalg_vector_norm": 1,
+    "cosine_similarity": 1, "count_nonzero": 0,
 }  # fmt: skip
 
 PERMUTING = _names("transpose swapaxes swapdims permute movedim moveaxis t T mT H mH adjoint")

@@ -112,7 +112,8 @@ class TracedMode(ServingMode):
         why = super().why_not_batch(x, mark, features)
         return (
             why
-            and f"{why} (or one that picks rows by the values of a tensor, which torch.compile does not have)"
+            and f"{why} (or one that picks rows by the values of a tensor, which torch.compile "
+            "does not have)"
         )
 
 
