@@ -443,7 +443,10 @@ def _ranked(factors, statistic, value, choice):
     for (first, last), box in boxes(factors, splits):
         top, left, height, width = box
         some = factors.part(first, last)
-        config = choice[0] if choice else configs.choose(some.problem(1 if buckets else 0), 1)[0]
+        if choice:
+            config = choice[0]
+        else:
+            config = configs.choose(some.problem(1 if buckets else 0), 1)[0]
         size = (last - first) * height * width
         scratch = scratch if scratch.numel() >= splits * size else value.new_empty(splits * size)
         launch(some, box, scratch, scratch, result, found, statistic, config, splits)

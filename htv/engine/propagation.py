@@ -241,7 +241,11 @@ def _permuted(op: Operation, tensor: Tensor, mark: BatchLayout) -> BatchLayout:
         dims = op.args[1:] if isinstance(given, int) else given
         return mark.at([d % ndim for d in dims].index(mark.dim))
     a, b = op.argument(0, "dim0") % ndim, op.argument(1, "dim1") % ndim
-    return mark.at(b if mark.dim == a else a if mark.dim == b else mark.dim)
+    if mark.dim == a:
+        return mark.at(b)
+    if mark.dim == b:
+        return mark.at(a)
+    return mark.at(mark.dim)
 
 
 def _looked_up(op: Operation, tensor: Tensor, mark: BatchLayout) -> BatchLayout | None:

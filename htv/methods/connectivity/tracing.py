@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -263,13 +264,10 @@ class _Follower(fx.Interpreter):
         found = []
         for source in node.all_input_nodes:
             place = self.places.get(source)
-            found += (
-                [p for p in place if p is not None]
-                if isinstance(place, tuple)
-                else [place]
-                if place
-                else []
-            )
+            if isinstance(place, tuple):
+                found += [p for p in place if p is not None]
+            elif place:
+                found.append(place)
         return found
 
     def _follow(self, node: fx.Node, result: Any) -> Any:
@@ -423,9 +421,12 @@ class _Follower(fx.Interpreter):
     def _reduced(
         self, place: _Place, x: Tensor, dim: Any = None, keepdim: bool = False, **_: Any
     ) -> _Place | None:
-        dims = (
-            range(x.dim()) if dim is None or dim == () else [dim] if isinstance(dim, int) else dim
-        )
+        if dim is None or dim == ():
+            dims: Iterable[int] = range(x.dim())
+        elif isinstance(dim, int):
+            dims = [dim]
+        else:
+            dims = dim
         gone = sorted(d % x.dim() for d in dims)
         if place.dim in gone:
             return None  # a sum over units is the same in any order
