@@ -15,7 +15,9 @@ from htv.engine.provenance import Mark
 
 @lru_cache(maxsize=4096)
 def plain_name(func) -> str:
-    """`Tensor.__add__`, `add_` and `torch.add` -> "add"; a property getter -> the property's name."""
+    """Name what `func` does: `Tensor.__add__`, `add_` and `torch.add` -> "add"; a property getter
+    -> the property's name.
+    """
     name = getattr(func, "__name__", str(func))
     if name == "__get__":
         name = getattr(func.__self__, "__name__", name)
@@ -132,8 +134,8 @@ MAKING = _names(  # a tensor only lends its dtype and device, or a size
 
 @dataclass
 class Operation:
-    """One call: its name, function, arguments, tensor operands with their marks, and the shapes of
-    its results.
+    """Describes one call: its name, function, arguments, tensor operands with their marks, and
+    outputs.
     """
 
     name: str
@@ -144,21 +146,25 @@ class Operation:
     outputs: list[Tensor]
 
     def argument(self, position: int, *names: str, default=None):
-        """An argument after the first tensor, by position or name; NumPy's axis is any dim."""
+        """Return an argument after the first tensor, by `position` or `names`, or `default`;
+        NumPy's axis is any dim.
+        """
         for name in (*names, "axis") if "dim" in names else names:
             if name in self.kwargs:
                 return self.kwargs[name]
         return self.args[1 + position] if len(self.args) > 1 + position else default
 
     def again(self, replaced: dict[int, Tensor]):
-        """The call with some tensors replaced, by identity."""
+        """Make the call with some tensors `replaced`, by identity."""
         return self.func(
             *replace_tensors(self.args, replaced), **replace_tensors(self.kwargs, replaced)
         )
 
 
 def in_order(name: str, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """The same arguments, with the tensors whose order tells what they are by position."""
+    """Return `args` and `kwargs` of the operation `name`, with the tensors whose order tells what
+    they are by position.
+    """
     names = INPUT_FIRST.get(name, ())
     found = [n for n in names if n in kwargs]
     if not found or (args and name not in MULTIPLYING):
@@ -168,7 +174,7 @@ def in_order(name: str, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
 
 
 def replace_tensors(value, replaced: dict[int, Tensor]):
-    """The same structure with some tensors replaced, by identity."""
+    """Return the structure of `value` with some tensors `replaced`, by identity."""
     if isinstance(value, Tensor):
         return replaced.get(id(value), value)
     if isinstance(value, dict):
@@ -179,7 +185,7 @@ def replace_tensors(value, replaced: dict[int, Tensor]):
 
 
 def tensors_in(args, kwargs) -> list[Tensor]:
-    """Tensors among the arguments, in order, looking into lists and tuples."""
+    """List the tensors among `args` and `kwargs`, in order, looking into lists and tuples."""
     found = []
     for value in (*args, *kwargs.values()) if kwargs else args:
         if isinstance(value, Tensor):

@@ -15,7 +15,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from htv.triton_kernels import (
+from htv.triton_kernels import (  # noqa: E402
     configs,
     conv,
     cross_entropy,
@@ -24,7 +24,7 @@ from htv.triton_kernels import (
     product,
     stacked,
     statistic,
-)  # noqa: E402
+)
 
 if device.UPCAST:
     pytest.skip("nothing is compiled under TRITON_INTERPRET=1", allow_module_level=True)
