@@ -35,8 +35,8 @@ class ParameterLike(Protocol):
         """Refuse a use, with `message`, when a gradient comes by it."""
 
     def recorder(self, groups: Groups, born: int = -1) -> UseRecorder:
-        """Return where the contributions of one more use under `groups` go, in the backward pass
-        `born`.
+        """Return where the contributions of one more use under `groups` go; `born` is the backward
+        pass that its forward runs in, or -1.
         """
 
 

@@ -73,12 +73,12 @@ def one_group_at_a_time(
         for name, grad in zip(parameters, grads, strict=True):
             stacks[name].append(grad)
     contributions: Contributions = {}
-    for name, grads in stacks.items():
-        if all(grad is None for grad in grads):
+    for name, stack in stacks.items():
+        if all(grad is None for grad in stack):
             contributions[name] = None
         else:
             zeros = torch.zeros_like(parameters[name])
-            contributions[name] = torch.stack([zeros if g is None else g for g in grads])
+            contributions[name] = torch.stack([zeros if g is None else g for g in stack])
     return contributions
 
 
