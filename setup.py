@@ -1,11 +1,13 @@
 """Builds the compiled part of htv: what pyproject.toml cannot say.
 
-htv/_C.abi3.so      the ops, on LibTorch's stable ABI: one file serves every torch since 2.11 and every Python
+htv/_C.abi3.so      the ops, on LibTorch's stable ABI: one file serves every torch since 2.11 and
+                    every Python
 htv/_host.*.so      build information and CPU capability, by pybind11
 
 Environment:
 HTV_BUILD=1|0       with or without compiled code; without, the reference ops serve
-HTV_CUDA=auto|0|1   CUDA kernels: where nvcc is found and torch has CUDA; never; wherever nvcc is, or fail
+HTV_CUDA=auto|0|1   CUDA kernels: where nvcc is found and torch has CUDA; never;
+                    wherever nvcc is, or fail
 HTV_CUDA_ARCHS      compute capabilities, "80;90" by default; the last is also embedded as PTX
 HTV_SANITIZE=0|1    for `make test-sanitize`: the CPU kernels under ASan and UBSan
 CXX, CUDA_HOME      the compilers

@@ -2,7 +2,8 @@
 
 models.py      models of the kinds people train
 workloads.py   what is measured: each workload with its variants
-baselines.py   the same gradients as others compute them: all examples' gradients in memory, then reduced
+baselines.py   the same gradients as others compute them: all examples' gradients in memory, then
+               reduced
 run.py         everything measured, as one record
 rows.py        what the record holds of one variant
 peak.py        the process in which one variant's memory is measured

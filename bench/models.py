@@ -146,7 +146,7 @@ class LlamaBlock(nn.Module):
 
 
 class ConvNeXtBlock(nn.Module):
-    """Depthwise 7x7, then a LayerNorm and an MLP over channels, scaled by a parameter per channel."""
+    """Depthwise 7x7, a LayerNorm, an MLP over channels, all scaled by a parameter per channel."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -177,7 +177,7 @@ class ConvNeXtStage(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Patches by a strided convolution, a class token, a learned position table larger than needed."""
+    """Patches by a strided convolution, a class token, more learned positions than needed."""
 
     def __init__(
         self, size: int = 8, patch: int = 4, width: int = 16, heads: int = 2, layers: int = 2

@@ -65,7 +65,10 @@ def machine(record: dict) -> str:
     libraries = ", ".join(
         f"{name} {version}" for name, version in versions.items() if version != "not installed"
     )
-    return f"{record['date'][:10]}, {facts['cpu']}, {facts['threads']} threads, {facts['cpu_capability']}, {libraries}"
+    return (
+        f"{record['date'][:10]}, {facts['cpu']}, {facts['threads']} threads, "
+        f"{facts['cpu_capability']}, {libraries}"
+    )
 
 
 def _of_kind(record: dict, kind: str, with_axis: bool = False) -> dict[str, dict]:
@@ -87,7 +90,11 @@ def table(head: list[str], rows: list[list[str]]) -> str | None:
 
 def times(value: float) -> str:
     """A ratio in three digits or so: 1.15x, 24.3x, 360x."""
-    return f"{value:.2f}x" if value < 10 else f"{value:.1f}x" if value < 100 else f"{value:.0f}x"
+    if value < 10:
+        return f"{value:.2f}x"
+    if value < 100:
+        return f"{value:.1f}x"
+    return f"{value:.0f}x"
 
 
 def cell(row: dict | None) -> str:

@@ -67,8 +67,8 @@ def run(
     False where something of htv's own failed.
     """
     names = [workload.name for workload in workloads]
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-               TextColumn("{task.fields[doing]}"))  # fmt: skip
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+               TimeElapsedColumn(), TextColumn("{task.fields[doing]}"))  # fmt: skip
     with Progress(*columns, console=console, transient=True) as progress:
         bar = progress.add_task("measuring", total=len(workloads), doing="")
 

@@ -169,7 +169,7 @@ class Stacked:
         return lambda: apply_rule(grads, rule)
 
     def materialised_bytes(self) -> int:
-        """Of what the baselines allocate at most: values and indices of a sort, before and after."""
+        """Of the most that the baselines allocate: values and indices, before and after a sort."""
         return 4 * 4 * self.groups * self.coordinates
 
     def moved_bytes(self, variant: str) -> int:

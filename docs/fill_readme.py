@@ -23,7 +23,10 @@ BREAKDOWN = ROOT / "bench/results/breakdown-resnet18.json"
 
 
 def machine(facts: dict) -> str:
-    return f"{facts['cpu']}, {facts['threads']} threads, {facts['cpu_capability']}, torch {facts['versions']['torch']}"
+    return (
+        f"{facts['cpu']}, {facts['threads']} threads, {facts['cpu_capability']}, torch "
+        f"{facts['versions']['torch']}"
+    )
 
 
 def demo_block() -> str:
@@ -49,8 +52,10 @@ def demo_block() -> str:
             f"{result['peak_bytes'] / plain['peak_bytes']:.2f}x | {vmap} |"
         )
     return "\n".join(
-        [*lines, "", f"`{demo['command']}`, seed {demo['setup']['seed']}, on {machine(demo['machine'])}; "
-         "[every number](docs/results/demo.json). Steps this small show the fixed costs of htv most."]
+        [*lines, "",
+         f"`{demo['command']}`, seed {demo['setup']['seed']}, on {machine(demo['machine'])}; "
+         "[every number](docs/results/demo.json). Steps this small show the fixed costs of htv "
+         "most."]
     )  # fmt: skip
 
 
@@ -67,7 +72,10 @@ def bench_block() -> str:
         "PyTorch; median is their "
         "`torch.median`."
     )
-    closing = "Stacked gradients, scaling, targets and failures: [the whole report](bench/results/cpu.md)."
+    closing = (
+        "Stacked gradients, scaling, targets and failures: [the whole "
+        "report](bench/results/cpu.md)."
+    )
     picture = "![Time of a step over plain](bench/results/cpu-ratio.png)"
     others = report.peers(record)
     sections = [head, report.steps(record), *([beside, others] if others else []), picture, closing]

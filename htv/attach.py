@@ -193,7 +193,12 @@ def _choose_rules(model: nn.Module, rule: RuleChoice, exclude: Names) -> dict[st
     for name, parameter in model.named_parameters():
         hits = {p for p in patterns for alias in aliases[id(parameter)] if _matches(alias, p)}
         unmatched -= hits
-        chosen = None if hits else rule if isinstance(rule, Rule) else rule(name, parameter)
+        if hits:
+            chosen = None
+        elif isinstance(rule, Rule):
+            chosen = rule
+        else:
+            chosen = rule(name, parameter)
         if chosen is not None and not isinstance(chosen, Rule):
             raise TypeError(
                 f"the rule for parameter {name!r} must be an htv rule or None, got {chosen!r}"

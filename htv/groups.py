@@ -21,14 +21,14 @@ __all__ = ["Groups", "BatchLayout", "GroupedRows", "to_device_async"]
 
 @dataclass(frozen=True, eq=False)
 class BatchLayout:
-    """Where the N examples are in one tensor: along `dim`, each of its indices belonging to one
-    example.
+    """Tells where the N examples are in one tensor: along `dim`, each of its indices belonging to
+    one example.
 
-    outer, times:  the dim holds outer * N * times indices, and index i belongs to example (i //
-                   times) % N, as after merging the batch's dim with one before and one behind it.
-    examples:         (size of the dim,) int64, the example of every index, where they follow no
-                      such pattern (rows that were
-                   selected or permuted); outer and times mean nothing then.
+    outer, times:  the dim holds outer * N * times indices, and index i belongs to example
+                   (i // times) % N, as after merging the batch's dim with one before and one behind
+                   it.
+    examples:      (size of the dim,) int64, the example of every index, where they follow no such
+                   pattern (rows that were selected or permuted); outer and times mean nothing then.
     guess:         what was taken for the batch's by its size alone, or "": a place that disagrees
                    with a sure one is an error then.
     """
@@ -56,14 +56,14 @@ class BatchLayout:
         )
 
     def index(self, batch_size: int) -> Tensor:
-        """(size of the dim,) int64: the example of every index."""
+        """Return the example of every index, (size of the dim,) int64, of `batch_size` examples."""
         if self.examples is not None:
             return self.examples
         return (torch.arange(self.size(batch_size)) // self.times) % batch_size
 
     def same(self, other: BatchLayout, batch_size: int) -> bool:
-        """Whether every index of two tensors that are alike but for this belongs to the same
-        example.
+        """Tell whether every index of two tensors that are alike but for this belongs to the same
+        example, if one has the batch here and one at `other`, of `batch_size` examples.
         """
         if self is other:
             return True
@@ -78,21 +78,22 @@ class BatchLayout:
 
 @dataclass(frozen=True, eq=False)
 class Groups:
-    """Assignment of the N examples of one batch to E groups. Made by `each`, `by_id` and `packed`;
-    every group has examples.
+    """Assigns the N examples of one batch to E groups. Made by `each`, `by_id` and `packed`; every
+    group has examples.
 
-    batch_size:  N.
-    offsets:    (E + 1,) int64 on the CPU; once examples are put in `order`, group e owns examples
-                offsets[e]:offsets[e + 1].
-    order:      (N,) int64 on the CPU, the examples sorted by group, or None where they already are.
-    keys:       (E,) the caller's ids, or None where groups are numbered as they come; of packed
-                sequences, the numbers of those with rows, or None where all have some.
-    named:      whether the keys are ids the caller gave.
-    input_layout:       where the examples are in the model's inputs.
-    weights:    (E,) float64, what each group's contributions are multiplied by, or None for 1.
-    rows_vote:  every row a layer sees is a group of its own, whatever its example.
-    voting:     with rows_vote: (N, T) bool on the CPU, the rows of each example that vote, or None
-                for all.
+    batch_size:    N.
+    offsets:       (E + 1,) int64 on the CPU; once examples are put in `order`, group e owns
+                   examples offsets[e]:offsets[e + 1].
+    order:         (N,) int64 on the CPU, the examples sorted by group, or None where they already
+                   are.
+    keys:          (E,) the caller's ids, or None where groups are numbered as they come; of packed
+                   sequences, the numbers of those with rows, or None where all have some.
+    named:         whether the keys are ids the caller gave.
+    input_layout:  where the examples are in the model's inputs.
+    weights:       (E,) float64, what each group's contributions are multiplied by, or None for 1.
+    rows_vote:     every row a layer sees is a group of its own, whatever its example.
+    voting:        with rows_vote: (N, T) bool on the CPU, the rows of each example that vote, or
+                   None for all.
     """
 
     batch_size: int
@@ -107,7 +108,7 @@ class Groups:
 
     @staticmethod
     def each(batch_size: int, dim: int = 0) -> Groups:
-        """Every example is a group of its own."""
+        """Let each of `batch_size` examples, along `dim` of the inputs, be a group of its own."""
         if batch_size < 1:
             raise ValueError(
                 f"the batch is empty: its dim {dim} has size 0, and no group can vote (skip the "
@@ -119,11 +120,14 @@ class Groups:
     def by_id(
         ids: Tensor | list[int], batch_size: int, dim: int = 0, weight: str = "size"
     ) -> Groups:
-        """Examples with equal ids vote together.
+        """Let examples with equal ids vote together.
 
-        ids:     (N,) integers, any values, any order.
-        weight:  "size": contributions count as they come, so a group counts by its size; "equal":
-                 every group counts as if it had N / E examples, so that its mean counts once.
+        ids:         (N,) integers, any values, any order.
+        batch_size:  N.
+        dim:         the batch's, in the model's inputs.
+        weight:      "size": contributions count as they come, so a group counts by its size;
+                     "equal": every group counts as if it had N / E examples, so that its mean
+                     counts once.
         """
         ids = torch.as_tensor(ids).cpu()  # at once: how many groups there are decides shapes
         if (
@@ -152,11 +156,14 @@ class Groups:
     def packed(
         cu_seqlens: Tensor | list[int], batch_size: int, dim: int = 0, weight: str = "size"
     ) -> Groups:
-        """Consecutive examples vote together: sequence e owns examples cu_seqlens[e]:cu_seqlens[e +
-        1].
+        """Let consecutive examples vote together: sequence e owns examples
+        cu_seqlens[e]:cu_seqlens[e + 1].
 
-        cu_seqlens: integers from 0 up to the number of examples, as variable-length attention takes
-        them; a sequence of length 0 does not vote.
+        cu_seqlens:  integers from 0 up to the number of examples, as variable-length attention
+                     takes them; a sequence of length 0 does not vote.
+        batch_size:  how many packed rows there are, each of them an example.
+        dim:         theirs, in the model's inputs.
+        weight:      as for `by_id`.
         """
         bounds = torch.as_tensor(cu_seqlens).cpu()
         if (
@@ -193,8 +200,10 @@ class Groups:
 
     @staticmethod
     def each_row(batch_size: int, dim: int = 0, voting: Tensor | None = None) -> Groups:
-        """Every row a layer sees votes by itself. voting: (N, T) bool, False where a row (padding)
-        has no vote.
+        """Let every row a layer sees vote by itself.
+
+        batch_size, dim:  as for `each`.
+        voting:           (N, T) bool, False where a row (padding) has no vote; None: all have one.
         """
         if voting is not None and (
             voting.dim() != 2 or voting.dtype != torch.bool or len(voting) != batch_size
@@ -211,18 +220,18 @@ class Groups:
 
     @cached_property
     def count(self) -> int:
-        """E, the number of groups, where rows do not vote by themselves."""
+        """Return E, the number of groups, where rows do not vote by themselves."""
         return self.offsets.shape[0] - 1
 
     def described(self) -> str:
-        """Who votes, for messages."""
+        """Say who votes, for messages."""
         if self.rows_vote:
             return f"every token of {self.batch_size} examples"
         return f"{self.count} group{'s' * (self.count != 1)} of {self.batch_size} examples"
 
     def same_groups(self, other: Groups) -> bool:
-        """Whether group e of both stands for the same voter, so that contributions may be added
-        group by group.
+        """Tell whether group e of this and of `other` stands for the same voter, so that
+        contributions may be added group by group.
         """
         if self is other:
             return True
@@ -240,18 +249,20 @@ class Groups:
         return torch.equal(self.keys, other.keys)
 
     def fits(self, tensor: Tensor, layout: BatchLayout | None = None) -> bool:
-        """Whether a tensor has the size of a place, the home by default, where the batch would be."""
+        """Tell whether `tensor` has the size of the batch at `layout`, by default where inputs have
+        it.
+        """
         layout = self.input_layout if layout is None else layout
         return tensor.dim() > layout.dim and tensor.shape[layout.dim] == layout.size(
             self.batch_size
         )
 
     def grouped_rows(self, layout: BatchLayout) -> GroupedRows:
-        """Who votes with the indices of a tensor that has the examples there."""
+        """Return who votes with the indices of a tensor that has the examples at `layout`."""
         return GroupedRows(self, layout)
 
     def members(self) -> Tensor:
-        """(N,) int64: the group of every example."""
+        """Return the group of every example, (N,) int64."""
         groups = torch.repeat_interleave(torch.arange(self.count), self.offsets.diff())
         return (
             groups
@@ -261,7 +272,7 @@ class Groups:
 
 
 class GroupedRows:
-    """Who votes with which indices of one tensor's batch dim: `groups` at a `layout`.
+    """Tells who votes with which indices of one tensor's batch dim: `groups` at a `layout`.
 
     dim:      the batch's dim, that of the `layout`.
     order:    (S,) int64 on the CPU, the dim's indices sorted by group, or None where they are.
@@ -285,7 +296,7 @@ class GroupedRows:
         self.order = None if torch.equal(order, torch.arange(len(order))) else order
 
     def ungrouped(self) -> GroupedRows:
-        """The same without weights and with a vote for every row: for plain sums."""
+        """Return the same without weights and with a vote for every row: for plain sums."""
         groups = self.groups
         if groups.weights is None and groups.voting is None:
             return self
@@ -293,7 +304,7 @@ class GroupedRows:
 
     @cached_property
     def plain(self) -> bool:
-        """Whether the batch's dim is the first, its indices are sorted by group, and all count
+        """Tell whether the batch's dim is the first, its indices are sorted by group, and all count
         alike.
         """
         groups = self.groups
@@ -301,14 +312,16 @@ class GroupedRows:
         return self.dim == 0 and self.order is None and alike
 
     def front(self, tensor: Tensor) -> Tensor:
-        """(..., S, ...) -> (S, ...), indices sorted by group."""
+        """Sort the indices of `tensor` by group: (..., S, ...) -> (S, ...)."""
         tensor = tensor.movedim(self.dim, 0) if self.dim else tensor
         if self.order is None:
             return tensor
         return tensor.index_select(0, self._order_on(self.order, tensor.device))
 
     def rows(self, tensor: Tensor, features: int = 1) -> Tensor:
-        """(..., S, ..., *features) -> (R, *features), the rows of each group together."""
+        """Put the rows of each group of `tensor` together: (..., S, ..., *features) -> (R,
+        *features), `features` being the number of those dims.
+        """
         if self.plain:
             lead = tensor.dim() - features
             return (
@@ -338,8 +351,8 @@ class GroupedRows:
         )
 
     def grad_rows(self, grad: Tensor, features: int = 1) -> tuple[Tensor, Tensor]:
-        """`rows` of an output's gradient, multiplied by the weights of their groups; and their
-        `bounds`.
+        """Return `rows` of `grad`, an output's gradient with so many `features` dims, multiplied by
+        the weights of their groups; and their `bounds`.
         """
         rows = self.rows(grad, features)
         if self.plain and rows.shape[0] == self._indices:
@@ -350,8 +363,8 @@ class GroupedRows:
         return rows, bounds
 
     def bounds(self, rows: Tensor) -> Tensor:
-        """(E + 1,) int64 on the CPU: group e owns rows bounds[e]:bounds[e + 1] of what `rows`
-        returned.
+        """Return (E + 1,) int64 on the CPU: group e owns rows bounds[e]:bounds[e + 1] of `rows`,
+        which the method of that name returned.
         """
         if self.rows_vote:
             return torch.arange(len(rows) + 1)
@@ -361,8 +374,8 @@ class GroupedRows:
         return self._scaled[times]
 
     def sums(self, tensor: Tensor, features: int = 1, dtype: torch.dtype | None = None) -> Tensor:
-        """(..., S, ..., *features) -> (E, *features): sums over each group's rows; deterministic,
-        no atomics.
+        """Sum each group's rows of `tensor`: (..., S, ..., *features) -> (E, *features), `features`
+        being the number of those dims, in `dtype` or the tensor's own. Deterministic, no atomics.
         """
         if (
             self.plain
@@ -379,7 +392,9 @@ class GroupedRows:
         return self.along(front if dtype in (None, front.dtype) else front.to(dtype), dim=0)
 
     def along(self, tensor: Tensor, dim: int | None = None) -> Tensor:
-        """(..., S, ...) -> (E, ...): sums over each group's indices, weighted; all other dims stay."""
+        """Sum each group's indices of `tensor` along `dim`, by default the batch's, weighted: (...,
+        S, ...) -> (E, ...).
+        """
         dim = self.dim if dim is None else dim
         front = tensor.movedim(dim, 0) if dim else tensor
         if self.order is not None:
@@ -399,12 +414,12 @@ class GroupedRows:
 
     @cached_property
     def _indices(self) -> int:
-        """S."""
+        """Return S."""
         return int(self.offsets[-1])
 
     @cached_property
     def _singles(self) -> bool:
-        """Whether each of the E groups has one index."""
+        """Tell whether each of the E groups has one index."""
         return bool((self.offsets.diff() == 1).all())
 
 
@@ -412,7 +427,7 @@ MOST_CAPTURED = 4096  # values that a CUDA graph writes one by one
 
 
 def to_device_async(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on a device, without waiting for it.
+    """Copy `tensor` from the host to `device`, without waiting for it.
 
     While a CUDA graph is captured, values are written there one by one: a copy would be replayed
     from memory that is no longer theirs. RuntimeError for more than `MOST_CAPTURED` of them.
@@ -445,7 +460,7 @@ def _as_column(values: Tensor, beside: Tensor) -> Tensor:
 
 
 def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
-    """(R, *rest) -> (E, *rest): sums of the rows offsets[e]:offsets[e + 1]."""
+    """Sum the rows offsets[e]:offsets[e + 1] of `values`: (R, *rest) -> (E, *rest)."""
     sizes = offsets.diff()
     if bool((sizes == sizes[0]).all()):
         return values.reshape(len(sizes), int(sizes[0]), *values.shape[1:]).sum(dim=1)

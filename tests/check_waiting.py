@@ -1,4 +1,4 @@
-"""Attached steps on a pretended GPU, where waiting for the device raises. Run by `test_waiting.py`."""
+"""Attached steps on a pretended GPU, where waiting for it raises. Run by `test_waiting.py`."""
 
 import contextlib
 import os
@@ -69,8 +69,8 @@ MODELS = {
     "images": lambda: (Images(), torch.randn(6, 3, 5, 5)),
 }
 RULES = (
-    htv.AndMask(0.4), htv.AndMask(0.4, rescale=True), htv.SandMask(0.3, k=0.5), htv.Median(), htv.WinsorizedMean(1),
-    htv.MedianOfMeans(2),
+    htv.AndMask(0.4), htv.AndMask(0.4, rescale=True), htv.SandMask(0.3, k=0.5), htv.Median(),
+    htv.WinsorizedMean(1), htv.MedianOfMeans(2),
 )  # fmt: skip
 VOTERS = {
     "each": lambda handle: contextlib.nullcontext(),
@@ -116,7 +116,7 @@ def gradients(model, batch, rule, grouped_rows):
 
 
 def knows(model: str, grouped_rows: str, rule) -> bool:
-    """Whether so few groups are enough for a rule, and whether tokens have layers that know them."""
+    """Whether a rule has enough of so few groups, and whether tokens have layers that know them."""
     return grouped_rows != "tokens" or model in ("text", "tied")
 
 
@@ -147,11 +147,13 @@ def test_what_waits_is_noticed(monkeypatch):
     with pretended(monkeypatch):
         x, host = torch.ones(3, device="cuda"), torch.ones(3)
         for wait in (
-            lambda: x.sum().item(), lambda: bool(x.any()), lambda: x.tolist(), lambda: torch.equal(x, x),
-            lambda: x.nonzero(), lambda: x[x > 0], lambda: x.masked_select(x > 0), lambda: x.unique(),
-            lambda: x.repeat_interleave(x.long()), lambda: x.cpu(), lambda: host.copy_(x), lambda: host.to("cuda"),
-            lambda: host.to("cuda", non_blocking=True), lambda: torch.tensor([1.0], device="cuda"),
-            lambda: x.new_tensor([2.0]), lambda: x + host, lambda: x[host.long()],
+            lambda: x.sum().item(), lambda: bool(x.any()), lambda: x.tolist(),
+            lambda: torch.equal(x, x), lambda: x.nonzero(), lambda: x[x > 0],
+            lambda: x.masked_select(x > 0), lambda: x.unique(),
+            lambda: x.repeat_interleave(x.long()), lambda: x.cpu(), lambda: host.copy_(x),
+            lambda: host.to("cuda"), lambda: host.to("cuda", non_blocking=True),
+            lambda: torch.tensor([1.0], device="cuda"), lambda: x.new_tensor([2.0]),
+            lambda: x + host, lambda: x[host.long()],
         ):  # fmt: skip
             with pytest.raises(
                 (Waits, NotImplementedError)

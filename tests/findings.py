@@ -4,7 +4,7 @@ from htv.experiments.experiment import Records, load
 
 
 def agreement(name: str, results: dict[str, dict], classes: int = 10) -> list[bool]:
-    """Which findings agree with the paper, given a result for each variant of the full experiment."""
+    """Which findings agree with the paper, by a result for each variant of the full experiment."""
     experiment = load(name)
     assert set(results) == set(experiment.variants(experiment.full))
     runs = [

@@ -200,7 +200,7 @@ def decoder(**options) -> Builder:
 
 
 def frozen_encoder() -> Builder:
-    """An encoder in eval mode without a parameter to train would take torch's fused inference path."""
+    """An encoder in eval mode with all parameters frozen would take torch's fused path."""
     model, x = encoder(2, evaluated=True)()
     return Module(
         lambda m, x: m.head(m.encoder(x)), encoder=model.requires_grad_(False), head=nn.Linear(6, 3)
@@ -301,9 +301,9 @@ def einsum(equation: str, *shape: int) -> Builder:
 
 
 EINSUMS = {
-    "nti,io->nto": (6, 2), "ntd,dhe->nthe": (6, 2, 3), "ntd,tde->nte": (4, 6, 2), "ntd,td->nt": (4, 6),
-    "...d,de->...e": (6, 2), "ntd,st->nsd": (5, 4), "ntd,tdo->no": (4, 6, 3), "ntd,td": (4, 6), "ntd,k->ntdk": (5,),
-    "btd,e->bt": (3,),
+    "nti,io->nto": (6, 2), "ntd,dhe->nthe": (6, 2, 3), "ntd,tde->nte": (4, 6, 2),
+    "ntd,td->nt": (4, 6), "...d,de->...e": (6, 2), "ntd,st->nsd": (5, 4), "ntd,tdo->no": (4, 6, 3),
+    "ntd,td": (4, 6), "ntd,k->ntdk": (5,), "btd,e->bt": (3,),
 }  # fmt: skip
 
 
@@ -465,7 +465,7 @@ def shuffled_tokens(self, x):
 
 
 def several_samples(self, x):
-    """Every example twice in the batch, as copies one after another and as the batch after itself."""
+    """Every example twice in the batch: copies one after another, and the batch after itself."""
     n = len(x)
     near = self.l(x.repeat_interleave(2, 0)).view(n, 2, 4, 6).mean(1)
     far = self.l(x.repeat(2, 1, 1)).view(2, n, 4, 6)
@@ -494,9 +494,15 @@ TABLE: dict[str, dict[str, Builder]] = {
         "linear 3-D": of(linear(6, 5), 4, 6),
         "linear 4-D": of(linear(6, 5), 2, 3, 6),
         "linear 5-D": of(linear(6, 5), 2, 1, 3, 6),
-        "F.linear": tokens(lambda m, x: F.linear(input=x, weight=m.w, bias=m.b), w=drawn(5, 6), b=drawn(5)),
-        "bilinear": tokens(lambda m, x: m.l(x, torch.tanh(x[..., :3])), l=lambda: nn.Bilinear(6, 3, 5)),
-        "bilinear without bias": tokens(lambda m, x: m.l(x[:, 0], x[:, 1]), l=lambda: nn.Bilinear(6, 6, 2, bias=False)),
+        "F.linear": tokens(
+            lambda m, x: F.linear(input=x, weight=m.w, bias=m.b), w=drawn(5, 6), b=drawn(5)
+        ),
+        "bilinear": tokens(
+            lambda m, x: m.l(x, torch.tanh(x[..., :3])), l=lambda: nn.Bilinear(6, 3, 5)
+        ),
+        "bilinear without bias": tokens(
+            lambda m, x: m.l(x[:, 0], x[:, 1]), l=lambda: nn.Bilinear(6, 6, 2, bias=False)
+        ),
     },
     "Convolution": {
         "conv1d": of(lambda: nn.Conv1d(3, 4, 3, stride=2, padding=2, dilation=2), 3, 9),
@@ -504,9 +510,15 @@ TABLE: dict[str, dict[str, Builder]] = {
         "conv2d strided": of(lambda: nn.Conv2d(3, 4, 3, stride=(2, 3), bias=False), 3, 8, 9),
         "conv2d same": of(lambda: nn.Conv2d(2, 3, 4, padding="same", dilation=(1, 2)), 2, 6, 7),
         "conv2d valid": of(lambda: nn.Conv2d(2, 3, 2, padding="valid"), 2, 4, 4),
-        "conv2d reflect": of(lambda: nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect"), 2, 5, 5),
-        "conv2d replicate": of(lambda: nn.Conv2d(2, 3, 3, padding=1, padding_mode="replicate"), 2, 5, 5),
-        "conv2d circular": of(lambda: nn.Conv2d(2, 3, 3, padding=(2, 1), padding_mode="circular"), 2, 5, 5),
+        "conv2d reflect": of(
+            lambda: nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect"), 2, 5, 5
+        ),
+        "conv2d replicate": of(
+            lambda: nn.Conv2d(2, 3, 3, padding=1, padding_mode="replicate"), 2, 5, 5
+        ),
+        "conv2d circular": of(
+            lambda: nn.Conv2d(2, 3, 3, padding=(2, 1), padding_mode="circular"), 2, 5, 5
+        ),
         "conv2d grouped": of(lambda: nn.Conv2d(6, 9, 3, groups=3, padding=1), 6, 4, 4),
         "conv2d depthwise": of(lambda: nn.Conv2d(4, 8, 3, groups=4), 4, 5, 5),
         "conv2d channels last": lambda: (
@@ -517,15 +529,20 @@ TABLE: dict[str, dict[str, Builder]] = {
     },
     "Transposed convolution": {
         f"conv_transpose{d}d": of(
-            lambda d=d: getattr(nn, f"ConvTranspose{d}d")(4, 6, 3, 2, 1, 1, groups=2, dilation=2), 4, *space
+            lambda d=d: getattr(nn, f"ConvTranspose{d}d")(4, 6, 3, 2, 1, 1, groups=2, dilation=2),
+            4,
+            *space,
         )
         for d, space in ((1, (5,)), (2, (5, 4)), (3, (3, 3, 4)))
     }
     | {
         "conv_transpose2d plain": of(lambda: nn.ConvTranspose2d(3, 2, (2, 3), bias=False), 3, 4, 4),
-        "conv_transpose2d depthwise": of(lambda: nn.ConvTranspose2d(4, 4, 2, stride=2, groups=4), 4, 3, 3),
+        "conv_transpose2d depthwise": of(
+            lambda: nn.ConvTranspose2d(4, 4, 2, stride=2, groups=4), 4, 3, 3
+        ),
         "conv_transpose1d output_size": tokens(
-            lambda m, x: m.l(x, output_size=[12]), l=lambda: nn.ConvTranspose1d(4, 3, 3, stride=2, padding=1)
+            lambda m, x: m.l(x, output_size=[12]),
+            l=lambda: nn.ConvTranspose1d(4, 3, 3, stride=2, padding=1),
         ),
     },
     "Embedding": {
@@ -544,11 +561,15 @@ TABLE: dict[str, dict[str, Builder]] = {
         },
         "embedding bag, weighted": lambda: (
             Module(
-                lambda m, x, w: m.e(x, per_sample_weights=w), e=nn.EmbeddingBag(9, 3, mode="sum", padding_idx=0)
+                lambda m, x, w: m.e(x, per_sample_weights=w),
+                e=nn.EmbeddingBag(9, 3, mode="sum", padding_idx=0),
             ),
             (ids(9, 5), examples(5)),
         ),
-        "rows picked from a parameter": lambda: (Module(lambda m, x: m.t[x], t=torch.randn(20, 3, 2)), ids(20, 4)),
+        "rows picked from a parameter": lambda: (
+            Module(lambda m, x: m.t[x], t=torch.randn(20, 3, 2)),
+            ids(20, 4),
+        ),
         "rows picked by index_select": lambda: (
             Module(lambda m, x: torch.index_select(m.t, 0, x), t=torch.randn(20, 3)),
             ids(20),
@@ -561,7 +582,9 @@ TABLE: dict[str, dict[str, Builder]] = {
         "group norm": of(lambda: nn.GroupNorm(3, 6), 6, 4, 5),
         "group norm flat": of(lambda: nn.GroupNorm(2, 6), 6),
         "instance norm 1d": of(lambda: nn.InstanceNorm1d(4, affine=True), 4, 6),
-        "instance norm 2d": of(lambda: nn.InstanceNorm2d(3, affine=True, track_running_stats=True), 3, 4, 4),
+        "instance norm 2d": of(
+            lambda: nn.InstanceNorm2d(3, affine=True, track_running_stats=True), 3, 4, 4
+        ),
         "instance norm 3d, frozen": of(
             lambda: nn.InstanceNorm3d(2, affine=True, track_running_stats=True).eval(), 2, 2, 3, 3
         ),
@@ -579,7 +602,9 @@ TABLE: dict[str, dict[str, Builder]] = {
     },
     "Attention": {
         "MultiheadAttention": attention(lambda m, x: m.a(x, x, x)),
-        "MultiheadAttention without weights": attention(lambda m, x: m.a(x, x, x, need_weights=False)[0]),
+        "MultiheadAttention without weights": attention(
+            lambda m, x: m.a(x, x, x, need_weights=False)[0]
+        ),
         "MultiheadAttention without bias": attention(lambda m, x: m.a(x, x, x)[0], bias=False),
         "MultiheadAttention, sequence first": attention(
             lambda m, x: m.a(*[x.transpose(0, 1)] * 3)[0].transpose(0, 1), batch_first=False
@@ -592,11 +617,22 @@ TABLE: dict[str, dict[str, Builder]] = {
         ),
         "MultiheadAttention, masks": attention(
             lambda m, x: m.a(
-                x, x, x, key_padding_mask=x[..., 0] > 1.2, attn_mask=torch.ones(4, 4, dtype=torch.bool).triu(2)
+                x,
+                x,
+                x,
+                key_padding_mask=x[..., 0] > 1.2,
+                attn_mask=torch.ones(4, 4, dtype=torch.bool).triu(2),
             )[0]
         ),
         "MultiheadAttention, causal": attention(
-            lambda m, x: m.a(x, x, x, attn_mask=torch.ones(4, 4).triu(1).bool(), is_causal=True, need_weights=False)[0]
+            lambda m, x: m.a(
+                x,
+                x,
+                x,
+                attn_mask=torch.ones(4, 4).triu(1).bool(),
+                is_causal=True,
+                need_weights=False,
+            )[0]
         ),
         "MultiheadAttention, a mask per head": attention(
             lambda m, x: m.a(x, x, x, attn_mask=(x @ x.mT).repeat_interleave(2, 0).detach())[0]
@@ -611,16 +647,24 @@ TABLE: dict[str, dict[str, Builder]] = {
         ),
         "F.multi_head_attention_forward, separate": tokens(
             lambda m, x: separate_projections(m, x),
-            q=drawn(6, 6), k=drawn(6, 3), v=drawn(6, 4), b=drawn(18), out=drawn(6, 6),
+            q=drawn(6, 6),
+            k=drawn(6, 3),
+            v=drawn(6, 4),
+            b=drawn(18),
+            out=drawn(6, 6),
         ),
         "heads merged into the batch and back": of(
             lambda: Module(merged_heads, qkv=nn.Linear(6, 18), out=nn.Linear(6, 6)), 7, 6
         ),
-        "rotary positions": of(lambda: Module(rotated, qk=nn.Linear(6, 6), out=nn.Linear(6, 5)), 7, 6),
+        "rotary positions": of(
+            lambda: Module(rotated, qk=nn.Linear(6, 6), out=nn.Linear(6, 5)), 7, 6
+        ),
         "relative positions as an attention bias": of(
             lambda: Module(relative_bias, qkv=nn.Linear(6, 18), table=nn.Embedding(7, 2)), 4, 6
         ),
-        "shifted windows": of(lambda: Module(windows, qkv=nn.Linear(6, 18), bias=torch.randn(4, 4)), 4, 4, 6),
+        "shifted windows": of(
+            lambda: Module(windows, qkv=nn.Linear(6, 18), bias=torch.randn(4, 4)), 4, 4, 6
+        ),
     },
     "Transformer layers": {
         "TransformerEncoderLayer": encoder(),
@@ -642,10 +686,15 @@ TABLE: dict[str, dict[str, Builder]] = {
         **{kind: recurrent(kind, batch_first=True) for kind in ("LSTM", "GRU", "RNN")},
         "RNN with relu": recurrent("RNN", nonlinearity="relu"),
         **{
-            f"{kind}, two layers both ways": recurrent(kind, num_layers=2, bidirectional=True, batch_first=True)
+            f"{kind}, two layers both ways": recurrent(
+                kind, num_layers=2, bidirectional=True, batch_first=True
+            )
             for kind in ("LSTM", "GRU", "RNN")
         },
-        **{f"{kind}, sequence first, no bias": recurrent(kind, bias=False) for kind in ("LSTM", "GRU", "RNN")},
+        **{
+            f"{kind}, sequence first, no bias": recurrent(kind, bias=False)
+            for kind in ("LSTM", "GRU", "RNN")
+        },
         **{
             f"{kind}, packed sequences": recurrent(
                 kind, packed=True, num_layers=2, bidirectional=True, batch_first=True
@@ -654,32 +703,48 @@ TABLE: dict[str, dict[str, Builder]] = {
         },
         "LSTM with projections": recurrent("LSTM", proj_size=3, num_layers=2, batch_first=True),
         "LSTM from a learnt state": tokens(
-            learnt_state, l=lambda: nn.LSTM(6, 4, batch_first=True), h=drawn(1, 1, 4), c=drawn(1, 1, 4)
+            learnt_state,
+            l=lambda: nn.LSTM(6, 4, batch_first=True),
+            h=drawn(1, 1, 4),
+            c=drawn(1, 1, 4),
         ),
         "LSTMCell": tokens(lambda m, x: m.c(x[:, 0]), c=lambda: nn.LSTMCell(6, 4)),
         "GRUCell": tokens(cell_loop, cell=lambda: nn.GRUCell(6, 4)),
         "RNNCell": tokens(cell_loop, cell=lambda: nn.RNNCell(6, 4)),
-        "recurrence by hand": tokens(handwritten_recurrence, input=linear(6, 6), hidden=linear(6, 6)),
+        "recurrence by hand": tokens(
+            handwritten_recurrence, input=linear(6, 6), hidden=linear(6, 6)
+        ),
     },
     "Parametrizations": {
         "weight_norm": parametrized(linear(6, 5), parametrizations.weight_norm, 6),
-        "weight_norm of a convolution": parametrized(lambda: nn.Conv1d(4, 5, 3), parametrizations.weight_norm, 4, 6),
+        "weight_norm of a convolution": parametrized(
+            lambda: nn.Conv1d(4, 5, 3), parametrizations.weight_norm, 4, 6
+        ),
         "weight_norm as it was before": of(WeightNormed, 4, 6),
         "spectral_norm": parametrized(linear(6, 5), parametrizations.spectral_norm, 6),
-        "spectral_norm in eval mode": parametrized(linear(6, 5), parametrizations.spectral_norm, 6, train=False),
+        "spectral_norm in eval mode": parametrized(
+            linear(6, 5), parametrizations.spectral_norm, 6, train=False
+        ),
         "spectral_norm of a convolution": parametrized(
             lambda: nn.Conv2d(3, 4, 3), parametrizations.spectral_norm, 3, 5, 5
         ),
         "orthogonal": parametrized(linear(6, 5), parametrizations.orthogonal, 6),
         "symmetric by hand": parametrized(
-            linear(6, 6), lambda l: parametrize.register_parametrization(l, "weight", Symmetric()) or l, 4, 6
+            linear(6, 6),
+            lambda l: parametrize.register_parametrization(l, "weight", Symmetric()) or l,
+            4,
+            6,
         ),
         "weight standardisation": of(
             lambda: Module(
-                lambda m, x: F.conv2d(x, (m.w - m.w.mean((1, 2, 3), True)) / m.w.std((1, 2, 3), keepdim=True)),
+                lambda m, x: F.conv2d(
+                    x, (m.w - m.w.mean((1, 2, 3), True)) / m.w.std((1, 2, 3), keepdim=True)
+                ),
                 w=torch.randn(4, 3, 2, 2),
             ),
-            3, 4, 4,
+            3,
+            4,
+            4,
         ),
     },
     "Products written out": {
@@ -689,7 +754,9 @@ TABLE: dict[str, dict[str, Builder]] = {
         "matmul per head": tokens(lambda m, x: x[:, None] @ m.w, w=drawn(3, 6, 2)),
         "matmul per head from the left": tokens(lambda m, x: m.w @ x[:, None], w=drawn(3, 2, 4)),
         "bmm": tokens(lambda m, x: torch.bmm(x, m.w.expand(len(x), 6, 2)), w=drawn(6, 2)),
-        "mm and mv": tokens(lambda m, x: torch.mv(torch.mm(x[:, 0], m.w), m.v), w=drawn(6, 2), v=drawn(2)),
+        "mm and mv": tokens(
+            lambda m, x: torch.mv(torch.mm(x[:, 0], m.w), m.v), w=drawn(6, 2), v=drawn(2)
+        ),
         "matmul of named factors": tokens(
             lambda m, x: torch.matmul(other=m.w, input=x), w=drawn(6, 6)
         ),
@@ -697,28 +764,40 @@ TABLE: dict[str, dict[str, Builder]] = {
             lambda m, x: torch.addmm(mat2=m.w, mat1=x[:, 0], input=m.b), w=drawn(6, 6), b=drawn(6)
         ),
         "addmm": tokens(
-            lambda m, x: torch.addmm(m.b, x.reshape(-1, 6), m.w).reshape(len(x), 4, 2), w=drawn(6, 2), b=drawn(2)
+            lambda m, x: torch.addmm(m.b, x.reshape(-1, 6), m.w).reshape(len(x), 4, 2),
+            w=drawn(6, 2),
+            b=drawn(2),
         ),
         "addmm, alpha and beta": tokens(
-            lambda m, x: torch.addmm(m.b, x[:, 0], m.w, beta=0.5, alpha=2.0), w=drawn(6, 2), b=drawn(2)
+            lambda m, x: torch.addmm(m.b, x[:, 0], m.w, beta=0.5, alpha=2.0),
+            w=drawn(6, 2),
+            b=drawn(2),
         ),
         "baddbmm": tokens(
-            lambda m, x: torch.baddbmm(m.b, x, m.w.expand(len(x), 6, 2)), w=drawn(6, 2), b=drawn(1, 4, 2)
+            lambda m, x: torch.baddbmm(m.b, x, m.w.expand(len(x), 6, 2)),
+            w=drawn(6, 2),
+            b=drawn(1, 4, 2),
         ),
         **{f"einsum {equation}": einsum(equation, *shape) for equation, shape in EINSUMS.items()},
         "einsum of a constant of more dims": aligned(4, 1, 4, 6, equation="...td,...td->...td"),
         "einsum of a constant, summed": aligned(4, 1, 5, 6, equation="...td,...kd->...tk"),
-        "einsum of three": tokens(lambda m, x: torch.einsum("nti,ij,nsj->nts", x, m.w, torch.tanh(x)), w=drawn(6, 6)),
+        "einsum of three": tokens(
+            lambda m, x: torch.einsum("nti,ij,nsj->nts", x, m.w, torch.tanh(x)), w=drawn(6, 6)
+        ),
         "examples times experts' weights": tokens(
             lambda m, x: sum(F.linear(x, m.w[i]) * i for i in range(3)), w=drawn(4, 5, 6)
         ),
     },
     "Views and parts of parameters": {
-        "overlapping windows as a weight": tokens(lambda m, x: F.linear(x, m.p.unfold(0, 6, 1)), p=drawn(8)),
+        "overlapping windows as a weight": tokens(
+            lambda m, x: F.linear(x, m.p.unfold(0, 6, 1)), p=drawn(8)
+        ),
         "overlapping windows by as_strided": tokens(
             lambda m, x: F.linear(x, m.p.as_strided((3, 6), (2, 1)), m.p[:3]), p=drawn(10)
         ),
-        "overlapping windows, elementwise": tokens(lambda m, x: torch.tanh(x * m.p.unfold(0, 6, 1)), p=drawn(9)),
+        "overlapping windows, elementwise": tokens(
+            lambda m, x: torch.tanh(x * m.p.unfold(0, 6, 1)), p=drawn(9)
+        ),
         "overlapping windows by as_strided, elementwise": tokens(
             lambda m, x: torch.tanh(x + m.p.as_strided((4, 6), (1, 1))), p=drawn(9)
         ),
@@ -730,24 +809,40 @@ TABLE: dict[str, dict[str, Builder]] = {
         "DoRA": of(lambda: Lora(merged=True, magnitude=True), 4, 6),
         "bottleneck adapter": tokens(
             lambda m, x: x + m.up(torch.relu(m.down(x))) * m.gate,
-            down=linear(6, 2), up=linear(2, 6), gate=drawn(1),
+            down=linear(6, 2),
+            up=linear(2, 6),
+            gate=drawn(1),
         ),
         "prompt tokens": tokens(
-            lambda m, x: m.l(torch.cat([m.prompt.expand(len(x), -1, -1), x], 1)), l=linear(6, 3), prompt=drawn(2, 6)
+            lambda m, x: m.l(torch.cat([m.prompt.expand(len(x), -1, -1), x], 1)),
+            l=linear(6, 3),
+            prompt=drawn(2, 6),
         ),
         "mixture of experts": tokens(mixture, gate=linear(6, 3), w=drawn(3, 6, 6)),
     },
     "Tokens, positions, scales, gates": {
         "scale and shift": lambda: (
-            Module(lambda m, x: (1 + m.scale) * x + m.shift[:, :3], scale=torch.randn(4), shift=torch.randn(2, 5, 1)),
+            Module(
+                lambda m, x: (1 + m.scale) * x + m.shift[:, :3],
+                scale=torch.randn(4),
+                shift=torch.randn(2, 5, 1),
+            ),
             examples(2, 3, 4),
         ),
         "in-place addition": of(
-            lambda: Module(lambda m, x: x.clone().add_(m.p).mul_(m.q.exp()), p=torch.randn(3, 4), q=torch.randn(1)),
-            3, 4,
+            lambda: Module(
+                lambda m, x: x.clone().add_(m.p).mul_(m.q.exp()),
+                p=torch.randn(3, 4),
+                q=torch.randn(1),
+            ),
+            3,
+            4,
         ),
         "scalar gate": of(
-            lambda: Module(lambda m, x: torch.sigmoid(m.gate) * x / (1 + m.gate**2), gate=torch.tensor(0.3)), 3
+            lambda: Module(
+                lambda m, x: torch.sigmoid(m.gate) * x / (1 + m.gate**2), gate=torch.tensor(0.3)
+            ),
+            3,
         ),
         "layer scale": tokens(lambda m, x: x + m.scale * m.l(x), l=linear(6, 6), scale=drawn(6)),
         "class token expanded": tokens(
@@ -758,22 +853,38 @@ TABLE: dict[str, dict[str, Builder]] = {
         "class token repeated": tokens(
             lambda m, x: torch.cat((m.token.repeat(len(x), 1, 1), x), 1) ** 2, token=drawn(1, 2, 6)
         ),
-        "positions sliced": tokens(lambda m, x: torch.tanh(x + m.p[:, : x.shape[1]]), p=drawn(1, 9, 6)),
+        "positions sliced": tokens(
+            lambda m, x: torch.tanh(x + m.p[:, : x.shape[1]]), p=drawn(1, 9, 6)
+        ),
         "positions by torch.arange": tokens(
-            lambda m, x: torch.tanh(x + m.e(torch.arange(x.shape[1]))), e=lambda: nn.Embedding(16, 6)
+            lambda m, x: torch.tanh(x + m.e(torch.arange(x.shape[1]))),
+            e=lambda: nn.Embedding(16, 6),
         ),
         "positions by a global constant": of(
-            lambda: Module(lambda m, x: x + m.e(POSITIONS[: x.shape[1]]), e=nn.Embedding(16, 6)), 7, 6
+            lambda: Module(lambda m, x: x + m.e(POSITIONS[: x.shape[1]]), e=nn.Embedding(16, 6)),
+            7,
+            6,
         ),
         "positions resized": tokens(
-            lambda m, x: x + F.interpolate(m.p, size=4, mode="linear").transpose(1, 2), p=drawn(1, 6, 3)
+            lambda m, x: x + F.interpolate(m.p, size=4, mode="linear").transpose(1, 2),
+            p=drawn(1, 6, 3),
         ),
         "positions of a constant through a layer": tokens(
-            lambda m, x: x + m.layer(torch.linspace(-1, 1, 4, dtype=x.dtype).reshape(4, 1)), layer=linear(1, 6)
+            lambda m, x: x + m.layer(torch.linspace(-1, 1, 4, dtype=x.dtype).reshape(4, 1)),
+            layer=linear(1, 6),
         ),
-        "where": of(lambda: Module(lambda m, x: torch.where(x > 0, x * m.slope, x - m.slope), slope=torch.randn(4)), 4),
+        "where": of(
+            lambda: Module(
+                lambda m, x: torch.where(x > 0, x * m.slope, x - m.slope), slope=torch.randn(4)
+            ),
+            4,
+        ),
         "one parameter, two derived uses": of(
-            lambda: Module(lambda m, x: x * m.p[0] + torch.tanh(m.p[1]) + m.p.sum(), p=torch.randn(2, 4)), 3, 4
+            lambda: Module(
+                lambda m, x: x * m.p[0] + torch.tanh(m.p[1]) + m.p.sum(), p=torch.randn(2, 4)
+            ),
+            3,
+            4,
         ),
         "one derived tensor used often": of(lambda: Module(decaying, bias=torch.randn(6)), 6),
         "gathered and mixed within examples": of(
@@ -795,7 +906,9 @@ TABLE: dict[str, dict[str, Builder]] = {
         "a convolution at two sizes": of(
             lambda: Module(lambda m, x: m.c(torch.tanh(m.c(x))), c=nn.Conv2d(3, 3, 3)), 3, 6, 6
         ),
-        "a layer norm called twice": of(lambda: Module(lambda m, x: m.n(torch.tanh(m.n(x))), n=nn.LayerNorm(6)), 6),
+        "a layer norm called twice": of(
+            lambda: Module(lambda m, x: m.n(torch.tanh(m.n(x))), n=nn.LayerNorm(6)), 6
+        ),
         "an LSTM called twice": tokens(
             lambda m, x: m.l(torch.tanh(m.l(x)[0]))[0], l=lambda: nn.LSTM(6, 6, batch_first=True)
         ),
@@ -803,34 +916,48 @@ TABLE: dict[str, dict[str, Builder]] = {
             Module(lambda m, x: F.embedding(x, m.w) @ m.w.t() * m.w[0, 0], w=torch.randn(5, 6)),
             ids(5, 4),
         ),
-        "checkpointed": tokens(checkpointed("a", "n", "b"), a=linear(6, 6), n=lambda: nn.LayerNorm(6), b=linear(6, 2)),
+        "checkpointed": tokens(
+            checkpointed("a", "n", "b"), a=linear(6, 6), n=lambda: nn.LayerNorm(6), b=linear(6, 2)
+        ),
         "checkpointed, tied embedding and head": lambda: (Tied(checkpointed=True), ids(11, 4)),
         "checkpointed, one module twice": tokens(checkpointed("a", "a"), a=linear(6, 6)),
-        "checkpointed and used elsewhere": of(lambda: Module(reused_in_checkpoint, layer=nn.Linear(6, 6)), 6),
-        "checkpointed encoder layer": lambda: (lambda m, x: (Module(checkpointed("e"), e=m), x))(*encoder()()),
+        "checkpointed and used elsewhere": of(
+            lambda: Module(reused_in_checkpoint, layer=nn.Linear(6, 6)), 6
+        ),
+        "checkpointed encoder layer": lambda: (lambda m, x: (Module(checkpointed("e"), e=m), x))(
+            *encoder()()
+        ),
     },
     "Where the batch goes": {
         "written in place": tokens(accumulated, first=linear(6, 6), second=lambda: nn.LayerNorm(6)),
-        "rows flattened": tokens(lambda m, x: m.l(x.reshape(-1, 6)).reshape(len(x), -1), l=linear(6, 2)),
+        "rows flattened": tokens(
+            lambda m, x: m.l(x.reshape(-1, 6)).reshape(len(x), -1), l=linear(6, 2)
+        ),
         "transposed": there_and_back(lambda x: x.transpose(0, 1), lambda y: y.transpose(0, 1)),
         "transposed, then pointwise": there_and_back(
             lambda x: torch.tanh(x.permute(1, 0, 2)) + 1, lambda y: y.permute(1, 0, 2)
         ),
         "transposed and flattened": tokens(
             lambda m, x: m.n(m.l(x.transpose(0, 1).reshape(-1, 6))).view(4, -1, 3).transpose(0, 1),
-            l=linear(6, 3), n=lambda: nn.LayerNorm(3),
+            l=linear(6, 3),
+            n=lambda: nn.LayerNorm(3),
         ),
         "stacked over time": there_and_back(
-            lambda x: torch.stack([x[:, t] for t in range(4)]), lambda y: torch.stack([y[t] for t in range(4)], 1)
+            lambda x: torch.stack([x[:, t] for t in range(4)]),
+            lambda y: torch.stack([y[t] for t in range(4)], 1),
         ),
         "moved by einsum": there_and_back(
             lambda x: torch.einsum("btd->tbd", x), lambda y: torch.einsum("tbd->btd", y)
         ),
         "moved by an aten operator": there_and_back(
-            lambda x: torch.ops.aten.transpose.int(x, 0, 1), lambda y: torch.ops.aten.transpose.int(y, 0, 1)
+            lambda x: torch.ops.aten.transpose.int(x, 0, 1),
+            lambda y: torch.ops.aten.transpose.int(y, 0, 1),
         ),
         "merged, then transposed": tokens(
-            lambda m, x: m.l(x.reshape(-1, 4, 3).transpose(0, 1)).transpose(0, 1).reshape(len(x), -1), l=linear(3, 2)
+            lambda m, x: (
+                m.l(x.reshape(-1, 4, 3).transpose(0, 1)).transpose(0, 1).reshape(len(x), -1)
+            ),
+            l=linear(3, 2),
         ),
         "flipped and back": there_and_back(lambda x: torch.tanh(x).flip(0), lambda y: y.flip(0)),
         "rolled and back": there_and_back(lambda x: x.roll(1, 0), lambda y: y.roll(-1, 0)),
@@ -843,13 +970,17 @@ TABLE: dict[str, dict[str, Builder]] = {
         "some tokens only": tokens(masked_rows, l=linear(6, 2)),
         "tiled, with fewer numbers than dims": tokens(tiled, l=linear(6, 3), h=linear(6, 2)),
         "tiled, by keyword": tokens(
-            lambda m, x: m.h(torch.tile(input=m.l(x), dims=(1, 1, 2))), l=linear(6, 3), h=linear(6, 2)
+            lambda m, x: m.h(torch.tile(input=m.l(x), dims=(1, 1, 2))),
+            l=linear(6, 3),
+            h=linear(6, 2),
         ),
         "repeated, by keyword": tokens(
             lambda m, x: m.h(m.l(x).repeat(repeats=(1, 1, 2))), l=linear(6, 3), h=linear(6, 2)
         ),
         "squeezed, whatever the batch's size": tokens(
-            lambda m, x: m.h(torch.tanh(m.l(x[:, 0]).squeeze())).reshape(len(x), -1), l=linear(6, 3), h=linear(3, 2)
+            lambda m, x: m.h(torch.tanh(m.l(x[:, 0]).squeeze())).reshape(len(x), -1),
+            l=linear(6, 3),
+            h=linear(3, 2),
         ),
         "rows of a constant, by getitem": looked_up(lambda table, t: table[t]),
         "rows of a constant, by names": looked_up(
@@ -865,7 +996,7 @@ TABLE: dict[str, dict[str, Builder]] = {
             lambda m, x: torch.stack([m.l(part) for part in x.unbind(1)], 1), l=linear(6, 2)
         ),
     },
-}  # fmt: skip
+}
 
 BASIC = ("Linear", "Convolution", "Transposed convolution", "Embedding", "Normalisation", "PReLU",
          "Tokens, positions, scales, gates")  # fmt: skip

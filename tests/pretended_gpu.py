@@ -20,9 +20,9 @@ CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 aten = torch.ops.aten
 # The size of the result, or a number for the host, is known only when the device is done.
 READS = {
-    aten._local_scalar_dense, aten.item, aten.is_nonzero, aten.equal, aten.allclose, aten.nonzero, aten.nonzero_numpy,
-    aten.argwhere, aten._unique, aten._unique2, aten.unique_dim, aten.unique_consecutive, aten.unique_dim_consecutive,
-    aten.masked_select, aten.bincount,
+    aten._local_scalar_dense, aten.item, aten.is_nonzero, aten.equal, aten.allclose, aten.nonzero,
+    aten.nonzero_numpy, aten.argwhere, aten._unique, aten._unique2, aten.unique_dim,
+    aten.unique_consecutive, aten.unique_dim_consecutive, aten.masked_select, aten.bincount,
 }  # fmt: skip
 INDEXED = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_, aten._unsafe_index}
 
@@ -37,8 +37,8 @@ class OnDevice(Tensor):
     @staticmethod
     def __new__(cls, inner: Tensor):
         self = Tensor._make_wrapper_subclass(
-            cls, inner.size(), strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype,
-            device=CUDA,
+            cls, inner.size(), strides=inner.stride(), storage_offset=inner.storage_offset(),
+            dtype=inner.dtype, device=CUDA,
         )  # fmt: skip
         self.inner = inner
         return self

@@ -173,7 +173,7 @@ def undefined_bucket_means_surface(op, groups):
 
 
 def hard_searches_end(op, groups):
-    """Values that linear interpolation misjudges: over many magnitudes, in two heaps, one far away."""
+    """Values that linear interpolation misjudges: of many magnitudes, in two heaps, one far off."""
     generator = torch.Generator().manual_seed(groups)
     normal = torch.randn(groups, 10, generator=generator)
     far = normal.clone()

@@ -25,10 +25,14 @@ Row = tuple[
 
 WHO_VOTES: list[Row] = [
     ("every example", EXACT, "layers: test_layer"),
-    ("groups by ids, unsorted, of unequal size", EXACT, "layers: test_layer_by_unsorted_groups_of_unequal_size"),
-    ("environments whose means count once", EXACT, "voting: test_environments_whose_means_count_once"),
-    ("packed sequences, (total, d) or (1, total, d)", EXACT, "attach: test_packed_sequences_in_both_layouts"),
-    ("packed sequences whose means count once", EXACT, "voting: test_packed_sequences_whose_means_count_once"),
+    ("groups by ids, unsorted, of unequal size", EXACT,
+     "layers: test_layer_by_unsorted_groups_of_unequal_size"),
+    ("environments whose means count once", EXACT,
+     "voting: test_environments_whose_means_count_once"),
+    ("packed sequences, (total, d) or (1, total, d)", EXACT,
+     "attach: test_packed_sequences_in_both_layouts"),
+    ("packed sequences whose means count once", EXACT,
+     "voting: test_packed_sequences_whose_means_count_once"),
     ("every token, all or those of a mask", EXACT,
      "voting: test_every_token_votes, test_tokens_of_a_whole_model; layers: "
      "test_tokens_of_elementwise_parameters"),
@@ -38,7 +42,8 @@ WHO_VOTES: list[Row] = [
      "refusals: test_positions_as_an_input, test_a_hidden_state_as_an_input"),
     ("programs of random operations, with sizes that coincide", f"{EXACT}, or refused",
      "layout: test_random_programs, test_views_of_what_is_written_to"),
-    ("tokens where a layer has none (convolutions, positions)", REFUSED, "voting: test_what_has_no_tokens_is_refused"),
+    ("tokens where a layer has none (convolutions, positions)", REFUSED,
+     "voting: test_what_has_no_tokens_is_refused"),
     ("the batch in dim 1: sequence-first models", EXACT,
      "layers: test_sequence_first_models; voting: test_examples_in_dim_1"),
     ("a batch of one example", EXACT, "layers: test_layer_of_one_example"),
@@ -46,8 +51,10 @@ WHO_VOTES: list[Row] = [
     ("excluded parameters beside served ones, whoever votes", EXACT,
      "voting: test_excluded_parameters_are_plain_whoever_votes; layers: "
      "test_excluded_parameters_beside_served_ones"),
-    ("as many examples as tokens, features or heads", EXACT, "layers: test_layer_where_sizes_coincide"),
-    ("constants of size 1 beside the batch, in any order; examples in containers and objects", EXACT,
+    ("as many examples as tokens, features or heads", EXACT,
+     "layers: test_layer_where_sizes_coincide"),
+    ("constants of size 1 beside the batch, in any order; examples in containers and objects",
+     EXACT,
      "batch_choice: test_size_one_beside_larger_sizes_is_a_constant, "
      "test_the_order_of_keyword_arguments_decides_nothing, test_examples_in_a_container"),
     ("arguments whose sizes disagree", f"{EXACT} once one is named, or refused",
@@ -57,8 +64,10 @@ WHO_VOTES: list[Row] = [
      "batch_choice: test_one_voter_is_refused_unless_it_is_meant"),
     ("a PackedSequence as the model's input, by example or by ids", EXACT,
      "batch_choice: test_the_examples_of_a_packed_sequence_vote, test_groups_of_packed_examples"),
-    ("nested and sparse inputs", REFUSED, "batch_choice: test_layouts_without_rows_are_refused_by_name"),
-    ("parts called one by one: by a training step, an agent, a closure, several models", f"{EXACT}, or refused",
+    ("nested and sparse inputs", REFUSED,
+     "batch_choice: test_layouts_without_rows_are_refused_by_name"),
+    ("parts called one by one: by a training step, an agent, a closure, several models",
+     f"{EXACT}, or refused",
      "parts_called_alone: test_a_forward_continues_what_an_earlier_one_knew, "
      "test_a_method_is_served_by_name, "
      "test_a_block_follows_what_is_computed_between_the_calls, "
@@ -67,7 +76,8 @@ WHO_VOTES: list[Row] = [
     ("forwards of different numbers of voters under one loss", REFUSED,
      "parts_called_alone: "
      "test_forwards_of_different_numbers_of_voters_under_one_loss_are_refused_across_parameters"),
-    ("torch.jit.script, custom Functions and writes in place inside a forward", f"{EXACT}, or refused",
+    ("torch.jit.script, custom Functions and writes in place inside a forward",
+     f"{EXACT}, or refused",
      "unseen: test_what_mixes_examples_unseen_is_refused, "
      "test_what_is_declared_or_told_by_its_graph_is_followed"),
     ("custom Functions of parameters alone (quantisation, straight-through)", EXACT,
@@ -78,14 +88,17 @@ WHO_VOTES: list[Row] = [
      "refusals: test_groups_and_packed_of_the_wrong_length, test_empty_batch_and_too_few_groups"),
 ]  # fmt: skip
 TRAINING: list[Row] = [
-    ("two forwards before one backward", EXACT, "attach: test_two_forwards_before_one_backward_are_one_vote"),
+    ("two forwards before one backward", EXACT,
+     "attach: test_two_forwards_before_one_backward_are_one_vote"),
     ("two forwards with different groups under one loss", REFUSED,
      "refusals: test_two_forwards_with_different_groups_in_one_backward"),
     ("several backwards, retain_graph", EXACT,
      "attach: test_two_backwards_each_aggregate_and_accumulate; "
      "training: test_every_backward_of_its_own_is_a_vote_of_its_own"),
-    ("DistributedDataParallel, FSDP, DTensors: Mean()", EXACT, "ranks: test_data_parallel, test_sharded_models"),
-    ("DistributedDataParallel, FSDP, DTensors: every other rule; accumulate() on several ranks", REFUSED,
+    ("DistributedDataParallel, FSDP, DTensors: Mean()", EXACT,
+     "ranks: test_data_parallel, test_sharded_models"),
+    ("DistributedDataParallel, FSDP, DTensors: every other rule; accumulate() on several ranks",
+     REFUSED,
      "ranks: test_data_parallel, test_sharded_models, test_accumulation_over_ranks"),
     ("a tensor that takes a parameter's place during the forward", REFUSED,
      "unseen: test_a_hook_that_exchanges_a_parameter_is_refused"),
@@ -94,7 +107,8 @@ TRAINING: list[Row] = [
      "looks_as_before: test_trainer_keeps_its_columns_and_its_accumulation_is_warned_of"),
     ("readers of the forward's signature and code; wrappers of it", EXACT,
      "looks_as_before: test_readers_of_the_forward_see_the_plain_one, "
-     "test_a_forward_wrapped_by_its_function_is_still_served, test_generate_infers_the_padding_mask"),
+     "test_a_forward_wrapped_by_its_function_is_still_served, "
+     "test_generate_infers_the_padding_mask"),
     ("torch.jit.script, torch.jit.trace and torch.export of an attached model", REFUSED,
      "looks_as_before: test_exporters_are_told_to_detach"),
     ("interrupts and failures: the next step is right, nothing is kept", EXACT,
@@ -109,19 +123,23 @@ TRAINING: list[Row] = [
      "test_what_nobody_contributes_to_is_reduced_too, test_tokens_vote"),
     ("rules of one's own over micro-batches", REFUSED,
      "open_rules: test_accumulation_is_refused_by_name"),
-    ("order rules over micro-batches", REFUSED, "accumulation: test_order_rules_are_refused_and_name_median_of_means"),
+    ("order rules over micro-batches", REFUSED,
+     "accumulation: test_order_rules_are_refused_and_name_median_of_means"),
     ("torch.autograd.grad, of some parameters only", EXACT,
      "lifecycle: test_gradients_of_some_parameters_leave_no_factors_of_the_others"),
     ("gradients of the input", EXACT, "attach: test_input_gradients_stay_plain"),
     ("optimizers, clipping", EXACT, "attach: test_any_optimizer_and_clipping_work_unchanged"),
-    ("several losses of one forward", EXACT, "training: test_several_losses_of_one_forward_are_one_vote"),
+    ("several losses of one forward", EXACT,
+     "training: test_several_losses_of_one_forward_are_one_vote"),
     ("autocast in bfloat16 and float16", EXACT,
      "training: test_autocast; attach: "
      "test_gradients_have_the_type_of_their_parameter_under_autocast"),
-    ("GradScaler", EXACT, "training: test_gradient_scaling, test_a_scaled_step_with_infinities_is_skipped"),
+    ("GradScaler", EXACT,
+     "training: test_gradient_scaling, test_a_scaled_step_with_infinities_is_skipped"),
     ("float32 and bfloat16 models", EXACT,
      "layers: test_layer_in_lower_types; check: test_whole_models_in_lower_types"),
-    ("torch.compile(fullgraph=True)", EXACT, "compile: test_same_gradients, test_uses_of_parameters"),
+    ("torch.compile(fullgraph=True)", EXACT,
+     "compile: test_same_gradients, test_uses_of_parameters"),
     ("torch.compile before attach", EXACT, "compile: test_attach_what_was_compiled_before"),
     ("computed weights, rows picked by values, parts of a model under torch.compile", REFUSED,
      "compile: test_refused, test_a_part_compiled_by_itself_is_refused"),
@@ -129,13 +147,16 @@ TRAINING: list[Row] = [
      "compile: test_groups_change_without_compiling_again, "
      "test_packed_sequences_change_without_compiling_again, "
      "test_tokens_vote, test_accumulation"),
-    ("weight averages (EMA, SWA)", EXACT, "training: test_averaged_copies_follow_an_attached_model"),
+    ("weight averages (EMA, SWA)", EXACT,
+     "training: test_averaged_copies_follow_an_attached_model"),
     ("activation checkpointing, non-reentrant", EXACT,
      "attach: test_activation_checkpointing; training: test_checkpointed_layers; "
      "lifecycle: test_a_layer_used_in_a_checkpoint_and_elsewhere"),
-    ("checkpointed parts whose inputs have the batch in another dim", f"{EXACT}, reentrant ones refused",
+    ("checkpointed parts whose inputs have the batch in another dim",
+     f"{EXACT}, reentrant ones refused",
      "training: test_checkpointed_blocks_with_the_batch_elsewhere"),
-    ("gradient checkpointing as Hugging Face switches it on", EXACT, "models: test_gradient_checkpointing"),
+    ("gradient checkpointing as Hugging Face switches it on", EXACT,
+     "models: test_gradient_checkpointing"),
     ("activation checkpointing, reentrant", f"{EXACT}, or refused",
      "lifecycle: test_reentrant_checkpoints_of_several_layers_and_inside_one_another, "
      "test_a_layer_used_in_a_checkpoint_and_elsewhere"),
@@ -147,39 +168,49 @@ TRAINING: list[Row] = [
     ("dropout", EXACT, "layers: test_noise_is_that_of_the_plain_model"),
     ("parameters frozen and unfrozen", EXACT, "attach: test_frozen_then_unfrozen_parameters"),
     ("excluded parameters, a rule for each", EXACT, "attach: test_exclude_and_callable_rules"),
-    ("tensor hooks on parameters", EXACT, "lifecycle: test_tensor_hooks_on_parameters_act_once_on_the_gradient"),
+    ("tensor hooks on parameters", EXACT,
+     "lifecycle: test_tensor_hooks_on_parameters_act_once_on_the_gradient"),
     ("deepcopy, pickle and torch.save of an attached model", EXACT,
      "lifecycle: test_copies_of_an_attached_model_are_detached"),
     ("state_dict, and the model after detach", EXACT,
      "attach: test_detach_restores_the_model_exactly; "
      "training: test_state_dicts_pass_between_attached_and_plain_models"),
-    ("parameters exchanged while attached", REFUSED, "lifecycle: test_parameters_replaced_while_attached"),
+    ("parameters exchanged while attached", REFUSED,
+     "lifecycle: test_parameters_replaced_while_attached"),
     ("double backward, gradient penalties", REFUSED,
      "refusals: test_double_backward, test_a_gradient_penalty_on_the_input"),
-    ("penalties on weights in the loss", REFUSED, "refusals: test_a_path_to_a_parameter_outside_the_forward"),
+    ("penalties on weights in the loss", REFUSED,
+     "refusals: test_a_path_to_a_parameter_outside_the_forward"),
     ("custom autograd.Functions that use parameters", REFUSED,
      "refusals: test_a_custom_function_inside_the_forward"),
     ("losses that compare examples, behind the model", EXACT,
      "refusals: test_coupling_that_needs_no_parameter_to_follow"),
     ("complex parameters", REFUSED, "refusals: test_complex_parameters"),
-    ("integer parameters; lazy ones", f"{EXACT}, or refused", "lifecycle: test_integer_and_uninitialized_parameters"),
+    ("integer parameters; lazy ones", f"{EXACT}, or refused",
+     "lifecycle: test_integer_and_uninitialized_parameters"),
     ("threads", EXACT, "lifecycle: test_threads_are_served_apart"),
-    ("exceptions in forward or backward, forwards without a backward: nothing leaks into the next step", EXACT,
+    ("exceptions in forward or backward, forwards without a backward: nothing leaks into the next "
+     "step",
+     EXACT,
      "training: test_nothing_of_a_failed_step_reaches_the_next"),
     ("handle.stats()", EXACT, "attach: test_stats"),
 ]  # fmt: skip
 BATCH_NORM: list[Row] = [
     ("in eval mode", EXACT, "layers: test_layer"),
     ("in train mode", REFUSED, "refusals: test_batch_norm_in_train_mode"),
-    ("in train mode, attach(..., batch_norm=\"frozen\")", EXACT, "batchnorm: test_frozen_is_eval_of_the_batch_norms"),
+    ("in train mode, attach(..., batch_norm=\"frozen\")", EXACT,
+     "batchnorm: test_frozen_is_eval_of_the_batch_norms"),
     ("in train mode, attach(..., batch_norm=\"shared\")", "rows' parts of the plain gradient",
      "batchnorm: test_shared_statistics"),
-    ("exchanged for GroupNorm by htv.replace_batchnorm", EXACT, "batchnorm: test_a_replaced_model_is_served"),
+    ("exchanged for GroupNorm by htv.replace_batchnorm", EXACT,
+     "batchnorm: test_a_replaced_model_is_served"),
     ("written by hand", REFUSED, "refusals: test_unsupported_use"),
 ]  # fmt: skip
 MODELS: list[Row] = [
-    ("MLP, language model with a tied head, ViT, ResNet-18 with GroupNorm", EXACT, "attach: test_whole_model"),
-    ("the following with as many tokens as examples", EXACT, "models: test_as_many_tokens_as_examples"),
+    ("MLP, language model with a tied head, ViT, ResNet-18 with GroupNorm", EXACT,
+     "attach: test_whole_model"),
+    ("the following with as many tokens as examples", EXACT,
+     "models: test_as_many_tokens_as_examples"),
     ("the following by groups", EXACT, "models: test_examples_vote_in_groups"),
 ]  # fmt: skip
 
@@ -187,19 +218,28 @@ MODELS: list[Row] = [
 COMPILED = """
 ## torch.compile in more detail
 
-- Before or after `attach`, also with `fullgraph=True`. Where Dynamo gives the graph up (without `fullgraph`), the
+- Before or after `attach`, also with `fullgraph=True`. Where Dynamo gives the graph up (without \
+`fullgraph`), the
   forward runs eagerly as a whole.
-- Compiled once for each shape of the inputs; torch's `recompile_limit` (8) applies. New values in `groups`, `packed`
+- Compiled once for each shape of the inputs; torch's `recompile_limit` (8) applies. New values \
+in `groups`, `packed`
   and `tokens` do not compile again; they are checked in backward.
-- Refused there, and served without: layers that compute with a computed weight (weight norm, merged adapters, einsum
-  with a block per head); rows picked by the values of a tensor; global tensors and tensors in lists; forwards that
-  set attributes of modules; results other than tensors and constants in tuples, lists, dicts and dataclasses (Hugging
-  Face: `use_cache=False`); a part of an attached model compiled by itself; two compiled forwards under one loss,
+- Refused there, and served without: layers that compute with a computed weight (weight norm, \
+merged adapters, einsum
+  with a block per head); rows picked by the values of a tensor; global tensors and tensors in \
+lists; forwards that
+  set attributes of modules; results other than tensors and constants in tuples, lists, dicts and \
+dataclasses (Hugging
+  Face: `use_cache=False`); a part of an attached model compiled by itself; two compiled forwards \
+under one loss,
   unless one compiled function calls both.
-- Dynamo itself refuses `nn.LSTM`, `nn.GRU` and `nn.RNN` unless `torch._dynamo.config.allow_rnn = True`.
-- Attributes of modules that are tensors, numbers, strings, booleans or None are guarded; after a change inside
+- Dynamo itself refuses `nn.LSTM`, `nn.GRU` and `nn.RNN` unless `torch._dynamo.config.allow_rnn = \
+True`.
+- Attributes of modules that are tensors, numbers, strings, booleans or None are guarded; after a \
+change inside
   another object (a config, a list) call `torch._dynamo.reset()`.
-- Errors raised while compiling carry htv's words inside Dynamo's exception types. Inside `accumulate()` `.grad` holds
+- Errors raised while compiling carry htv's words inside Dynamo's exception types. Inside \
+`accumulate()` `.grad` holds
   zeros until the block ends.
 """
 

@@ -176,9 +176,10 @@ import htv.bench, htv.triton_kernels
 
 
 def test_every_public_name_of_the_contract_is_there():
-    names = """attach check explain linear_grad sign_agreement and_mask xor_mask geometric_mean sand_mask median
-        trimmed_mean winsorized_mean median_of_means Mean AndMask XorMask GeometricMean SandMask SignSum Median
-        MedianOfMeans TrimmedMean WinsorizedMean UnsupportedError CheckError use_backend replace_batchnorm""".split()
+    names = """attach check explain linear_grad sign_agreement and_mask xor_mask geometric_mean
+        sand_mask median trimmed_mean winsorized_mean median_of_means Mean AndMask XorMask
+        GeometricMean SandMask SignSum Median MedianOfMeans TrimmedMean WinsorizedMean
+        UnsupportedError CheckError use_backend replace_batchnorm""".split()
     assert [name for name in names if not hasattr(htv, name)] == []
 
 
@@ -186,7 +187,8 @@ def test_a_handle_shows_what_is_for_users():
     handle = htv.attach(htv_model(), htv.Median())
     shown = {name for name in dir(handle) if not name.startswith("_")}
     assert shown == {
-        "accumulate", "attached", "detach", "examined", "forward", "groups", "model", "packed", "stats", "tokens",
+        "accumulate", "attached", "detach", "examined", "forward", "groups", "model", "packed",
+        "stats", "tokens",
     }  # fmt: skip
 
 

@@ -180,8 +180,7 @@ def test_one_voter_in_all_micro_batches_is_refused():
     assert model.weight.grad is not None
 
 
-# -- packed sequences
-# -------------------------------------------------------------------------------------------------
+# -- packed sequences ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cls", [nn.LSTM, nn.GRU, nn.RNN])

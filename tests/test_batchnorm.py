@@ -76,8 +76,9 @@ def gradients(model, x, y):
 
 def test_every_batch_norm_becomes_a_group_norm_in_place():
     model = nn.Sequential(
-        nn.Conv1d(3, 32, 1), nn.BatchNorm1d(32), nn.BatchNorm2d(64, eps=0.1), nn.Sequential(nn.BatchNorm3d(256)),
-        nn.SyncBatchNorm(48), nn.InstanceNorm2d(7), nn.BatchNorm2d(37, affine=False),
+        nn.Conv1d(3, 32, 1), nn.BatchNorm1d(32), nn.BatchNorm2d(64, eps=0.1),
+        nn.Sequential(nn.BatchNorm3d(256)), nn.SyncBatchNorm(48), nn.InstanceNorm2d(7),
+        nn.BatchNorm2d(37, affine=False),
     )  # fmt: skip
     model[2].eval()
     assert replace_batchnorm(model) is model
@@ -104,7 +105,7 @@ def test_num_groups_is_the_largest_divisor_not_above(requested, channels, groups
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 8, 12, 16, 31, 32, 40, 64, 512])
 def test_groups_of_few_channels_are_no_default(channels):
-    """A group of one value is constant: no default may lose inputs of shape (N, C) or (N, C, 1, 1)."""
+    """A group of one value is constant: no default may lose inputs (N, C) or (N, C, 1, 1)."""
     alone, with_space = (
         replace_batchnorm(nn.BatchNorm1d(channels)),
         replace_batchnorm(nn.BatchNorm2d(channels)),

@@ -185,8 +185,8 @@ def made_up():
     """A record in which every number can be told from its place."""
 
     def row(ratio):
-        return {"ms": 20 * ratio, "ms_quartiles": [19 * ratio, 21 * ratio], "runs": 7, "ratio": ratio,
-                "peak_bytes": 10**6, "peak_ratio": ratio / 100}  # fmt: skip
+        return {"ms": 20 * ratio, "ms_quartiles": [19 * ratio, 21 * ratio], "runs": 7,
+                "ratio": ratio, "peak_bytes": 10**6, "peak_ratio": ratio / 100}  # fmt: skip
 
     def step(variants, **facts):
         return {"kind": "step", "unit": "plain", "variants": variants} | facts
@@ -196,16 +196,21 @@ def made_up():
     }
     stacked = {"copy": {"ms": 10.0, "ratio": 1.0, "gb_per_s": 12.0, "of_copy": 1.0},
                "median": {"ms": 5.0, "ratio": 0.5, "gb_per_s": 6.0, "of_copy": 0.5},
-               "torch:median": {"ms": 120.0, "ratio": 12.0, "gb_per_s": 0.25, "of_copy": 0.02}}  # fmt: skip
+               "torch:median": {"ms": 120.0, "ratio": 12.0, "gb_per_s": 0.25,
+                                "of_copy": 0.02}}  # fmt: skip
     facts = {"versions": {"torch": "9.9"}, "cpu": "Abacus", "threads": 2, "cpu_capability": "beads"}
     scaling = step({"plain": row(1.0), "median": row(3.0)}, axis="rows", value=4)
     return {
-        "command": "htv bench", "date": "2026-01-02T03:04:05+00:00", "took_seconds": 600, "machine": facts,
-        "settings": {"peer_seconds": 2.0}, "peers": {"opacus": "1.6", "backpack": "not installed"},
+        "command": "htv bench", "date": "2026-01-02T03:04:05+00:00", "took_seconds": 600,
+        "machine": facts, "settings": {"peer_seconds": 2.0},
+        "peers": {"opacus": "1.6", "backpack": "not installed"},
         "workloads": {
-            "mlp-relu": step(ours | {"vmap:median": row(99.96), "opacus:median": {"error": "ValueError: `no`"}}),
-            "stacked-3": {"kind": "stacked", "groups": 3, "coordinates": 1 << 22, "variants": stacked},
-            "stacked-32": {"kind": "stacked", "groups": 32, "coordinates": 1 << 22, "variants": stacked},
+            "mlp-relu": step(ours | {"vmap:median": row(99.96),
+                                     "opacus:median": {"error": "ValueError: `no`"}}),
+            "stacked-3": {"kind": "stacked", "groups": 3, "coordinates": 1 << 22,
+                          "variants": stacked},
+            "stacked-32": {"kind": "stacked", "groups": 32, "coordinates": 1 << 22,
+                           "variants": stacked},
             "scaling-rows-4": scaling,
         },
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""What installs: a pure-Python wheel, the package map, and clear refusals of wrong build settings."""
+"""What installs: a pure-Python wheel, the package map, clear refusals of wrong settings."""
 
 import os
 import shutil

@@ -179,8 +179,8 @@ def test_demo_records_every_number(small_demo):
         and record["setup"]["epochs"] == 1
         and record["setup"]["device"] == "cpu"
     )
-    assert record["data"] == {"name": "digits", "classes": 10, "train_images": 200, "wrong_labels": 50,
-                              "test_images": 360}  # fmt: skip
+    assert record["data"] == {"name": "digits", "classes": 10, "train_images": 200,
+                              "wrong_labels": 50, "test_images": 360}  # fmt: skip
     assert record["machine"]["versions"]["torch"] == torch.__version__ and record["machine"]["cpu"]
     plain, masked = record["results"]
     assert (plain["spec"], plain["rule"]) == ("plain", None)
@@ -217,7 +217,7 @@ def test_demo_shows_the_recorded_numbers(small_demo):
 
 @pytest.fixture(scope="module")
 def small_bench(tmp_path_factory):
-    """A quick look at two workloads, with one baseline and peak memory in processes of their own."""
+    """A quick look at two workloads; one baseline, peak memory in processes of their own."""
     out = tmp_path_factory.mktemp("bench") / "new" / "folder"
     names = ("--workload", "scaling-groups-16,stacked-3", "--workload", "mlp-relu")
     variants = ("--variant", "and-mask,median", "--variant", "vmap:and-mask")

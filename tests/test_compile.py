@@ -31,7 +31,7 @@ def nothing_compiled():
 
 
 class Text(nn.Module):
-    """A tied table, positions, a layer used twice, parameters used elementwise, buffers, dropout."""
+    """A tied table, positions, a layer used twice, elementwise parameters, buffers, dropout."""
 
     def __init__(self, dropout=0.0):
         super().__init__()

@@ -146,8 +146,9 @@ def test_report_with_made_up_numbers(tmp_path):
         epochs = [
             {"epoch": e, "test_accuracy": 0.5 + e / 10, "memorised": memorised} for e in (1, 2)
         ]
-        return {"spec": spec, "epochs": epochs, "final": epochs[-1], "ms_per_step": 2.0, "peak_bytes": 10_000_000,
-                "vmap_ms_per_step": vmap, "vmap_peak_bytes": vmap}  # fmt: skip
+        return {"spec": spec, "epochs": epochs, "final": epochs[-1], "ms_per_step": 2.0,
+                "peak_bytes": 10_000_000, "vmap_ms_per_step": vmap,
+                "vmap_peak_bytes": vmap}  # fmt: skip
 
     results = [result("plain", 0.875, None), result("median", 0.0625, 5_000_000)]
     words = report.in_words(results)

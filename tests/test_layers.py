@@ -160,7 +160,7 @@ RANDOM = {
 
 @pytest.mark.parametrize("name", RANDOM)
 def test_noise_is_that_of_the_plain_model(name):
-    """The same seed gives the same masks: outputs, and gradients under Mean, are those without htv."""
+    """With the same seed, outputs, and gradients under Mean, are those without htv."""
     model, x = RANDOM[name]().double(), torch.randn(5, 4, 6).double()
     found = []
     for tracked in (False, True):
@@ -220,26 +220,53 @@ def test_tokens_of_elementwise_parameters(name, masked):
 BESIDE = {
     "linear": (lambda: nn.Linear(6, 3), True),
     "linear of a computed weight": (
-        lambda: Module(lambda m, x: F.linear(x, m.w.exp(), m.b), w=torch.randn(3, 6), b=torch.randn(3)), True
+        lambda: Module(
+            lambda m, x: F.linear(x, m.w.exp(), m.b), w=torch.randn(3, 6), b=torch.randn(3)
+        ),
+        True,
     ),
-    "matmul": (lambda: Module(lambda m, x: x @ m.w + m.b, w=torch.randn(6, 3), b=torch.randn(3)), True),
+    "matmul": (
+        lambda: Module(lambda m, x: x @ m.w + m.b, w=torch.randn(6, 3), b=torch.randn(3)),
+        True,
+    ),
     "conv": (lambda: nn.Conv1d(5, 3, 2), False),
     "transposed conv": (lambda: nn.ConvTranspose1d(5, 3, 2), False),
     "embedding, then linear": (
-        lambda: Module(lambda m, x: m.h(m.e((x[..., 0] > 0).long())), e=nn.Embedding(2, 4), h=nn.Linear(4, 3)), True
+        lambda: Module(
+            lambda m, x: m.h(m.e((x[..., 0] > 0).long())), e=nn.Embedding(2, 4), h=nn.Linear(4, 3)
+        ),
+        True,
     ),
     "embedding bag, then linear": (
-        lambda: Module(lambda m, x: m.h(m.e((x[..., 0] > 0).long())), e=nn.EmbeddingBag(2, 4), h=nn.Linear(4, 3)), False
+        lambda: Module(
+            lambda m, x: m.h(m.e((x[..., 0] > 0).long())),
+            e=nn.EmbeddingBag(2, 4),
+            h=nn.Linear(4, 3),
+        ),
+        False,
     ),
     "layer norm": (lambda: nn.LayerNorm(6), True),
     "group norm": (lambda: nn.GroupNorm(1, 5), False),
     "instance norm": (lambda: nn.InstanceNorm1d(5, affine=True), False),
     "bilinear": (lambda: Module(lambda m, x: m.b(x, x.tanh()), b=nn.Bilinear(6, 6, 3)), True),
-    "elementwise": (lambda: Module(lambda m, x: torch.tanh(x * m.p) + m.q, p=torch.randn(6), q=torch.randn(6)), True),
-    "prelu": (lambda: Module(lambda m, x: m.l(m.a(m.n(x))), l=nn.Linear(6, 3), a=nn.PReLU(), n=nn.LayerNorm(6)), None),
-    "attention": (lambda: Module(lambda m, x: m.a(x, x, x)[0], a=nn.MultiheadAttention(6, 2, batch_first=True)), None),
+    "elementwise": (
+        lambda: Module(lambda m, x: torch.tanh(x * m.p) + m.q, p=torch.randn(6), q=torch.randn(6)),
+        True,
+    ),
+    "prelu": (
+        lambda: Module(
+            lambda m, x: m.l(m.a(m.n(x))), l=nn.Linear(6, 3), a=nn.PReLU(), n=nn.LayerNorm(6)
+        ),
+        None,
+    ),
+    "attention": (
+        lambda: Module(
+            lambda m, x: m.a(x, x, x)[0], a=nn.MultiheadAttention(6, 2, batch_first=True)
+        ),
+        None,
+    ),
     "GRU": (lambda: Module(lambda m, x: m.r(x)[0], r=nn.GRU(6, 4, batch_first=True)), False),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("grouped_rows", ["equal", "tokens"])

@@ -132,8 +132,8 @@ def factored(r, t):
 
 def shaping(r, v, t, _):
     d, n = r.randrange(t.dim()), t.dim()
-    name = r.choice(["transpose", "permute", "reshape", "view", "flatten", "unflatten", "squeeze", "unsqueeze",
-                     "movedim", "T", "view_as", "aten"])  # fmt: skip
+    name = r.choice(["transpose", "permute", "reshape", "view", "flatten", "unflatten", "squeeze",
+                     "unsqueeze", "movedim", "T", "view_as", "aten"])  # fmt: skip
     match name:
         case "transpose":
             return f"{v}.transpose({some_dim(r, t)}, {some_dim(r, t)})"
@@ -169,9 +169,10 @@ def shaping(r, v, t, _):
 def moving(r, v, t, _):
     d = r.randrange(t.dim())
     s = t.shape[d]
-    match r.choice(["flip", "roll", "rolled flat", "slice", "int", "list", "mask", "none", "two", "index_select",
-                    "gather", "take_along_dim", "narrow", "chunk", "split", "unbind", "select", "sort", "topk",
-                    "repeat_interleave", "unfold", "back", "diff"]):  # fmt: skip
+    match r.choice(["flip", "roll", "rolled flat", "slice", "int", "list", "mask", "none", "two",
+                    "index_select", "gather", "take_along_dim", "narrow", "chunk", "split",
+                    "unbind", "select", "sort", "topk", "repeat_interleave", "unfold", "back",
+                    "diff"]):  # fmt: skip
         case "flip":
             return f"{v}.flip({r.choice([d, d - t.dim()])})"
         case "roll":
@@ -214,7 +215,10 @@ def moving(r, v, t, _):
         case "split":
             return f"{v}.split({r.randint(1, s)}, {d})[{r.choice([0, -1])}]"
         case "unbind":
-            return f"torch.stack({v}.unbind({d}){r.choice(['', '[::-1]'])}, {r.randrange(-t.dim(), t.dim())})"
+            return (
+                f"torch.stack({v}.unbind({d}){r.choice(['', '[::-1]'])}, "
+                f"{r.randrange(-t.dim(), t.dim())})"
+            )
         case "select":
             return f"{v}.select({d}, {r.randrange(s)})"
         case "sort":
@@ -256,7 +260,8 @@ def joining(r, v, t, others):
         case "cat constant":
             shape = [*t.shape]
             shape[d] = r.randint(1, 2)
-            return f"torch.cat([{r.choice([f'constant(*{shape})', f'torch.zeros({shape}).double()'])}, {v}], {d})"
+            other = r.choice([f"constant(*{shape})", f"torch.zeros({shape}).double()"])
+            return f"torch.cat([{other}, {v}], {d})"
         case "stack":
             return f"torch.stack([{v}, {u}, {v}.sin()], {r.randrange(-t.dim() - 1, t.dim() + 1)})"
         case "hstack":
@@ -270,15 +275,18 @@ def joining(r, v, t, others):
         case "lerp":
             return f"torch.lerp({v}, {u}.roll(1, {d}), 0.3)"
         case "mapped":
-            return f"{v}.unsqueeze({r.randrange(t.dim() + 1)}) * {u}.unsqueeze({r.randrange(t.dim() + 1)})"
+            return (
+                f"{v}.unsqueeze({r.randrange(t.dim() + 1)}) * "
+                f"{u}.unsqueeze({r.randrange(t.dim() + 1)})"
+            )
 
 
 def multiplying(r, v, t, others):
     s = t.shape
     u, other = r.choice(others)
     letters = "abcde"[: t.dim()]
-    match r.choice(["right", "left", "vector", "gram", "bmm", "einsum", "einsum constant", "einsum dots", "einsum two",
-                    "matmul two", "attention"]):  # fmt: skip
+    match r.choice(["right", "left", "vector", "gram", "bmm", "einsum", "einsum constant",
+                    "einsum dots", "einsum two", "matmul two", "attention"]):  # fmt: skip
         case "right":
             return f"{v} @ constant({s[-1]}, {r.randint(1, 4)})"
         case "left":
@@ -298,19 +306,31 @@ def multiplying(r, v, t, others):
                 else v
             )
         case "einsum":
-            return f"torch.einsum('{letters}->{''.join(r.sample(letters, r.randint(1, t.dim())))}', {v})"
+            return (
+                f"torch.einsum('{letters}->{''.join(r.sample(letters, r.randint(1, t.dim())))}', "
+                f"{v})"
+            )
         case "einsum constant":
             mine = r.sample(letters, r.randint(1, t.dim()))
             sizes = [s[letters.index(c)] for c in mine]
             result = r.sample([*letters, "z"], r.randint(1, t.dim()))
-            return f"torch.einsum('{letters},{''.join(mine)}z->{''.join(result)}', {v}, constant(*{sizes}, 2))"
+            return (
+                f"torch.einsum('{letters},{''.join(mine)}z->{''.join(result)}', {v}, "
+                f"constant(*{sizes}, 2))"
+            )
         case "einsum dots":
             lead = [r.choice([1, s[0], 2]) for _ in range(r.randint(0, 2))]
-            return f"torch.einsum('...d,...d->...d', {v}, constant(*{[*lead, *s[max(0, t.dim() - 2) :]]}))"
+            return (
+                f"torch.einsum('...d,...d->...d', {v}, "
+                f"constant(*{[*lead, *s[max(0, t.dim() - 2) :]]}))"
+            )
         case "einsum two":
             theirs = "".join(c if r.random() < 0.5 else c.upper() for c in letters)
             both = [*dict.fromkeys(letters + theirs)]
-            return f"torch.einsum('{letters},{theirs}->{''.join(r.sample(both, min(len(both), 3)))}', {v}, {v}.cos())"
+            return (
+                f"torch.einsum('{letters},{theirs}->{''.join(r.sample(both, min(len(both), 3)))}', "
+                f"{v}, {v}.cos())"
+            )
         case "matmul two":
             return f"{v} @ {u}.transpose({r.randrange(other.dim())}, -1)" if other.dim() else v
         case "attention":
@@ -365,10 +385,12 @@ def reducing(r, v, t, _):
 def broadcasting(r, v, t, _):
     d = r.randrange(t.dim())
     shape = [1 if r.random() < 0.4 else size for size in t.shape][r.randrange(t.dim()) :]
-    wider = [r.choice([1, 2, t.shape[0]]), *(t.shape if r.random() < 0.5 else [1 if x == d else s for x, s in
-             enumerate(t.shape)])]  # fmt: skip
-    match r.choice(["mul", "add", "wider", "expand", "repeat", "tile", "tile fewer", "unary", "masked", "view", "pad",
-                    "pad lead"]):  # fmt: skip
+    wider = [
+        r.choice([1, 2, t.shape[0]]),
+        *(t.shape if r.random() < 0.5 else [1 if x == d else s for x, s in enumerate(t.shape)]),
+    ]
+    match r.choice(["mul", "add", "wider", "expand", "repeat", "tile", "tile fewer", "unary",
+                    "masked", "view", "pad", "pad lead"]):  # fmt: skip
         case "mul":
             return f"{v} * constant(*{shape})"
         case "add":
@@ -380,11 +402,15 @@ def broadcasting(r, v, t, _):
         case "repeat":
             return f"{v}.repeat({[r.randint(1, 2) for _ in range(t.dim() + r.randint(0, 1))]})"
         case "tile":
-            return f"torch.tile({v}, dims={[r.randint(1, 2) for _ in range(r.randint(1, t.dim() + 1))]})"
+            return (
+                f"torch.tile({v}, "
+                f"dims={[r.randint(1, 2) for _ in range(r.randint(1, t.dim() + 1))]})"
+            )
         case "tile fewer":
             return f"{v}.tile({r.randint(1, 2)})"
         case "unary":
-            return f"{v}.{r.choice(['sin()', 'exp().log1p()', 'sigmoid()', 'double()', 'clone()', 'contiguous()'])}"
+            calls = ["sin()", "exp().log1p()", "sigmoid()", "double()", "clone()", "contiguous()"]
+            return f"{v}.{r.choice(calls)}"
         case "masked":
             return f"{v}.masked_fill({v} > 1, 0.3)"
         case "view":
@@ -420,22 +446,25 @@ def writing(r, v, t, others):
         "moved": f"w{at(d, '0')} = {u}{at(d, '-1')}",
         "select": f"w.select({d}, 0).mul_({u}.select({d}, 0))",
         "views": f"a, b = w.narrow({d}, 0, 1), w.narrow({d}, -1, 1); a.mul_(2); b.add_(3 * a)",
-        "seen through a view": f"a = w.transpose({d}, 0); w.{r.choice([f'copy_({u}.flip({d}))', f'add_({u})'])}; w = a",
-        "seen through another view": f"a = w{at(d, ':1')}; b = w.transpose(0, -1); b[..., :1] = 2 * "
-        f"{u}.transpose(0, -1)[..., :1]; w = torch.cat([a, a], {d})",
-        "zeros seen through a view": f"w = torch.zeros({list(t.shape)}).double(); a = w.transpose({d}, -1); w += {u}; "
-        "w = a",
+        "seen through a view": f"a = w.transpose({d}, 0); "
+        f"w.{r.choice([f'copy_({u}.flip({d}))', f'add_({u})'])}; w = a",
+        "seen through another view": f"a = w{at(d, ':1')}; b = w.transpose(0, -1); "
+        f"b[..., :1] = 2 * {u}.transpose(0, -1)[..., :1]; w = torch.cat([a, a], {d})",
+        "zeros seen through a view": f"w = torch.zeros({list(t.shape)}).double(); "
+        f"a = w.transpose({d}, -1); w += {u}; w = a",
         "flat": "w = w.contiguous(); w.view(-1)[: w.numel() // 2].mul_(2)",
         "copied": f"w.copy_({u}.flip({d}))",
         "index_add": f"w.index_add_({d}, {index(r, s, s)}, {u})",
         "index_copy": f"w = w.index_copy({d}, torch.tensor({order(r, s)}), {u})",
-        "scatter": f"w = w.scatter_add({d}, {index(r, s, t.numel())}.reshape({list(t.shape)}), {u})",
+        "scatter": f"w = w.scatter_add({d}, {index(r, s, t.numel())}.reshape({list(t.shape)}), "
+        f"{u})",
         "put": f"w[{index(r, t.shape[0], 2)}] = {u}[{index(r, t.shape[0], 2)}]",
         "in place": r.choice(
             [f"w.unsqueeze_({d})", "w.squeeze_()", f"w.transpose_({d}, 0)", "w.sin_()"]
         ),
         "zeros in place": f"w = torch.zeros({wide}).double(); w += {u}",
-        "zeros in part": f"w = torch.zeros({wide}).double(); w[{'..., ' * (r.random() < 0.5)}0] = {u}",
+        "zeros in part": f"w = torch.zeros({wide}).double(); w[{'..., ' * (r.random() < 0.5)}0] = "
+        f"{u}",
         "zeros at places": f"w = torch.zeros({[s, *t.shape]}).double(); "
         f"w[torch.arange({s}), torch.tensor({order(r, s)})] = {u}",
     }
@@ -449,9 +478,9 @@ def using(r, v, t, program):
     use = lambda reads, function, *shapes: (
         f"use({reads}, {v}, {function}, {', '.join(repr(program.parameter(*s)) for s in shapes)})"
     )
-    match r.choice(["linear", "linear", "linear", "derived", "view", "unfold", "matmul", "left", "per head", "einsum",
-                    "mul", "add", "scaled", "wider", "token", "embedding", "norm", "conv", "queries", "expanded",
-                    "where"]):  # fmt: skip
+    match r.choice(["linear", "linear", "linear", "derived", "view", "unfold", "matmul", "left",
+                    "per head", "einsum", "mul", "add", "scaled", "wider", "token", "embedding",
+                    "norm", "conv", "queries", "expanded", "where"]):  # fmt: skip
         case "linear":
             return use(-1, "F.linear", (o, i), (o,))
         case "derived":

@@ -130,8 +130,8 @@ def test_trainer_keeps_its_columns_and_its_accumulation_is_warned_of(tmp_path):
         {"input_ids": torch.randint(0, 50, (6,)), "labels": i % 2, "text_id": i} for i in range(32)
     ]
     arguments = transformers.TrainingArguments(
-        str(tmp_path), per_device_train_batch_size=8, gradient_accumulation_steps=2, max_steps=1, report_to=[],
-        use_cpu=True, disable_tqdm=True, save_strategy="no",
+        str(tmp_path), per_device_train_batch_size=8, gradient_accumulation_steps=2, max_steps=1,
+        report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no",
     )  # fmt: skip
     with htv.attach(model, htv.WinsorizedMean(1)):
         with pytest.warns(UserWarning, match=r"accumulate\(\)"):

@@ -51,10 +51,11 @@ def permuting(n, p):
     yield case("permute", lambda x: x.permute(2, 0, 1), x(), 1)
     yield case("permute, a tuple", lambda x: x.permute((1, -1, 0)), x(), 2)
     yield case("permute, a function", lambda x: torch.permute(x, (1, 0, 2)), x(), 1)
-    yield case("permute, merged", lambda x: x.permute(2, 1, 0), given(BatchLayout(0, 2, 3), 6 * n, p, 2),
-               BatchLayout(2, 2, 3))
+    yield case("permute, merged", lambda x: x.permute(2, 1, 0),
+               given(BatchLayout(0, 2, 3), 6 * n, p, 2), BatchLayout(2, 2, 3))
     batch_size = torch.arange(n).flip(0)
-    yield case("permute, picked", lambda x: x.permute(1, 0), given(BatchLayout(0, examples=batch_size), n, p),
+    yield case("permute, picked", lambda x: x.permute(1, 0),
+               given(BatchLayout(0, examples=batch_size), n, p),
                BatchLayout(1, examples=batch_size))
     yield case("swapaxes", lambda x: x.swapaxes(0, 2), x(), 2)
     yield case("swapdims", lambda x: torch.swapdims(x, 0, 1), x(), 1)
@@ -73,8 +74,10 @@ def permuting(n, p):
 
 def reshaping(n, p):
     m = 2 * n
-    yield case("flatten with before", lambda x: x.flatten(0, 1), given(1, p, n, 2), BatchLayout(0, p))
-    yield case("flatten with behind", lambda x: x.flatten(1), given(1, p, n, 2), BatchLayout(1, 1, 2))
+    yield case("flatten with before", lambda x: x.flatten(0, 1), given(1, p, n, 2),
+               BatchLayout(0, p))
+    yield case("flatten with behind", lambda x: x.flatten(1), given(1, p, n, 2),
+               BatchLayout(1, 1, 2))
     yield case("flatten all", lambda x: x.flatten(), given(1, p, n, 2), BatchLayout(0, p, 2))
     yield case("reshape with both", lambda x: x.reshape(2, -1, 1), given(2, 2, p, n, 3),
                BatchLayout(1, p, 3))
@@ -82,7 +85,8 @@ def reshaping(n, p):
                given(BatchLayout(0, 2, 3), 6 * n, 4), BatchLayout(1, 1, 3))
     yield case("unflatten behind", lambda x: x.unflatten(0, (2 * n, 3)),
                given(BatchLayout(0, 2, 3), 6 * n, 4), BatchLayout(0, 2))
-    yield case("unflatten both", lambda x: x.view(2, n, 3, 4), given(BatchLayout(0, 2, 3), 6 * n, 4), 1)
+    yield case("unflatten both", lambda x: x.view(2, n, 3, 4),
+               given(BatchLayout(0, 2, 3), 6 * n, 4), 1)
     yield case("units cut in two", lambda x: x.view(m, 2), given(0, n, 4), BatchLayout(0, 1, 2))
     yield case("other dims", lambda x: x.view(n, 2, p), given(0, n, 2 * p), 0)
     yield case("units mixed", lambda x: x.view(n + 1, n), given(0, n, n + 1), LOST)
@@ -100,14 +104,16 @@ def reshaping(n, p):
     batch_size = torch.arange(n).flip(0)
     mine = lambda *shape: given(BatchLayout(0, examples=batch_size), *shape)
     twice = batch_size.repeat_interleave(2)
-    yield case("picked, cut in two", lambda x: x.view(m, p), mine(n, 2 * p), BatchLayout(0, examples=twice))
-    yield case("picked, joined", lambda x: x.view(n, 2, p), given(BatchLayout(0, examples=twice), m, p),
-               BatchLayout(0, examples=batch_size))
+    yield case("picked, cut in two", lambda x: x.view(m, p), mine(n, 2 * p),
+               BatchLayout(0, examples=twice))
+    yield case("picked, joined", lambda x: x.view(n, 2, p),
+               given(BatchLayout(0, examples=twice), m, p), BatchLayout(0, examples=batch_size))
     yield case("picked, other dims", lambda x: x.view(n, 2, p), mine(n, 2 * p),
                BatchLayout(0, examples=batch_size))
     yield case("picked, behind a new dim", lambda x: x.reshape(1, n, p), mine(n, p),
                BatchLayout(1, examples=batch_size))
-    yield case("picked, mixed", lambda x: x.view(2, n), given(BatchLayout(0, examples=twice.roll(1)), m),
+    yield case("picked, mixed", lambda x: x.view(2, n),
+               given(BatchLayout(0, examples=twice.roll(1)), m),
                LOST)
     yield case("picked, with before", lambda x: x.flatten(0, 1),
                given(BatchLayout(1, examples=batch_size), 2, n, p), LOST,
@@ -125,10 +131,11 @@ def reshaping(n, p):
     yield case("broadcast_to", lambda x: torch.broadcast_to(x, (n, n, p)), given(0, n, 1), 1)
     yield case("repeat others", lambda x: x.repeat(1, 2), given(0, n, p), 0)
     yield case("repeat it", lambda x: x.repeat(2, 1), given(0, n, p), BatchLayout(0, 2))
-    yield case("repeat it, merged", lambda x: x.repeat((2, 1)), given(BatchLayout(0, 3, 2), 6 * n, p),
-               BatchLayout(0, 6, 2))
+    yield case("repeat it, merged", lambda x: x.repeat((2, 1)),
+               given(BatchLayout(0, 3, 2), 6 * n, p), BatchLayout(0, 6, 2))
     yield case("repeat in front", lambda x: x.repeat(n, 1, 1), given(0, n, p), 1)
-    yield case("repeat in front and it", lambda x: x.repeat(2, 3, 1), given(0, n, p), BatchLayout(1, 3))
+    yield case("repeat in front and it", lambda x: x.repeat(2, 3, 1), given(0, n, p),
+               BatchLayout(1, 3))
     yield case("repeat, picked", lambda x: x.repeat(2, 1), mine(n, p),
                BatchLayout(0, examples=batch_size.repeat(2)))
     yield case("tile fewer", lambda x: x.tile((2,)), given(0, n, p), 0)
@@ -157,7 +164,8 @@ def joining(n, p):
                    [given(0, n, p), given(BatchLayout(0, examples=batch_size), n, p)], LOST)
     yield case("cat it, merged", lambda x, y: torch.cat([x, y]),
                [given(BatchLayout(0, 1, 2), 2 * n, p), given(0, n, p)],
-               BatchLayout(0, examples=torch.cat([torch.arange(n).repeat_interleave(2), torch.arange(n)])))
+               BatchLayout(0, examples=torch.cat([torch.arange(n).repeat_interleave(2),
+                                                  torch.arange(n)])))
     yield case("a row beside constants", torch.add, [given(picked(1), 1, p), constant(n, p)], LOST,
                given_up="it is in all rows now")
     yield case("stack", lambda x, y: torch.stack([x, y]), pair, 1)
@@ -196,22 +204,24 @@ def along(n, p):
         many = max(p, 3)
         yield case(name, lambda x, f=call: f(x, 1), given(0, n, many), 0)
         yield case(f"{name}, from the end", lambda x, f=call: f(x, -1), given(1, 2, n, many), 1)
-        yield case(f"{name}, merged", lambda x, f=call: f(x, 0), given(BatchLayout(1, 2, 3), many, 6 * n),
-                   BatchLayout(1, 2, 3))
+        yield case(f"{name}, merged", lambda x, f=call: f(x, 0),
+                   given(BatchLayout(1, 2, 3), many, 6 * n), BatchLayout(1, 2, 3))
         yield case(f"{name} it", lambda x, f=call: f(x, 0), given(0, n, p), LOST)
         yield case(f"{name} it, the last", lambda x, f=call: f(x, -1), given(1, p, n), LOST)
     yield case("softmax without a dim", lambda x: F.softmax(x), given(0, n, p), LOST,
                given_up="torch chooses the dim")
     yield case("sort, default", lambda x: x.sort()[0], given(0, n, p), 0)
     yield case("glu", lambda x: F.glu(x), given(0, n, 2 * p), 0)
-    yield case("glu it", lambda x: F.glu(x, 0), given(0, n, p) if n % 2 == 0 else given(BatchLayout(0, 2),
-               2 * n, p), LOST, given_up="" if n % 2 == 0 else "its halves are not followed")
+    yield case("glu it", lambda x: F.glu(x, 0),
+               given(0, n, p) if n % 2 == 0 else given(BatchLayout(0, 2), 2 * n, p), LOST,
+               given_up="" if n % 2 == 0 else "its halves are not followed")
     turned, back = torch.arange(p).flip(0), torch.arange(n).flip(0)
     yield case("flip", lambda x: x.flip(1), given(0, n, p), 0)
     yield case("flip two", lambda x: x.flip(0, 2), given(1, p, n, 2), 1)
     yield case("flip two, a tuple", lambda x: torch.flip(x, (0, 2)), given(1, p, n, 2), 1)
     yield case("flip it", lambda x: x.flip(0), given(0, n, p), BatchLayout(0, examples=back))
-    yield case("flip it among others", lambda x: x.flip(1, 0), given(0, n, p), BatchLayout(0, examples=back))
+    yield case("flip it among others", lambda x: x.flip(1, 0), given(0, n, p),
+               BatchLayout(0, examples=back))
     yield case("roll", lambda x: x.roll(1, 1), given(0, n, p), 0)
     yield case("roll it", lambda x: x.roll(1, dims=0), given(0, n, p),
                BatchLayout(0, examples=torch.arange(n).roll(1)))
@@ -233,7 +243,8 @@ def along(n, p):
                [given(0, n, p), chosen], BatchLayout(0, examples=chosen.tensor))
     row = torch.arange(n).flip(0)[:, None].expand(n, p).contiguous()
     yield case("gather", lambda x: x.gather(1, turned.expand(n, p)), given(0, n, p), 0)
-    yield case("gather it", lambda x: x.gather(0, row), given(0, n, p), BatchLayout(0, examples=back))
+    yield case("gather it", lambda x: x.gather(0, row), given(0, n, p),
+               BatchLayout(0, examples=back))
     yield case("gather by the batch", lambda x, i: x.gather(1, i),
                [given(0, n, p), ids(0, p, n, p)], 0)
     yield case("gather of a table", lambda i, t: t.gather(1, i), [ids(0, 4, n, p), constant(n, 4)],
@@ -250,7 +261,8 @@ def along(n, p):
     yield case("narrow", lambda x: x.narrow(1, 0, 1), given(0, n, p), 0)
     yield case("narrow it", lambda x: x.narrow(0, 1, 2), given(0, n, p), picked(1, 2))
     yield case("narrow it to one", lambda x: x.narrow(0, n - 1, 1), given(0, n, p), picked(n - 1))
-    yield case("narrow it, merged", lambda x: x.narrow(0, 0, n), given(BatchLayout(0, 2), 2 * n, p), 0)
+    yield case("narrow it, merged", lambda x: x.narrow(0, 0, n), given(BatchLayout(0, 2), 2 * n, p),
+               0)
     yield case("chunk", lambda x: x.chunk(2, 1), given(0, n, p), 0)
     yield case("chunk it", lambda x: x.chunk(n), given(0, n, p), [picked(k) for k in range(n)])
     yield case("chunk its copies", lambda x: x.chunk(2), given(BatchLayout(0, 2), 2 * n, p), 0)
@@ -265,7 +277,8 @@ def along(n, p):
     yield case("repeat_interleave it", lambda x: x.repeat_interleave(2, 0), given(0, n, p),
                BatchLayout(0, 1, 2))
     yield case("repeat_interleave it unevenly", lambda x: x.repeat_interleave(torch.arange(n), 0),
-               given(0, n, p), BatchLayout(0, examples=torch.arange(n).repeat_interleave(torch.arange(n))))
+               given(0, n, p),
+               BatchLayout(0, examples=torch.arange(n).repeat_interleave(torch.arange(n))))
     yield case("unfold it, one by one", lambda x: x.unfold(0, 1, 1), given(0, n, p), 0)
     yield case("diff with its like", lambda x, y: x.diff(dim=1, prepend=y),
                [given(0, n, p), given(0, n, 1)], LOST,
@@ -298,7 +311,8 @@ def indexing(n, p):
         (":, 1:", behind(), BatchLayout(1, examples=torch.arange(1, n))),
         ("::2", x(), picked(*range(0, n, 2))), ("idx, idx", x(), picked(1, 0)), ("two", x(), LOST),
         ("torch.arange(n) != 1", x(), picked(*[k for k in range(n) if k != 1])),
-        (":n", given(BatchLayout(0, 2), 2 * n, p), 0), ("::2", given(BatchLayout(0, 1, 2), 2 * n, p), 0),
+        (":n", given(BatchLayout(0, 2), 2 * n, p), 0),
+        ("::2", given(BatchLayout(0, 1, 2), 2 * n, p), 0),
     ):  # fmt: skip
         known = {"torch": torch, "idx": idx, "two": two, "mask": mask, "n": n}
         take = eval(f"lambda x: x[{text}]", known)
@@ -328,7 +342,8 @@ def indexing(n, p):
     keep = torch.arange(n) != 1
     yield case("masked_select of rows", lambda x: x.masked_select(keep[:, None]), given(0, n, 1),
                picked(*[k for k in range(n) if k != 1]))
-    yield case("masked_select", lambda x: x.masked_select(keep), given(0, n, n), BatchLayout(0, 1, n - 1))
+    yield case("masked_select", lambda x: x.masked_select(keep), given(0, n, n),
+               BatchLayout(0, 1, n - 1))
 
 
 def writing(n, p):

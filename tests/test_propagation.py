@@ -103,8 +103,8 @@ def unary(n, p):
     for name in sorted(torch_ops.UNARY - IN_CHANNELS.keys() - NOT_TRIED.keys()):
         call, silent = UNARY_CALLS.get(name) or unary_call(name), name in SILENT
         yield case(name, call, given(1, p, n, 6), 1, silent=silent)
-        yield case(f"{name}, merged", call, given(BatchLayout(1, 2, 3), p, 6 * n, 6), BatchLayout(1, 2, 3),
-                   silent=silent)
+        yield case(f"{name}, merged", call, given(BatchLayout(1, 2, 3), p, 6 * n, 6),
+                   BatchLayout(1, 2, 3), silent=silent)
     for name, ndim in IN_CHANNELS.items():
         call = getattr(F, name, getattr(torch, name, None))
         yield case(name, lambda x, f=call: f(x, 0.2, True),
@@ -152,9 +152,11 @@ def elementwise(n, p):
         yield case(f"{name}, outer and times", call, [given(BatchLayout(0, 2), 2 * n, p),
                    given(BatchLayout(0, 1, 2), 2 * n, p)], LOST)
         yield case(f"{name}, picked", call, [given(BatchLayout(0, examples=rows), 2 * n, p),
-                   given(BatchLayout(0, examples=rows.clone()), 2 * n, 1)], BatchLayout(0, examples=rows))
+                   given(BatchLayout(0, examples=rows.clone()), 2 * n, 1)],
+                   BatchLayout(0, examples=rows))
         other = rows.roll(1)
-        yield case(f"{name}, picked otherwise", call, [given(BatchLayout(0, examples=rows), 2 * n, p),
+        yield case(f"{name}, picked otherwise", call,
+                   [given(BatchLayout(0, examples=rows), 2 * n, p),
                    given(BatchLayout(0, examples=other), 2 * n, p)], LOST)
 # fmt: on
 
@@ -233,7 +235,8 @@ def rowwise(n, p):
     yield case("pixel_unshuffle", lambda x: F.pixel_unshuffle(x, 2), image(4), 0)
     yield case("channel_shuffle", lambda x: F.channel_shuffle(x, 2), image(4), 0)
     yield case("channel_shuffle of channels", lambda x: F.channel_shuffle(x, 2),
-               given(BatchLayout(1, 2), p, 2 * n, 2, 2), LOST, given_up="channels are not told apart")
+               given(BatchLayout(1, 2), p, 2 * n, 2, 2), LOST,
+               given_up="channels are not told apart")
     yield case("fold", lambda x: F.fold(x, 3, 2), given(0, n, 8, 4), 0)
     yield case("im2col", lambda x: F.unfold(x, 2), image(), 0)
     yield case("im2col of channels", lambda x: F.unfold(x, 2), given(1, p, n, 4, 4), LOST,
@@ -316,8 +319,8 @@ def reducing(n, p):
         yield case(f"{name} over the batch, from the end", lambda x, f=call: f(x, -1),
                    given(1, p, n), LOST)
         yield case(f"{name} of all", call, given(0, n, p), LOST)
-        yield case(f"{name}, merged", lambda x, f=call: f(x, 0), given(BatchLayout(1, 3, 2), p, 6 * n),
-                   BatchLayout(0, 3, 2))
+        yield case(f"{name}, merged", lambda x, f=call: f(x, 0),
+                   given(BatchLayout(1, 3, 2), p, 6 * n), BatchLayout(0, 3, 2))
         if name not in KEEP_NO_DIM:
             yield case(f"{name}, kept", lambda x, f=call: f(x, 0, keepdim=True), given(1, p, n), 1)
     yield case("two dims", lambda x: x.sum((0, 2)), given(1, p, n, 2), 0)
@@ -346,8 +349,8 @@ def multiplying(n, p):
     for name, call in (("matmul", torch.matmul), ("mm", torch.mm), ("@", lambda x, y: x @ y)):
         yield case(f"{name}, rows", call, two, 0)
         yield case(f"{name}, columns", call, [constant(2, p), given(1, p, n)], 1)
-        yield case(f"{name}, merged rows", call, [given(BatchLayout(0, 2, 3), 6 * n, p), constant(p, 2)],
-                   BatchLayout(0, 2, 3))
+        yield case(f"{name}, merged rows", call,
+                   [given(BatchLayout(0, 2, 3), 6 * n, p), constant(p, 2)], BatchLayout(0, 2, 3))
         yield case(f"{name}, contracted rows", call, [constant(p, n), given(0, n, n)], LOST)
         yield case(f"{name}, contracted columns", call, [given(1, n, n), constant(n, p)], LOST)
         yield case(f"{name}, all pairs", lambda x, f=call: f(x, x.t()), given(0, n, p), LOST)

@@ -47,7 +47,7 @@ def refused(model, call, error, *words, backward=False):
 
 
 def mix(forward, **parameters):
-    """A model of x (N, 4, 6) with a layer `l` before and a layer `h` after, unless told otherwise."""
+    """A model of x (N, 4, 6) with layers `l` before and `h` after, unless told otherwise."""
     parameters = parameters or {"l": nn.Linear(6, 6), "h": nn.Linear(6, 6)}
     return Module(forward, **parameters)
 

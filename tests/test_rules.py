@@ -88,7 +88,7 @@ def test_threshold_rounds_up_between_integers():
 @pytest.mark.parametrize("groups", range(1, 41))
 @pytest.mark.parametrize("percent", [1, 2, 4, 8, 25, 49])
 def test_fractions_are_nearest_ranks(groups, percent):
-    """The count of winsorized values is where numpy's nearest percentile of the ranks 0..E-1 falls."""
+    """As many values are winsorized as numpy's nearest percentile of the ranks 0..E-1 says."""
     count = htv.WinsorizedMean(percent / 100).statistic(groups).count
     assert count == np.percentile(np.arange(groups), percent, method="nearest")
 

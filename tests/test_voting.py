@@ -21,7 +21,7 @@ RULES = [
 
 
 def require(model, contributions, rule):
-    """Every .grad is the aggregate of these contributions, name -> (E, *shape), but for rounding."""
+    """Every .grad is the aggregate of contributions, name -> (E, *shape), up to rounding."""
     largest = max(c.abs().max().item() for c in contributions.values())
     for name, p in model.named_parameters():
         stacked, found = contributions[name], p.grad
@@ -79,9 +79,15 @@ def test_packed_sequences_whose_means_count_once(rule):
 
 def test_weights_reach_every_kind_of_layer():
     model = Module(
-        lambda m, ids: m.out(m.conv((m.e(ids) + m.p).transpose(1, 2)).transpose(1, 2) * m.s).flatten(1),
-        e=nn.Embedding(6, 4), p=torch.randn(3, 4), conv=nn.Conv1d(4, 4, 2), s=torch.randn(4), out=nn.Linear(4, 2),
-    ).double()  # fmt: skip
+        lambda m, ids: m.out(
+            m.conv((m.e(ids) + m.p).transpose(1, 2)).transpose(1, 2) * m.s
+        ).flatten(1),
+        e=nn.Embedding(6, 4),
+        p=torch.randn(3, 4),
+        conv=nn.Conv1d(4, 4, 2),
+        s=torch.randn(4),
+        out=nn.Linear(4, 2),
+    ).double()
     x, ids = torch.randint(0, 6, (6, 3)), torch.tensor([1, 1, 1, 0, 0, 2])
     loss = lambda rows: model(x[rows]).square().sum(1)
     for rule in (htv.Mean(), htv.AndMask(0.5), htv.Median()):
@@ -128,7 +134,7 @@ def test_time_taken_for_the_batch_is_refused():
 
 
 class Mixer(nn.Module):
-    """Tokens that look at each other, and every kind of parameter that can be told apart by token."""
+    """Tokens that look at each other; all kinds of parameters that can be told apart by token."""
 
     def __init__(self):
         super().__init__()
@@ -148,7 +154,7 @@ class Mixer(nn.Module):
 
 
 def copied_per_token(model, ids, loss):
-    """name -> (N, T, *shape): gradients of one copy of each parameter per token, by plain autograd."""
+    """name -> (N, T, *shape): plain gradients of one copy of each parameter per token."""
     n, t = ids.shape
     copies = {
         name: p.detach().expand(n, t, *p.shape).clone().requires_grad_()

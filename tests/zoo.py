@@ -27,22 +27,25 @@ from timm.models.mlp_mixer import MlpMixer
 N, T, VOCABULARY = 5, 7, 31  # examples, tokens, words
 QUIET = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
 LLAMA = dict(
-    vocab_size=VOCABULARY, hidden_size=16, intermediate_size=20, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=16, use_cache=False, **QUIET,
+    vocab_size=VOCABULARY, hidden_size=16, intermediate_size=20, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=16, use_cache=False,
+    **QUIET,
 )  # fmt: skip
 BERT = dict(
-    vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=20,
-    max_position_embeddings=12, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+    intermediate_size=20, max_position_embeddings=12, hidden_dropout_prob=0.0,
+    attention_probs_dropout_prob=0.0,
 )  # fmt: skip
 T5 = dict(
-    vocab_size=VOCABULARY, d_model=16, d_kv=4, d_ff=20, num_layers=2, num_decoder_layers=2, num_heads=2,
-    relative_attention_num_buckets=8, relative_attention_max_distance=16, dropout_rate=0.0, use_cache=False,
-    pad_token_id=0, eos_token_id=2, decoder_start_token_id=0,
+    vocab_size=VOCABULARY, d_model=16, d_kv=4, d_ff=20, num_layers=2, num_decoder_layers=2,
+    num_heads=2, relative_attention_num_buckets=8, relative_attention_max_distance=16,
+    dropout_rate=0.0, use_cache=False, pad_token_id=0, eos_token_id=2, decoder_start_token_id=0,
 )  # fmt: skip
 BART = dict(
-    vocab_size=VOCABULARY, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
-    decoder_attention_heads=2, encoder_ffn_dim=20, decoder_ffn_dim=20, max_position_embeddings=12, dropout=0.0,
-    use_cache=False, decoder_start_token_id=2, forced_eos_token_id=None, **QUIET,
+    vocab_size=VOCABULARY, d_model=16, encoder_layers=1, decoder_layers=1,
+    encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=20, decoder_ffn_dim=20,
+    max_position_embeddings=12, dropout=0.0, use_cache=False, decoder_start_token_id=2,
+    forced_eos_token_id=None, **QUIET,
 )  # fmt: skip
 VISION = dict(
     image_size=12, patch_size=4, hidden_size=16, num_hidden_layers=2, num_attention_heads=2
@@ -115,9 +118,10 @@ def beit():
 
 def whisper():
     options = dict(
-        vocab_size=VOCABULARY, num_mel_bins=6, d_model=16, dropout=0.0, encoder_layers=2, decoder_layers=1,
-        encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=20, decoder_ffn_dim=20,
-        max_source_positions=8, max_target_positions=8, use_cache=False, decoder_start_token_id=1, **QUIET,
+        vocab_size=VOCABULARY, num_mel_bins=6, d_model=16, dropout=0.0, encoder_layers=2,
+        decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=20,
+        decoder_ffn_dim=20, max_source_positions=8, max_target_positions=8, use_cache=False,
+        decoder_start_token_id=1, **QUIET,
     )  # fmt: skip
     model = transformer("WhisperForConditionalGeneration", "WhisperConfig", **options)
     return model, {"input_features": torch.randn(N, 6, 16), "decoder_input_ids": tokens(4)}
@@ -140,8 +144,8 @@ def mixtral():
 
 def qwen3_moe():
     options = LLAMA | dict(
-        head_dim=4, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=12, decoder_sparse_step=1,
-        norm_topk_prob=True, experts_implementation="eager",
+        head_dim=4, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=12,
+        decoder_sparse_step=1, norm_topk_prob=True, experts_implementation="eager",
     )  # fmt: skip
     return transformer("Qwen3MoeForCausalLM", "Qwen3MoeConfig", **options), {"input_ids": tokens(4)}
 
@@ -162,8 +166,9 @@ def switch():
 
 def opt():
     options = dict(
-        vocab_size=VOCABULARY, hidden_size=16, word_embed_proj_dim=16, ffn_dim=20, num_hidden_layers=2,
-        num_attention_heads=2, max_position_embeddings=12, dropout=0.0, use_cache=False, **QUIET,
+        vocab_size=VOCABULARY, hidden_size=16, word_embed_proj_dim=16, ffn_dim=20,
+        num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=12, dropout=0.0,
+        use_cache=False, **QUIET,
     )  # fmt: skip
     return transformer("OPTForCausalLM", "OPTConfig", **options), padded()
 
@@ -175,8 +180,9 @@ def bart():
 
 def clip_text():
     options = dict(
-        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=20, projection_dim=12, num_hidden_layers=2,
-        num_attention_heads=2, max_position_embeddings=12, bos_token_id=1, eos_token_id=VOCABULARY - 1, pad_token_id=0,
+        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=20, projection_dim=12,
+        num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=12, bos_token_id=1,
+        eos_token_id=VOCABULARY - 1, pad_token_id=0,
     )  # fmt: skip
     batch = padded()
     ends = batch["attention_mask"].sum(1) - 1

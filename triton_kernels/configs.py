@@ -6,11 +6,11 @@ fastest where has not yet been measured on hardware.
 
 A tuned table is a JSON file: {"version": 1, "entries": [{"arch": "sm_90", "arithmetic": "half",
 "words": 2, "aligned": true, "outputs": 4096, "inputs": 4096, "parts": 1, "groups": 16, "rows":
-1024, "config": {"BLOCK_O": 128,
-...}, "splits": 1}, ...]}, sizes as in `Problem`. The entry of the nearest shape (in the logarithms of its sizes)
-among those of the same architecture, arithmetic, words and alignment serves, if it is near. `htv tune` writes such a
-file. The one that HTV_TUNED names is taken, else `htv/tuned.json` in the user's cache, else `tuned.json` beside this
-file; "HTV_TUNED=" takes none.
+1024, "config": {"BLOCK_O": 128, ...}, "splits": 1}, ...]}, sizes as in `Problem`. The entry of the
+nearest shape (in the logarithms of its sizes) among those of the same architecture, arithmetic,
+words and alignment serves, if it is near. `htv tune` writes such a file. The one that HTV_TUNED
+names is taken, else `htv/tuned.json` in the user's cache, else `tuned.json` beside this file;
+"HTV_TUNED=" takes none.
 """
 
 from __future__ import annotations
@@ -276,7 +276,8 @@ def load(path: Path) -> tuple[dict, ...]:
         or not isinstance(table.get("entries"), list)
     ):
         raise ValueError(
-            f'tuned table {path} must be {{"version": 1, "entries": [...]}}; set HTV_TUNED= to do without'
+            f'tuned table {path} must be {{"version": 1, "entries": [...]}}; set HTV_TUNED= to do '
+            "without"
         )
     for number, entry in enumerate(table["entries"]):
         wrong = _wrong(entry)

@@ -145,8 +145,9 @@ def conv(
     x, grad_output = (t.movedim(1, -1).contiguous().flatten(0, -2) for t in (x, grad_output))
     if samples * seen == 0:
         factors = product.Factors(
-            x.new_empty((0, columns)), grad_output.new_empty((0, outputs * groups)), torch.zeros_like(offsets),
-            1, 1, outputs * groups, columns, columns, product.load_rows, None,
+            x.new_empty((0, columns)), grad_output.new_empty((0, outputs * groups)),
+            torch.zeros_like(offsets), 1, 1, outputs * groups, columns, columns, product.load_rows,
+            None,
         )  # fmt: skip
     elif groups > 1 and outputs < FEW_OUTPUTS:
         splits = (

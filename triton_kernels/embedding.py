@@ -186,7 +186,7 @@ def count_not_larger(state, v, nth, parameters):
 
 @triton.jit
 def sum_inside(state, v, nth, parameters):
-    """How many keys are not smaller than the higher of two, and the sum of the values between both."""
+    """How many keys reach the higher of two, and the sum of the values between both."""
     low_key, high_key = parameters
     key = to_key(v)
     inside = tl.where((key > low_key) & (key < high_key), v, 0.0)

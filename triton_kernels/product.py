@@ -136,7 +136,8 @@ def product_kernel(
     x:            what `load_x` reads; offsets (E + 1,), in units of `rows` rows
     grad_output:  (R, parts * O), rows `grad_output_stride` apart
     RESULT:       what `out` receives of every split; they take groups as torch.tensor_split does
-        statistic     (parts, height, width), of all groups: num_splits is 1; and `mask` the sum of the mask per program
+        statistic     (parts, height, width), of all groups: num_splits is 1; and `mask`
+                      the sum of the mask per program
         state         (words, num_splits, parts, height, width)
         contribution  (num_splits, parts, height, width), of one group: num_splits is num_groups
     Programs: parts x splits x tiles, tiles fastest.
@@ -442,7 +443,10 @@ def _ranked(factors, statistic, value, choice):
     for (first, last), box in boxes(factors, splits):
         top, left, height, width = box
         some = factors.part(first, last)
-        config = choice[0] if choice else configs.choose(some.problem(1 if buckets else 0), 1)[0]
+        if choice:
+            config = choice[0]
+        else:
+            config = configs.choose(some.problem(1 if buckets else 0), 1)[0]
         size = (last - first) * height * width
         scratch = scratch if scratch.numel() >= splits * size else value.new_empty(splits * size)
         launch(some, box, scratch, scratch, result, found, statistic, config, splits)

@@ -276,7 +276,11 @@ def sort_block(size: int) -> int:
     """Coordinates of a program, of 128 threads: four in a row for each, 16 bytes a load, as long as
     registers last.
     """
-    return 512 if size <= 16 else 256 if size <= 32 else 128
+    if size <= 16:
+        return 512
+    if size <= 32:
+        return 256
+    return 128
 
 
 def ranked(

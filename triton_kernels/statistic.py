@@ -1,10 +1,14 @@
 """Streaming statistics over a tile of coordinates, as @triton.jit functions a kernel takes as
 constexpr.
 
-    init(zeros, COUNT) -> state                             a tuple of tensors shaped like `zeros`, all fp32
-    update(state, c, nth, COUNT) -> state                   c: the contributions of the nth group, counted from 1
-    merge(state, n, other, m) -> state                      of n groups and of m others; None where there is no merge
-    finalize(state, groups, count, votes, k, COUNT) -> (value, mask)    value: E * stat; mask: in [0, 1]
+    init(zeros, COUNT) -> state
+        a tuple of tensors shaped like `zeros`, all fp32
+    update(state, c, nth, COUNT) -> state
+        c: the contributions of the nth group, counted from 1
+    merge(state, n, other, m) -> state
+        of n groups and of m others; None where there is no merge
+    finalize(state, groups, count, votes, k, COUNT) -> (value, mask)
+        value: E * stat; mask: in [0, 1]
 
 COUNT is the number of values kept per side by trimmed and winsorized mean, known at compile time; 0
 for the others.
@@ -247,7 +251,7 @@ MOST_EXTREMES = 2  # values per side that are kept in registers
 
 
 def extremes(name: str, count: int) -> Streaming | None:
-    """Trimmed and winsorized mean as streaming statistics, where so few values per side are kept."""
+    """Trimmed and winsorized mean as streaming statistics, where few values per side are kept."""
     if name not in ("trimmed_mean", "winsorized_mean") or count > MOST_EXTREMES:
         return None
     if count == 0:

@@ -1,6 +1,7 @@
 """The benchmark behind bench/gpu.sh: what a GPU machine says about the kernels, as one record.
 
-run.py           the steps, each in a process of its own, within a deadline; imports nothing but Python's library
+run.py           the steps, each in a process of its own, within a deadline; imports nothing but
+                 Python's library
 step.py          what a step is given, and processes that answer questions
 build.py         the CUDA kernels for this GPU
 facts.py         which GPU, which versions

@@ -1,4 +1,4 @@
-"""Which GPU, which versions, which kernels: as the library that was built or carried lets it see."""
+"""Which GPU, which versions, which kernels: as the library built or carried lets it see."""
 
 from __future__ import annotations
 

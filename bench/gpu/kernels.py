@@ -181,7 +181,7 @@ def add_floor(workload: dict, rates: dict) -> None:
 
 
 class Turns:
-    """Steps called once; those that fail are left out. One that takes a second is not called often."""
+    """Steps called once; those that fail are left out. One that takes a second is called less."""
 
     def __init__(self, steps: dict[str, Step], dry: bool):
         self.dry, self.device, self.steps, self.errors = dry, "cpu" if dry else "cuda", {}, {}

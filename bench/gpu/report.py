@@ -12,7 +12,10 @@ from htv.bench import report
 from htv.bench.gpu.targets import TARGETS
 from htv.tools.files import replace_text
 
-DRY = "**A dry run: tiny sizes, no GPU. It shows that everything runs; no number here means anything.**"
+DRY = (
+    "**A dry run: tiny sizes, no GPU. It shows that everything runs; no number here means "
+    "anything.**"
+)
 
 
 def markdown(record: dict) -> str:
@@ -99,7 +102,10 @@ def ceilings(record: dict) -> str | None:
     found = record["ceilings"]
     rates = [f"{name.removeprefix('multiply_adds_per_s_')} {2e-12 * rate:.3g} TFLOP/s"
              for name, rate in found.items() if name.startswith("multiply_adds")]  # fmt: skip
-    return f"A copy moves {1e-9 * found['bytes_per_s']:.4g} GB/s, read and written. Products: {', '.join(rates)}."
+    return (
+        f"A copy moves {1e-9 * found['bytes_per_s']:.4g} GB/s, read and written. Products: "
+        f"{', '.join(rates)}."
+    )
 
 
 def kernels(record: dict) -> str | None:

@@ -161,7 +161,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument(
         "--minutes",
         type=float,
-        help=f"within which it ends (default: {MINUTES}; dry: {DRY_MINUTES:.0f}, of processor time)",
+        help=f"within which it ends (default: {MINUTES}; dry: {DRY_MINUTES:.0f}, of processor "
+        "time)",
     )
     parser.add_argument(
         "--only", nargs="+", choices=[s.name for s in STEPS], help="these steps alone"
@@ -181,8 +182,8 @@ def run(step: Step, seconds: float, dry: bool, scratch: Path, log: Path) -> tupl
         start = words.tell()
         # a session of its own, so that whatever it started ends with it
         child = subprocess.Popen(
-            [sys.executable, *program(step), *arguments], stdin=subprocess.DEVNULL, stdout=words, stderr=words,
-            cwd=ROOT, env=environment(dry), start_new_session=True,
+            [sys.executable, *program(step), *arguments], stdin=subprocess.DEVNULL, stdout=words,
+            stderr=words, cwd=ROOT, env=environment(dry), start_new_session=True,
         )  # fmt: skip
         try:
             status, error = wait(child, seconds + GRACE, dry), None

@@ -106,7 +106,7 @@ class BufferListener:
         """
 
     def observe(self, parts: list[Factors]) -> None:
-        """Called with what a pass recorded, before it is aggregated, where the buffer was told to."""
+        """Called with what a pass recorded before it is aggregated, if the buffer was told to."""
 
 
 class ContributionBuffer:

@@ -32,7 +32,7 @@ class DeferredFactors(Factors):
         self.make, self.grouped_rows, self.tensors, self._steps = make, grouped_rows, tensors, steps
 
     def then(self, step: Callable[[Factors, Tensor], Factors]) -> DeferredFactors:
-        """What a function makes of these factors and the parameter; the function holds no tensors."""
+        """Return what a function, which holds no tensors, makes of these and the parameter."""
         return DeferredFactors(self.make, self.grouped_rows, self.tensors, (*self._steps, step))
 
     def stacked_now(self, name: str) -> Tensor:

@@ -48,14 +48,16 @@ def demo(
     data: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of idx files (MNIST's format), plain or .gz. Default: scikit-learn's digits."
+            help="Folder of idx files (MNIST's format), plain or .gz. Default: scikit-learn's "
+            "digits."
         ),
     ] = None,
     rule: Annotated[
         list[str] | None,
         typer.Option(
-            help="Rule to compare with plain; repeat it or separate by commas. and-mask[:TAU], median, "
-            "winsorized[:COUNT_OR_FRACTION], trimmed[:COUNT_OR_FRACTION], median-of-means[:K]. "
+            help="Rule to compare with plain; repeat it or separate by commas. and-mask[:TAU], "
+            "median, winsorized[:COUNT_OR_FRACTION], trimmed[:COUNT_OR_FRACTION], "
+            "median-of-means[:K]. "
             "Default: and-mask,median,winsorized."
         ),
     ] = None,
@@ -114,18 +116,18 @@ def bench(
     workload: Annotated[
         list[str] | None,
         typer.Option(
-            help="What to measure; repeat it or separate by commas. mlp-relu, mlp-gelu, transformer, resnet18, "
-            "llama-block, convnext-stage, stacked-E, scaling-groups, scaling-width, scaling-rows; "
-            "the beginning of "
-            "several names stands for all of them, as in `stacked`. Default: everything: some "
-            "fifteen minutes."
+            help="What to measure; repeat it or separate by commas. mlp-relu, mlp-gelu, "
+            "transformer, resnet18, llama-block, convnext-stage, stacked-E, scaling-groups, "
+            "scaling-width, scaling-rows; the beginning of several names stands for all of them, "
+            "as in `stacked`. Default: everything: some fifteen minutes."
         ),
     ] = None,
     variant: Annotated[
         list[str] | None,
         typer.Option(
-            help="Which to compare with plain; repeat it or separate by commas. mean, and-mask, median, winsorized; or "
-            "a baseline and a rule, as in vmap:median, opacus:and-mask. Default: all."
+            help="Which to compare with plain; repeat it or separate by commas. mean, and-mask, "
+            "median, winsorized; or a baseline and a rule, as in vmap:median, opacus:and-mask. "
+            "Default: all."
         ),
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Default: what torch takes.")] = None,
@@ -138,7 +140,8 @@ def bench(
     peers: Annotated[
         bool,
         typer.Option(
-            help="Also the baselines: a loop, vmap, and Opacus and BackPACK where they are installed."
+            help="Also the baselines: a loop, vmap, and Opacus and BackPACK where they are "
+            "installed."
         ),
     ] = True,
     memory: Annotated[
@@ -147,7 +150,8 @@ def bench(
     quick: Annotated[
         bool,
         typer.Option(
-            help="A look within a minute: few calls; mlp-relu and stacked-3, no baselines, unless named."
+            help="A look within a minute: few calls; mlp-relu and stacked-3, no baselines, unless "
+            "named."
         ),
     ] = False,
     out: Annotated[
@@ -213,8 +217,8 @@ def experiment(
     data: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of idx files (MNIST's format) or of CIFAR's Python batches, for experiments on images. "
-            "Default: the digits."
+            help="Folder of idx files (MNIST's format) or of CIFAR's Python batches, for "
+            "experiments on images. Default: the digits."
         ),
     ] = None,
     jobs: Annotated[
@@ -266,27 +270,31 @@ def tune(
     shape: Annotated[
         list[str] | None,
         typer.Option(
-            help="OxIxExT: outputs and inputs of a linear layer, groups and rows of each, such as 4096x4096x16x1024; "
-            "repeat it or separate by commas. Default: layers of transformers, 768 to 4096 wide."
+            help="OxIxExT: outputs and inputs of a linear layer, groups and rows of each, such as "
+            "4096x4096x16x1024; repeat it or separate by commas. Default: layers of transformers, "
+            "768 to 4096 wide."
         ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
     statistic: Annotated[
         list[str] | None,
         typer.Option(
-            help="median, and-mask, sand-mask, winsorized: one for every kind of tile. Default: all."
+            help="median, and-mask, sand-mask, winsorized: one for every kind of tile. "
+            "Default: all."
         ),
     ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
-            help="The table to write or add to. Default: htv/tuned.json in the user's cache, which is found."
+            help="The table to write or add to. Default: htv/tuned.json in the user's cache, which "
+            "is found."
         ),
     ] = None,
     dry: Annotated[
         bool,
         typer.Option(
-            help="Every step on the CPU, by Triton's interpreter: shows that it works, not what is fast."
+            help="Every step on the CPU, by Triton's interpreter: shows that it works, not what is "
+            "fast."
         ),
     ] = False,
 ) -> None:

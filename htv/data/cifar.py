@@ -25,7 +25,10 @@ _KINDS = {
     ),
     "train": ("cifar100", 100, ["train"], ["test"], b"fine_labels"),
 }
-_REMEDY = "give a folder with data_batch_1 to data_batch_5 and test_batch (CIFAR-10), or train and test (CIFAR-100)"
+_REMEDY = (
+    "give a folder with data_batch_1 to data_batch_5 and test_batch (CIFAR-10), or train and test "
+    "(CIFAR-100)"
+)
 
 
 def is_cifar(path: str | Path) -> bool:

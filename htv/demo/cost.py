@@ -81,8 +81,8 @@ def peak_memory(
 
     Returns {"bytes": int, "method": str}. The images are random: memory depends on their size only.
     """
-    job = {"spec": variant.spec, "materialise": materialise, "setup": asdict(setup), "pixels": pixels,
-           "num_classes": num_classes}  # fmt: skip
+    job = {"spec": variant.spec, "materialise": materialise, "setup": asdict(setup),
+           "pixels": pixels, "num_classes": num_classes}  # fmt: skip
     try:
         return in_own_process("htv.demo.cost", json.dumps(job))
     except RuntimeError as error:

@@ -25,8 +25,8 @@ def summary_table(results: list[dict], noise: float) -> Table:
         "of the batch."
     )
     table.add_column("rule", no_wrap=True)
-    for name in ("test\nacc.", "\nmemorised", "ms/step\n(x plain)", "peak MB\n(x plain)", "vmap\nms/step",
-                 "vmap\npeak MB"):  # fmt: skip
+    for name in ("test\nacc.", "\nmemorised", "ms/step\n(x plain)", "peak MB\n(x plain)",
+                 "vmap\nms/step", "vmap\npeak MB"):  # fmt: skip
         table.add_column(name, justify="right", no_wrap=True)
     plain = results[0]
     for result in results:
@@ -88,8 +88,9 @@ def save_curves(path: Path, results: list[dict], title: str) -> None:
             epochs = [record["epoch"] for record in result["epochs"]]
             values = [record[key] for record in result["epochs"]]
             plain = index == 0
-            axes.plot(epochs, values, label=result["spec"], color="black" if plain else f"C{index - 1}",
-                      linestyle="--" if plain else "-", marker="." if len(epochs) < 20 else None)  # fmt: skip
+            axes.plot(epochs, values, label=result["spec"],
+                      color="black" if plain else f"C{index - 1}", linestyle="--" if plain else "-",
+                      marker="." if len(epochs) < 20 else None)  # fmt: skip
         axes.set(title=name, xlabel="epoch", ylabel="share of images", ylim=(-0.02, 1.02))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))

@@ -31,8 +31,8 @@ def run(data: Dataset, variants: list[Variant], setup: Setup, out: Path, console
         f"{setup.epochs} epochs of batches of {setup.batch_size}, seed {setup.seed}, "
         f"{setup.device}."
     )
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-               TextColumn("{task.fields[now]}"))  # fmt: skip
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+               TimeElapsedColumn(), TextColumn("{task.fields[now]}"))  # fmt: skip
     with Progress(*columns, console=console) as progress:
         epochs = [_train(task, variant, setup, progress) for variant in variants]
         costs = _measure(task, variants, setup, progress)

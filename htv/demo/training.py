@@ -97,7 +97,7 @@ def make_optimizer(network: nn.Module, setup: Setup) -> torch.optim.Optimizer:
 
 
 def aggregating(network: nn.Module, rule: Rule | None):
-    """The two lines that htv adds to a training script: attach, and detach at the end of the block."""
+    """The two lines that htv adds to a training script: attach, and detach when the block ends."""
     return nullcontext() if rule is None else attach(network, rule)
 
 

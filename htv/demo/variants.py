@@ -52,7 +52,7 @@ def parse(spec: str, batch_size: int) -> Variant:
 
 
 def parse_all(specs: list[str] | None, batch_size: int) -> list[Variant]:
-    """Every spec may be a comma-separated list. Plain always comes first; repetitions count once."""
+    """Every spec may be a comma-separated list. Plain comes first; repetitions count once."""
     given = [part for spec in specs or DEFAULT for part in spec.split(",") if part.strip()]
     variants = [PLAIN, *(parse(spec, batch_size) for spec in given)]
     return list(dict.fromkeys(variants))

@@ -43,7 +43,7 @@ def in_first_run() -> bool:
 
 
 class RecentForwards:
-    """The last forwards of which a checkpoint may run parts again.
+    """Remembers the last forwards, of which a checkpoint may run parts again.
 
     modes: of them, the newest last.
     """
@@ -52,7 +52,9 @@ class RecentForwards:
         self.modes: deque[ModeLike] = deque(maxlen=MOST_FORWARDS)
 
     def note(self, mode: ModeLike, forward: ForwardLike, args: tuple, kwargs: dict) -> None:
-        """Remember what a checkpoint may ask for when it runs this part of a forward again."""
+        """Remember that `forward` ran under `mode` with `args` and `kwargs`, in case a checkpoint
+        runs that part of it again.
+        """
         if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
             if mode not in self.modes:
                 self.modes.append(mode)
@@ -63,7 +65,9 @@ class RecentForwards:
             )
 
     def run_again(self, forward: ForwardLike, tensors: list[Tensor]) -> ModeLike | None:
-        """Find the forward of which a part runs again, as far as the part's inputs show it."""
+        """Find the forward of which `forward` runs a part again, as far as `tensors`, the part's
+        inputs, show it.
+        """
         if not in_backward():
             return None
         if forward.batch_misplaced and in_reentrant_checkpoint():

@@ -70,7 +70,9 @@ class _Reader:
         return self.met[0].groups.batch_size
 
     def known(self, node, number: int) -> Mark | None:
-        """Return the mark of a node's output where it is known without the node's inputs."""
+        """Return the mark of output `number` of `node`, where it is known without the node's
+        inputs.
+        """
         found = self._checkpointed.get((id(node), number))
         if found is not None:
             self.met.append(found[2])

@@ -18,8 +18,8 @@ from htv.errors import UnsupportedError
 __all__ = ["ForwardStandIn"]
 
 LIKE_A_FUNCTION = (
-    "__annotations__", "__closure__", "__code__", "__defaults__", "__globals__", "__kwdefaults__", "__name__",
-    "__qualname__",
+    "__annotations__", "__closure__", "__code__", "__defaults__", "__globals__", "__kwdefaults__",
+    "__name__", "__qualname__",
 )  # fmt: skip
 EXPORTING = (
     "an attached model cannot be exported or scripted ({}): what htv adds is no part of a graph "
@@ -30,12 +30,14 @@ EXPORTING = (
 
 
 def members(module: nn.Module) -> list[int]:
-    """Its parameters and parts by identity, in less time than to list those of the whole tree."""
+    """Return the identities of a module's own parameters and parts, in less time than to list those
+    of the whole tree.
+    """
     return [*map(id, module._parameters.values()), *map(id, module._modules.values())]
 
 
 def parameter_names(function) -> tuple[str, ...]:
-    """The names of a function's positional parameters; () where it does not tell."""
+    """Return the names of a function's positional parameters; () where it does not tell."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     try:
         parameters = inspect.signature(function).parameters.values()
@@ -45,7 +47,7 @@ def parameter_names(function) -> tuple[str, ...]:
 
 
 def thaw(frozen: list[nn.Module]) -> None:
-    """Put modules that `ForwardStandIn.freeze` froze back into train mode."""
+    """Put the modules in `frozen`, which `ForwardStandIn.freeze` froze, back into train mode."""
     while frozen:
         frozen[-1].training = True
         frozen.pop()
@@ -56,8 +58,8 @@ class ForwardStandIn:
     serving mode.
 
     To whom reads it (signature, `__code__`, `__wrapped__`) it looks like the method it stands for.
-    Copies of the
-    module, by copy.deepcopy, pickle or torch.save, are made as if it were not attached.
+    Copies of the module, by copy.deepcopy, pickle or torch.save, are made as if it were not
+    attached.
     """
 
     def __init__(self, session: SessionLike, module: nn.Module, path: str, method: str = "forward"):
@@ -103,7 +105,9 @@ class ForwardStandIn:
     # -- how it looks ------------------------------------------------------------------------------
 
     def __getattr__(self, name: str):
-        """Attributes of the method it stands for; only for those this class does not have."""
+        """Return an attribute `name` of the method it stands for, if this class does not
+        have it.
+        """
         if name in LIKE_A_FUNCTION:
             return getattr(self.__dict__["inner"], name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
@@ -118,8 +122,8 @@ class ForwardStandIn:
 
     @property
     def __func__(self):
-        """A function of (module, ...) that is served too, for those who wrap methods by their
-        function.
+        """Return a function of (module, ...) that is served too, for those who wrap methods by
+        their function.
         """
         if (
             sys._getframe(1).f_globals.get("__name__") == "torch._jit_internal"
@@ -144,13 +148,12 @@ class ForwardStandIn:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of its positional parameters."""
+        """Return the names of its positional parameters."""
         if self._names is None:
             self._names = parameter_names(self.inner)
         return self._names
 
-    # -- what is checked before it runs
-    # -------------------------------------------------------------------------------
+    # -- what is checked before it runs ------------------------------------------------------------
 
     def check(self) -> None:
         """Refuse before anything runs: replaced parameters; a BatchNorm, which counts its batches
@@ -184,8 +187,8 @@ class ForwardStandIn:
                 raise UnsupportedError(handlers.batch_norm_refusal(f"module {name!r}"))
 
     def freeze(self, frozen: list[nn.Module]) -> None:
-        """Put BatchNorm modules on their running statistics, if the handle was told to, and into
-        `frozen`.
+        """Put BatchNorm modules on their running statistics, if the handle was told to, and note
+        them in `frozen`.
         """
         for _, module in self.batch_norms if self.session.batch_norm == "frozen" else ():
             if module.training and module.running_mean is not None:
@@ -194,7 +197,7 @@ class ForwardStandIn:
 
     @contextmanager
     def frozen_statistics(self) -> Iterator[None]:
-        """`freeze` for the time of a block."""
+        """Apply `freeze` for the time of a block."""
         frozen: list[nn.Module] = []
         try:
             self.freeze(frozen)
@@ -202,8 +205,7 @@ class ForwardStandIn:
         finally:
             thaw(frozen)
 
-    # -- coming and going
-    # ---------------------------------------------------------------------------------------------
+    # -- coming and going --------------------------------------------------------------------------
 
     def install(self) -> None:
         """Put it into the module's own attributes."""
@@ -223,7 +225,7 @@ class ForwardStandIn:
         self._ours = {}
 
     def _reduce_module(self, protocol):
-        """The module's `__reduce_ex__`, as it would be without htv."""
+        """Return the module's `__reduce_ex__`, as it would be without htv."""
         attributes = self.module.__dict__
         mine = self.session.forwards_of(self.module)
         before = {key: attributes[key] for f in mine for key in f._ours if key in attributes}

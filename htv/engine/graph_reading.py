@@ -1,10 +1,8 @@
 """Where the batch is in a tensor nobody saw being made, read off its autograd graph.
 
 A function of torch.jit.script, a custom autograd.Function, or what a training script does between
-two forwards is seen
-by no mode. Its graph still says how gradients go back: node by node, by the same rules as in
-`htv.layout`. A node that
-is not understood loses the batch.
+two forwards is seen by no mode. Its graph still says how gradients go back: node by node, by the
+same rules as in `htv.engine.propagation`. A node that is not understood loses the batch.
 """
 
 from __future__ import annotations
@@ -42,22 +40,23 @@ MOST_NODES = 100_000
 
 # Nodes by the name of their operation; those of elementwise operations need no entry.
 ALIASES = {
-    "to_copy": "to", "native_dropout": "dropout", "unsafe_view": "view", "reshape_alias": "view", "t": "permute",
-    "select": "select", "slice": "narrow", "unsafe_split": "split", "split_with_sizes": "split", "linalg_vector_norm":
-    "norm", "native_layer_norm": "layer_norm", "fused_rms_norm": "rms_norm", "constant_pad_nd": "pad",
+    "to_copy": "to", "native_dropout": "dropout", "unsafe_view": "view", "reshape_alias": "view",
+    "t": "permute", "select": "select", "slice": "narrow", "unsafe_split": "split",
+    "split_with_sizes": "split", "linalg_vector_norm": "norm",
+    "native_layer_norm": "layer_norm", "fused_rms_norm": "rms_norm", "constant_pad_nd": "pad",
     "special_expit": "sigmoid", "fused_dropout": "dropout",
 }  # fmt: skip
 SHAPED = {"view", "squeeze", "expand"}  # what they do shows in the shapes
 ALONG = {
-    "softmax", "log_softmax", "cumsum", "cumprod", "logcumsumexp", "select", "narrow", "split", "unbind", "unsqueeze",
-    "sum", "nansum", "mean", "amax", "amin", "max", "min", "var", "std", "prod", "logsumexp", "norm", "median", "glu",
-    "sort", "topk",
+    "softmax", "log_softmax", "cumsum", "cumprod", "logcumsumexp", "select", "narrow", "split",
+    "unbind", "unsqueeze", "sum", "nansum", "mean", "amax", "amin", "max", "min", "var", "std",
+    "prod", "logsumexp", "norm", "median", "glu", "sort", "topk",
 }  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
 class Knowledge:
-    """What a forward knew of its batch, for later ones.
+    """Holds what a forward knew of its batch, for later ones.
 
     groups:  who voted.
     spec:    what the caller had said of that, or None.
@@ -70,20 +69,22 @@ class Knowledge:
 
 
 def remember(result: Tensor, knowledge: Knowledge, mark: Mark) -> None:
-    """Note at a tensor's node what a forward knew of it, for later forwards; nothing is kept alive."""
+    """Note `knowledge` of a forward, and the mark of its `result`, at the result's node, for later
+    forwards. Nothing is kept alive.
+    """
     if result.grad_fn is not None:
         notes = result.grad_fn.metadata.setdefault(RECORD, {})
         notes[result.output_nr] = (knowledge, mark)
 
 
 def remembered(node, number: int) -> tuple[Knowledge, Mark] | None:
-    """What `remember` noted at one output of a node."""
+    """Return what `remember` noted at output `number` of `node`, or None."""
     notes = node.metadata.get(RECORD)
     return None if notes is None else notes.get(number)
 
 
 def grouped_rows_of(node) -> GroupedRows | None:
-    """Who votes with the result of a served layer, if a node of autograd is one's."""
+    """Return who votes with the result of a served layer, if `node` is one's; else None."""
     if issubclass(getattr(type(node), "_forward_cls", object), Function):
         return getattr(node, "grouped_rows", None)
     return None
@@ -94,11 +95,11 @@ def mark_of(
     batch_size: Callable[[], int | None],
     known: Callable[[object, int], Mark | None],
 ) -> Mark | None:
-    """Read off where the batch is in a tensor with a graph; None if nothing known is in it.
+    """Read off where the batch is in `tensor`, which has a graph; None if nothing known is in it.
 
-    examples:  how many examples there are, asked for once something known was found.
-    known:  (node, output) -> its mark where that is known without its inputs, as for leaves and
-            what htv served.
+    batch_size:  returns how many examples there are; called once something known was found.
+    known:       (node, output) -> its mark where that is known without its inputs, as for leaves
+                 and what htv served.
     """
     marks: dict[tuple[int, int], Mark | None] = {}
     keep = []  # nodes stay the same Python objects as long as somebody holds them
@@ -128,7 +129,7 @@ def mark_of(
 def _through(
     node, number: int, inputs: list[Mark | None], batch_size: Callable[[], int | None]
 ) -> Mark | None:
-    """The mark of one output of a node from those of its inputs."""
+    """Return the mark of one output of a node from those of its inputs."""
     lost = next((m for m in inputs if isinstance(m, Lost)), None)
     if lost is not None:
         return lost
@@ -190,7 +191,7 @@ def _followed(node, number: int, inputs: list[Mark | None], batch_size: int) -> 
 
 @lru_cache(maxsize=1024)
 def _operation(node: str) -> str | None:
-    """The name in `htv.operations` of what a node of autograd differentiates, or None."""
+    """Return the name in `torch_ops` of what a node of autograd differentiates, or None."""
     match = re.fullmatch(r"([A-Z]\w*)Backward\d+", node)
     if match is None:
         return None
@@ -206,7 +207,7 @@ def _signed(dim: int) -> int:
 
 
 def _arguments(node, name: str, tensors: list[Tensor], missing: bool):
-    """(args, kwargs, func) of the call as `htv.layout` reads them; None if the node does not tell."""
+    """Return the call as `htv.engine.propagation` reads it, (args, kwargs, func), or None."""
     first = tensors[0] if tensors else None
     if name in BROADCASTING or name in SHAPED:
         return tuple(tensors), {}, None
@@ -242,7 +243,12 @@ def _arguments(node, name: str, tensors: list[Tensor], missing: bool):
 
 
 def rowwise(operands: list[tuple[Tensor, Mark | None]], output: Tensor, batch_size: int) -> Mark:
-    """The mark of what a function returns that was declared to compute every example by itself."""
+    """Return the mark of `output` of a function that was declared to compute every example by
+    itself.
+
+    operands:    tensors it was called with, and their marks.
+    batch_size:  how many examples there are.
+    """
     layouts = [m for _, m in operands if isinstance(m, OfBatch)]
     if (
         batch_size == 1

@@ -18,7 +18,12 @@ __all__ = ["UNKNOWN", "StaticGroupSpec", "GroupSpec", "groups_of", "same_spec"]
 
 @dataclass(frozen=True, eq=False)
 class GroupSpec:
-    """What `Handle.groups`, `packed` or `tokens` was called with: kind "ids", "packed" or "rows"."""
+    """Holds what `Handle.groups`, `packed` or `tokens` was called with.
+
+    kind:    "ids", "packed" or "rows".
+    value:   the ids, the bounds or the mask, if one was given.
+    weight:  "size" or "equal", see `Groups.by_id`.
+    """
 
     kind: str
     value: Tensor | None
@@ -37,7 +42,7 @@ UNKNOWN = GroupSpec("unknown", None, "size")  # who votes in a forward that left
 
 
 def same_spec(a: GroupSpec | None, b: GroupSpec | None) -> bool:
-    """Tell whether two forwards were asked to let the same groups vote."""
+    """Tell whether two forwards, asked for `a` and `b`, let the same groups vote."""
     if a is None or b is None:
         return a is b
     if (a.kind, a.weight) != (b.kind, b.weight):
@@ -76,7 +81,7 @@ def groups_of(spec: GroupSpec | None, batch: Batch, tensors: list[tuple[str, obj
 
 @dataclass(frozen=True)
 class StaticGroupSpec:
-    """Who votes in a compiled forward: all about it but the values of ids, bounds or mask."""
+    """Tells who votes in a compiled forward: all about it but the values of ids, bounds or mask."""
 
     kind: str
     weight: str
@@ -85,7 +90,9 @@ class StaticGroupSpec:
 
     @staticmethod
     def of(kind: str, weight: str, batch: Batch, value: Tensor | None) -> StaticGroupSpec:
-        """Make it for a batch. Raises ValueError for ids that are not one per example."""
+        """Make it of a `GroupSpec` of this `kind`, `weight` and `value`, for `batch`. Raises
+        ValueError for ids that are not one per example.
+        """
         if kind == "ids" and len(value) != batch.batch_size:
             raise ValueError(
                 f"groups has {len(value)} ids but dim {batch.input_layout.dim} of the batch has "
@@ -95,7 +102,7 @@ class StaticGroupSpec:
         return StaticGroupSpec(kind, weight, int(batch.batch_size), batch.input_layout.dim)
 
     def groups(self, value: Tensor | None) -> Groups:
-        """Assign examples to groups, once the values are known."""
+        """Assign examples to groups, once `value` is known: the ids, bounds or mask."""
         if self.kind == "each":
             return Groups.each(self.batch_size, self.dim)
         if self.kind == "rows":

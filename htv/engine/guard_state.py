@@ -25,14 +25,16 @@ INTERNAL = set(vars(nn.Module())) - {"training"}
 
 
 def register(forward: Any) -> str:
-    """A key to find a forward by, from functions that Dynamo does not look into."""
+    """Keep `forward` by weak reference; return a key to find it by, from functions that Dynamo does
+    not look into.
+    """
     key = next(keys)
     forwards[key] = forward
     return key
 
 
 class CompileGuardState:
-    """The state of a model that its forward may read.
+    """Lists the state of a model that its forward may read.
 
     tensors:     (module, name) of its parameters, buffers and plain tensor attributes.
     parameters:  for each of them the parameter it was when the model was attached, or None.

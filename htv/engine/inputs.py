@@ -27,14 +27,14 @@ DEEPEST = 6  # containers inside one another, where an argument is an object of 
 
 @dataclass
 class Batch:
-    """The examples of one call.
+    """Holds the examples of one call.
 
-    batch_size:  N, how many there are.
-    input_layout:       where a tensor of that size has them.
-    members:    (name, tensor, place, sure) of all that hold examples; what is not sure only has
-                their size.
-    constants:  the other tensors of the call.
-    source:     which argument said so, for messages.
+    batch_size:    N, how many there are.
+    input_layout:  where a tensor of that size has them.
+    members:       (name, tensor, place, sure) of all that hold examples; what is not sure only has
+                   their size.
+    constants:     the other tensors of the call.
+    source:        which argument said so, for messages.
     """
 
     batch_size: int
@@ -45,12 +45,13 @@ class Batch:
 
 
 def named_tensors(names: tuple[str, ...], args: tuple, kwargs: dict) -> list[tuple[str, object]]:
-    """List the tensors and packed sequences of a call as (name, value), in the order of the
-    arguments.
+    """List the tensors and packed sequences of a call of `args` and `kwargs` as (name, value), in
+    the order of the arguments.
 
-    names: of the positional parameters. Tuples, lists, mappings and dataclasses are looked into;
-           other objects (a graph
-    batch, say) only if no tensor is found without.
+    names:  of the positional parameters.
+
+    Tuples, lists, mappings and dataclasses are looked into; other objects (a graph batch, say) only
+    if no tensor is found without.
     """
     given = [(names[i] if i < len(names) else f"args[{i}]", value) for i, value in enumerate(args)]
     given += kwargs.items()
@@ -146,7 +147,7 @@ def _described(name: str, tensor: Tensor, dim: int) -> str:
 def _named(
     tensors: list[tuple[str, object]], wanted: tuple[str, ...]
 ) -> list[tuple[str, object]] | None:
-    """The tensors the caller named as the batch, or None if nothing was named."""
+    """Return the tensors the caller named as the batch, or None if nothing was named."""
     if not wanted:
         return None
     found = []
@@ -187,7 +188,7 @@ def _refuse_layout(name: str, tensor: Tensor) -> None:
 
 
 def _size(sized, dim: int, kind: str, given: int | None, was_named: bool, tensors) -> int:
-    """N by the tensors' own sizes."""
+    """Return N by the tensors' own sizes."""
     sizes = list(dict.fromkeys(int(t.shape[dim]) for _, t in sized))
     larger = [n for n in sizes if n != 1]
     if len(larger) > 1 and given is None:
@@ -218,7 +219,7 @@ def _size(sized, dim: int, kind: str, given: int | None, was_named: bool, tensor
 
 
 def _dim_of_rows(candidates: list[tuple[str, Tensor]], dim: int, total: int | None) -> int:
-    """Packed rows lie in the batch's dim, or behind a leading dim of size 1."""
+    """Return the dim in which packed rows lie: the batch's, or one behind a dim of size 1."""
     if total is None:  # a compiled forward does not know the bounds
         return (
             1 if dim == 0 and any(t.dim() > 1 and len(t) == 1 for _, t in candidates[:1]) else dim
@@ -231,8 +232,8 @@ def _dim_of_rows(candidates: list[tuple[str, Tensor]], dim: int, total: int | No
 
 
 def _of_packed_sequence(packed, plain, dim: int) -> Batch:
-    """The examples of packed sequences: whose row each row of the data is, by the batch sizes and
-    the sorting.
+    """Choose the examples of packed sequences: whose row each row of the data is, by the batch
+    sizes and the sorting.
     """
     members, size = [], None
     for name, sequence in packed:
@@ -267,8 +268,8 @@ def _of_packed_sequence(packed, plain, dim: int) -> Batch:
 
 
 def ids_of_examples(ids: Tensor, batch: Batch) -> Tensor:
-    """The ids of packed sequences' examples, given one per packed row; all rows of an example must
-    have the same.
+    """Return the ids of `batch`'s packed sequences, one per example, of `ids`, one per packed row;
+    all rows of an example must have the same.
     """
     example_of = batch.members[0][2].examples
     if ids.dim() != 1 or len(ids) != len(example_of):
@@ -287,12 +288,12 @@ def ids_of_examples(ids: Tensor, batch: Batch) -> Tensor:
 
 
 def argument_of(name: str) -> str:
-    """Return the argument that a name of `named_tensors` lies in: "x[0].y" -> "x"."""
+    """Return the argument that `name`, one of `named_tensors`, lies in: "x[0].y" -> "x"."""
     return name.partition(".")[0].partition("[")[0]
 
 
 def fitting(size: int, dim: int, tensors: list[tuple[str, object]], source: str) -> Batch:
-    """Find the tensors of a call that have a size known before.
+    """Find among the `tensors` of a call those that have a size known before.
 
     size:    how many examples there are; none of the tensors says so by itself.
     dim:     the batch's.

@@ -51,12 +51,14 @@ BORROWING = {"type_as", "to", "expand_as", "view_as", "reshape_as"}
 # it.
 QUESTIONS = {
     *(getattr(Tensor, name).__get__ for name in (
-        "shape", "dtype", "device", "ndim", "requires_grad", "layout", "is_leaf", "grad_fn", "is_cuda", "is_cpu",
-        "is_meta", "is_sparse", "is_nested", "is_quantized", "_version", "output_nr", "itemsize", "nbytes",
+        "shape", "dtype", "device", "ndim", "requires_grad", "layout", "is_leaf", "grad_fn",
+        "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_nested", "is_quantized", "_version",
+        "output_nr", "itemsize", "nbytes",
     )),
     *(getattr(Tensor, name) for name in (
-        "size", "dim", "ndimension", "numel", "nelement", "stride", "element_size", "is_floating_point", "is_complex",
-        "is_contiguous", "storage_offset", "get_device", "is_inference", "__len__",
+        "size", "dim", "ndimension", "numel", "nelement", "stride", "element_size",
+        "is_floating_point", "is_complex", "is_contiguous", "storage_offset", "get_device",
+        "is_inference", "__len__",
     )),
     torch.numel, torch.is_floating_point, torch.is_complex,
 }  # fmt: skip
@@ -76,8 +78,8 @@ QUERIES = {
 
 
 def left_on_stack(drop: Callable[[ServingMode], bool]) -> None:
-    """Take modes off torch's stack of function modes: those an interrupt left there, or those that
-    are done.
+    """Take modes off torch's stack of function modes for which `drop` is true: those an interrupt
+    left there, or those that are done.
     """
     count = torch._C._len_torch_function_stack()
     if not count:
@@ -93,16 +95,15 @@ def left_on_stack(drop: Callable[[ServingMode], bool]) -> None:
 
 
 class ServingMode(TorchFunctionMode):
-    """One forward of an attached model, for one batch.
+    """Runs one forward of an attached model, for one batch.
 
-    session:  knows which tensors are served parameters.
-    groups:   how this batch's examples map to groups.
-    batch:    the tensors the model is called with, and which of them hold the examples.
-    again:    of a part that activation checkpointing runs again, the forward it belongs to:
-              tensors keep their marks.
-    carried:  what earlier forwards know of tensors the model is called with, by identity.
-    grouped_rows:   who votes at which place, as far as earlier forwards of the same groups found
-                    it.
+    session:       knows which tensors are served parameters.
+    groups:        how this batch's examples map to groups.
+    batch:         the tensors the model is called with, and which of them hold the examples.
+    again:         of a part that activation checkpointing runs again, the forward it belongs to:
+                   tensors keep their marks.
+    carried:       what earlier forwards know of tensors the model is called with, by identity.
+    grouped_rows:  who votes at which place, as far as earlier forwards of the same groups found it.
     """
 
     block = None  # a reference to the `Handle.forward` block that opened it
@@ -155,13 +156,13 @@ class ServingMode(TorchFunctionMode):
         torch._C._push_on_torch_function_stack(self)
 
     def is_stale(self) -> bool:
-        """Whether the forward is over, in this thread, and the mode was left on the stack."""
+        """Tell whether the forward is over, in this thread, and the mode was left on the stack."""
         thread = getattr(self.session, "thread", None)
         return thread is not None and getattr(thread, "running", None) is not self
 
     def remember(self, result) -> None:
-        """Note at what a forward returns where the batch is in it, for forwards that it is handed
-        to.
+        """Note at `result`, which a forward returns, where the batch is in it, for forwards that it
+        is handed to.
         """
         knowledge = graph_reading.Knowledge(self.groups, self.spec, self.batch.source)
         leaves = [result] if isinstance(result, Tensor) else pytree.tree_leaves(result)
@@ -175,7 +176,7 @@ class ServingMode(TorchFunctionMode):
                             graph_reading.remember(tensor, knowledge, mark)
 
     def batch_misplaced(self, tensor: Tensor) -> bool:
-        """Whether a tensor is not what it would be taken for as an input of the model."""
+        """Tell whether `tensor` is not what it would be taken for as an input of the model."""
         mark = self.mark(tensor)
         if isinstance(mark, BatchLayout):
             return not mark.same(self.groups.input_layout, self.groups.batch_size)
@@ -199,22 +200,22 @@ class ServingMode(TorchFunctionMode):
         return self.general(func, args, kwargs)
 
     def call(self, func, args, kwargs):
-        """One torch call of the forward, served where that is needed."""
+        """Make one torch call of the forward, `func(*args, **kwargs)`, served where that is
+        needed.
+        """
         return self.__torch_function__(func, (), args, kwargs)
 
     # -- what a tensor is --------------------------------------------------------------------------
 
     def tracked(self, tensor) -> ParameterLike | None:
-        """The record of a served parameter, or None for anything else."""
+        """Return the record of a served parameter, `tensor`, or None for anything else."""
         return self.session.tracked_parameter(tensor)
 
     def mark(self, tensor: Tensor | None) -> Mark | None:
-        """What a tensor is to the batch; None for None.
+        """Return what `tensor` is to the batch; None for None.
 
         A tensor without a graph that no call of this forward made is a constant: a global,
-                                                                                  something cached
-                                                                                  earlier. Of
-        one with a graph the graph tells.
+        something cached earlier. Of one with a graph the graph tells.
         """
         if tensor is None:
             return None
@@ -231,8 +232,8 @@ class ServingMode(TorchFunctionMode):
         return mark
 
     def _unseen(self, tensor: Tensor) -> Mark:
-        """What a tensor with a gradient is that no call of this forward made, as far as one could
-        see.
+        """Tell what a tensor with a gradient is that no call of this forward made, as far as one
+        can see.
         """
         carried = self._carried.get(id(tensor))
         if carried is not None:
@@ -280,7 +281,7 @@ class ServingMode(TorchFunctionMode):
         return noted[1] if mine else Lost("another forward, of another number of examples,")
 
     def _refuse_stand_in(self, tensor: Tensor) -> None:
-        """A tensor that took a parameter's place inside a module, as FSDP's do, is not plain."""
+        """Refuse a tensor that took a parameter's place inside a module, as FSDP's do."""
         name = self.session.stands_in(tensor)
         if name is not None:
             raise UnsupportedError(
@@ -293,8 +294,8 @@ class ServingMode(TorchFunctionMode):
             )
 
     def argument(self, value: Tensor | None, mark: Mark | None = None) -> ParameterArgument:
-        """A layer's parameter argument: served if it is one or derived from some, plain otherwise.
-        mark: if known.
+        """Return `value`, a layer's parameter argument: served if it is one or derived from some,
+        plain otherwise. `mark` is its mark, if known.
         """
         mark = self.mark(value) if mark is None else mark
         if not isinstance(mark, FromParameters) or not value.requires_grad:
@@ -315,7 +316,7 @@ class ServingMode(TorchFunctionMode):
         )
 
     def input(self, x: Tensor) -> tuple[Tensor, Mark | None]:
-        """A layer's input as `copied_per_example` gives it, and its `layout`."""
+        """Return `x`, a layer's input, as `copied_per_example` gives it, and its `layout`."""
         entry = self.marks.table.get(id(x))
         if (
             entry is not None
@@ -336,8 +337,8 @@ class ServingMode(TorchFunctionMode):
         return x, mark if self.groups.batch_size > 1 else self.layout(x, mark=mark)
 
     def layout(self, x: Tensor, dim: int = 0, mark: Mark | None = None) -> Mark | None:
-        """`mark` of x; of a batch with one example, all of whose x it is, the place along any dim
-        that suits.
+        """Return `mark` of `x`, looked up if None; of a batch with one example, all of whose `x` it
+        is, the place along `dim`.
         """
         mark = self.mark(x) if mark is None else mark
         if self.groups.batch_size > 1:
@@ -349,7 +350,7 @@ class ServingMode(TorchFunctionMode):
         )
 
     def grouped_rows(self, layout: BatchLayout) -> GroupedRows:
-        """Who votes with the indices of a tensor that has the batch there."""
+        """Return who votes with the indices of a tensor that has the batch at `layout`."""
         found = self._grouped_rows.get(layout)
         if found is None:
             found = self.groups.grouped_rows(layout)
@@ -358,10 +359,8 @@ class ServingMode(TorchFunctionMode):
         return found
 
     def why_not_batch(self, x: Tensor, mark: Mark | None, features: int) -> str | None:
-        """None if it is known where the batch is in x, before its last `features` dims; else the
-        reason.
-
-        mark: what `layout` says of x.
+        """Return None if it is known where the batch is in `x`, before its last `features` dims;
+        else the reason. `mark` is what `layout` says of `x`.
         """
         if isinstance(mark, Lost):
             self.session.note_loss(mark)
@@ -373,12 +372,15 @@ class ServingMode(TorchFunctionMode):
         if not isinstance(mark, BatchLayout):
             return f"its input of shape {tuple(x.shape)} was not computed from the batch"
         if mark.dim >= x.dim() - features:
-            return f"the batch is in dim {mark.dim} of its input of shape {tuple(x.shape)}, which this layer mixes"
+            return (
+                f"the batch is in dim {mark.dim} of its input of shape {tuple(x.shape)}, which "
+                "this layer mixes"
+            )
         return None
 
     def refuse(self, op: str, parameters: tuple[ParameterLike, ...], why: str) -> None:
-        """Refuse a use of parameters, or note that it is passed on plainly where the session was
-        told to.
+        """Refuse a use of `parameters` by `op`, because of `why`, or note that it is passed on
+        plainly where the session was told to.
         """
         self.session.unsupported(self._refusal(op, parameters, why), parameters)
 
@@ -394,8 +396,8 @@ class ServingMode(TorchFunctionMode):
     # -- calls that no layer serves ----------------------------------------------------------------
 
     def general(self, func, args, kwargs):
-        """Run a call that no layer serves, expanding parameters where it is elementwise, and mark
-        its results.
+        """Run a call that no layer serves, `func(*args, **kwargs)`, expanding parameters where it
+        is elementwise, and mark its results.
 
         Nearly all calls of a forward come here, so what is found for one is kept for those like it,
         and the usual case makes no further call of a function.
@@ -465,7 +467,7 @@ class ServingMode(TorchFunctionMode):
     def _slowly(
         self, func, args, kwargs, tensors: list[Tensor], marks: list[Mark | None], derived: bool
     ):
-        """`general` for calls that use parameters or write to a tensor."""
+        """Do the work of `general` for calls that use parameters or write to a tensor."""
         if args and isinstance(args[0], Tensor) and _writes(func) and args[0]._base is not None:
             base = args[0]._base
             if self.tracked(base) is None:  # what it is before this write, which its view tells of
@@ -498,13 +500,16 @@ class ServingMode(TorchFunctionMode):
             replaced = self._expand_operands(func, name, args, kwargs, tensors, marks, parameters)
             return func(*args, **kwargs) if replaced is None else func(*replaced[0], **replaced[1])
         if any(isinstance(m, Plain) for m in marks):
-            why = "it is combined with something that keeps its plain gradient, an excluded parameter or an input that "
-            self.refuse(name, parameters, f"{why}is not of the batch; exclude both or neither")
+            why = (
+                "it is combined with something that keeps its plain gradient, an excluded "
+                "parameter or an input that is not of the batch; exclude both or neither"
+            )
+            self.refuse(name, parameters, why)
         return func(*args, **kwargs)
 
     def _expand_operands(self, func, name, args, kwargs, tensors, marks, parameters):
-        """Arguments with every parameter replaced by its copies per example, or None to run the
-        call plainly.
+        """Return arguments with every parameter replaced by its copies per example, or None to run
+        the call plainly.
         """
         if _in_place(func) and isinstance(marks[0], FromParameters):
             return self.refuse(name, parameters, "it is written to in place")
@@ -538,7 +543,10 @@ class ServingMode(TorchFunctionMode):
             or lost
             or not (batch_size == 1 or all(p.same(layouts[0][1], batch_size) for _, p in layouts))
         ):
-            why = f"of the other operands, of shapes {shapes}, it is not known which part belongs to which example: "
+            why = (
+                f"of the other operands, of shapes {shapes}, it is not known which part belongs to "
+                "which example: "
+            )
             for mark in losses:
                 self.session.note_loss(mark)
             blame = (
@@ -570,15 +578,18 @@ class ServingMode(TorchFunctionMode):
             if _tracked(tensor, mark):
                 copies[id(tensor)] = found = self._copies(tensor, mark, ndim, beside, layout)
                 if found is None:
-                    why = f"its shape {tuple(tensor.shape)} varies along dim {layout.dim}, the batch's, of {shapes}"
+                    why = (
+                        f"its shape {tuple(tensor.shape)} varies along dim {layout.dim}, the "
+                        f"batch's, of {shapes}"
+                    )
                     return self.refuse(name, mark.parameters, why)
         return replace_tensors(args, copies), replace_tensors(kwargs, copies)
 
     def _copies(
         self, tensor: Tensor, mark: FromParameters, ndim: int, beside: Tensor, layout: BatchLayout
     ) -> Tensor | None:
-        """A derived tensor's copies for every example, to stand in for it; None if it cannot be
-        told apart by example.
+        """Make a derived tensor's copies for every example, to stand in for it; None if it cannot
+        be told apart by example.
         """
         for tracked in mark.parameters:
             tracked.note("elementwise")
@@ -609,7 +620,7 @@ class ServingMode(TorchFunctionMode):
         return copies.expand(shape)
 
     def _of_one(self, tensor: Tensor, mark: FromParameters, beside: Tensor) -> Tensor:
-        """A derived tensor as the only example uses it."""
+        """Return a derived tensor as the only example uses it."""
         for tracked in mark.parameters:
             tracked.note("elementwise")
         dtype = torch.result_type(beside, tensor) if tensor.dim() == 0 else None
@@ -626,7 +637,7 @@ class ServingMode(TorchFunctionMode):
         layout: BatchLayout,
         dtype,
     ) -> Tensor | None:
-        """Where rows vote: copies along all dims of the other operand but the last."""
+        """Copy along all dims of the other operand but the last, where rows vote."""
         source = argument.value
         features = source.shape[-1] if source.dim() else 1
         lead = beside.shape[: ndim - 1]
@@ -642,8 +653,8 @@ class ServingMode(TorchFunctionMode):
     def with_copies(
         self, func, args, kwargs, tensors: list[Tensor], ndim: int, layout: BatchLayout
     ):
-        """A call with what comes from parameters replaced by its copies per example. place: in
-        tensors of `ndim` dims.
+        """Make a call, `func(*args, **kwargs)`, with what comes from parameters among `tensors`
+        replaced by its copies per example, which have them at `layout` in `ndim` dims.
         """
         copies = {}
         for tensor in tensors:
@@ -659,8 +670,8 @@ class ServingMode(TorchFunctionMode):
         return self.general(func, replace_tensors(args, copies), replace_tensors(kwargs, copies))
 
     def copied_per_example(self, x: Tensor | None) -> Tensor | None:
-        """A layer's input; one that is a derived tensor expanded over the batch (learnt queries) as
-        copies per example.
+        """Return `x`, a layer's input; if it is a derived tensor expanded over the batch (learnt
+        queries), its copies per example.
         """
         mark = self.mark(x)
         if (
@@ -686,8 +697,8 @@ class ServingMode(TorchFunctionMode):
         return copies
 
     def unexpanded(self, w: Tensor, x: Tensor) -> Tensor:
-        """A derived factor of a product with x without leading dims along which it only repeats
-        what x has.
+        """Return `w`, a derived factor of a product with `x`, without leading dims along which it
+        only repeats what `x` has.
         """
         source = self.mark(w).source
         if source is not w:
@@ -751,8 +762,8 @@ class ServingMode(TorchFunctionMode):
                 self._mark_base(output, mark)
 
     def _blamed(self, operation: Operation, marks: list[Mark]) -> list[Mark]:
-        """Marks of which the lost ones say who lost the batch: this call, or an earlier one behind
-        it.
+        """Return marks of which the lost ones say who lost the batch: this call, or an earlier one
+        behind it.
         """
         earlier = next((m for _, m in operation.operands if isinstance(m, Lost) and m.by), None)
         pairs = any(isinstance(m, Lost) and m.pairs for m in marks)
@@ -785,8 +796,8 @@ class ServingMode(TorchFunctionMode):
         )
 
     def _mark_again(self, view: Tensor) -> Mark:
-        """What a tensor is after its memory was written to elsewhere: through another view, or by a
-        call nobody saw.
+        """Tell what a tensor is after its memory was written to elsewhere: through another view, or
+        by a call nobody saw.
         """
         base, mark, batch_size = view._base, self.marks.get(view), self.groups.batch_size
         if getattr(type(view.grad_fn), "_forward_cls", None) is CheckpointFunction:
@@ -815,7 +826,7 @@ class ServingMode(TorchFunctionMode):
         return LOST if isinstance(known, Lost) else mark
 
     def _mark_base(self, view: Tensor, mark: Mark) -> None:
-        """Writing to a view changes what its base is made of."""
+        """Mark the base of a view that was written to: that changes what it is made of."""
         base = view._base
         if base is None or self.tracked(base) is not None:
             return
@@ -838,7 +849,7 @@ TORCH = str(Path(torch.__file__).resolve().parent) + os.sep
 
 
 def _place_in_code() -> str:
-    """The line of the model's code that is running: "file:line"."""
+    """Return the line of the model's code that is running: "file:line"."""
     frame = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
@@ -849,7 +860,7 @@ def _place_in_code() -> str:
 
 
 def _tracked(tensor: Tensor, mark: Mark | None) -> bool:
-    """Whether contributions to a tensor go to served parameters."""
+    """Tell whether contributions to a tensor go to served parameters."""
     return isinstance(mark, FromParameters) and tensor.requires_grad
 
 
@@ -864,8 +875,8 @@ KEPT_OF_ONE = set(torch_ops.ALONG) | {
 
 @lru_cache(maxsize=4096)
 def _is_kept(func, of_one: bool) -> bool:
-    """Whether the mark of a call's result follows from shapes and marks. of_one: it takes one
-    tensor at most.
+    """Tell whether the mark of a call's result follows from shapes and marks; `of_one`: of a call
+    that takes one tensor at most.
     """
     name = plain_name(func)
     declared = getattr(func, graph_reading.ROWWISE, False)
@@ -880,7 +891,7 @@ def _may_be_kept(mark: Mark | None) -> bool:
 
 @lru_cache(maxsize=4096)
 def _writes(func) -> bool:
-    """Whether a call changes its first argument."""
+    """Tell whether a call changes its first argument."""
     return _in_place(func) or plain_name(func) == "setitem"
 
 
@@ -893,12 +904,12 @@ def _in_place(func) -> bool:
 
 
 def _along(args, kwargs) -> int:
-    """The dim tensors are concatenated along."""
+    """Return the dim tensors are concatenated along."""
     return kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else 0))
 
 
 def _only_copies(name: str, args, kwargs) -> bool:
-    """Whether a call to Tensor.repeat only copies along dims of size 1, as expand does."""
+    """Tell whether a call to Tensor.repeat only copies along dims of size 1, as expand does."""
     if name != "repeat" or kwargs:
         return False
     sizes = args[1:] if isinstance(args[1], int) else tuple(args[1])

@@ -31,8 +31,8 @@ NODE_BYTES = 1 << 20  # that the contributions to parameters of one node may tak
 def share_nodes(
     parameters: Iterable[TrackedParameter], groups: Groups
 ) -> dict[TrackedParameter, tuple[TrackedParameter, ...]]:
-    """Which parameters share a node: vectors in a row, of one rule, whose contributions together
-    are small.
+    """Choose which of `parameters` share a node, for `groups`: vectors in a row, of one rule, whose
+    contributions together are small.
 
     A node costs as much as a small layer. It runs when the last use of any of its parameters has
     run: contributions to the others wait for that.
@@ -53,8 +53,8 @@ def share_nodes(
 
 
 class TrackedParameter(BufferListener):
-    """One served parameter: its rule, a node per thread for forwards not yet differentiated, a
-    guard on its gradient.
+    """Tracks one served parameter: its rule, a node per thread for forwards not yet differentiated,
+    a guard on its gradient.
     """
 
     def __init__(self, session: SessionLike, name: str, parameter: nn.Parameter, rule: Rule):
@@ -75,15 +75,16 @@ class TrackedParameter(BufferListener):
 
     @property
     def session(self) -> SessionLike | None:
-        """The session, which owns this; None once it is gone."""
+        """Return the session, which owns this; None once it is gone."""
         return self._session()
 
     def note(self, use: str) -> None:
-        """Remember a kind of use, for `htv.explain`."""
+        """Remember a kind of use, `use`, for `htv.explain`."""
         self.uses.add(use)
 
     def recorder(self, groups: Groups, born: int = -1) -> UseRecorder:
-        """For one more use: uses share a node until a backward has consumed it.
+        """Return where one more use, under `groups`, records its contributions: uses share a node
+        until a backward has consumed it.
 
         born: the backward pass that the use's forward runs in, or -1.
         """
@@ -99,7 +100,9 @@ class TrackedParameter(BufferListener):
         return UseRecorder(*self._open(groups), None, born)
 
     def _may_join(self, groups: Groups) -> bool:
-        """Whether the parameter can get a node with others: it has none that can take one more use."""
+        """Tell whether the parameter can get a node with others: none of its own takes more
+        uses.
+        """
         try:
             hub = self._nodes.mine
         except AttributeError:
@@ -109,8 +112,8 @@ class TrackedParameter(BufferListener):
         return self.parameter.requires_grad and not has_hub and not self._is_hooked()
 
     def _is_hooked(self) -> bool:
-        """Whether others look at the gradient: hooks would see None where only other parameters of
-        the node get one.
+        """Tell whether others look at the gradient: hooks would see None where only other
+        parameters of the node get one.
         """
         p = self.parameter
         return len(p._backward_hooks or ()) > (self.hook is not None) or bool(
@@ -118,7 +121,7 @@ class TrackedParameter(BufferListener):
         )
 
     def _open(self, groups: Groups) -> tuple[Tensor, ContributionBuffer]:
-        """A new node, for all that shares it and has none; returns this parameter's token and
+        """Make a node, for all that shares it and has none; return this parameter's token and
         buffer.
         """
         session = self._session()
@@ -139,7 +142,7 @@ class TrackedParameter(BufferListener):
         return token, buffers[members.index(self)]
 
     def defer(self, message: str) -> None:
-        """Refuse a use when a gradient comes by it."""
+        """Refuse a use, with `message`, when a gradient comes by it."""
         self.deferred = message
 
     def watch(self) -> None:
@@ -204,7 +207,9 @@ class TrackedParameter(BufferListener):
             self._given = given
 
     def expect(self, grad: Tensor | None, current: int) -> None:
-        """This very gradient is what reaches the parameter in a backward pass."""
+        """Note that `grad`, and nothing else, reaches the parameter in the backward pass
+        `current`.
+        """
         if grad is None:
             self._delivered.pop(current, None)
             return
@@ -213,14 +218,14 @@ class TrackedParameter(BufferListener):
             self._delivered.pop(next(iter(self._delivered)))
 
     def accumulate(self, batches: MicroBatches | None) -> None:
-        """From now on gather contributions over several backward passes; None: drop what was
-        gathered.
+        """Gather contributions over several backward passes from now on, as `batches` asks; None:
+        drop what was gathered.
         """
         self.accumulation = None if batches is None else Accumulation(self.rule, batches)
         self._given = None
 
     def add_accumulated(self, grad: Tensor | None) -> None:
-        """Put the aggregated gradient of an accumulation where backward() would."""
+        """Put `grad`, the aggregated gradient of an accumulation, where backward() would."""
         if grad is not None:
             grad = grad.to(self.parameter.dtype)
             self.parameter.grad = (
@@ -228,7 +233,7 @@ class TrackedParameter(BufferListener):
             )
 
     def refuse_gradient(self, twice: bool) -> None:
-        """The parameter got more than an aggregated gradient. twice: it got two of them."""
+        """Refuse more than an aggregated gradient; `twice`: the parameter got two of them."""
         if self.deferred is not None:
             self.session.unsupported(self.deferred, (self,))
             return

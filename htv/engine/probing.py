@@ -18,14 +18,14 @@ from htv.groups import BatchLayout
 
 
 def _numbered(tensor: Tensor, mark: BatchLayout, batch_size: int) -> Tensor:
-    """The example of every element of a tensor, in its shape; takes no memory."""
+    """Return the example of every element of a tensor, in its shape; takes no memory."""
     index = mark.index(batch_size).to(tensor.device)
     return index.reshape(-1, *(1,) * (tensor.dim() - mark.dim - 1)).expand(tensor.shape)
 
 
 def probed(op: Operation, index: int, batch_size: int) -> OfBatch:
-    """Run the operation on the examples' numbers instead of the values; the batch is along the dim
-    they vary along.
+    """Find the batch in output `index` of `op` by running it on the examples' numbers, 0 to
+    `batch_size` - 1, instead of the values: the batch is along the dim they vary along.
     """
     moved = op.operands if op.name in CONCATENATING else op.operands[:1]
     if (
@@ -44,8 +44,8 @@ def probed(op: Operation, index: int, batch_size: int) -> OfBatch:
 
 
 def after_padding(op: Operation, batch_size: int) -> OfBatch:
-    """torch._pad_packed_sequence(data, batch_sizes, batch_first, padding, length): the padding is
-    nobody's.
+    """Find the batch, of `batch_size` examples, after `op`, a torch._pad_packed_sequence(data,
+    batch_sizes, batch_first, padding, length): the padding is nobody's.
     """
     data, mark = op.operands[0]
     if not isinstance(mark, BatchLayout):
@@ -55,7 +55,7 @@ def after_padding(op: Operation, batch_size: int) -> OfBatch:
 
 
 def _named(dim: int, found: Tensor, batch_size: int) -> BatchLayout:
-    """The place of these examples along a dim, as a pattern if they follow one."""
+    """Return the place of these examples along a dim, as a pattern if they follow one."""
     outer, rest = divmod(len(found), batch_size)
     if not rest:
         every = torch.arange(batch_size, device=found.device)
@@ -69,7 +69,7 @@ def _named(dim: int, found: Tensor, batch_size: int) -> BatchLayout:
 
 
 def _read_off(numbers: Tensor, batch_size: int) -> OfBatch:
-    """The place at which the elements have these examples' numbers; negative ones are nobody's."""
+    """Return the place at which the elements have these numbers; negative ones are nobody's."""
     for dim in range(numbers.dim()):
         if numbers.numel() == 0:
             if numbers.shape[dim] == 0:
@@ -83,8 +83,8 @@ def _read_off(numbers: Tensor, batch_size: int) -> OfBatch:
 
 
 def after_writing(op: Operation, batch_size: int) -> OfBatch:
-    """target[index] = value and its relatives: the target stays the batch's if every element
-    written is of its example.
+    """Find the batch, of `batch_size` examples, after `op`, target[index] = value or its relatives:
+    the target stays the batch's if every element written is of its example.
 
     A target that is no batch's yet (zeros) becomes what its first batch value says, if that fits
     one of its dims.
@@ -115,8 +115,8 @@ def after_writing(op: Operation, batch_size: int) -> OfBatch:
 
 
 def _the_only(layouts: list[BatchLayout], empty: bool) -> OfBatch:
-    """The place of a target that fits what was written; where several do, only nothing written yet
-    leaves it open.
+    """Return the place of a target that fits what was written; where several do, only nothing
+    written yet leaves it open.
     """
     if not layouts or (len(layouts) > 1 and not empty):
         return LOST
@@ -130,7 +130,12 @@ def _the_only(layouts: list[BatchLayout], empty: bool) -> OfBatch:
 def base_after_writing(
     base: Tensor, known: Mark | None, view: Tensor, mark: OfBatch, batch_size: int
 ) -> OfBatch:
-    """The mark of a tensor after something of the batch was written to a view of it."""
+    """Return the mark of `base` after something of the batch was written to a view of it.
+
+    known:       the mark that `base` had.
+    view, mark:  the view, and what was written to it.
+    batch_size:  how many examples there are.
+    """
     if isinstance(mark, Lost) or isinstance(known, Lost):
         return LOST
     offset = view.storage_offset() - base.storage_offset()
@@ -154,7 +159,7 @@ def base_after_writing(
 
 
 def view_after_writing(view: Tensor, base: Tensor, mark: BatchLayout, batch_size: int) -> OfBatch:
-    """The mark of a view whose base is now the batch's there."""
+    """Return the mark of `view` whose `base` is now the batch's, at `mark`."""
     numbers = torch.empty_like(base, dtype=torch.int64).copy_(_numbered(base, mark, batch_size))
     if numbers.stride() != base.stride():
         return LOST
@@ -165,8 +170,8 @@ def view_after_writing(view: Tensor, base: Tensor, mark: BatchLayout, batch_size
 def _candidates(
     target: Tensor, value: Tensor, mark: BatchLayout, batch_size: int
 ) -> list[BatchLayout]:
-    """Places a target of zeros may have: as the value counts from the end first, then any dim the
-    batch fits.
+    """List places a target of zeros may have: as the value counts from the end first, then any dim
+    the batch fits.
     """
     aligned = mark.dim + target.dim() - value.dim()
     fitting = [

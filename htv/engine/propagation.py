@@ -39,14 +39,14 @@ from htv.groups import BatchLayout
 def follow(
     op: Operation, batch_size: int, couples: bool = False, rows: bool = False, all_say: bool = False
 ) -> list[OfBatch]:
-    """The mark of each output of an operation some operand of which is of the batch.
+    """Return the mark of each output of `op`, some operand of which is of the batch.
 
-    examples:    how many examples the batch has.
-    couples:  whether what was computed from several examples (statistics of the batch) may meet a
-              example's own part.
-    rows:     whether the order of rows inside a example matters too, as where tokens vote.
-    all_say:  whether operands without a gradient have a say, too: in a checkpoint they get one
-              later.
+    batch_size:  how many examples the batch has.
+    couples:     whether what was computed from several examples (statistics of the batch) may meet
+                 an example's own part.
+    rows:        whether the order of rows inside an example matters too, as where tokens vote.
+    all_say:     whether operands without a gradient have a say, too: in a checkpoint they get one
+                 later.
     """
     if rows and (op.name in SHUFFLING or (op.name == "getitem" and _picks(op.args[1]))):
         return [LOST] * len(op.outputs)
@@ -63,8 +63,9 @@ def follow(
 def unmoved(
     operands: list[tuple[Tensor, Mark | None]], output: Tensor, batch_size: int
 ) -> BatchLayout | None:
-    """The usual case of `follow` for broadcasting operations: all that is of the batch has it at
-    one place already.
+    """Do what `follow` does for the usual case of broadcasting operations: all of `operands` that
+    is of the batch, of `batch_size` examples, has it at one place already. None if that is not so,
+    or does not fit `output`.
     """
     if batch_size == 1:
         return None
@@ -84,7 +85,9 @@ def unmoved(
 
 
 def all_of_one(tensor: Tensor, dim: int = 0) -> BatchLayout:
-    """The place in a tensor all of which belongs to the only example, as if it were along a dim."""
+    """Return the place in `tensor` all of which is the only example's, as if it were along
+    `dim`.
+    """
     size = tensor.shape[dim]
     return (
         BatchLayout(dim, times=size)
@@ -96,7 +99,7 @@ def all_of_one(tensor: Tensor, dim: int = 0) -> BatchLayout:
 def _agreed(
     op: Operation, operands, index: int, batch_size: int, couples: bool, all_say: bool
 ) -> OfBatch:
-    """The place all operands agree on in one output; those without a gradient have no say.
+    """Return the place all operands agree on in one output; those without a gradient have no say.
 
     Where the operation moves parts of the batch about, it is run on the examples' numbers to see
     where they went.
@@ -146,8 +149,8 @@ def _refuse_guesses(op: Operation, layouts: list[BatchLayout], output: Tensor) -
 
 
 def _refuse_guesses_in_backward(op: Operation, layouts: list[BatchLayout], output: Tensor) -> None:
-    """A product of all examples with all (similarities) is no sign of a wrong guess, unless a loss
-    is made of it.
+    """Refuse a wrong guess once a loss is made of the output: a product of all examples with all
+    (similarities) is no sign of one before.
     """
     guess = next((p.guess for p in layouts if p.guess), None)
     if guess is not None and output.requires_grad:
@@ -173,7 +176,7 @@ def _of_guess(op: Operation, guess: str) -> str:
 def _place(
     op: Operation, tensor: Tensor, mark: OfBatch, output: Tensor, batch_size: int
 ) -> BatchLayout | None:
-    """Where one operand puts the batch dim in one output; None if that is not known."""
+    """Return where one operand puts the batch dim in one output; None if that is not known."""
     if isinstance(mark, Lost):
         return None
     dim, name, is_first = mark.dim, op.name, op.operands[0][0] is tensor
@@ -241,11 +244,15 @@ def _permuted(op: Operation, tensor: Tensor, mark: BatchLayout) -> BatchLayout:
         dims = op.args[1:] if isinstance(given, int) else given
         return mark.at([d % ndim for d in dims].index(mark.dim))
     a, b = op.argument(0, "dim0") % ndim, op.argument(1, "dim1") % ndim
-    return mark.at(b if mark.dim == a else a if mark.dim == b else mark.dim)
+    if mark.dim == a:
+        return mark.at(b)
+    if mark.dim == b:
+        return mark.at(a)
+    return mark.at(mark.dim)
 
 
 def _looked_up(op: Operation, tensor: Tensor, mark: BatchLayout) -> BatchLayout | None:
-    """Rows, or by gather elements, of a constant picked by ids of the batch."""
+    """Find the batch in rows, or by gather elements, of a constant picked by ids of the batch."""
     constant = not isinstance(op.operands[0][1], OfBatch) and not tensor.is_floating_point()
     by_ids = op.name == "getitem" and op.args[1] is tensor and not _is_mask(tensor)
     along_0 = op.name == "index_select" and op.argument(0, "dim") == 0
@@ -253,7 +260,7 @@ def _looked_up(op: Operation, tensor: Tensor, mark: BatchLayout) -> BatchLayout 
 
 
 def _mixed_at_the_end(op: Operation) -> int | None:
-    """How many dims at the end a rowwise operation may mix; None for all but dim 0."""
+    """Return how many dims at the end a rowwise operation may mix; None for all but dim 0."""
     if op.name in ("layer_norm", "rms_norm"):
         return len(op.argument(0, "normalized_shape"))
     if op.name == "embedding_bag":
@@ -294,8 +301,8 @@ def _reduced(
 def _multiplied(
     op: Operation, tensor: Tensor, mark: BatchLayout, output: Tensor
 ) -> BatchLayout | None:
-    """Batches and rows of the first factor stay, batches and columns of the second; contracted dims
-    do not.
+    """Keep batches and rows of the first factor, batches and columns of the second; no contracted
+    dims.
     """
     factors = [t for t, _ in op.operands][-2:]  # baddbmm and addmm take the addend first
     if op.name == "rmatmul":
@@ -329,8 +336,8 @@ def _einsum(op: Operation, tensor: Tensor, mark: BatchLayout) -> BatchLayout | N
 
 
 def einsum_terms(equation: str, operands: list[Tensor]) -> tuple[list[str], str]:
-    """The letters of an einsum's operands and result, with those of "..." and of a result left out
-    written in.
+    """Return the letters of an einsum's `operands` and result, by its `equation`, with those of
+    "..." and of a result left out written in.
     """
     inputs, arrow, result = equation.replace(" ", "").partition("->")
     written = [term.replace("...", "") for term in inputs.split(",")]
@@ -350,8 +357,8 @@ def einsum_terms(equation: str, operands: list[Tensor]) -> tuple[list[str], str]
 def _reshaped(
     tensor: Tensor, mark: BatchLayout, output: Tensor, batch_size: int
 ) -> BatchLayout | None:
-    """Row-major order: whole examples stay together, whatever is before and behind them, as long as
-    no dim cuts them.
+    """Follow the batch through row-major order: whole examples stay together, whatever is before
+    and behind them, as long as no dim cuts them.
     """
     before = math.prod(tensor.shape[: mark.dim])
     if mark.examples is not None:
@@ -437,13 +444,13 @@ def _after_indexing(tensor: Tensor, mark: BatchLayout, index) -> BatchLayout | N
 
 
 def _picks(index) -> bool:
-    """Whether an index may change the order of what it takes."""
+    """Tell whether an index may change the order of what it takes."""
     items = index if isinstance(index, tuple) else (index,)
     return any(_is_advanced(item) for item in items)
 
 
 def _is_advanced(item) -> bool:
-    """Whether an item of an index picks by values: a tensor, list, array, tuple, True or False."""
+    """Tell whether an item of an index picks by values: a tensor, list, array, tuple or bool."""
     return not (item is None or item is Ellipsis or isinstance(item, slice) or type(item) is int)
 
 
@@ -452,12 +459,12 @@ def _is_mask(item) -> bool:
 
 
 def _consumed(item) -> int:
-    """How many dims of the indexed tensor an item of an index takes."""
+    """Return how many dims of the indexed tensor an item of an index takes."""
     if item is None or item is Ellipsis:
         return 0
     return item.dim() if _is_mask(item) else 1
 
 
 def _unless_scattered(items: tuple, found: BatchLayout) -> BatchLayout | None:
-    """Two tensors in one index may move their dims to the front."""
+    """Return `found`, or None: two tensors in one index may move their dims to the front."""
     return found if sum(_is_advanced(item) for item in items) < 2 else None

@@ -20,7 +20,7 @@ __all__ = ["ForwardLike", "ModeLike", "ModeSession", "ParameterLike", "SessionLi
 
 
 class ParameterLike(Protocol):
-    """A tracked parameter, as the mode and handlers see it."""
+    """Describes a tracked parameter, as the mode and handlers see it."""
 
     name: str
     parameter: Tensor
@@ -29,57 +29,61 @@ class ParameterLike(Protocol):
     uses: set[str]
 
     def note(self, use: str) -> None:
-        """Remember a kind of use."""
+        """Remember a kind of use, `use`."""
 
     def defer(self, message: str) -> None:
-        """Refuse a use when a gradient comes by it."""
+        """Refuse a use, with `message`, when a gradient comes by it."""
 
     def recorder(self, groups: Groups, born: int = -1) -> UseRecorder:
-        """Return where the contributions of one more use go."""
+        """Return where the contributions of one more use under `groups` go; `born` is the backward
+        pass that its forward runs in, or -1.
+        """
 
 
 class ForwardLike(Protocol):
-    """The stand-in for a module's forward, as checkpointing sees it."""
+    """Describes the stand-in for a module's forward, as checkpointing sees it."""
 
     batch_misplaced: bool
 
 
 class ModeSession(Protocol):
-    """What the mode needs of the session it runs in."""
+    """Describes what the mode needs of the session it runs in."""
 
     own_marks: dict[int, Any]
 
     @property
     def passes_plainly(self) -> bool:
-        """Whether uses that cannot be served are passed on plainly, with a warning."""
+        """Tell whether uses that cannot be served are passed on plainly, with a warning."""
 
     @property
     def shares_statistics(self) -> bool:
-        """Whether a contribution may include what passes through a BatchNorm's statistics."""
+        """Tell whether a contribution may include what passes through a BatchNorm's statistics."""
 
     def known_results(self, groups: Groups) -> dict[tuple, Any] | None:
-        """Return the marks of results that earlier forwards of such a batch found; None not to keep
-        any.
+        """Return the marks of results that earlier forwards of a batch with such `groups` found;
+        None not to keep any.
         """
 
     def constants(self) -> Iterable[Tensor]:
         """Return the model's tensors that are not served."""
 
     def tracked_parameter(self, tensor: Tensor) -> ParameterLike | None:
-        """Return the record of a served parameter, or None for anything else."""
+        """Return the record of a served parameter, `tensor`, or None for anything else."""
 
     def stands_in(self, tensor: Tensor) -> str | None:
-        """Return the name under which a tensor took a parameter's place, or None."""
+        """Return the name under which `tensor` took a parameter's place, or None."""
 
     def note_loss(self, lost: Any) -> None:
-        """Remember where the batch was lost, once a parameter came to need it."""
+        """Remember where the batch was lost, at `lost`, once a parameter came to need it."""
 
     def unsupported(self, message: str, parameters: tuple[ParameterLike, ...]) -> None:
-        """Refuse a use of parameters, or note that its contributions are summed plainly."""
+        """Refuse a use of `parameters` with `message`, or note that contributions are summed
+        plainly.
+        """
 
 
 class SessionLike(ModeSession, Protocol):
-    """What a tracked parameter, and the stand-in for a forward, need of the session."""
+    """Describes what a tracked parameter, and the stand-in for a forward, need of the session."""
 
     attached: bool
     backward_started: bool
@@ -92,23 +96,25 @@ class SessionLike(ModeSession, Protocol):
     told_of_sums: bool
 
     def sharing_node(self, tracked: Any, groups: Groups) -> tuple:
-        """Return the parameters that share a node with this one, itself among them."""
+        """Return the parameters that share a node with `tracked` for `groups`, itself among
+        them.
+        """
 
     def warn_of_sums(self, tracked: Any) -> None:
-        """Say once that several backwards were added up in `.grad`."""
+        """Say once that several backwards were added up in `.grad` of `tracked`."""
 
     def forwards_of(self, module: nn.Module) -> list:
-        """Return what stands in for methods of a module."""
+        """Return what stands in for methods of `module`."""
 
     def run(self, forward: Any, args: tuple, kwargs: dict) -> Any:
-        """Run a module's forward, under the mode where that is needed."""
+        """Run `forward(*args, **kwargs)`, a module's, under the mode where that is needed."""
 
     def run_compiled(self, forward: Any, args: tuple, kwargs: dict) -> Any:
-        """Run a module's forward while torch.compile traces it."""
+        """Run `forward(*args, **kwargs)`, a module's, while torch.compile traces it."""
 
 
 class ModeLike(Protocol):
-    """The mode a forward runs under, as handlers see it."""
+    """Describes the mode a forward runs under, as handlers see it."""
 
     session: ModeSession
     own: dict[int, Any]
@@ -123,34 +129,38 @@ class ModeLike(Protocol):
     def __exit__(self, *args: Any) -> Any: ...
 
     def call(self, func: Callable, args: tuple, kwargs: dict) -> Any:
-        """Make one torch call of the forward, served where that is needed."""
+        """Make one torch call, `func(*args, **kwargs)`, served where that is needed."""
 
     def general(self, func: Callable, args: tuple, kwargs: dict) -> Any:
-        """Run a call that no handler serves, and mark its results."""
+        """Run `func(*args, **kwargs)`, which no handler serves, and mark its results."""
 
     def tracked(self, tensor: Any) -> ParameterLike | None:
-        """Return the record of a served parameter, or None for anything else."""
+        """Return the record of a served parameter, `tensor`, or None for anything else."""
 
     def mark(self, tensor: Tensor | None) -> Any:
-        """Return what a tensor is to the batch."""
+        """Return what `tensor` is to the batch."""
 
     def layout(self, x: Tensor, dim: int = 0, mark: Any = None) -> Any:
-        """Return `mark` of x, or the place along a dim where there is one example only."""
+        """Return `mark` of `x`, or the place along `dim` where there is one example only."""
 
     def input(self, x: Tensor) -> tuple[Tensor, Any]:
-        """Return a layer's input as the layer is to see it, and its `layout`."""
+        """Return `x`, a layer's input, as the layer is to see it, and its `layout`."""
 
     def grouped_rows(self, layout: BatchLayout) -> GroupedRows:
-        """Return who votes with the indices of a tensor that has the batch there."""
+        """Return who votes with the indices of a tensor that has the batch at `layout`."""
 
     def argument(self, value: Tensor | None, mark: Any = None) -> ParameterArgument:
-        """Return a layer's parameter argument: served, computed from served ones, or plain."""
+        """Return `value`, a layer's parameter argument with such a `mark`: served, computed from
+        served ones, or plain.
+        """
 
     def why_not_batch(self, x: Tensor, mark: Any, features: int) -> str | None:
-        """Return why a layer cannot tell its input's rows apart; None if it can."""
+        """Return why a layer cannot tell the rows of `x`, its input with such a `mark`, apart
+        before its last `features` dims; None if it can.
+        """
 
     def refuse(self, op: str, parameters: tuple[ParameterLike, ...], why: str) -> None:
-        """Refuse a use of parameters."""
+        """Refuse a use of `parameters` by `op`, because of `why`."""
 
     def with_copies(
         self,
@@ -161,10 +171,14 @@ class ModeLike(Protocol):
         ndim: int,
         layout: BatchLayout,
     ) -> Any:
-        """Make a call with what comes from parameters replaced by its copies per example."""
+        """Make a call, `func(*args, **kwargs)`, with what comes from parameters among `tensors`
+        replaced by its copies per example, which have them at `layout` in `ndim` dims.
+        """
 
     def unexpanded(self, w: Tensor, x: Tensor) -> Tensor:
-        """Return a factor of a product without leading dims along which it only repeats."""
+        """Return `w`, a factor of a product with `x`, without leading dims along which it only
+        repeats.
+        """
 
     def batch_misplaced(self, tensor: Tensor) -> bool:
-        """Tell whether a tensor is not what it would be taken for as an input of the model."""
+        """Tell whether `tensor` is not what it would be taken for as an input of the model."""

@@ -16,25 +16,27 @@ from htv.groups import BatchLayout
 
 @dataclass(frozen=True)
 class Constant:
-    """Computed without the batch and without a gradient: buffers, torch.arange, an input broadcast
-    over the batch.
+    """Marks what was computed without the batch and without a gradient: buffers, torch.arange, an
+    input broadcast over the batch.
     """
 
 
 @dataclass(frozen=True)
 class Plain:
-    """Computed without the batch, from something that keeps its plain gradient: an excluded
-    parameter, an input.
+    """Marks what was computed without the batch, from something that keeps its plain gradient: an
+    excluded parameter, an input.
     """
 
 
 @dataclass(frozen=True, eq=False)
 class FromParameters:
-    """Computed from served parameters (and constants) alone, by a plain autograd graph.
+    """Marks what was computed from served parameters (and constants) alone, by a plain autograd
+    graph.
 
-    source:  what it broadcasts: the tensor itself, or the one it is an `expand` of.
-    origin:  how the source was made from its parameters, where its contributions can be told
-             without going back through its graph (`htv.autograd.from_parameters`).
+    parameters:  these parameters.
+    source:      what it broadcasts: the tensor itself, or the one it is an `expand` of.
+    origin:      how the source was made from its parameters, where its contributions can be told
+                 without going back through its graph (`htv.autograd.from_parameters`).
     """
 
     parameters: tuple[ParameterLike, ...]
@@ -44,8 +46,8 @@ class FromParameters:
 
 @dataclass(frozen=True)
 class Lost:
-    """Computed from the batch, but it is not known any more which part of it belongs to which
-    example.
+    """Marks what was computed from the batch, where it is not known any more which part of it
+    belongs to which example.
 
     by:     the call that lost it, "" where that is not known.
     where:  its place in the model's code, "file:line".
@@ -68,12 +70,12 @@ CONSTANT, PLAIN, LOST = Constant(), Plain(), Lost()
 
 
 class Marks:
-    """Marks of live tensors, by identity; does not hold them alive. Looks into `earlier` marks for
-    those it lacks.
+    """Keeps the marks of live tensors, by identity, and does not hold them alive. Looks into
+    `earlier` marks for those it lacks.
 
     table:  identity -> (weak reference, mark, how often the tensor had been written to or None
-            where torch does not tell, whether it had a gradient). Read by `Mode.general` itself,
-            which would else spend its time on calls.
+            where torch does not tell, whether it had a gradient). Read by `ServingMode.general`
+            itself, which would else spend its time on calls.
     """
 
     def __init__(self, earlier: Marks | None = None) -> None:
@@ -104,7 +106,9 @@ class Marks:
             self.table[id(tensor)] = (weakref.ref(tensor), mark, *_state(tensor))
 
     def nodes(self) -> Iterator[tuple[object, int, Mark]]:
-        """The autograd nodes of the marked tensors that are alive, as (node, output, mark)."""
+        """Yield the autograd nodes of the marked tensors that are alive, as (node, output,
+        mark).
+        """
         for reference, mark, version, graded in list(self.table.values()):
             tensor = reference()
             if (
@@ -118,8 +122,8 @@ class Marks:
             yield from self._earlier.nodes()
 
     def current(self, tensor: Tensor, again: Callable[[Tensor], Mark]) -> Mark | None:
-        """`get`; of a tensor that was written to since, or got a graph, by a call nobody saw or
-        through its base or another view, what `again` says.
+        """Do what `get` does; return what `again(tensor)` says for a `tensor` that was written to
+        since, or got a graph, by a call nobody saw or through its base or another view.
         """
         entry = self.table.get(id(tensor))
         if entry is None or entry[0]() is not tensor:
@@ -136,8 +140,8 @@ PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
 def _state(tensor: Tensor) -> tuple[int | None, bool]:
-    """How often a tensor's memory was written to, where torch tells, and whether it has a graph or
-    wants a gradient.
+    """Tell how often a tensor's memory was written to, where torch tells, and whether it has a
+    graph or wants a gradient.
     """
     if (
         torch._C._len_torch_function_stack()
@@ -159,8 +163,8 @@ MOST_LAYOUTS = 4096
 
 
 def interned(mark: Mark) -> Mark:
-    """The one object that stands for all equal places without numbers of their own; any other mark
-    as it is.
+    """Return the one object that stands for all places equal to `mark`, if it has no numbers of its
+    own; any other mark as it is.
 
     What was found for a call with such marks once holds for every later one, so it can be looked
     up.

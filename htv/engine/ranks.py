@@ -16,7 +16,7 @@ REMEDY = "Remedy: htv.Mean(), which is plain training, or training in one proces
 
 
 def world_size() -> int:
-    """How many ranks the default process group has; 1 without one."""
+    """Return how many ranks the default process group has; 1 without one."""
     distributed = torch.distributed
     if not distributed.is_available() or not distributed.is_initialized():
         return 1
@@ -24,8 +24,8 @@ def world_size() -> int:
 
 
 def sharded_by(model: nn.Module) -> str | None:
-    """What shares a model's parameters between ranks: FSDP, or DTensors, by name; None if each rank
-    has all.
+    """Name what shares the parameters of `model` between ranks: FSDP, or DTensors; None if each
+    rank has all.
     """
     for path, module in model.named_modules():
         if _is_fsdp(module):
@@ -37,8 +37,8 @@ def sharded_by(model: nn.Module) -> str | None:
 
 
 def refuse_sharded(model: nn.Module, kind: str | None) -> None:
-    """Raise UnsupportedError if ranks share the model, or DDP wraps a part of it. kind: of
-    `sharded_by`.
+    """Raise UnsupportedError if ranks share `model`, or DDP wraps a part of it; `kind` is what
+    `sharded_by` returned.
     """
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):

@@ -40,7 +40,7 @@ _sessions: weakref.WeakSet[Session] = weakref.WeakSet()  # those attached
 
 @dataclass(frozen=True)
 class Settings:
-    """What `htv.attach` was called with, beside model and rules; see there."""
+    """Holds what `htv.attach` was called with, beside model and rules; see there."""
 
     on_unsupported: str = "error"
     stats: bool = False
@@ -51,7 +51,7 @@ class Settings:
 
 
 class ForwardBlock:
-    """The context manager that `Handle.forward` returns."""
+    """Runs code under the mode of a forward: the context manager that `Handle.forward` returns."""
 
     def __init__(self, session: Session, args: tuple, kwargs: dict):
         self._session, self._args, self._kwargs = session, args, kwargs
@@ -88,12 +88,12 @@ class ForwardBlock:
             thaw(self._frozen)
 
     def handles(self, mode: ServingMode) -> bool:
-        """Tell whether the block is open and the mode its own."""
+        """Tell whether the block is open and `mode` its own."""
         return self._mode is mode
 
 
 class Session:
-    """What is behind a `htv.Handle`: everything that is not for users to call.
+    """Does all that is behind a `htv.Handle` and not for users to call.
 
     model:     the attached model.
     rules:     parameter name -> its rule, or None for a plain gradient.
@@ -194,7 +194,7 @@ class Session:
         self._recent.modes.clear()
 
     def require_attached(self, method: str) -> None:
-        """Raise where a method of a detached handle is called."""
+        """Raise where `method` of a detached handle is called."""
         if not self.attached:
             raise RuntimeError(
                 f"{method}() of a detached handle would do nothing: the model has its plain "
@@ -205,7 +205,7 @@ class Session:
 
     @contextmanager
     def voting(self, spec: GroupSpec, method: str) -> Iterator[None]:
-        """Let forwards inside the block vote by a spec. method: of the handle, for messages."""
+        """Let forwards inside the block vote by `spec`; `method` of the handle is for messages."""
         self.require_attached(method)
         if spec.weight not in ("size", "equal"):
             raise ValueError(f"weight must be 'size' or 'equal', got {spec.weight!r}")
@@ -266,14 +266,16 @@ class Session:
     # -- what the mode and the parameters ask -----------------------------------------------------
 
     def tracked_parameter(self, tensor: Tensor) -> TrackedParameter | None:
-        """Return the record of a served parameter, or None for anything else."""
+        """Return the record of a served parameter, `tensor`, or None for anything else."""
         tracked = self._tracked.get(id(tensor))
         return tracked if tracked is not None and tensor.requires_grad else None
 
     def sharing_node(
         self, tracked: TrackedParameter, groups: Groups
     ) -> tuple[TrackedParameter, ...]:
-        """Return the parameters that share a node with this one, itself among them."""
+        """Return the parameters that share a node with `tracked` for `groups`, itself among
+        them.
+        """
         if groups.rows_vote or self.accumulates:
             return (tracked,)
         hubs = self._nodes.get(groups.count)
@@ -288,7 +290,7 @@ class Session:
         return list(self._tracked.values())
 
     def known_results(self, groups: Groups) -> dict[tuple, Mark]:
-        """Return the marks of results that earlier forwards of such a batch found."""
+        """Return the marks of results that earlier forwards of a batch with such `groups` found."""
         key = groups.batch_size, groups.rows_vote
         found = self._found.setdefault(key, {})
         if len(self._found) > MOST_SIZES or len(found) > MOST_KEPT:
@@ -310,16 +312,18 @@ class Session:
 
     @property
     def shares_statistics(self) -> bool:
-        """Whether a contribution may include what passes through a BatchNorm's statistics."""
+        """Tell whether a contribution may include what passes through a BatchNorm's statistics."""
         return self.batch_norm == "shared"
 
     @property
     def passes_plainly(self) -> bool:
-        """Whether uses that cannot be served are passed on plainly, with a warning."""
+        """Tell whether uses that cannot be served are passed on plainly, with a warning."""
         return self.settings.on_unsupported == "plain"
 
     def unsupported(self, message: str, parameters: tuple[TrackedParameter, ...]) -> None:
-        """Refuse a use of parameters, or note that its contributions are summed plainly."""
+        """Refuse a use of `parameters` with `message`, or note that contributions are summed
+        plainly.
+        """
         if not self.passes_plainly:
             raise UnsupportedError(message)
         if any(tracked.refusal is None for tracked in parameters):
@@ -329,11 +333,11 @@ class Session:
             tracked.refusal = message
 
     def forwards_of(self, module: nn.Module) -> list[ForwardStandIn]:
-        """Return what stands in for methods of a module."""
+        """Return what stands in for methods of `module`."""
         return [forward for forward in self._forwards if forward.module is module]
 
     def stands_in(self, tensor: Tensor) -> str | None:
-        """Return the name under which an attached module has a tensor that it had not when
+        """Return the name under which an attached module has `tensor`, if it had not when
         attached.
         """
         if self.only_means:  # whose gradient is the plain one
@@ -345,11 +349,13 @@ class Session:
         return None
 
     def note_loss(self, lost: Lost) -> None:
-        """Remember where the batch was lost, once a parameter came to need it."""
+        """Remember where the batch was lost, at `lost`, once a parameter came to need it."""
         self.losses[lost] = None
 
     def require_several(self, count: int, source: str) -> None:
-        """Refuse a batch of one group under a rule that needs several."""
+        """Refuse a batch of one group, a `count` of 1, under a rule that needs several; `source`
+        says what the batch was taken from.
+        """
         if count != 1 or self.settings.allow_single:
             return
         rule = next((r for r in self.rules if r.needs_several), None)
@@ -363,7 +369,7 @@ class Session:
             )
 
     def warn_of_sums(self, tracked: TrackedParameter) -> None:
-        """Say once that several backwards were added up in `.grad`."""
+        """Say once that several backwards were added up in `.grad` of `tracked`."""
         self.told_of_sums = True
         warnings.warn(
             f"a backward adds to the aggregate that .grad of {tracked.name!r} holds from an "
@@ -386,7 +392,9 @@ class Session:
     # -- a forward --------------------------------------------------------------------------------
 
     def run(self, forward: ForwardStandIn, args: tuple, kwargs: dict):
-        """Run a module's forward, under the mode if it is the outermost one and gradients are on."""
+        """Run `forward(*args, **kwargs)`, a module's, under the mode if it is the outermost one and
+        gradients are on.
+        """
         running = self.running()
         if running is True:
             return forward.inner(*args, **kwargs)
@@ -417,7 +425,7 @@ class Session:
                     thaw(frozen)
 
     def run_compiled(self, forward: ForwardStandIn, args: tuple, kwargs: dict):
-        """Run a module's forward while torch.compile traces it."""
+        """Run `forward(*args, **kwargs)`, a module's, while torch.compile traces it."""
         from htv.engine.compile import calls  # Dynamo takes long to load
 
         return calls.call(forward, args, kwargs)
@@ -454,9 +462,9 @@ class Session:
         kwargs: dict,
         names: tuple[str, ...] | None = None,
     ) -> ServingMode:
-        """Make the mode of a forward that starts now.
+        """Make the mode of `forward`, called with `args` and `kwargs`, which starts now.
 
-        names: of the positional arguments, where they are not those of the forward.
+        names:  of the positional arguments, where they are not those of the forward.
         """
         if torch._C._len_torch_function_stack():
             left_on_stack(lambda mode: mode.is_stale())
@@ -506,7 +514,7 @@ class Session:
         self._plans[key] = _Plan.for_call(groups, batch, args)
 
     def close(self, mode: ServingMode | None, outer: ServingMode | bool | None) -> None:
-        """End a forward. outer: the one around it, or None."""
+        """End the forward of `mode`; `outer` is the one around it, or None."""
         self.thread.running = outer
         if mode is None:
             return
@@ -517,7 +525,9 @@ class Session:
             left_on_stack(lambda other: other is mode)
 
     def require_enough(self, count: int, source: str) -> None:
-        """Refuse too few groups before anything runs."""
+        """Refuse too few groups, `count` of them, before anything runs; `source` is for
+        messages.
+        """
         for rule in self.rules:
             rule.statistic(count)
         self.require_several(count, source)
@@ -537,7 +547,9 @@ class Session:
     def batch_of(
         self, forward: ForwardStandIn, tensors: list, kind: str, size: int | None
     ) -> Batch:
-        """Choose the batch of a call by its tensors alone."""
+        """Choose the batch of a call of `forward` by its `tensors` alone, for votes of this `kind`
+        by `size` examples.
+        """
         wanted = self._wanted(forward, tensors, None)
         return inputs.choose(tensors, self.settings.batch_dim, wanted, size, kind)
 
@@ -601,7 +613,7 @@ PASSES.add(Session.run.__code__)
 
 @dataclass(frozen=True)
 class _Plan:
-    """Who votes in a forward that gets such arguments.
+    """Keeps who votes in a forward that gets such arguments.
 
     members:    (argument, its name, place, sure) of those that hold examples; see `Batch`.
     constants:  the other arguments that are tensors.
@@ -656,7 +668,9 @@ def _shapes(forward: ForwardStandIn, args: tuple) -> tuple | None:
 
 
 def refuse_shared(model: nn.Module, rules: dict[str, Rule | None]) -> None:
-    """Raise RuntimeError if another session serves a parameter of the model already."""
+    """Raise RuntimeError if another session serves a parameter of `model` that has one of
+    `rules`.
+    """
     mine = {id(p): name for name, p in model.named_parameters() if rules[name] is not None}
     for session in list(_sessions):
         for tracked in session.tracked():

@@ -15,7 +15,9 @@ from htv.engine.provenance import Mark
 
 @lru_cache(maxsize=4096)
 def plain_name(func) -> str:
-    """`Tensor.__add__`, `add_` and `torch.add` -> "add"; a property getter -> the property's name."""
+    """Name what `func` does: `Tensor.__add__`, `add_` and `torch.add` -> "add"; a property getter
+    -> the property's name.
+    """
     name = getattr(func, "__name__", str(func))
     if name == "__get__":
         name = getattr(func.__self__, "__name__", name)
@@ -74,27 +76,28 @@ ROWWISE = _names(
 )
 # How many dims at the end some of them may mix; the others need the batch in dim 0.
 KEEPS_LAST = {
-    "layer_norm": 1, "rms_norm": 1, "linear": 1, "bilinear": 1, "pad": 1, "embedding": 0, "one_hot": 0, "tril": 2,
-    "triu": 2, "view_as_real": 0, "view_as_complex": 1,
+    "layer_norm": 1, "rms_norm": 1, "linear": 1, "bilinear": 1, "pad": 1, "embedding": 0,
+    "one_hot": 0, "tril": 2, "triu": 2, "view_as_real": 0, "view_as_complex": 1,
 }  # fmt: skip
 
 # Operations along dims, which keep the number of dims: where the dim stands after the tensor, and
 # its default.
 ALONG = {
     "softmax": (0, None), "log_softmax": (0, None), "softmin": (0, None), "gumbel_softmax": (3, -1),
-    "cumsum": (0, None), "cumprod": (0, None), "cummax": (0, None), "cummin": (0, None), "logcumsumexp": (0, None),
-    "flip": (0, None), "roll": (1, None), "sort": (0, -1), "argsort": (0, -1), "topk": (1, -1), "gather": (0, None),
-    "index_select": (0, None), "index_fill": (0, None), "take_along_dim": (1, None),
-    "chunk": (1, 0), "split": (1, 0), "split_with_sizes": (1, 0), "tensor_split": (1, 0), "narrow": (0, None),
-    "normalize": (1, 1), "glu": (0, -1), "repeat_interleave": (1, None), "diff": (1, -1),
-    "unfold": (0, None),
+    "cumsum": (0, None), "cumprod": (0, None), "cummax": (0, None), "cummin": (0, None),
+    "logcumsumexp": (0, None), "flip": (0, None), "roll": (1, None), "sort": (0, -1),
+    "argsort": (0, -1), "topk": (1, -1), "gather": (0, None), "index_select": (0, None),
+    "index_fill": (0, None), "take_along_dim": (1, None), "chunk": (1, 0), "split": (1, 0),
+    "split_with_sizes": (1, 0), "tensor_split": (1, 0), "narrow": (0, None), "normalize": (1, 1),
+    "glu": (0, -1), "repeat_interleave": (1, None), "diff": (1, -1), "unfold": (0, None),
 }  # fmt: skip
 
 # Reductions: where the dims stand after the tensor.
 REDUCING = {
-    "sum": 0, "nansum": 0, "mean": 0, "nanmean": 0, "amax": 0, "amin": 0, "max": 0, "min": 0, "median": 0, "std": 0,
-    "var": 0, "prod": 0, "logsumexp": 0, "argmax": 0, "argmin": 0, "any": 0, "all": 0, "norm": 1, "vector_norm": 1,
-    "linalg_norm": 1, "linalg_vector_norm": 1, "cosine_similarity": 1, "count_nonzero": 0,
+    "sum": 0, "nansum": 0, "mean": 0, "nanmean": 0, "amax": 0, "amin": 0, "max": 0, "min": 0,
+    "median": 0, "std": 0, "var": 0, "prod": 0, "logsumexp": 0, "argmax": 0, "argmin": 0, "any": 0,
+    "all": 0, "norm": 1, "vector_norm": 1, "linalg_norm": 1, "linalg_vector_norm": 1,
+    "cosine_similarity": 1, "count_nonzero": 0,
 }  # fmt: skip
 
 PERMUTING = _names("transpose swapaxes swapdims permute movedim moveaxis t T mT H mH adjoint")
@@ -131,8 +134,8 @@ MAKING = _names(  # a tensor only lends its dtype and device, or a size
 
 @dataclass
 class Operation:
-    """One call: its name, function, arguments, tensor operands with their marks, and the shapes of
-    its results.
+    """Describes one call: its name, function, arguments, tensor operands with their marks, and
+    outputs.
     """
 
     name: str
@@ -143,21 +146,25 @@ class Operation:
     outputs: list[Tensor]
 
     def argument(self, position: int, *names: str, default=None):
-        """An argument after the first tensor, by position or name; NumPy's axis is any dim."""
+        """Return an argument after the first tensor, by `position` or `names`, or `default`;
+        NumPy's axis is any dim.
+        """
         for name in (*names, "axis") if "dim" in names else names:
             if name in self.kwargs:
                 return self.kwargs[name]
         return self.args[1 + position] if len(self.args) > 1 + position else default
 
     def again(self, replaced: dict[int, Tensor]):
-        """The call with some tensors replaced, by identity."""
+        """Make the call with some tensors `replaced`, by identity."""
         return self.func(
             *replace_tensors(self.args, replaced), **replace_tensors(self.kwargs, replaced)
         )
 
 
 def in_order(name: str, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """The same arguments, with the tensors whose order tells what they are by position."""
+    """Return `args` and `kwargs` of the operation `name`, with the tensors whose order tells what
+    they are by position.
+    """
     names = INPUT_FIRST.get(name, ())
     found = [n for n in names if n in kwargs]
     if not found or (args and name not in MULTIPLYING):
@@ -167,7 +174,7 @@ def in_order(name: str, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
 
 
 def replace_tensors(value, replaced: dict[int, Tensor]):
-    """The same structure with some tensors replaced, by identity."""
+    """Return the structure of `value` with some tensors `replaced`, by identity."""
     if isinstance(value, Tensor):
         return replaced.get(id(value), value)
     if isinstance(value, dict):
@@ -178,7 +185,7 @@ def replace_tensors(value, replaced: dict[int, Tensor]):
 
 
 def tensors_in(args, kwargs) -> list[Tensor]:
-    """Tensors among the arguments, in order, looking into lists and tuples."""
+    """List the tensors among `args` and `kwargs`, in order, looking into lists and tuples."""
     found = []
     for value in (*args, *kwargs.values()) if kwargs else args:
         if isinstance(value, Tensor):

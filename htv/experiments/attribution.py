@@ -66,8 +66,9 @@ def run_one(settings: Settings, variant: str, seed: int, data: Dataset, progress
                 tracker.update(taken, everyone, network(task.x).argmax(dim=1) == task.noisy)
             steps, influence = attribution.steps[-len(batches) :], attribution.influence()
             low, high = zip(*(step.null for step in steps), strict=True)
-            now = {"epoch": epoch, "f_p": _middle(s.pristine for s in steps), "f_c": _middle(s.corrupt for s in steps),
-                   "null_low": _middle(low), "null_high": _middle(high), "i_p": influence.pristine,
+            now = {"epoch": epoch, "f_p": _middle(s.pristine for s in steps),
+                   "f_c": _middle(s.corrupt for s in steps), "null_low": _middle(low),
+                   "null_high": _middle(high), "i_p": influence.pristine,
                    "i_c": influence.corrupt}  # fmt: skip
             for key, value in now.items():
                 curves[key].append(value)
@@ -99,8 +100,10 @@ def _median(steps: torch.Tensor) -> float:
 
 
 def summarise(records: Records) -> Summary:
-    columns = {"share of pristine": ("share_of_pristine", ".1%"), "f_p, early": ("early_f_p", ".1%"),
-               "f_c, last epoch": ("last_epoch_f_c", ".1%"), "f_c above f_p from epoch": ("crossing", ".1f"),
+    columns = {"share of pristine": ("share_of_pristine", ".1%"),
+               "f_p, early": ("early_f_p", ".1%"),
+               "f_c, last epoch": ("last_epoch_f_c", ".1%"),
+               "f_c above f_p from epoch": ("crossing", ".1f"),
                "half the pristine once right by epoch": ("pristine_learnt", ".1f"),
                "half the corrupt": ("corrupt_learnt", ".1f"),
                "training accuracy": ("train_accuracy", ".1%")}  # fmt: skip
@@ -117,7 +120,8 @@ def summarise(records: Records) -> Summary:
         Finding("At first the gradient is mostly that of pristine examples, far beyond their share",
                 f"f_p in the first {records.settings.early} epochs: {series('early_f_p', '.1%')}",
                 all(beyond.values())),
-        Finding("Later the corrupt ones take over", f"f_c in the last epoch: {series('last_epoch_f_c', '.1%')}",
+        Finding("Later the corrupt ones take over",
+                f"f_c in the last epoch: {series('last_epoch_f_c', '.1%')}",
                 min(at("last_epoch_f_c").values()) > 0.5),
         Finding("Pristine examples are learnt before corrupt ones",
                 "; ".join(f"{v}: half by epoch {p:.1f} and {c:.1f}"
@@ -128,13 +132,13 @@ def summarise(records: Records) -> Summary:
 
 
 def plot(records: Records, figure) -> None:
-    for axes, variant in zip(figure.subplots(1, len(records.variants), sharey=True, squeeze=False)[0], records.variants,
-                             strict=True):  # fmt: skip
+    row = figure.subplots(1, len(records.variants), sharey=True, squeeze=False)[0]
+    for axes, variant in zip(row, records.variants, strict=True):
         curves = [result["curves"] for result in records.results(variant)]
         over_seeds = {key: images.seed_mean([c[key] for c in curves]) for key in curves[0]}
         epochs = curves[0]["epoch"]
-        axes.fill_between(epochs, over_seeds["null_low"], over_seeds["null_high"], color="C0", alpha=0.2,
-                          label="f_p if tags meant nothing, 95%")  # fmt: skip
+        axes.fill_between(epochs, over_seeds["null_low"], over_seeds["null_high"], color="C0",
+                          alpha=0.2, label="f_p if tags meant nothing, 95%")  # fmt: skip
         axes.plot(epochs, over_seeds["f_p"], color="C0", label="f_p, pristine")
         axes.plot(epochs, over_seeds["f_c"], color="C3", label="f_c, corrupt")
         images.share_axis(axes, variant, ylabel="share of the gradient")

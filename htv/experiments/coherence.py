@@ -77,8 +77,8 @@ def run_one(settings: Settings, variant: str, seed: int, data: Dataset, progress
 
 
 def summarise(records: Records) -> Summary:
-    columns = {"before training": "start", "highest early": "early", "highest": "peak", "at epoch": "peak_epoch",
-               "at the end": "m_coherence"}  # fmt: skip
+    columns = {"before training": "start", "highest early": "early", "highest": "peak",
+               "at epoch": "peak_epoch", "at the end": "m_coherence"}  # fmt: skip
     rows = [
         [v, *(spread(records.values(v, key), ".4g") for key in columns.values()),
          spread(records.values(v, "train_accuracy"))]

@@ -106,7 +106,7 @@ def make_task(data: Dataset, training: CueTraining, proportion: float, seed: int
 
 
 def make_network(task: CueTask, seed: int) -> nn.Sequential:
-    """Three convolutions of stride 2 and a hidden layer of 64; the same weights for the same seed."""
+    """Three convolutions of stride 2 and a hidden layer of 64; one seed, the same weights."""
     _, channels, height, width = task.with_cue[0].shape
     sides = [(side + 7) // 8 for side in (height, width)]  # halved three times, rounding up
     with seeded(seed):
@@ -130,15 +130,15 @@ def trained(task: CueTask, part: Part, training: CueTraining, seed: int) -> nn.S
 def connectivity_based(
     network: nn.Module, task: CueTask, tuning: CBFTuning, batch_size: int, seed: int, **options
 ) -> None:
-    """Fine-tune it by `CBFT`, the learning rate falling to 0 along a cosine; options are of that."""
+    """Fine-tune it by `CBFT`, which takes the options; the learning rate falls along a cosine."""
     plentiful = Shuffled(task.plentiful, batch_size, seed)
     clean = itertools.chain.from_iterable(itertools.repeat(Shuffled(task.clean, batch_size, seed)))
     optimizer = torch.optim.SGD(
         network.parameters(), tuning.learning_rate, momentum=0.9, weight_decay=1e-4
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, tuning.epochs * len(plentiful))
-    cbft = CBFT(network, optimizer, task.num_classes, barrier=tuning.barrier, warm_up=len(plentiful), seed=seed,
-                **options)  # fmt: skip
+    cbft = CBFT(network, optimizer, task.num_classes, barrier=tuning.barrier,
+                warm_up=len(plentiful), seed=seed, **options)  # fmt: skip
     for _ in range(tuning.epochs):
         for with_cue in plentiful:
             cbft.step(next(clean), with_cue)

@@ -40,8 +40,9 @@ class Settings:
 def run_one(settings: Settings, variant: str, seed: int, data: Dataset, progress: Progress) -> dict:
     training = settings.training
     whole = images.make_task(data, replace(training, images=settings.pool), 0.0, seed)
-    easy = easy_examples(images.make_network(settings.network, data, seed), whole.x, whole.true, settings.epochs,
-                         settings.learning_rate, settings.batch_size, seed)  # fmt: skip
+    easy = easy_examples(images.make_network(settings.network, data, seed), whole.x, whole.true,
+                         settings.epochs, settings.learning_rate, settings.batch_size,
+                         seed)  # fmt: skip
     pools = {"easy": easy, "hard": ~easy, "any": torch.ones_like(easy)}
     size = min(
         training.images + training.test_images, *(int(pool.sum()) for pool in pools.values())
@@ -54,8 +55,8 @@ def run_one(settings: Settings, variant: str, seed: int, data: Dataset, progress
         )
     train, test = disjoint_subsets(pools[variant], (size - tested, tested), seed)
     task = replace(
-        whole, x=whole.x[train], true=whole.true[train], noisy=whole.true[train], wrong=whole.wrong[train],
-        test_x=whole.x[test], test_labels=whole.true[test],
+        whole, x=whole.x[train], true=whole.true[train], noisy=whole.true[train],
+        wrong=whole.wrong[train], test_x=whole.x[test], test_labels=whole.true[test],
     )  # fmt: skip
     network = images.make_network(
         settings.network, data, seed + 1000
@@ -71,8 +72,10 @@ def run_one(settings: Settings, variant: str, seed: int, data: Dataset, progress
 
 
 def summarise(records: Records) -> Summary:
-    columns = {"training images": ("train_images", ".0f"), "training accuracy": ("train_accuracy", ".1%"),
-               "test images": ("test_images", ".0f"), "test accuracy": ("test_accuracy", ".1%")}  # fmt: skip
+    columns = {"training images": ("train_images", ".0f"),
+               "training accuracy": ("train_accuracy", ".1%"),
+               "test images": ("test_images", ".0f"),
+               "test accuracy": ("test_accuracy", ".1%")}  # fmt: skip
     rows = [
         [v, *(spread(records.values(v, key), form) for key, form in columns.values())]
         for v in records.variants
@@ -94,7 +97,10 @@ def summarise(records: Records) -> Summary:
     ]
     share = records.mean("easy", "easy_share")
     epochs = records.settings.epochs
-    title = f"Trained on one kind, tested on others of it; {share:.1%} of the examples are learnt in {epochs} epochs"
+    title = (
+        f"Trained on one kind, tested on others of it; {share:.1%} of the examples are learnt in "
+        f"{epochs} epochs"
+    )
     return Summary([Table(["examples", *columns], rows, title)], findings)
 
 
@@ -103,7 +109,8 @@ def plot(records: Records, figure) -> None:
     for index, variant in enumerate(records.variants):
         curves = [result["curves"] for result in records.results(variant)]
         for key, style in {"train_accuracy": "--", "test_accuracy": "-"}.items():
-            axes.plot(curves[0]["epoch"], images.seed_mean([c[key] for c in curves]), style, color=f"C{index}",
+            axes.plot(curves[0]["epoch"], images.seed_mean([c[key] for c in curves]), style,
+                      color=f"C{index}",
                       label=f"{variant}, {key.removesuffix('_accuracy')}")  # fmt: skip
     images.share_axis(axes, "Trained on one kind, tested on others of it")
     axes.legend()
@@ -113,9 +120,13 @@ EXPERIMENT = Experiment(
     name="difficulty",
     title="Easy and hard examples",
     paper="Chatterjee 2020, arXiv 2002.10657, and its successors",
-    full=Settings(10000, Training(images=1000, epochs=40, learning_rate=0.02, batch_size=50, test_images=500)),
+    full=Settings(10000,
+                  Training(images=1000, epochs=40, learning_rate=0.02, batch_size=50,
+                           test_images=500)),
     quick=Settings(
-        1437, Training(images=200, epochs=40, learning_rate=0.02, batch_size=20, test_images=100, looks=10),
+        1437,
+        Training(images=200, epochs=40, learning_rate=0.02, batch_size=20, test_images=100,
+                 looks=10),
     ),
     variants=lambda settings: KINDS,
     run_one=run_one,

@@ -177,7 +177,8 @@ def summarise(records: Records) -> Summary:
                 flipped[0] > 0.99 and flipped[1] < 0.01,
             ),
             Finding(
-                "The shift of an example's class is -.10 for the majority and -2.3 for the minority",
+                "The shift of an example's class is -.10 for the majority and -2.3 for the "
+                "minority",
                 f"{shifts[0]:.2f} and {shifts[1]:.2f} ({mats[0]})",
                 close(shifts[0], -0.1) and close(shifts[1], -2.3),
             ),

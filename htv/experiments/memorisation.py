@@ -92,7 +92,8 @@ def _findings(records: Records, network: str) -> list[Finding]:
     high = taus[-2]
     best = max(taus[1:], key=lambda tau: at("25% noise", tau, "test_accuracy"))
     learnt, kept = at("25% noise", best, "memorised"), at("25% noise", best, "test_accuracy")
-    dropped, plain_dropped = (at("25% noise", tau, "best_test") - at("25% noise", tau, "test_accuracy")
+    dropped, plain_dropped = (at("25% noise", tau, "best_test")
+                              - at("25% noise", tau, "test_accuracy")
                               for tau in (best, 0.0))  # fmt: skip
     return [
         Finding(
@@ -149,7 +150,8 @@ def plot(records: Records, figure) -> None:
                 result["curves"] for result in records.results(_name(network, "25% noise", tau))
             ]
             for key, style in {"test_accuracy": "-", "memorised": ":"}.items():
-                right.plot(curves[0]["epoch"], images.seed_mean([c[key] for c in curves]), style, color=f"C{index}",
+                right.plot(curves[0]["epoch"], images.seed_mean([c[key] for c in curves]), style,
+                           color=f"C{index}",
                            label=f"tau {tau:g}" if style == "-" else None)  # fmt: skip
         images.share_axis(right, f"{network}, 25% noise: test; dotted: wrong labels")
         right.legend()

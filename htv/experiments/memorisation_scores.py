@@ -91,7 +91,7 @@ def subset_scores(settings: Settings, task: Task, seed: int, progress: Progress)
 
 
 def gradient_norms(settings: Settings, task: Task, seed: int) -> dict[int, Tensor]:
-    """Squared norms of every training example's gradient by epoch, of one network trained on all."""
+    """Squared norms of all training examples' gradients by epoch, of one network trained on all."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = network(settings, task)
@@ -159,7 +159,8 @@ def summarise(records: Records) -> Summary:
     rows = [
         [
             variant,
-            *(spread(records.values(variant, key), ".2f") if key != "wrong" or variant == NOISY else ""
+            *(spread(records.values(variant, key), ".2f")
+              if key != "wrong" or variant == NOISY else ""
               for key in columns.values()),
             ", ".join(str(epoch) for epoch in records.values(variant, "best_epoch")),
         ]
@@ -212,12 +213,13 @@ def plot(records: Records, figure) -> None:
         left.plot(
             scores[tag], norms[tag].clamp(min=1e-12), ".", color=color, markersize=3, label=label
         )
-    left.set(title=f"{NOISY}, epoch {result['best_epoch']}", xlabel="memorisation", ylabel="squared gradient norm",
-             yscale="log")  # fmt: skip
+    left.set(title=f"{NOISY}, epoch {result['best_epoch']}", xlabel="memorisation",
+             ylabel="squared gradient norm", yscale="log")  # fmt: skip
     left.legend()
     for variant in RATES:
         found = records.results(variant)
-        right.plot(range(len(found[0]["epochs"])), images.seed_mean([r["correlations"] for r in found]), "o-",
+        right.plot(range(len(found[0]["epochs"])),
+                   images.seed_mean([r["correlations"] for r in found]), "o-",
                    label=variant)  # fmt: skip
     right.set_xticks(range(len(result["epochs"])), result["epochs"])
     right.set(title="memorisation and gradient norms", xlabel="epoch", ylabel="rank correlation")

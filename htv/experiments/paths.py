@@ -146,7 +146,8 @@ def _curve(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.curve_epochs)
     train_curve(
         path, start, Shuffled(task.with_cue, settings.training.batch_size, seed), optimizer,
-        epochs=settings.curve_epochs, generator=torch.Generator().manual_seed(seed), scheduler=schedule,
+        epochs=settings.curve_epochs, generator=torch.Generator().manual_seed(seed),
+        scheduler=schedule,
     )  # fmt: skip
     return path
 
@@ -165,7 +166,10 @@ def summarise(records: Records) -> Summary:
         for variant in records.variants
         for path in _paths(records, variant)
     ]
-    title = "Barriers between a model with the cue and others: the largest excess of the loss over the chord"
+    title = (
+        "Barriers between a model with the cue and others: the largest excess of the loss over the "
+        "chord"
+    )
     ends = [
         [variant, *(spread(records.values(variant, f"{of} at its end")) for of in SETS)]
         for variant in records.variants
@@ -215,12 +219,14 @@ def _findings(records: Records) -> list[Finding]:
         Finding(
             "Naive fine-tuning with a small or medium learning rate stays linearly connected, and "
             "keeps the cue",
-            "; ".join(f"{variant}: {told(naive[variant])}, RI {kept[variant]:.1%}" for variant in naive),
+            "; ".join(f"{variant}: {told(naive[variant])}, RI {kept[variant]:.1%}"
+                      for variant in naive),
             all(max(naive[variant]["C"], naive[variant]["NC"]) <= tolerance and kept[variant] > 0.5
                 for variant in naive),
         ),
         Finding(
-            "CBFT puts a barrier on the straight path, on data with the cue", told(tuned), tuned["C"] > 0.5
+            "CBFT puts a barrier on the straight path, on data with the cue", told(tuned),
+            tuned["C"] > 0.5
         ),
     ]  # fmt: skip
 

@@ -95,7 +95,8 @@ def summarise(records: Records) -> Summary:
     at_end = {v: records.mean(v, "memorised") for v in records.variants}
     series = lambda values: ", ".join(f"{v} {value:.1%}" for v, value in values.items())
     findings = [
-        Finding(f"{median} holds the accuracy on corrupt examples below SGD's, and below that of RA3, the control",
+        Finding(f"{median} holds the accuracy on corrupt examples below SGD's, and below that of "
+                "RA3, the control",
                 f"mean over training: {series(corrupt)}; at the end SGD {at_end['SGD']:.1%}, "
                 f"{median} {at_end[median]:.1%}, RA3 {at_end['RA3']:.1%}",
                 corrupt[median] < min(corrupt["SGD"], corrupt["RA3"]) - 0.02)

@@ -51,15 +51,16 @@ def run(
     )
     missing = [run for run in runs if run not in store]
     if experiment.images:
-        console.print(f"Data: {images.name}, {len(images.train_labels)} training and {len(images.test_labels)} test "
+        console.print(f"Data: {images.name}, {len(images.train_labels)} training and "
+                      f"{len(images.test_labels)} test "
                       f"images{'' if data else ' (--data takes a folder of others)'}.")  # fmt: skip
     if len(missing) < len(runs):
         console.print(
             f"{len(runs) - len(missing)} of {len(runs)} runs are in {store.path} already.",
             soft_wrap=True,
         )
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-               TextColumn("{task.fields[now]}"))  # fmt: skip
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+               TimeElapsedColumn(), TextColumn("{task.fields[now]}"))  # fmt: skip
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task(
             experiment.name, total=len(runs), completed=len(runs) - len(missing), now=""

@@ -56,12 +56,15 @@ def run_one(settings: Settings, variant: str, seed: int, data: Dataset, progress
 def _tables(records: Records) -> list[Table]:
     settings, found = records.settings, []
     titles = {
-        "overfit": "Adjusted overfit at the end: training accuracy beyond what test accuracy accounts for",
-        "train_accuracy": "Training accuracy, as labelled; on top the proper one, of a classifier that knows the truth",
+        "overfit": "Adjusted overfit at the end: training accuracy beyond what test accuracy "
+        "accounts for",
+        "train_accuracy": "Training accuracy, as labelled; on top the proper one, of a classifier "
+        "that knows the truth",
         "test_accuracy": "Test accuracy",
     }
     for key, title in titles.items():
-        rows = [[f"{c:g}", *(spread(records.values(_name(rate, c), key)) for rate in settings.rates)]
+        rows = [[f"{c:g}",
+                 *(spread(records.values(_name(rate, c), key)) for rate in settings.rates)]
                 for c in settings.percentiles]  # fmt: skip
         if key == "train_accuracy":
             rows.insert(
@@ -132,7 +135,8 @@ def plot(records: Records, figure) -> None:
         for index, c in enumerate(settings.percentiles):
             curves = [result["curves"] for result in records.results(_name(rate, c))]
             for key, style in {"train_accuracy": "-", "test_accuracy": ":"}.items():
-                axes.plot(curves[0]["epoch"], images.seed_mean([r[key] for r in curves]), style, color=f"C{index}",
+                axes.plot(curves[0]["epoch"], images.seed_mean([r[key] for r in curves]), style,
+                          color=f"C{index}",
                           label=f"c = {c:g}" if style == "-" else None)  # fmt: skip
         axes.axhline(_proper(records, rate), color="gray", linestyle="--", linewidth=1)
         images.share_axis(axes, f"{rate:.0%} noise", ylabel="")

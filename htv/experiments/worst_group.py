@@ -29,7 +29,7 @@ GROUPS = 4
 
 @dataclass(frozen=True)
 class Method:
-    """groups: which the method is told, if any.   sampler: how batches are drawn.   loss: of a batch."""
+    """A way to train: loss of a batch, sampler that draws it, groups that it is told, rule."""
 
     loss: str = "mean"  # mean, mat, dro, irm
     # shuffled, groups (equally often), subset (equally many), errors (of a first training)

@@ -262,7 +262,8 @@ def per_example(losses: Tensor) -> Tensor:
             f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
         )
         raise ValueError(
-            f'losses must return one loss per example, shape (N,), got {got}: pass reduction="none" to the criterion'
+            f"losses must return one loss per example, shape (N,), got {got}: pass "
+            'reduction="none" to the criterion'
         )
     return losses
 

@@ -15,7 +15,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 def state_dtype(parameter: Tensor) -> torch.dtype:
-    """Return what an optimizer keeps state in: float32 at least, for sums in half precision stick."""
+    """Return what an optimizer keeps state in: at least float32, for sums in float16 stick."""
     return torch.float32 if parameter.dtype in HALF else parameter.dtype
 
 

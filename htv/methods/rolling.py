@@ -18,8 +18,9 @@ from htv.methods.resuming import HALF, load_as_kept, require_state_of, state_dty
 __all__ = ["RA3", "RM3", "median_of_three"]
 
 _ADDS_DECAY_TO_GRADIENT = (
-    torch.optim.SGD, torch.optim.Adam, torch.optim.Adagrad, torch.optim.RMSprop, torch.optim.Adadelta,
-    torch.optim.Adamax, torch.optim.NAdam, torch.optim.RAdam, torch.optim.ASGD,
+    torch.optim.SGD, torch.optim.Adam, torch.optim.Adagrad, torch.optim.RMSprop,
+    torch.optim.Adadelta, torch.optim.Adamax, torch.optim.NAdam, torch.optim.RAdam,
+    torch.optim.ASGD,
 )  # fmt: skip
 _DECAYS_WEIGHTS = (
     torch.optim.AdamW,
@@ -44,7 +45,7 @@ def mean_of_three(a: list[Tensor], b: list[Tensor], c: list[Tensor]) -> list[Ten
 
 
 def _adds_decay(optimizer: Optimizer, group: dict[str, Any]) -> bool | None:
-    """Whether an optimizer adds weight decay to the gradient; None for those that are not torch's."""
+    """Whether an optimizer adds weight decay to the gradient; None for those not of torch."""
     if group.get("decoupled_weight_decay", False) or type(optimizer) in _DECAYS_WEIGHTS:
         return False
     return True if type(optimizer) in _ADDS_DECAY_TO_GRADIENT else None

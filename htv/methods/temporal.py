@@ -1,4 +1,4 @@
-"""Agreement over time instead of over a batch: a mask from what the signs of past gradients were."""
+"""Agreement over time instead of over a batch: a mask from the signs of past gradients."""
 
 from __future__ import annotations
 

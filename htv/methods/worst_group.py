@@ -9,7 +9,7 @@ to draw batches, a loss, or both:
 | RWG | `weighted_sampler(group_weights(groups))` | the mean |
 | SUBG | shuffling `balanced_subset(groups)` | the mean |
 | JTT | `weighted_sampler(upweighted(wrong, factor))`, wrong after a short training | the mean |
-| GroupDRO | any, better RWG's | ``GroupDRO(G)(environment_means(losses, groups, G, absent="zero"))`` |
+| GroupDRO | any, better RWG's | `GroupDRO(G)` of `environment_means(..., absent="zero")` |
 | IRM | any, better RWG's | the mean + `irm_penalty` |
 """
 

@@ -155,7 +155,7 @@ def _summary_by_group(parts: list[Factors], statistic: Statistic) -> Summary:
 
 
 def by_blocks(parts: list[Factors], statistic: Statistic) -> tuple[Tensor, Tensor]:
-    """Views of the parameter that do not overlap (chunks, experts) are each aggregated by itself."""
+    """Views of the parameter that do not overlap (chunks, experts) are each aggregated alone."""
     views = blocks.views(parts)
     if views is None:
         return _one_block(parts, statistic)

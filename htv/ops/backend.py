@@ -1,8 +1,8 @@
 """Who serves an op: one readable rule, one switch to override it, one report.
 
     cpp        C++ kernels for the CPU, when the package was built
-    cuda       CUDA C++ kernels, when they were built           } NVIDIA GPUs of compute capability 8.0 and above;
-    triton     Triton kernels, when Triton is installed         } not yet run on hardware
+    cuda       CUDA C++ kernels, when they were built     } NVIDIA GPUs of compute capability 8.0
+    triton     Triton kernels, when Triton is installed   } and above; not yet run on hardware
     reference  plain PyTorch, any device; in bounded memory where an op would form contributions
 
 `HTV_BACKEND` or `use_backend` names a backend; a named backend that is not there raises instead of
@@ -62,7 +62,10 @@ def _load() -> str | None:
         return "HTV_BUILD=0 is set: compiled kernels are not used even where they were built"
     libraries = sorted(_PACKAGE.glob("_C*.so"))
     if not libraries:
-        return "the package was installed without compiled kernels (HTV_BUILD=0, or run from the source folder)"
+        return (
+            "the package was installed without compiled kernels (HTV_BUILD=0, or run from the "
+            "source folder)"
+        )
     needed = registry.statistics_of("cpp", "cuda")
     statistics.require_agreement(_exported_statistics(libraries[0]), needed, str(libraries[0]))
     torch.ops.load_library(str(libraries[0]))
@@ -233,7 +236,7 @@ def _choose(problem: Problem) -> str:
 
 
 def operator(op: str, server: str) -> Callable:
-    """The operator by which a backend serves an op; the overload, which is called in half the time."""
+    """Return the operator by which a backend serves an op: its overload, twice as fast to call."""
     return getattr(torch.ops.htv, f"{op}_triton" if server == "triton" else op).default
 
 

@@ -143,11 +143,15 @@ def extra_work(part: Factors, rule: Rule) -> float:
     contribution, the plain gradient being 2 R per coordinate:
 
         plain sum  0
-        fused      E / 2R, a comparison and a count at once; E log2(E) / 2R by order rules, in registers and cache.
-                   Convolutions copy each window once per block of output channels: + 1 / 2O
-        sliced     E (1 + n) / 2R (bilinear: 3R): written, then n = log2(E) comparisons by order rules, n = 4 by others
-        by group   E (1 + n) / 2R of a convolution; a gradient pulled back for each group otherwise: E
-        sparse     P n / R with P pairs of token and group; order rules E (1 + n) T / R for the T tokens that matter
+        fused      E / 2R, a comparison and a count at once; E log2(E) / 2R by order rules, in
+                   registers and cache. Convolutions copy each window once per block of output
+                   channels: + 1 / 2O
+        sliced     E (1 + n) / 2R (bilinear: 3R): written, then n = log2(E) comparisons by order
+                   rules, n = 4 by others
+        by group   E (1 + n) / 2R of a convolution; a gradient pulled back for each group
+                   otherwise: E
+        sparse     P n / R with P pairs of token and group; order rules E (1 + n) T / R for the T
+                   tokens that matter
         stacked    n, in units of summing the stored contributions
     """
     if type(rule) is Mean:

@@ -105,7 +105,7 @@ class Summary:
 
 
 def finish(summary: Summary, statistic: Statistic) -> tuple[Tensor, Tensor]:
-    """A streaming statistic of all contributions a summary is of; returns what `stacked` returns."""
+    """Return what `stacked` does, for a streaming statistic of all that a summary is of."""
     value, mask = statistics.of(statistic.name).function(summary, statistic)
     return _finished(value, mask, summary.votes.isnan())
 
@@ -285,7 +285,7 @@ def embedding_contributions(
     num_embeddings: int,
     groups: int,
 ) -> Tensor:
-    """What every group contributes to the rows `tokens` (N,) of an embedding table: (groups, N, D)."""
+    """Return (groups, N, D), contributions to the rows `tokens` (N,) of an embedding table."""
     grad = grad_output.to(compute_dtype(grad_output.dtype))
     row, nth = (ids[:, None] == tokens).nonzero().unbind(1)
     contributions = grad.new_zeros(groups, len(tokens), grad.shape[1])

@@ -11,39 +11,48 @@ here.
         x            (R, I) contiguous, the layer's input rows, ordered by group
         grad_output  (R, O) contiguous, same dtype as x
         offsets      (E + 1,) int64 on the CPU; group e owns rows offsets[e]:offsets[e + 1]
-        value        (O, I) in `compute_dtype(x)`; E * stat of the contributions sum_r grad_output[r, o] * x[r, i]
+        value        (O, I) in `compute_dtype(x)`; E * stat of the contributions
+                     sum_r grad_output[r, o] * x[r, i]
         mask_sum     as above
         Kernels serve what they are registered for (`htv.ops.kernels`); the sliced path serves
         the rest.
 
     norm_sums(grad, x, mean, rstd) -> (scale, shift)
-        grad, x       (S, T, D) contiguous, the same dtype: output gradient and input of a normalisation
+        grad, x       (S, T, D) contiguous, the same dtype: output gradient and input of a
+                      normalisation
         mean, rstd    (S, T) contiguous, in `compute_dtype(x)`: those of every row
-        scale, shift  (S, D) in `compute_dtype(x)`; sums over T of grad * (x - mean) * rstd, and of grad
+        scale, shift  (S, D) in `compute_dtype(x)`; sums over T of grad * (x - mean) * rstd, and of
+                      grad
 
     group_norm_backward(grad, x, weight, mean, rstd, needs_x) -> (grad_x, scale, shift)
-        grad, x       (S, C, *space) contiguous, the same dtype: output gradient and input of a group normalisation
+        grad, x       (S, C, *space) contiguous, the same dtype: output gradient and input of a
+                      group normalisation
         weight        (C,) contiguous, in `compute_dtype(x)`, as mean and rstd
         mean, rstd    (S, G) contiguous: of every group of C / G channels
         grad_x        (S, C, *space) in `compute_dtype(x)`; (0, C, *space) unless needs_x
-        scale, shift  (S, C) in `compute_dtype(x)`; sums over space of grad * (x - mean) * rstd, and of grad
+        scale, shift  (S, C) in `compute_dtype(x)`; sums over space of grad * (x - mean) * rstd,
+                      and of grad
 
     conv(x, grad_output, offsets, kernel, stride, padding, dilation, groups, statistic, count,
     votes, k)
             -> (value, mask_sum)
-        x            (S, C, *space) of a convolution's samples, ordered by group; dense, channels first or last
+        x            (S, C, *space) of a convolution's samples, ordered by group; dense,
+                     channels first or last
         grad_output  (S, O, *out_space), same dtype as x; dense, channels first or last
         offsets      (E + 1,) int64 on the CPU; group e owns samples offsets[e]:offsets[e + 1]
         kernel, stride, padding, dilation: one entry per spatial dim; groups: of the convolution
-        value        (O, C / groups, *kernel) in `compute_dtype(x)`; E * stat of the contributions to the weight
+        value        (O, C / groups, *kernel) in `compute_dtype(x)`; E * stat of the contributions
+                     to the weight
         mask_sum     as above
         Kernels serve what they are registered for.
 
     embedding(grad_output, ids, voter, num_embeddings, groups, statistic, count, votes, k) ->
     (value, mask_sum)
         grad_output  (R, D) contiguous
-        ids, voter   (R,) int64 contiguous: the row of the table that was looked up, and the group that did
-        value        (num_embeddings, D) in `compute_dtype(grad_output)`; E * stat of the groups' contributions
+        ids, voter   (R,) int64 contiguous: the row of the table that was looked up, and the
+                     group that did
+        value        (num_embeddings, D) in `compute_dtype(grad_output)`; E * stat of the groups'
+                     contributions
         mask_sum     as above
         Kernels serve what they are registered for. An id outside of the table raises on the CPU;
         in Triton its row takes no part, for looking at ids would wait for the device.
@@ -57,11 +66,11 @@ here.
     label_smoothing)
             -> (loss, peak, log_sum)
         logits       (N, K), K >= 1, stride 1 along K
-        targets      (N,) int64 contiguous: classes, or `ignore_index`. Any other value raises on the CPU; in Triton its
-                     row's loss and gradient are NaN, for raising would wait for the device
+        targets      (N,) int64 contiguous: classes, or `ignore_index`. Any other value raises on
+                     the CPU; in Triton its row's loss and gradient are NaN, for raising would wait
+                     for the device
         shift        (N, K) stride 1 along K; rows may be one and the same (stride 0). float64 if
-                     and only if the
-                     logits are, else of any other floating-point type
+                     and only if the logits are, else of any other floating-point type
         weight       (K,) contiguous in `compute_dtype(logits)`, or None
         loss         (N,) in `compute_dtype(logits)`, as peak and log_sum; see `htv.ops.reference`
     shifted_cross_entropy_grad(grad, logits, ..., label_smoothing, peak, log_sum) -> grad_logits
@@ -101,7 +110,7 @@ def numbers(statistic: Statistic) -> tuple[int, int, float, float]:
 
 
 def checked(op: str, statistic: int, count: int, votes: float, k: float, groups: int) -> Statistic:
-    """Return the statistic an op was given for so many groups; raises ValueError if there is none."""
+    """Return the statistic of this number for so many groups; ValueError if there is none."""
     try:
         found = statistics.by_number(statistic)
     except ValueError as error:
@@ -138,22 +147,25 @@ def require_indices(op: str, name: str, tensor: torch.Tensor, limit: int) -> Non
 
 
 _NUMBERS = "int statistic, int count, float votes, float k"
-_CROSS_ENTROPY = "Tensor logits, Tensor targets, Tensor shift, float temperature, Tensor? weight, int ignore_index"
-_CROSS_ENTROPY += ", float label_smoothing"
+_CROSS_ENTROPY = (
+    "Tensor logits, Tensor targets, Tensor shift, float temperature, Tensor? weight, "
+    "int ignore_index, float label_smoothing"
+)
 _SIGNATURES = {
     "stacked": f"(Tensor grads, {_NUMBERS}) -> (Tensor, Tensor)",
     "linear": f"(Tensor x, Tensor grad_output, Tensor offsets, {_NUMBERS}) -> (Tensor, Tensor)",
     "norm_sums": "(Tensor grad, Tensor x, Tensor mean, Tensor rstd) -> (Tensor, Tensor)",
-    "group_norm_backward": "(Tensor grad, Tensor x, Tensor weight, Tensor mean, Tensor rstd, bool needs_x)"
-    " -> (Tensor, Tensor, Tensor)",
-    "conv": "(Tensor x, Tensor grad_output, Tensor offsets, int[] kernel, int[] stride, int[] padding, int[] dilation,"
-    f" int groups, {_NUMBERS}) -> (Tensor, Tensor)",
+    "group_norm_backward": "(Tensor grad, Tensor x, Tensor weight, Tensor mean, Tensor rstd, "
+    "bool needs_x) -> (Tensor, Tensor, Tensor)",
+    "conv": "(Tensor x, Tensor grad_output, Tensor offsets, int[] kernel, int[] stride, "
+    f"int[] padding, int[] dilation, int groups, {_NUMBERS}) -> (Tensor, Tensor)",
     "embedding": "(Tensor grad_output, Tensor ids, Tensor voter, int num_embeddings, int groups,"
     f" {_NUMBERS}) -> (Tensor, Tensor)",
-    "embedding_contributions": "(Tensor grad_output, Tensor ids, Tensor voter, Tensor tokens, int num_embeddings,"
-    " int groups) -> Tensor",
+    "embedding_contributions": "(Tensor grad_output, Tensor ids, Tensor voter, Tensor tokens, "
+    "int num_embeddings, int groups) -> Tensor",
     "shifted_cross_entropy": f"({_CROSS_ENTROPY}) -> (Tensor, Tensor, Tensor)",
-    "shifted_cross_entropy_grad": f"(Tensor grad, {_CROSS_ENTROPY}, Tensor peak, Tensor log_sum) -> Tensor",
+    "shifted_cross_entropy_grad": f"(Tensor grad, {_CROSS_ENTROPY}, Tensor peak, Tensor log_sum) "
+    "-> Tensor",
 }
 OPS = tuple(_SIGNATURES)
 

@@ -72,12 +72,14 @@ def one_group_at_a_time(
         grads = torch.autograd.grad(loss_of_group(e), list(parameters.values()), allow_unused=True)
         for name, grad in zip(parameters, grads, strict=True):
             stacks[name].append(grad)
-    return {
-        name: None
-        if all(g is None for g in grads)
-        else torch.stack([torch.zeros_like(parameters[name]) if g is None else g for g in grads])
-        for name, grads in stacks.items()
-    }
+    contributions: Contributions = {}
+    for name, stack in stacks.items():
+        if all(grad is None for grad in stack):
+            contributions[name] = None
+        else:
+            zeros = torch.zeros_like(parameters[name])
+            contributions[name] = torch.stack([zeros if g is None else g for g in stack])
+    return contributions
 
 
 def aggregated(contributions: Tensor, rule: Rule) -> Tensor:

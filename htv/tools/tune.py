@@ -193,7 +193,7 @@ def _milliseconds(run: Callable[[], object], dry: bool) -> float:
 
 
 def write(results: list[Result], path: Path) -> int:
-    """Writes the table, keeping what it holds of other problems. Returns how many entries it has."""
+    """Write the table, keeping its entries of other problems; return how many it has now."""
     from htv.triton_kernels import configs
 
     place = lambda entry: tuple(entry[name] for name in (*configs.KEY, *configs.SIZES))

@@ -75,7 +75,10 @@ def test_within_budget(source, element, arch, tmp_path):
     done = subprocess.run([nvcc(), *flags], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "warning" not in done.stderr, done.stderr
-    pattern = r"entry function '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill.*?Used (\d+) registers"
+    pattern = (
+        r"entry function '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill.*?Used (\d+) "
+        r"registers"
+    )
     kernels = re.findall(pattern, done.stderr, re.DOTALL)
     assert kernels or not element
     for mangled, stack, spilled, registers in kernels:

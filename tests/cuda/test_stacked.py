@@ -85,7 +85,7 @@ def test_hard_searches(stacked, groups):
 
 @pytest.mark.parametrize("groups", (5, 33, 70))
 def test_twice_gives_the_same_bits(stacked, groups):
-    """The emulator runs threads in the other order every second time: a missing barrier would show."""
+    """The emulator reverses the threads every second time: a missing barrier would show."""
     cases.twice_gives_the_same_bits(stacked, groups)
 
 

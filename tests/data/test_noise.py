@@ -10,7 +10,8 @@ from htv.data import label_noise
 
 @settings(deadline=None, max_examples=60)
 @given(
-    n=st.integers(0, 200), rate=st.floats(0, 1), classes=st.integers(2, 12), seed=st.integers(0, 2**31)
+    n=st.integers(0, 200), rate=st.floats(0, 1), classes=st.integers(2, 12),
+    seed=st.integers(0, 2**31),
 )  # fmt: skip
 def test_exactly_the_share_is_changed(n, rate, classes, seed):
     labels = torch.randint(0, classes, (n,), generator=torch.Generator().manual_seed(7))

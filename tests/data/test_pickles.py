@@ -34,7 +34,7 @@ def test_bytes_as_python_3_writes_them_in_protocol_2():
 
 
 def python_2(data: bytes, rows: int, columns: int) -> bytes:
-    """What cPickle of Python 2 wrote of {'data': an array of uint8, 'labels': [..]} in protocol 2."""
+    """What cPickle of Python 2 wrote of {'data': uint8 array, 'labels': [..]} in protocol 2."""
     text = lambda words: b"U" + bytes([len(words)]) + words
     number = lambda n: b"M" + struct.pack("<H", n)
     return (

@@ -2,7 +2,8 @@
 machines without pytest.
 
 ops.py        every kernel against its definition
-launches.py   CUDA graphs, torch.compile, streams, hidden synchronisation, several devices, large tensors
+launches.py   CUDA graphs, torch.compile, streams, hidden synchronisation, several devices, large
+              tensors
 steps.py      whole attached models against one group at a time
 
 Without a GPU, `dry`, the same functions run a small selection: the CUDA kernels by the emulator of

@@ -55,7 +55,7 @@ def placed(tensor: Tensor) -> Tensor:
 
 
 def there_and_back(operator: Callable) -> Callable:
-    """The operator for tensors on the CPU: floating-point ones go to the device, results come back."""
+    """The operator for CPU tensors: floating-point ones go to the device, results come back."""
 
     def op(*arguments):
         moved = (

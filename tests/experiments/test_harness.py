@@ -48,8 +48,9 @@ def experiment(calls, fail_at=None):
         figure.subplots().plot(found.values("a", "value"))
 
     return Experiment(
-        name="tiny", title="A tiny one", paper="Nobody 2020", full=Settings(), quick=Settings(factor=3),
-        variants=lambda settings: settings.names, run_one=run_one, summarise=summarise, plot=plot, seeds=2,
+        name="tiny", title="A tiny one", paper="Nobody 2020", full=Settings(),
+        quick=Settings(factor=3), variants=lambda settings: settings.names, run_one=run_one,
+        summarise=summarise, plot=plot, seeds=2,
     )  # fmt: skip
 
 

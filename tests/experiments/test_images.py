@@ -112,7 +112,7 @@ def test_winsorized_is_judged_by_its_numbers():
     assert settings.percentiles == (0, 1, 2, 4, 8)
 
     def results(beyond, underfit=0.1):
-        """beyond: by percentile, how far training accuracy lies above the proper one, in all noise."""
+        """beyond: by percentile, how far training accuracy lies above the proper one in noise."""
         found = {}
         for rate in settings.rates:
             for c, above in zip(settings.percentiles, beyond, strict=True):
@@ -129,8 +129,8 @@ def test_winsorized_is_judged_by_its_numbers():
 
 def test_rolling_is_judged_by_its_numbers():
     def results(**memorised):
-        common = {"clean_accuracy": 1.0, "train_accuracy": 0.8, "test_accuracy": 0.7, "best_test": 0.8,
-                  "matched": None}  # fmt: skip
+        common = {"clean_accuracy": 1.0, "train_accuracy": 0.8, "test_accuracy": 0.7,
+                  "best_test": 0.8, "matched": None}  # fmt: skip
         curves = lambda value: {"memorised": [0.0, 2 * value], "gap": [-0.2, 2 * value]}
         return {
             v: {**common, "memorised": 0.99, "gap": 0.4, "curves": curves(value)}
@@ -147,8 +147,8 @@ def test_attribution_is_judged_by_its_numbers():
     rates = {"25% noise": 0.75, "50% noise": 0.5, "75% noise": 0.25}
 
     def results(first, last, pristine, corrupt):
-        common = {"last_epoch_f_c": last, "crossing": None, "pristine_learnt": pristine, "corrupt_learnt": corrupt,
-                  "train_accuracy": 0.9}  # fmt: skip
+        common = {"last_epoch_f_c": last, "crossing": None, "pristine_learnt": pristine,
+                  "corrupt_learnt": corrupt, "train_accuracy": 0.9}  # fmt: skip
         return {
             v: {**common, "share_of_pristine": p, "early_f_p": p + first} for v, p in rates.items()
         }
@@ -163,8 +163,8 @@ def test_attribution_is_judged_by_its_numbers():
 
 
 def test_coherence_is_judged_by_its_numbers():
-    real = {"start": 20.0, "early": 300.0, "peak": 300.0, "peak_epoch": 2, "m_coherence": 1.1, "train_accuracy": 1.0,
-            "examples": 2000}  # fmt: skip
+    real = {"start": 20.0, "early": 300.0, "peak": 300.0, "peak_epoch": 2, "m_coherence": 1.1,
+            "train_accuracy": 1.0, "examples": 2000}  # fmt: skip
     random = {
         **real,
         "start": 1.2,

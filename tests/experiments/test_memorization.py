@@ -24,8 +24,9 @@ def test_the_toy_is_judged_by_its_numbers():
         curve = [[0, 0.5, 0.5], [50, 1.0, early], [200, 1.0, 0.7], [1000, 1.0, 1.0]]
         found = {"ERM, no noise": {"minority": pure}, "ERM": {"minority": plain}}
         for temperature in ("0.001", "0.01", "0.1", "1"):
-            found[f"MAT, T = {temperature}"] = {"minority": mat, "minority_flipped": flipped, "majority_flipped": 0.0,
-                                                "minority_shift": shift, "majority_shift": -0.1}  # fmt: skip
+            found[f"MAT, T = {temperature}"] = {"minority": mat, "minority_flipped": flipped,
+                                                "majority_flipped": 0.0, "minority_shift": shift,
+                                                "majority_shift": -0.1}  # fmt: skip
         return {
             variant: {"majority": 0.98, "curve": curve, **result}
             for variant, result in found.items()
@@ -52,7 +53,8 @@ def test_worst_groups_are_judged_by_their_numbers():
             for variant in worst_group.METHODS
         }
         values |= {"XRM + GroupDRO": worst["XRM"], "oracle GroupDRO": worst["oracle"]}
-        return {variant: {**common, "worst_worst": value, "minority_found": found, "majority_taken": taken}
+        return {variant: {**common, "worst_worst": value, "minority_found": found,
+                          "majority_taken": taken}
                 for variant, value in values.items()}  # fmt: skip
 
     assert (
@@ -65,8 +67,8 @@ def test_worst_groups_are_judged_by_their_numbers():
 
 def test_memorisation_scores_are_judged_by_their_numbers():
     def results(memorised, pairs, right, wrong, correlation, norms):
-        common = {"memorised": memorised, "pairs": 10, "pairs_memorised": pairs, "right": right, "wrong": wrong,
-                  "correlation": correlation, "best_epoch": 4}  # fmt: skip
+        common = {"memorised": memorised, "pairs": 10, "pairs_memorised": pairs, "right": right,
+                  "wrong": wrong, "correlation": correlation, "best_epoch": 4}  # fmt: skip
         return {
             "labels as given": common,
             "10% wrong labels": {**common, "found_by_scores": 0.98, "found_by_norms": norms},

@@ -50,7 +50,8 @@ def test_shares_and_scores_against_one_example_at_a_time(rule):
         for _ in range(3):
             ids = torch.randperm(N, generator=generator)[:16]
             twin.load_state_dict(model.state_dict())
-            each = [torch.autograd.grad(F.cross_entropy(twin(x[e : e + 1]), y[e : e + 1]) / 16, twin.parameters())
+            each = [torch.autograd.grad(F.cross_entropy(twin(x[e : e + 1]), y[e : e + 1]) / 16,
+                                        twin.parameters())
                     for e in ids.tolist()]  # fmt: skip
             each = torch.stack([torch.cat([g.flatten() for g in grads]) for grads in each])
             whole, part = each.sum(0), each[~corrupt[ids]].sum(0)

@@ -163,8 +163,8 @@ def test_blocks_of_coordinates_are_averaged_by_energy():
 def convnet() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(1, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 6, 3), nn.ReLU(),
-        nn.Flatten(), nn.Linear(24, 5),
+        nn.Conv2d(1, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(4, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(24, 5),
     ).double()  # fmt: skip
 
 
@@ -326,6 +326,9 @@ def test_the_bound_refuses_what_it_is_not_defined_for(change, message):
 
 
 def test_methods_import_without_the_command_line():
-    code = "import sys, htv.methods; print(sorted({'typer', 'rich', 'matplotlib', 'sklearn'} & set(sys.modules)))"
+    code = (
+        "import sys, htv.methods; print(sorted({'typer', 'rich', 'matplotlib', 'sklearn'} & "
+        "set(sys.modules)))"
+    )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"

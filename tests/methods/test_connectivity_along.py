@@ -27,8 +27,9 @@ def mlp(seed: int) -> nn.Module:
 
 def convnet(seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Dropout(0.5),
-                         nn.Linear(4 * 9, 5), nn.BatchNorm1d(5, momentum=None))  # fmt: skip
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(),
+                         nn.Dropout(0.5), nn.Linear(4 * 9, 5),
+                         nn.BatchNorm1d(5, momentum=None))  # fmt: skip
 
 
 def classes(n: int, *shape: int, of: int = 3) -> TensorDataset:
@@ -136,7 +137,8 @@ def test_statistics_are_averages_over_the_data():
             expected = sum(len(f) * statistic(p) for f, p in zip(first, parts, strict=True)) / 11
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
         # Dropout is off, and the first BatchNorm normalises by its batch meanwhile.
-        second = [model[5](F.relu(F.batch_norm(f, None, None, *model[1].parameters(), training=True)).flatten(1))
+        second = [model[5](F.relu(F.batch_norm(f, None, None, *model[1].parameters(),
+                                               training=True)).flatten(1))
                   for f in first]  # fmt: skip
         expected = sum(len(s) * s.mean(0) for s in second) / 11
         torch.testing.assert_close(model[6].running_mean, expected, rtol=1e-4, atol=1e-5)
@@ -251,7 +253,8 @@ def counterfactuals():
     return {
         name: DataLoader(TensorDataset(torch.stack([thing, cue], dim=1), y), batch_size=64)
         for name, (thing, cue) in {
-            "C": (sign, sign), "random cue": (sign, other), "random thing": (other, sign), "brightness": (sign, sign),
+            "C": (sign, sign), "random cue": (sign, other), "random thing": (other, sign),
+            "brightness": (sign, sign),
         }.items()
     }  # fmt: skip
 
@@ -305,8 +308,10 @@ def test_reports_refuse_bad_arguments(counterfactuals):
         mechanistic_similarity(a, a, {"C": counterfactuals["C"]}, "C", tolerance=0.1)
     with pytest.raises(ValueError, match="tolerance must be"):
         mechanistic_similarity(a, a, counterfactuals, "C", tolerance=-0.1)
-    for path, message in ((LinearPath(Reads(2.0, 0.0), a), "its start has another 'weight' than first"),
-                          (LinearPath(a, Reads(0.0, 1.0)), "its end has another 'weight' than second")):  # fmt: skip
+    for path, message in ((LinearPath(Reads(2.0, 0.0), a),
+                           "its start has another 'weight' than first"),
+                          (LinearPath(a, Reads(0.0, 1.0)),
+                           "its end has another 'weight' than second")):  # fmt: skip
         with pytest.raises(
             ValueError, match=rf"paths\['other'\] does not lead from first to second: {message}"
         ):

@@ -132,13 +132,15 @@ def image(channels: int = 2) -> torch.Tensor:
 
 GROUP = lambda channels: nn.GroupNorm(4, channels)
 MODELS = {
-    "mlp": (lambda: nn.Sequential(nn.Linear(4, 7), nn.ReLU(), nn.Linear(7, 9), nn.LayerNorm(9), nn.GELU(),
-                                  nn.Linear(9, 3)), lambda: torch.randn(16, 4), 2),
-    "convnet": (lambda: nn.Sequential(nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
-                                      nn.Linear(6 * 9, 8), nn.BatchNorm1d(8, affine=False), nn.Tanh(),
-                                      nn.Linear(8, 3)), image, 2),
-    "flattened norm": (lambda: nn.Sequential(nn.Conv1d(2, 5, 3), nn.InstanceNorm1d(5, affine=True), nn.Flatten(),
-                                             nn.BatchNorm1d(20), nn.ReLU(), nn.Linear(20, 3)),
+    "mlp": (lambda: nn.Sequential(nn.Linear(4, 7), nn.ReLU(), nn.Linear(7, 9), nn.LayerNorm(9),
+                                  nn.GELU(), nn.Linear(9, 3)), lambda: torch.randn(16, 4), 2),
+    "convnet": (lambda: nn.Sequential(nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6), nn.ReLU(),
+                                      nn.MaxPool2d(2), nn.Flatten(), nn.Linear(6 * 9, 8),
+                                      nn.BatchNorm1d(8, affine=False), nn.Tanh(), nn.Linear(8, 3)),
+                image, 2),
+    "flattened norm": (lambda: nn.Sequential(nn.Conv1d(2, 5, 3), nn.InstanceNorm1d(5, affine=True),
+                                             nn.Flatten(), nn.BatchNorm1d(20), nn.ReLU(),
+                                             nn.Linear(20, 3)),
                        lambda: torch.randn(9, 2, 6), 1),
     "resnet": (ResNet, image, 5),
     "group norm": (lambda: ResNet(GROUP), image, 5),
@@ -316,8 +318,8 @@ LAYERS = [
 
 
 def convnet() -> nn.Module:
-    return trained(nn.Sequential(nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 36, 8),
-                                 nn.ReLU(), nn.Linear(8, 3)))  # fmt: skip
+    return trained(nn.Sequential(nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(),
+                                 nn.Linear(6 * 36, 8), nn.ReLU(), nn.Linear(8, 3)))  # fmt: skip
 
 
 def test_specs_by_hand_are_those_of_tracing():
@@ -325,7 +327,8 @@ def test_specs_by_hand_are_those_of_tracing():
     by_hand, traced = PermutationSpec.from_layers(model, LAYERS), trace_permutations(model, x)
     for a, b in zip(by_hand.units, traced.units, strict=True):
         assert (a.size, a.blocks, a.observed) == (b.size, b.blocks, tuple(
-            type(o)(o.module, a.observed[0].dim, o.outer, o.inner) for o in b.observed))  # fmt: skip
+            type(o)(o.module, a.observed[0].dim, o.outer, o.inner)
+            for o in b.observed))  # fmt: skip
         assert set(a.axes) >= set(b.axes)
         assert {axis.tensor for axis in a.axes} == {axis.tensor for axis in b.axes}
     by_hand.check(model, x)

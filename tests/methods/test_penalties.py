@@ -1,4 +1,4 @@
-"""The baselines: each changes the gradient, its derivative is right, and its value is the paper's."""
+"""The baselines change the gradient, with the right derivative, by the paper's value."""
 
 import math
 

@@ -67,8 +67,8 @@ def test_the_first_two_steps_update_nothing():
 @pytest.mark.parametrize("order", [(0, 1, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)])
 def test_the_median_is_a_true_one(order):
     inf, nan = float("inf"), float("nan")
-    columns = [(1.0, inf, 2.0), (-inf, inf, 3.0), (inf, inf, 1.0), (1e-30, 1.0, 1e30), (1.0, 1e30, 1e30),
-               (0.0, 0.0, 5.0), (5.0, nan, 1.0), (-1.0, -1.0, -1.0)]  # fmt: skip
+    columns = [(1.0, inf, 2.0), (-inf, inf, 3.0), (inf, inf, 1.0), (1e-30, 1.0, 1e30),
+               (1.0, 1e30, 1e30), (0.0, 0.0, 5.0), (5.0, nan, 1.0), (-1.0, -1.0, -1.0)]  # fmt: skip
     weight = nn.Parameter(torch.zeros(len(columns)))
     optimizer = RM3(torch.optim.SGD([weight], lr=1.0))
     rows = torch.tensor(columns).t()
@@ -113,8 +113,8 @@ def test_other_optimizers_get_the_statistic_as_their_gradient(rolling):
     grads = gradients(6)
     walk(optimizer, weights, grads)
     for t in range(2, 6):
-        walk(plain, twin, [[torch.from_numpy(np.asarray(STATISTICS[rolling]([grads[k][i] for k in (t - 2, t - 1, t)])))
-                            for i in range(3)]])  # fmt: skip
+        seen = [[grads[k][i] for k in (t - 2, t - 1, t)] for i in range(3)]
+        walk(plain, twin, [[torch.from_numpy(np.asarray(STATISTICS[rolling](g))) for g in seen]])
     for p, q in zip(weights, twin, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
 
@@ -223,7 +223,7 @@ def test_checkpoints_go_on_bit_by_bit(rolling, stop):
 
 @BOTH
 def test_half_precision_keeps_what_decay_adds(rolling):
-    """A decay of 1e-4 beside a gradient of 1 is less than bfloat16 tells; all that 1 and -1 leave."""
+    """A decay of 1e-4, less than bfloat16 tells beside 1, is all that gradients 1 and -1 leave."""
     decay, grads = 1e-4, [[torch.tensor(g)] for g in ([1.0, 0.125], [-1.0, 0.25], [0.0, 0.0])]
     weight = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
     make = lambda: rolling(torch.optim.SGD([weight], lr=0.0, weight_decay=decay))

@@ -222,7 +222,8 @@ def test_another_optimizers_state_is_refused(other):
     [
         (
             [(2, 1)],
-            r"'exp_avg' of shape \(2, 1\) for parameter 0, whose shape is \(2, 3\): it is of another model",
+            r"'exp_avg' of shape \(2, 1\) for parameter 0, whose shape is \(2, 3\): it is of "
+            r"another model",
         ),
         ([(2, 3), (2,)], r"groups of \[2\] parameters, this optimizer has groups of \[1\]"),
     ],

@@ -52,7 +52,7 @@ def randn(*shape):
 
 
 def by_autograd(function, parameter, grad_output, ids=IDS, count=E):
-    """(E, *shape): for each group, d(function(parameter, rows) * grad_output[rows]) / d(parameter)."""
+    """(E, *shape): by group, d(function(parameter, rows) * grad_output[rows]) / d(parameter)."""
     parameter = parameter.detach().clone().requires_grad_()
     found = []
     for e in range(count):
@@ -351,7 +351,7 @@ def test_a_bucket_of_both_infinities_surfaces_though_few_groups_touch_the_token(
 @pytest.mark.parametrize("rule", [r for r in RULES if not r.streaming], **by_name)
 @pytest.mark.parametrize("touching", range(1, 6))
 def test_few_groups_touch_a_token(rule, touching):
-    """All one sign, and one of the other sign: at the border where non-zero values begin to matter."""
+    """All of one sign, and one of the other: at the border where non-zero values matter."""
     count = 6
     for signs in (torch.ones(touching), torch.ones(touching).index_fill(0, torch.tensor(0), -1)):
         ids = torch.cat([torch.full((touching,), 2), torch.full((count - touching,), 1)])
@@ -460,8 +460,9 @@ def test_convolutions_stay_within_bounds(rule, groups, size):
 
 def test_paths_tell_the_truth():
     kinds = {
-        "linear": ("fused", "fused"), "conv2d": ("fused", "fused"), "grouped wide": ("fused", "fused"),
-        "depthwise": ("fused", "fused"), "embedding": ("sparse", "sparse, sliced"), "stacked": ("stacked", "stacked"),
+        "linear": ("fused", "fused"), "conv2d": ("fused", "fused"),
+        "grouped wide": ("fused", "fused"), "depthwise": ("fused", "fused"),
+        "embedding": ("sparse", "sparse, sliced"), "stacked": ("stacked", "stacked"),
         "bilinear": ("sliced", "sliced"), "groupwise": ("by group", "sliced"),
     }  # fmt: skip
     compiled = (

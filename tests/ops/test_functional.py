@@ -64,7 +64,7 @@ def test_equals_the_definition(rule, groups, shape, seed):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rule", RULES, **by_name)
 def test_every_dtype_is_as_exact_as_its_type(rule, dtype):
-    """Inputs rounded to the type, so that only the computation's and the result's rounding is left."""
+    """Inputs rounded to the type, so that only computation and result are left to round."""
     values = torch.randn(
         11, 301, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
     ).to(dtype)

@@ -1,4 +1,4 @@
-"""What the Triton kernels of `conv` must do. Not collected by its name: see `test_interpreted.py`."""
+"""What the Triton kernels of `conv` must do. Run by `test_interpreted.py`."""
 
 import pytest
 from conv_table import (

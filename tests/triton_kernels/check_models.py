@@ -1,4 +1,4 @@
-"""A model served by the Triton kernels alone. Not collected by its name: see `test_interpreted.py`."""
+"""A model served by the Triton kernels alone. Run by `test_interpreted.py`."""
 
 import pytest
 import torch

@@ -15,7 +15,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from htv.triton_kernels import (
+from htv.triton_kernels import (  # noqa: E402
     configs,
     conv,
     cross_entropy,
@@ -24,7 +24,7 @@ from htv.triton_kernels import (
     product,
     stacked,
     statistic,
-)  # noqa: E402
+)
 
 if device.UPCAST:
     pytest.skip("nothing is compiled under TRITON_INTERPRET=1", allow_module_level=True)
@@ -173,8 +173,8 @@ def cases():
                                     "aligned" if aligned else "unaligned",
                                 )
                                 yield pytest.param(
-                                    arch, arithmetic, dtype, used, result, found, count, windows, aligned, budget,
-                                    marks=marks, id="-".join(label),
+                                    arch, arithmetic, dtype, used, result, found, count, windows,
+                                    aligned, budget, marks=marks, id="-".join(label),
                                 )  # fmt: skip
 
 
@@ -394,7 +394,8 @@ def test_a_tuned_table_is_followed(tmp_path, monkeypatch):
         (json.dumps({"version": 1, "entries": [ENTRY | {"arch": "sm_70"}]}), "sm_70"),
         (json.dumps({"version": 1, "entries": [ENTRY | {"rows": "many"}]}), "must be numbers"),
         (json.dumps({"version": 1, "entries": [ENTRY | {"splits": 0}]}), "splits at least 1"),
-        (json.dumps({"version": 1, "entries": [ENTRY, ENTRY | {"config": ODD_TILE}]}), "entry 1: BLOCK_O must be"),
+        (json.dumps({"version": 1, "entries": [ENTRY, ENTRY | {"config": ODD_TILE}]}),
+         "entry 1: BLOCK_O must be"),
     ],
 )  # fmt: skip
 def test_a_tuned_table_is_checked(text, message, tmp_path, monkeypatch):

@@ -38,7 +38,11 @@ from htv.ops.factors import Factors
 
 
 class TracedGroups(Groups):
-    """Who votes in a forward that is being traced: known when it runs. value: ids, bounds or mask."""
+    """Tells who votes in a forward that is being traced: known when it runs.
+
+    plan:   all about it but the values.
+    value:  the ids, bounds or mask, or None.
+    """
 
     def __init__(self, plan: StaticGroupSpec, value: Tensor | None):
         super().__init__(
@@ -58,7 +62,7 @@ class TracedGroups(Groups):
 
 
 class EachRow(GroupedRows):
-    """Every index of a tensor's batch dim by itself, as contributions are computed while tracing."""
+    """Lists every index of a batch's dim by itself, as contributions are computed while tracing."""
 
     def __init__(self, groups: TracedGroups, layout: BatchLayout):
         self.groups, self.layout, self.dim, self.order = groups, layout, layout.dim, None
@@ -112,7 +116,8 @@ class TracedMode(ServingMode):
         why = super().why_not_batch(x, mark, features)
         return (
             why
-            and f"{why} (or one that picks rows by the values of a tensor, which torch.compile does not have)"
+            and f"{why} (or one that picks rows by the values of a tensor, which torch.compile "
+            "does not have)"
         )
 
 

@@ -103,13 +103,11 @@ def _bagged(
     if sample_weights is not None:
         rows = rows * sample_weights.unsqueeze(-1)
     if padding_idx is None:
-        return (
-            rows.sum(1)
-            if reduction == "sum"
-            else rows.mean(1)
-            if reduction == "mean"
-            else rows.max(1).values
-        )
+        if reduction == "sum":
+            return rows.sum(1)
+        if reduction == "mean":
+            return rows.mean(1)
+        return rows.max(1).values
     kept = (ids != padding_idx % len(weight)).unsqueeze(-1)
     if reduction == "max":
         highest = torch.where(kept, rows, -torch.inf).max(1).values
@@ -125,7 +123,12 @@ def _picked(mode: ModeLike, func, args, kwargs):
     owners = behind(mode, table)
     if not owners or not torch.is_grad_enabled() or kwargs:
         return NotImplemented
-    ids = args[1] if len(args) == 2 else args[2] if args[1] == 0 and args[2].dim() == 1 else None
+    if len(args) == 2:
+        ids = args[1]
+    elif args[1] == 0 and args[2].dim() == 1:
+        ids = args[2]
+    else:
+        return NotImplemented
     if isinstance(ids, tuple) and len(ids) == 1:
         (ids,) = ids
     if not isinstance(ids, Tensor) or ids.dtype in (torch.bool, torch.uint8):

@@ -153,7 +153,9 @@ def _by_layer(weights, has_biases: bool, kind: str, hidden: Hidden) -> list[list
 def _stack_of_layers(
     steps, step: Cell, hidden: Hidden, weights, num_layers: int, directions: int, dropout: float
 ):
-    """The output of the last layer and the last hidden state of all, (layers * directions, N, H)."""
+    """Return the output of the last layer, and the last hidden state of all,
+    (layers * directions, N, H).
+    """
     lasts = []
     y = steps.x
     for layer in range(num_layers):
@@ -196,7 +198,7 @@ def _started(mode: ModeLike, kind: str, hidden: Tensor, layout: BatchLayout) -> 
 
 
 class _Steps:
-    """The steps of a batch of equally long sequences. x: (T, N, D), or (N, T, D) with batch_first."""
+    """Steps through equally long sequences. x: (T, N, D), or with batch_first (N, T, D)."""
 
     def __init__(self, mode: ModeLike, kind: str, x: Tensor, batch_first: bool):
         self.mode, self.kind, self.batch_first = mode, kind, batch_first

@@ -247,7 +247,8 @@ def _assigned(units: Units, correlations: Tensor, assign: Callable[..., Any]) ->
         [torch.as_tensor(assign(block.numpy(), maximize=True)[1]) for block in row]
         for row in blocks
     ]
-    scores = [[block[torch.arange(width), order].sum().item() for block, order in zip(row, orders, strict=True)]
+    scores = [[block[torch.arange(width), order].sum().item()
+               for block, order in zip(row, orders, strict=True)]
               for row, orders in zip(blocks, best, strict=True)]  # fmt: skip
     chosen = assign(scores, maximize=True)[1].tolist()
     return torch.cat([best[i][j] + j * width for i, j in enumerate(chosen)])

@@ -249,8 +249,8 @@ class Bezier(WeightPath):
     tensor([0.1250, 0.3750, 0.3750, 0.1250], dtype=torch.float64)
     """
 
-    def __init__(self, start: Weights, end: Weights, middle: Middle = 1, *, model: nn.Module | None = None,
-                 trained: Iterable[int] | None = None):  # fmt: skip
+    def __init__(self, start: Weights, end: Weights, middle: Middle = 1, *,
+                 model: nn.Module | None = None, trained: Iterable[int] | None = None):  # fmt: skip
         super().__init__(start, end, middle, model=model, trained=trained)
 
     def _coefficients(self, t: Tensor) -> Tensor:
@@ -279,8 +279,8 @@ class QuadraticBezier(Bezier):
     (tensor([0.2500, 0.5000, 0.2500], dtype=torch.float64), [1])
     """
 
-    def __init__(self, start: Weights, end: Weights, middle: Weights | None = None, *, model: nn.Module | None = None,
-                 trained: Iterable[int] | None = None):  # fmt: skip
+    def __init__(self, start: Weights, end: Weights, middle: Weights | None = None, *,
+                 model: nn.Module | None = None, trained: Iterable[int] | None = None):  # fmt: skip
         super().__init__(
             start, end, 1 if middle is None else [middle], model=model, trained=trained
         )
@@ -307,8 +307,8 @@ class PolygonalChain(WeightPath):
     tensor([0.0000, 0.5000, 0.5000], dtype=torch.float64)
     """
 
-    def __init__(self, start: Weights, end: Weights, middle: Middle = 1, *, model: nn.Module | None = None,
-                 trained: Iterable[int] | None = None):  # fmt: skip
+    def __init__(self, start: Weights, end: Weights, middle: Middle = 1, *,
+                 model: nn.Module | None = None, trained: Iterable[int] | None = None):  # fmt: skip
         super().__init__(start, end, middle, model=model, trained=trained)
 
     def _coefficients(self, t: Tensor) -> Tensor:
@@ -393,7 +393,8 @@ class PathProbe:
         for index, (parameters, group) in enumerate(
             zip(self._parameters, self.path.layout.groups, strict=True)
         ):
-            trained = [(point[index], c) for point, c in zip(self.path.points, self.coefficients, strict=True)
+            trained = [(point[index], c)
+                       for point, c in zip(self.path.points, self.coefficients, strict=True)
                        if point[index].requires_grad]  # fmt: skip
             if not group.trained or not trained:
                 continue

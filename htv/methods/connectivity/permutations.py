@@ -199,7 +199,7 @@ def _drawn(spec: PermutationSpec, draw: Callable[[int], Tensor]) -> dict[str, Te
 
 
 def _cycle(count: int, generator: Generator) -> Tensor:
-    """A random permutation in one cycle: it leaves nothing in its place, unless there is only one."""
+    """A random permutation in one cycle: it leaves nothing in place, unless there is only one."""
     order = torch.randperm(count, generator=generator)
     return torch.empty_like(order).scatter_(0, order, order.roll(1))
 
@@ -299,7 +299,7 @@ def consumed_axes(module: nn.Module) -> list[tuple[str, int]]:
 
 
 def carried_axes(module: nn.Module) -> list[tuple[str, int]]:
-    """Parameters and buffers, and their dims, by channel of what goes through; none if it has none."""
+    """Parameters and buffers by channel of what goes through, and their dims; maybe none."""
     if isinstance(module, _NormBase):
         return [(name, 0) for name in ("weight", "bias", "running_mean", "running_var")]
     if isinstance(module, nn.GroupNorm) or is_depthwise(module):
@@ -467,7 +467,8 @@ class _LayerReader:
                 "be permuted"
             )
         prefix = f"{name}." if name else ""
-        return [self._sized(units, size, UnitAxis(f"{prefix}{tensor}", dim)) for tensor, dim in local
+        return [self._sized(units, size, UnitAxis(f"{prefix}{tensor}", dim))
+                for tensor, dim in local
                 if f"{prefix}{tensor}" in self.tensors]  # fmt: skip
 
     def _sized(self, units: str, size: int, axis: UnitAxis) -> UnitAxis:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,37 +30,41 @@ __all__ = ["trace_permutations"]
 
 # Element by element, or by whole rows of units (softmax): a permutation of units goes through.
 ELEMENTWISE_MODULES = (
-    nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout, nn.ReLU,
-    nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid, nn.Tanh, nn.Softplus,
-    nn.Softsign, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish, nn.Hardshrink, nn.Softshrink, nn.Tanhshrink, nn.LogSigmoid,
-    nn.Threshold, nn.RReLU, nn.Softmax, nn.LogSoftmax, nn.Softmin, nn.PReLU,
+    nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
+    nn.FeatureAlphaDropout, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU,
+    nn.SiLU, nn.Mish, nn.Sigmoid, nn.Tanh, nn.Softplus, nn.Softsign, nn.Hardtanh, nn.Hardsigmoid,
+    nn.Hardswish, nn.Hardshrink, nn.Softshrink, nn.Tanhshrink, nn.LogSigmoid, nn.Threshold,
+    nn.RReLU, nn.Softmax, nn.LogSoftmax, nn.Softmin, nn.PReLU,
 )  # fmt: skip
 ELEMENTWISE = frozenset(
-    """relu relu6 leaky_relu elu selu celu gelu silu mish sigmoid tanh softplus softsign hardtanh hardsigmoid hardswish
-    hardshrink softshrink tanhshrink logsigmoid threshold rrelu softmax log_softmax softmin dropout dropout1d dropout2d
-    dropout3d alpha_dropout feature_alpha_dropout stochastic_depth add iadd sub isub mul imul truediv itruediv div neg
-    pow square sqrt rsqrt exp log log1p expm1 abs erf sin cos clamp clamp_min clamp_max maximum minimum where lerp
-    gt ge lt le eq ne logical_not logical_and logical_or isnan nan_to_num masked_fill
-    contiguous clone detach to float double half bfloat16 type type_as""".split()
+    """relu relu6 leaky_relu elu selu celu gelu silu mish sigmoid tanh softplus softsign hardtanh
+    hardsigmoid hardswish hardshrink softshrink tanhshrink logsigmoid threshold rrelu softmax
+    log_softmax softmin dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout
+    stochastic_depth add iadd sub isub mul imul truediv itruediv div neg pow square sqrt rsqrt exp
+    log log1p expm1 abs erf sin cos clamp clamp_min clamp_max maximum minimum where lerp gt ge lt le
+    eq ne logical_not logical_and logical_or isnan nan_to_num masked_fill contiguous clone detach to
+    float double half bfloat16 type type_as""".split()
 )
 # One channel at a time, over the dims behind it.
 SPATIAL_MODULES = (
-    nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.LPPool1d, nn.LPPool2d,
-    nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d,
-    nn.AdaptiveMaxPool3d, nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d, nn.ZeroPad1d, nn.ZeroPad2d,
-    nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d, nn.ReflectionPad1d, nn.ReflectionPad2d,
+    nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.LPPool1d,
+    nn.LPPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
+    nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d, nn.Upsample,
+    nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d,
+    nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d, nn.ReflectionPad1d, nn.ReflectionPad2d,
     nn.ReflectionPad3d, nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d,
 )  # fmt: skip
 SPATIAL = frozenset(
-    """max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d lp_pool1d lp_pool2d adaptive_avg_pool1d
-    adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d interpolate pad
-    """.split()
+    """max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d lp_pool1d lp_pool2d
+    adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d
+    adaptive_max_pool2d adaptive_max_pool3d interpolate pad""".split()
 )
 # Only move elements: run on the numbers of the units, they tell where these go.
 MOVING_MODULES = (nn.Flatten, nn.Unflatten)
 MOVING = frozenset(
-    """flatten unflatten view reshape permute transpose swapaxes swapdims movedim moveaxis t squeeze unsqueeze getitem
-    expand expand_as repeat narrow select flip roll chunk split unbind contiguous""".split()
+    """flatten unflatten view reshape permute transpose swapaxes swapdims movedim moveaxis t squeeze
+    unsqueeze getitem expand expand_as repeat narrow select flip roll chunk split unbind
+    contiguous""".split()
 )
 REDUCTIONS = frozenset("mean sum amax amin".split())
 # Nothing of the values but their shape.
@@ -259,13 +264,10 @@ class _Follower(fx.Interpreter):
         found = []
         for source in node.all_input_nodes:
             place = self.places.get(source)
-            found += (
-                [p for p in place if p is not None]
-                if isinstance(place, tuple)
-                else [place]
-                if place
-                else []
-            )
+            if isinstance(place, tuple):
+                found += [p for p in place if p is not None]
+            elif place:
+                found.append(place)
         return found
 
     def _follow(self, node: fx.Node, result: Any) -> Any:
@@ -419,9 +421,12 @@ class _Follower(fx.Interpreter):
     def _reduced(
         self, place: _Place, x: Tensor, dim: Any = None, keepdim: bool = False, **_: Any
     ) -> _Place | None:
-        dims = (
-            range(x.dim()) if dim is None or dim == () else [dim] if isinstance(dim, int) else dim
-        )
+        if dim is None or dim == ():
+            dims: Iterable[int] = range(x.dim())
+        elif isinstance(dim, int):
+            dims = [dim]
+        else:
+            dims = dim
         gone = sorted(d % x.dim() for d in dims)
         if place.dim in gone:
             return None  # a sum over units is the same in any order

@@ -13,7 +13,7 @@ from htv.ops.factors.linear import LinearFactors
 
 
 class GroupwiseFactors(Factors):
-    """Contributions to a tensor computed from the parameter, pulled back to it one group at a time."""
+    """Contributions to a tensor computed from the parameter, pulled back one group at a time."""
 
     scratch = limits.GROUPWISE_BYTES
 

@@ -247,8 +247,8 @@ class ConvFactors(Factors):
         each = torch.zeros(len(self.x), dtype=torch.float64, device=self.device)
         if len(self.x):
             forward = torch.ops.aten.convolution(
-                self.x.to(self.dtype), direction, None, geometry.stride, geometry.padding, geometry.dilation,
-                False, none, geometry.groups,
+                self.x.to(self.dtype), direction, None, geometry.stride, geometry.padding,
+                geometry.dilation, False, none, geometry.groups,
             )  # fmt: skip
             each = (forward * self.grad_output).flatten(1).sum(dim=1, dtype=torch.float64)
         return segment_sum(each, self.bounds)
