@@ -415,11 +415,7 @@ class ParameterArgument:
         recorders = self.recorders
         if recorders is not None:
             recorder = recorders[0]
-            if (
-                recorders[1:]
-                or recorder.adapts
-                or type(recorder.buffer) is not ContributionBuffer
-            ):
+            if recorders[1:] or recorder.adapts or type(recorder.buffer) is not ContributionBuffer:
                 self.record(make, grouped_rows, *tensors)
                 return None
             node = recorder.token.grad_fn  # one parameter as it stands
