@@ -156,14 +156,17 @@ class Call:
         if problem is None:
             return True
         names = ", ".join(repr(s.name) for s in self.tracked)
-        message = f"{self.kind} with parameter {names}: {problem}. Remedy: keep examples apart, or exclude={names}"
+        message = (
+            f"{self.kind} with parameter {names}: {problem}. Remedy: keep examples apart, or "
+            f"exclude={names}"
+        )
         if not self.mode.session.passes_plainly:
             raise UnsupportedError(message)
         self.mode.session.unsupported(message, self.tracked)
         return False
 
     def done(self, result: Tensor, layout: BatchLayout | None = None) -> Tensor:
-        """Mark the layer's result: the batch is where it was in the input, unless said otherwise."""
+        """Mark the layer's result: the batch is where it was in the input, or at `layout`."""
         self.mode.marks.put(result, layout or self.layout)
         return result
 
@@ -234,7 +237,7 @@ def stands_alone(mode: ModeLike, value: Tensor | None) -> bool:
 
 
 class Operands:
-    """A call's tensors, told apart as those derived from served parameters and those of the batch."""
+    """A call's tensors: those computed from served parameters, and those of the batch."""
 
     def __init__(self, mode: ModeLike, *tensors: Tensor):
         self.derived = [bool(behind(mode, t)) for t in tensors]
