@@ -169,7 +169,7 @@ def test_a_capture_holds_who_votes(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pytest.fail("copies"))
-        assert torch.equal(values(groups.moved(order, pretended_gpu.CUDA)), order)
-        assert groups.moved(order[:0], pretended_gpu.CUDA).shape == (0,)
+        assert torch.equal(values(groups.to_device_async(order, pretended_gpu.CUDA)), order)
+        assert groups.to_device_async(order[:0], pretended_gpu.CUDA).shape == (0,)
         with pytest.raises(RuntimeError, match="cannot capture who votes with 5000 values"):
-            groups.moved(torch.arange(5000), pretended_gpu.CUDA)
+            groups.to_device_async(torch.arange(5000), pretended_gpu.CUDA)

@@ -325,7 +325,8 @@ MUTANTS = [
     ),
     (
         PROPAGATION,
-        "found if found is not None and output.shape[found.dim] == found.size(batch_size) else None",
+        "found if found is not None and output.shape[found.dim] == found.size(batch_size) "
+        "else None",
         "found",
         "a layout is kept in an output that has another size",
     ),
