@@ -176,7 +176,11 @@ class BuildExtensions(build_ext):
         torch_flags = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
         torch_flags += [flag for path in include_paths() for flag in ("-isystem", path)]
 
-        ninja = Ninja(Path(self.build_temp))
+        folder = Path(self.build_temp)
+        if getattr(self, "editable_mode", False):
+            # pip removes the folder it gives: installing one more extra would compile all again.
+            folder = Path("build", f"{sys.implementation.cache_tag}-torch-{torch.__version__}")
+        ninja = Ninja(folder)
         ninja.rule("cxx", f"{cxx} -MMD -MF $out.d $flags -c $in -o $out")
         ninja.rule("nvcc", f"{nvcc} -MMD -MF $out.d $flags -c $in -o $out")
         ninja.rule("link", f"{cxx} -shared $in -o $out $flags", deps=False)
