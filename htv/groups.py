@@ -1,6 +1,6 @@
 """Who votes: how the examples of a batch map to groups, and where the examples are in a tensor.
 
-A *example* is one index of the batch's dim: by default dim 0 of the model's input holds the
+An *example* is one index of the batch's dim: by default dim 0 of the model's input holds the
 examples, and every example is its own group. `Groups` assigns examples to groups, once per forward.
 `BatchLayout` says where the examples are in one tensor of that forward, `GroupedRows` is both
 together: what a layer needs to tell its rows apart.

@@ -1,5 +1,6 @@
-"""What code compiled for an attached model depends on. `htv.compiled`, which reads it, is loaded
-when needed.
+"""What code compiled for an attached model depends on.
+
+`htv.engine.compile`, which reads it, is loaded when needed.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The torch-function mode under which an attached model's forward runs.
 
 It sees every torch call with its arguments. Calls that use a served parameter in a way htv knows
-are replaced by their aggregating twins (`htv.layers`); calls among parameters alone run plainly and
-mark their result as derived; every other use of a parameter together with the batch is refused by
-name. So no parameter is served by guess.
+are replaced by their aggregating twins (`htv.engine.handlers`); calls among parameters alone run
+plainly and mark their result as from parameters; every other use of a parameter together with the
+batch is refused by name. So no parameter is served by guess.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def share_nodes(
     A node costs as much as a small layer. It runs when the last use of any of its parameters has
     run: contributions to the others wait for that.
     """
-    hubs: list[list[TrackedParameter]] = []
+    nodes: list[list[TrackedParameter]] = []
     taken, kind = 0, None
     for tracked in parameters:
         p = tracked.parameter
@@ -46,10 +46,10 @@ def share_nodes(
             continue
         if kind != (tracked.rule, p.dtype, p.device) or taken + size > NODE_BYTES:
             kind, taken = (tracked.rule, p.dtype, p.device), 0
-            hubs.append([])
-        hubs[-1].append(tracked)
+            nodes.append([])
+        nodes[-1].append(tracked)
         taken += size
-    return {tracked: tuple(hub) for hub in hubs for tracked in hub}
+    return {tracked: tuple(node) for node in nodes for tracked in node}
 
 
 class TrackedParameter(BufferListener):
@@ -89,11 +89,11 @@ class TrackedParameter(BufferListener):
         born: the backward pass that the use's forward runs in, or -1.
         """
         try:
-            hub = self._nodes.mine
+            node = self._nodes.mine
         except AttributeError:  # the first in this thread
-            hub = None
-        if hub is not None:
-            token, buffer = hub[0](), hub[1]()
+            node = None
+        if node is not None:
+            token, buffer = node[0](), node[1]()
             if token is not None and buffer is not None and not buffer.consumed:
                 if buffer.groups is groups or buffer.groups.same_groups(groups):
                     return UseRecorder(token, buffer, None, born)
@@ -104,10 +104,10 @@ class TrackedParameter(BufferListener):
         uses.
         """
         try:
-            hub = self._nodes.mine
+            node = self._nodes.mine
         except AttributeError:
-            hub = None
-        buffer = None if hub is None or hub[0]() is None else hub[1]()
+            node = None
+        buffer = None if node is None or node[0]() is None else node[1]()
         has_hub = buffer is not None and not buffer.consumed and buffer.groups.same_groups(groups)
         return self.parameter.requires_grad and not has_hub and not self._is_hooked()
 

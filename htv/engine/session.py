@@ -278,12 +278,12 @@ class Session:
         """
         if groups.rows_vote or self.accumulates:
             return (tracked,)
-        hubs = self._nodes.get(groups.count)
-        if hubs is None:
+        nodes = self._nodes.get(groups.count)
+        if nodes is None:
             if len(self._nodes) >= MOST_NODE_PLANS:
                 self._nodes.clear()
-            hubs = self._nodes[groups.count] = share_nodes(self._tracked.values(), groups)
-        return hubs.get(tracked, (tracked,))
+            nodes = self._nodes[groups.count] = share_nodes(self._tracked.values(), groups)
+        return nodes.get(tracked, (tracked,))
 
     def tracked(self) -> list[TrackedParameter]:
         """Return all served parameters."""

@@ -4,7 +4,7 @@ Dynamo cannot follow all that a served forward does beside calling torch. It tra
 that reads the model's tensors and settings, so that Dynamo guards on them, and hands them to
 `_traced`, which it does not look into. AOTAutograd then runs that as plain Python on tensors
 without values, forward and backward, under the usual mode and with the usual layers, tokens and
-nodes (`htv.traced`).
+nodes (`htv.engine.compile.traced`).
 
 Who votes is an input of the compiled graph, so a backward that is traced makes no factors: each
 node leaves one operator in the graph, `htv::settle`, with the tensors its uses recorded. When the

@@ -56,7 +56,7 @@ def only_a(outputs):
 
 
 def alone(model, rule, loss=both, x=X):
-    """Gradients with a hub for every parameter."""
+    """Gradients with a node for every parameter."""
     with pytest.MonkeyPatch.context() as patch, htv.attach(model, rule):
         patch.setattr(parameter, "NODE_BYTES", 0)
         loss(model(x)).backward()
@@ -65,8 +65,8 @@ def alone(model, rule, loss=both, x=X):
     return found
 
 
-def hubs(loss) -> list[int]:
-    """How many parameters each hub of a graph serves."""
+def nodes(loss) -> list[int]:
+    """How many parameters each node of a graph serves."""
     seen, ahead, found = set(), [loss.grad_fn], []
     while ahead:
         node = ahead.pop()
@@ -91,7 +91,7 @@ def test_gradients_are_those_of_separate_hubs(model, rule):
     expected = alone(model, rule)
     with htv.attach(model, rule):
         loss = both(model(X))
-        assert hubs(loss) == [1, 1, len(VECTORS)]
+        assert nodes(loss) == [1, 1, len(VECTORS)]
         loss.backward()
     require_same(model, expected)
     storages = [p.grad.untyped_storage().data_ptr() for p in model.parameters()]
@@ -104,7 +104,7 @@ def test_a_hub_is_no_larger_than_its_bytes(model, monkeypatch):
         parameter, "NODE_BYTES", 12 * each
     )  # common.weight + common.bias; a.1.bias + ...
     with htv.attach(model, htv.Median()):
-        assert hubs(both(model(X))) == [1, 1, 2, 2, 2, 2]
+        assert nodes(both(model(X))) == [1, 1, 2, 2, 2, 2]
 
 
 def test_rules_and_types_do_not_mix(model):
@@ -113,7 +113,7 @@ def test_rules_and_types_do_not_mix(model):
     with htv.attach(model, rule):
         outputs = model.a(X), model.b(X.double())
         # in the model's order a kind ends where another begins
-        assert hubs(outputs[0].sum()) == [1, 1, 2] and hubs(outputs[1].sum()) == [1, 1, 2]
+        assert nodes(outputs[0].sum()) == [1, 1, 2] and nodes(outputs[1].sum()) == [1, 1, 2]
 
 
 def test_what_a_loss_does_not_reach_gets_no_gradient(model):
@@ -178,7 +178,7 @@ def test_autograd_grad_of_one_member(model):
 def test_accumulation_takes_only_what_backward_asks_for(model):
     expected = alone(model, htv.AndMask(0.4))
     with htv.attach(model, htv.AndMask(0.4)) as handle:
-        before = model(X)  # its hub is shared
+        before = model(X)  # its node is shared
         with handle.accumulate():
             both(before).backward(inputs=[model.a[0].weight])
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -195,7 +195,7 @@ def test_hooks_see_gradients_only(model):
     seen.clear()
     with htv.attach(model, htv.Median()):
         loss = both(model(X))
-        assert hubs(loss) == [1, 1, 1, 1, len(VECTORS) - 2]
+        assert nodes(loss) == [1, 1, 1, 1, len(VECTORS) - 2]
         loss.backward()
         assert len(seen) == 2
         require_same(model, expected)
