@@ -185,7 +185,7 @@ def build_guard(folder: Path) -> list[str]:
     """The libraries to load before torch is imported, so that its autograd believes in a device."""
     if hasattr(torch._C, "_cuda_getDeviceCount"):
         return []
-    source, library, input_layout = (
+    source, library, home = (
         folder / "guard.cpp",
         folder / "guard.so",
         Path(torch.__file__).parent,
@@ -198,17 +198,17 @@ def build_guard(folder: Path) -> list[str]:
         "-shared",
         "-fPIC",
         abi,
-        f"-I{input_layout / 'include'}",
+        f"-I{home / 'include'}",
         str(source),
         "-o",
         str(library),
     ]
     subprocess.run(
-        [*command, f"-L{input_layout / 'lib'}", "-ltorch_cpu", "-lc10"],
+        [*command, f"-L{home / 'lib'}", "-ltorch_cpu", "-lc10"],
         check=True,
         capture_output=True,
     )
-    return [str(input_layout / "lib" / "libtorch_cpu.so"), str(library)]
+    return [str(home / "lib" / "libtorch_cpu.so"), str(library)]
 
 
 @contextlib.contextmanager

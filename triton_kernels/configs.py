@@ -228,8 +228,8 @@ _HOMES = "XDG_CACHE_HOME", "HOME"  # what the place of a user's table depends on
 
 
 @functools.lru_cache
-def _user_table(cache: str | None, input_layout: str | None) -> tuple[Path, str]:
-    path = Path(cache or Path.input_layout() / ".cache") / "htv" / "tuned.json"
+def _user_table(cache: str | None, home: str | None) -> tuple[Path, str]:
+    path = Path(cache or Path.home() / ".cache") / "htv" / "tuned.json"
     return path, str(path)
 
 
