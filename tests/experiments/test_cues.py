@@ -133,6 +133,7 @@ def test_paths_are_judged_by_their_numbers():
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow
 def test_the_quick_ones_run_and_report(name, tmp_path):
     if name == "paths":
         pytest.importorskip("scipy")

@@ -205,6 +205,7 @@ def test_too_few_hard_examples_are_named():
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow
 def test_the_quick_ones_run_and_report(name, tmp_path):
     result = CliRunner().invoke(app, ["experiment", name, "--quick", "--out", str(tmp_path)])
     assert result.exit_code == 0, result.output

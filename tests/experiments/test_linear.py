@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from typer.testing import CliRunner
 
 from htv.cli.commands import app
@@ -11,6 +12,7 @@ def invoke(*arguments):
     return CliRunner().invoke(app, ["experiment", *map(str, arguments)])
 
 
+@pytest.mark.slow
 def test_the_quick_one_meets_the_paper_and_both_ways_of_running_agree(tmp_path):
     first = invoke("linear", "--quick", "--out", tmp_path / "in-turn")
     assert first.exit_code == 0, first.output

@@ -125,6 +125,7 @@ def test_each_method_trains_on_what_it_is_told(monkeypatch):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow
 def test_the_quick_ones_run_and_report(name, tmp_path):
     result = CliRunner().invoke(app, ["experiment", name, "--quick", "--out", str(tmp_path)])
     assert result.exit_code == 0, result.output
