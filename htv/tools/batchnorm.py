@@ -59,7 +59,7 @@ def replace_batchnorm(
 
     >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3), torch.nn.BatchNorm2d(16))
     >>> htv.replace_batchnorm(model)[1]
-    GroupNorm(4, 16, eps=1e-05, affine=True, bias=True)
+    GroupNorm(4, 16, eps=1e-05, affine=True...)
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
