@@ -3,6 +3,7 @@
 htv/_C.abi3.so      the ops, on LibTorch's stable ABI: one file serves every torch since 2.11 and
                     every Python
 htv/_host.*.so      build information and CPU capability, by pybind11
+htv/_engine.*.so    the usual case of what every torch call of a forward passes through, by pybind11
 
 Environment:
 HTV_BUILD=1|0       with or without compiled code; without, the reference ops serve
@@ -162,7 +163,7 @@ class Ninja:
 
 
 class BuildExtensions(build_ext):
-    """Both extensions by one ninja run."""
+    """All extensions by one ninja run."""
 
     def build_extensions(self) -> None:
         import torch
@@ -247,12 +248,18 @@ class BuildExtensions(build_ext):
         includes = [flag for path in pybind11_includes() for flag in ("-isystem", path)]
         includes += ["-isystem", sysconfig.get_path("include")]
         host_objects = [compiled("host.cpp", [*cpu, *defines, *includes]), isa_object]
+        engine_objects = [
+            compiled(f"engine/{source.name}", [*cpu, *includes])
+            for source in sorted(CSRC.glob("engine/*.cpp"))
+        ]
 
-        ops, host = (Path(self.get_ext_fullpath(ext.name)).resolve() for ext in self.extensions)
-        for path in (ops, host):
+        paths = [Path(self.get_ext_fullpath(ext.name)).resolve() for ext in self.extensions]
+        for path in paths:
             path.parent.mkdir(parents=True, exist_ok=True)
+        ops, host, engine = paths
         ninja.build(ops, "nvlink" if nvcc else "link", objects, [*libraries, *sanitizers])
         ninja.build(host, "link", host_objects, sanitizers)
+        ninja.build(engine, "link", engine_objects, sanitizers)
         ninja.run()
 
 
@@ -260,7 +267,11 @@ class BuildExtensions(build_ext):
 if choice("HTV_BUILD", ("1", "0") if sys.platform == "linux" else ("0", "1")) == "1":
     wanted_nvcc()  # say what is wrong before anything is compiled
     extensions = {
-        "ext_modules": [Extension("htv._C", [], py_limited_api=True), Extension("htv._host", [])],
+        "ext_modules": [
+            Extension("htv._C", [], py_limited_api=True),
+            Extension("htv._host", []),
+            Extension("htv._engine", []),
+        ],
         "cmdclass": {"build_ext": BuildExtensions},
     }
 else:

@@ -323,7 +323,7 @@ class GroupedRows:
         *features), `features` being the number of those dims.
         """
         if self.plain:
-            lead = tensor.dim() - features
+            lead = tensor.ndim - features
             return (
                 tensor
                 if lead == 1
@@ -380,8 +380,8 @@ class GroupedRows:
         if (
             self.plain
             and self._singles
-            and tensor.dim() == 1 + features
-            and len(tensor) == self.count
+            and tensor.ndim == 1 + features
+            and tensor.shape[0] == self.count
         ):
             return tensor if dtype is None or tensor.dtype == dtype else tensor.to(dtype)
         if self.rows_vote:

@@ -78,7 +78,7 @@ def test_several_uses_are_summed_by_group_before_the_rule(task):
 def test_nothing_recorded_settles_nothing(task):
     owner = Parameter()
     buffer = ContributionBuffer(htv.Mean(), GROUPS, owner, observes=True)
-    assert buffer.settle(P, None) is None and buffer.taken() == (7, None)
+    assert buffer.settle(P, None) is None and buffer.taken(7) is None
     assert not buffer.consumed and not owner.delivered and not owner.observed and not owner.settled
 
 
@@ -101,7 +101,6 @@ def test_a_gradient_has_its_parameters_type(task):
     buffer.record(rows(1.0, 1.0, 1.0))
     grad = buffer.settle(P.bfloat16(), None)
     assert grad.dtype == torch.bfloat16 and owner.delivered[0][0] is grad
-    assert buffer.delivered(7, None, P) is None and owner.delivered[1] == (None, 7)
 
 
 def test_a_guard_keeps_contributions_out(task):
@@ -119,7 +118,7 @@ def test_a_graph_outlives_its_model(task):
     del owner
     gc.collect()
     buffer.record(rows(1.0, 1.0, 1.0), born=3)
-    assert not buffer.accumulates and buffer.parameter_name == "p"
+    assert buffer.parameter_name == "p"
     assert buffer.settle(P, None).tolist() == [3.0]
 
 
@@ -185,9 +184,7 @@ class Block:
 def test_contributions_may_be_gathered_over_passes(task, monkeypatch):
     owner = Parameter()
     buffer = ContributionBuffer(htv.Mean(), GROUPS, owner)
-    assert not buffer.accumulates
     owner.accumulation = Block()
-    assert buffer.accumulates
     part = rows(1.0, 1.0, 1.0)
     buffer.record(part)
     monkeypatch.setattr(torch._C, "_will_engine_execute_node", lambda node: True)
@@ -211,8 +208,8 @@ def test_parameters_of_a_hub_settle_by_themselves(task, monkeypatch):
     owners[1].accumulation = Block()
     for i in (0, 1, 3, 4):
         buffers[i].record(rows(1.0, 2.0 + i, 9.0))
-    nodes = ["unwanted", "1", "2", "3", "4"]
-    grads = settle_together(buffers, [P] * 3 + [P.double(), P], nodes)
+    edges = [(node, 0) for node in ("unwanted", "1", "2", "3", "4")]
+    grads = settle_together(buffers, [P] * 3 + [P.double(), P], edges)
     assert grads[:3] == [None] * 3 and [g.item() for g in grads[3:]] == [15.0, 18.0]
     assert grads[3].dtype == torch.float64
     assert [len(owner.delivered) for owner in owners] == [0, 1, 0, 1, 1]

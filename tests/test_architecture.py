@@ -22,7 +22,7 @@ ORDER = [
     ["htv.triton_kernels"],
     ["htv.ops"],
     ["htv.autograd"],
-    ["htv.engine.protocols"],
+    ["htv.engine.protocols", "htv.engine.usual"],
     ["htv.engine.provenance"],
     ["htv.engine.torch_ops"],
     ["htv.engine.probing"],
@@ -31,6 +31,7 @@ ORDER = [
     ["htv.engine.inputs", "htv.engine.ranks", "htv.engine.guard_state"],
     ["htv.engine.group_spec"],
     ["htv.engine.checkpointing"],
+    ["htv.engine.results", "htv.engine.expansion"],
     ["htv.engine.continuation"],
     ["htv.engine.parameter"],
     ["htv.engine.handlers"],
@@ -69,7 +70,7 @@ def modules() -> dict[str, Path]:
 
 
 MODULES = modules()
-COMPILED = {"htv._host", "htv._C"}
+COMPILED = {"htv._host", "htv._C", "htv._engine"}
 
 
 def imports(path: Path) -> set[str]:

@@ -1,6 +1,6 @@
 """How many calls of Python the bookkeeping makes: on small models that is what a step costs.
 
-Calls are counted, not timed, by a profile function; so the numbers are those of any machine.
+Calls are counted, not timed, by profile functions; so the numbers are those of any machine.
 """
 
 import sys
@@ -13,8 +13,10 @@ import torch
 from torch import nn
 
 import htv
-from htv.bench import models
+from htv.bench import breakdown, models
+from htv.engine.usual import compiled
 
+needs_compiled = pytest.mark.skipif(compiled is None, reason="htv is built without compiled code")
 ROOT = str(Path(htv.__file__).parent)
 
 
@@ -43,6 +45,7 @@ def settled(model, x):
         model.zero_grad()
 
 
+@needs_compiled
 @pytest.mark.parametrize(("bias", "forward", "backward"), [(True, 45, 40), (False, 40, 25)])
 def test_one_layer(bias, forward, backward):
     model, x, out = nn.Linear(64, 32, bias=bias), torch.randn(16, 64), []
@@ -58,26 +61,37 @@ def encoder():
     return nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
 
 
+# A step's budget: all calls of Python in it, those of torch's functions and of builtins, too. Plain
+# steps take 1748, 1176 and 1410.
 MODELS = {
-    "resnet18": (models.ResNet18, lambda: torch.randn(2, 3, 32, 32), 4500),
+    "resnet18": (
+        lambda: models.ResNet18(width=8, classes=10, norm_groups=2),
+        lambda: torch.randn(4, 3, 32, 32),
+        6000,
+    ),
     "transformer": (
         lambda: models.transformer(64, 64, 4, 4),
         lambda: torch.randint(0, 64, (4, 16)),
-        3500,
+        5000,
     ),
-    "four encoder layers": (encoder, lambda: torch.randn(4, 8, 64), 4000),
+    "four encoder layers": (encoder, lambda: torch.randn(4, 8, 64), 6000),
 }
 
 
+@needs_compiled
 @pytest.mark.parametrize("name", MODELS)
 def test_a_step(name):
-    """Budgets are for the calls of htv and torch together."""
     make, batch, budget = MODELS[name]
     model, x = make(), batch()
+
+    def step():
+        model.zero_grad(set_to_none=True)
+        model(x).square().mean().backward()
+
     with htv.attach(model, htv.AndMask(0.4)):
-        settled(model, x)
-        found = calls(lambda: model(x).square().mean().backward())
-        assert sum(found.values()) <= budget, found
+        for _ in range(3):  # so that what is found once is found
+            step()
+        assert breakdown.calls(step) <= budget
 
 
 def test_what_is_counted_can_exceed_a_budget():

@@ -97,7 +97,7 @@ def test_whole_models_in_lower_types(name, rule, dtype):
 
 def test_a_lost_gradient_is_an_error(monkeypatch):
     monkeypatch.setattr(
-        "htv.autograd.aggregation.ContributionBuffer.settle", lambda self, *parameter: None
+        "htv.autograd.aggregation.ContributionBuffer.taken", lambda self, current: None
     )
     with pytest.raises(htv.CheckError, match="'0.weight' has no gradient when attached"):
         htv.check(mlp(), torch.randn(6, 12), htv.Median())

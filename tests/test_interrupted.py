@@ -132,7 +132,7 @@ def test_what_a_failed_backward_recorded_dies_with_its_graph():
     with htv.attach(model, htv.Median()) as handle:
         hook = model[0].register_full_backward_hook(fail)
         loss = model(x).sum()
-        buffers = [tracked._nodes.mine[1] for tracked in handle._session.tracked()]
+        buffers = [tracked._buffers.mine for tracked in handle._session.tracked()]
         with pytest.raises(torch.OutOfMemoryError):
             loss.backward()
         hook.remove()

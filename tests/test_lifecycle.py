@@ -420,7 +420,7 @@ def test_gradients_of_some_parameters_leave_no_factors_of_the_others():
     with htv.attach(model, htv.Median()) as handle:
         model(x)
         loss = square(model(x))
-        buffers = {s.name: s._nodes.mine[1]() for s in handle._session.tracked()}
+        buffers = {s.name: s._buffers.mine() for s in handle._session.tracked()}
         torch.autograd.grad(loss, [x], retain_graph=True)
         assert not any(buffer._parts for buffer in buffers.values())
         some = torch.autograd.grad(loss, [model[3].weight], retain_graph=True)[0]

@@ -16,7 +16,7 @@ ignores) is left to the engine, and factors live no longer than they must.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -43,20 +43,22 @@ class NestedBackwards:
 
     def __init__(self) -> None:
         self.outer: dict[int, int] = {}  # the pass that another runs inside
-        self.groups: dict[
-            int, tuple[Groups, str]
-        ] = {}  # by outermost pass, and a parameter that has them
+        # By outermost pass, and a parameter that has them.
+        self.groups: dict[int, tuple[Groups, str]] = {}
+        self.latest: tuple[int, Groups | None] = (-1, None)  # the last that were found the same
 
     def require_same_groups(self, task: int, groups: Groups, name: str) -> None:
         """Refuse a backward that joins forwards with different voters, whichever parameters they
         reach.
         """
+        inner = task
         if self.outer:
             task = self._outermost(task)
         known = self.groups.setdefault(task, (groups, name))
         if known[0] is groups or known[0].same_groups(groups):
             if len(self.groups) > MOST_PASSES:
                 self.groups.pop(next(iter(self.groups)))
+            self.latest = inner, groups
             return
         told = [f"{g.described()} for {n!r}" for g, n in (known, (groups, name))]
         raise UnsupportedError(
@@ -117,7 +119,16 @@ class ContributionBuffer:
     owner:            told of what happens; not kept alive, since autograd's graph keeps buffers.
     observes:         whether to show the owner what is recorded.
     consumed:         whether a backward has applied the rule: later forwards take another buffer.
+    dtype and device: the parameter's when its node was made: autograd gives a parameter that was
+                      moved another place to put its gradient.
+    token:            a weak reference to the node's token, which a use's graph keeps.
+    argument:         a weak reference to what stands for the parameter in the last use, or None.
     """
+
+    dtype: torch.dtype
+    device: torch.device
+    token: Callable[[], Tensor | None]
+    argument: Callable[[], ParameterArgument | None] | None = None
 
     def __init__(self, rule: Rule, groups: Groups, owner: BufferListener, observes: bool = False):
         self.rule, self.groups, self.observes = rule, groups, observes
@@ -164,89 +175,94 @@ class ContributionBuffer:
                 "Call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
             )
 
-    def settle(self, parameter: Tensor, gradient_node) -> Tensor | None:
-        """The aggregated gradient of what this pass recorded, or None if nothing was, or the owner
-        accumulates it.
-
-        gradient_node: where autograd takes the gradient next.
+    def taken(self, current: int) -> list[Factors] | None:
+        """What the pass under way, `current`, recorded, which is consumed by that; None for
+        nothing.
         """
-        current, parts = self.taken()
-        if not parts:
-            return None
-        owner = self._owner()
-        if owner is None or owner.accumulation is None:
-            grad = aggregate.aggregate(parts, self.rule)
-        else:
-            _refuse_autograd_grad(gradient_node)
-            grad = owner.accumulation.add(current, parts, self.groups)
-        return self.delivered(current, grad, parameter)
-
-    @property
-    def accumulates(self) -> bool:
-        owner = self._owner()
-        return owner is not None and owner.accumulation is not None
-
-    def taken(self) -> tuple[int, list[Factors] | None]:
-        """The pass under way and what it recorded, if anything, which is consumed by that."""
-        current = torch._C._current_graph_task_id()
         parts = self._parts.pop(current, None)
-        if parts is not None:
-            self.consumed = True
-            owner = self._owner()
-            if owner is not None:
-                known = owner.passes.groups.get(current)
-                if known is None or known[0] is not self.groups or owner.passes.outer:
-                    owner.passes.require_same_groups(current, self.groups, owner.name)
-                if self.observes:
-                    owner.observe(parts)
-        return current, parts
-
-    def delivered(self, current: int, grad: Tensor | None, parameter: Tensor) -> Tensor | None:
-        """The gradient as the node returns it, once the owner knows of it."""
-        if grad is not None and grad.dtype != parameter.dtype:
-            grad = grad.to(parameter.dtype)
+        if parts is None:
+            return None
+        self.consumed = True
         owner = self._owner()
         if owner is not None:
+            task, groups = owner.passes.latest
+            if task != current or groups is not self.groups or owner.passes.outer:
+                owner.passes.require_same_groups(current, self.groups, owner.name)
             if owner.passes.outer:
                 owner.settled.add(current)
             else:
                 owner.settled = {current}
+            if self.observes:
+                owner.observe(parts)
+        return parts
+
+    def settle(self, parameter: Tensor, gradient_node) -> Tensor | None:
+        """The aggregated gradient of what the pass under way recorded, or None if nothing was, or
+        the owner accumulates it.
+
+        gradient_node: where autograd takes the gradient next.
+        """
+        current = torch._C._current_graph_task_id()
+        parts = self.taken(current)
+        if parts is None:
+            return None
+        owner = self._owner()
+        if owner is None or owner.accumulation is None:
+            return self.delivered(current, aggregate.aggregate(parts, self.rule), parameter)
+        return self._accumulated(owner, parts, gradient_node, current)
+
+    def _accumulated(
+        self, owner: BufferListener, parts: list[Factors], gradient_node, current: int
+    ) -> None:
+        _refuse_autograd_grad(gradient_node)
+        owner.accumulation.add(current, parts, self.groups)
+        owner.deliver(None, current)
+
+    def delivered(self, current: int, grad: Tensor, parameter: Tensor) -> Tensor:
+        """The gradient as the node returns it, once the owner knows of it."""
+        if grad.dtype != parameter.dtype:
+            grad = grad.to(parameter.dtype)
+        owner = self._owner()
+        if owner is not None:
             owner.deliver(grad, current)
         return grad
 
 
 def settle_together(
-    buffers: list[ContributionBuffer], parameters: list[Tensor], gradient_nodes: list
+    buffers: tuple[ContributionBuffer, ...], parameters: tuple[Tensor, ...], edges: tuple
 ) -> list[Tensor | None]:
     """`ContributionBuffer.settle` of several of one rule, in few operations; of those whose
     gradient goes anywhere.
+
+    edges:  where autograd takes the gradients next, (node, input) each.
     """
+    current = torch._C._current_graph_task_id()
     grads: list[Tensor | None] = [None] * len(buffers)
-    ready = []
-    for i, (buffer, node) in enumerate(zip(buffers, gradient_nodes, strict=True)):
-        if not _will_run(node):
-            buffer.taken()
-        elif buffer.accumulates:
-            grads[i] = buffer.settle(parameters[i], node)
+    ready = {}
+    for i, buffer in enumerate(buffers):
+        parts = buffer.taken(current)
+        if parts is None:
+            continue
+        try:  # torch.autograd.grad may ask for other gradients only
+            if not torch._C._will_engine_execute_node(edges[i][0]):
+                continue
+        except RuntimeError:  # torch does not tell here
+            pass
+        owner = buffer._owner()
+        if owner is None or owner.accumulation is None:
+            ready[i] = parts
         else:
-            current, parts = buffer.taken()
-            if parts:
-                ready.append((i, current, parts))
+            buffer._accumulated(owner, parts, edges[i][0], current)
     if ready:
-        found = aggregate.aggregate_together([parts for _, _, parts in ready], buffers[0].rule)
-        for (i, current, _), grad in zip(ready, found, strict=True):
-            grads[i] = buffers[i].delivered(current, grad, parameters[i])
+        found = aggregate.aggregate_together([*ready.values()], buffers[0].rule)
+        for i, grad in zip(ready, found, strict=True):
+            parameter, owner = parameters[i], buffers[i]._owner()
+            if grad.dtype != parameter.dtype:
+                grad = grad.to(parameter.dtype)
+            if owner is not None:
+                owner.deliver(grad, current)
+            grads[i] = grad
     return grads
-
-
-def _will_run(node) -> bool:
-    """Whether the pass under way goes on to a node: torch.autograd.grad may ask for other gradients
-    only.
-    """
-    try:
-        return torch._C._will_engine_execute_node(node)
-    except RuntimeError:  # torch does not tell here
-        return True
 
 
 def _refuse_autograd_grad(gradient_node) -> None:
@@ -260,7 +276,15 @@ def _refuse_autograd_grad(gradient_node) -> None:
         ) from None
 
 
-class Function(torch.autograd.Function):
+class _FunctionMeta(type(torch.autograd.Function)):
+    """Lets autograd's engine call `backward` at once; torch first looks for it, in Python."""
+
+    def __init__(cls, name, bases, attributes):
+        super().__init__(name, bases, attributes)
+        cls._backward_cls.apply = cls.backward
+
+
+class Function(torch.autograd.Function, metaclass=_FunctionMeta):
     """As torch's, but for the arguments it looks at one by one in Python, in case a functorch
     transform left them.
 
@@ -302,7 +326,7 @@ class AggregationNode(Function):
 
     @staticmethod
     def forward(ctx, buffers: tuple[ContributionBuffer, ...], *parameters: Tensor) -> Tensor:
-        ctx.set_materialize_grads(False)
+        ctx.materialize_grads = False
         ctx.buffers, ctx.parameters = buffers, parameters
         return parameters[0].new_empty(0)
 
@@ -315,10 +339,9 @@ class AggregationNode(Function):
         if torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
                 return AggregationNode.backward(ctx, None)
-        if len(buffers) == 1:
-            return None, buffers[0].settle(parameters[0], ctx.next_functions[0][0])
-        nodes = [node for node, _ in ctx.next_functions]
-        return None, *settle_together(buffers, parameters, nodes)
+        if buffers[1:]:
+            return None, *settle_together(buffers, parameters, ctx.next_functions)
+        return None, buffers[0].settle(parameters[0], ctx.next_functions[0][0])
 
 
 class UseRecorder:
@@ -368,9 +391,9 @@ class ParameterArgument:
     tokens:  the recorders' tokens, for the Function's arguments.
     """
 
-    __slots__ = ("recorders", "tokens", "value")
+    __slots__ = ("__weakref__", "recorders", "tokens", "value")
 
-    def __init__(self, value: Tensor | None, recorders: list[UseRecorder] | None = None):
+    def __init__(self, value: Tensor | None, recorders: Sequence[UseRecorder] | None = None):
         self.value, self.recorders = value, recorders
         if recorders is None:
             self.tokens = ()

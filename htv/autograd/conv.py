@@ -112,6 +112,7 @@ def _gradients(
     from all three.
     """
     _, x, weight = ctx.saved_tensors
+    x = x if x.grad_fn is None else x.detach()  # factors that are kept would keep its graph
     weight_argument, bias_argument = ctx.arguments
     geometry, grouped_rows, needs = ctx.geometry, ctx.grouped_rows, ctx.needs_input_grad
     x_like, grad_x = cast(x, grad.dtype), None

@@ -9,7 +9,7 @@ from torch import Tensor
 from htv.autograd.aggregation import MARKER, Function, ParameterArgument
 from htv.groups import GroupedRows
 from htv.ops.factors import BilinearFactors, LinearFactors, StackedFactors
-from htv.ops.reference import cast, compute_dtype
+from htv.ops.reference import compute_dtype
 
 
 def linear(
@@ -42,6 +42,8 @@ class _Linear(Function):
     @staticmethod
     def gradients(ctx, grad):
         _, x, weight = ctx.saved_tensors
+        # Without its graph: factors that are kept would keep that, and it the node that keeps them.
+        x = x if x is None or x.grad_fn is None else x.detach()
         weight_argument, bias_argument = ctx.arguments
         grouped_rows, needs = ctx.grouped_rows, ctx.needs_input_grad
 
@@ -50,7 +52,10 @@ class _Linear(Function):
             x = x if x.dtype == grad.dtype else x.to(grad.dtype)
             return LinearFactors(grouped_rows.rows(x), rows, bounds)
 
-        grad_x = cast(grad @ cast(weight, grad.dtype), ctx.x_dtype) if needs[0] else None
+        grad_x = None
+        if needs[0]:
+            grad_x = grad @ (weight if weight.dtype == grad.dtype else weight.to(grad.dtype))
+            grad_x = grad_x if grad_x.dtype == ctx.x_dtype else grad_x.to(ctx.x_dtype)
         grad_weight = weight_argument.grad(needs[1], weight_factors, grouped_rows, x, grad)
         grad_bias = bias_argument.grad(needs[2], bias_factors, grouped_rows, grad)
         return grad_x, grad_weight, grad_bias, *ctx.unused
@@ -100,6 +105,7 @@ class _Bilinear(Function):
     @staticmethod
     def gradients(ctx, grad):
         _, left, right, weight = ctx.saved_tensors
+        left, right = left.detach(), right.detach()
         weight_argument, bias_argument = ctx.arguments
         grouped_rows, needs = ctx.grouped_rows, ctx.needs_input_grad
 

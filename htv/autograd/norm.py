@@ -91,19 +91,23 @@ def _sums_along_batch(
 
     grad and x: (*rest, *shape) with a shape of so many features; mean and rstd: (*rest, 1, ...).
     """
-    dtype, lead = compute_dtype(x.dtype), x.dim() - features
+    dtype, lead = compute_dtype(x.dtype), x.ndim - features
     if grouped_rows.dim:
         grad, x, mean, rstd = (t.movedim(grouped_rows.dim, 0) for t in (grad, x, mean, rstd))
+    if mean.dtype != dtype:
+        mean, rstd = mean.to(dtype), rstd.to(dtype)
     apart = x.shape[: lead if grouped_rows.rows_vote else 1]
     rows = math.prod(apart), math.prod(x.shape[len(apart) : lead])
-    grad, x = (t.reshape(*rows, math.prod(x.shape[lead:])).contiguous() for t in (grad, x))
-    mean, rstd = (t.to(dtype).reshape(rows).contiguous() for t in (mean, rstd))
-    scale, shift = norm_sums(grad, x, mean, rstd)
-    return (
-        (scale.unflatten(0, apart), shift.unflatten(0, apart))
-        if grouped_rows.rows_vote
-        else (scale, shift)
+    values = *rows, math.prod(x.shape[lead:])
+    scale, shift = norm_sums(
+        grad.reshape(values).contiguous(),
+        x.reshape(values).contiguous(),
+        mean.reshape(rows).contiguous(),
+        rstd.reshape(rows).contiguous(),
     )
+    if grouped_rows.rows_vote:
+        return scale.unflatten(0, apart), shift.unflatten(0, apart)
+    return scale, shift
 
 
 def _by_group(sums: Tensor, shape: tuple[int, ...], grouped_rows: GroupedRows) -> Tensor:
@@ -156,12 +160,13 @@ class _GroupNorm(Function):
 
 def _affine_grads(
     ctx, sums: Sequence[Tensor], make: Callable[..., StackedFactors]
-) -> list[Tensor | None]:
+) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of scale and shift, or None where they are recorded. sums: for both; make:
     their factors.
     """
-    needed = ctx.needs_input_grad[1:3]
-    return [
-        argument.grad(n, make, ctx.grouped_rows, s)
-        for argument, n, s in zip(ctx.arguments, needed, sums, strict=True)
-    ]
+    _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+    (weight, bias), (scale, shift) = ctx.arguments, sums
+    return (
+        weight.grad(needs_weight, make, ctx.grouped_rows, scale),
+        bias.grad(needs_bias, make, ctx.grouped_rows, shift),
+    )

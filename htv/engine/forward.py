@@ -13,6 +13,7 @@ from torch import nn
 from htv.engine import handlers
 from htv.engine.guard_state import CompileGuardState, register
 from htv.engine.protocols import SessionLike
+from htv.engine.usual import has_members
 from htv.errors import UnsupportedError
 
 __all__ = ["ForwardStandIn"]
@@ -27,13 +28,6 @@ EXPORTING = (
     "Remedy: call detach() on its handle first, or export a copy (copies of an attached model are "
     "not attached)"
 )
-
-
-def members(module: nn.Module) -> list[int]:
-    """Return the identities of a module's own parameters and parts, in less time than to list those
-    of the whole tree.
-    """
-    return [*map(id, module._parameters.values()), *map(id, module._modules.values())]
 
 
 def parameter_names(function) -> tuple[str, ...]:
@@ -72,12 +66,15 @@ class ForwardStandIn:
             False  # whether it ran without gradients on inputs unlike those of the model
         )
         self.parameters = [id(p) for p in module.parameters()]
-        self._tree = [(m, members(m)) for m in module.modules()]
+        own = [d for m in module.modules() for d in (m._parameters, m._modules)]
+        plain = all(isinstance(d, dict) for d in own)  # a ScriptModule's are none
+        self._members = [(d, tuple(d.values())) for d in own] if plain else None
         self.batch_norms = [
             (n, m)
             for n, m in module.named_modules()
             if isinstance(m, nn.modules.batchnorm._BatchNorm)
         ]
+        self.layer = handlers.layer_of(module, self.inner) if method == "forward" else None
         self._names: tuple[str, ...] | None = None
         self._ours = {method: self}
         if method == "forward":
@@ -161,13 +158,8 @@ class ForwardStandIn:
         """
         if torch._C._get_tracing_state() or torch.compiler.is_exporting():
             raise UnsupportedError(EXPORTING.format("torch.jit.trace or torch.export"))
-        changed = False
-        for module, known in self._tree:
-            changed |= [
-                *map(id, module._parameters.values()),
-                *map(id, module._modules.values()),
-            ] != known
-        if changed and [id(p) for p in self.module.parameters()] != self.parameters:
+        same = self._members is not None and has_members(self._members)
+        if not same and [id(p) for p in self.module.parameters()] != self.parameters:
             known = set(self.parameters)
             new = (repr(n) for n, p in self.module.named_parameters() if id(p) not in known)
             raise RuntimeError(

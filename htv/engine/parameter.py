@@ -8,7 +8,6 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable
 
-import torch
 from torch import Tensor, nn
 
 from htv.autograd.accumulation import Accumulation, MicroBatches
@@ -16,40 +15,53 @@ from htv.autograd.aggregation import (
     AggregationNode,
     BufferListener,
     ContributionBuffer,
+    ParameterArgument,
     UseRecorder,
 )
 from htv.engine.protocols import SessionLike
+from htv.engine.usual import GradientGuard
 from htv.groups import Groups
 from htv.ops.agreement import Agreement, agreement
 from htv.ops.factors import Factors
 from htv.rules import Rule
 
 MOST_DELIVERED = 256  # gradients a parameter expects at a time, in as many threads
-NODE_BYTES = 1 << 20  # that the contributions to parameters of one node may take
+NODE_BYTES = 1 << 20  # that what is recorded for the parameters of one node may take
 
 
 def share_nodes(
-    parameters: Iterable[TrackedParameter], groups: Groups
+    parameters: Iterable[TrackedParameter], groups: Groups, matrices: bool
 ) -> dict[TrackedParameter, tuple[TrackedParameter, ...]]:
-    """Choose which of `parameters` share a node, for `groups`: vectors in a row, of one rule, whose
-    contributions together are small.
+    """Choose which of `parameters` share a node, for `groups`: those of one rule for which little
+    is recorded together. Vectors and, where `matrices` says that a layer sees one row per example,
+    matrices.
 
     A node costs as much as a small layer. It runs when the last use of any of its parameters has
     run: contributions to the others wait for that.
     """
-    nodes: list[list[TrackedParameter]] = []
-    taken, kind = 0, None
+    kinds: list[tuple] = []  # rules may not be hashable
+    nodes: list[list[TrackedParameter]] = []  # the last one of each kind
+    taken: list[int] = []
+    sharing: dict[TrackedParameter, list[TrackedParameter]] = {}
     for tracked in parameters:
         p = tracked.parameter
-        size = groups.count * p.numel() * p.element_size()
-        if p.dim() > 1 or size > NODE_BYTES:
+        # Of a vector the contributions are kept, of a matrix the rows they come from.
+        values = groups.batch_size * sum(p.shape) if p.dim() == 2 else groups.count * p.numel()
+        size = values * p.element_size()
+        if p.dim() > 1 + matrices or size > NODE_BYTES:
             continue
-        if kind != (tracked.rule, p.dtype, p.device) or taken + size > NODE_BYTES:
-            kind, taken = (tracked.rule, p.dtype, p.device), 0
+        kind = tracked.rule, p.dtype, p.device
+        if kind not in kinds:
+            kinds.append(kind)
             nodes.append([])
-        nodes[-1].append(tracked)
-        taken += size
-    return {tracked: tuple(node) for node in nodes for tracked in node}
+            taken.append(0)
+        number = kinds.index(kind)
+        if taken[number] + size > NODE_BYTES:
+            nodes[number], taken[number] = [], 0
+        nodes[number].append(tracked)
+        taken[number] += size
+        sharing[tracked] = nodes[number]
+    return {tracked: tuple(node) for tracked, node in sharing.items()}
 
 
 class TrackedParameter(BufferListener):
@@ -65,13 +77,10 @@ class TrackedParameter(BufferListener):
         self.agreement: Agreement | None = None
         self.refusal: str | None = None  # why some use was let through plainly
         self.deferred: str | None = None  # why a use is to be refused, if a loss reaches it
-        self._nodes = threading.local()  # .mine: references to a token and its buffer, or None
-        self._delivered: dict[int, tuple[int, int]] = {}  # by backward pass
+        self._buffers = threading.local()  # .mine: a reference to that of the open node, or None
+        self._gradients = GradientGuard(weakref.ref(self), MOST_DELIVERED)
         self._twice = -1  # the last backward pass in which two nodes delivered
         self.hook = None
-        self._given: tuple[int, int] | None = (
-            None  # the last gradient delivered: its memory and version
-        )
 
     @property
     def session(self) -> SessionLike | None:
@@ -88,58 +97,87 @@ class TrackedParameter(BufferListener):
 
         born: the backward pass that the use's forward runs in, or -1.
         """
-        try:
-            node = self._nodes.mine
-        except AttributeError:  # the first in this thread
-            node = None
-        if node is not None:
-            token, buffer = node[0](), node[1]()
-            if token is not None and buffer is not None and not buffer.consumed:
-                if buffer.groups is groups or buffer.groups.same_groups(groups):
-                    return UseRecorder(token, buffer, None, born)
-        return UseRecorder(*self._open(groups), None, born)
+        buffer = self._open_buffer(groups)
+        if buffer is None:
+            return UseRecorder(*self._open(groups, small=False), None, born)
+        return UseRecorder(buffer.token(), buffer, None, born)
 
-    def _may_join(self, groups: Groups) -> bool:
-        """Tell whether the parameter can get a node with others: none of its own takes more
-        uses.
+    def argument(self, groups: Groups, born: int, small: bool) -> ParameterArgument:
+        """Return what stands for the parameter in a layer's call; see `recorder`.
+
+        small:  whether what the call records is small for a small parameter: a row per example.
         """
+        buffer = self._open_buffer(groups)
+        if buffer is None:
+            token, buffer = self._open(groups, small)
+        else:
+            argument = None if buffer.argument is None else buffer.argument()
+            if argument is not None and argument.recorders[0].born == born:
+                return argument
+            token = buffer.token()
+        recorder = UseRecorder(token, buffer, None, born)
+        argument = ParameterArgument(self.parameter.detach(), (recorder,))
+        buffer.argument = weakref.ref(argument)
+        return argument
+
+    def _open_buffer(self, groups: Groups) -> ContributionBuffer | None:
+        """Return the buffer of the node that takes more uses, under `groups`, if there is one."""
         try:
-            node = self._nodes.mine
-        except AttributeError:
-            node = None
-        buffer = None if node is None or node[0]() is None else node[1]()
-        has_hub = buffer is not None and not buffer.consumed and buffer.groups.same_groups(groups)
-        return self.parameter.requires_grad and not has_hub and not self._is_hooked()
+            reference = self._buffers.mine
+        except AttributeError:  # the first in this thread
+            return None
+        buffer = None if reference is None else reference()
+        if buffer is None or buffer.consumed or buffer.token() is None:
+            return None
+        p = self.parameter
+        if buffer.dtype != p.dtype or buffer.device != p.device:  # `.to` since, in the forward
+            return None
+        same = buffer.groups is groups or buffer.groups.same_groups(groups)
+        return buffer if same else None
 
     def _is_hooked(self) -> bool:
         """Tell whether others look at the gradient: hooks would see None where only other
         parameters of the node get one.
         """
         p = self.parameter
-        return len(p._backward_hooks or ()) > (self.hook is not None) or bool(
-            p._post_accumulate_grad_hooks
+        hooks = p._backward_hooks
+        return bool(p._post_accumulate_grad_hooks) or (
+            hooks is not None and len(hooks) > (self.hook is not None)
         )
 
-    def _open(self, groups: Groups) -> tuple[Tensor, ContributionBuffer]:
+    def _joins(self, groups: Groups) -> bool:
+        """Tell whether a node made for another parameter may serve this one: it has no open one."""
+        free = self.parameter.requires_grad and self._open_buffer(groups) is None
+        return free and not self._is_hooked()
+
+    def _open(self, groups: Groups, small: bool) -> tuple[Tensor, ContributionBuffer]:
         """Make a node, for all that shares it and has none; return this parameter's token and
         buffer.
         """
         session = self._session()
-        sharing = (self,) if self.parameter.dim() > 1 else session.sharing_node(self, groups)
-        if len(sharing) == 1 or self._is_hooked():
-            buffer = ContributionBuffer(self.rule, groups, self, session.collects_stats)
-            token = AggregationNode.apply((buffer,), self.parameter)
-            # They live as long as a use's graph does: what a failed backward recorded dies with it.
-            self._nodes.mine = weakref.ref(token), weakref.ref(buffer)
-            return token, buffer
-        members = [s for s in sharing if s is self or s._may_join(groups)]
-        buffers = tuple(
-            [ContributionBuffer(s.rule, groups, s, session.collects_stats) for s in members]
-        )
-        token = AggregationNode.apply(buffers, *[s.parameter for s in members])
-        for tracked, buffer in zip(members, buffers, strict=True):
-            tracked._nodes.mine = weakref.ref(token), weakref.ref(buffer)
-        return token, buffers[members.index(self)]
+        sharing = (self,)
+        if small or self.parameter.ndim <= 1:
+            sharing = session.sharing_node(self, groups, small)
+            if sharing[1:] and self._is_hooked():
+                sharing = (self,)
+        members: tuple[TrackedParameter, ...] = ()
+        buffers: tuple[ContributionBuffer, ...] = ()
+        parameters: tuple[Tensor, ...] = ()
+        for tracked in sharing:
+            if tracked is self or tracked._joins(groups):
+                buffer = ContributionBuffer(tracked.rule, groups, tracked, session.collects_stats)
+                members, buffers = (*members, tracked), (*buffers, buffer)
+                parameters = (*parameters, tracked.parameter)
+        token = AggregationNode.apply(buffers, *parameters)
+        # They live as long as a use's graph does: what a failed backward recorded dies with it.
+        reference = weakref.ref(token)
+        for tracked, buffer, parameter in zip(members, buffers, parameters, strict=True):
+            buffer.token = reference
+            buffer.dtype, buffer.device = parameter.dtype, parameter.device
+            tracked._buffers.mine = weakref.ref(buffer)
+            if tracked is self:
+                mine = buffer
+        return token, mine
 
     def defer(self, message: str) -> None:
         """Refuse a use, with `message`, when a gradient comes by it."""
@@ -149,21 +187,7 @@ class TrackedParameter(BufferListener):
         """Make gradients that come by another way than the node an error."""
         self.deferred = None
         if self.hook is None and self.parameter.requires_grad:
-            reference = weakref.ref(self)
-
-            def check(grad: Tensor) -> None:
-                tracked = reference()
-                if tracked is None or grad is None or tracked.refusal is not None:
-                    return
-                current = torch._C._current_graph_task_id()
-                delivered, expected = tracked._delivered, None
-                if current in delivered:
-                    expected = delivered[current]
-                    del delivered[current]
-                if expected != (grad.data_ptr(), grad._version):
-                    tracked.refuse_gradient(tracked._twice == current)
-
-            self.hook = _hook_first(self.parameter, check)
+            self.hook = _hook_first(self.parameter, self._gradients)
 
     def unwatch(self) -> None:
         """Take the guard off: the parameter is not served any more."""
@@ -189,40 +213,35 @@ class TrackedParameter(BufferListener):
 
     def deliver(self, grad: Tensor | None, current: int) -> None:
         # No reference is kept: autograd may then take the tensor for .grad without a copy.
-        if current in self._delivered:
-            self._twice = current
-        self._nodes.mine = None
-        if grad is None or self._delivered:
-            self.expect(grad, current)
-        if grad is None:
-            given = None
-        else:
-            given = self._delivered[current] = grad.data_ptr(), grad._version
+        self._buffers.mine = None
         session = self._session()
         session.backward_started = True
         if grad is not None and not session.told_of_sums:
             held = self.parameter.grad
-            if held is not None and self._given == (held.data_ptr(), held._version):
+            if held is not None and self._gradients.gave(held):
                 session.warn_of_sums(self)  # as trainers' accumulation does
-            self._given = given
+        if self._gradients.expect(grad, current):
+            self._twice = current
 
     def expect(self, grad: Tensor | None, current: int) -> None:
         """Note that `grad`, and nothing else, reaches the parameter in the backward pass
         `current`.
         """
-        if grad is None:
-            self._delivered.pop(current, None)
-            return
-        self._delivered[current] = grad.data_ptr(), grad._version
-        if len(self._delivered) > MOST_DELIVERED:  # of passes that went elsewhere in the end
-            self._delivered.pop(next(iter(self._delivered)))
+        self._gradients.expect(grad, current)
+
+    def refuse_unexpected(self, current: int) -> None:
+        """Refuse what reached the parameter in the backward pass `current`, if nothing was let
+        through plainly.
+        """
+        if self.refusal is None:
+            self.refuse_gradient(self._twice == current)
 
     def accumulate(self, batches: MicroBatches | None) -> None:
         """Gather contributions over several backward passes from now on, as `batches` asks; None:
         drop what was gathered.
         """
         self.accumulation = None if batches is None else Accumulation(self.rule, batches)
-        self._given = None
+        self._gradients.forget()
 
     def add_accumulated(self, grad: Tensor | None) -> None:
         """Put `grad`, the aggregated gradient of an accumulation, where backward() would."""

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from htv.autograd.aggregation import NestedBackwards, ParameterArgument, UseRecorder
+from htv.autograd.from_parameters import TensorFromParameters
 from htv.groups import BatchLayout, GroupedRows, Groups
 from htv.ops.factors import Factors
 from htv.rules import Rule
@@ -37,6 +38,11 @@ class ParameterLike(Protocol):
     def recorder(self, groups: Groups, born: int = -1) -> UseRecorder:
         """Return where the contributions of one more use under `groups` go; `born` is the backward
         pass that its forward runs in, or -1.
+        """
+
+    def argument(self, groups: Groups, born: int, small: bool) -> ParameterArgument:
+        """Return what stands for the parameter in a layer's call, as `recorder`; `small` says that
+        what the call records of a small parameter is small.
         """
 
 
@@ -95,9 +101,9 @@ class SessionLike(ModeSession, Protocol):
     passes: NestedBackwards
     told_of_sums: bool
 
-    def sharing_node(self, tracked: Any, groups: Groups) -> tuple:
+    def sharing_node(self, tracked: Any, groups: Groups, matrices: bool) -> tuple:
         """Return the parameters that share a node with `tracked` for `groups`, itself among
-        them.
+        them; matrices do where `matrices` says so.
         """
 
     def warn_of_sums(self, tracked: Any) -> None:
@@ -121,7 +127,10 @@ class ModeLike(Protocol):
     task: int
     groups: Groups
     batch: Any
+    batch_size: int
     marks: Any
+    rows: dict[BatchLayout, GroupedRows]
+    table: dict
     spec: Any
 
     def __enter__(self) -> Any: ...
@@ -146,39 +155,29 @@ class ModeLike(Protocol):
     def input(self, x: Tensor) -> tuple[Tensor, Any]:
         """Return `x`, a layer's input, as the layer is to see it, and its `layout`."""
 
-    def grouped_rows(self, layout: BatchLayout) -> GroupedRows:
-        """Return who votes with the indices of a tensor that has the batch at `layout`."""
-
     def argument(self, value: Tensor | None, mark: Any = None) -> ParameterArgument:
         """Return `value`, a layer's parameter argument with such a `mark`: served, computed from
         served ones, or plain.
         """
+
+    def derived(self, value: Tensor, mark: Any) -> TensorFromParameters:
+        """Return `value`, which has the `mark` of a tensor from parameters, with the way back to
+        them.
+        """
+
+    def unseen(self, tensor: Tensor) -> Any:
+        """Tell what `tensor`, which has a graph, is that no call of this forward made."""
 
     def why_not_batch(self, x: Tensor, mark: Any, features: int) -> str | None:
         """Return why a layer cannot tell the rows of `x`, its input with such a `mark`, apart
         before its last `features` dims; None if it can.
         """
 
+    def refusal(self, op: str, parameters: tuple[ParameterLike, ...], why: str) -> str:
+        """Return the message that refuses a use of `parameters` by `op`, because of `why`."""
+
     def refuse(self, op: str, parameters: tuple[ParameterLike, ...], why: str) -> None:
         """Refuse a use of `parameters` by `op`, because of `why`."""
-
-    def with_copies(
-        self,
-        func: Callable,
-        args: tuple,
-        kwargs: dict,
-        tensors: list,
-        ndim: int,
-        layout: BatchLayout,
-    ) -> Any:
-        """Make a call, `func(*args, **kwargs)`, with what comes from parameters among `tensors`
-        replaced by its copies per example, which have them at `layout` in `ndim` dims.
-        """
-
-    def unexpanded(self, w: Tensor, x: Tensor) -> Tensor:
-        """Return `w`, a factor of a product with `x`, without leading dims along which it only
-        repeats.
-        """
 
     def batch_misplaced(self, tensor: Tensor) -> bool:
         """Tell whether `tensor` is not what it would be taken for as an input of the model."""

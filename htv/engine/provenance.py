@@ -11,6 +11,7 @@ from torch import Tensor
 
 from htv.autograd.from_parameters import Origin
 from htv.engine.protocols import ParameterLike
+from htv.engine.usual import PLAIN_TYPES, put_usual
 from htv.groups import BatchLayout
 
 
@@ -74,8 +75,8 @@ class Marks:
     `earlier` marks for those it lacks.
 
     table:  identity -> (weak reference, mark, how often the tensor had been written to or None
-            where torch does not tell, whether it had a gradient). Read by `ServingMode.general`
-            itself, which would else spend its time on calls.
+            where torch does not tell, whether it had a gradient). Read and written for the usual
+            case by `htv.engine.usual`.
     """
 
     def __init__(self, earlier: Marks | None = None) -> None:
@@ -91,18 +92,7 @@ class Marks:
     def put(self, tensor: Tensor, mark: Mark) -> None:
         if type(mark) is BatchLayout and mark.examples is None and not mark.is_the_one:
             mark = interned(mark)
-        if (
-            type(tensor) in PLAIN_TYPES
-            and not torch._C._len_torch_function_stack()
-            and not tensor.is_inference()
-        ):
-            self.table[id(tensor)] = (
-                weakref.ref(tensor),
-                mark,
-                tensor._version,
-                tensor.requires_grad,
-            )
-        else:
+        if not put_usual(self.table, tensor, mark):
             self.table[id(tensor)] = (weakref.ref(tensor), mark, *_state(tensor))
 
     def nodes(self) -> Iterator[tuple[object, int, Mark]]:
@@ -134,9 +124,6 @@ class Marks:
                 self.put(tensor, again(tensor))
             return self.get(tensor)
         return entry[1]
-
-
-PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
 def _state(tensor: Tensor) -> tuple[int | None, bool]:

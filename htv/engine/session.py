@@ -8,7 +8,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +22,12 @@ from htv.engine.forward import ForwardStandIn, thaw
 from htv.engine.group_spec import GroupSpec, groups_of, same_spec
 from htv.engine.guard_state import PASSES
 from htv.engine.inputs import Batch
-from htv.engine.mode import ServingMode, left_on_stack
+from htv.engine.mode import RowsByLayout, ServingMode, left_on_stack
 from htv.engine.parameter import TrackedParameter, share_nodes
 from htv.engine.provenance import FromParameters, Lost, Mark
+from htv.engine.usual import call_layer
 from htv.errors import UnsupportedError
-from htv.groups import BatchLayout, GroupedRows, Groups
+from htv.groups import BatchLayout, Groups
 from htv.ops.factors import Factors
 from htv.rules import Mean, Rule
 
@@ -141,8 +142,8 @@ class Session:
         self._plans: dict[tuple, _Plan] = {}  # who votes, by how the forward was called
         self._enough: set[int] = set()  # numbers of groups that suffice for all rules
         self._found: dict[tuple, dict[tuple, Mark]] = {}  # marks of results, by size of the batch
-        # By the number of groups: who shares a node.
-        self._nodes: dict[int, dict[TrackedParameter, tuple[TrackedParameter, ...]]] = {}
+        # Who shares a node, by the numbers of groups and examples, and whether matrices do.
+        self._nodes: dict[tuple, dict[TrackedParameter, tuple[TrackedParameter, ...]]] = {}
         # By identity: a rule of the user's own may not be hashable.
         self.rules = list({id(t.rule): t.rule for t in self._tracked.values()}.values())
         self.only_means = all(type(rule) is Mean for rule in self.rules)
@@ -271,18 +272,20 @@ class Session:
         return tracked if tracked is not None and tensor.requires_grad else None
 
     def sharing_node(
-        self, tracked: TrackedParameter, groups: Groups
+        self, tracked: TrackedParameter, groups: Groups, matrices: bool
     ) -> tuple[TrackedParameter, ...]:
         """Return the parameters that share a node with `tracked` for `groups`, itself among
-        them.
+        them; see `share_nodes`.
         """
         if groups.rows_vote or self.accumulates:
             return (tracked,)
-        nodes = self._nodes.get(groups.count)
+        key = groups.count, groups.batch_size, matrices
+        nodes = self._nodes.get(key)
         if nodes is None:
             if len(self._nodes) >= MOST_NODE_PLANS:
                 self._nodes.clear()
-            nodes = self._nodes[groups.count] = share_nodes(self._tracked.values(), groups)
+            nodes = share_nodes(self._tracked.values(), groups, matrices)
+            self._nodes[key] = nodes
         return nodes.get(tracked, (tracked,))
 
     def tracked(self) -> list[TrackedParameter]:
@@ -303,7 +306,8 @@ class Session:
         Buffers, plain tensor attributes, frozen and excluded parameters.
         """
         for module in self._modules:
-            yield from module._buffers.values()
+            if module._buffers:
+                yield from module._buffers.values()
         yield from self._attributes
         yield from self._plain
         for tracked in self._tracked.values():
@@ -398,6 +402,10 @@ class Session:
         running = self.running()
         if running is True:
             return forward.inner(*args, **kwargs)
+        if running is not None and forward.layer is not None and args and not (args[1:] or kwargs):
+            result = call_layer(running, forward.layer, forward.module, args[0])
+            if result is not NotImplemented:
+                return result
         if running is not None and running.task == torch._C._current_graph_task_id():
             if top_hooks(True) is not None or not torch.is_grad_enabled():  # checkpoints
                 self._recent.note(running, forward, args, kwargs)
@@ -471,14 +479,14 @@ class Session:
         forward.check()
         if not self.only_means and ranks.vote_alone() and not self._told_of_ranks:
             self._warn_of_ranks()
-        again, carried, spec, grouped_rows = None, {}, None, None
+        again, carried, spec, rows = None, {}, None, None
         key = (
             None if kwargs or names is not None or self.spec is not None else _shapes(forward, args)
         )
         plan = None if key is None else self._plans.get(key)
         if plan is not None:
             self._begin(graph=True)
-            groups, batch, grouped_rows = plan.groups, plan.of(args), plan.grouped_rows
+            groups, batch, rows = plan.groups, plan.of(args), plan.rows
         else:
             own = forward.names if names is None else names
             tensors = inputs.named_tensors(own, args, kwargs)
@@ -503,7 +511,7 @@ class Session:
         if not groups.rows_vote and not self.accumulates and groups.count not in self._enough:
             self.require_enough(groups.count, batch.source)
             self._enough.add(groups.count)
-        mode = ServingMode(self, groups, batch, again, carried, grouped_rows)
+        mode = ServingMode(self, groups, batch, again, carried, rows)
         mode.spec = spec
         return mode
 
@@ -591,8 +599,8 @@ class Session:
                 )
             return self._last_spec
         if graph:
-            self.passes.outer.clear()
-            self.passes.groups.clear()
+            passes = self.passes
+            passes.outer, passes.groups, passes.latest = {}, {}, (-1, None)
         if self.backward_started:
             self._specs, self.backward_started, self._last_spec = [], False, None
             self._sizes = set()
@@ -624,14 +632,15 @@ class _Plan:
     source: str
     members: tuple[tuple[int, str, BatchLayout, bool], ...]
     constants: tuple[int, ...]
-    grouped_rows: dict[BatchLayout, GroupedRows] = field(default_factory=dict)
+    rows: RowsByLayout
 
     @staticmethod
     def for_call(groups: Groups, batch: Batch, args: tuple) -> _Plan:
         numbers = {id(value): i for i, value in enumerate(args)}
         members = tuple((numbers[id(t)], name, p, sure) for name, t, p, sure in batch.members)
         constants = tuple(numbers[id(t)] for t in batch.constants)
-        return _Plan(groups, batch.input_layout, batch.source, members, constants)
+        rows = RowsByLayout(groups)
+        return _Plan(groups, batch.input_layout, batch.source, members, constants, rows)
 
     def of(self, args: tuple) -> Batch:
         """Return the batch of a call with such arguments."""

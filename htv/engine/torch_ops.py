@@ -126,6 +126,10 @@ INPUT_FIRST |= dict.fromkeys(("scatter_add", "scatter_reduce", "index_put"), ("i
 INPUT_FIRST |= dict.fromkeys(
     MULTIPLYING, ("input", "x", "a", "x1", "mat1", "batch1", "mat2", "batch2", "other", "x2", "vec")
 )
+# One tensor only lends its dtype, device or shape to the other.
+BORROWING = _names("type_as to expand_as view_as reshape_as")
+# They hand out values without a gradient, or no tensor at all.
+QUERIES = _names("detach data size dim numel stride is_floating_point is_complex data_ptr")
 MAKING = _names(  # a tensor only lends its dtype and device, or a size
     "new_zeros new_ones new_empty new_full new_tensor zeros ones empty full arange linspace eye "
     "rand randn randint"
@@ -159,6 +163,28 @@ class Operation:
         return self.func(
             *replace_tensors(self.args, replaced), **replace_tensors(self.kwargs, replaced)
         )
+
+
+@lru_cache(maxsize=4096)
+def writes(func) -> bool:
+    """Tell whether a call of `func` changes its first argument."""
+    return in_place(func) or plain_name(func) == "setitem"
+
+
+@lru_cache(maxsize=4096)
+def in_place(func) -> bool:
+    """Tell whether `func` is an operation in place, by its name."""
+    name = getattr(func, "__name__", "")
+    if name.startswith("__"):
+        return name.startswith("__i") and name not in ("__invert__", "__int__", "__index__")
+    return name.endswith("_")
+
+
+def is_reordered(func, args: tuple) -> bool:
+    """Tell whether a call of `func` with keywords may have tensors among them that come before
+    those in `args`.
+    """
+    return not args or plain_name(func) in MULTIPLYING
 
 
 def in_order(name: str, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

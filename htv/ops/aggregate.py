@@ -101,28 +101,31 @@ def aggregate_together(contributions: list[list[Factors]], rule: Rule) -> list[T
     """`aggregate` of the parts of several parameters; those with one stack of contributions each in
     one call.
     """
-    if type(rule) is Mean or len(contributions) == 1:
+    if type(rule) is Mean or not contributions[1:]:
         return [aggregate(parts, rule) for parts in contributions]
     first = contributions[0][0]
     count, dtype, device = first.count, first.dtype, first.device
     resolved = _resolutions.get((id(rule), count)) or _resolved(rule, count)
-    values = []
-    for parts in contributions:
+    if resolved.statistic.normalise or resolved.statistic.reduce is not None:
+        return [aggregate(parts, rule) for parts in contributions]
+    found: list[Tensor | None] = [None] * len(contributions)
+    stacks: dict[int, Tensor] = {}
+    for i, parts in enumerate(contributions):
         part = parts[0]
         alike = type(part) is StackedFactors and part.count == count and part.dtype == dtype
-        if not alike or len(parts) > 1 or part.device != device or 0 in part.shape:
-            break
-        values.append(part.values if part.values.dim() == 2 else part.values.reshape(count, -1))
-    together = len(values) == len(contributions)
-    if not together or resolved.statistic.normalise or resolved.statistic.reduce is not None:
-        return [aggregate(parts, rule) for parts in contributions]
-    value, _ = _one_use(StackedFactors(torch.cat(values, dim=1)), *resolved[1:])
-    grads = torch.split_with_sizes_copy(value, [v.shape[1] for v in values])  # tensors of their own
-    shapes = [parts[0].shape for parts in contributions]
-    return [
-        grad if len(shape) == 1 else grad.view(shape)
-        for grad, shape in zip(grads, shapes, strict=True)
-    ]
+        if alike and not parts[1:] and part.device == device and 0 not in part.shape:
+            values = part.values
+            stacks[i] = values if values.ndim == 2 else values.reshape(count, -1)
+        else:
+            found[i] = aggregate(parts, rule)
+    if not stacks:
+        return found
+    value, _ = _one_use(StackedFactors(torch.cat([*stacks.values()], dim=1)), *resolved[1:])
+    grads = torch.split_with_sizes_copy(value, [v.shape[1] for v in stacks.values()])
+    for i, grad in zip(stacks, grads, strict=True):  # tensors of their own
+        shape = contributions[i][0].shape
+        found[i] = grad if len(shape) == 1 else grad.view(shape)
+    return found
 
 
 def summarise(parts: list[Factors], statistic: Statistic) -> Summary:

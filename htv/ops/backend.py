@@ -187,6 +187,8 @@ def setting() -> tuple:
     """
     backend, interpret = _VARIABLES
     inner = _named[-1] if _named else None
+    if backend not in _environment and interpret not in _environment:
+        return inner, None, None
     return inner, _environment.get(backend), _environment.get(interpret)
 
 

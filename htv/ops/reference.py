@@ -21,11 +21,14 @@ SAND_UNDEFINED = (
 LOG_OFFSET = 1e-10  # keeps the logarithm of the geometric mean finite
 
 
+HALF = frozenset((torch.float16, torch.bfloat16))
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Statistics of half-precision values are computed and returned in float32, all others in their
     own type.
     """
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    return torch.float32 if dtype in HALF else dtype
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

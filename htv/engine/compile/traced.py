@@ -22,6 +22,7 @@ from htv.autograd.aggregation import (
     BufferListener,
     ContributionBuffer,
     NestedBackwards,
+    ParameterArgument,
     UseRecorder,
 )
 from htv.autograd.deferred import DeferredFactors, deferred_refusal
@@ -99,13 +100,13 @@ class TracedMode(ServingMode):
             )
         return super().mark(tensor)
 
-    def _mark_results(self, func, args, kwargs, operands, result) -> None:
+    def mark_results(self, func, args, kwargs, operands, result) -> None:
         """The examples' numbers have values; where they meet a tensor without, nobody knows where
         the batch went.
         """
         try:
             with _disable_current_modes():
-                super()._mark_results(func, args, kwargs, operands, result)
+                super().mark_results(func, args, kwargs, operands, result)
         except UnsupportedError:
             raise
         except (RuntimeError, AssertionError):
@@ -156,6 +157,9 @@ class TracedParameter(BufferListener):
             token = AggregationNode.apply((buffer,), self.parameter)
             self._hub = weakref.ref(token), weakref.ref(buffer)
         return UseRecorder(token, buffer)
+
+    def argument(self, groups: TracedGroups, born: int, small: bool) -> ParameterArgument:
+        return ParameterArgument(self.parameter.detach(), (self.recorder(groups, born),))
 
     def _check_gradient(self, grad: Tensor | None) -> None:
         """Inside one graph, what comes by another way is added where no hook on the real parameter
@@ -227,8 +231,8 @@ class TracedBuffer(ContributionBuffer):
         return DeferredFactors(make, grouped_rows, tensors)
 
     def settle(self, parameter: Tensor, gradient_node) -> Tensor | None:
-        _, parts = self.taken()
-        if not parts:
+        parts = self.taken(torch._C._current_graph_task_id())
+        if parts is None:
             return None
         if not all(isinstance(part, DeferredFactors) for part in parts):
             raise deferred_refusal(self.parameter_name)
@@ -273,9 +277,8 @@ class Settlement:
                 buffer.record(recipe(groups, parameter, list(itertools.islice(tensors, count))))
             if not tracked.session.accumulates and not groups.rows_vote:
                 tracked.session.require_several(groups.count, f"of {groups.batch_size} examples")
-            grad = buffer.settle(
-                parameter, None if tracked.accumulation is None else _gradient_node(parameter)
-            )
+            node = None if tracked.accumulation is None else _gradient_node(parameter)
+            grad = buffer.settle(parameter, node)
             grad = (
                 self.empty().zero_() if grad is None else grad.contiguous()
             )  # None: it accumulates

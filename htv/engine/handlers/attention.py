@@ -9,6 +9,7 @@ import types
 import torch.nn.functional as F
 from torch import nn
 
+from htv.engine import expansion
 from htv.engine.handlers.call import Operands, Signature, handles
 from htv.engine.protocols import ModeLike
 from htv.engine.provenance import OfBatch
@@ -63,4 +64,4 @@ def _dot_product_attention(mode: ModeLike, func, args, kwargs):
     )
     if layout is None or layout.dim >= ndim - 2:
         return NotImplemented
-    return mode.with_copies(func, args, kwargs, tensors, ndim, layout)
+    return expansion.with_copies(mode, func, args, kwargs, tensors, ndim, layout)

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from htv.autograd.aggregation import ParameterArgument
 from htv.engine.protocols import ModeLike, ParameterLike
-from htv.engine.provenance import FromParameters, Mark, OfBatch
+from htv.engine.provenance import FromParameters, Lost, Mark, OfBatch
+from htv.engine.usual import of_identity, put_usual, usual_mark
 from htv.errors import UnsupportedError
-from htv.groups import BatchLayout, GroupedRows
+from htv.groups import BatchLayout
 from htv.ops.factors import Factors, StackedFactors
 
 HANDLERS: dict[Callable, Callable] = {}
@@ -25,6 +29,55 @@ HANDLERS: dict[Callable, Callable] = {}
 # them. The mode itself notes the elementwise ones.
 FACTORS: dict[str, type[Factors]] = {"elementwise": StackedFactors}
 USES: dict[type[nn.Module], str] = {}  # the kind of use that a class of modules makes of its weight
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Describes the one torch call that the forward of a class of torch's modules makes.
+
+    called:    the name of the function in torch.nn.functional.
+    names:     the module's parameters and attributes that it is given, after the input.
+    needs:     (attribute, value) that the module has to have for that; or None.
+    function:  the function itself.
+    """
+
+    called: str
+    names: tuple[str, ...]
+    needs: tuple[str, object] | None = None
+    functions: ClassVar[dict] = vars(F)
+
+    @cached_property
+    def function(self) -> Callable:
+        return self.functions[self.called]
+
+
+_CONV_NAMES = ("weight", "bias", "stride", "padding", "dilation", "groups")
+_ZEROS = ("padding_mode", "zeros")
+LAYERS: dict[type[nn.Module], Layer] = {
+    nn.Linear: Layer("linear", ("weight", "bias")),
+    nn.Conv1d: Layer("conv1d", _CONV_NAMES, _ZEROS),
+    nn.Conv2d: Layer("conv2d", _CONV_NAMES, _ZEROS),
+    nn.Conv3d: Layer("conv3d", _CONV_NAMES, _ZEROS),
+    nn.LayerNorm: Layer("layer_norm", ("normalized_shape", "weight", "bias", "eps")),
+    nn.GroupNorm: Layer("group_norm", ("num_groups", "weight", "bias", "eps")),
+    nn.RMSNorm: Layer("rms_norm", ("normalized_shape", "weight", "eps")),
+    nn.Embedding: Layer(
+        "embedding",
+        ("weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"),
+    ),
+}
+
+
+def layer_of(module: nn.Module, forward: Callable) -> Layer | None:
+    """Return which call `forward`, that of `module`, makes, if it is as torch wrote it; else
+    None.
+    """
+    layer = LAYERS.get(type(module))
+    own = getattr(forward, "__func__", None)
+    if layer is None or own is not type(module).forward or layer.function not in HANDLERS:
+        return None
+    is_torchs = own.__module__ == type(module).__module__ and not hasattr(own, "__wrapped__")
+    return layer if is_torchs else None
 
 
 def handles(
@@ -76,18 +129,20 @@ class Call:
         *parameters: str,
     ):
         self.mode, self.kind = mode, kind
-        if kwargs or len(args) != len(signature.names):
+        if kwargs or len(args) != signature.count:
             self.arguments = arguments = signature.bind(args, kwargs)
         else:
             self.arguments = arguments = dict(zip(signature.names, args, strict=True))
-        self.x, self.layout = mode.input(arguments[x])
+        self.x = arguments[x]
+        self.layout = usual_mark(mode.table, self.x) if mode.batch_size > 1 else None
+        if type(self.layout) is not BatchLayout:
+            self.x, self.layout = mode.input(self.x)
         self._uses: tuple[tuple, ...] = ()  # name, argument, its mark, the parameters behind it
         self.tracked: tuple[ParameterLike, ...] = ()
-        own = mode.own
         for name in parameters:
             parameter, mark, owners = arguments[name], None, ()
             if parameter is not None:
-                mark = own.get(id(parameter))
+                mark = of_identity(mode.own, parameter)
                 if mark is None or not parameter.requires_grad:
                     mark = mode.mark(parameter)
                 if type(mark) is FromParameters and parameter.requires_grad:
@@ -96,9 +151,8 @@ class Call:
                         if owner not in self.tracked:
                             self.tracked += (owner,)
             self._uses = (*self._uses, (name, parameter, mark, owners))
-        self.applicable = bool(
-            self.tracked and torch.is_grad_enabled() and isinstance(self.layout, OfBatch)
-        )
+        of_batch = type(self.layout) is BatchLayout or type(self.layout) is Lost
+        self.applicable = bool(self.tracked) and of_batch and torch.is_grad_enabled()
 
     def __getitem__(self, name: str):
         return self.arguments[name]
@@ -107,11 +161,7 @@ class Call:
     def parameters(self) -> list[Tensor | None]:
         return [parameter for _, parameter, _, _ in self._uses]
 
-    @property
-    def grouped_rows(self) -> GroupedRows:
-        return self.mode.grouped_rows(self.layout)
-
-    def enter(self, features: int = 0, rows: bool = True) -> list[ParameterArgument] | None:
+    def enter(self, features: int = 0, rows: bool = True) -> tuple[ParameterArgument, ...] | None:
         """The parameters' parameter arguments, or None if the use is passed on plainly. Raises if
         the input is not the batch's.
 
@@ -120,33 +170,36 @@ class Call:
         rows:      whether its input consists of rows that could vote one by one.
         """
         groups, layout = self.mode.groups, self.layout
-        known = type(layout) is BatchLayout and layout.dim < self.x.dim() - features
+        known = type(layout) is BatchLayout and layout.dim < self.x.ndim - features
         if not (known and (rows or not groups.rows_vote)) and not self._may_enter(features, rows):
             return None
-        arguments = []
+        arguments: tuple[ParameterArgument, ...] = ()
         for name, parameter, mark, owners in self._uses:
-            if not owners:
-                arguments.append(ParameterArgument(parameter))
-                continue
-            is_own = parameter is owners[0].parameter
-            if name == "bias" and "norm" not in self.kind:
-                use = f"{self.kind} bias"
-            elif is_own:
-                use = self.kind
+            if owners:
+                arguments = (*arguments, self._argument(name, parameter, mark, owners))
             else:
-                use = f"{self.kind} (computed)"
-            for owner in owners:
-                if use not in owner.uses:
-                    owner.uses.add(use)
-            if is_own:
-                arguments.append(
-                    ParameterArgument(
-                        parameter.detach(), [owners[0].recorder(groups, self.mode.task)]
-                    )
-                )
-            else:
-                arguments.append(self.mode.argument(parameter, mark))
+                arguments = (*arguments, ParameterArgument(parameter))
         return arguments
+
+    def _argument(
+        self, name: str, parameter: Tensor, mark: Mark, owners: tuple[ParameterLike, ...]
+    ) -> ParameterArgument:
+        """The argument for one of the parameters, `parameter`, whose use is noted."""
+        is_own = parameter is owners[0].parameter
+        if name == "bias" and "norm" not in self.kind:
+            use = f"{self.kind} bias"
+        elif is_own:
+            use = self.kind
+        else:
+            use = f"{self.kind} (computed)"
+        for owner in owners:
+            if use not in owner.uses:
+                owner.uses.add(use)
+        if not is_own:
+            return self.mode.argument(parameter, mark)
+        # A layer's rows are then one per example: what it records is no larger than its weight.
+        small = self.x.ndim == 2
+        return owners[0].argument(self.mode.groups, self.mode.task, small)
 
     def _may_enter(self, features: int, rows: bool) -> bool:
         """Refuse the use, or tell whether it is served. False: it is passed on plainly."""
@@ -167,7 +220,9 @@ class Call:
 
     def done(self, result: Tensor, layout: BatchLayout | None = None) -> Tensor:
         """Mark the layer's result: the batch is where it was in the input, or at `layout`."""
-        self.mode.marks.put(result, layout or self.layout)
+        layout = layout or self.layout
+        if not (layout.is_the_one and put_usual(self.mode.table, result, layout)):
+            self.mode.marks.put(result, layout)
         return result
 
 
@@ -185,6 +240,7 @@ class Signature:
 
     def __init__(self, full: inspect.Signature):
         self._full, self.names = full, tuple(full.parameters)
+        self.count = len(self.names)
         self._defaults = {
             p.name: p.default for p in full.parameters.values() if p.default is not p.empty
         }

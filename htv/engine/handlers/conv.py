@@ -38,7 +38,7 @@ def _conv(mode: ModeLike, func, args, kwargs):
             a["padding"],
             a["dilation"],
             a["groups"],
-            call.grouped_rows,
+            mode.rows[call.layout],
         )
     )
 
@@ -60,13 +60,13 @@ def _conv_transpose(mode: ModeLike, func, args, kwargs):
     if arguments is None:
         return NotImplemented
     options = (call[name] for name in ("stride", "padding", "output_padding", "groups", "dilation"))
-    return call.done(conv_transpose(call.x, *arguments, *options, call.grouped_rows))
+    return call.done(conv_transpose(call.x, *arguments, *options, mode.rows[call.layout]))
 
 
-def _enter_images(call: Call) -> list[ParameterArgument] | None:
+def _enter_images(call: Call) -> tuple[ParameterArgument, ...] | None:
     """The parameter arguments of a layer that takes (S, C, *space); one image without S is no
     batch.
     """
-    if call.x.dim() < call["weight"].dim():
+    if call.x.dim() < call.arguments["weight"].dim():
         return call.enter(features=call.x.dim())
     return call.enter(features=call.x.dim() - 1, rows=False)

@@ -37,7 +37,7 @@ def _embedding(mode: ModeLike, func, args, kwargs):
                 f"padding_idx must be within the {rows} rows of the table, got {padding_idx}"
             )
         padding_idx %= rows
-    return call.done(embedding(ids, *arguments, padding_idx, call.grouped_rows))
+    return call.done(embedding(ids, *arguments, padding_idx, mode.rows[call.layout]))
 
 
 def _refuse_options(call: Call, *options: str) -> None:

@@ -22,7 +22,7 @@ _BILINEAR = signature("input1, input2, weight, bias=None")
 @handles(F.linear, uses={"linear": LinearFactors}, modules={nn.Linear: "linear"})
 def _linear(mode: ModeLike, func, args, kwargs):
     call = Call(mode, "linear", _LINEAR, args, kwargs, "input", "weight", "bias")
-    if call.tracked and isinstance(call.layout, Constant) and torch.is_grad_enabled():
+    if call.tracked and type(call.layout) is Constant and torch.is_grad_enabled():
         y = mode.general(func, args, kwargs)
         if isinstance(mode.mark(y), FromParameters) and all(
             stands_alone(mode, p) for p in call.parameters
@@ -35,7 +35,7 @@ def _linear(mode: ModeLike, func, args, kwargs):
             )
         return y
     if (
-        call.applicable and call.x.dim() == 1 and mode.groups.batch_size == 1
+        call.applicable and call.x.ndim == 1 and mode.groups.batch_size == 1
     ):  # x.squeeze() of a batch of one
         row = mode.call(torch.Tensor.unsqueeze, (call.x, 0), {})
         y = mode.call(F.linear, (row, call["weight"], call["bias"]), {})
@@ -44,7 +44,7 @@ def _linear(mode: ModeLike, func, args, kwargs):
     return (
         NotImplemented
         if arguments is None
-        else call.done(linear(call.x, *arguments, mode.grouped_rows(call.layout)))
+        else call.done(linear(call.x, *arguments, mode.rows[call.layout]))
     )
 
 
@@ -69,5 +69,5 @@ def _bilinear(mode: ModeLike, func, args, kwargs):
     return (
         NotImplemented
         if arguments is None
-        else call.done(bilinear(call.x, right, *arguments, call.grouped_rows))
+        else call.done(bilinear(call.x, right, *arguments, mode.rows[call.layout]))
     )

@@ -28,12 +28,18 @@ _TORCH_BATCH_NORM = signature(
 @handles(F.layer_norm, uses={"layer_norm": StackedFactors}, modules={nn.LayerNorm: "layer_norm"})
 def _layer_norm(mode: ModeLike, func, args, kwargs):
     call = Call(mode, "layer_norm", _LAYER_NORM, args, kwargs, "input", "weight", "bias")
-    shape = tuple(call["normalized_shape"])
+    shape = tuple(call.arguments["normalized_shape"])
     arguments = call.enter(features=len(shape)) if call.applicable else None
     if arguments is None:
         return NotImplemented
     return call.done(
-        layer_norm(_as_autocast_would(call.x), shape, *arguments, call["eps"], call.grouped_rows)
+        layer_norm(
+            _as_autocast_would(call.x),
+            shape,
+            *arguments,
+            call.arguments["eps"],
+            mode.rows[call.layout],
+        )
     )
 
 
@@ -46,10 +52,10 @@ def _group_norm(mode: ModeLike, func, args, kwargs):
     return call.done(
         group_norm(
             _as_autocast_would(call.x),
-            call["num_groups"],
+            call.arguments["num_groups"],
             *arguments,
-            call["eps"],
-            call.grouped_rows,
+            call.arguments["eps"],
+            mode.rows[call.layout],
         )
     )
 
@@ -60,9 +66,11 @@ def _rms_norm(mode: ModeLike, func, args, kwargs):
     if not call.applicable:
         return NotImplemented
     normalised = mode.general(
-        F.rms_norm, (call.x, tuple(call["normalized_shape"]), None, call["eps"]), {}
+        F.rms_norm,
+        (call.x, tuple(call.arguments["normalized_shape"]), None, call.arguments["eps"]),
+        {},
     )
-    return mode.general(torch.mul, (normalised, call["weight"]), {})
+    return mode.general(torch.mul, (normalised, call.arguments["weight"]), {})
 
 
 @handles(
@@ -93,7 +101,7 @@ def _batch_norm(mode: ModeLike, func, args, kwargs):
     call = Call(mode, "batch_norm", _BATCH_NORM, args, kwargs, "input", "weight", "bias")
     if not torch.is_grad_enabled() or not isinstance(mode.mark(call.x), OfBatch):
         return NotImplemented
-    shared = call["training"] or call["running_mean"] is None
+    shared = call.arguments["training"] or call.arguments["running_mean"] is None
     if shared and not mode.session.shares_statistics:
         names = ", ".join(repr(s.name) for s in call.tracked)
         raise UnsupportedError(
@@ -117,7 +125,10 @@ def _torch_batch_norm(mode: ModeLike, func, args, kwargs):
 def _affine(mode: ModeLike, call: Call, y: Tensor) -> Tensor:
     """y * weight + bias for y (N, C, *space) and parameters (C,), as elementwise operations."""
     shape = (-1,) + (1,) * (y.dim() - 2)
-    for operation, parameter in ((torch.mul, call["weight"]), (torch.add, call["bias"])):
+    for operation, parameter in (
+        (torch.mul, call.arguments["weight"]),
+        (torch.add, call.arguments["bias"]),
+    ):
         if parameter is not None:
             y = mode.general(
                 operation, (y, mode.general(torch.Tensor.reshape, (parameter, shape), {})), {}

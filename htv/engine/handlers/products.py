@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from htv.engine import expansion
 from htv.engine.handlers.call import Operands, behind, handles
 from htv.engine.propagation import einsum_terms
 from htv.engine.protocols import ModeLike
@@ -88,13 +89,13 @@ handles(*(getattr(o, n) for o, n in ((F, "grouped_mm"), (torch, "_grouped_mm")) 
 def _product(mode: ModeLike, left: Tensor, right: Tensor) -> Tensor:
     """left @ right, one of which is derived from served parameters."""
     if behind(mode, left):
-        left = mode.unexpanded(left, right)
+        left = expansion.unexpanded(mode, left, right)
         if left.dim() == 1:
             return F.linear(right.mT, left.unsqueeze(0)).squeeze(-1)
         if left.dim() == 2:
             return F.linear(right.mT, left).mT if right.dim() > 1 else F.linear(right, left)
     else:
-        right = mode.unexpanded(right, left)
+        right = expansion.unexpanded(mode, right, left)
         if right.dim() == 1:
             return F.linear(left, right.unsqueeze(0)).squeeze(-1)
         if right.dim() == 2:

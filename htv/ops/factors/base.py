@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from htv.ops import limits
-from htv.ops.reference import compute_dtype
+from htv.ops.reference import HALF
 
 
 class Factors:
@@ -66,11 +66,9 @@ class StackedFactors(Factors):
     def __init__(self, values: Tensor):
         """values: (E, *shape), one contribution per group."""
         self.values, self.count = values, values.shape[0]
-        self.shape, self.device, self.dtype = (
-            tuple(values.shape[1:]),
-            values.device,
-            compute_dtype(values.dtype),
-        )
+        self.shape, self.device = tuple(values.shape[1:]), values.device
+        # As `compute_dtype` says; these are made too often to ask it.
+        self.dtype = torch.float32 if values.dtype in HALF else values.dtype
 
     def fill_block(self, rows: slice, columns: slice, out: Tensor) -> None:
         values = self.values.reshape(len(self.values), *two_dims(self.shape), *self.shape[2:])
