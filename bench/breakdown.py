@@ -21,11 +21,13 @@ import torch
 import typer
 from torch.profiler import ProfilerActivity, profile
 
-from htv.bench.workloads import WORKLOADS
+from htv.bench.workloads import POLICY, WORKLOADS, TrainingStep
 from htv.tools import env_info
 from htv.tools.files import replace_text
 from htv.tools.timing import Step, milliseconds
 
+STEPS = {name: one for name, one in WORKLOADS.items() if isinstance(one, TrainingStep)}
+STEPS[POLICY.name] = POLICY
 OPERATIONS = ("aten::", "htv::")
 LEFT = "Python, engine, dispatch"
 
@@ -65,7 +67,7 @@ def calls(step: Step) -> int:
 def measure(name: str, threads: int, rounds: int) -> dict:
     """The record: wall time of every variant, and the operations of at least 1% of some step."""
     torch.set_num_threads(threads)
-    workload = WORKLOADS[name]
+    workload = STEPS[name]
     steps = {
         variant: workload.prepare(variant)
         for variant in workload.variants
@@ -129,10 +131,9 @@ def main(
     threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = 2,
     rounds: Annotated[int, typer.Option(min=2, help="Steps of every variant.")] = 20,
 ) -> None:
-    steps = [name for name, one in WORKLOADS.items() if one.kind == WORKLOADS["resnet18"].kind]
-    if workload not in steps:
+    if workload not in STEPS:
         raise typer.BadParameter(
-            f"{workload} is no training step; choose one of {', '.join(steps)}"
+            f"{workload} is no training step; choose one of {', '.join(STEPS)}"
         )
     record = measure(workload, threads, rounds)
     out.mkdir(parents=True, exist_ok=True)

@@ -252,6 +252,16 @@ WORKLOADS: dict[str, Workload] = {
     )
 }
 
+# An MLP of the size of those in reinforcement learning: what a step costs are its calls. For
+# `htv.bench.breakdown`; on a full run its milliseconds would show nothing.
+POLICY = TrainingStep(
+    "policy",
+    lambda: models.mlp((8, 64, 64, 2), nn.Tanh, norm=False),
+    lambda: (torch.randn(64, 8), torch.randint(0, 2, (64,))),
+    winsorize=1,
+    peers=(),
+)
+
 QUICK = ("mlp-relu", "stacked-3")  # what a first look looks at
 
 

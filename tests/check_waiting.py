@@ -1,17 +1,18 @@
 """Attached steps on a pretended GPU, where waiting for it raises. Run by `test_waiting.py`."""
 
 import contextlib
+import itertools
 import os
 
-import pretended_gpu
 import pytest
 import torch
-from pretended_gpu import OnDevice, Waits, moved, pretended, values
 from torch import nn
 
 import htv
 from htv import groups
 from htv.ops import backend
+from support import pretended_gpu
+from support.pretended_gpu import OnDevice, Waits, moved, pretended, values
 
 TRITON = os.environ.get("TRITON_INTERPRET") == "1"
 if TRITON:  # its kernels look at the variable when they are imported
@@ -105,37 +106,45 @@ def plain(argument):
     return argument.inner if isinstance(argument, OnDevice) else argument
 
 
-def gradients(model, batch, rule, grouped_rows):
+def gradients(model, batch, rule, voters):
     handle = htv.attach(model, rule)
     try:
-        with grouped_rows(handle):
+        with voters(handle):
             model(batch).square().sum().backward()
     finally:
         handle.detach()
     return [values(p.grad) for p in model.parameters()]
 
 
-def knows(model: str, grouped_rows: str, rule) -> bool:
+def knows(model: str, voters: str, rule) -> bool:
     """Whether a rule has enough of so few groups, and whether tokens have layers that know them."""
-    return grouped_rows != "tokens" or model in ("text", "tied")
+    return voters != "tokens" or model in ("text", "tied")
+
+
+def steps():
+    """All that can be combined. Quick are a mask and a median, whoever votes, and a soft mask of
+    every example's votes.
+    """
+    for combined in itertools.product(HANDLERS, MODELS, VOTERS, RULES):
+        *_, voters, rule = combined
+        quick = rule in (RULES[0], htv.Median()) or (voters, rule) == ("each", RULES[2])
+        marks = () if quick else (pytest.mark.slow,)
+        yield pytest.param(*combined, marks=marks, id="-".join(map(str, combined)))
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("rule", RULES, ids=repr)
-@pytest.mark.parametrize("grouped_rows", VOTERS)
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("server", HANDLERS)
-def test_a_step_waits_for_nothing(server, model, grouped_rows, rule, monkeypatch):
-    if not knows(model, grouped_rows, rule):
+@pytest.mark.parametrize(("server", "model", "voters", "rule"), steps())
+def test_a_step_waits_for_nothing(server, model, voters, rule, monkeypatch):
+    if not knows(model, voters, rule):
         pytest.skip("images have no tokens")
     if server == "reference" and model in ("text", "tied"):
         pytest.skip("PyTorch's sums by pairs of token and group wait")
     torch.manual_seed(0)
     net, batch = MODELS[model]()
-    wanted = gradients(net, batch, rule, VOTERS[grouped_rows])
+    wanted = gradients(net, batch, rule, VOTERS[voters])
     net.zero_grad()
     with pretended(monkeypatch), htv.use_backend(server):
-        found = gradients(moved(net), OnDevice(batch), rule, VOTERS[grouped_rows])
+        found = gradients(moved(net), OnDevice(batch), rule, VOTERS[voters])
     assert all(p.device == pretended_gpu.CUDA for p in net.parameters())
     for parameter, one, other in zip(dict(net.named_parameters()), found, wanted, strict=True):
         torch.testing.assert_close(

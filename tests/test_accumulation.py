@@ -7,7 +7,7 @@ from torch import nn
 
 import htv
 from htv.bench.models import mlp
-from oracles import RULES, by_name
+from support.oracles import RULES, by_name
 
 STREAMING = [rule for rule in RULES if rule.streaming]
 ORDER = [rule for rule in RULES if not rule.streaming and not isinstance(rule, htv.MedianOfMeans)]
@@ -40,7 +40,7 @@ def accumulated(model, x, rule, sizes, ids=None):
     return gradients(model)
 
 
-def require_equal(found, expected):
+def assert_equal_gradients(found, expected):
     assert found.keys() == expected.keys()
     for name, grad in expected.items():
         torch.testing.assert_close(found[name], grad, rtol=1e-9, atol=1e-12, msg=name)
@@ -50,19 +50,21 @@ def require_equal(found, expected):
 @pytest.mark.parametrize("sizes", [[4, 4, 4], [1, 6, 2, 3], [12]], ids=str)
 def test_streaming_rules_equal_one_large_batch(rule, sizes):
     model, x = mlp().double(), torch.randn(12, 12).double()
-    require_equal(accumulated(model, x, rule, sizes), large_batch(model, x, rule))
+    assert_equal_gradients(accumulated(model, x, rule, sizes), large_batch(model, x, rule))
 
 
 def test_groups_of_several_examples():
     model, x = mlp().double(), torch.randn(12, 12).double()
     ids = torch.tensor([3, 1, 3, 1, 7, 7, 5, 5, 9, 5, 9, 9])
     rule = htv.AndMask(0.5)
-    require_equal(accumulated(model, x, rule, [6, 6], ids), large_batch(model, x, rule, ids))
+    assert_equal_gradients(
+        accumulated(model, x, rule, [6, 6], ids), large_batch(model, x, rule, ids)
+    )
 
 
 def test_median_of_means_takes_micro_batches_as_buckets():
     model, x, rule = mlp().double(), torch.randn(12, 12).double(), htv.MedianOfMeans(3)
-    require_equal(accumulated(model, x, rule, [4, 4, 4]), large_batch(model, x, rule))
+    assert_equal_gradients(accumulated(model, x, rule, [4, 4, 4]), large_batch(model, x, rule))
     with pytest.raises(RuntimeError, match="needs 3 micro-batches"):
         accumulated(model, x, rule, [6, 6])
     assert all(p.grad is None for p in model.parameters())
@@ -78,7 +80,7 @@ def test_a_parameter_that_some_micro_batches_do_not_reach():
     for rule in (htv.AndMask(0.3), htv.GeometricMean(0.3), htv.SandMask(0.3, 0.5)):
         found = accumulated(model, x, rule, [4, 5])
         model.function = both
-        require_equal(found, large_batch(model, x, rule))
+        assert_equal_gradients(found, large_batch(model, x, rule))
         model.function = experts
         model.zero_grad()
 

@@ -36,7 +36,7 @@ ORDER = [
     ["htv.engine.parameter"],
     ["htv.engine.handlers"],
     ["htv.engine.mode"],
-    ["htv.engine.forward"],
+    ["htv.engine.call_plan", "htv.engine.forward"],
     ["htv.engine.compile"],
     ["htv.engine.session"],
     ["htv.attach"],

@@ -6,12 +6,12 @@ import dataclasses
 
 import pytest
 import torch
-from layer_table import Module
 from torch import nn
 from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 
 import htv
 from htv.tools.check import aggregated, one_group_at_a_time
+from support.layer_table import Module
 
 RULE = htv.Median()
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import htv
 from htv.tools.batchnorm import replace_batchnorm
-from oracles import by_name, stat
+from support.oracles import by_name, stat
 
 RULES = [htv.AndMask(0.4), htv.Median(), htv.WinsorizedMean(1), htv.Mean()]
 

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from layer_table import Module
 from torch import nn
 
 import htv
 from htv.bench.models import mlp, whole_models
 from htv.ops import aggregate
 from htv.tools.check import aggregated
-from oracles import RULES, by_name
+from support.layer_table import Module
+from support.oracles import RULES, by_name
 
 
 @pytest.mark.parametrize("broken", ["3.weight", "0.bias"])

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from layer_table import Module
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import htv
+from support.layer_table import Module
 
 MEDIAN = htv.Median()
 AND_MASK = htv.AndMask(0.6)

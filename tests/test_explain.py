@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from layer_table import LAYERS, Lora, Module, Tied
 from torch import nn
 
 import htv
 from htv.bench.models import whole_models
+from support.layer_table import LAYERS, Lora, Module, Tied
 
 
 @pytest.mark.parametrize("name", whole_models())

@@ -83,7 +83,7 @@ def run(tree: Path, *arguments: str, **environment: str) -> str:
     """What Python prints in the copy, whose htv is the one that is imported."""
     environment = {
         **os.environ,
-        "PYTHONPATH": str(tree),
+        "PYTHONPATH": os.pathsep.join([str(tree), str(tree / "tests")]),
         "PYTHONDONTWRITEBYTECODE": "1",
         **environment,
     }
@@ -165,7 +165,7 @@ print(htv.__file__, row.parameter, row.use)
 def test_a_layer(tree):
     edits = recipe("A layer")
     assert {edit.file for edit in edits} == {
-        "htv/engine/handlers/conv_tbc.py", "tests/layer_table.py",
+        "htv/engine/handlers/conv_tbc.py", "tests/support/layer_table.py",
     }  # fmt: skip
     shutil.copytree(ROOT / "tests", tree / "tests", ignore=IGNORED)
     supported = tree / "docs" / "supported.md"
@@ -176,7 +176,7 @@ def test_a_layer(tree):
         apply(edit, tree)
     found = run(tree, "-c", NEW_LAYER)
     assert f"{tree / 'htv'}" in found and found.endswith(" w conv_tbc\n")
-    run(tree, "tests/supported.py")
+    run(tree, "-m", "support.supported")
     lines = set(supported.read_text().splitlines()) - set(before.splitlines())
     assert lines == {"| conv_tbc | served exactly | test_layers.py::test_layer |"}
     command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "conv_tbc or supported")

@@ -12,12 +12,12 @@ import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
-import cuda_emulated
 import pytest
 
 from htv.bench.gpu import build, clock, correctness, kernels, report, run, step, training
 from htv.bench.gpu.targets import TARGETS
 from htv.tools import timing
+from support import cuda_emulated
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("ceilings", "correctness", "gpu", "machine", "sanitizer", "steps", "workloads")

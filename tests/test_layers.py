@@ -4,18 +4,17 @@ types, of any size.
 
 from contextlib import nullcontext
 
-import layer_table
 import pytest
-import supported
 import torch
 import torch.nn.functional as F
-from layer_table import BASIC, LAYERS, TABLE, Module, Recurrent
 from torch import nn
 from torch.utils import _pytree as pytree
 
 import htv
 from htv.tools.check import aggregated, one_group_at_a_time
-from oracles import RULES, by_name
+from support import layer_table, supported
+from support.layer_table import BASIC, LAYERS, TABLE, Module, Recurrent
+from support.oracles import RULES, by_name
 
 FIVE = [
     htv.Mean(),
@@ -321,4 +320,4 @@ def test_an_excluded_embedding_bag(mode):
 
 def test_the_table_of_what_is_supported_is_current():
     assert supported.missing() == []
-    assert supported.PATH.read_text() == supported.text(), "run: python tests/supported.py"
+    assert supported.PATH.read_text() == supported.text(), "run: python tests/support/supported.py"

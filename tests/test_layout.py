@@ -14,11 +14,11 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
-from layer_table import Module
 from torch import nn
 
 import htv
 from htv.tools.check import aggregated, one_group_at_a_time
+from support.layer_table import Module
 
 LARGEST = 400  # elements
 REFUSALS = (htv.UnsupportedError, ValueError)

@@ -12,7 +12,6 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from layer_table import Module
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -29,6 +28,7 @@ from htv.autograd.from_parameters import TensorFromParameters
 from htv.bench.models import mlp
 from htv.groups import GroupedRows, Groups
 from htv.tools.check import aggregated
+from support.layer_table import Module
 
 
 class Bystander(BufferListener):
@@ -43,7 +43,7 @@ def square(y):
     return y.square().sum()
 
 
-def require_oracle(model, x, ids=None, rule=MEDIAN):
+def assert_as_oracle(model, x, ids=None, rule=MEDIAN):
     """One step of the attached model, loss = sum of squares, against a loop over groups."""
     ids = list(range(len(x))) if ids is None else ids
     expected = {name: [] for name, _ in model.named_parameters()}
@@ -80,7 +80,7 @@ IN_PLACE = {
 @pytest.mark.parametrize("name", IN_PLACE)
 def test_outputs_may_be_changed_in_place(name):
     make, shape = IN_PLACE[name]
-    require_oracle(
+    assert_as_oracle(
         Module(lambda m, x: F.softplus(m.l(x).mul_(2.0)), l=make()).double(),
         torch.randn(shape).double(),
     )
@@ -88,7 +88,7 @@ def test_outputs_may_be_changed_in_place(name):
 
 def test_embeddings_may_be_changed_in_place():
     model = Module(lambda m, ids: m.e(ids).mul_(2.0), e=nn.Embedding(9, 5)).double()
-    require_oracle(model, torch.randint(0, 9, (4, 3)))
+    assert_as_oracle(model, torch.randint(0, 9, (4, 3)))
 
 
 def test_a_derived_tensor_changed_in_place_after_its_use():
@@ -98,7 +98,7 @@ def test_a_derived_tensor_changed_in_place_after_its_use():
         b *= 0.5
         return x + b
 
-    require_oracle(Module(decayed, b=torch.randn(6)).double(), torch.randn(5, 6).double())
+    assert_as_oracle(Module(decayed, b=torch.randn(6)).double(), torch.randn(5, 6).double())
 
 
 def _set(p):
@@ -116,7 +116,7 @@ def test_looked_up_positions_changed_in_place(edit, used_before):
         edit(p)
         return torch.tanh(y) + p
 
-    require_oracle(Module(forward, e=nn.Embedding(4, 6)).double(), torch.randn(5, 3, 6).double())
+    assert_as_oracle(Module(forward, e=nn.Embedding(4, 6)).double(), torch.randn(5, 3, 6).double())
 
 
 def test_a_derived_tensor_that_depends_on_more_than_its_parameters():
@@ -288,7 +288,7 @@ def test_a_layer_used_in_a_checkpoint_and_elsewhere(reentrant, second):
         torch.randn(5, 6).double().requires_grad_(),
     )
     if not reentrant:
-        return require_oracle(model, x)
+        return assert_as_oracle(model, x)
     with htv.attach(model, htv.Median()):
         with pytest.raises(
             RuntimeError, match="'l.(weight|bias)' is used in a reentrant.*use_reentrant=False"
@@ -308,8 +308,8 @@ def test_reentrant_checkpoints_of_several_layers_and_inside_one_another():
             c=nn.Linear(6, 6),
         ),
     ).double()
-    require_oracle(model, torch.randn(5, 6).double().requires_grad_())
-    require_oracle(model, torch.randn(5, 6).double().requires_grad_(), ids=[3, 1, 1, 3, 2])
+    assert_as_oracle(model, torch.randn(5, 6).double().requires_grad_())
+    assert_as_oracle(model, torch.randn(5, 6).double().requires_grad_(), ids=[3, 1, 1, 3, 2])
 
 
 def test_a_failed_reentrant_backward_blocks_nothing():

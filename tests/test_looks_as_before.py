@@ -102,10 +102,10 @@ def test_symbolic_traces_of_an_attached_model():
 
 
 def transformers_library():
-    """The library, imported as tests/zoo.py does, beside a torchvision without its operators."""
+    """The library, imported as the zoo does, beside a torchvision without its operators."""
     if not all(map(importlib.util.find_spec, ("transformers", "timm", "peft"))):
         pytest.skip("needs the extra `models`")
-    return __import__("zoo").transformers
+    return importlib.import_module("support.zoo").transformers
 
 
 def test_generate_infers_the_padding_mask():

@@ -7,7 +7,7 @@ import torch
 
 import htv
 from htv.tools.check import aggregated, one_group_at_a_time
-from oracles import by_name
+from support.oracles import by_name
 
 zoo = pytest.importorskip("zoo", reason="needs the extra `models`", exc_type=ModuleNotFoundError)
 

@@ -3,22 +3,22 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from layout_cases import (
-    Operand,
-    case,
-    constant,
-    given,
-    ids,
-    names_in,
-    require_all,
-    require_all_of_one,
-)
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from htv.engine import torch_ops
 from htv.engine.probing import WRITING
 from htv.engine.provenance import LOST
 from htv.groups import BatchLayout
+from support.layout_cases import (
+    Operand,
+    assert_all_marks,
+    assert_all_of_one,
+    case,
+    constant,
+    given,
+    ids,
+    names_in,
+)
 
 SIZES = [(3, 3), (3, 5), (4, 2)]  # examples and positions: as many, more, fewer
 
@@ -53,10 +53,10 @@ def permuting(n, p):
     yield case("permute, a function", lambda x: torch.permute(x, (1, 0, 2)), x(), 1)
     yield case("permute, merged", lambda x: x.permute(2, 1, 0),
                given(BatchLayout(0, 2, 3), 6 * n, p, 2), BatchLayout(2, 2, 3))
-    batch_size = torch.arange(n).flip(0)
+    backwards = torch.arange(n).flip(0)
     yield case("permute, picked", lambda x: x.permute(1, 0),
-               given(BatchLayout(0, examples=batch_size), n, p),
-               BatchLayout(1, examples=batch_size))
+               given(BatchLayout(0, examples=backwards), n, p),
+               BatchLayout(1, examples=backwards))
     yield case("swapaxes", lambda x: x.swapaxes(0, 2), x(), 2)
     yield case("swapdims", lambda x: torch.swapdims(x, 0, 1), x(), 1)
     yield case("movedim", lambda x: x.movedim(0, -1), x(), 2)
@@ -101,22 +101,22 @@ def reshaping(n, p):
                BatchLayout(0, 2))
     yield case("squeeze", lambda x: x.squeeze(), given(1, 1, n, 1, p), 0)
     yield case("squeeze a dim", lambda x: x.squeeze(-2), given(1, 1, n, 1, p), 1)
-    batch_size = torch.arange(n).flip(0)
-    mine = lambda *shape: given(BatchLayout(0, examples=batch_size), *shape)
-    twice = batch_size.repeat_interleave(2)
+    backwards = torch.arange(n).flip(0)
+    mine = lambda *shape: given(BatchLayout(0, examples=backwards), *shape)
+    twice = backwards.repeat_interleave(2)
     yield case("picked, cut in two", lambda x: x.view(m, p), mine(n, 2 * p),
                BatchLayout(0, examples=twice))
     yield case("picked, joined", lambda x: x.view(n, 2, p),
-               given(BatchLayout(0, examples=twice), m, p), BatchLayout(0, examples=batch_size))
+               given(BatchLayout(0, examples=twice), m, p), BatchLayout(0, examples=backwards))
     yield case("picked, other dims", lambda x: x.view(n, 2, p), mine(n, 2 * p),
-               BatchLayout(0, examples=batch_size))
+               BatchLayout(0, examples=backwards))
     yield case("picked, behind a new dim", lambda x: x.reshape(1, n, p), mine(n, p),
-               BatchLayout(1, examples=batch_size))
+               BatchLayout(1, examples=backwards))
     yield case("picked, mixed", lambda x: x.view(2, n),
                given(BatchLayout(0, examples=twice.roll(1)), m),
                LOST)
     yield case("picked, with before", lambda x: x.flatten(0, 1),
-               given(BatchLayout(1, examples=batch_size), 2, n, p), LOST,
+               given(BatchLayout(1, examples=backwards), 2, n, p), LOST,
                given_up="what was picked is not followed there")
     yield case("unsqueeze", lambda x: x.unsqueeze(0), given(0, n, p), 1)
     yield case("unsqueeze at it", lambda x: x.unsqueeze(1), given(1, p, n), 2)
@@ -137,14 +137,14 @@ def reshaping(n, p):
     yield case("repeat in front and it", lambda x: x.repeat(2, 3, 1), given(0, n, p),
                BatchLayout(1, 3))
     yield case("repeat, picked", lambda x: x.repeat(2, 1), mine(n, p),
-               BatchLayout(0, examples=batch_size.repeat(2)))
+               BatchLayout(0, examples=backwards.repeat(2)))
     yield case("tile fewer", lambda x: x.tile((2,)), given(0, n, p), 0)
     yield case("tile it", lambda x: torch.tile(x, (2, 1)), given(0, n, p), BatchLayout(0, 2))
     yield case("tile it, last", lambda x: x.tile((2,)), given(1, p, n), BatchLayout(1, 2))
 
 
 def joining(n, p):
-    batch_size = torch.arange(n).flip(0)
+    backwards = torch.arange(n).flip(0)
     pair = [given(0, n, p), given(0, n, p)]
     for name in ("cat", "concat", "concatenate"):
         join = getattr(torch, name)
@@ -158,10 +158,10 @@ def joining(n, p):
         yield case(f"{name}, crossed", lambda x, y, f=join: f([x, y]),
                    [given(0, n, n), given(1, n, n)], LOST)
         yield case(f"{name} orders", lambda x, y, f=join: f([x, y]),
-                   [given(0, n, p), given(BatchLayout(0, examples=batch_size), n, p)],
-                   BatchLayout(0, examples=torch.cat([torch.arange(n), batch_size])))
+                   [given(0, n, p), given(BatchLayout(0, examples=backwards), n, p)],
+                   BatchLayout(0, examples=torch.cat([torch.arange(n), backwards])))
         yield case(f"{name} beside another order", lambda x, y, f=join: f([x, y], 1),
-                   [given(0, n, p), given(BatchLayout(0, examples=batch_size), n, p)], LOST)
+                   [given(0, n, p), given(BatchLayout(0, examples=backwards), n, p)], LOST)
     yield case("cat it, merged", lambda x, y: torch.cat([x, y]),
                [given(BatchLayout(0, 1, 2), 2 * n, p), given(0, n, p)],
                BatchLayout(0, examples=torch.cat([torch.arange(n).repeat_interleave(2),
@@ -461,7 +461,7 @@ KNOWN = {
 @pytest.mark.parametrize(("batch_size", "positions"), SIZES)
 @pytest.mark.filterwarnings("ignore")
 def test_marks_are_those_expected(family, batch_size, positions):
-    require_all(family(batch_size, positions), batch_size)
+    assert_all_marks(family(batch_size, positions), batch_size)
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.__name__)
@@ -479,4 +479,4 @@ def test_all_that_moves_is_known_here():
 def test_a_batch_of_one_is_all_that_one(family):
     for c in family(1, 3):
         if not c.given_up:
-            require_all_of_one(c)
+            assert_all_of_one(c)

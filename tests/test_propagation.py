@@ -7,22 +7,22 @@ unit. Moves of parts of the batch, indices and writes are in test_probing.py.
 import pytest
 import torch
 import torch.nn.functional as F
-from layout_cases import (
+from torch import Tensor
+
+from htv.engine import torch_ops
+from htv.engine.provenance import LOST
+from htv.groups import BatchLayout
+from support.layout_cases import (
     Operand,
+    assert_all_marks,
+    assert_all_of_one,
     case,
     constant,
     data,
     given,
     ids,
     names_in,
-    require_all,
-    require_all_of_one,
 )
-from torch import Tensor
-
-from htv.engine import torch_ops
-from htv.engine.provenance import LOST
-from htv.groups import BatchLayout
 
 SIZES = [(3, 3), (3, 5), (4, 2)]  # examples and positions: as many, more, fewer
 
@@ -475,7 +475,7 @@ def one_thread():
 @pytest.mark.parametrize(("batch_size", "positions"), SIZES)
 @pytest.mark.filterwarnings("ignore")
 def test_marks_are_those_expected(family, batch_size, positions):
-    require_all(family(batch_size, positions), batch_size)
+    assert_all_marks(family(batch_size, positions), batch_size)
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.__name__)
@@ -488,4 +488,4 @@ def test_every_known_operation_has_a_case(family):
 @pytest.mark.filterwarnings("ignore")
 def test_a_batch_of_one_is_all_that_one(family):
     for c in family(1, 3):
-        require_all_of_one(c)
+        assert_all_of_one(c)

@@ -2,12 +2,21 @@
 
 import pytest
 import torch
-from layout_cases import Probe, case, data, given, marks_of, require, same_place, tensors
 from torch import nn
 
 import htv
 from htv.engine.provenance import CONSTANT, LOST, Lost, Marks
 from htv.groups import BatchLayout
+from support.layout_cases import (
+    Probe,
+    assert_mark,
+    case,
+    data,
+    given,
+    marks_of,
+    same_place,
+    tensors,
+)
 
 
 @pytest.mark.parametrize(
@@ -53,12 +62,12 @@ def test_same_places(a, b, batch_size, same):
 
 
 def test_places_elsewhere_keep_their_pattern():
-    batch_size = torch.tensor([1, 0])
+    examples = torch.tensor([1, 0])
     layout = BatchLayout(0, 2, 3, guess="so").at(2)
     assert (layout.dim, layout.outer, layout.times, layout.guess) == (2, 2, 3, "so")
-    assert BatchLayout(0, examples=batch_size).at(1).examples is batch_size
+    assert BatchLayout(0, examples=examples).at(1).examples is examples
     assert layout.at(2) is layout
-    assert layout.size(4) == 24 and BatchLayout(0, examples=batch_size).size(4) == 2
+    assert layout.size(4) == 24 and BatchLayout(0, examples=examples).size(4) == 2
     assert layout.index(2).tolist() == [0, 0, 0, 1, 1, 1] * 2
 
 
@@ -114,12 +123,12 @@ def test_rows_that_vote_keep_their_order():
     ):
         _, marks = marks_of(case("", call, given(0, 3, 4, 2), 0), 3, tokens=True)
         assert isinstance(marks[0], BatchLayout) is kept
-        require(case("where only examples vote", call, given(0, 3, 4, 2), 0), 3)
+        assert_mark(case("where only examples vote", call, given(0, 3, 4, 2), 0), 3)
 
 
 def test_statistics_of_the_batch_are_shared_only_where_asked():
     centred = case("centred", lambda x: x - x.mean(0), given(0, 3, 4), LOST)
-    require(centred, 3)
+    assert_mark(centred, 3)
     _, marks = marks_of(centred, 3, batch_norm="shared")
     assert same_place(marks[0], BatchLayout(0))
     both = given(0, 3, 4), given(0, 3, 4)
@@ -130,13 +139,13 @@ def test_statistics_of_the_batch_are_shared_only_where_asked():
 def test_data_has_no_say_unless_it_is_sure():
     guess = BatchLayout(1, guess="an input")
     meets = lambda first, second: case("", torch.mul, (first, second), 0)
-    require(meets(given(0, 3, 3), data(guess, 3, 3, fixed=True)), 3)
-    require(case("", torch.mul, (given(0, 3, 3), data(1, 3, 3)), LOST), 3)
+    assert_mark(meets(given(0, 3, 3), data(guess, 3, 3, fixed=True)), 3)
+    assert_mark(case("", torch.mul, (given(0, 3, 3), data(1, 3, 3)), LOST), 3)
     with pytest.raises(htv.UnsupportedError, match="by its size alone"):
         marks_of(meets(given(0, 3, 3), given(guess, 3, 3)), 3)
     lost = lambda x, y: x * y.flip(0).cumsum(0)
-    require(case("lost data", lost, (given(0, 3, 3), data(0, 3, 3, fixed=True)), 0), 3)
-    require(case("what is lost", lost, (given(0, 3, 3), given(0, 3, 3)), LOST), 3)
+    assert_mark(case("lost data", lost, (given(0, 3, 3), data(0, 3, 3, fixed=True)), 0), 3)
+    assert_mark(case("what is lost", lost, (given(0, 3, 3), given(0, 3, 3)), LOST), 3)
 
 
 def test_marks_are_kept_by_identity():

@@ -5,12 +5,12 @@ were.
 import pytest
 import torch
 import torch.nn.functional as F
-from layer_table import Module
 from torch import nn
 
 import htv
 from htv.bench.models import mlp
 from htv.tools.check import aggregated, one_group_at_a_time
+from support.layer_table import Module
 
 X = torch.randn(5, 4, 6)
 
@@ -328,7 +328,7 @@ IN_BACKWARD = {
 }
 
 
-def require_refusal(model, x, name):
+def assert_refused(model, x, name):
     """An UnsupportedError that names a parameter of the model and a remedy, before anything has
     changed.
     """
@@ -344,13 +344,13 @@ def require_refusal(model, x, name):
 @pytest.mark.parametrize("name", MIXING | UNSUPPORTED)
 def test_unsupported_use(name, size):
     """Also where sizes coincide, so that shapes alone would not tell."""
-    require_refusal((MIXING | UNSUPPORTED)[name](), torch.randn(size, 4, 6), name)
+    assert_refused((MIXING | UNSUPPORTED)[name](), torch.randn(size, 4, 6), name)
 
 
 @pytest.mark.parametrize("size", [5, 4, 6], ids=["N", "N == T", "N == D"])
 @pytest.mark.parametrize("name", SIZED)
 def test_a_parameter_that_meets_the_batch_s_dim(name, size):
-    require_refusal(SIZED[name](size), torch.randn(size, 4, 6), name)
+    assert_refused(SIZED[name](size), torch.randn(size, 4, 6), name)
 
 
 @pytest.mark.parametrize("length", [4, 5], ids=["T != N", "T == N"])

@@ -7,7 +7,7 @@ import pytest
 
 import htv
 from htv.rules import Rule
-from oracles import RULES, by_name
+from support.oracles import RULES, by_name
 
 
 @pytest.mark.parametrize("rule", RULES, **by_name)

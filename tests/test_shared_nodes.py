@@ -8,7 +8,7 @@ import htv
 from htv.engine import parameter
 from htv.ops import aggregate
 from htv.ops.factors import LinearFactors, StackedFactors
-from oracles import RULES, by_name
+from support.oracles import RULES, by_name
 
 
 class Branches(nn.Module):
@@ -79,7 +79,7 @@ def nodes(loss) -> list[int]:
     return sorted(found)
 
 
-def require_same(model, expected):
+def assert_same_gradients(model, expected):
     for name, p in model.named_parameters():
         grad = expected.get(name)
         assert (p.grad is None) == (grad is None), name
@@ -93,7 +93,7 @@ def test_gradients_are_those_of_separate_hubs(model, rule):
         loss = both(model(X))
         assert nodes(loss) == [len(list(model.parameters()))]
         loss.backward()
-    require_same(model, expected)
+    assert_same_gradients(model, expected)
     storages = [p.grad.untyped_storage().data_ptr() for p in model.parameters()]
     assert len(set(storages)) == len(storages)
 
@@ -105,7 +105,7 @@ def test_matrices_of_layers_that_see_sequences_stand_alone(model):
         loss = both(model(x))
         assert nodes(loss) == [1, 1, len(VECTORS)]
         loss.backward()
-    require_same(model, expected)
+    assert_same_gradients(model, expected)
 
 
 def test_a_hub_is_no_larger_than_its_bytes(model, monkeypatch):
@@ -129,7 +129,7 @@ def test_what_a_loss_does_not_reach_gets_no_gradient(model):
     expected = alone(model, htv.Median(), only_a)
     with htv.attach(model, htv.Median()):
         only_a(model(X)).backward()
-    require_same(model, expected)
+    assert_same_gradients(model, expected)
     assert model.b[0].weight.grad is None
 
 
@@ -143,7 +143,7 @@ def test_two_losses_of_one_forward(model):
         a.square().sum().backward(retain_graph=True)
         b.square().sum().backward()
     total = {name: sum(g for g in (first[name], second[name]) if g is not None) for name in first}
-    require_same(model, total)
+    assert_same_gradients(model, total)
 
 
 def test_a_forward_between_two_losses_of_another(model):
@@ -154,7 +154,7 @@ def test_a_forward_between_two_losses_of_another(model):
         loss = model(2 * X)[1].square().sum()
         expected = alone_in(model, b)
         (b.square().sum()).backward()
-        require_same(model, expected)
+        assert_same_gradients(model, expected)
         model.zero_grad()
         loss.backward()
         assert model.b[0].weight.grad is not None
@@ -178,10 +178,12 @@ def test_autograd_grad_of_one_member(model):
         assert all(p.grad is None for p in model.parameters())
         loss.backward(inputs=[model.a[0].weight, model.b[1].weight], retain_graph=True)
         given = {"a.0.weight", "b.1.weight"}
-        require_same(model, {name: g if name in given else None for name, g in expected.items()})
+        assert_same_gradients(
+            model, {name: g if name in given else None for name, g in expected.items()}
+        )
         model.zero_grad()
         loss.backward()
-    require_same(model, expected)
+    assert_same_gradients(model, expected)
 
 
 def test_accumulation_takes_only_what_backward_asks_for(model):
@@ -207,7 +209,7 @@ def test_hooks_see_gradients_only(model):
         assert nodes(loss) == [1, 1, len(VECTORS)]
         loss.backward()
         assert len(seen) == 2
-        require_same(model, expected)
+        assert_same_gradients(model, expected)
         model.zero_grad()
         seen.clear()
         only_a(model(X)).backward()
@@ -222,11 +224,11 @@ def test_members_may_be_frozen_and_thawed(model):
             model.zero_grad()
             model.get_parameter(frozen).requires_grad_(False)
             both(model(X)).backward()
-            require_same(model, expected | {frozen: None})
+            assert_same_gradients(model, expected | {frozen: None})
             model.get_parameter(frozen).requires_grad_(True)
         model.zero_grad()
         both(model(X)).backward()
-    require_same(model, expected)
+    assert_same_gradients(model, expected)
 
 
 def test_other_numbers_of_groups(model):
@@ -242,7 +244,7 @@ def test_other_numbers_of_groups(model):
                 )
                 with handle.groups(torch.tensor(ids)):
                     both(model(X)).backward()
-            require_same(model, found)
+            assert_same_gradients(model, found)
             model.zero_grad()
 
 

@@ -7,14 +7,14 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from layer_table import Module
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import htv
 from htv.bench.models import LanguageModel, mlp
 from htv.tools.check import aggregated, one_group_at_a_time
-from oracles import by_name
+from support.layer_table import Module
+from support.oracles import by_name
 
 RULES = [htv.Mean(), htv.AndMask(0.4), htv.Median(), htv.WinsorizedMean(1)]
 MEDIAN = htv.Median()

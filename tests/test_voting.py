@@ -9,7 +9,7 @@ from torch import nn
 import htv
 from htv.bench.models import LanguageModel, mlp
 from htv.tools.check import aggregated, one_group_at_a_time
-from oracles import by_name
+from support.oracles import by_name
 
 RULES = [
     htv.Mean(),
@@ -20,7 +20,7 @@ RULES = [
 ]
 
 
-def require(model, contributions, rule):
+def assert_aggregates(model, contributions, rule):
     """Every .grad is the aggregate of contributions, name -> (E, *shape), up to rounding."""
     largest = max(c.abs().max().item() for c in contributions.values())
     for name, p in model.named_parameters():
@@ -56,7 +56,7 @@ def test_environments_whose_means_count_once(rule):
             value = loss(slice(None)).mean()
         value.backward()
     # Mean() is the gradient of the mean of the environments' means.
-    require(model, {name: c / 3 for name, c in means.items()}, rule)
+    assert_aggregates(model, {name: c / 3 for name, c in means.items()}, rule)
 
 
 @pytest.mark.parametrize("rule", RULES, **by_name)
@@ -74,7 +74,7 @@ def test_packed_sequences_whose_means_count_once(rule):
             with handle.packed(torch.tensor(bounds), weight="equal"):
                 value = model(x.reshape(*lead, 4)).square().sum() / 7
             value.backward()
-        require(model, {name: c / 3 for name, c in means.items()}, rule)
+        assert_aggregates(model, {name: c / 3 for name, c in means.items()}, rule)
 
 
 def test_weights_reach_every_kind_of_layer():
@@ -97,7 +97,7 @@ def test_weights_reach_every_kind_of_layer():
             with handle.groups(ids, weight="equal"):
                 value = loss(slice(None)).mean()
             value.backward()
-        require(model, {name: c / 3 for name, c in means.items()}, rule)
+        assert_aggregates(model, {name: c / 3 for name, c in means.items()}, rule)
 
 
 class SequenceFirst(nn.Module):
@@ -120,7 +120,7 @@ def test_examples_in_dim_1(rule, length):
     contributions = per_group(model, lambda e: model(x[:, e : e + 1]).square().sum(), 6)
     with htv.attach(model, rule, batch_dim=1):
         model(x).square().sum().backward()
-    require(model, contributions, rule)
+    assert_aggregates(model, contributions, rule)
 
 
 def test_time_taken_for_the_batch_is_refused():
@@ -182,7 +182,7 @@ def test_every_token_votes(rule, masked):
         with handle.tokens(mask if masked else None):
             value = loss(model(ids))
         value.backward()
-    require(model, {name: c[mask] for name, c in copies.items()}, rule)
+    assert_aggregates(model, {name: c[mask] for name, c in copies.items()}, rule)
 
 
 def test_tokens_of_a_whole_model():
@@ -273,4 +273,4 @@ def test_padded_tokens_change_nothing(rule):
     contributions = per_group(model, alone, 5)
     with htv.attach(model, rule):
         (losses(model(x, pad)) * ~pad).sum().backward()
-    require(model, contributions, rule)
+    assert_aggregates(model, contributions, rule)

@@ -6,11 +6,12 @@ import shutil
 import sys
 from pathlib import Path
 
-import patience
 import pytest
-from pretended_gpu import build_guard
+import torch
 
 import htv
+from support import patience
+from support.pretended_gpu import build_guard
 
 RUN = (
     "import ctypes, sys\n"
@@ -21,9 +22,14 @@ RUN = (
 )
 
 
-def test_steps_wait_for_nothing(tmp_path):
+@pytest.mark.parametrize(
+    "some", ["not slow", pytest.param("slow", marks=pytest.mark.slow)], ids=["quick", "slow"]
+)
+def test_steps_wait_for_nothing(some, tmp_path):
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
+    if torch.version.cuda is not None and not torch.cuda.is_available():
+        pytest.skip("autograd's engine of torch for CUDA asks the driver for the pretended GPU")
     folder = Path(__file__).parent
     search = [str(Path(htv.__file__).parents[1]), str(folder), os.environ.get("PYTHONPATH", "")]
     interpreted = importlib.util.find_spec("triton") is not None
@@ -34,6 +40,8 @@ def test_steps_wait_for_nothing(tmp_path):
         "--import-mode=importlib",
         "-p",
         "no:cacheprovider",
+        "-m",
+        some,
         str(folder / "check_waiting.py"),
     ]
     command = [sys.executable, "-c", RUN, ";".join(build_guard(tmp_path)), *options]

@@ -256,12 +256,7 @@ def settle_together(
     if ready:
         found = aggregate.aggregate_together([*ready.values()], buffers[0].rule)
         for i, grad in zip(ready, found, strict=True):
-            parameter, owner = parameters[i], buffers[i]._owner()
-            if grad.dtype != parameter.dtype:
-                grad = grad.to(parameter.dtype)
-            if owner is not None:
-                owner.deliver(grad, current)
-            grads[i] = grad
+            grads[i] = buffers[i].delivered(current, grad, parameters[i])
     return grads
 
 

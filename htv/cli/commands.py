@@ -117,9 +117,9 @@ def bench(
         list[str] | None,
         typer.Option(
             help="What to measure; repeat it or separate by commas. mlp-relu, mlp-gelu, "
-            "transformer, resnet18, llama-block, convnext-stage, stacked-E, scaling-groups, "
-            "scaling-width, scaling-rows; the beginning of several names stands for all of them, "
-            "as in `stacked`. Default: everything: some fifteen minutes."
+            "transformer, resnet18, llama-block, convnext-stage, stacked-E, "
+            "scaling-groups, scaling-width, scaling-rows; the beginning of several names stands "
+            "for all of them, as in `stacked`. Default: everything: some fifteen minutes."
         ),
     ] = None,
     variant: Annotated[

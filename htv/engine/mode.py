@@ -32,7 +32,7 @@ from htv.engine.provenance import (
     OfBatch,
 )
 from htv.engine.torch_ops import plain_name, tensors_in
-from htv.engine.usual import compiled
+from htv.engine.usual import compiled, put_usual
 from htv.errors import UnsupportedError
 from htv.groups import BatchLayout, GroupedRows, Groups
 
@@ -140,8 +140,11 @@ class ServingMode(TorchFunctionMode):
                 and not tracked
                 and (again is None or marks.get(tensor) is None)
             ):
-                guess = "" if sure else f"{name!r}, an input of shape {tuple(tensor.shape)},"
-                marks.put(tensor, replace(layout, guess=guess) if guess else layout)
+                if not sure:
+                    guess = f"{name!r}, an input of shape {tuple(tensor.shape)},"
+                    layout = replace(layout, guess=guess)
+                if not (layout.is_the_one and put_usual(known, tensor, layout)):
+                    marks.put(tensor, layout)
 
     def enter(self) -> None:
         """Put the mode on torch's stack; `left_on_stack` takes it off, whatever was interrupted."""

@@ -16,18 +16,19 @@ from torch import Tensor, nn
 from htv.autograd.accumulation import MicroBatches, refuse_unless_streaming
 from htv.autograd.aggregation import NestedBackwards
 from htv.engine import inputs, ranks
+from htv.engine.call_plan import CallPlan, shapes_of
 from htv.engine.checkpointing import RecentForwards, in_backward, in_reentrant_checkpoint
 from htv.engine.continuation import carried_marks
 from htv.engine.forward import ForwardStandIn, thaw
 from htv.engine.group_spec import GroupSpec, groups_of, same_spec
 from htv.engine.guard_state import PASSES
 from htv.engine.inputs import Batch
-from htv.engine.mode import RowsByLayout, ServingMode, left_on_stack
+from htv.engine.mode import ServingMode, left_on_stack
 from htv.engine.parameter import TrackedParameter, share_nodes
 from htv.engine.provenance import FromParameters, Lost, Mark
 from htv.engine.usual import call_layer
 from htv.errors import UnsupportedError
-from htv.groups import BatchLayout, Groups
+from htv.groups import Groups
 from htv.ops.factors import Factors
 from htv.rules import Mean, Rule
 
@@ -139,7 +140,7 @@ class Session:
             if rules[name] is not None
         }
         self.own_marks = {k: FromParameters((s,), s.parameter) for k, s in self._tracked.items()}
-        self._plans: dict[tuple, _Plan] = {}  # who votes, by how the forward was called
+        self._plans: dict[tuple, CallPlan] = {}  # who votes, by how the forward was called
         self._enough: set[int] = set()  # numbers of groups that suffice for all rules
         self._found: dict[tuple, dict[tuple, Mark]] = {}  # marks of results, by size of the batch
         # Who shares a node, by the numbers of groups and examples, and whether matrices do.
@@ -480,9 +481,8 @@ class Session:
         if not self.only_means and ranks.vote_alone() and not self._told_of_ranks:
             self._warn_of_ranks()
         again, carried, spec, rows = None, {}, None, None
-        key = (
-            None if kwargs or names is not None or self.spec is not None else _shapes(forward, args)
-        )
+        usual = not kwargs and names is None and self.spec is None
+        key = shapes_of(forward, args) if usual else None
         plan = None if key is None else self._plans.get(key)
         if plan is not None:
             self._begin(graph=True)
@@ -519,7 +519,7 @@ class Session:
         """Keep who votes in a forward for those that are called alike."""
         if len(self._plans) >= MOST_SIZES:
             self._plans.clear()
-        self._plans[key] = _Plan.for_call(groups, batch, args)
+        self._plans[key] = CallPlan.for_call(groups, batch, args)
 
     def close(self, mode: ServingMode | None, outer: ServingMode | bool | None) -> None:
         """End the forward of `mode`; `outer` is the one around it, or None."""
@@ -617,63 +617,6 @@ class Session:
 
 
 PASSES.add(Session.run.__code__)
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """Keeps who votes in a forward that gets such arguments.
-
-    members:    (argument, its name, place, sure) of those that hold examples; see `Batch`.
-    constants:  the other arguments that are tensors.
-    """
-
-    groups: Groups
-    input_layout: BatchLayout
-    source: str
-    members: tuple[tuple[int, str, BatchLayout, bool], ...]
-    constants: tuple[int, ...]
-    rows: RowsByLayout
-
-    @staticmethod
-    def for_call(groups: Groups, batch: Batch, args: tuple) -> _Plan:
-        numbers = {id(value): i for i, value in enumerate(args)}
-        members = tuple((numbers[id(t)], name, p, sure) for name, t, p, sure in batch.members)
-        constants = tuple(numbers[id(t)] for t in batch.constants)
-        rows = RowsByLayout(groups)
-        return _Plan(groups, batch.input_layout, batch.source, members, constants, rows)
-
-    def of(self, args: tuple) -> Batch:
-        """Return the batch of a call with such arguments."""
-        batch = Batch(self.groups.batch_size, self.input_layout, source=self.source)
-        for number, name, layout, sure in self.members:
-            batch.members.append((name, args[number], layout, sure))
-        for number in self.constants:
-            batch.constants.append(args[number])
-        return batch
-
-
-def _shapes(forward: ForwardStandIn, args: tuple) -> tuple | None:
-    """Return all that decides who votes in a call of plain tensors; None for other calls.
-
-    Tensors with a graph may come from earlier forwards, a backward runs parts of one again.
-    """
-    if torch._C._current_graph_task_id() != -1:
-        return None
-    key: list[object] = [forward]
-    tensors = set()
-    for value in args:
-        if type(value) is Tensor and not value.is_nested and value.layout is torch.strided:
-            if value.grad_fn is not None:
-                return None
-            key.append(value.shape)
-            if id(value) in tensors:
-                return None
-            tensors.add(id(value))
-        elif value is None or type(value) in (int, float, bool, str):
-            key.append(value)
-        else:
-            return None
-    return tuple(key)
 
 
 def refuse_shared(model: nn.Module, rules: dict[str, Rule | None]) -> None:

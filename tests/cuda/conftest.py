@@ -1,6 +1,7 @@
-import cuda_emulated as emulator
 import pytest
 import torch
+
+from support import cuda_emulated as emulator
 
 
 @pytest.fixture(scope="session")

@@ -8,10 +8,10 @@ import mmap
 
 import pytest
 import torch
-from rank_one_cases import DTYPES
 
 from htv.ops import reference, schema
 from htv.rules import Statistic
+from support.rank_one_cases import DTYPES
 
 PROT_NONE = 0
 

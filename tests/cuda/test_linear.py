@@ -3,11 +3,14 @@ emulator.
 """
 
 import pytest
-import rank_one_cases as cases
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from rank_one_cases import (
+
+from htv.ops import schema
+from htv.rules import Statistic
+from support import rank_one_cases as cases
+from support.rank_one_cases import (
     DTYPES,
     KINDS,
     ROWS,
@@ -18,9 +21,6 @@ from rank_one_cases import (
     offsets_of,
 )
 
-from htv.ops import schema
-from htv.rules import Statistic
-
 
 @pytest.fixture
 def linear(emulated):
@@ -30,29 +30,29 @@ def linear(emulated):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("lengths", "out", "width"), SHAPES, ids=lambda v: str(v)[:20])
 def test_masks_and_sign_sums(linear, dtype, lengths, out, width):
-    cases.counts_hold(linear, dtype, lengths, out, width)
+    cases.assert_counts_hold(linear, dtype, lengths, out, width)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nan_and_infinity(linear, dtype):
-    cases.holds_with_nan_and_infinity(linear, dtype)
+    cases.assert_holds_with_nan_and_infinity(linear, dtype)
 
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16), ids=str)
 def test_products_that_vanish(linear, dtype):
-    cases.holds_where_products_vanish(linear, dtype)
+    cases.assert_holds_where_products_vanish(linear, dtype)
 
 
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_order_statistics(linear, kind, rows):
     for dtype in DTYPES if rows in (3, 24, 65) else (torch.float32,):
-        cases.order_statistics_hold(linear, dtype, kind, rows)
+        cases.assert_order_statistics_hold(linear, dtype, kind, rows)
 
 
 @pytest.mark.parametrize("kind", ["dense", "relu"])
 def test_groups_without_rows_contribute_zeros(linear, kind):
-    cases.groups_without_rows_are_zeros(linear, kind)
+    cases.assert_groups_without_rows_are_zeros(linear, kind)
 
 
 def test_values_that_do_not_fit_shared_memory(linear, monkeypatch):

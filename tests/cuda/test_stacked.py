@@ -1,11 +1,13 @@
 """htv::stacked in CUDA against its definition: the kernels themselves, run by the emulator."""
 
 import pytest
-import stacked_cases as cases
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from stacked_cases import (
+
+from htv.rules import Statistic
+from support import stacked_cases as cases
+from support.stacked_cases import (
     COUNTING,
     DTYPES,
     NETWORKS,
@@ -13,8 +15,6 @@ from stacked_cases import (
     delicate_values,
     statistics,
 )
-
-from htv.rules import Statistic
 
 
 @pytest.fixture
@@ -25,42 +25,42 @@ def stacked(emulated):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("groups", (1, 2, 3, 5, 8, 16, 17, 31, 32, 33, 64, 100, 1000))
 def test_random_values(stacked, dtype, groups):
-    cases.holds_on_random_values(stacked, dtype, groups)
+    cases.assert_holds_on_random_values(stacked, dtype, groups)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", (0, 1, 2, 3, 4, 6, 7, 8, 12, 16, 31, 100, 2050))
 def test_every_alignment(stacked, dtype, width):
-    cases.holds_at_every_alignment(stacked, dtype, width)
+    cases.assert_holds_at_every_alignment(stacked, dtype, width)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("groups", (*NETWORKS, *COUNTING))
 def test_medians_are_exact(stacked, dtype, groups):
-    cases.medians_are_exact(stacked, dtype, groups)
+    cases.assert_medians_are_exact(stacked, dtype, groups)
 
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=str)
 @pytest.mark.parametrize("groups", (*NETWORKS, 97, 300))
 def test_trimmed_and_winsorized_means(stacked, dtype, groups):
-    cases.inner_means_hold(stacked, dtype, groups)
+    cases.assert_inner_means_hold(stacked, dtype, groups)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("groups", (1, 2, 4, 16, 64, 128))
 def test_ties_zeros_and_the_sign_of_zero(stacked, dtype, groups):
-    cases.holds_with_ties_and_zeros(stacked, dtype, groups)
+    cases.assert_holds_with_ties_and_zeros(stacked, dtype, groups)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("groups", (2, 3, 7, 40, 70))
 def test_nan_and_infinity(stacked, dtype, groups):
-    cases.holds_with_nan_and_infinity(stacked, dtype, groups)
+    cases.assert_holds_with_nan_and_infinity(stacked, dtype, groups)
 
 
 @pytest.mark.parametrize("groups", (1, 3, 8, 9, 40, 70, 150))
 def test_means_of_buckets_that_are_undefined_surface(stacked, groups):
-    cases.undefined_bucket_means_surface(stacked, groups)
+    cases.assert_undefined_bucket_means_surface(stacked, groups)
 
 
 @pytest.mark.parametrize("bytes_of_shared_memory", (2048, 6144))
@@ -80,13 +80,13 @@ def test_values_that_do_not_fit_shared_memory(stacked, monkeypatch, bytes_of_sha
 
 @pytest.mark.parametrize("groups", (70, 513))
 def test_hard_searches(stacked, groups):
-    cases.hard_searches_end(stacked, groups)
+    cases.assert_hard_searches_end(stacked, groups)
 
 
 @pytest.mark.parametrize("groups", (5, 33, 70))
 def test_twice_gives_the_same_bits(stacked, groups):
     """The emulator reverses the threads every second time: a missing barrier would show."""
-    cases.twice_gives_the_same_bits(stacked, groups)
+    cases.assert_twice_gives_the_same_bits(stacked, groups)
 
 
 @settings(

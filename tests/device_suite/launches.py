@@ -129,13 +129,15 @@ def captured(dry: bool) -> Found:
                 (False, True) if server == "triton" and op in ("linear", "conv") else (False,)
             ):
                 what = f"{op} by {server}, {statistic.name}{', ragged' * ragged}"
-                run = lambda s=server, o=op, t=statistic, r=ragged: op_is_captured(s, o, t, r)
+                run = lambda s=server, o=op, t=statistic, r=ragged: assert_op_is_captured(
+                    s, o, t, r
+                )
                 yield what, needs_gpu(run, dry)
     for name in MODELS:
         for rule in (htv.AndMask(0.4), htv.Median()):
             yield (
                 f"step of {name}, {rule}",
-                needs_gpu(lambda n=name, r=rule: step_is_captured(n, r), dry),
+                needs_gpu(lambda n=name, r=rule: assert_step_is_captured(n, r), dry),
             )
 
 
@@ -158,7 +160,7 @@ def warmed_up(run: Callable[[], object]) -> None:
     torch.cuda.synchronize()
 
 
-def op_is_captured(server: str, op: str, statistic: Statistic, ragged: bool) -> None:
+def assert_op_is_captured(server: str, op: str, statistic: Statistic, ragged: bool) -> None:
     require_server(server, op, statistic)
     given = arguments(op, "cuda", ragged)
     warmed_up(lambda: call(server, op, given, statistic))
@@ -173,7 +175,7 @@ def op_is_captured(server: str, op: str, statistic: Statistic, ragged: bool) -> 
     equal(results, call(server, op, given, statistic))
 
 
-def step_is_captured(name: str, rule: htv.Rule) -> None:
+def assert_step_is_captured(name: str, rule: htv.Rule) -> None:
     step = AttachedStep(name, rule, "cuda")
     warmed_up(step)
     graph = torch.cuda.CUDAGraph()
@@ -197,16 +199,19 @@ def compiled(dry: bool) -> Found:
     device, compiler = ("cpu", "aot_eager") if dry else ("cuda", "inductor")
     for server, op in operators(device):
         if not dry or op == "linear":
-            yield f"{op} by {server}", lambda s=server, o=op: op_is_compiled(s, o, device, compiler)
+            yield (
+                f"{op} by {server}",
+                lambda s=server, o=op: assert_op_is_compiled(s, o, device, compiler),
+            )
     for name in MODELS if not dry else ("mlp",):
         for rule in (htv.AndMask(0.4), htv.Median())[: 2 if name == "mlp" and not dry else 1]:
             yield (
                 f"step of {name}, {rule}",
-                lambda n=name, r=rule: step_is_compiled(n, r, device, compiler),
+                lambda n=name, r=rule: assert_step_is_compiled(n, r, device, compiler),
             )
 
 
-def op_is_compiled(server: str, op: str, device: str, compiler: str) -> None:
+def assert_op_is_compiled(server: str, op: str, device: str, compiler: str) -> None:
     require_server(server, op, AND_MASK, device)
     given = arguments(op, device)
     torch._dynamo.reset()
@@ -216,7 +221,7 @@ def op_is_compiled(server: str, op: str, device: str, compiler: str) -> None:
     equal(list(whole(*given)), call(server, op, given, AND_MASK))
 
 
-def step_is_compiled(name: str, rule: htv.Rule, device: str, compiler: str) -> None:
+def assert_step_is_compiled(name: str, rule: htv.Rule, device: str, compiler: str) -> None:
     torch._dynamo.reset()
     step, eager = AttachedStep(name, rule, device, compiler), AttachedStep(name, rule, device)
     step(), eager()
@@ -235,7 +240,7 @@ def streams(dry: bool) -> Found:
     for server, op in operators("cuda"):
         yield (
             f"{op} by {server}",
-            needs_gpu(lambda s=server, o=op: op_follows_its_stream(s, o), dry),
+            needs_gpu(lambda s=server, o=op: assert_op_follows_its_stream(s, o), dry),
         )
     yield "step of mlp", needs_gpu(step_follows_its_stream, dry)
 
@@ -254,7 +259,7 @@ def late(given: Tensor, values: Tensor) -> Iterator[None]:
     side.synchronize()
 
 
-def op_follows_its_stream(server: str, op: str) -> None:
+def assert_op_follows_its_stream(server: str, op: str) -> None:
     require_server(server, op, AND_MASK)
     given = arguments(op, "cuda")
     values = torch.randn_like(given[0])
@@ -305,11 +310,11 @@ def devices(dry: bool) -> Found:
     for server, op in operators("cuda"):
         yield (
             f"{op} by {server}",
-            needs_gpu(lambda s=server, o=op: op_follows_its_device(s, o), dry),
+            needs_gpu(lambda s=server, o=op: assert_op_follows_its_device(s, o), dry),
         )
 
 
-def op_follows_its_device(server: str, op: str) -> None:
+def assert_op_follows_its_device(server: str, op: str) -> None:
     if torch.cuda.device_count() < 2:
         raise Skipped("needs two GPUs")
     require_server(server, op, AND_MASK)

@@ -10,15 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import cuda_emulated
-import rank_one_cases as rank_one
-import stacked_cases as stacked
 import torch
 from torch import Tensor
 
 from device_suite import Skipped
 from htv.ops import backend, reference, registry, schema
 from htv.rules import Statistic
+from support import cuda_emulated
+from support import rank_one_cases as rank_one
+from support import stacked_cases as stacked
 
 Found = Iterator[tuple[str, Callable[[], None]]]
 CUDA = torch.device("cuda")
@@ -90,37 +90,37 @@ def cuda_stacked(dry: bool) -> Found:
     types, singles = stacked.DTYPES, (torch.float64, torch.float32)
     tables = {
         "random values": (
-            stacked.holds_on_random_values,
+            stacked.assert_holds_on_random_values,
             types,
             (1, 2, 3, 5, 8, 16, 17, 31, 32, 33, 64, 100, 1000),
         ),
         "rows of length": (
-            stacked.holds_at_every_alignment,
+            stacked.assert_holds_at_every_alignment,
             types,
             (0, 1, 2, 3, 4, 6, 7, 8, 12, 16, 31, 100, 2050),
         ),
         "medians are exact": (
-            stacked.medians_are_exact,
+            stacked.assert_medians_are_exact,
             types,
             (*stacked.NETWORKS, *stacked.COUNTING),
         ),
-        "inner means": (stacked.inner_means_hold, singles, (*stacked.NETWORKS, 97, 300)),
-        "ties and zeros": (stacked.holds_with_ties_and_zeros, types, (1, 2, 4, 16, 64, 128)),
-        "NaN and infinity": (stacked.holds_with_nan_and_infinity, types, (2, 3, 7, 40, 70)),
+        "inner means": (stacked.assert_inner_means_hold, singles, (*stacked.NETWORKS, 97, 300)),
+        "ties and zeros": (stacked.assert_holds_with_ties_and_zeros, types, (1, 2, 4, 16, 64, 128)),
+        "NaN and infinity": (stacked.assert_holds_with_nan_and_infinity, types, (2, 3, 7, 40, 70)),
     }
     for what, (holds, dtypes, sizes) in tables.items():
         for dtype in dtypes if not dry else dtypes[1:3]:
             for size in sizes if not dry else sizes[2:8:5]:
                 yield f"{what}: {short(dtype)}, {size}", poisoned(holds, op, dtype, size)
     for groups in (1, 3, 8, 9, 40, 70, 150) if not dry else (9,):
-        undefined = stacked.undefined_bucket_means_surface
+        undefined = stacked.assert_undefined_bucket_means_surface
         yield f"undefined means of buckets: {groups}", poisoned(undefined, op, groups)
     for groups in (70, 513) if not dry else (70,):
-        yield f"hard searches: {groups}", poisoned(stacked.hard_searches_end, op, groups)
+        yield f"hard searches: {groups}", poisoned(stacked.assert_hard_searches_end, op, groups)
     for groups in (5, 33, 70) if not dry else (5,):
         yield (
             f"twice the same bits: {groups}",
-            poisoned(stacked.twice_gives_the_same_bits, op, groups),
+            poisoned(stacked.assert_twice_gives_the_same_bits, op, groups),
         )
 
 
@@ -130,23 +130,23 @@ def cuda_linear(dry: bool) -> Found:
     for dtype in types:
         for lengths, out, width in rank_one.SHAPES if not dry else rank_one.SHAPES[1:3]:
             what = f"masks and sign sums: {short(dtype)}, {len(lengths)} groups, {out} x {width}"
-            yield what, poisoned(rank_one.counts_hold, op, dtype, lengths, out, width, dry)
+            yield what, poisoned(rank_one.assert_counts_hold, op, dtype, lengths, out, width, dry)
         yield (
             f"NaN and infinity: {short(dtype)}",
-            poisoned(rank_one.holds_with_nan_and_infinity, op, dtype, dry),
+            poisoned(rank_one.assert_holds_with_nan_and_infinity, op, dtype, dry),
         )
         if dtype != torch.float16:
-            vanishing = poisoned(rank_one.holds_where_products_vanish, op, dtype, dry)
+            vanishing = poisoned(rank_one.assert_holds_where_products_vanish, op, dtype, dry)
             yield f"products that vanish: {short(dtype)}", vanishing
     for kind in rank_one.KINDS if not dry else rank_one.KINDS[:1]:
         for rows in rank_one.ROWS if not dry else (5, 65):
             for dtype in types if rows in (3, 24, 65) and not dry else (torch.float32,):
                 what = f"order statistics: {short(dtype)}, {kind}, {rows} groups"
-                yield what, poisoned(rank_one.order_statistics_hold, op, dtype, kind, rows)
+                yield what, poisoned(rank_one.assert_order_statistics_hold, op, dtype, kind, rows)
     for kind in ("dense", "relu") if not dry else ():
         yield (
             f"groups without rows: {kind}",
-            poisoned(rank_one.groups_without_rows_are_zeros, op, kind),
+            poisoned(rank_one.assert_groups_without_rows_are_zeros, op, kind),
         )
 
 
@@ -200,19 +200,19 @@ def triton_linear(dry: bool) -> Found:
     for statistic in table.ALL if not dry else table.ALL[1:7:5]:
         for dtype in TRITON_TYPES if not dry else TRITON_TYPES[1:2]:
             what = f"{short(dtype)}, {described(statistic)}"
-            yield f"rounding: {what}", poisoned(table.rounding_is_bounded, statistic, dtype)
-            yield f"NaN: {what}", poisoned(table.nan_poisons_its_column, 3, statistic, dtype)
+            yield f"rounding: {what}", poisoned(table.assert_rounding_is_bounded, statistic, dtype)
+            yield f"NaN: {what}", poisoned(table.assert_nan_poisons_its_column, 3, statistic, dtype)
         if statistic.name != "geometric_mean":
             yield (
                 f"infinity: {described(statistic)}",
                 poisoned(table.inf_is_an_ordinary_extreme, statistic),
             )
-        outside = poisoned(table.rows_outside_the_groups_are_not_read, statistic)
+        outside = poisoned(table.assert_rows_outside_the_groups_are_not_read, statistic)
         yield f"rows outside the groups: {described(statistic)}", outside
-    yield "ties and zeros", poisoned(table.ties_and_zeros_count)
+    yield "ties and zeros", poisoned(table.assert_ties_and_zeros_count)
     yield (
         "no votes needed is the plain gradient",
-        poisoned(table.no_votes_needed_is_the_plain_gradient),
+        poisoned(table.assert_no_votes_needed_is_the_plain_gradient),
     )
 
 
@@ -234,10 +234,13 @@ def triton_conv(dry: bool) -> Found:
     for name in ("2-d", "3-d", "depthwise") if not dry else ():
         yield (
             f"channels last: {name}",
-            poisoned(table.channels_may_be_last_or_first, table.SHAPES[name]),
+            poisoned(table.assert_channels_may_be_last_or_first, table.SHAPES[name]),
         )
     for name in ("2-d", "depthwise") if not dry else ():
-        yield f"NaN and infinity: {name}", poisoned(table.nan_and_inf_hold, table.SHAPES[name])
+        yield (
+            f"NaN and infinity: {name}",
+            poisoned(table.assert_nan_and_inf_hold, table.SHAPES[name]),
+        )
 
 
 def triton_embedding(dry: bool) -> Found:

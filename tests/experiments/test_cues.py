@@ -6,13 +6,13 @@ import json
 
 import pytest
 import torch
-from findings import agreement
 from typer.testing import CliRunner
 
 from htv.cli.commands import app
 from htv.data import Dataset, digits
 from htv.experiments import cbft, cues, images, paths
 from htv.experiments.cues import CueTraining, Shuffled
+from support.findings import agreement
 
 SMALL = CueTraining(images=300, test_images=50, clean=0.1, epochs=2)
 NAMES = ["cbft", "paths"]

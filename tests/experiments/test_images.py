@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from findings import agreement
 from typer.testing import CliRunner
 
 import htv
@@ -16,6 +15,7 @@ from htv.data import DataError, digits
 from htv.experiments import images, rolling
 from htv.experiments.experiment import load
 from htv.experiments.images import Training
+from support.findings import agreement
 
 SMALL = Training(images=300, epochs=4, learning_rate=0.1, batch_size=64, test_images=50, looks=2)
 NAMES = ["memorisation", "winsorized", "rolling", "attribution", "coherence", "difficulty"]

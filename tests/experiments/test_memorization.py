@@ -8,13 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from findings import agreement
 from typer.testing import CliRunner
 
 from htv.cli.commands import app
 from htv.data import digits
 from htv.experiments import worst_group
 from htv.experiments.experiment import load
+from support.findings import agreement
 
 NAMES = ["mat-toy", "good-bad-ugly", "worst-group", "memorisation-scores"]
 

@@ -11,6 +11,9 @@ TORCH_OPS = "htv/engine/torch_ops.py"
 PROBING = "htv/engine/probing.py"
 PROPAGATION = "htv/engine/propagation.py"
 MODE = "htv/engine/mode.py"
+RESULTS = "htv/engine/results.py"
+USUAL = "htv/engine/usual.py"
+PARAMETER = "htv/engine/parameter.py"
 AGGREGATION = "htv/autograd/aggregation.py"
 
 # The first of these that fails is enough.
@@ -42,8 +45,18 @@ TESTS = {
         "tests/test_probing.py",
         "tests/test_propagation.py",
     ],
+    RESULTS: [
+        "tests/test_probing.py",
+        "tests/test_propagation.py",
+    ],
     AGGREGATION: [
         "tests/test_aggregation.py",
+    ],
+    USUAL: [
+        "tests/test_usual.py",
+    ],
+    PARAMETER: [
+        "tests/test_shared_nodes.py",
     ],
 }
 
@@ -338,13 +351,13 @@ MUTANTS = [
     ),
     # -- htv/engine/mode.py
     (
-        MODE,
+        TORCH_OPS,
         'return name.startswith("__i") and name not in ("__invert__", "__int__", "__index__")',
         'return name.startswith("__i")',
         "~mask is a constant",
     ),
     (
-        MODE,
+        RESULTS,
         "marks = [LOST] * len(outputs)",
         "pass",
         "transpose_ in layout is followed after the fact",
@@ -394,7 +407,7 @@ MUTANTS = [
     ),
     (
         AGGREGATION,
-        "if grad is not None and grad.dtype != parameter.dtype:",
+        "if grad.dtype != parameter.dtype:",
         "if False:",
         "gradients have another type",
     ),
@@ -445,5 +458,43 @@ MUTANTS = [
         "self.buffer.record(factors if self._adapt is None else self._adapt(factors), self.born)",
         "self.buffer.record(factors, self.born)",
         "contributions to a derived tensor are its parameter's",
+    ),
+    # -- htv/engine/usual.py
+    (
+        USUAL,
+        "same = entry[2] == tensor._version and tensor.requires_grad <= entry[3]",
+        "same = tensor.requires_grad <= entry[3]",
+        "what is written to in place keeps its mark",
+    ),
+    (
+        USUAL,
+        "same = entry[2] == tensor._version and tensor.requires_grad <= entry[3]",
+        "same = entry[2] == tensor._version",
+        "what got a gradient keeps its mark",
+    ),
+    (
+        USUAL,
+        "if expected != (gradient.data_ptr(), gradient._version):",
+        "if expected is None:",
+        "any gradient passes the guard once",
+    ),
+    (
+        USUAL,
+        "again = task in self._deliveries",
+        "again = False",
+        "two aggregates in one backward are summed",
+    ),
+    # -- htv/engine/parameter.py
+    (
+        PARAMETER,
+        "if buffer.dtype != p.dtype or buffer.device != p.device:  # `.to` since, in the forward",
+        "if False:",
+        "the gradient of a parameter moved in the forward goes astray",
+    ),
+    (
+        PARAMETER,
+        "if sharing[1:] and self._is_hooked():",
+        "if False:",
+        "hooks see None for a gradient",
     ),
 ]

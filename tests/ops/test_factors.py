@@ -27,7 +27,7 @@ from htv.ops.factors import (
     ViewFactors,
 )
 from htv.ops.reference import finish
-from oracles import RULES, by_name, stat
+from support.oracles import RULES, by_name, stat
 
 E = 7
 SIZES = (3, 1, 0, 2, 4, 1, 1)  # rows per group: ragged, one without any
@@ -105,13 +105,13 @@ def conv_case(c, o, space, kernel, groups=1, weight="size", ids=None, sort=False
     function = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
     x, weights = randn(len(ids), c, *space), randn(o, c // groups, *kernel)
     grad = randn(*function(x, weights, groups=groups, **options).shape)
-    batch_size = Groups.by_id(torch.arange(E).repeat_interleave(2), 2 * E, weight=weight)
-    grouped_rows = GroupedRows(batch_size, BatchLayout(0, examples=2 * ids))
+    by_two = Groups.by_id(torch.arange(E).repeat_interleave(2), 2 * E, weight=weight)
+    grouped_rows = GroupedRows(by_two, BatchLayout(0, examples=2 * ids))
     found = by_autograd(
         lambda w, rows: function(x[rows], w, groups=groups, **options), weights, grad, ids
     )
-    if batch_size.weights is not None:
-        found = found * batch_size.weights.reshape(-1, *(1,) * weights.dim())
+    if by_two.weights is not None:
+        found = found * by_two.weights.reshape(-1, *(1,) * weights.dim())
     geometry = ConvGeometry(
         options.get("stride", 1),
         options.get("padding", 0),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import htv
 from htv.ops import backend, functional, schema, statistics
 from htv.rules import Statistic
-from oracles import IDENTITIES, RULES, away_from_ties, by_name, stat
+from support.oracles import IDENTITIES, RULES, away_from_ties, by_name, stat
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 BACKENDS = ["auto", "reference"]

@@ -3,7 +3,6 @@
 import itertools
 import math
 
-import budgets
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,6 +10,7 @@ from hypothesis import strategies as st
 
 from htv.ops import backend, functional, reference, schema
 from htv.rules import Statistic
+from support import budgets
 
 pytestmark = [
     pytest.mark.skipif(

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import htv
 from htv.ops import backend, limits
-from oracles import RULES, away_from_ties, by_name, linear_contributions, stat
+from support.oracles import RULES, away_from_ties, by_name, linear_contributions, stat
 
 
 @pytest.fixture(params=["auto", "reference"], autouse=True)

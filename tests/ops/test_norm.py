@@ -2,12 +2,12 @@
 against autograd.
 """
 
-import budgets
 import pytest
 import torch
 
 from htv.ops import backend, reference
 from htv.ops.norm import group_norm_backward, norm_sums
+from support import budgets
 
 SHAPES = [
     (1, 1, 1),

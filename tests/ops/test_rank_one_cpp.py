@@ -6,13 +6,13 @@ import functools
 import math
 
 import pytest
-import rank_one_cases
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rank_one_cases import DTYPES, factors, offsets_of, run, statistics
 
 from htv.ops import backend
+from support import rank_one_cases
+from support.rank_one_cases import DTYPES, factors, offsets_of, run, statistics
 
 pytestmark = [
     pytest.mark.skipif(

@@ -4,15 +4,15 @@ import functools
 import math
 
 import pytest
-import stacked_cases
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from stacked_cases import DTYPES, counts_per_side, delicate_values, run, statistics
 
 from htv.ops import backend, reference, schema
 from htv.ops.statistics import names
 from htv.rules import Statistic
+from support import stacked_cases
+from support.stacked_cases import DTYPES, counts_per_side, delicate_values, run, statistics
 
 pytestmark = [
     pytest.mark.skipif(

@@ -7,10 +7,10 @@ from conv_table import (
     MEDIAN,
     SHAPES,
     SMALL,
-    channels_may_be_last_or_first,
+    assert_channels_may_be_last_or_first,
+    assert_nan_and_inf_hold,
     check,
     make,
-    nan_and_inf_hold,
 )
 from triton_cases import DTYPES
 
@@ -58,12 +58,12 @@ def test_contributions_in_boxes(shape, scratch, monkeypatch):
 
 @pytest.mark.parametrize("shape", ["2-d", "depthwise"])
 def test_nan_and_inf(shape):
-    nan_and_inf_hold(shape)
+    assert_nan_and_inf_hold(shape)
 
 
 @pytest.mark.parametrize("shape", ["2-d", "3-d", "depthwise"])
 def test_channels_last_or_first(shape):
-    channels_may_be_last_or_first(shape)
+    assert_channels_may_be_last_or_first(shape)
 
 
 def test_nothing_to_see():

@@ -56,17 +56,28 @@ def check(lookups, statistic):
     return found[0]
 
 
-@pytest.mark.parametrize("size", SIZES)
+LONG = ("many", "two blocks of features")  # a quarter of a minute each, for every statistic
+
+
+@pytest.mark.parametrize(
+    "size", [pytest.param(s, marks=pytest.mark.slow) if s in LONG else s for s in SIZES]
+)
 def test_every_statistic(size):
     lookups = make(*SIZES[size])
     for statistic in statistics(lookups[-1]):
         check(lookups, statistic)
 
 
+@pytest.mark.parametrize("size", LONG)
+def test_a_mask_and_a_median(size):
+    for statistic in (AND_MASK, MEDIAN):
+        check(make(*SIZES[size]), statistic)
+
+
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_half_precision(dtype):
-    for statistic in (AND_MASK, MEDIAN, BUCKETS):
-        check(make(40, 6, 5, 6, dtype), statistic)
+    for statistic in (AND_MASK, MEDIAN):
+        check(make(20, 6, 3, 6, dtype), statistic)
 
 
 def test_what_lies_outside_of_the_table_takes_no_part():

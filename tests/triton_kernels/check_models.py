@@ -34,11 +34,15 @@ RULES = (
     htv.AndMask(0.4, rescale=True),
     htv.SandMask(0.3, k=0.5),
     htv.Median(),
-    htv.MedianOfMeans(2),
 )
 
 
-@pytest.mark.parametrize("rule", (*RULES, htv.WinsorizedMean(1)), ids=repr)
+LONG = (htv.MedianOfMeans(2), htv.WinsorizedMean(1))  # half a minute
+
+
+@pytest.mark.parametrize(
+    "rule", (*RULES, *(pytest.param(rule, marks=pytest.mark.slow) for rule in LONG)), ids=repr
+)
 def test_a_model(rule):
     torch.manual_seed(0)
     model, ids = Small().to(DEVICE), torch.randint(0, 7, (5, 8), device=DEVICE)

@@ -67,7 +67,7 @@ def check(arguments, statistic, choice=None):
     return found[0]
 
 
-def nan_and_inf_hold(shape):
+def assert_nan_and_inf_hold(shape):
     arguments = make(*SHAPES[shape][:6], [0, 0], *SHAPES[shape][7:])
     x, g = arguments[:2]
     g[g == 0] = 1  # no 0 * inf
@@ -76,7 +76,7 @@ def nan_and_inf_hold(shape):
         assert check(arguments, statistic).isnan().any()
 
 
-def channels_may_be_last_or_first(shape):
+def assert_channels_may_be_last_or_first(shape):
     x, g, *rest = make(*SHAPES[shape])
     wanted = check((x, g, *rest), AND_MASK)
     last = [t.movedim(1, -1).contiguous().movedim(-1, 1) for t in (x, g)]

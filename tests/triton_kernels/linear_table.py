@@ -2,13 +2,13 @@
 
 import math
 
-import budgets
 import torch
 from triton_table import DEVICE, assert_same
 
 from htv.ops import reference
 from htv.rules import Statistic
 from htv.triton_kernels import configs, linear
+from support import budgets
 
 SMALL = configs.Config(32, 32, 16, 2, num_warps=4, num_stages=2)
 NAMES = ("mean", "and_mask", "xor_mask", "sign_sum")
@@ -53,7 +53,7 @@ def check(x, g, offsets, statistic, choice=None):
     return found[0]
 
 
-def nan_poisons_its_column(group, statistic, dtype):
+def assert_nan_poisons_its_column(group, statistic, dtype):
     x, g, offsets = make([4, 5, 1, 6], 20, 20, dtype)
     x[offsets[group], 7] = math.nan
     for splits in (1, 2):
@@ -70,13 +70,13 @@ def inf_is_an_ordinary_extreme(statistic):
     check(x, g, offsets, statistic)
 
 
-def rows_outside_the_groups_are_not_read(statistic):
+def assert_rows_outside_the_groups_are_not_read(statistic):
     x, g, offsets = make([5, 3, 20, 4, 9, 7], 10, 12)
     x[:5], x[-7:], g[:5], g[-7:] = math.inf, math.nan, math.nan, math.inf
     assert check(x, g, offsets[1:-1], statistic).isfinite().all()
 
 
-def rounding_is_bounded(statistic, dtype):
+def assert_rounding_is_bounded(statistic, dtype):
     """Within what the factors' roundings may come to, wherever no sign is in doubt."""
     x, g, offsets = make([60, 3, 33, 100, 31], 40, 50, dtype, integers=False)
     exact, _ = reference.linear(x.double(), g.double(), offsets, statistic)
@@ -87,7 +87,7 @@ def rounding_is_bounded(statistic, dtype):
     assert torch.equal(value, linear.linear(x, g, offsets, statistic)[0])
 
 
-def ties_and_zeros_count():
+def assert_ties_and_zeros_count():
     x = torch.tensor(
         [[1.0], [1.0], [1.0], [-1.0], [0.0]], device=DEVICE
     )  # signs 3 to 1, one zero: net 2
@@ -99,7 +99,7 @@ def ties_and_zeros_count():
     assert check(x, g, offsets, Statistic("sign_sum")).item() == 2
 
 
-def no_votes_needed_is_the_plain_gradient():
+def assert_no_votes_needed_is_the_plain_gradient():
     x, g, offsets = make([5, 6, 7], 30, 40, integers=False)
     value, mask_sum = linear.linear(x, g, offsets, Statistic("and_mask", 0))
     for same in (Statistic("mean"), Statistic("winsorized_mean", 0), Statistic("trimmed_mean", 0)):

@@ -311,7 +311,9 @@ def stacked_cases():
         yield f"gradient-{label}", cross_entropy.gradient_kernel, rows | more, constants, multiples
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "arch", [pytest.param(a, marks=() if a == "sm_90" else pytest.mark.slow) for a in ARCHITECTURES]
+)
 def test_other_kernels_do_not_spill(arch, tmp_path):
     for label, kernel, types, constants, multiples in stacked_cases():
         pointers = {n for n in types if n in kernel.arg_names and types[n].startswith("*")}

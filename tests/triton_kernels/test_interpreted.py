@@ -6,11 +6,11 @@ import os
 import sys
 from pathlib import Path
 
-import patience
 import pytest
 import torch
 
 import htv
+from support import patience
 
 pytest.importorskip("triton")
 PATHS = sorted(Path(__file__).parent.glob("check_*.py"))

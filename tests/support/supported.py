@@ -1,6 +1,6 @@
 """docs/supported.md: what is served exactly or refused clearly, and the test that shows it.
 
-    python tests/supported.py     # writes it anew
+    PYTHONPATH=tests python -m support.supported     # writes it anew
 
 Layers and refusals come from the tables the tests run over; other rows stand here.
 """
@@ -10,12 +10,12 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-from layer_table import TABLE
 from test_refusals import MIXING, REORDERED, SIZED, UNSUPPORTED
 
 import htv  # noqa: F401, so that the tables find the package before the tests' folder does
+from support.layer_table import TABLE
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).resolve().parents[1]
 PATH = TESTS.parent / "docs" / "supported.md"
 EXACT, REFUSED = "served exactly", "refused clearly"
 
@@ -248,7 +248,7 @@ def zoo() -> list[str]:
     """Names of the models in zoo.py, which needs more than the tests do to be imported."""
     dicts = {
         target.id: node.value
-        for node in ast.parse((TESTS / "zoo.py").read_text()).body
+        for node in ast.parse((TESTS / "support" / "zoo.py").read_text()).body
         if isinstance(node, ast.Assign)
         for target in node.targets
         if isinstance(target, ast.Name)
@@ -264,9 +264,8 @@ def text() -> str:
     lines = [
         "# What is supported",
         "",
-        "Written by `python tests/supported.py` from the tables the tests run over; a test fails "
-        "where it is not",
-        "current.",
+        "Written by `PYTHONPATH=tests python -m support.supported` from the tables the tests run "
+        "over; a test fails where it is not current.",
         "",
         f"*{EXACT.capitalize()}*: the gradient is that of one group at a time, by the rules, in "
         "float64 to rounding;",

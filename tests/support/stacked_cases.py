@@ -4,11 +4,11 @@ against float64.
 
 import math
 
-import budgets
 import torch
 
 from htv.ops import reference, schema
 from htv.rules import Statistic
+from support import budgets
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -92,7 +92,7 @@ COUNTING = (65, 96, 257)
 # ---- what holds for an implementation `op`, whatever it runs on ----
 
 
-def holds_on_random_values(op, dtype, groups):
+def assert_holds_on_random_values(op, dtype, groups):
     grads = torch.randn(
         groups, 40 if groups < 65 else 8, generator=torch.Generator().manual_seed(0)
     )
@@ -100,7 +100,7 @@ def holds_on_random_values(op, dtype, groups):
         assert_within_budget(op, grads.to(dtype), statistic)
 
 
-def holds_at_every_alignment(op, dtype, width):
+def assert_holds_at_every_alignment(op, dtype, width):
     """Rows of any length, and of any first address."""
     for groups in (3, 20, 40, 70)[: 3 if width > 100 else 4]:
         storage = torch.randn(
@@ -116,7 +116,7 @@ def holds_at_every_alignment(op, dtype, width):
                 assert_within_budget(op, grads, statistic)
 
 
-def medians_are_exact(op, dtype, groups):
+def assert_medians_are_exact(op, dtype, groups):
     for grads in delicate_values(groups, 130 if groups < 65 else 20):
         for side in (-1, 0, 1):
             statistic = Statistic("median", side)
@@ -125,7 +125,7 @@ def medians_are_exact(op, dtype, groups):
             torch.testing.assert_close(value, expected, rtol=0, atol=0, equal_nan=True)
 
 
-def inner_means_hold(op, dtype, groups):
+def assert_inner_means_hold(op, dtype, groups):
     """Trimmed and winsorized means of delicate values, which are odd."""
     for grads in delicate_values(groups, 50 if groups < 65 else 9):
         grads = grads.to(dtype)
@@ -137,7 +137,7 @@ def inner_means_hold(op, dtype, groups):
                 torch.testing.assert_close(mirrored, -value, rtol=0, atol=0, equal_nan=True)
 
 
-def holds_with_ties_and_zeros(op, dtype, groups):
+def assert_holds_with_ties_and_zeros(op, dtype, groups):
     """Zeros of either sign among them."""
     generator = torch.Generator().manual_seed(groups)
     grads = torch.randint(-1, 2, (groups, 100 if groups < 65 else 24), generator=generator).to(
@@ -153,7 +153,7 @@ def holds_with_ties_and_zeros(op, dtype, groups):
         assert torch.equal(value, expected) and mask_sum == expected_sum, statistic
 
 
-def holds_with_nan_and_infinity(op, dtype, groups):
+def assert_holds_with_nan_and_infinity(op, dtype, groups):
     generator = torch.Generator().manual_seed(2)
     grads = torch.randn(groups, 120, generator=generator)
     where = torch.rand(grads.shape, generator=generator)
@@ -164,7 +164,7 @@ def holds_with_nan_and_infinity(op, dtype, groups):
         assert_within_budget(op, grads.to(dtype), statistic)
 
 
-def undefined_bucket_means_surface(op, groups):
+def assert_undefined_bucket_means_surface(op, groups):
     grads = torch.randn(groups, 60, generator=torch.Generator().manual_seed(groups))
     where = torch.rand(grads.shape, generator=torch.Generator().manual_seed(groups + 1))
     grads = torch.where(where < 0.2, math.inf, torch.where(where > 0.8, -math.inf, grads))
@@ -172,7 +172,7 @@ def undefined_bucket_means_surface(op, groups):
         assert_within_budget(op, grads, Statistic("median_of_means", buckets))
 
 
-def hard_searches_end(op, groups):
+def assert_hard_searches_end(op, groups):
     """Values that linear interpolation misjudges: of many magnitudes, in two heaps, one far off."""
     generator = torch.Generator().manual_seed(groups)
     normal = torch.randn(groups, 10, generator=generator)
@@ -194,7 +194,7 @@ def hard_searches_end(op, groups):
             assert_within_budget(op, grads, statistic)
 
 
-def twice_gives_the_same_bits(op, groups):
+def assert_twice_gives_the_same_bits(op, groups):
     grads = torch.randn(groups, 301, generator=torch.Generator().manual_seed(4))
     for statistic in statistics(groups):
         (a, mask_a), (b, mask_b) = run(op, grads, statistic), run(op, grads, statistic)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch.utils.cpp_extension import include_paths
 
-HERE = Path(__file__).resolve().parent / "cuda"
+HERE = Path(__file__).resolve().parents[1] / "cuda"
 CSRC = HERE.parents[1] / "csrc"
 ELEMENTS = ("double", "float", "BFloat16", "Float16")
 
@@ -44,10 +44,10 @@ def compile_library(folder: Path) -> Path:
         f"-I{CSRC}",
         *(flag for path in include_paths() for flag in ("-isystem", path)),
     ]
-    batch_size = [(HERE / "library.cpp", "")]
+    sources = [(HERE / "library.cpp", "")]
     for source in sorted(CSRC.glob("cuda/*.cu")):
         if source.stem != "library":
-            batch_size += [
+            sources += [
                 (source, e) for e in (ELEMENTS if source.stem.endswith("_kernel") else ("",))
             ]
 
@@ -70,7 +70,7 @@ def compile_library(folder: Path) -> Path:
         return out
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile, batch_size))
+        objects = list(pool.map(compile, sources))
     lib = Path(torch.__file__).with_name("lib")
     library = folder / "emulated.so"
     subprocess.run(

@@ -84,7 +84,7 @@ def assert_as_exact(found, exact, logits):
     )
 
 
-def holds_with_infinite_and_undefined_values(classes, dtype):
+def assert_holds_with_infinite_and_undefined_values(classes, dtype):
     logits, targets, shift = operands(9, classes, dtype, scale=1.0)
     targets[:] = 1
     logits[0, 2] = -math.inf  # one class excluded

@@ -109,14 +109,14 @@ def assert_counts(op, x, g, offsets, same_sum=True):
 # ---- what holds for an implementation `op`, whatever it runs on ----
 
 
-def counts_hold(op, dtype, lengths, out, width, same_sum=True):
+def assert_counts_hold(op, dtype, lengths, out, width, same_sum=True):
     for kind in KINDS:
         assert_counts(
             op, *factors(kind, sum(lengths), out, width, dtype), offsets_of(lengths), same_sum
         )
 
 
-def holds_with_nan_and_infinity(op, dtype, same_sum=True):
+def assert_holds_with_nan_and_infinity(op, dtype, same_sum=True):
     """Also where all but one factor are 0, in one row or in different ones: only infinity times 0
     is NaN.
     """
@@ -127,7 +127,7 @@ def holds_with_nan_and_infinity(op, dtype, same_sum=True):
     assert_equals_definition(op, x, g, torch.arange(61))
 
 
-def holds_where_products_vanish(op, dtype, same_sum=True):
+def assert_holds_where_products_vanish(op, dtype, same_sum=True):
     """They are smaller than the least number of their type: their signs do not count."""
     x, g = factors("dense", 40, 20, 30, torch.float64)
     small = 1e-170 if dtype == torch.float64 else 1e-23
@@ -140,12 +140,12 @@ def holds_where_products_vanish(op, dtype, same_sum=True):
 ROWS = (1, 2, 3, 4, 5, 8, 13, 24, 33, 64, 65, 150)  # every network's both sides, then counting
 
 
-def order_statistics_hold(op, dtype, kind, rows):
+def assert_order_statistics_hold(op, dtype, kind, rows):
     out, width = (9, 140) if rows < 65 else (5, 21)
     assert_equals_definition(op, *factors(kind, rows, out, width, dtype), torch.arange(rows + 1))
 
 
-def groups_without_rows_are_zeros(op, kind):
+def assert_groups_without_rows_are_zeros(op, kind):
     few = [0, 1, 1, 0, 0, 1, 1, 1, 0, 1, 1, 0]
     for lengths in (few, few * 9):
         assert_equals_definition(

@@ -181,18 +181,18 @@ def same_place(found: BatchLayout, expected: BatchLayout) -> bool:
     return found.examples.tolist() == expected.examples.tolist()
 
 
-def require_all(cases, batch_size: int, **options) -> None:
+def assert_all_marks(cases, batch_size: int, **options) -> None:
     """`require` of all; names every case that fails."""
     failures = []
     for c in cases:
         try:
-            require(c, batch_size, **options)
+            assert_mark(c, batch_size, **options)
         except Exception as error:
             failures.append(f"{c.name}: {type(error).__name__}: {error}")
     assert not failures, "\n".join(failures)
 
 
-def require(c: Case, batch_size: int, **options) -> None:
+def assert_mark(c: Case, batch_size: int, **options) -> None:
     """The marks are those expected, and the oracle agrees."""
     for operand in c.operands:
         size = None if operand.layout is None else operand.layout.size(batch_size)
@@ -214,7 +214,7 @@ def require(c: Case, batch_size: int, **options) -> None:
         assert c.silent or bool((along | others).all()), f"{where}: nobody's"
 
 
-def require_all_of_one(c: Case) -> None:
+def assert_all_of_one(c: Case) -> None:
     """All there is is the one unit's, wherever that may be."""
     results, marks = marks_of(c, 1)
     for result, mark in zip(results, marks, strict=True):
