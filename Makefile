@@ -9,8 +9,9 @@ TORCH ?= torch==2.13.0
 NUMPY ?= numpy
 VENV ?= .venv
 ARGS ?=
-# Files side by side, one process per core with its share of the threads; the tests of a file share what it compiles.
-SPREAD := -n auto --dist loadfile
+# Files side by side, one process per core with its share of the threads, in the order of
+# tests/conftest.py; the tests of a file share what it compiles.
+SPREAD := -n auto --dist loadfile --no-loadscope-reorder
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 

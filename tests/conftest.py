@@ -15,6 +15,19 @@ torch.set_num_threads(
 )
 
 
+# The files that take longest: where several processes share the tests, they come first, so that
+# none is left with one of them at the end.
+LONGEST = (
+    "test_waiting.py", "test_interpreted.py", "test_gpu_bench.py", "test_layers.py",
+    "test_stacked_cpp.py", "test_linear.py", "test_compile.py", "test_cli.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))  # stable
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(3)

@@ -292,6 +292,7 @@ def test_tune_without_triton(monkeypatch):
     assert result.exit_code == 2 and "Triton is not installed" in result.output
 
 
+@pytest.mark.slow
 def test_tune_writes_a_table_that_is_followed(tmp_path):
     """From start to end under the interpreter; another run adds to the table."""
     pytest.importorskip("triton")

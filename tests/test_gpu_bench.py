@@ -43,6 +43,7 @@ def dry(tmp_path_factory):
     )
 
 
+@pytest.mark.slow
 def test_a_dry_run_is_complete(dry):
     record, printed, _ = dry
     assert record["dry"] is True and set(PARTS) <= set(record)
@@ -73,6 +74,7 @@ def kernels_named():
     ]
 
 
+@pytest.mark.slow
 def test_every_number_of_a_dry_run_is_marked(dry):
     record, _, text = dry
     rows = [

@@ -15,6 +15,8 @@ from htv.tools.check import aggregated, one_group_at_a_time
 from support import layer_table, supported
 from support.layer_table import BASIC, LAYERS, TABLE, Module, Recurrent
 from support.oracles import RULES, by_name
+from support.quick import RULES as QUICK
+from support.quick import quick
 
 FIVE = [
     htv.Mean(),
@@ -25,7 +27,12 @@ FIVE = [
 ]
 THREE = [htv.AndMask(0.4), htv.Median(), htv.WinsorizedMean(1)]
 CASES = [
-    pytest.param(name, rule, id=f"{name}-{rule}")
+    pytest.param(
+        name,
+        rule,
+        id=f"{name}-{rule}",
+        marks=() if rule in (QUICK if section in BASIC else THREE[:2]) else pytest.mark.slow,
+    )
     for section, rows in TABLE.items()
     for name in rows
     for rule in (RULES if section in BASIC else FIVE)
@@ -64,7 +71,7 @@ def test_layer_of_one_example(layer, monkeypatch):
     assert htv.check(*LAYERS[layer](), htv.Median(), allow_single=True).groups == 1
 
 
-@pytest.mark.parametrize("size", [2, 4, 6])
+@pytest.mark.parametrize("size", quick([2, 4, 6], (4, 6)))
 @pytest.mark.parametrize("layer", LAYERS)
 def test_layer_where_sizes_coincide(layer, size, monkeypatch):
     """As many examples as tokens, features, heads."""
@@ -72,7 +79,7 @@ def test_layer_where_sizes_coincide(layer, size, monkeypatch):
     assert htv.check(*LAYERS[layer](), htv.Median()).groups == size
 
 
-@pytest.mark.parametrize("rule", THREE, **by_name)
+@pytest.mark.parametrize("rule", quick(THREE, THREE[:2]), **by_name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("layer", LAYERS)
 def test_layer_in_lower_types(layer, dtype, rule):

@@ -23,8 +23,8 @@ CallTables& call_tables();
 // ServingMode.__torch_function__(mode, func, types, args=(), kwargs=None).
 PyObject* torch_function(PyObject*, PyObject* const* args, Py_ssize_t count);
 
-// Runs a call that no layer serves and marks its result, if marks found earlier say how; else leaves
-// both to `mode.unusual`, which does this in Python.
+// Runs a call that no layer serves and marks its result, if marks found earlier say how; else
+// leaves both to `mode.unusual`, which does this in Python.
 PyObject* general(PyObject* mode, PyObject* func, PyObject* args, PyObject* kwargs);
 
 }  // namespace htv::engine

@@ -120,13 +120,14 @@ struct Delivery {
   bool operator==(const Delivery&) const = default;
 };
 
-// The hook on a served parameter's gradient. It holds its owner weakly: the parameter holds the hook.
+// The hook on a served parameter's gradient. It holds its owner weakly: the parameter holds the
+// hook.
 class GradientGuard {
  public:
   GradientGuard(py::weakref owner, size_t most) : owner_(std::move(owner)), most_(most) {}
 
-  // Notes that `gradient`, and nothing else, reaches the parameter in the backward pass `task`, None
-  // for no gradient; tells whether something was to reach it already.
+  // Notes that `gradient`, and nothing else, reaches the parameter in the backward pass `task`,
+  // None for no gradient; tells whether something was to reach it already.
   bool expect(const py::object& gradient, long task) {
     bool again = deliveries_.contains(task);
     if (gradient.is_none()) {
@@ -172,7 +173,8 @@ class GradientGuard {
   }
 
   static Delivery delivery_of(const py::object& gradient) {
-    return {gradient.attr("data_ptr")().cast<long long>(), gradient.attr("_version").cast<long long>()};
+    return {gradient.attr("data_ptr")().cast<long long>(),
+            gradient.attr("_version").cast<long long>()};
   }
 
   py::weakref owner_;

@@ -25,8 +25,7 @@ const TorchObjects* torch_objects() {
       .parameter = type_from_module("torch.nn", "Parameter"),
       .graph_task = from_module("torch._C", "_current_graph_task_id"),
       .grad_enabled = from_module("torch._C", "is_grad_enabled"),
-      .saved_tensor_hooks =
-          from_module("torch._C._autograd", "_top_saved_tensors_default_hooks"),
+      .saved_tensor_hooks = from_module("torch._C._autograd", "_top_saved_tensors_default_hooks"),
       .mode_count = from_module("torch._C", "_len_torch_function_stack"),
       .mode_at = from_module("torch._C", "_get_function_stack_at"),
       .pop_mode = from_module("torch._C", "_pop_torch_function_stack"),

@@ -1,5 +1,5 @@
-// The objects of torch and htv that the engine's compiled part asks: imported when it is first used,
-// since the module itself loads without torch.
+// The objects of torch and htv that the engine's compiled part asks: imported when it is first
+// used, since the module itself loads without torch.
 #pragma once
 
 #include "references.h"

@@ -28,6 +28,8 @@ from htv.ops.factors import (
 )
 from htv.ops.reference import finish
 from support.oracles import RULES, by_name, stat
+from support.quick import RULES as QUICK
+from support.quick import quick
 
 E = 7
 SIZES = (3, 1, 0, 2, 4, 1, 1)  # rows per group: ragged, one without any
@@ -224,7 +226,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("rule", RULES, **by_name)
+@pytest.mark.parametrize("rule", quick(RULES, QUICK), **by_name)
 @pytest.mark.parametrize("name", CASES)
 def test_every_rule(name, rule):
     case = CASES[name]()
@@ -310,7 +312,7 @@ def test_summaries(name, rule):
     np.testing.assert_allclose(found, stat(rule, case.contributions.numpy()), rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("rule", RULES, **by_name)
+@pytest.mark.parametrize("rule", quick(RULES, QUICK), **by_name)
 @pytest.mark.parametrize("name", CASES)
 def test_agreement(name, rule):
     case, statistic = CASES[name](), rule.statistic(E)
@@ -324,7 +326,7 @@ def test_agreement(name, rule):
     assert found.kept_fraction == pytest.approx(mask_sum / c[0].numel(), rel=1e-9)
 
 
-@pytest.mark.parametrize("rule", RULES, **by_name)
+@pytest.mark.parametrize("rule", quick(RULES, QUICK), **by_name)
 @pytest.mark.parametrize(
     "name", ["embedding", "embeddings", "tied", "conv2d", "depthwise", "chunks", "recurrence"]
 )

@@ -84,7 +84,13 @@ def test_medians_are_exact(level, dtype, groups):
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=str)
 @pytest.mark.parametrize(
-    "groups", [*READ_IN_PLACE, *ONE_NETWORK, 17, 31, 32, 33, 64, 97, 256, 1100]
+    "groups",
+    [
+        *READ_IN_PLACE,
+        *ONE_NETWORK,
+        *(17, 31, 32, 33, 64, 97, 256),
+        pytest.param(1100, marks=pytest.mark.slow),
+    ],
 )
 def test_trimmed_and_winsorized_means(level, dtype, groups):
     for grads in delicate_values(groups):

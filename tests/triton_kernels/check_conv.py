@@ -1,6 +1,7 @@
 """What the Triton kernels of `conv` must do. Run by `test_interpreted.py`."""
 
 import pytest
+import torch
 from conv_table import (
     AND_MASK,
     BUCKETS,
@@ -12,7 +13,7 @@ from conv_table import (
     check,
     make,
 )
-from triton_cases import DTYPES
+from triton_cases import slow
 
 from htv.rules import Statistic
 from htv.triton_kernels import conv, product
@@ -31,13 +32,15 @@ def test_integers(shape):
         check(make(*shape), statistic)
 
 
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, slow(torch.float16)], ids=str)
 @pytest.mark.parametrize("shape", ["2-d", "grouped", "depthwise"])
 def test_half_precision(shape, dtype):
     check(make(*SHAPES[shape], dtype), AND_MASK)
 
 
-@pytest.mark.parametrize("shape", ["2-d", "grouped", "depthwise", "depthwise, large kernel"])
+@pytest.mark.parametrize(
+    "shape", ["2-d", slow("grouped"), "depthwise", slow("depthwise, large kernel")]
+)
 def test_splits(shape):
     arguments = make(*SHAPES[shape])
     for splits in (2, 3):
@@ -48,7 +51,7 @@ def test_splits(shape):
         )
 
 
-@pytest.mark.parametrize("shape", ["2-d", "grouped"])
+@pytest.mark.parametrize("shape", ["2-d", slow("grouped")])
 @pytest.mark.parametrize("scratch", [2 << 10, 12 << 10])
 def test_contributions_in_boxes(shape, scratch, monkeypatch):
     monkeypatch.setattr(product, "SCRATCH_BYTES", scratch)

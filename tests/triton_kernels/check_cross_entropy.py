@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from triton_cases import DEVICE, DTYPES
+from triton_cases import DEVICE, HALF_SLOW
 
 from htv.ops import reference
 from htv.triton_kernels import cross_entropy
@@ -73,8 +73,8 @@ def test_sizes_and_options(size):
     check(logits, targets, shift, weight=weight, label_smoothing=0.3, ignore_index=1)
 
 
-@pytest.mark.parametrize("shift_dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shift_dtype", HALF_SLOW, ids=str)
+@pytest.mark.parametrize("dtype", HALF_SLOW, ids=str)
 def test_types(dtype, shift_dtype):
     check(*make(5, 37, dtype, shift_dtype))
     check(*make(3, 5000, dtype, shift_dtype, scale=2500.0), label_smoothing=0.1)

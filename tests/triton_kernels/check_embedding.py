@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from triton_cases import DEVICE, DTYPES, assert_same, statistics
+from triton_cases import DEVICE, HALF_SLOW, assert_same, slow, statistics
 
 from htv.ops import reference
 from htv.rules import Statistic
@@ -59,9 +59,7 @@ def check(lookups, statistic):
 LONG = ("many", "two blocks of features")  # a quarter of a minute each, for every statistic
 
 
-@pytest.mark.parametrize(
-    "size", [pytest.param(s, marks=pytest.mark.slow) if s in LONG else s for s in SIZES]
-)
+@pytest.mark.parametrize("size", [slow(size) if size in LONG else size for size in SIZES])
 def test_every_statistic(size):
     lookups = make(*SIZES[size])
     for statistic in statistics(lookups[-1]):
@@ -74,7 +72,7 @@ def test_a_mask_and_a_median(size):
         check(make(*SIZES[size]), statistic)
 
 
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, slow(torch.float16)], ids=str)
 def test_half_precision(dtype):
     for statistic in (AND_MASK, MEDIAN):
         check(make(20, 6, 3, 6, dtype), statistic)
@@ -84,7 +82,7 @@ def test_what_lies_outside_of_the_table_takes_no_part():
     """A padding_idx comes as -1."""
     grad, ids, group_index, tokens, groups = make(*SIZES["many"])
     ids[::5], ids[3], grad[0], grad[3] = -1, tokens, math.nan, math.inf
-    for statistic in SOME:
+    for statistic in SOME[:3]:
         assert not check((grad, ids, group_index, tokens, groups), statistic).isnan().any()
 
 
@@ -140,7 +138,7 @@ def test_errors_name_what_is_wrong():
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", HALF_SLOW, ids=str)
 @pytest.mark.parametrize("size", SIZES)
 def test_contributions_to_some_rows(size, dtype):
     grad, ids, group_index, tokens, groups = make(*SIZES[size], dtype)

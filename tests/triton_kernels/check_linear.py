@@ -24,21 +24,28 @@ from linear_table import (
     inf_is_an_ordinary_extreme,
     make,
 )
-from triton_cases import DEVICE, DTYPES, statistics
+from triton_cases import DEVICE, DTYPES, HALF_SLOW, slow, statistics
 
 from htv.rules import Statistic
 from htv.triton_kernels import configs, device, linear, product, stacked
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy, of NaN and inf
 
+LOWER_SLOW = [torch.float32, *map(slow, DTYPES[1:])]
 named = {"ids": lambda statistic: statistic.name}
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", LOWER_SLOW, ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_integers(shape, dtype):
-    for statistic in statistics(len(shape[0]))[:: 1 if dtype == torch.float32 else 3]:
+@pytest.mark.parametrize("step", [slow(1), 3], ids=["every statistic", "some"])
+def test_integers(step, shape, dtype):
+    for statistic in statistics(len(shape[0]))[::step]:
         check(*make(*shape, dtype), statistic)
+
+
+@pytest.mark.parametrize("statistic", statistics(3), ids=lambda s: f"{s.name}-{s.count}")
+def test_every_statistic(statistic):
+    check(*make([3, 1, 5], 20, 33), statistic)
 
 
 @settings(max_examples=12, deadline=None, derandomize=True)
@@ -125,7 +132,7 @@ def test_ties_and_zeros():
     assert_ties_and_zeros_count()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", LOWER_SLOW, ids=str)
 @pytest.mark.parametrize("statistic", ALL, **named)
 @pytest.mark.parametrize(
     "group", [3, pytest.param(0, marks=pytest.mark.slow)], ids=["last", "first"]
@@ -151,7 +158,7 @@ def test_rows_outside_the_groups_are_not_read(statistic):
     assert_rows_outside_the_groups_are_not_read(statistic)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", HALF_SLOW, ids=str)
 @pytest.mark.parametrize("statistic", ALL, **named)
 def test_rounding(statistic, dtype):
     assert_rounding_is_bounded(statistic, dtype)

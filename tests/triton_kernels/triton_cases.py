@@ -6,7 +6,14 @@ from triton_table import DEVICE, assert_same, statistics
 
 from htv.triton_kernels import device
 
-__all__ = ["DEVICE", "DTYPES", "assert_same", "statistics"]
+__all__ = ["DEVICE", "DTYPES", "HALF_SLOW", "assert_same", "slow", "statistics"]
 
-DTYPES = [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)]
+
+def slow(value):
+    """A value of a parameter, for `make test-all` alone."""
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+HALF_SLOW = [torch.float32, torch.bfloat16, slow(torch.float16)]
 assert {torch.float32, torch.bfloat16, torch.float16} == set(device.DTYPES)
