@@ -37,7 +37,7 @@ class _Linear(Function):
         y = F.linear(x, weight, bias)
         # With a bias and more than two dims it is a view, which autograd would not let anyone
         # change in place.
-        return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
+        return y if y._base is None else torch.ops.aten._unsafe_view(y, y.shape)
 
     @staticmethod
     def gradients(ctx, grad):
