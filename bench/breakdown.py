@@ -109,10 +109,9 @@ def table(record: dict) -> str:
     }
     lines = [
         f"Milliseconds of a {record['workload']} step (`{record['command']}`, "
-        f"{record['date'][:10]}, "
-        f"{record['machine']['cpu']}, {record['machine']['threads']} threads, "
-        f"{record['machine']['cpu_capability']}, "
-        f"torch {record['machine']['versions']['torch']}):",
+        f"{record['date'][:10]}, {record['machine']['cpu']}, {record['machine']['threads']} "
+        f"threads, {record['machine']['cpu_capability']}, torch "
+        f"{record['machine']['versions']['torch']}):",
         "",
         f"| | {' | '.join(variants)} |",
         f"|---|{'---|' * len(variants)}",

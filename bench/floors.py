@@ -234,12 +234,11 @@ def table(record: dict) -> str:
     lines = [
         f"Matrix products run at {2e-9 * rates['torch_multiply_adds']:.0f} GFLOP/s by torch and "
         f"{2e-9 * rates['htv_multiply_adds']:.0f} by htv's own tiles (2048 rows, 1024 x 1024), "
-        "torch's convolution "
-        f"(3 x 3, 128 channels) at {2e-9 * rates['convolution_multiply_adds']:.0f}, a copy moves "
+        "torch's convolution (3 x 3, 128 channels) at "
+        f"{2e-9 * rates['convolution_multiply_adds']:.0f}, a copy moves "
         f"{1e-9 * rates['bytes']:.0f} GB/s (`{record['command']}`, {record['date'][:10]}, "
-        f"{record['machine']['cpu']}, "
-        f"{record['machine']['threads']} threads, {record['machine']['cpu_capability']}, "
-        f"torch {record['machine']['versions']['torch']}).",
+        f"{record['machine']['cpu']}, {record['machine']['threads']} threads, "
+        f"{record['machine']['cpu_capability']}, torch {record['machine']['versions']['torch']}).",
         "",
         "| path | Gmultiply-add | other Goperations | MB | bound by | floor, ms | measured, ms | "
         "gap |",
@@ -248,8 +247,8 @@ def table(record: dict) -> str:
     for name, row in record["paths"].items():
         lines.append(
             f"| {name} | {row['multiply_adds'] / 1e9:.2f} | {row['operations'] / 1e9:.2f} | "
-            f"{row['bytes'] / 1e6:.0f} | "
-            f"{row['bound']} | {row['floor_ms']:.2f} | {row['ms']:.2f} | {row['gap']:.1f}x |"
+            f"{row['bytes'] / 1e6:.0f} | {row['bound']} | {row['floor_ms']:.2f} | {row['ms']:.2f} "
+            f"| {row['gap']:.1f}x |"
         )
     return "\n".join(lines)
 

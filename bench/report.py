@@ -43,14 +43,11 @@ def markdown(record: dict, pictures: dict[str, str]) -> str:
         (
             "## How it is measured",
             "The variants of a workload take turns in one process; medians, and in the JSON the "
-            "quartiles and the "
-            f"number of calls. Baselines leave after {settings['peer_seconds']:g} s. Peak memory "
-            "is what model, batch "
-            "and steps add in a process of their own, whose allocator keeps nothing of what is "
-            "freed. Baselines form "
+            "quartiles and the number of calls. Baselines leave after "
+            f"{settings['peer_seconds']:g} s. Peak memory is what model, batch and steps add in a "
+            "process of their own, whose allocator keeps nothing of what is freed. Baselines form "
             "the gradients of all examples and reduce them by PyTorch; their median is "
-            "`torch.median`, the lower of "
-            "two.",
+            "`torch.median`, the lower of two.",
         ),
     ]
     return (

@@ -91,8 +91,7 @@ def attach(
     if not (isinstance(rule, Rule) or (callable(rule) and not isinstance(rule, type))):
         raise TypeError(
             "rule must be an htv rule such as htv.AndMask(0.4), or a callable (name, parameter) "
-            "-> rule or None; "
-            f"got {rule!r}"
+            f"-> rule or None; got {rule!r}"
         )
     if on_unsupported not in ("error", "plain"):
         raise ValueError(f"on_unsupported must be 'error' or 'plain', got {on_unsupported!r}")
@@ -107,8 +106,7 @@ def attach(
         if isinstance(module.__dict__.get("forward"), ForwardStandIn):
             raise RuntimeError(
                 f"{'the model' if name == '' else f'module {name!r}'} is attached already: call "
-                "detach() on its "
-                "handle before attaching another rule"
+                "detach() on its handle before attaching another rule"
             )
     rules = _choose_rules(model, rule, exclude)
     refuse_shared(model, rules)
@@ -167,10 +165,8 @@ def _refuse_scripted(model: nn.Module, rules: dict[str, Rule | None]) -> None:
                 what = f"its part {path!r}" if path else "it"
                 raise UnsupportedError(
                     f"the model cannot be served: {what} was compiled by torch.jit.script or "
-                    "trace, and htv does not see "
-                    "what happens inside. Remedy: attach before scripting, keep that part in "
-                    "Python, or "
-                    f"exclude={path or '*'!r}"
+                    "trace, and htv does not see what happens inside. Remedy: attach before "
+                    f"scripting, keep that part in Python, or exclude={path or '*'!r}"
                 )
 
 

@@ -181,8 +181,7 @@ class Groups:
         if bounds[0] != 0 or bounds[-1] != batch_size or bool((sizes < 0).any()):
             raise ValueError(
                 f"cu_seqlens must rise from 0 to the number of packed rows, {batch_size}; it goes "
-                "from "
-                f"{int(bounds[0])} to {int(bounds[-1])}"
+                f"from {int(bounds[0])} to {int(bounds[-1])}"
                 + (" and falls in between" if bool((sizes < 0).any()) else "")
             )
         voting = (sizes > 0).nonzero().flatten()
@@ -210,8 +209,7 @@ class Groups:
         ):
             raise ValueError(
                 f"mask must be a boolean tensor of shape ({batch_size}, T), True where a token "
-                "votes; got shape "
-                f"{tuple(voting.shape)} and dtype {voting.dtype}"
+                f"votes; got shape {tuple(voting.shape)} and dtype {voting.dtype}"
             )
         voting = None if voting is None else voting.cpu()
         if voting is not None and not bool(voting.any()):
@@ -342,9 +340,8 @@ class GroupedRows:
         if len(rows) != voting.numel() or bool((self.offsets.diff() != self.offsets[1]).any()):
             raise ValueError(
                 f"tokens(mask) has {voting.shape[1]} tokens for each of {len(voting)} examples, "
-                "but a layer saw an "
-                f"input of shape {tuple(tensor.shape)}, whose rows are not these tokens. Remedy: "
-                "exclude its parameters"
+                f"but a layer saw an input of shape {tuple(tensor.shape)}, whose rows are not "
+                "these tokens. Remedy: exclude its parameters"
             )
         return rows.index_select(
             0, to_device_async(voting.flatten().nonzero().flatten(), rows.device)
@@ -437,9 +434,8 @@ def to_device_async(tensor: Tensor, device: torch.device) -> Tensor:
     if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         if tensor.numel() > MOST_CAPTURED:
             raise RuntimeError(
-                f"a CUDA graph cannot capture who votes with {tensor.numel()} values in no regular "
-                "order: let every "
-                "example vote by itself, or sort the batch by group"
+                f"a CUDA graph cannot capture who votes with {tensor.numel()} values in no "
+                "regular order: let every example vote by itself, or sort the batch by group"
             )
         values = [
             torch.full((), value, device=device, dtype=tensor.dtype)

@@ -441,8 +441,7 @@ def _extremes_per_side(rule: Rule, name: str, value: int | float, num_groups: in
     if 2 * count >= num_groups:
         raise ValueError(
             f"{rule}: {name}={value} takes {count} values from each side of {num_groups} groups "
-            "and leaves none; "
-            f"use at most {(num_groups - 1) // 2}"
+            f"and leaves none; use at most {(num_groups - 1) // 2}"
         )
     return count
 

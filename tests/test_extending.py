@@ -124,8 +124,8 @@ def test_a_kernel(tree):
     command = ("-m", "pytest", "-q", "--import-mode=importlib", "-p", "no:cacheprovider", test)
     assert "3 passed" in run(tree, *command, **options)
     program = (
-        "from htv.ops import registry; import htv.ops.kernels;"
-        "print('\\n'.join(map(str, registry.by_op().items())))"
+        "from htv.ops import registry; import htv.ops.kernels;print('\\n'.join(map(str, "
+        "registry.by_op().items())))"
     )
     assert "('norm_sums', {'cpp': 'yes', 'cuda': '-', 'triton': 'yes'})" in run(tree, "-c", program)
 

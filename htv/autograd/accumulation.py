@@ -26,16 +26,15 @@ def refuse_unless_streaming(rule: Rule, name: str) -> None:
     if rule.is_open:
         raise ValueError(
             f"{type(rule).__name__}, the rule of parameter {name!r}, is one of your own: its "
-            "reduce() needs all contributions at once and cannot be accumulated over micro-batches."
-            " Remedy: "
-            f"one batch, exclude={name!r}, or MedianOfMeans(k) or a mask, which accumulate"
+            "reduce() needs all contributions at once and cannot be accumulated over "
+            f"micro-batches. Remedy: one batch, exclude={name!r}, or MedianOfMeans(k) or a mask, "
+            "which accumulate"
         )
     if not rule.streaming and not isinstance(rule, MedianOfMeans):
         raise ValueError(
             f"{rule}, the rule of parameter {name!r}, needs all contributions at once and cannot "
-            "be accumulated over "
-            "micro-batches. Remedy: MedianOfMeans(k) with k micro-batches in the block, each of "
-            "which is a bucket"
+            "be accumulated over micro-batches. Remedy: MedianOfMeans(k) with k micro-batches in "
+            "the block, each of which is a bucket"
         )
 
 
@@ -71,11 +70,9 @@ class MicroBatches:
         for other in self._groups.values():
             if groups.named and other.named and bool(torch.isin(groups.keys, other.keys).any()):
                 raise ValueError(
-                    "a group id occurs in two micro-batches of one accumulate() block: the rows of "
-                    "a group must be in "
-                    "one micro-batch, for its vote to be counted once. Give the groups of every "
-                    "micro-batch ids of "
-                    "their own"
+                    "a group id occurs in two micro-batches of one accumulate() block: the rows "
+                    "of a group must be in one micro-batch, for its vote to be counted once. Give "
+                    "the groups of every micro-batch ids of their own"
                 )
             if (
                 groups.weights is not None
@@ -83,9 +80,8 @@ class MicroBatches:
             ):
                 raise ValueError(
                     "weight='equal' inside accumulate() needs the same number of examples per "
-                    "group in every "
-                    f"micro-batch on average, got {other.batch_size}/{other.count} and "
-                    f"{groups.batch_size}/{groups.count}"
+                    f"group in every micro-batch on average, got {other.batch_size}/{other.count} "
+                    f"and {groups.batch_size}/{groups.count}"
                 )
         self._groups[task] = groups
         self._unfinished.add(task)  # the engine calls back only where the pass comes to its end
@@ -100,9 +96,8 @@ class MicroBatches:
         if self._unfinished:
             raise RuntimeError(
                 "a backward inside accumulate() failed part-way, so some parameters have its "
-                "micro-batch's contributions "
-                "and others do not: nothing was added to .grad. Remedy: begin the block again, "
-                "with all its micro-batches"
+                "micro-batch's contributions and others do not: nothing was added to .grad. "
+                "Remedy: begin the block again, with all its micro-batches"
             )
 
 
@@ -124,9 +119,8 @@ class Accumulation:
         self.batches.note(task, groups)
         if task in self._tasks:
             raise RuntimeError(
-                "one backward inside accumulate() brought contributions to a parameter twice: call "
-                "backward() once "
-                "per forward"
+                "one backward inside accumulate() brought contributions to a parameter twice: "
+                "call backward() once per forward"
             )
         self._tasks.add(task)
         if isinstance(self.rule, MedianOfMeans):
@@ -158,8 +152,8 @@ class Accumulation:
         if batches != buckets or self.batches.count % buckets:
             raise RuntimeError(
                 f"{self.rule} over an accumulate() block needs {buckets} micro-batches, its "
-                "buckets, with equally many "
-                f"groups, but the block had {batches} with {self.batches.count} groups in all"
+                f"buckets, with equally many groups, but the block had {batches} with "
+                f"{self.batches.count} groups in all"
             )
         means = [*self._means, *[torch.zeros_like(self._means[0])] * (buckets - len(self._means))]
         value, _ = functional.stacked(torch.stack(means), Statistic("median"))

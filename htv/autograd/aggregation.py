@@ -63,12 +63,10 @@ class NestedBackwards:
         told = [f"{g.described()} for {n!r}" for g, n in (known, (groups, name))]
         raise UnsupportedError(
             f"one backward joins two forwards with different groups: {told[0]}, {told[1]}. A part "
-            "of the model was called by "
-            "itself, with something else in the batch's dim (tokens, time steps), or with other "
-            "groups. Remedy: run "
-            "the calls of one step inside `with handle.forward(batch): ...`, name the method that "
-            "makes them, "
-            "attach(..., methods=('training_step',)), or call backward() once per forward"
+            "of the model was called by itself, with something else in the batch's dim (tokens, "
+            "time steps), or with other groups. Remedy: run the calls of one step inside `with "
+            "handle.forward(batch): ...`, name the method that makes them, attach(..., "
+            "methods=('training_step',)), or call backward() once per forward"
         )
 
     def related(self, a: int, b: int) -> bool:
@@ -169,10 +167,9 @@ class ContributionBuffer:
         if any(other != current and owner.passes.related(other, current) for other in others):
             raise RuntimeError(
                 f"parameter {owner.name!r} is used in a reentrant activation checkpoint and also "
-                "elsewhere in the same "
-                "backward: its contributions arrive in separate passes and cannot be added before "
-                "the rule is applied. "
-                "Call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+                "elsewhere in the same backward: its contributions arrive in separate passes and "
+                "cannot be added before the rule is applied. Call "
+                "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
             )
 
     def taken(self, current: int) -> list[Factors] | None:
@@ -266,8 +263,7 @@ def _refuse_autograd_grad(gradient_node) -> None:
     except RuntimeError:  # torch tells of leaves only in backward()
         raise RuntimeError(
             "torch.autograd.grad() inside accumulate() would return no gradient, for rules are "
-            "applied at the block's "
-            "end: call backward() there"
+            "applied at the block's end: call backward() there"
         ) from None
 
 
@@ -311,8 +307,7 @@ class Function(torch.autograd.Function, metaclass=_FunctionMeta):
 
 TWICE = (
     "htv does not differentiate through a served backward: call backward() or "
-    "torch.autograd.grad() without "
-    "create_graph=True, or detach the handle for that step"
+    "torch.autograd.grad() without create_graph=True, or detach the handle for that step"
 )
 
 

@@ -67,8 +67,7 @@ def deferred_refusal(name: str) -> UnsupportedError:
     """
     return UnsupportedError(
         f"parameter {name!r} is used by a layer, or row by row, through a tensor computed from it "
-        "(a weight norm, a "
-        "merged or scaled weight): torch.compile serves computed tensors in elementwise operations "
-        "alone. Remedy: run "
-        f"this model without torch.compile, or exclude={name!r}"
+        "(a weight norm, a merged or scaled weight): torch.compile serves computed tensors in "
+        "elementwise operations alone. Remedy: run this model without torch.compile, or "
+        f"exclude={name!r}"
     )

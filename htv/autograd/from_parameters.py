@@ -156,10 +156,8 @@ class TensorFromParameters:
                 )
                 raise UnsupportedError(
                     f"a tensor of shape {tuple(self.source.shape)} was taken to be computed from "
-                    "the served "
-                    f"parameters {names} alone, but it also depends on {what}, whose gradient "
-                    "would be lost. Remedy: "
-                    f"detach that tensor, or exclude={names}"
+                    f"the served parameters {names} alone, but it also depends on {what}, whose "
+                    f"gradient would be lost. Remedy: detach that tensor, or exclude={names}"
                 )
             ahead.extend(n for n, _ in node.next_functions)
 

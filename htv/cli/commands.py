@@ -57,8 +57,7 @@ def demo(
         typer.Option(
             help="Rule to compare with plain; repeat it or separate by commas. and-mask[:TAU], "
             "median, winsorized[:COUNT_OR_FRACTION], trimmed[:COUNT_OR_FRACTION], "
-            "median-of-means[:K]. "
-            "Default: and-mask,median,winsorized."
+            "median-of-means[:K]. Default: and-mask,median,winsorized."
         ),
     ] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 50,
@@ -117,9 +116,9 @@ def bench(
         list[str] | None,
         typer.Option(
             help="What to measure; repeat it or separate by commas. mlp-relu, mlp-gelu, "
-            "transformer, resnet18, llama-block, convnext-stage, stacked-E, "
-            "scaling-groups, scaling-width, scaling-rows; the beginning of several names stands "
-            "for all of them, as in `stacked`. Default: everything: some fifteen minutes."
+            "transformer, resnet18, llama-block, convnext-stage, stacked-E, scaling-groups, "
+            "scaling-width, scaling-rows; the beginning of several names stands for all of them, "
+            "as in `stacked`. Default: everything: some fifteen minutes."
         ),
     ] = None,
     variant: Annotated[
@@ -451,8 +450,7 @@ def _checked_device(name: str) -> str:
         if not torch.cuda.is_available():
             raise typer.BadParameter(
                 f"no CUDA device is available to torch {torch.__version__}; install a CUDA build "
-                "of torch and check "
-                "the driver with nvidia-smi, or use --device cpu",
+                "of torch and check the driver with nvidia-smi, or use --device cpu",
                 param_hint="--device",
             )
         if int(index or 0) >= torch.cuda.device_count():

@@ -76,8 +76,7 @@ class BoxCue:
         if size > fits or fits == 0:
             raise ValueError(
                 f"boxes of size {size} for {num_classes - 1} classes do not fit into {height} x "
-                f"{width} pixels: "
-                f"{'take size <= ' + str(fits) if fits else 'take larger images'}"
+                f"{width} pixels: {'take size <= ' + str(fits) if fits else 'take larger images'}"
             )
         place = torch.arange(num_classes - 1)
         row, column = place // across, place % across
@@ -205,8 +204,8 @@ class DominoCue:
         if (tops.shape[1:-2], tops.shape[-1]) != (images.shape[1:-2], images.shape[-1]):
             raise ValueError(
                 f"source has images of shape {tuple(tops.shape[1:])}, which do not stack above "
-                "images of shape "
-                f"{tuple(images.shape[1:])}: give one of the same width and channels"
+                f"images of shape {tuple(images.shape[1:])}: give one of the same width and "
+                "channels"
             )
         labels, order = labels.sort(stable=True)
         counts = labels.bincount(minlength=num_classes)[:num_classes]
@@ -354,9 +353,9 @@ def fine_tuning_parts(
     with_cue = total - clean if with_cue is None else with_cue
     if min(clean, with_cue) < 1 or clean + with_cue > total:
         raise DataError(
-            f"{data.name}: {clean} clean images and {with_cue} with a cue, each at least 1, cannot "
-            "be drawn from "
-            f"{total} training images without any being in both: ask for fewer"
+            f"{data.name}: {clean} clean images and {with_cue} with a cue, each at least 1, "
+            f"cannot be drawn from {total} training images without any being in both: ask for "
+            "fewer"
         )
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
     parts = [

@@ -104,8 +104,7 @@ def flipped_shortcut(
     if not 0 <= minority <= train or not 0 <= test_minority <= test:
         raise ValueError(
             f"minority and test_minority must be from 0 to train and test, got {minority} of "
-            f"{train} and "
-            f"{test_minority} of {test}"
+            f"{train} and {test_minority} of {test}"
         )
     generator = torch.Generator().manual_seed(seed)
 
@@ -165,8 +164,7 @@ def backgrounds(
     if not 0 < minority <= 0.5 or not 0 < validation < 1 or not 0 < strength <= 1:
         raise ValueError(
             "minority must lie in (0, 0.5], validation in (0, 1), strength in (0, 1]; got "
-            f"{minority!r}, "
-            f"{validation!r}, {strength!r}"
+            f"{minority!r}, {validation!r}, {strength!r}"
         )
     generator = torch.Generator().manual_seed(seed)
     half = math.ceil(data.num_classes / 2)

@@ -23,9 +23,8 @@ UNSIGNED_BYTE = 0x08
 _PARTS = {"train": "train", "test": "t10k"}
 _REMEDY = (
     "give a folder with train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte "
-    "and "
-    "t10k-labels-idx1-ubyte, each plain or .gz, such as Debian's package dataset-fashion-mnist "
-    "installs"
+    "and t10k-labels-idx1-ubyte, each plain or .gz, such as Debian's package "
+    "dataset-fashion-mnist installs"
 )
 
 

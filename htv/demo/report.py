@@ -19,10 +19,9 @@ def summary_table(results: list[dict], noise: float) -> Table:
         title=title, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, **compact
     )
     table.caption = (
-        "memorised: wrongly labelled training images predicted as their wrong label. "
-        "Peak MB: what network, optimizer and three steps add. "
-        "vmap: the same rule by torch.func.vmap(grad), which holds the gradients of all examples "
-        "of the batch."
+        "memorised: wrongly labelled training images predicted as their wrong label. Peak MB: "
+        "what network, optimizer and three steps add. vmap: the same rule by "
+        "torch.func.vmap(grad), which holds the gradients of all examples of the batch."
     )
     table.add_column("rule", no_wrap=True)
     for name in ("test\nacc.", "\nmemorised", "ms/step\n(x plain)", "peak MB\n(x plain)",

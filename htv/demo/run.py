@@ -25,11 +25,9 @@ def run(data: Dataset, variants: list[Variant], setup: Setup, out: Path, console
     task = make_task(data, setup)
     console.print(
         f"{data.name}: {len(task.x)} training images, {int(task.wrong.sum())} of them wrongly "
-        "labelled, and "
-        f"{len(task.test_x)} test images. Network "
-        f"{task.x.shape[1]}-{setup.width}-{setup.width}-{data.num_classes}, "
-        f"{setup.epochs} epochs of batches of {setup.batch_size}, seed {setup.seed}, "
-        f"{setup.device}."
+        f"labelled, and {len(task.test_x)} test images. Network "
+        f"{task.x.shape[1]}-{setup.width}-{setup.width}-{data.num_classes}, {setup.epochs} epochs "
+        f"of batches of {setup.batch_size}, seed {setup.seed}, {setup.device}."
     )
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
                TimeElapsedColumn(), TextColumn("{task.fields[now]}"))  # fmt: skip

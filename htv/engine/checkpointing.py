@@ -73,10 +73,9 @@ class RecentForwards:
         if forward.batch_misplaced and in_reentrant_checkpoint():
             raise RuntimeError(
                 "a reentrant activation checkpoint runs a module again whose inputs do not have "
-                "the batch where the "
-                "model's have it, or come from parameters: which part is whose cannot be told. "
-                "Call "
-                "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+                "the batch where the model's have it, or come from parameters: which part is "
+                "whose cannot be told. Call torch.utils.checkpoint.checkpoint(..., "
+                "use_reentrant=False)"
             )
         for mode in reversed(self.modes):
             if any(mode.marks.get(t) is not None for t in tensors):

@@ -35,8 +35,8 @@ def carried_marks(
         if len(sizes) > 1:
             raise ValueError(
                 f"argument {name!r} comes from forwards of "
-                f"{' and '.join(map(str, sorted(sizes)))} examples: whose rows are whose cannot be "
-                "told. Remedy: run the calls of one step inside `with handle.forward(batch):`"
+                f"{' and '.join(map(str, sorted(sizes)))} examples: whose rows are whose cannot "
+                "be told. Remedy: run the calls of one step inside `with handle.forward(batch):`"
             )
         if isinstance(mark, FromParameters) and mark.source is None:
             mark = FromParameters(mark.parameters, tensor)

@@ -164,10 +164,9 @@ class ForwardStandIn:
             new = (repr(n) for n, p in self.module.named_parameters() if id(p) not in known)
             raise RuntimeError(
                 f"the model's parameters changed while attached: {next(new, 'some')} is not what "
-                "it was, or is gone (a "
-                "module was exchanged, FSDP or tensor parallelism took them over, "
-                "load_state_dict(assign=True) or "
-                "functional_call was used, ...): detach and attach again"
+                "it was, or is gone (a module was exchanged, FSDP or tensor parallelism took them "
+                "over, load_state_dict(assign=True) or functional_call was used, ...): detach and "
+                "attach again"
             )
         if self.batch_norms:
             self.check_batch_norm()

@@ -96,8 +96,7 @@ class StaticGroupSpec:
         if kind == "ids" and len(value) != batch.batch_size:
             raise ValueError(
                 f"groups has {len(value)} ids but dim {batch.input_layout.dim} of the batch has "
-                "size "
-                f"{batch.batch_size}: pass one id per example"
+                f"size {batch.batch_size}: pass one id per example"
             )
         return StaticGroupSpec(kind, weight, int(batch.batch_size), batch.input_layout.dim)
 

@@ -156,8 +156,7 @@ def _named(
         if not mine:
             raise ValueError(
                 f"batch={name!r} is no tensor argument of this forward, which got "
-                f"{_listed(tensors) or 'none'}: name one "
-                "of these in attach(..., batch=...)"
+                f"{_listed(tensors) or 'none'}: name one of these in attach(..., batch=...)"
             )
         found += mine
     return found
@@ -174,16 +173,14 @@ def _refuse_layout(name: str, tensor: Tensor) -> None:
     if tensor.is_nested:
         raise UnsupportedError(
             f"argument {name!r} is a nested tensor, whose rows htv does not follow. Remedy: call "
-            "the model with its "
-            f"values, `with handle.packed({name}.offsets()): model({name}.values())`, for layers "
-            "that take rows, or pad it"
+            f"the model with its values, `with handle.packed({name}.offsets()): "
+            f"model({name}.values())`, for layers that take rows, or pad it"
         )
     if tensor.layout != torch.strided:
         raise UnsupportedError(
             f"argument {name!r} is a sparse tensor ({tensor.layout}), whose rows htv does not "
-            "follow. Remedy: pass "
-            f"{name}.to_dense(), or name the argument that holds the examples, attach(..., "
-            "batch=...)"
+            f"follow. Remedy: pass {name}.to_dense(), or name the argument that holds the "
+            "examples, attach(..., batch=...)"
         )
 
 
@@ -201,8 +198,7 @@ def _size(sized, dim: int, kind: str, given: int | None, was_named: bool, tensor
             f"which argument holds the examples? They disagree in dim {dim}: {_listed(sized)}. "
             "Name it: attach(..., "
             f"batch={next(n for n, t in sized if t.shape[dim] == larger[0])!r}), or say who votes "
-            "with `with "
-            "handle.groups(ids)`"
+            "with `with handle.groups(ids)`"
         )
     if sizes:
         return larger[0] if larger else sizes[0]
@@ -211,10 +207,9 @@ def _size(sized, dim: int, kind: str, given: int | None, was_named: bool, tensor
     got = f"it got {_listed(tensors)}" if tensors else "it got no tensor"
     raise ValueError(
         f"the forward has no tensor argument whose dim {dim} could be the batch ({got}). Remedy: "
-        "pass the examples to "
-        "the forward as a tensor, in a tuple, list, mapping or dataclass; or run it inside `with "
-        "handle.forward(examples): ...`, which names the tensors that hold them "
-        "(handle.groups(ids) alone does not)"
+        "pass the examples to the forward as a tensor, in a tuple, list, mapping or dataclass; or "
+        "run it inside `with handle.forward(examples): ...`, which names the tensors that hold "
+        "them (handle.groups(ids) alone does not)"
     )
 
 
@@ -243,8 +238,7 @@ def _of_packed_sequence(packed, plain, dim: int) -> Batch:
         if size is not None and len(order) != size:
             raise ValueError(
                 f"packed sequences {packed[0][0]!r} and {name!r} hold {size} and {len(order)} "
-                "examples: which of them "
-                "is the batch? Name it: attach(..., batch=...)"
+                "examples: which of them is the batch? Name it: attach(..., batch=...)"
             )
         size = len(order)
         example_of = torch.cat([order[:n] for n in sizes.tolist()])
@@ -275,8 +269,7 @@ def ids_of_examples(ids: Tensor, batch: Batch) -> Tensor:
     if ids.dim() != 1 or len(ids) != len(example_of):
         raise ValueError(
             f"groups has {len(ids)} ids, but {batch.source}, has {batch.batch_size} examples of "
-            f"{len(example_of)} rows in all: pass "
-            "one id per example, or one per row"
+            f"{len(example_of)} rows in all: pass one id per example, or one per row"
         )
     ids = ids.cpu()
     found = ids.new_zeros(batch.batch_size).index_copy_(0, example_of, ids)

@@ -286,11 +286,9 @@ class ServingMode(TorchFunctionMode):
         if name is not None:
             raise UnsupportedError(
                 f"{name!r} is another tensor than when the model was attached: a hook, FSDP or "
-                "tensor parallelism put it "
-                "there for this forward, and its gradient would be the plain one. Remedy: detach, "
-                "and attach where the "
-                f"parameters stay what they are, or exclude={name!r} and use htv.Mean() for the "
-                "others"
+                "tensor parallelism put it there for this forward, and its gradient would be the "
+                "plain one. Remedy: detach, and attach where the parameters stay what they are, "
+                f"or exclude={name!r} and use htv.Mean() for the others"
             )
 
     def argument(self, value: Tensor | None, mark: Mark | None = None) -> ParameterArgument:
@@ -342,8 +340,8 @@ class ServingMode(TorchFunctionMode):
             self.session.note_loss(mark)
             return (
                 f"it is not known any more which part of its input of shape {tuple(x.shape)} "
-                "belongs to which example: "
-                f"{mark} lost that (the batch is {self.batch.source or 'not an argument'})"
+                f"belongs to which example: {mark} lost that (the batch is "
+                f"{self.batch.source or 'not an argument'})"
             )
         if not isinstance(mark, BatchLayout):
             return f"its input of shape {tuple(x.shape)} was not computed from the batch"
@@ -363,10 +361,9 @@ class ServingMode(TorchFunctionMode):
     def refusal(self, op: str, parameters: tuple[ParameterLike, ...], why: str) -> str:
         names = ", ".join(repr(tracked.name) for tracked in parameters)
         return (
-            f"parameter {names} is used by {op}: {why}. Remedy: exclude={names} to give it a plain "
-            "gradient, "
-            "on_unsupported='plain' to do so wherever needed, or write the use with layers "
-            "htv.explain lists as served"
+            f"parameter {names} is used by {op}: {why}. Remedy: exclude={names} to give it a "
+            "plain gradient, on_unsupported='plain' to do so wherever needed, or write the use "
+            "with layers htv.explain lists as served"
         )
 
     # -- calls that no layer serves ----------------------------------------------------------------

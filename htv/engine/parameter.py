@@ -200,9 +200,9 @@ class TrackedParameter(BufferListener):
 
     def guard(self) -> None:
         raise RuntimeError(
-            f"backward after detach: the forward ran while parameter {self.name!r} was served, but "
-            "its handle has "
-            "been detached since; run the forward again, or detach after backward"
+            f"backward after detach: the forward ran while parameter {self.name!r} was served, "
+            "but its handle has been detached since; run the forward again, or detach after "
+            "backward"
         )
 
     def observe(self, parts: list[Factors]) -> None:
@@ -259,23 +259,19 @@ class TrackedParameter(BufferListener):
         if twice:
             why = (
                 f"parameter {self.name!r} got two aggregated gradients in one backward, and their "
-                "sum is no vote: the "
-                "loss joins two forwards with different groups, or one forward from before another "
-                "backward() and one "
-                "from after it. Remedy: call backward() once per forward, or run the forwards of "
-                "one loss together, "
+                "sum is no vote: the loss joins two forwards with different groups, or one "
+                "forward from before another backward() and one from after it. Remedy: call "
+                "backward() once per forward, or run the forwards of one loss together, "
             )
         else:
             why = (
                 f"parameter {self.name!r} reached the loss by a path htv does not serve: it was "
-                "used outside the "
-                "model's forward (a penalty on the weights, say: take the optimizer's weight "
-                "decay), by something in "
-                "it that htv cannot see (a custom autograd.Function, a function of "
-                "torch.jit.script), or a tensor hook "
-                "changed the gradient in place. Remedy: use it inside the forward by operations "
-                "htv.explain lists as "
-                "served, run what uses it outside inside `with handle.forward(batch): ...`, "
+                "used outside the model's forward (a penalty on the weights, say: take the "
+                "optimizer's weight decay), by something in it that htv cannot see (a custom "
+                "autograd.Function, a function of torch.jit.script), or a tensor hook changed the "
+                "gradient in place. Remedy: use it inside the forward by operations htv.explain "
+                "lists as served, run what uses it outside inside `with handle.forward(batch): "
+                "...`, "
             )
         self.session.unsupported(f"{why}or exclude={self.name!r}", (self,))
 

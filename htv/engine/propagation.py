@@ -165,11 +165,9 @@ def _refuse_guesses_in_backward(op: Operation, layouts: list[BatchLayout], outpu
 def _of_guess(op: Operation, guess: str) -> str:
     return (
         f"{op.name}: {guess} was taken for the batch's by its size alone, but meets the batch in "
-        "another dim. Remedy: if "
-        "it holds examples, say so by naming all that do, attach(..., batch=('first', 'second')); "
-        "if it does not, name the "
-        "argument that does, give it a dim of size 1 where the batch would be, or use another "
-        "batch size"
+        "another dim. Remedy: if it holds examples, say so by naming all that do, attach(..., "
+        "batch=('first', 'second')); if it does not, name the argument that does, give it a dim "
+        "of size 1 where the batch would be, or use another batch size"
     )
 
 

@@ -71,9 +71,8 @@ def _refuse_ranks(module: DistributedDataParallel, kind: str) -> None:
     ranks = module.process_group.size()
     if ranks > 1:
         raise UnsupportedError(
-            f"the model is trained by {kind} on {ranks} ranks: each rank would vote alone over its "
-            "own "
-            f"examples, and the average of votes is no vote. {REMEDY}"
+            f"the model is trained by {kind} on {ranks} ranks: each rank would vote alone over "
+            f"its own examples, and the average of votes is no vote. {REMEDY}"
         )
 
 

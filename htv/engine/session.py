@@ -378,9 +378,8 @@ class Session:
         self.told_of_sums = True
         warnings.warn(
             f"a backward adds to the aggregate that .grad of {tracked.name!r} holds from an "
-            "earlier "
-            "backward: each backward is a vote of its own, so micro-batches that a trainer "
-            "accumulates do not vote together. Use `with handle.accumulate():` around the "
+            "earlier backward: each backward is a vote of its own, so micro-batches that a "
+            "trainer accumulates do not vote together. Use `with handle.accumulate():` around the "
             "micro-batches of a step, or zero_grad() between the backwards",
             stacklevel=2,
         )

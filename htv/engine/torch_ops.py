@@ -30,32 +30,26 @@ def _names(text: str) -> frozenset[str]:
 
 # Broadcasting arithmetic: an expanded operand's gradient is its stack of contributions.
 ELEMENTWISE = _names(
-    "add sub subtract rsub mul multiply div divide true_divide truediv rdiv rtruediv pow rpow radd "
-    "rmul iadd isub "
-    "imul itruediv maximum minimum where lerp addcmul addcdiv atan2 hypot logaddexp"
+    "add sub subtract rsub mul multiply div divide true_divide truediv rdiv rtruediv pow rpow "
+    "radd rmul iadd isub imul itruediv maximum minimum where lerp addcmul addcdiv atan2 hypot "
+    "logaddexp"
 )
 COMPARING = _names(
     "eq ne lt le gt ge isclose equal logical_and logical_or logical_xor logical_not and or xor "
-    "invert bitwise_and "
-    "bitwise_or bitwise_not isnan isinf isfinite floor_divide floordiv remainder fmod mod rmod "
-    "rfloordiv"
+    "invert bitwise_and bitwise_or bitwise_not isnan isinf isfinite floor_divide floordiv "
+    "remainder fmod mod rmod rfloordiv"
 )
 UNARY = _names(
     "abs absolute neg negative positive pos exp exp2 expm1 log log2 log10 log1p sqrt rsqrt square "
-    "reciprocal sin "
-    "cos tan asin acos atan sinh cosh tanh asinh acosh atanh sigmoid logit erf erfc erfinv sign "
-    "sgn floor ceil "
-    "round trunc frac clamp clamp_min clamp_max clip nan_to_num relu relu6 leaky_relu elu selu "
-    "celu gelu silu mish "
-    "softplus softsign tanhshrink softshrink hardshrink hardtanh hardsigmoid hardswish threshold "
-    "rrelu log_sigmoid "
-    "dropout alpha_dropout feature_dropout feature_alpha_dropout dropout1d dropout2d dropout3d "
-    "masked_fill "
-    "bernoulli to float half bfloat16 double int long bool type type_as contiguous clone detach "
-    "requires_grad_ requires_grad data real imag conj cpu cuda zeros_like ones_like empty_like "
-    "full_like rand_like "
-    "randn_like randint_like zero fill uniform normal copy alias special_expit polygamma lgamma "
-    "digamma sinc heaviside"
+    "reciprocal sin cos tan asin acos atan sinh cosh tanh asinh acosh atanh sigmoid logit erf "
+    "erfc erfinv sign sgn floor ceil round trunc frac clamp clamp_min clamp_max clip nan_to_num "
+    "relu relu6 leaky_relu elu selu celu gelu silu mish softplus softsign tanhshrink softshrink "
+    "hardshrink hardtanh hardsigmoid hardswish threshold rrelu log_sigmoid dropout alpha_dropout "
+    "feature_dropout feature_alpha_dropout dropout1d dropout2d dropout3d masked_fill bernoulli to "
+    "float half bfloat16 double int long bool type type_as contiguous clone detach requires_grad_ "
+    "requires_grad data real imag conj cpu cuda zeros_like ones_like empty_like full_like "
+    "rand_like randn_like randint_like zero fill uniform normal copy alias special_expit "
+    "polygamma lgamma digamma sinc heaviside"
 )
 BROADCASTING = ELEMENTWISE | COMPARING | UNARY
 
@@ -63,16 +57,12 @@ BROADCASTING = ELEMENTWISE | COMPARING | UNARY
 # other arguments.
 ROWWISE = _names(
     "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution "
-    "max_pool1d max_pool2d "
-    "max_pool3d boolean_dispatch fn avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d "
-    "adaptive_avg_pool2d "
-    "adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d lp_pool1d "
-    "lp_pool2d "
-    "interpolate upsample pad grid_sample pixel_shuffle pixel_unshuffle channel_shuffle fold "
-    "batch_norm group_norm "
+    "max_pool1d max_pool2d max_pool3d boolean_dispatch fn avg_pool1d avg_pool2d avg_pool3d "
+    "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d "
+    "adaptive_max_pool2d adaptive_max_pool3d lp_pool1d lp_pool2d interpolate upsample pad "
+    "grid_sample pixel_shuffle pixel_unshuffle channel_shuffle fold batch_norm group_norm "
     "instance_norm layer_norm rms_norm local_response_norm linear embedding embedding_bag one_hot "
-    "prelu bilinear "
-    "tril triu view_as_real view_as_complex"
+    "prelu bilinear tril triu view_as_real view_as_complex"
 )
 # How many dims at the end some of them may mix; the others need the batch in dim 0.
 KEEPS_LAST = {
@@ -116,8 +106,7 @@ SHUFFLING = _names(
 # they cut or permute.
 MOVING = _names(
     "getitem flip roll index_select narrow chunk split split_with_sizes tensor_split gather "
-    "take_along_dim "
-    "repeat_interleave masked_select cat concat concatenate select unbind unfold "
+    "take_along_dim repeat_interleave masked_select cat concat concatenate select unbind unfold "
     "pack_padded_sequence"
 )
 # The names of the tensors that come first, in their order; NumPy's are accepted as well.

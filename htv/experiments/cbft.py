@@ -138,8 +138,7 @@ def _findings(records: Records, variant: str) -> list[Finding]:
     return [
         Finding(
             f"{variant}: the model relies on the cue, and naive fine-tuning with a small learning "
-            "rate keeps it so: "
-            "RI stays above half, RC far below NC",
+            "rate keeps it so: RI stays above half, RC far below NC",
             f"before: {told(BEFORE)}; S: {told(NAIVE_S)}",
             before["RI"] > 0.5 and small["RI"] > 0.5 and small["RC"] < small["NC"] - 0.2,
         ),

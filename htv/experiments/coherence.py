@@ -92,9 +92,8 @@ def summarise(records: Records) -> Summary:
         Finding(
             "Real labels: coherence is high early, orders of magnitude above that of random ones",
             f"up to {real['early']:.3g} of at most {examples} within the first "
-            f"{records.settings.early:.0%} of the "
-            f"epochs, {real['peak']:.3g} at epoch {real['peak_epoch']:.0f}; random labels: "
-            f"{random['early']:.2g} early",
+            f"{records.settings.early:.0%} of the epochs, {real['peak']:.3g} at epoch "
+            f"{real['peak_epoch']:.0f}; random labels: {random['early']:.2g} early",
             real["early"] > 10 * random["early"],
         ),
         Finding(
@@ -110,8 +109,8 @@ def summarise(records: Records) -> Summary:
         Finding(
             "rises well into training, and then falls",
             f"up to {random['peak']:.3g} at epoch {random['peak_epoch']:.0f}, "
-            f"{random['m_coherence']:.2g} at the end, "
-            f"at {random['train_accuracy']:.1%} training accuracy",
+            f"{random['m_coherence']:.2g} at the end, at {random['train_accuracy']:.1%} training "
+            "accuracy",
             random["peak_epoch"] > records.settings.early * records.settings.training.epochs
             and random["peak"] > 3 * max(random["start"], random["m_coherence"]),
         ),

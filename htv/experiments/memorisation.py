@@ -101,8 +101,8 @@ def _findings(records: Records, network: str) -> list[Finding]:
             "hardly touches real ones",
             f"tau {apart:g}: random {at('random', 0.0, 'train_accuracy'):.1%} to "
             f"{at('random', apart, 'train_accuracy'):.1%} (training), real "
-            f"{at('real', 0.0, 'test_accuracy'):.1%} to "
-            f"{at('real', apart, 'test_accuracy'):.1%} (test)",
+            f"{at('real', 0.0, 'test_accuracy'):.1%} to {at('real', apart, 'test_accuracy'):.1%} "
+            "(test)",
             fall[apart] > 0.3 and price[apart] < 0.1,
         ),
         Finding(

@@ -197,8 +197,7 @@ def _findings(records: Records) -> list[Finding]:
             "Models with and without the cue have a barrier between them on the straight path, "
             "even after matching",
             f"on C {linear['C']:.2f}, matched {matched['C']:.2f}; on NC {linear['NC']:.2f}, "
-            "matched "
-            f"{matched['NC']:.2f}",
+            f"matched {matched['NC']:.2f}",
             min(barriers[of] for barriers in (linear, matched) for of in ("C", "NC")) > tolerance,
         ),
         Finding(

@@ -42,8 +42,7 @@ class Store:
         elif not dumps(self.common).encode().startswith(found):
             raise RecordsError(
                 f"{path} does not begin as a file of these records does: name another folder with "
-                "--out, "
-                "or delete the file"
+                "--out, or delete the file"
             )
         if whole != found:  # cut where it is, for there may be no room for another copy
             os.truncate(path, len(whole))
@@ -104,8 +103,7 @@ class Store:
             differences = "; ".join(_differences(found, self.common)) or "other fields"
             raise RecordsError(
                 f"{self.path} holds runs made with other settings ({differences}): name another "
-                "folder with --out, "
-                "or delete the file"
+                "folder with --out, or delete the file"
             )
 
 

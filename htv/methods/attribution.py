@@ -111,8 +111,7 @@ class Attribution:
         if not tags or len(corrupt) == 0:
             raise ValueError(
                 "corrupt must be a boolean tensor of shape (N,), one tag per example of the data "
-                "set; got "
-                f"{described(corrupt)}"
+                f"set; got {described(corrupt)}"
             )
         if permutations < 1:
             raise ValueError(f"permutations must be at least 1, got {permutations}")

@@ -301,10 +301,9 @@ class CBFT:
         if invariant:
             if len(seen) != 1 or len(seen[0]) != len(logits):
                 raise RuntimeError(
-                    f"the head must see every example once in a forward: it was called {len(seen)} "
-                    "times, with "
-                    f"{[len(part) for part in seen]} rows for {len(logits)} examples. Name another "
-                    "one with head="
+                    "the head must see every example once in a forward: it was called "
+                    f"{len(seen)} times, with {[len(part) for part in seen]} rows for "
+                    f"{len(logits)} examples. Name another one with head="
                 )
             features = seen[0]
             losses["invariance"] = invariance_loss(
@@ -318,8 +317,7 @@ class CBFT:
         if logits.shape != (len(x), self.num_classes):
             raise ValueError(
                 f"model must give logits of shape {(len(x), self.num_classes)}, for "
-                f"num_classes={self.num_classes}; "
-                f"got {tuple(logits.shape)}"
+                f"num_classes={self.num_classes}; got {tuple(logits.shape)}"
             )
         return logits
 

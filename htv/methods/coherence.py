@@ -184,8 +184,7 @@ class _Sums:
         if len(norms) != self.voters:
             raise ValueError(
                 f"losses returned {self.voters} losses, but parameter {name!r} saw {len(norms)} "
-                "examples: it must "
-                "return one loss per example of the batch"
+                "examples: it must return one loss per example of the batch"
             )
         self.energies[name] += norms.sum().item()
         self.seen.add(name)
@@ -199,9 +198,8 @@ class _Sums:
         self.examples += len(losses)
         if not self.seen:
             raise ValueError(
-                "losses did not run `model`: none of its parameters took part in what it returned. "
-                "Where "
-                "model is a copy, losses must run the copy"
+                "losses did not run `model`: none of its parameters took part in what it "
+                "returned. Where model is a copy, losses must run the copy"
             )
 
 
@@ -302,8 +300,7 @@ def generalisation_bound(
     if alpha.dim() != 1 or alpha.shape != eta.shape:
         raise ValueError(
             "alphas and learning_rates must be two sequences of one length, got "
-            f"{tuple(alpha.shape)} and "
-            f"{tuple(eta.shape)}"
+            f"{tuple(alpha.shape)} and {tuple(eta.shape)}"
         )
     if not bool(((alpha >= 0) & (alpha <= 1)).all()):
         raise ValueError(

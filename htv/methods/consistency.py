@@ -366,8 +366,8 @@ def geometric_mean_hessian(
             break  # something is no longer finite
     raise RuntimeError(
         f"the geometric mean did not converge to {tolerance} in {max_steps} steps (it is at "
-        f"{size:.1e}): the Hessians "
-        "are too ill-conditioned; add a little to their diagonals, or allow a larger tolerance"
+        f"{size:.1e}): the Hessians are too ill-conditioned; add a little to their diagonals, or "
+        "allow a larger tolerance"
     )
 
 

@@ -89,8 +89,7 @@ def _refuse_to_share(nets: list[nn.Module]) -> None:
         if shared:
             raise ValueError(
                 "factory must make a new network at every call: two of them share the parameter "
-                f"{shared[0]!r}, and "
-                "would be trained on each other's examples. Copy or freeze it"
+                f"{shared[0]!r}, and would be trained on each other's examples. Copy or freeze it"
             )
         seen |= trained.keys()
 

@@ -65,8 +65,7 @@ def join_environments(batches: Sequence[Sequence[Tensor]]) -> tuple[tuple[Tensor
             if part.shape[1:] != first.shape[1:]:
                 raise ValueError(
                     f"examples of batches[{index}] have shape {tuple(part.shape[1:])}, those of "
-                    "batches[0] "
-                    f"{tuple(first.shape[1:])}"
+                    f"batches[0] {tuple(first.shape[1:])}"
                 )
     counts = torch.tensor([len(batch[0]) for batch in batches])
     ids = torch.repeat_interleave(torch.arange(len(batches)), counts).to(batches[0][0].device)
@@ -133,8 +132,7 @@ def require_environments(ids: Tensor, num_environments: int, absent: str = "erro
     if absent == "error" and len(ids) < num_environments:
         raise ValueError(
             f"{len(ids)} examples cannot hold {num_environments} environments: take a larger "
-            "batch, with at least one "
-            "example of each"
+            "batch, with at least one example of each"
         )
     if len(ids) == 0:
         raise ValueError("ids is empty: a batch needs at least one example")
@@ -147,8 +145,7 @@ def require_environments(ids: Tensor, num_environments: int, absent: str = "erro
     if missing and absent == "error":
         raise ValueError(
             f"environments {missing} are missing from the batch: the others would agree without "
-            "them. Draw from every "
-            "environment, as environment_batches does"
+            "them. Draw from every environment, as environment_batches does"
         )
 
 

@@ -142,8 +142,7 @@ def best_draw(draws: Iterable[Draw], combine: str = "or") -> Draw:
         )
         raise ValueError(
             f"every draw is degenerate: some class has one group only ({found}). Train longer or "
-            "for a shorter time, "
-            "with another learning rate, or take more draws"
+            "for a shorter time, with another learning rate, or take more draws"
         )
     return max(sound, key=lambda draw: draw.flip_rate)
 
@@ -300,8 +299,7 @@ class _HeldOut:
         if state.keys() != self.state_dict().keys() or len(state["nets"]) != len(self._nets):
             raise ValueError(
                 f"the state is not of a {type(self).__name__} of {len(self._nets)} networks: it "
-                "has "
-                f"{len(state.get('nets', ()))} networks and holds {', '.join(sorted(state))}"
+                f"has {len(state.get('nets', ()))} networks and holds {', '.join(sorted(state))}"
             )
         if state["stacked"] != self._nets.stacked:
             raise ValueError(
@@ -340,8 +338,7 @@ class _HeldOut:
             shape = tuple(logits.shape[1:] if logits.dim() > 2 else logits.shape)
             raise ValueError(
                 f"the network returned {shape} for {rows} examples of {self.num_classes} classes: "
-                "logits must be "
-                f"({rows}, {self.num_classes}); num_classes says how many"
+                f"logits must be ({rows}, {self.num_classes}); num_classes says how many"
             )
 
     def _loss(self, x: Any, ids: Tensor) -> Tensor:
@@ -563,8 +560,7 @@ def _checked_targets(targets: Tensor, num_classes: int | None) -> tuple[Tensor, 
     if int(targets.min()) < 0 or int(targets.max()) >= num_classes or num_classes < 2:
         raise ValueError(
             "targets must lie in [0, num_classes), with at least 2 classes; got values from "
-            f"{int(targets.min())} to "
-            f"{int(targets.max())}, num_classes {num_classes}"
+            f"{int(targets.min())} to {int(targets.max())}, num_classes {num_classes}"
         )
     absent = (torch.bincount(targets, minlength=num_classes) == 0).nonzero().flatten().tolist()
     if absent:
@@ -580,8 +576,7 @@ def _finite(held_out: Tensor) -> Tensor:
     if bad:
         raise ValueError(
             f"the held-out logits of {int(bad)} examples are not finite: training diverged, or x "
-            "is not finite. Lower "
-            "the learning rate"
+            "is not finite. Lower the learning rate"
         )
     return held_out
 

@@ -175,9 +175,8 @@ class MemorizationAwareLoss(nn.Module):
         if missing == "error" and len(without):
             raise ValueError(
                 f"heldout has no predictions for ids {_listed(without.tolist())}: their rows hold "
-                "NaN, infinity or "
-                "nothing but -inf. Predict them, or say missing='allow' if no batch will contain "
-                "them"
+                "NaN, infinity or nothing but -inf. Predict them, or say missing='allow' if no "
+                "batch will contain them"
             )
         found = None
         if calibration == "global":
@@ -206,8 +205,7 @@ class MemorizationAwareLoss(nn.Module):
         if logits.dim() != 2 or logits.shape[1] != self.heldout.shape[1]:
             raise ValueError(
                 f"logits must be (B, K) with K = {self.heldout.shape[1]} classes, as heldout has, "
-                "got "
-                f"{tuple(logits.shape)}"
+                f"got {tuple(logits.shape)}"
             )
         common: dict[str, Any] = {
             "weight": self.weight,
@@ -256,17 +254,15 @@ class MemorizationAwareLoss(nn.Module):
         if len(targets) == 0:
             raise ValueError(
                 "no example has both a class and a held-out prediction: with nothing to calibrate "
-                "by, shifts would be "
-                "the same for all classes. Predict some examples, or take calibration='batch' or "
-                "'none'"
+                "by, shifts would be the same for all classes. Predict some examples, or take "
+                "calibration='batch' or 'none'"
             )
         counts = torch.bincount(targets, minlength=probabilities.shape[1])
         absent = torch.nonzero(counts == 0).flatten().tolist()
         if absent:
             warnings.warn(
                 f"classes {_listed(absent)} have no example with a held-out prediction: their "
-                "shift is log(eps) "
-                "everywhere, and nothing is learnt about their logits",
+                "shift is log(eps) everywhere, and nothing is learnt about their logits",
                 stacklevel=3,
             )
         dtype = torch.promote_types(self.heldout.dtype, torch.float32)
@@ -279,8 +275,7 @@ class MemorizationAwareLoss(nn.Module):
         if ids.dtype != torch.int64 or ids.dim() != 1 or ids.shape != targets.shape:
             raise ValueError(
                 f"ids must be (B,) int64, one for each target, got {ids.dtype} {tuple(ids.shape)} "
-                "for targets "
-                f"{tuple(targets.shape)}"
+                f"for targets {tuple(targets.shape)}"
             )
         wrong = _outside(ids, len(self.heldout))
         if wrong is not None:
@@ -313,8 +308,7 @@ def _check_heldout(
     if targets.dtype != torch.int64 or targets.shape != heldout.shape[:1]:
         raise ValueError(
             f"targets must be ({len(heldout)},) int64, one for each row of heldout, got "
-            f"{targets.dtype} of shape "
-            f"{tuple(targets.shape)}"
+            f"{targets.dtype} of shape {tuple(targets.shape)}"
         )
     if targets.device != heldout.device:
         raise ValueError(

@@ -328,7 +328,6 @@ def _each(losses: Tensor, ids: Tensor) -> Tensor:
     if losses.shape != ids.shape:
         raise ValueError(
             f"the loss must be one value per example, {tuple(ids.shape)}, got "
-            f"{tuple(losses.shape)}: "
-            "use reduction='none' and mean over all other dims"
+            f"{tuple(losses.shape)}: use reduction='none' and mean over all other dims"
         )
     return losses

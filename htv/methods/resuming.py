@@ -49,8 +49,7 @@ def require_state_of(state_dict: dict[str, Any], param_groups: list[dict[str, An
     if theirs != ours:
         raise ValueError(
             f"state_dict has groups of {theirs} parameters, this optimizer has groups of {ours}: "
-            "it is of another "
-            "model, or was given its parameters in other groups"
+            "it is of another model, or was given its parameters in other groups"
         )
     indices = [index for group in state_dict["param_groups"] for index in group["params"]]
     parameters = [p for group in param_groups for p in group["params"]]
@@ -59,6 +58,5 @@ def require_state_of(state_dict: dict[str, Any], param_groups: list[dict[str, An
             if isinstance(kept, Tensor) and kept.shape != p.shape:
                 raise ValueError(
                     f"state_dict has {name!r} of shape {tuple(kept.shape)} for parameter "
-                    f"{position}, whose shape is "
-                    f"{tuple(p.shape)}: it is of another model"
+                    f"{position}, whose shape is {tuple(p.shape)}: it is of another model"
                 )

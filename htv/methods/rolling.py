@@ -64,8 +64,7 @@ class _Rolling(Optimizer):
         if not isinstance(optimizer, Optimizer):
             raise TypeError(
                 "optimizer must be a torch.optim.Optimizer to wrap, such as "
-                "torch.optim.SGD(parameters, lr=.1); "
-                f"got {type(optimizer).__name__}"
+                f"torch.optim.SGD(parameters, lr=.1); got {type(optimizer).__name__}"
             )
         if isinstance(optimizer, _Rolling | torch.optim.LBFGS):
             raise TypeError(
@@ -114,8 +113,7 @@ class _Rolling(Optimizer):
                     f"{name} is defined without momentum, which averages over the steps it takes "
                     "the median of: got "
                     f"{'momentum' if group.get('momentum', 0) else 'betas[0]'}={momentum}. Set it "
-                    "to 0, or pass "
-                    "allow_momentum=True if that is what you mean"
+                    "to 0, or pass allow_momentum=True if that is what you mean"
                 )
             if any(p.is_complex() for p in group["params"]):
                 raise TypeError(
@@ -133,10 +131,9 @@ class _Rolling(Optimizer):
         if first is None:
             raise ValueError(
                 f"{type(self).__name__} cannot tell whether {type(self.optimizer).__name__} adds "
-                f"weight_decay={decay} "
-                "to the gradient (as SGD does) or decays the weights by themselves (as AdamW "
-                "does): pass "
-                "decay_first=True for the former, False for the latter"
+                f"weight_decay={decay} to the gradient (as SGD does) or decays the weights by "
+                "themselves (as AdamW does): pass decay_first=True for the former, False for the "
+                "latter"
             )
         return float(decay) if first else 0.0
 

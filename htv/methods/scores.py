@@ -218,8 +218,7 @@ def _check_part(name: str, part: tuple[Tensor, Tensor] | None, count: int) -> No
     if not len(x) == len(targets) == count:
         raise ValueError(
             f"{name} must hold the {count} examples that scores was made for, got {len(x)} inputs "
-            f"and {len(targets)} "
-            "targets"
+            f"and {len(targets)} targets"
         )
 
 
@@ -267,8 +266,7 @@ def squared_gradient_norms(
             if len(norms) != len(found[-1]):
                 raise ValueError(
                     f"losses returned {len(found[-1])} losses, but parameter {name!r} saw "
-                    f"{len(norms)} examples: it "
-                    "must return one loss per example of the batch"
+                    f"{len(norms)} examples: it must return one loss per example of the batch"
                 )
             found[-1] += norms
 

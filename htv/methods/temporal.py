@@ -139,8 +139,7 @@ class TemporalAndMaskAdam(Optimizer):
         if any(g.is_sparse for g in grads):
             raise RuntimeError(
                 "TemporalAndMaskAdam keeps signs of every coordinate and takes no sparse "
-                "gradients: make the embedding "
-                "with sparse=False"
+                "gradients: make the embedding with sparse=False"
             )
         averages, squares, signs = ([self._state(p)[name] for p in params] for name in STATE)
         grads = [g.float() if g.dtype in HALF else g for g in grads]
@@ -215,8 +214,8 @@ class TemporalAndMaskAdam(Optimizer):
         if missing:
             raise ValueError(
                 "state_dict is of another optimizer than TemporalAndMaskAdam: it has no "
-                f"{', '.join(sorted(missing))}. "
-                "Resume with the optimizer that saved it, or start this one anew"
+                f"{', '.join(sorted(missing))}. Resume with the optimizer that saved it, or start "
+                "this one anew"
             )
         require_state_of(state_dict, self.param_groups)
         super().load_state_dict(state_dict)

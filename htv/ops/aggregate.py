@@ -384,9 +384,8 @@ def linear_grad(
         raise TypeError(f"rule must be an htv rule such as htv.AndMask(0.4), got {rule!r}")
     if x.dim() < 2 or x.shape[:-1] != grad_output.shape[:-1]:
         raise ValueError(
-            "x and grad_output must have shapes (N, *rest, I) and (N, *rest, O) with equal leading "
-            "dims, "
-            f"got {tuple(x.shape)} and {tuple(grad_output.shape)}"
+            "x and grad_output must have shapes (N, *rest, I) and (N, *rest, O) with equal "
+            f"leading dims, got {tuple(x.shape)} and {tuple(grad_output.shape)}"
         )
     if x.dtype != grad_output.dtype or x.device != grad_output.device:
         raise TypeError(

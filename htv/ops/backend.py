@@ -231,8 +231,7 @@ def _choose(problem: Problem) -> str:
     if reason is not None:
         raise RuntimeError(
             f"backend {name!r} was named but cannot serve {problem.op} ({problem.statistic}): "
-            f"{reason}. Remedy: name "
-            "another, or auto"
+            f"{reason}. Remedy: name another, or auto"
         )
     return name
 

@@ -61,8 +61,7 @@ def require_same_groups(parts: list[Factors]) -> None:
         if part.shape != first.shape or part.count != first.count:
             raise ValueError(
                 "the uses of one parameter must agree on its shape and on the number of groups: "
-                "got "
-                f"{first.shape} and {part.shape}, {first.count} and {part.count} groups (where "
-                "every row votes by "
-                "itself, a parameter used on different numbers of rows has no votes to add)"
+                f"got {first.shape} and {part.shape}, {first.count} and {part.count} groups "
+                "(where every row votes by itself, a parameter used on different numbers of rows "
+                "has no votes to add)"
             )

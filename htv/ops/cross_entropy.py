@@ -99,8 +99,7 @@ def _check(logits, targets, shift, temperature, reduction, label_smoothing, weig
     if targets.dtype != torch.int64:
         raise TypeError(
             f"targets must be classes in int64, got {targets.dtype}; for probabilities add the "
-            "shift to the logits and "
-            "use F.cross_entropy"
+            "shift to the logits and use F.cross_entropy"
         )
     if logits.dim() == 0 or logits.shape[class_dim := min(1, logits.dim() - 1)] == 0:
         raise ValueError(

@@ -104,17 +104,16 @@ def _replacement(
         isinstance(module, LazyModuleMixin) or module.num_features == 0
     ):  # torch leaves 0 if there is nothing to shape
         raise RuntimeError(
-            f"{_called(name)} is a {type(module).__name__} that does not know its channels: a lazy "
-            "one gets them from "
-            "a first batch. Run the model once first, or make it with num_features"
+            f"{_called(name)} is a {type(module).__name__} that does not know its channels: a "
+            "lazy one gets them from a first batch. Run the model once first, or make it with "
+            "num_features"
         )
     more = _does_more(module)
     if more is not None:
         raise UnsupportedError(
             f"{_called(name)} is a {type(module).__name__} {more}, which a GroupNorm in its place "
-            "would not do. "
-            "Remedy: replace=, a callable (name, module) -> what takes its place, or the module "
-            "itself to keep it"
+            "would not do. Remedy: replace=, a callable (name, module) -> what takes its place, "
+            "or the module itself to keep it"
         )
     return _group_norm(module, num_groups)
 

@@ -351,10 +351,9 @@ def _exact_noise(contributions: dict[str, Tensor | None], plain: dict[str, Tenso
         gap = (stacked.sum(dim=0) - whole).abs().max().item()
         if not gap <= 1e-4 * scale:
             raise ValueError(
-                f"the plain gradient of parameter {name!r} is not the sum of its groups' gradients "
-                "(they differ by "
-                f"{gap:.2g}): the model couples the examples of a batch, or is random beyond its "
-                "Dropout modules"
+                f"the plain gradient of parameter {name!r} is not the sum of its groups' "
+                f"gradients (they differ by {gap:.2g}): the model couples the examples of a "
+                "batch, or is random beyond its Dropout modules"
             )
         noise = max(noise, 8 * gap)
     return noise
@@ -395,8 +394,8 @@ def _compare(
         if (found[name] is None) != (stacked is None):
             raise CheckError(
                 f"parameter {name!r} {'has no' if found[name] is None else 'has a'} gradient when "
-                "attached, "
-                f"but {'no group' if stacked is None else 'some group'} contributes to it"
+                f"attached, but {'no group' if stacked is None else 'some group'} contributes to "
+                "it"
             )
         if stacked is None or not stacked.numel():
             continue
@@ -426,9 +425,9 @@ def _compare(
             at = tuple(wrong.nonzero()[0].tolist())
             raise CheckError(
                 f"parameter {name!r} differs from one group at a time under "
-                f"{rule or 'its plain gradient'}: "
-                f"{int(wrong.sum())} of {wrong.numel()} coordinates, first at {at}: "
-                f"{found[name][at].item():.9g} instead of {expected[at].item():.9g}"
+                f"{rule or 'its plain gradient'}: {int(wrong.sum())} of {wrong.numel()} "
+                f"coordinates, first at {at}: {found[name][at].item():.9g} instead of "
+                f"{expected[at].item():.9g}"
             )
         if bool(compared.any()):
             worst = max(worst, error[compared].max().item())

@@ -93,8 +93,8 @@ def why_not(dry: bool) -> str | None:
     if not dry and not torch.cuda.is_available():
         return (
             f"htv tune needs an NVIDIA GPU, and torch {torch.__version__} sees none: install a "
-            "CUDA build of torch and "
-            "check the driver with nvidia-smi, or try every step on the CPU with --dry"
+            "CUDA build of torch and check the driver with nvidia-smi, or try every step on the "
+            "CPU with --dry"
         )
     return None
 

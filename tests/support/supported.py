@@ -69,8 +69,7 @@ WHO_VOTES: list[Row] = [
     ("parts called one by one: by a training step, an agent, a closure, several models",
      f"{EXACT}, or refused",
      "parts_called_alone: test_a_forward_continues_what_an_earlier_one_knew, "
-     "test_a_method_is_served_by_name, "
-     "test_a_block_follows_what_is_computed_between_the_calls, "
+     "test_a_method_is_served_by_name, test_a_block_follows_what_is_computed_between_the_calls, "
      "test_a_closure_that_forward_returned, "
      "test_what_an_operation_between_forwards_loses_is_refused"),
     ("forwards of different numbers of voters under one loss", REFUSED,
@@ -113,8 +112,7 @@ TRAINING: list[Row] = [
      "looks_as_before: test_exporters_are_told_to_detach"),
     ("interrupts and failures: the next step is right, nothing is kept", EXACT,
      "interrupted: test_an_interrupt_at_any_line_wedges_nothing, "
-     "test_failed_backwards_keep_nothing, "
-     "test_a_failed_micro_batch_leaves_no_half_counted_votes, "
+     "test_failed_backwards_keep_nothing, test_a_failed_micro_batch_leaves_no_half_counted_votes, "
      "test_a_detached_model_is_freed_at_once"),
     ("gradient accumulation, `with handle.accumulate():`", EXACT,
      "accumulation: test_streaming_rules_equal_one_large_batch"),

@@ -115,8 +115,8 @@ def _described(value, tensors: list[Tensor], classes: list[type]) -> tuple:
     else:
         raise UnsupportedError(
             f"a compiled forward of an attached model cannot return a {cls.__name__}: return "
-            "tensors and constants in "
-            "tuples, lists, dicts or dataclasses (of Hugging Face models: use_cache=False)"
+            "tensors and constants in tuples, lists, dicts or dataclasses (of Hugging Face "
+            "models: use_cache=False)"
         )
     if kind in ("named", "dataclass") and cls not in classes:
         classes.append(cls)
@@ -189,9 +189,9 @@ def _run(forward: ForwardStandIn, tensors: list[Tensor], voting: tuple, args: tu
     outer = session.running()
     if outer and not for_shapes:
         raise UnsupportedError(
-            "a part of an attached model is compiled by itself, which hides from htv how the batch "
-            "got there and what "
-            "else uses its parameters. Remedy: compile the whole model, torch.compile(model)"
+            "a part of an attached model is compiled by itself, which hides from htv how the "
+            "batch got there and what else uses its parameters. Remedy: compile the whole model, "
+            "torch.compile(model)"
         )
     try:
         session.thread.running = True
@@ -208,8 +208,7 @@ def _run(forward: ForwardStandIn, tensors: list[Tensor], voting: tuple, args: tu
             raise
         raise UnsupportedError(
             f"the way of a parameter's contributions depends on values ({error.func}), which "
-            "torch.compile does not "
-            "have. Remedy: run this model without torch.compile"
+            "torch.compile does not have. Remedy: run this model without torch.compile"
         ) from error
     finally:
         session.thread.running = outer
@@ -246,8 +245,7 @@ def _exchanged(guard_state: CompileGuardState, tensors: list[Tensor]) -> Iterato
         if changed:
             raise UnsupportedError(
                 f"the forward sets attribute {changed[0]!r} of a module, which a compiled forward "
-                "would not do again: "
-                "make it a buffer and write to it in place"
+                "would not do again: make it a buffer and write to it in place"
             )
     finally:
         for (store, name), tensor in zip(cells, before, strict=True):
@@ -270,8 +268,7 @@ def _intercept(
         if isinstance(tensor, PackedSequence):
             raise UnsupportedError(
                 f"argument {name!r} is a PackedSequence, which torch.compile hides from htv. "
-                "Remedy: run this model "
-                "without torch.compile"
+                "Remedy: run this model without torch.compile"
             )
         for size in tensor.shape:
             int(size)  # compiled once for each size

@@ -92,11 +92,9 @@ class TracedMode(ServingMode):
         if tensor is not None and not isinstance(tensor, FunctionalTensor):
             raise UnsupportedError(
                 f"a tensor of shape {tuple(tensor.shape)} is neither an argument of the forward "
-                "nor a parameter, "
-                "buffer or attribute of its modules (a global, a list's item, a closure's "
-                "variable): the compiled "
-                "forward would keep its present value. Remedy: register it as a buffer, or pass it "
-                "as an argument"
+                "nor a parameter, buffer or attribute of its modules (a global, a list's item, a "
+                "closure's variable): the compiled forward would keep its present value. Remedy: "
+                "register it as a buffer, or pass it as an argument"
             )
         return super().mark(tensor)
 

@@ -281,9 +281,8 @@ def refuse_rows(call: Call) -> None:
     if call.mode.groups.rows_vote and call.x.dim() > 2:
         names = ", ".join(repr(s.name) for s in call.tracked)
         raise UnsupportedError(
-            f"{call.kind} with parameter {names}: it has no rows that could vote by themselves, as "
-            "tokens() asks. "
-            f"Remedy: exclude={names}"
+            f"{call.kind} with parameter {names}: it has no rows that could vote by themselves, "
+            f"as tokens() asks. Remedy: exclude={names}"
         )
 
 

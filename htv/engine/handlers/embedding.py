@@ -46,8 +46,7 @@ def _refuse_options(call: Call, *options: str) -> None:
             name = call.tracked[0].name
             raise UnsupportedError(
                 f"{call.kind} with parameter {name!r}: {option}={call[option]!r} has no per-group "
-                "meaning; turn it off "
-                f"or exclude={name!r}"
+                f"meaning; turn it off or exclude={name!r}"
             )
 
 
@@ -81,8 +80,7 @@ def _embedding_bag(mode: ModeLike, func, args, kwargs):
     if call.x.dim() != 2:
         raise UnsupportedError(
             f"embedding_bag with parameter {call.tracked[0].name!r}: bags given by offsets cannot "
-            "be told apart by "
-            "example; pass ids of shape (N, L), padded with padding_idx"
+            "be told apart by example; pass ids of shape (N, L), padded with padding_idx"
         )
     if call["per_sample_weights"] is not None and call["mode"] != "sum":
         raise ValueError(f"per_sample_weights are for mode='sum' alone, got mode={call['mode']!r}")

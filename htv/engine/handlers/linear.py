@@ -61,9 +61,8 @@ def _bilinear(mode: ModeLike, func, args, kwargs):
         or not layout.same(other, mode.groups.batch_size)
     ):
         raise UnsupportedError(
-            f"bilinear with parameter {call.tracked[0].name!r}: both inputs must hold the batch in "
-            "the same dim; "
-            f"exclude={call.tracked[0].name!r} to give it a plain gradient"
+            f"bilinear with parameter {call.tracked[0].name!r}: both inputs must hold the batch "
+            f"in the same dim; exclude={call.tracked[0].name!r} to give it a plain gradient"
         )
     arguments = call.enter(features=1)
     return (

@@ -84,8 +84,7 @@ def _instance_norm(mode: ModeLike, func, args, kwargs):
     if call.x.dim() < 3:
         raise UnsupportedError(
             f"instance_norm with parameter {call.tracked[0].name!r}: its input must be (N, C, "
-            "*space), got shape "
-            f"{tuple(call.x.shape)}"
+            f"*space), got shape {tuple(call.x.shape)}"
         )
     refuse_rows(call)
     names = ("running_mean", "running_var", "use_input_stats", "momentum", "eps")
@@ -140,13 +139,10 @@ def batch_norm_refusal(what: str) -> str:
     """Why a BatchNorm in train mode cannot be served, and what to do."""
     return (
         f"BatchNorm in train mode ({what}) couples the examples of the batch through their shared "
-        "statistics, so no "
-        "example has a gradient of its own. Call .eval() on the BatchNorm modules or attach(..., "
-        "batch_norm='frozen') for frozen statistics, replace them (htv.replace_batchnorm makes "
-        "them GroupNorm), or "
-        "attach(..., batch_norm='shared') to let an example's part of the gradients include what "
-        "passes through the "
-        "shared statistics"
+        "statistics, so no example has a gradient of its own. Call .eval() on the BatchNorm "
+        "modules or attach(..., batch_norm='frozen') for frozen statistics, replace them "
+        "(htv.replace_batchnorm makes them GroupNorm), or attach(..., batch_norm='shared') to let "
+        "an example's part of the gradients include what passes through the shared statistics"
     )
 
 

@@ -133,8 +133,8 @@ def _meets(mode: ModeLike, x: Tensor, weights) -> bool:
     if meets and mode.groups.rows_vote:
         raise UnsupportedError(
             f"a recurrent layer with parameter {owners[0].name!r}: its steps are no rows that "
-            "could vote by themselves "
-            f"(tokens()). Remedy: exclude={owners[0].name!r} and its others"
+            f"could vote by themselves (tokens()). Remedy: exclude={owners[0].name!r} and its "
+            "others"
         )
     return meets
 
@@ -189,10 +189,9 @@ def _started(mode: ModeLike, kind: str, hidden: Tensor, layout: BatchLayout) -> 
     ):
         raise UnsupportedError(
             f"{kind}: its first hidden state, of shape {tuple(hidden.shape)} for one layer, does "
-            "not have the examples "
-            "in the dim before the last, as (layers, N, H), or they were taken to be in another "
-            "one for its size. "
-            "Remedy: make it inside the model, or exclude= the layer's parameters"
+            "not have the examples in the dim before the last, as (layers, N, H), or they were "
+            "taken to be in another one for its size. Remedy: make it inside the model, or "
+            "exclude= the layer's parameters"
         )
     return hidden
 
@@ -260,10 +259,9 @@ def _require_place(mode: ModeLike, kind: str, x: Tensor, dim: int) -> BatchLayou
     if not isinstance(mark, BatchLayout) or mark.dim != dim:
         raise UnsupportedError(
             f"{kind}: the examples must be in dim {dim} of its input, seen as "
-            f"{'(T, N, D)' if dim else 'packed rows'}, "
-            f"of shape {tuple(x.shape)}, but are not. Remedy: batch_first=True for inputs (N, T, "
-            "D), attach(..., "
-            "batch_dim=1) for models whose input is (T, N, D), or exclude= the layer's parameters"
+            f"{'(T, N, D)' if dim else 'packed rows'}, of shape {tuple(x.shape)}, but are not. "
+            "Remedy: batch_first=True for inputs (N, T, D), attach(..., batch_dim=1) for models "
+            "whose input is (T, N, D), or exclude= the layer's parameters"
         )
     return mark
 

@@ -193,9 +193,8 @@ def _checked_statistics(model: nn.Module, bn_data: Statistics) -> Iterable[Any] 
             name, module = next(iter(found.items()))
             raise ValueError(
                 f"{type(module).__name__} {name!r} has running statistics, which hold for no "
-                "interior point of a path: "
-                "pass bn_data=, training batches to re-estimate them from (or 'interpolated' to go "
-                "without)"
+                "interior point of a path: pass bn_data=, training batches to re-estimate them "
+                "from (or 'interpolated' to go without)"
             )
         return None
     require_repeatable("bn_data", bn_data)

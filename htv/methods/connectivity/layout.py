@@ -69,8 +69,7 @@ class Layout:
         if unknown:
             raise ValueError(
                 f"{unknown[0]!r} is in only one of the model's state_dict and its parameters and "
-                "buffers, because of "
-                "hooks that rename: pass the module inside"
+                "buffers, because of hooks that rename: pass the module inside"
             )
         first: dict[int, str] = {}
         names = {name: first.setdefault(id(tensors[name]), name) for name in state}
@@ -117,8 +116,7 @@ class Layout:
             if state[name].shape != shape:
                 raise ValueError(
                     f"{role} is of another architecture: {name!r} has shape "
-                    f"{tuple(state[name].shape)} instead of "
-                    f"{tuple(shape)}"
+                    f"{tuple(state[name].shape)} instead of {tuple(shape)}"
                 )
             if state[name].dtype != dtype:
                 raise ValueError(
@@ -156,10 +154,9 @@ class Layout:
                 constants[name] = tensor
             else:
                 raise ValueError(
-                    f"{name!r} is {tensor.dtype} and differs between start and {differs}: integers "
-                    "have no path "
-                    "between them. Make it the same in all of them, or register it with "
-                    "persistent=False"
+                    f"{name!r} is {tensor.dtype} and differs between start and {differs}: "
+                    "integers have no path between them. Make it the same in all of them, or "
+                    "register it with persistent=False"
                 )
         groups = tuple(_group(key[0], names, start) for key, names in keys.items())
         return replace(self, groups=groups), constants

@@ -416,8 +416,7 @@ def _named_middle(middle: Middle) -> dict[str, Weights]:
     if isinstance(middle, nn.Module | Mapping) or not isinstance(middle, Sequence):
         raise TypeError(
             "middle must be a list of models or state dicts, or their number; got "
-            f"{type(middle).__name__}: "
-            "put a single one into a list"
+            f"{type(middle).__name__}: put a single one into a list"
         )
     return {f"middle[{k}]": weights for k, weights in enumerate(middle)}
 

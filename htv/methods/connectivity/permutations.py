@@ -161,8 +161,8 @@ class PermutationSpec:
             ):
                 raise ValueError(
                     f"permuting units {name!r} changes the model's outputs: a layer that uses "
-                    "them, or a normalisation "
-                    "between, is missing from their producers and consumers"
+                    "them, or a normalisation between, is missing from their producers and "
+                    "consumers"
                 )
         raise ValueError("permuting all units together changes the model's outputs")
 
@@ -429,9 +429,8 @@ class _LayerReader:
                 )
                 raise ValueError(
                     f"{what} is in no producers or consumers, so that it would be left as it is "
-                    "while units around it "
-                    "are permuted. Name it (a parameter as UnitAxis), or put it into leave= if it "
-                    "has no part in them"
+                    "while units around it are permuted. Name it (a parameter as UnitAxis), or "
+                    "put it into leave= if it has no part in them"
                 )
 
     def _module(self, units: str, name: Any) -> nn.Module:
@@ -462,9 +461,8 @@ class _LayerReader:
             more = f" of {module.groups} groups" if getattr(module, "groups", 1) != 1 else ""
             raise ValueError(
                 f"layer {name!r} among the {role} of units {units!r} is a "
-                f"{type(module).__name__}{more}, for which it "
-                "is not known where its units lie. Give UnitAxis(tensor, dim) instead, if it can "
-                "be permuted"
+                f"{type(module).__name__}{more}, for which it is not known where its units lie. "
+                "Give UnitAxis(tensor, dim) instead, if it can be permuted"
             )
         prefix = f"{name}." if name else ""
         return [self._sized(units, size, UnitAxis(f"{prefix}{tensor}", dim))
@@ -484,9 +482,8 @@ class _LayerReader:
         inner = length // (axis.outer * size) if axis.inner == 1 else axis.inner
         if axis.outer * size * inner != length:
             raise ValueError(
-                f"layer {axis.tensor.rpartition('.')[0]!r} has {length} channels in dim {axis.dim} "
-                f"of {axis.tensor!r}, "
-                f"which cannot be the {size} units of {units!r}"
+                f"layer {axis.tensor.rpartition('.')[0]!r} has {length} channels in dim "
+                f"{axis.dim} of {axis.tensor!r}, which cannot be the {size} units of {units!r}"
             )
         return UnitAxis(axis.tensor, axis.dim, axis.outer, inner)
 

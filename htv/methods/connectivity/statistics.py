@@ -129,8 +129,8 @@ def _averaging(named: Mapping[str, _NormBase]) -> Iterator[None]:
         if x.numel() == module.num_features:
             raise ValueError(
                 f"a batch gives {type(module).__name__} {names[module]!r} a single value per "
-                "channel, which has no "
-                "variance: use larger batches, and drop a last one of a single example"
+                "channel, which has no variance: use larger batches, and drop a last one of a "
+                "single example"
             )
         if size and not seen.get(module):
             module.reset_running_stats()

@@ -142,9 +142,8 @@ def trace_permutations(
         graph = fx.symbolic_trace(model)
     except Exception as error:
         raise UnsupportedError(
-            f"torch.fx cannot trace the model ({type(error).__name__}: {error}): list its units by "
-            "hand with "
-            "PermutationSpec.from_layers"
+            f"torch.fx cannot trace the model ({type(error).__name__}: {error}): list its units "
+            "by hand with PermutationSpec.from_layers"
         ) from error
     follower = _Follower(graph, model)
     parameter = next(model.parameters(), example)
@@ -530,8 +529,8 @@ class _Follower(fx.Interpreter):
                 kind = type(model.get_submodule(owner)).__name__
                 raise UnsupportedError(
                     f"layer {owner!r}, a {kind}, was not reached by the forward, so what it would "
-                    "need permuted is not "
-                    "known: list the units by hand with PermutationSpec.from_layers(..., leave=)"
+                    "need permuted is not known: list the units by hand with "
+                    "PermutationSpec.from_layers(..., leave=)"
                 )
 
     def spec(self, on_unsupported: str) -> PermutationSpec:
@@ -550,9 +549,8 @@ class _Follower(fx.Interpreter):
             if found.refused and on_unsupported == "error":
                 raise UnsupportedError(
                     f"units of layer {found.name!r} cannot be followed through {found.refused}. "
-                    "Remedy: list the units "
-                    "by hand with PermutationSpec.from_layers, or leave these as they are with "
-                    "on_unsupported='pinned'"
+                    "Remedy: list the units by hand with PermutationSpec.from_layers, or leave "
+                    "these as they are with on_unsupported='pinned'"
                 )
             if found.size == 1:
                 found.pinned = (
