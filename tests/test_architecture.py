@@ -197,3 +197,14 @@ def htv_model():
     import torch
 
     return torch.nn.Linear(3, 2)
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_no_conditional_expression_holds_another(name):
+    nested = [
+        node.lineno
+        for node in ast.walk(ast.parse(MODULES[name].read_text()))
+        if isinstance(node, ast.IfExp)
+        and any(isinstance(part, ast.IfExp) for part in (node.test, node.body, node.orelse))
+    ]
+    assert not nested, f"{name}, lines {nested}: unroll them"

@@ -116,7 +116,11 @@ class Plain:
 )
 @pytest.mark.parametrize("ids", [False, True])
 def test_examples_in_a_container(wrap, ids):
-    read = lambda b: b["x"] if isinstance(b, dict) else b[0] if isinstance(b, list) else b.x
+    def read(batch):
+        if isinstance(batch, dict):
+            return batch["x"]
+        return batch[0] if isinstance(batch, list) else batch.x
+
     model, x = (
         Module(lambda m, b: m.a(read(b)), a=nn.Linear(5, 4)).double(),
         torch.randn(6, 5).double(),

@@ -88,7 +88,9 @@ class Explanation:
 
 
 def _share(extra: float | None) -> str:
-    return "" if extra is None else f" +{extra:.0%}" if extra < 10 else f" +{extra:.0f}x"
+    if extra is None:
+        return ""
+    return f" +{extra:.0%}" if extra < 10 else f" +{extra:.0f}x"
 
 
 def explain(

@@ -155,7 +155,9 @@ TRITON_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def step_of(dtype: torch.dtype, dry: bool) -> int:
     """Every so many statistics: each is compiled, for some seconds."""
-    return 6 if dry else 1 if dtype == torch.float32 else 3
+    if dry:
+        return 6
+    return 1 if dtype == torch.float32 else 3
 
 
 def triton_stacked(dry: bool) -> Found:

@@ -71,7 +71,8 @@ def agrees(x, grad, offsets, geometry):
         expected, expected_sum = reference.conv(
             x.double(), grad.double(), offsets, geometry, statistic
         )
-        tolerance = 1e-6 if statistic in exact else 1e-12 if x.dtype == torch.float64 else 3e-5
+        rounding = 1e-12 if x.dtype == torch.float64 else 3e-5
+        tolerance = 1e-6 if statistic in exact else rounding
         torch.testing.assert_close(
             value.double(), expected, rtol=tolerance, atol=tolerance, equal_nan=True
         )

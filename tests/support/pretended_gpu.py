@@ -62,11 +62,23 @@ def moves(func, args, kwargs) -> str | None:
     if func.overloadpacket is aten._to_copy:
         there, wanted = isinstance(args[0], OnDevice), kwargs.get("device")
         goes = there if wanted is None else torch.device(wanted).type == "cuda"
-        return None if goes == there else "in" if goes else "out"
+        return _direction(there, goes)
     if func.overloadpacket in (aten.copy_, aten.copy):
         there, source = isinstance(args[0], OnDevice), isinstance(args[1], OnDevice)
-        return None if there == source else "in" if there else "out"
+        return _direction(source, there)
     return None
+
+
+def _direction(is_there: bool, goes_there: bool) -> str | None:
+    if is_there == goes_there:
+        return None
+    return "in" if goes_there else "out"
+
+
+def _on_the_host(argument):
+    if isinstance(argument, torch.device):
+        return CPU
+    return argument.inner if isinstance(argument, OnDevice) else argument
 
 
 def waits(func, args, kwargs) -> str | None:
@@ -126,10 +138,7 @@ def run(func, args, kwargs):
     there = "cuda" in devices or (
         "cpu" not in devices and any(isinstance(t, OnDevice) for t in tree_leaves(args))
     )
-    plain = lambda a: (
-        a.inner if isinstance(a, OnDevice) else CPU if isinstance(a, torch.device) else a
-    )
-    given, options = tree_map(plain, (args, kwargs))
+    given, options = tree_map(_on_the_host, (args, kwargs))
     if func.overloadpacket is aten._to_copy and moves(func, args, kwargs) is not None:
         out = func(*given, **options).clone()  # a copy, though both are on the CPU
     else:
