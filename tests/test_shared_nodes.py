@@ -300,3 +300,24 @@ def test_a_member_that_is_moved_after_its_node_was_made(layer, rows):
         found.append([p.grad for p in m.parameters()])
     for a, b in zip(*found, strict=True):
         assert a.dtype == b.dtype and torch.equal(a, b)
+
+
+def test_each_use_sees_the_values_of_its_time():
+    """`p.data = ...` gives a parameter other memory, between two uses of one forward too."""
+    layer, x = nn.Linear(6, 6), X
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            y = self.layer(x)
+            self.layer.weight.data = 2 * self.layer.weight.data
+            return self.layer(y)
+
+    outer, start = Twice(), layer.weight.detach().clone()
+    plain = outer(x)
+    layer.weight.data = start
+    with htv.attach(outer, htv.Mean()):
+        assert torch.equal(outer(x), plain)

@@ -120,13 +120,11 @@ class ContributionBuffer:
     dtype and device: the parameter's when its node was made: autograd gives a parameter that was
                       moved another place to put its gradient.
     token:            a weak reference to the node's token, which a use's graph keeps.
-    argument:         a weak reference to what stands for the parameter in the last use, or None.
     """
 
     dtype: torch.dtype
     device: torch.device
     token: Callable[[], Tensor | None]
-    argument: Callable[[], ParameterArgument | None] | None = None
 
     def __init__(self, rule: Rule, groups: Groups, owner: BufferListener, observes: bool = False):
         self.rule, self.groups, self.observes = rule, groups, observes
@@ -381,7 +379,7 @@ class ParameterArgument:
     tokens:  the recorders' tokens, for the Function's arguments.
     """
 
-    __slots__ = ("__weakref__", "recorders", "tokens", "value")
+    __slots__ = ("recorders", "tokens", "value")
 
     def __init__(self, value: Tensor | None, recorders: Sequence[UseRecorder] | None = None):
         self.value, self.recorders = value, recorders

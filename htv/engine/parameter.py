@@ -111,14 +111,9 @@ class TrackedParameter(BufferListener):
         if buffer is None:
             token, buffer = self._open(groups, small)
         else:
-            argument = None if buffer.argument is None else buffer.argument()
-            if argument is not None and argument.recorders[0].born == born:
-                return argument
             token = buffer.token()
         recorder = UseRecorder(token, buffer, None, born)
-        argument = ParameterArgument(self.parameter.detach(), (recorder,))
-        buffer.argument = weakref.ref(argument)
-        return argument
+        return ParameterArgument(self.parameter.detach(), (recorder,))
 
     def _open_buffer(self, groups: Groups) -> ContributionBuffer | None:
         """Return the buffer of the node that takes more uses, under `groups`, if there is one."""
