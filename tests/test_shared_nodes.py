@@ -321,3 +321,22 @@ def test_each_use_sees_the_values_of_its_time():
     layer.weight.data = start
     with htv.attach(outer, htv.Mean()):
         assert torch.equal(outer(x), plain)
+
+
+def test_hooks_of_the_parameter_that_is_used_first():
+    first, second, seen = nn.LayerNorm(6), nn.LayerNorm(6), []
+    first.weight.register_hook(seen.append)
+
+    class Apart(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = first, second
+
+        def forward(self, x):
+            return self.first(x), self.second(x)
+
+    model = Apart()
+    with htv.attach(model, htv.Median()):
+        _, y = model(X)
+        y.square().sum().backward()
+    assert not seen and first.weight.grad is None and second.weight.grad is not None
