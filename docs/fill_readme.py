@@ -87,6 +87,22 @@ def floors_block() -> str:
     return floors.table(json.loads(FLOORS.read_text()))
 
 
+def calls_block() -> str:
+    """Of every committed breakdown: calls and time of a plain step and of one under AndMask."""
+    lines = [
+        "| step | processor | date | calls: plain | AndMask | ms: plain | AndMask |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for path in sorted((ROOT / "bench/results").rglob("breakdown-*.json")):
+        record = json.loads(path.read_text())
+        cells = [record["workload"], record["machine"]["cpu"], record["date"][:10]]
+        cells += [f"{record['calls'][v]:,}" for v in ("plain", "and-mask")]
+        plain, masked = (record["wall_ms"][v] for v in ("plain", "and-mask"))
+        cells += [f"{plain:.1f}", f"{masked:.1f} ({masked / plain:.2f}x)"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def breakdown_block() -> str:
     """Where the time of a step goes that misses its target."""
     return breakdown.table(json.loads(BREAKDOWN.read_text()))
@@ -121,6 +137,7 @@ BLOCKS = {
     "docs/performance.md": (
         ("floors", FLOORS, floors_block),
         ("breakdown", BREAKDOWN, breakdown_block),
+        ("calls", BREAKDOWN, calls_block),
     ),
     "docs/extending.md": (("kernels", ROOT / "htv/ops/registry.py", kernels_block),),
     "docs/methods/ilc.md": experiment_blocks("linear", "spirals", "correlation"),
