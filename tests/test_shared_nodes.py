@@ -6,6 +6,7 @@ from torch import nn
 
 import htv
 from htv.engine import parameter
+from htv.engine.usual import compiled
 from htv.ops import aggregate
 from htv.ops.factors import LinearFactors, StackedFactors
 from support.oracles import RULES, by_name
@@ -340,3 +341,37 @@ def test_hooks_of_the_parameter_that_is_used_first():
         _, y = model(X)
         y.square().sum().backward()
     assert not seen and first.weight.grad is None and second.weight.grad is not None
+
+
+class Mixed(nn.Module):
+    """Layers that see one row per example, and layers that see rows of tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.ids, self.first, self.second = nn.Embedding(9, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.tokens = nn.Linear(6, 6)
+
+    def forward(self, ids, x):
+        y = self.tokens(self.ids(ids) + self.second(self.first(x))[:, None])
+        return self.tokens(y.flatten(0, 1)).unflatten(0, (len(x), -1))
+
+
+@pytest.mark.parametrize("rule", RULES, **by_name)
+def test_what_sees_more_rows_than_examples_has_a_node_of_its_own(rule):
+    torch.manual_seed(0)
+    model, ids = Mixed().double(), torch.randint(0, 9, (7, 4))
+    with htv.attach(model, rule):
+        loss = model(ids, X.double()).square().sum()
+        # The table of ids; the tokens' matrix, which left the node made for it and the others.
+        assert nodes(loss) == [1, 1, 6]
+    htv.check(model, (ids, X.double()), rule)
+
+
+@pytest.mark.skipif(compiled is None, reason="htv is built without compiled code")
+def test_an_attribute_hides_a_parameter_of_its_name(model):
+    """As for Python, where a layer is called at once as well."""
+    other = nn.Linear(6, 3).weight.detach()
+    model.a[1].__dict__["weight"] = other
+    plain = model(X)[0]
+    with htv.attach(model, htv.Mean()):
+        assert torch.equal(model(X)[0], plain)

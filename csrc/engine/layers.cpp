@@ -36,14 +36,14 @@ bool is_usual(PyObject* mode, const TorchObjects* torch) {
   return task && PyLong_AsLong(task.get()) == number_from(torch->graph_task);
 }
 
-// An attribute of a module's own, or one of its parameters; null without an error if it has none.
+// An attribute of a module's own, or one of its parameters, in the order in which Python finds them;
+// null without an error if it has none.
 PyObject* attribute(PyObject* attributes, PyObject* name) {
+  PyObject* found = PyDict_GetItemWithError(attributes, name);
+  if (found != nullptr || PyErr_Occurred()) return found;
   PyObject* parameters = PyDict_GetItemWithError(attributes, PARAMETERS.get());
-  PyObject* found = nullptr;
-  if (parameters != nullptr && PyDict_Check(parameters)) {
-    found = PyDict_GetItemWithError(parameters, name);
-  }
-  return found != nullptr ? found : PyDict_GetItemWithError(attributes, name);
+  if (parameters == nullptr || !PyDict_Check(parameters)) return nullptr;
+  return PyDict_GetItemWithError(parameters, name);
 }
 
 // The arguments of the layer's call, `x` first; null without an error if they cannot be told.

@@ -120,11 +120,15 @@ class ContributionBuffer:
     dtype and device: the parameter's when its node was made: autograd gives a parameter that was
                       moved another place to put its gradient.
     token:            a weak reference to the node's token, which a use's graph keeps.
+    shared:           whether the node serves other parameters, too.
+    used:             whether a use records here.
     """
 
     dtype: torch.dtype
     device: torch.device
     token: Callable[[], Tensor | None]
+    shared: bool = False
+    used: bool = False
 
     def __init__(self, rule: Rule, groups: Groups, owner: BufferListener, observes: bool = False):
         self.rule, self.groups, self.observes = rule, groups, observes

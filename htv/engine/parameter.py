@@ -99,8 +99,11 @@ class TrackedParameter(BufferListener):
         """
         buffer = self._open_buffer(groups)
         if buffer is None:
-            return UseRecorder(*self._open(groups, small=False), None, born)
-        return UseRecorder(buffer.token(), buffer, None, born)
+            token, buffer = self._open(groups, small=False)
+        else:
+            token = buffer.token()
+        buffer.used = True
+        return UseRecorder(token, buffer, None, born)
 
     def argument(self, groups: Groups, born: int, small: bool) -> ParameterArgument:
         """Return what stands for the parameter in a layer's call; see `recorder`.
@@ -110,8 +113,11 @@ class TrackedParameter(BufferListener):
         buffer = self._open_buffer(groups)
         if buffer is None:
             token, buffer = self._open(groups, small)
-        else:
+        elif small or buffer.used or not buffer.shared or self.parameter.ndim <= 1:
             token = buffer.token()
+        else:  # the node of others would keep much for long
+            token, buffer = self._open(groups, small)
+        buffer.used = True
         recorder = UseRecorder(token, buffer, None, born)
         return ParameterArgument(self.parameter.detach(), (recorder,))
 
@@ -167,7 +173,7 @@ class TrackedParameter(BufferListener):
         # They live as long as a use's graph does: what a failed backward recorded dies with it.
         reference = weakref.ref(token)
         for tracked, buffer, parameter in zip(members, buffers, parameters, strict=True):
-            buffer.token = reference
+            buffer.token, buffer.shared = reference, bool(members[1:])
             buffer.dtype, buffer.device = parameter.dtype, parameter.device
             tracked._buffers.mine = weakref.ref(buffer)
             if tracked is self:

@@ -197,8 +197,9 @@ class Call:
                 owner.uses.add(use)
         if not is_own:
             return self.mode.argument(parameter, mark)
-        # A layer's rows are then one per example: what it records is no larger than its weight.
-        small = self.x.ndim == 2
+        x = self.x  # ids and flattened tokens have more rows than examples
+        one_each = x.ndim == 2 and x.shape[0] == self.mode.batch_size
+        small = one_each and x.dtype.is_floating_point
         return owners[0].argument(self.mode.groups, self.mode.task, small)
 
     def _may_enter(self, features: int, rows: bool) -> bool:
