@@ -4,6 +4,7 @@ into `.grad`.
 
 from importlib import metadata as _metadata
 
+from htv import distributed as distributed
 from htv import rules as _rules
 from htv.attach import Handle, attach
 from htv.engine.graph_reading import declare_rowwise as rowwise
@@ -42,6 +43,7 @@ __all__ = [
     "and_mask",
     "attach",
     "check",
+    "distributed",
     "explain",
     "geometric_mean",
     "linear_grad",

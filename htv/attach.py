@@ -37,6 +37,7 @@ def attach(
     batch: str | tuple[str, ...] | list[str] = (),
     methods: tuple[str, ...] | list[str] | str = (),
     allow_single: bool = False,
+    process_group: Any = None,
 ) -> Handle:
     """Aggregate the per-group gradients of a model's parameters by a rule.
 
@@ -71,6 +72,10 @@ def attach(
                      "get_action_and_value".
     allow_single:    let a batch of one group pass, whose aggregate is its plain gradient, under
                      rules that need several.
+    process_group:   a torch.distributed.ProcessGroup of ranks that vote together, where no DistributedDataParallel or FSDP2 brings
+                     gradients together (for these: `htv.distributed`). They meet at the end of
+                     `Handle.accumulate` or in `Handle.finish`, where gradients are averaged. All
+                     ranks call attach.
 
     Returns a `Handle`, which is also a context manager that detaches. Raises TypeError or
     ValueError for bad arguments, RuntimeError if the model, a part of it or one of its parameters
@@ -113,12 +118,21 @@ def attach(
     _refuse_scripted(model, rules)
     sharded = ranks.sharded_by(model)
     if not all(type(r) is Mean for r in rules.values() if r is not None):
-        ranks.refuse_sharded(model, sharded)
+        ranks.refuse_sharded(sharded)
     elif sharded is not None:  # Mean() is the plain gradient, which the ranks bring together
         rules = dict.fromkeys(rules)
     tracked = _served_methods(model, methods)
     settings = Settings(on_unsupported, stats, batch_dim, batch_norm, batch, allow_single)
-    return Handle(Session(model, rules, settings, tracked))
+    session = Session(model, rules, settings, tracked)
+    if process_group is not None:
+        from htv.distributed.process_group import ProcessGroupVotes  # torch may be without
+
+        try:
+            session.group_votes = ProcessGroupVotes(session, process_group)
+        except BaseException:
+            session.detach()
+            raise
+    return Handle(session)
 
 
 def _as_names(argument: str, value: object) -> tuple[str, ...]:
@@ -377,17 +391,18 @@ class Handle:
     def accumulate(self) -> AbstractContextManager[None]:
         """Let the groups of all backwards inside the block vote together, as those of one batch.
 
-        Inside, served parameters get no gradient; the block's end adds the aggregated one to
-        `.grad`, ready for clipping and the optimizer. Divide the loss by the number of
-        micro-batches, as for plain accumulation. If the block raises, what it gathered is dropped.
-        Hooks on served parameters do not run for what the block adds.
+        Inside, served parameters get no gradient; the block's end, or `finish`, adds the
+        aggregated one to `.grad`, ready for clipping and the optimizer. Divide the loss by the
+        number of micro-batches, as for plain accumulation. If the block raises, what it gathered
+        since is dropped. Hooks on served parameters do not run for what the block adds.
 
         Exact for streaming rules (masks, sums). Median, TrimmedMean and WinsorizedMean need all
         contributions at once and are refused; MedianOfMeans(k) takes k micro-batches of equally
         many groups as its buckets.
 
         Raises ValueError for such a rule or a group id that occurs in two micro-batches,
-        RuntimeError for nested blocks and for torch.autograd.grad() inside.
+        RuntimeError for nested blocks, for torch.autograd.grad() inside, and for a backward while
+        `.grad` still holds the aggregate of the vote before.
 
         >>> model = torch.nn.Linear(1, 1, bias=False)
         >>> with htv.attach(model, htv.AndMask(1.0)) as handle:
@@ -398,6 +413,30 @@ class Handle:
         tensor([[2.5000]])
         """
         return self._session.accumulate()
+
+    def finish(self) -> None:
+        """Apply the rules to what `accumulate` gathered since the last vote; begin the next one.
+
+        For loops that call the optimizer inside one long block, and for trainers: call it after
+        the last backward of a step, before gradients are clipped. Where ranks vote together by
+        `htv.distributed`, it checks that they have met.
+
+        Raises RuntimeError outside accumulate(), or where ranks have not met.
+
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        >>> with htv.attach(model, htv.AndMask(1.0)) as handle, handle.accumulate():
+        ...     for step in range(2):
+        ...         for x in (torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0], [4.0]])):
+        ...             (model(x).mean() / 2).backward()
+        ...         handle.finish()
+        ...         print(model.weight.grad)
+        ...         optimizer.step()
+        ...         optimizer.zero_grad()
+        tensor([[2.5000]])
+        tensor([[2.5000]])
+        """
+        self._session.finish()
 
     def examined(self, see: Callable[[str, list[Factors]], None]) -> AbstractContextManager[None]:
         """Show a function what backwards record, before it is aggregated.

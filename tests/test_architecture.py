@@ -39,6 +39,7 @@ ORDER = [
     ["htv.engine.call_plan", "htv.engine.forward"],
     ["htv.engine.compile"],
     ["htv.engine.session"],
+    ["htv.distributed"],
     ["htv.attach"],
     ["htv.tools"],
     ["htv.data", "htv.methods"],
@@ -188,8 +189,8 @@ def test_a_handle_shows_what_is_for_users():
     handle = htv.attach(htv_model(), htv.Median())
     shown = {name for name in dir(handle) if not name.startswith("_")}
     assert shown == {
-        "accumulate", "attached", "detach", "examined", "forward", "groups", "model", "packed",
-        "stats", "tokens",
+        "accumulate", "attached", "detach", "examined", "finish", "forward", "groups", "model",
+        "packed", "stats", "tokens",
     }  # fmt: skip
 
 

@@ -7,6 +7,9 @@ would.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -39,18 +42,50 @@ def refuse_unless_streaming(rule: Rule, name: str) -> None:
 
 
 class MicroBatches:
-    """The backward passes of one block and who voted in them.
+    """The backward passes of one vote and who voted in them.
 
-    count:  E, the number of groups of all of them.
+    where:       what the passes are inside of, for messages.
+    ended:       called at the end of each pass.
+    latest:      the last pass that was noted.
+    unfinished:  those that have not come to their end.
+    count:       E, the number of groups of all of them.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self, where: str = "accumulate()", ended: Callable[[], None] = lambda: None
+    ) -> None:
+        self.where, self.ended, self.latest = where, ended, -1
         self._groups: dict[int, Groups] = {}
-        self._unfinished: set[int] = set()
+        self.unfinished: set[int] = set()
 
     @property
     def count(self) -> int:
         return sum(groups.count for groups in self._groups.values())
+
+    @property
+    def examples(self) -> int:
+        """Return how many examples all of them have."""
+        return sum(groups.batch_size for groups in self._groups.values())
+
+    @property
+    def named(self) -> bool:
+        """Tell whether groups have ids that the caller gave."""
+        return any(groups.named for groups in self._groups.values())
+
+    @property
+    def keys(self) -> list[int]:
+        """Return the ids that the caller gave."""
+        found = [groups.keys.tolist() for groups in self._groups.values() if groups.named]
+        return [key for keys in found for key in keys]
+
+    @property
+    def weighted(self) -> bool:
+        """Tell whether groups count alike, whatever their size."""
+        return any(groups.weights is not None for groups in self._groups.values())
+
+    def clear(self) -> None:
+        """Begin the next vote."""
+        self._groups, self.unfinished = {}, set()
 
     def __len__(self) -> int:
         return len(self._groups)
@@ -60,17 +95,18 @@ class MicroBatches:
         if task in self._groups:
             if not self._groups[task].same_groups(groups):
                 raise RuntimeError(
-                    "one backward inside accumulate() joins two forwards with different groups"
+                    f"one backward inside {self.where} joins two forwards with different groups"
                 )
             return
         if groups.rows_vote:
             raise ValueError(
-                "accumulate() cannot be joined with tokens(): let examples vote, or call it without"
+                f"{self.where} cannot be joined with tokens(): let examples vote, or call it "
+                "without"
             )
         for other in self._groups.values():
             if groups.named and other.named and bool(torch.isin(groups.keys, other.keys).any()):
                 raise ValueError(
-                    "a group id occurs in two micro-batches of one accumulate() block: the rows "
+                    f"a group id occurs in two micro-batches of one {self.where} block: the rows "
                     "of a group must be in one micro-batch, for its vote to be counted once. Give "
                     "the groups of every micro-batch ids of their own"
                 )
@@ -79,26 +115,41 @@ class MicroBatches:
                 and groups.batch_size * other.count != other.batch_size * groups.count
             ):
                 raise ValueError(
-                    "weight='equal' inside accumulate() needs the same number of examples per "
+                    f"weight='equal' inside {self.where} needs the same number of examples per "
                     f"group in every micro-batch on average, got {other.batch_size}/{other.count} "
                     f"and {groups.batch_size}/{groups.count}"
                 )
         self._groups[task] = groups
-        self._unfinished.add(task)  # the engine calls back only where the pass comes to its end
-        torch.autograd.Variable._execution_engine.queue_callback(
-            lambda: self._unfinished.discard(task)
-        )
+        self.unfinished.add(task)
+        self.latest = task
+        # The engine calls back only where the pass comes to its end.
+        torch.autograd.Variable._execution_engine.queue_callback(lambda: self._end(task))
+
+    def _end(self, task: int) -> None:
+        self.unfinished.discard(task)
+        self.ended()
 
     def require_complete(self) -> None:
         """Refuse what a failed backward left behind: some parameters' contributions would be in,
         others' not.
         """
-        if self._unfinished:
+        if self.unfinished:
             raise RuntimeError(
-                "a backward inside accumulate() failed part-way, so some parameters have its "
+                f"a backward inside {self.where} failed part-way, so some parameters have its "
                 "micro-batch's contributions and others do not: nothing was added to .grad. "
                 "Remedy: begin the block again, with all its micro-batches"
             )
+
+
+class Gathering(Protocol):
+    """What becomes of contributions to one parameter that are not aggregated in the backward pass
+    that brings them.
+    """
+
+    def add(self, task: int, parts: list[Factors], groups: Groups) -> Tensor | None:
+        """Take the contributions of the backward pass `task`; return what goes into `.grad` now,
+        or None for nothing.
+        """
 
 
 class Accumulation:
@@ -108,8 +159,11 @@ class Accumulation:
     rule needs; k times for MedianOfMeans(k).
     """
 
-    def __init__(self, rule: Rule, batches: MicroBatches):
-        self.rule, self.batches = rule, batches
+    def __init__(
+        self, rule: Rule, batches: MicroBatches, starts: Callable[[], None] = lambda: None
+    ):
+        """starts: called before the first contributions are taken; raises to refuse them."""
+        self.rule, self.batches, self._starts = rule, batches, starts
         self._summary: Summary | None = None
         self._means: list[Tensor] = []
         self._tasks: set[int] = set()
@@ -117,6 +171,8 @@ class Accumulation:
     def add(self, task: int, parts: list[Factors], groups: Groups) -> None:
         """The contributions of one backward pass."""
         self.batches.note(task, groups)
+        if not self._tasks:
+            self._starts()
         if task in self._tasks:
             raise RuntimeError(
                 "one backward inside accumulate() brought contributions to a parameter twice: "

@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from htv.autograd.accumulation import Accumulation
+from htv.autograd.accumulation import Gathering
 from htv.errors import UnsupportedError
 from htv.groups import GroupedRows, Groups
 from htv.ops import aggregate
@@ -86,14 +86,15 @@ class BufferListener:
     attached:      whether the handle still serves it.
     passes:        shared by all parameters of a handle.
     settled:       the passes this parameter's rule was applied in, as long as they matter.
-    accumulation:  where contributions are gathered over several backward passes, or None.
+    gathering:     what takes contributions that are to vote with those of other backward passes or
+                   ranks, or None.
     """
 
     name: str
     attached: bool = True
     passes: NestedBackwards
     settled: set[int]
-    accumulation: Accumulation | None = None
+    gathering: Gathering | None = None
 
     def guard(self) -> None:
         """Called before anything is recorded where `attached` is false; raises."""
@@ -206,16 +207,25 @@ class ContributionBuffer:
         if parts is None:
             return None
         owner = self._owner()
-        if owner is None or owner.accumulation is None:
+        if owner is None or owner.gathering is None:
             return self.delivered(current, aggregate.aggregate(parts, self.rule), parameter)
-        return self._accumulated(owner, parts, gradient_node, current)
+        return self._gathered(owner, parts, parameter, gradient_node, current)
 
-    def _accumulated(
-        self, owner: BufferListener, parts: list[Factors], gradient_node, current: int
-    ) -> None:
+    def _gathered(
+        self,
+        owner: BufferListener,
+        parts: list[Factors],
+        parameter: Tensor,
+        gradient_node,
+        current: int,
+    ) -> Tensor | None:
+        """What goes into `.grad` now, of contributions that vote with others later."""
         _refuse_autograd_grad(gradient_node)
-        owner.accumulation.add(current, parts, self.groups)
-        owner.deliver(None, current)
+        grad = owner.gathering.add(current, parts, self.groups)
+        if grad is None:
+            owner.deliver(None, current)
+            return None
+        return self.delivered(current, grad, parameter)
 
     def delivered(self, current: int, grad: Tensor, parameter: Tensor) -> Tensor:
         """The gradient as the node returns it, once the owner knows of it."""
@@ -248,10 +258,10 @@ def settle_together(
         except RuntimeError:  # torch does not tell here
             pass
         owner = buffer._owner()
-        if owner is None or owner.accumulation is None:
+        if owner is None or owner.gathering is None:
             ready[i] = parts
         else:
-            buffer._accumulated(owner, parts, edges[i][0], current)
+            grads[i] = buffer._gathered(owner, parts, parameters[i], edges[i][0], current)
     if ready:
         found = aggregate.aggregate_together([*ready.values()], buffers[0].rule)
         for i, grad in zip(ready, found, strict=True):
@@ -264,8 +274,8 @@ def _refuse_autograd_grad(gradient_node) -> None:
         torch._C._will_engine_execute_node(gradient_node)
     except RuntimeError:  # torch tells of leaves only in backward()
         raise RuntimeError(
-            "torch.autograd.grad() inside accumulate() would return no gradient, for rules are "
-            "applied at the block's end: call backward() there"
+            "torch.autograd.grad() would return no aggregated gradient here, for the rule is "
+            "applied later (at the end of accumulate(), or when ranks meet): call backward()"
         ) from None
 
 

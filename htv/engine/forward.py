@@ -66,6 +66,8 @@ class ForwardStandIn:
             False  # whether it ran without gradients on inputs unlike those of the model
         )
         self.parameters = [id(p) for p in module.parameters()]
+        # Whether others take their places during a forward, which the session knows of.
+        self.parameters_move = False
         own = [d for m in module.modules() for d in (m._parameters, m._modules)]
         plain = all(isinstance(d, dict) for d in own)  # a ScriptModule's are none
         self._members = [(d, tuple(d.values())) for d in own] if plain else None
@@ -158,15 +160,15 @@ class ForwardStandIn:
         """
         if torch._C._get_tracing_state() or torch.compiler.is_exporting():
             raise UnsupportedError(EXPORTING.format("torch.jit.trace or torch.export"))
-        same = self._members is not None and has_members(self._members)
+        same = self.parameters_move or (self._members is not None and has_members(self._members))
         if not same and [id(p) for p in self.module.parameters()] != self.parameters:
             known = set(self.parameters)
             new = (repr(n) for n, p in self.module.named_parameters() if id(p) not in known)
             raise RuntimeError(
                 f"the model's parameters changed while attached: {next(new, 'some')} is not what "
-                "it was, or is gone (a module was exchanged, FSDP or tensor parallelism took them "
-                "over, load_state_dict(assign=True) or functional_call was used, ...): detach and "
-                "attach again"
+                "it was, or is gone (a module was exchanged, tensor parallelism took them over, "
+                "load_state_dict(assign=True) or functional_call was used, ...): detach and attach "
+                "again; after fully_shard, call htv.distributed.fsdp(model, handle)"
             )
         if self.batch_norms:
             self.check_batch_norm()

@@ -81,6 +81,8 @@ class TrackedParameter(BufferListener):
         self._gradients = GradientGuard(weakref.ref(self), MOST_DELIVERED)
         self._twice = -1  # the last backward pass in which two nodes delivered
         self.hook = None
+        # The gradient that the last vote of an accumulation left, if it is still there.
+        self._aggregate: Callable[[], Tensor | None] = lambda: None
 
     @property
     def session(self) -> SessionLike | None:
@@ -190,6 +192,14 @@ class TrackedParameter(BufferListener):
         if self.hook is None and self.parameter.requires_grad:
             self.hook = _hook_first(self.parameter, self._gradients)
 
+    def adopt(self, parameter: nn.Parameter) -> None:
+        """Track `parameter` in the place of the one so far."""
+        attached = self.attached
+        self.unwatch()
+        self.attached, self.parameter = attached, parameter
+        self._buffers = threading.local()
+        self.watch()
+
     def unwatch(self) -> None:
         """Take the guard off: the parameter is not served any more."""
         self.attached = False
@@ -241,16 +251,30 @@ class TrackedParameter(BufferListener):
         """Gather contributions over several backward passes from now on, as `batches` asks; None:
         drop what was gathered.
         """
-        self.accumulation = None if batches is None else Accumulation(self.rule, batches)
+        self.gathering = None
+        if batches is not None:
+            self.gathering = Accumulation(self.rule, batches, self._refuse_stale)
         self._gradients.forget()
+
+    def _refuse_stale(self) -> None:
+        """Refuse to begin a vote while `.grad` still holds the aggregate of the last one."""
+        held = self.parameter.grad
+        if held is None or held is not self._aggregate() or not bool((held != 0).any()):
+            return
+        raise RuntimeError(
+            f".grad of {self.name!r} holds the aggregate of an earlier vote already, and the next "
+            "would be added to it. Remedy: zero_grad() after the optimizer's step, and "
+            "handle.finish() once per step, after its last backward"
+        )
 
     def add_accumulated(self, grad: Tensor | None) -> None:
         """Put `grad`, the aggregated gradient of an accumulation, where backward() would."""
         if grad is not None:
             grad = grad.to(self.parameter.dtype)
-            self.parameter.grad = (
-                grad if self.parameter.grad is None else self.parameter.grad + grad
-            )
+            if self.parameter.grad is not None:
+                grad = self.parameter.grad + grad
+            self.parameter.grad = grad
+            self._aggregate = weakref.ref(grad)
 
     def refuse_gradient(self, twice: bool) -> None:
         """Refuse more than an aggregated gradient; `twice`: the parameter got two of them."""

@@ -17,7 +17,15 @@ from htv.groups import BatchLayout, GroupedRows, Groups
 from htv.ops.factors import Factors
 from htv.rules import Rule
 
-__all__ = ["ForwardLike", "ModeLike", "ModeSession", "ParameterLike", "SessionLike"]
+__all__ = [
+    "ForwardLike",
+    "GroupVotesLike",
+    "ModeLike",
+    "ModeSession",
+    "ParameterLike",
+    "RankVotesLike",
+    "SessionLike",
+]
 
 
 class ParameterLike(Protocol):
@@ -50,6 +58,44 @@ class ForwardLike(Protocol):
     """Describes the stand-in for a module's forward, as checkpointing sees it."""
 
     batch_misplaced: bool
+
+
+class RankVotesLike(Protocol):
+    """Describes what lets the examples of several ranks vote together (`htv.distributed`).
+
+    gathers:  whether backwards leave sums for the ranks to bring together.
+    """
+
+    gathers: bool
+
+    def require_covered(self, module: nn.Module) -> None:
+        """Refuse a forward of `module`, called outermost, whose gradients the ranks would not bring
+        together.
+        """
+
+    def begin(self) -> None:
+        """Gather contributions from now on."""
+
+    def end(self) -> None:
+        """Gather no more."""
+
+    def require_met(self) -> None:
+        """Raise RuntimeError where contributions wait for a backward in which ranks meet."""
+
+
+class GroupVotesLike(Protocol):
+    """Describes what lets the ranks of a process group meet at the end of `accumulate()`."""
+
+    def begin(self) -> None:
+        """Gather contributions from now on."""
+
+    def end(self) -> None:
+        """Gather no more, and drop what was gathered."""
+
+    def results(self) -> list[tuple[Any, Tensor | None]]:
+        """Bring the ranks together; return (tracked parameter, aggregated gradient or None), and
+        begin the next vote.
+        """
 
 
 class ModeSession(Protocol):

@@ -1,18 +1,21 @@
-"""Whether a model is trained by several ranks: there each would vote alone, and averaging votes is
-no vote.
+"""How several ranks train a model, as far as htv must know: without `htv.distributed` each would
+vote alone, and averaging votes is no vote.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from htv.errors import UnsupportedError
 
-__all__ = ["refuse_data_parallel", "refuse_sharded", "sharded_by", "world_size"]
+__all__ = ["refuse_alone", "refuse_sharded", "sharded_by", "vote_alone", "world_size"]
 
-REMEDY = "Remedy: htv.Mean(), which is plain training, or training in one process"
+REMEDIES = {
+    "DistributedDataParallel": "htv.distributed.ddp(ddp_model, handle) once, before training",
+    "fully_shard": "htv.distributed.fsdp(model, handle) once, after fully_shard",
+}
 
 
 def world_size() -> int:
@@ -24,61 +27,70 @@ def world_size() -> int:
 
 
 def sharded_by(model: nn.Module) -> str | None:
-    """Name what shares the parameters of `model` between ranks: FSDP, or DTensors; None if each
-    rank has all.
+    """Name what shares the parameters of `model` between ranks: "fully_shard" (FSDP2), the old
+    FullyShardedDataParallel, or a parameter that is a DTensor; None if each rank has all.
     """
+    found = None
     for path, module in model.named_modules():
-        if _is_fsdp(module):
+        kinds = {c.__name__ for c in type(module).__mro__}
+        if "FullyShardedDataParallel" in kinds:
             return "FullyShardedDataParallel"
+        if "FSDPModule" in kinds:
+            found = "fully_shard"
         for name, parameter in module._parameters.items():
-            if _is_sharded(parameter):
+            if found is None and _is_sharded(parameter):
                 return f"parameter {f'{path}.{name}'.lstrip('.')!r}, a {type(parameter).__name__}"
-    return None
+    return found
 
 
-def refuse_sharded(model: nn.Module, kind: str | None) -> None:
-    """Raise UnsupportedError if ranks share `model`, or DDP wraps a part of it; `kind` is what
+def refuse_sharded(kind: str | None) -> None:
+    """Raise UnsupportedError if ranks share a model in a way that cannot be served; `kind` is what
     `sharded_by` returned.
     """
-    for module in model.modules():
-        if isinstance(module, DistributedDataParallel):
-            _refuse_ranks(module, "DistributedDataParallel")
-    if kind is not None:
+    if kind == "FullyShardedDataParallel":
         raise UnsupportedError(
-            f"the model is sharded over ranks ({kind}): each rank would vote alone over its own "
-            f"examples. {REMEDY}"
+            "the model is sharded by FullyShardedDataParallel, whose flat parameters hide which "
+            "gradient is whose. Remedy: FSDP2, torch.distributed.fsdp.fully_shard(model), and "
+            "htv.distributed.fsdp(model, handle)"
+        )
+    if kind not in (None, "fully_shard"):
+        raise UnsupportedError(
+            f"the model is sharded over ranks ({kind}) in a way that htv does not serve: each rank "
+            "would vote alone over its own part. Remedy: FSDP2 (fully_shard) or "
+            "DistributedDataParallel with htv.distributed, or htv.Mean(), which is plain training"
         )
 
 
-def refuse_data_parallel() -> None:
-    """Raise UnsupportedError inside the forward of a DistributedDataParallel of several ranks."""
+def refuse_alone(model: nn.Module) -> None:
+    """Raise UnsupportedError inside what brings several ranks' gradients together: it would average
+    their votes.
+    """
     active = DistributedDataParallel._active_ddp_module
-    if active is not None:
-        _refuse_ranks(active, "DistributedDataParallel")
+    wrappers = [active] if active is not None else []
+    wrappers += [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
+    for wrapper in wrappers:
+        ranks = wrapper.process_group.size()
+        if ranks > 1:
+            _refuse("DistributedDataParallel", f"{ranks} ranks")
+    if sharded_by(model) == "fully_shard":
+        _refuse("fully_shard", "its ranks")
+    if any(isinstance(m, DataParallel) for m in model.modules()):
+        raise UnsupportedError(
+            "DataParallel runs copies of the model, each of which would vote alone. Remedy: "
+            "DistributedDataParallel with htv.distributed.ddp"
+        )
 
 
 def vote_alone() -> bool:
-    """Tell whether there are several ranks; raise where DistributedDataParallel would average their
-    votes.
-    """
-    if DistributedDataParallel._active_ddp_module is not None:
-        refuse_data_parallel()
-    distributed = torch.distributed
-    return distributed.is_available() and distributed.is_initialized() and world_size() > 1
+    """Tell whether there are several ranks."""
+    return world_size() > 1
 
 
-def _refuse_ranks(module: DistributedDataParallel, kind: str) -> None:
-    ranks = module.process_group.size()
-    if ranks > 1:
-        raise UnsupportedError(
-            f"the model is trained by {kind} on {ranks} ranks: each rank would vote alone over "
-            f"its own examples, and the average of votes is no vote. {REMEDY}"
-        )
-
-
-def _is_fsdp(module: nn.Module) -> bool:
-    return any(
-        c.__name__ in ("FullyShardedDataParallel", "FSDPModule") for c in type(module).__mro__
+def _refuse(kind: str, ranks: str) -> None:
+    raise UnsupportedError(
+        f"the model is trained by {kind} on {ranks}: each rank would vote alone over its own "
+        f"examples, and the average of votes is no vote. Remedy: {REMEDIES[kind]}; its "
+        "vote='local' if that is meant"
     )
 
 

@@ -25,6 +25,7 @@ from htv.engine.guard_state import PASSES
 from htv.engine.inputs import Batch
 from htv.engine.mode import ServingMode, left_on_stack
 from htv.engine.parameter import TrackedParameter, share_nodes
+from htv.engine.protocols import GroupVotesLike, RankVotesLike
 from htv.engine.provenance import FromParameters, Lost, Mark
 from htv.engine.usual import call_layer
 from htv.errors import UnsupportedError
@@ -129,6 +130,11 @@ class Session:
         self._specs: list[GroupSpec | None] = []  # since the last backward; at most two different
         self._sizes: set[int] = set()  # of the batches since the last backward
         self.accumulates = False
+        self._batches = MicroBatches()  # of the accumulation under way
+        self.rank_votes: RankVotesLike | None = None
+        # Where the ranks of a process group meet at the end of accumulate().
+        self.group_votes: GroupVotesLike | None = None
+        self.latest_groups: Groups | None = None  # of the last forward with a graph
         # Whether a backward has reached a parameter: the forwards before it are done with then.
         self.backward_started = False
         self._recent = RecentForwards()
@@ -184,6 +190,8 @@ class Session:
             return
         self.attached = False
         _sessions.discard(self)
+        if self.rank_votes is not None:
+            self.rank_votes.end()
         left_on_stack(lambda mode: mode.session is self)
         for forward in self._forwards:
             forward.restore()
@@ -202,6 +210,22 @@ class Session:
                 f"{method}() of a detached handle would do nothing: the model has its plain "
                 "gradients again. Call htv.attach for a new handle"
             )
+
+    def adopt(self, parameters: dict[str, Tensor]) -> None:
+        """Serve other tensors in the place of the model's parameters from now on: what stands in
+        for them during forwards.
+
+        parameters:  by name, all of the model's.
+        """
+        for tracked in self._tracked.values():
+            tracked.adopt(parameters[tracked.name])
+        served = {tracked.name: tracked for tracked in self._tracked.values()}
+        self._tracked = {id(t.parameter): t for t in served.values()}
+        self.own_marks = {k: FromParameters((t,), t.parameter) for k, t in self._tracked.items()}
+        self._plain = [p for name, p in parameters.items() if name not in served]
+        self._plans, self._found, self._nodes = {}, {}, {}
+        for forward in self._forwards:
+            forward.parameters_move = True
 
     # -- blocks of the user's ---------------------------------------------------------------------
 
@@ -227,32 +251,85 @@ class Session:
         self.require_attached("accumulate")
         if self.accumulates:
             raise RuntimeError("accumulate() blocks cannot be nested")
-        if ranks.world_size() > 1:
-            raise UnsupportedError(
-                f"accumulate() with {ranks.world_size()} ranks: each rank would put its own "
-                "aggregate into .grad, and the ranks' parameters would drift apart. Remedy: train "
-                "in one process, or accumulate plainly"
-            )
-        for tracked in self._tracked.values():
-            refuse_unless_streaming(tracked.rule, tracked.name)
-        batches = MicroBatches()
+        self._refuse_to_accumulate()
         try:
             self.accumulates = True
-            for tracked in self._tracked.values():
-                tracked.accumulate(batches)
+            self._begin_vote()
             yield
-            batches.require_complete()
-            if len(batches):
-                everything = "all micro-batches of accumulate() together"
-                self.require_several(batches.count, everything)
-            with torch.no_grad():
-                results = [(s, s.accumulation.result()) for s in self._tracked.values()]
-                for tracked, grad in results:
-                    tracked.add_accumulated(grad)
+            if self._waiting():
+                self._finish_vote()
         finally:
             self.accumulates = False
+            if self.group_votes is not None:
+                self.group_votes.end()
             for tracked in self._tracked.values():
                 tracked.accumulate(None)
+
+    def _refuse_to_accumulate(self) -> None:
+        if self.rank_votes is not None:
+            raise UnsupportedError(
+                "accumulate() where ranks vote together by htv.distributed.ddp or fsdp: the "
+                "backward in which ranks meet ends a vote there. Remedy: no_sync() of "
+                "DistributedDataParallel, or set_requires_gradient_sync(False) of FSDP2, for all "
+                "micro-batches but the last"
+            )
+        if ranks.world_size() > 1 and self.group_votes is None:
+            raise UnsupportedError(
+                f"accumulate() with {ranks.world_size()} ranks: each rank would put its own "
+                "aggregate into .grad, and the ranks' parameters would drift apart. Remedy: "
+                "htv.attach(..., process_group=torch.distributed.group.WORLD), so that all ranks "
+                "vote together, or DistributedDataParallel with htv.distributed.ddp"
+            )
+        if self.group_votes is None:
+            for tracked in self._tracked.values():
+                refuse_unless_streaming(tracked.rule, tracked.name)
+
+    def _begin_vote(self) -> None:
+        """Gather contributions for the next vote of an accumulation."""
+        self._batches = MicroBatches()
+        if self.group_votes is not None:
+            self.group_votes.begin()
+            return
+        for tracked in self._tracked.values():
+            tracked.accumulate(self._batches)
+
+    def _waiting(self) -> bool:
+        """Tell whether anything was gathered since the last vote of an accumulation; of several
+        ranks, all have to vote.
+        """
+        return self.group_votes is not None or len(self._batches) > 0
+
+    def _finish_vote(self) -> None:
+        """Apply the rules to what an accumulation gathered."""
+        if self.group_votes is not None:
+            found = self.group_votes.results()
+        else:
+            self._batches.require_complete()
+            everything = "all micro-batches of accumulate() together"
+            self.require_several(self._batches.count, everything)
+            with torch.no_grad():
+                found = [(s, s.gathering.result()) for s in self._tracked.values()]
+        for tracked, grad in found:
+            tracked.add_accumulated(grad)
+        if self.group_votes is None:
+            self._begin_vote()
+
+    def finish(self) -> None:
+        """See `Handle.finish`."""
+        self.require_attached("finish")
+        if self.rank_votes is not None:
+            self.rank_votes.require_met()
+        elif not self.accumulates:
+            raise RuntimeError(
+                "finish() outside accumulate(): every backward has put its aggregate into .grad "
+                "already. Remedy: with handle.accumulate(): around the loop"
+            )
+        elif self._waiting():
+            self._finish_vote()
+
+    def unserved_parameters(self) -> list[Tensor]:
+        """Return the parameters that want a plain gradient."""
+        return [p for p in self._plain if p.requires_grad]
 
     @contextmanager
     def examined(self, see: Callable[[str, list[Factors]], None]) -> Iterator[None]:
@@ -278,7 +355,7 @@ class Session:
         """Return the parameters that share a node with `tracked` for `groups`, itself among
         them; see `share_nodes`.
         """
-        if groups.rows_vote or self.accumulates:
+        if groups.rows_vote or self.votes_later:
             return (tracked,)
         key = groups.count, groups.batch_size, matrices
         nodes = self._nodes.get(key)
@@ -314,6 +391,13 @@ class Session:
         for tracked in self._tracked.values():
             if not tracked.parameter.requires_grad:
                 yield tracked.parameter
+
+    @property
+    def votes_later(self) -> bool:
+        """Tell whether rules are applied after the backward: in accumulate(), or where ranks
+        meet.
+        """
+        return self.accumulates or (self.rank_votes is not None and self.rank_votes.gathers)
 
     @property
     def shares_statistics(self) -> bool:
@@ -383,6 +467,24 @@ class Session:
             "micro-batches of a step, or zero_grad() between the backwards",
             stacklevel=2,
         )
+
+    def check_ranks(self, forward: ForwardStandIn) -> None:
+        """Refuse a `forward` whose votes the ranks would not bring together as they should."""
+        if self.rank_votes is not None:
+            self.rank_votes.require_covered(forward.module)
+        elif self.group_votes is not None:
+            if not self.accumulates:
+                raise RuntimeError(
+                    "the model was attached with process_group, and ranks meet where accumulate() "
+                    "ends: a backward outside would leave each rank its own vote. Remedy: `with "
+                    "handle.accumulate():` around the micro-batches of a step (or around the loop, "
+                    "with handle.finish() before the optimizer), or DistributedDataParallel with "
+                    "htv.distributed.ddp(ddp_model, handle)"
+                )
+        elif ranks.vote_alone():
+            ranks.refuse_alone(self.model)
+            if not self._told_of_ranks:
+                self._warn_of_ranks()
 
     def _warn_of_ranks(self) -> None:
         self._told_of_ranks = True
@@ -477,8 +579,8 @@ class Session:
         if torch._C._len_torch_function_stack():
             left_on_stack(lambda mode: mode.is_stale())
         forward.check()
-        if not self.only_means and ranks.vote_alone() and not self._told_of_ranks:
-            self._warn_of_ranks()
+        if not self.only_means:
+            self.check_ranks(forward)
         again, carried, spec, rows = None, {}, None, None
         usual = not kwargs and names is None and self.spec is None
         key = shapes_of(forward, args) if usual else None
@@ -507,7 +609,8 @@ class Session:
                 tracked.watch()
         self.batch_source = batch.source
         self._sizes.add(groups.batch_size)
-        if not groups.rows_vote and not self.accumulates and groups.count not in self._enough:
+        self.latest_groups = groups
+        if not groups.rows_vote and not self.votes_later and groups.count not in self._enough:
             self.require_enough(groups.count, batch.source)
             self._enough.add(groups.count)
         mode = ServingMode(self, groups, batch, again, carried, rows)

@@ -128,22 +128,29 @@ def aggregate_together(contributions: list[list[Factors]], rule: Rule) -> list[T
     return found
 
 
-def summarise(parts: list[Factors], statistic: Statistic) -> Summary:
+def summarise(
+    parts: list[Factors], statistic: Statistic, log_offset: float = reference.LOG_OFFSET
+) -> Summary:
     """What a streaming statistic needs to know of contributions, to be joined with those of other
     batches.
+
+    log_offset:  as for `Summary.of`.
     """
     first = parts[0]
     blocks.require_same_groups(parts)
     if all(isinstance(part, EmbeddingFactors) for part in parts):
-        return sparse.summary_of_table(EmbeddingFactors.joined(parts), statistic.name)
+        whole = EmbeddingFactors.joined(parts)
+        return sparse.summary_of_table(whole, statistic.name, log_offset)
     if math.prod(first.shape) == 0 or not statistics.of(statistic.name).state:
         total = sum(part.total().to(first.dtype) for part in parts)
         votes = by_blocks(parts, Statistic("sign_sum"))[0] if total.numel() else total
         return Summary(first.count, total, votes)
-    return _summary_by_group(parts, statistic)
+    return _summary_by_group(parts, statistic, log_offset)
 
 
-def _summary_by_group(parts: list[Factors], statistic: Statistic) -> Summary:
+def _summary_by_group(
+    parts: list[Factors], statistic: Statistic, log_offset: float = reference.LOG_OFFSET
+) -> Summary:
     """One group after another, so that no more than one contribution is held."""
     summaries = (
         Summary.of(
@@ -151,6 +158,7 @@ def _summary_by_group(parts: list[Factors], statistic: Statistic) -> Summary:
                 0
             ),
             statistic.name,
+            log_offset,
         )
         for e in range(parts[0].count)
     )

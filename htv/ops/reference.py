@@ -73,14 +73,17 @@ class Summary:
     logs: Tensor | None = None
 
     @staticmethod
-    def of(values: Tensor, name: str) -> Summary:
-        """Of stacked contributions (E, *shape), for the streaming statistic of this name."""
+    def of(values: Tensor, name: str, log_offset: float = LOG_OFFSET) -> Summary:
+        """Of stacked contributions (E, *shape), for the streaming statistic of this name.
+
+        log_offset:  added to magnitudes before their logarithm is taken, in units of `values`.
+        """
         state, spread, logs = statistics.of(name).state, None, None
         votes = torch.where(values.isnan().any(dim=0), torch.nan, values.sign().sum(dim=0))
         if "spread" in state:
             spread = (values - values.mean(dim=0)).square().sum(dim=0)
         if "logs" in state:
-            logs = (values.abs() + LOG_OFFSET).log().sum(dim=0)
+            logs = (values.abs() + log_offset).log().sum(dim=0)
         return Summary(len(values), values.sum(dim=0), votes, spread, logs)
 
     @staticmethod

@@ -112,10 +112,13 @@ def streaming(part: EmbeddingFactors, statistic: Statistic) -> tuple[Tensor, Ten
     return value, mask_sum
 
 
-def summary_of_table(part: EmbeddingFactors, name: str) -> Summary:
-    """Of the whole table."""
-    whole = _zeros(part.count, part, name).map(lambda t: t.expand(part.shape).clone())
-    for columns, summary in _touched_summaries(part, name):
+def summary_of_table(
+    part: EmbeddingFactors, name: str, log_offset: float = reference.LOG_OFFSET
+) -> Summary:
+    """Of the whole table; `log_offset` as for `Summary.of`."""
+    whole = _zeros(part.count, part, name, log_offset)
+    whole = whole.map(lambda t: t.expand(part.shape).clone())
+    for columns, summary in _touched_summaries(part, name, log_offset):
         for table, rows in zip(_tensors(whole), _tensors(summary), strict=True):
             table[part.pairs.touched[0], columns] = rows
     return whole
@@ -127,7 +130,9 @@ def _tensors(summary: Summary) -> list[Tensor]:
     return tensors
 
 
-def _touched_summaries(part: EmbeddingFactors, name: str) -> Iterator[tuple[slice, Summary]]:
+def _touched_summaries(
+    part: EmbeddingFactors, name: str, log_offset: float = reference.LOG_OFFSET
+) -> Iterator[tuple[slice, Summary]]:
     """Ranges of columns and the summary (touched tokens, columns) of all groups' contributions
     there.
     """
@@ -153,14 +158,15 @@ def _touched_summaries(part: EmbeddingFactors, name: str) -> Iterator[tuple[slic
             mean = total / groups
             spread = segment_sum((values - mean[row_of]).square(), bounds) + others * mean.square()
         if "logs" in state:
-            logs = segment_sum((values.abs() + reference.LOG_OFFSET).log(), bounds)
-            logs += others * math.log(reference.LOG_OFFSET)
+            logs = segment_sum((values.abs() + log_offset).log(), bounds)
+            logs += others * math.log(log_offset)
         yield columns, Summary(groups, total, votes, spread, logs)
 
 
-def _zeros(count: int, like: Factors, name: str) -> Summary:
+def _zeros(count: int, like: Factors, name: str, log_offset: float) -> Summary:
     """Of contributions that are zero, for one coordinate."""
-    return Summary.of(torch.zeros(count, 1, dtype=like.dtype, device=like.device), name)
+    zeros = torch.zeros(count, 1, dtype=like.dtype, device=like.device)
+    return Summary.of(zeros, name, log_offset)
 
 
 def order(part: EmbeddingFactors, statistic: Statistic) -> tuple[Tensor, Tensor]:

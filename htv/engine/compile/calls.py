@@ -27,7 +27,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
-from htv.engine import inputs, ranks
+from htv.engine import inputs
 from htv.engine.compile.traced import TracedGroups, TracedMode, TracedSession
 from htv.engine.forward import EXPORTING, ForwardStandIn
 from htv.engine.group_spec import StaticGroupSpec
@@ -185,7 +185,7 @@ def _run(forward: ForwardStandIn, tensors: list[Tensor], voting: tuple, args: tu
         remedy = "run this model without torch.compile"
         refuse_open(session.rules, "a compiled model", remedy)
     if torch.is_grad_enabled() and not session.only_means:
-        ranks.refuse_data_parallel()
+        session.check_ranks(forward)
     outer = session.running()
     if outer and not for_shapes:
         raise UnsupportedError(
@@ -279,6 +279,6 @@ def _intercept(
     )
     plan = StaticGroupSpec.of(kind, weight, batch, value)
     session.batch_source = batch.source
-    if kind == "each" and not session.accumulates:
+    if kind == "each" and not session.votes_later:
         session.require_enough(plan.batch_size, batch.source)
     return TracedMode(TracedSession(forward, tensors), TracedGroups(plan, value), batch)

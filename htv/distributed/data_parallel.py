@@ -1,0 +1,316 @@
+"""One vote of all ranks under DistributedDataParallel: `htv.distributed.ddp`."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from htv.autograd.tally import state_of
+from htv.distributed import reduction
+from htv.distributed.rank_votes import RankVotes, session_of
+from htv.distributed.reduction import Field, Votes
+from htv.distributed.rounds import VOTES, Electorate
+from htv.engine.parameter import TrackedParameter
+from htv.errors import UnsupportedError
+
+__all__ = ["ddp"]
+
+Hook = Callable[[object, dist.GradBucket], torch.futures.Future[Tensor]]
+
+
+def ddp(
+    model: DistributedDataParallel,
+    handle: object,
+    hook: Hook | tuple[object, Hook] | None = None,
+    vote: str = "examples",
+) -> None:
+    """Let the examples of all ranks vote together under DistributedDataParallel.
+
+    Registers a communication hook. Buckets of gradients are summed over ranks as always, while
+    backward runs; the votes travel beside them as integers (one byte per parameter for up to 127
+    voters), and `.grad` holds the aggregate before anyone sees it. Micro-batches under
+    ``model.no_sync()`` join the vote of the backward that synchronises.
+
+    model:   what DistributedDataParallel(...) returned, around the attached model.
+    handle:  what `htv.attach` returned, for the model before or after it was wrapped.
+    hook:    another communication hook to reduce the sums with, such as bf16_compress_hook; with
+             its state as (state, hook).
+    vote:    "examples": every group of every rank votes; "ranks": every rank is one group;
+             "local": each rank's groups vote alone and the ranks' aggregates are averaged, which
+             is no vote.
+
+    A loss is taken to be each rank's own mean, and the ranks' gradients are averaged, as
+    DistributedDataParallel does: the aggregate is the one that one process gets for the batches of
+    all ranks, if they are of one size.
+
+    Raises TypeError or ValueError for bad arguments or ranks that attached different things,
+    UnsupportedError where a setting of DistributedDataParallel hides gradients.
+
+    >>> handle = htv.attach(model, htv.AndMask(0.4))  # doctest: +SKIP
+    >>> model = torch.nn.parallel.DistributedDataParallel(model)  # doctest: +SKIP
+    >>> htv.distributed.ddp(model, handle)  # doctest: +SKIP
+    """
+    if not isinstance(model, DistributedDataParallel):
+        raise TypeError(
+            "model must be a DistributedDataParallel that wraps the attached model, got "
+            f"{type(model).__name__}"
+        )
+    if vote not in (*VOTES, "local"):
+        raise ValueError(f"vote must be 'examples', 'ranks' or 'local', got {vote!r}")
+    session = session_of(handle)
+    state, inner = hook if isinstance(hook, tuple) else (None, hook)
+    if inner is not None and not callable(inner):
+        raise TypeError(f"hook must be a communication hook or (state, hook), got {hook!r}")
+    _refuse_hidden_gradients(model, session)
+    registered = _registered.get(model)
+    if registered is None and model.logger is not None and model._comm_hooks:
+        raise UnsupportedError(
+            "model has a communication hook already, and DistributedDataParallel takes one only. "
+            "Remedy: htv.distributed.ddp(model, handle, hook=(state, that_hook)) in its place"
+        )
+    if session.rank_votes is not None:
+        raise RuntimeError("the handle's examples vote over ranks already: call this once")
+    votes = (
+        LocalVotes(session, model)
+        if vote == "local"
+        else DataParallelVotes(session, model, vote, state, inner)
+    )
+    if registered is None:
+        registered = _registered[model] = _Registered()
+        model.register_comm_hook(registered, _reduce)
+    registered.votes, registered.state, registered.inner = votes, state, inner
+    votes.begin()
+
+
+class _Registered:
+    """Is the state of the one hook that a model takes: what the last call of `ddp` asked for."""
+
+    votes: DataParallelVotes | LocalVotes
+    state: object
+    inner: Hook | None
+
+
+_registered: weakref.WeakKeyDictionary[DistributedDataParallel, _Registered] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def _reduce(registered, bucket):  # DistributedDataParallel refuses annotations that are strings
+    """The communication hook: (_Registered, GradBucket) -> Future[Tensor]."""
+    votes = registered.votes
+    if isinstance(votes, DataParallelVotes) and votes.session.attached:
+        return votes.reduce(bucket)
+    return _averaged(registered.inner, registered.state, votes.model, bucket)
+
+
+def _averaged(
+    inner: Hook | None, state: object, model: DistributedDataParallel, bucket: dist.GradBucket
+) -> torch.futures.Future[Tensor]:
+    """Average a bucket over ranks, as the model would without htv."""
+    if inner is not None:
+        return inner(state, bucket)
+    group = model.process_group
+    return reduction.all_reduce(bucket.buffer().div_(group.size()), group)
+
+
+class LocalVotes:
+    """Leaves each rank's groups to vote alone, as the user said aloud."""
+
+    def __init__(self, session, model: DistributedDataParallel):
+        self.session, self.model = session, model
+
+    def begin(self) -> None:
+        self.session.rank_votes = self
+
+    def end(self) -> None:
+        self.session.rank_votes = None
+
+    @property
+    def gathers(self) -> bool:
+        return False
+
+    def require_covered(self, module: nn.Module) -> None:
+        """Any forward will do."""
+
+    def require_met(self) -> None:
+        """Every backward is a vote of its own."""
+
+
+class DataParallelVotes(RankVotes):
+    """Votes beside the buckets of one DistributedDataParallel.
+
+    model:         it.
+    state, inner:  the hook that reduces sums, with its state; None for a plain average.
+    """
+
+    gathers = True
+
+    def __init__(self, session, model: DistributedDataParallel, vote: str, state, inner):
+        group = model.process_group
+        super().__init__(session, group, vote, 1 / group.size(), "under DistributedDataParallel")
+        self.model, self._state, self._inner = model, state, inner
+        self._by_id = {id(t.parameter): t for t in session.tracked()}
+        # How many backwards there were before a forward whose own was to synchronise.
+        self._to_meet: int | None = None
+
+    def require_covered(self, module: nn.Module) -> None:
+        """Refuse a forward of `module` that DistributedDataParallel does not see: nobody would
+        bring its gradients together.
+        """
+        inside = DistributedDataParallel._active_ddp_module is self.model
+        if not inside and module is not self.model:
+            raise RuntimeError(
+                "the attached model was called by itself, but its ranks vote together under "
+                "DistributedDataParallel, which would not see this forward: call what "
+                "DistributedDataParallel(...) returned, or torch.no_grad() if no gradient is "
+                "wanted, or detach the handle"
+            )
+        before = len(self.rounds.batches)
+        if self._to_meet is not None and before > self._to_meet:
+            raise RuntimeError(
+                "the last backward was to bring the ranks together, and did not reach all of the "
+                "model's parameters: plain sums are left in .grad. Remedy: "
+                "find_unused_parameters=True if some parameters have no part in the loss"
+            )
+        self._to_meet = before if self.model.require_backward_grad_sync else None
+
+    def require_meeting(self) -> None:
+        if not self.model.require_backward_grad_sync:
+            raise UnsupportedError(
+                "order rules need the contributions of all micro-batches at once, and no_sync() "
+                "keeps ranks from exchanging them. Remedy: larger batches without no_sync(), "
+                f"MedianOfMeans({self.rounds.size}), or vote='ranks'"
+            )
+
+    def reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        """Bring one bucket of all ranks together, and apply the rules to it."""
+        buffer, gradients = bucket.buffer(), bucket.gradients()
+        tracked = [self._by_id.get(id(p)) for p in bucket.parameters()]
+        fields = _fields(gradients, buffer, [self.rule_of_votes(t) for t in tracked])
+        ordered = _fields(gradients, buffer, [self.rule_of_ranks(t) for t in tracked])
+        ordered = [field for field in ordered if field.rule is not None]
+        by_votes = any(field.rule is not None for field in fields)
+        electorate = self.rounds.called() if by_votes or ordered or bucket.is_last() else None
+        votes = self._own_votes(buffer, gradients, tracked, fields, electorate)
+        ranked = self._ranked(buffer, ordered, electorate) if ordered else None
+        group = self.rounds.group
+        sums = _averaged(self._inner, self._state, self.model, bucket)
+        waited = [sums, *(reduction.all_reduce(t, group) for t in votes)]
+        if ranked is not None:
+            waited.append(ranked[0])
+        if bucket.is_last():
+            self._to_meet = None
+            self.met()
+
+        def finish(done: torch.futures.Future[list]) -> Tensor:
+            reduced = _tensor_of(done.value()[0].value())
+            if by_votes:
+                reduction.apply_rules(reduced, fields, votes, electorate)
+            if ranked is not None:
+                for field in ordered:
+                    field.of(reduced).copy_(field.of(ranked[1]))
+            return reduced
+
+        return torch.futures.collect_all(waited).then(finish)
+
+    def _own_votes(
+        self,
+        buffer: Tensor,
+        gradients: Sequence[Tensor],
+        tracked: Sequence[TrackedParameter | None],
+        fields: Sequence[Field],
+        electorate: Electorate | None,
+    ) -> Votes:
+        """Lay out what this rank has to say of a bucket, before its sums are touched."""
+        if electorate is None or all(field.rule is None for field in fields):
+            return Votes()
+        state = {name for f in fields if f.rule is not None for name in state_of(f.rule)}
+        votes = Votes.empty(buffer, buffer.numel(), electorate.count, state)
+        for gradient, one, field in zip(gradients, tracked, fields, strict=True):
+            counts = None if field.rule is None else self.counts_of(one, gradient)
+            if counts is not None:
+                votes.put(counts, _writer(gradient, field))
+        return votes
+
+    def _ranked(
+        self, buffer: Tensor, fields: Sequence[Field], electorate: Electorate
+    ) -> tuple[torch.futures.Future, Tensor]:
+        """Aggregate ranks' sums by order rules: each rank a part of the buffer, then all together.
+
+        Returns what tells that it is done, and the aggregate laid out as the buffer.
+        """
+        rounds = self.rounds
+        chunk = -(-buffer.numel() // rounds.size)
+        padded = buffer.new_zeros(rounds.size * chunk)
+        padded[: buffer.numel()] = buffer
+        received = torch.empty_like(padded)
+        dist.all_to_all_single(received, padded, group=rounds.group)
+        begin = rounds.rank * chunk
+        mine = [part for field in fields for part in _within(field, begin, begin + chunk)]
+        found = reduction.order_over_ranks(
+            received.view(rounds.size, chunk), mine, electorate, self.fraction
+        )
+        work = dist.all_gather_into_tensor(padded, found, group=rounds.group, async_op=True)
+        return work.get_future(), padded
+
+
+def _fields(gradients: Sequence[Tensor], buffer: Tensor, rules: Sequence) -> list[Field]:
+    """Where the parameters of a bucket are in its buffer."""
+    found = []
+    for gradient, rule in zip(gradients, rules, strict=True):
+        offset = gradient.storage_offset() - buffer.storage_offset()
+        size = gradient.numel()
+        found.append(Field(rule, offset, size, size, size))
+    return found
+
+
+def _within(field: Field, begin: int, end: int) -> list[Field]:
+    """The part of a field that lies in a range of the buffer, placed in that range."""
+    first, last = max(field.offset, begin), min(field.offset + field.size, end)
+    if first >= last:
+        return []
+    size = last - first
+    return [Field(field.rule, first - begin, size, size, field.whole)]
+
+
+def _writer(gradient: Tensor, field: Field) -> Callable[[Tensor, Tensor], None]:
+    """What writes a tensor of the parameter's shape where the bucket has its gradient, whose
+    memory format is the parameter's.
+    """
+
+    def write(value: Tensor, into: Tensor) -> None:
+        begin = into.storage_offset() + field.offset
+        into.as_strided(gradient.shape, gradient.stride(), begin).copy_(value)
+
+    return write
+
+
+def _tensor_of(value: Tensor | list[Tensor]) -> Tensor:
+    return value[0] if isinstance(value, (list, tuple)) else value
+
+
+def _refuse_hidden_gradients(model: DistributedDataParallel, session) -> None:
+    """Raise where some served parameters' gradients never come by the hook."""
+    if getattr(model, "mixed_precision", None) is not None:
+        raise UnsupportedError(
+            "DistributedDataParallel(mixed_precision=...) trains copies of the parameters, which "
+            "the attached model does not know. Remedy: torch.autocast, or a model in bfloat16"
+        )
+    reduced = {
+        id(p)
+        for name, p in model.module.named_parameters()
+        if name not in model.parameters_to_ignore
+    }
+    reduced -= {id(p) for p in getattr(model, "_delay_all_reduce_params", ())}
+    for tracked in session.tracked():
+        if tracked.parameter.requires_grad and id(tracked.parameter) not in reduced:
+            raise UnsupportedError(
+                f"parameter {tracked.name!r} is served, but DistributedDataParallel does not "
+                "reduce its gradient: it is not part of the wrapped model, or ignored, or its "
+                f"reduction is delayed. Remedy: exclude={tracked.name!r}, or wrap it"
+            )

@@ -1,0 +1,453 @@
+"""One vote of all ranks under FSDP2 (`fully_shard`): `htv.distributed.fsdp`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+
+from htv.autograd.tally import state_of
+from htv.distributed import reduction
+from htv.distributed.rank_votes import RankVotes, session_of
+from htv.distributed.reduction import Field, Votes
+from htv.distributed.rounds import VOTES
+from htv.engine.parameter import TrackedParameter
+from htv.engine.session import Session
+from htv.errors import UnsupportedError
+
+__all__ = ["fsdp"]
+
+
+def fsdp(model: nn.Module, handle: object, vote: str = "examples") -> None:
+    """Let the examples of all ranks vote together under FSDP2.
+
+    Sums are reduce-scattered as always, unit by unit while backward runs; the votes travel beside
+    them as integers, and each rank applies the rule to its shard before anyone sees `.grad`.
+    Micro-batches before ``set_requires_gradient_sync(True)`` join the vote of the backward that
+    synchronises. Hybrid sharding (HSDP) and mixed precision policies are served.
+
+    model:   what `torch.distributed.fsdp.fully_shard` was called on: the attached model.
+    handle:  what `htv.attach` returned, for the model before or after it was sharded.
+    vote:    "examples": every group of every rank votes; "ranks": every rank is one group;
+             "local": each rank's groups vote alone and the ranks' aggregates are averaged, which
+             is no vote.
+
+    Call it once, after `fully_shard`, on all ranks. Raises TypeError or ValueError for bad
+    arguments or ranks that attached different things, UnsupportedError for a model that is not
+    sharded by `fully_shard` alone.
+
+    >>> fully_shard(model)  # doctest: +SKIP
+    >>> handle = htv.attach(model, htv.AndMask(0.4))  # doctest: +SKIP
+    >>> htv.distributed.fsdp(model, handle)  # doctest: +SKIP
+    """
+    if vote not in (*VOTES, "local"):
+        raise ValueError(f"vote must be 'examples', 'ranks' or 'local', got {vote!r}")
+    session = session_of(handle)
+    if not isinstance(model, nn.Module) or not any(
+        isinstance(m, FSDPModule) for m in model.modules()
+    ):
+        raise TypeError(
+            f"model must be sharded by torch.distributed.fsdp.fully_shard, got "
+            f"{type(model).__name__}, no part of which is: call fully_shard first"
+        )
+    if session.rank_votes is not None:
+        raise RuntimeError("the handle's examples vote over ranks already: call this once")
+    units = [Unit(m, group) for m in model.modules() for group in _groups(m)]
+    _adopt(session, units)
+    if vote == "local":
+        LocalVotes(session).begin()
+    else:
+        FullyShardedVotes(session, units, vote).begin()
+
+
+def _groups(module: nn.Module) -> Sequence[FSDPParamGroup]:
+    """What torch keeps of the parameters that are sharded at this module."""
+    if not isinstance(module, FSDPModule):
+        return ()
+    state = module._get_fsdp_state()
+    several = getattr(state, "_fsdp_param_groups", None)
+    if several is not None:
+        return several
+    return () if state._fsdp_param_group is None else (state._fsdp_param_group,)
+
+
+def _adopt(session: Session, units: Sequence[Unit]) -> None:
+    """Have the session serve what stands in for sharded parameters during forwards: torch makes it
+    at the first all-gather, and keeps it.
+    """
+    stand_ins: dict[int, Tensor] = {}
+    for unit in units:
+        missing = [p for p in unit.group.fsdp_params if not hasattr(p, "_unsharded_param")]
+        if missing:
+            unit.module.unshard()
+            unit.module.reshard()
+        for parameter in unit.group.fsdp_params:
+            stand_ins[id(parameter.sharded_param)] = parameter.unsharded_param
+    named = dict(session.model.named_parameters())
+    served = {tracked.name for tracked in session.tracked()}
+    for name, parameter in named.items():
+        if id(parameter) in stand_ins:
+            if hasattr(stand_ins[id(parameter)], "placements"):
+                raise UnsupportedError(
+                    f"parameter {name!r} is sharded by tensor parallelism beside fully_shard: its "
+                    "votes cannot be counted. Remedy: shard it by fully_shard alone"
+                )
+        elif name in served and parameter.requires_grad:
+            raise UnsupportedError(
+                f"parameter {name!r} is served, but in no unit of fully_shard: nobody would bring "
+                "its gradient together over ranks. Remedy: fully_shard(model) on the whole model "
+                f"after its parts, or exclude={name!r}"
+            )
+    session.adopt({name: stand_ins.get(id(p), p) for name, p in named.items()})
+
+
+class LocalVotes:
+    """Leaves each rank's groups to vote alone, as the user said aloud."""
+
+    gathers = False
+
+    def __init__(self, session: Session):
+        self.session = session
+
+    def begin(self) -> None:
+        self.session.rank_votes = self
+
+    def end(self) -> None:
+        self.session.rank_votes = None
+
+    def require_covered(self, module: nn.Module) -> None:
+        """Any forward will do."""
+
+    def require_met(self) -> None:
+        """Every backward is a vote of its own."""
+
+
+class FullyShardedVotes(RankVotes):
+    """Votes beside the reductions of one model's units."""
+
+    gathers = True
+
+    def __init__(self, session: Session, units: Sequence[Unit], vote: str):
+        ranks, group = _all_ranks(units)
+        factors = {unit.group.gradient_divide_factor or len(ranks) for unit in units}
+        if len(factors) > 1:
+            raise UnsupportedError(
+                f"units divide their gradients by different factors ({sorted(factors)}): what one "
+                "example contributes cannot be told. Remedy: the same set_gradient_divide_factor "
+                "for all"
+            )
+        self.units = units
+        self._sharded = {id(p.unsharded_param): p for unit in units for p in unit.group.fsdp_params}
+        super().__init__(session, group, vote, 1 / factors.pop(), "under FSDP2")
+        self._by_id = {id(t.parameter): t for t in session.tracked()}
+        self._reduced: set[Unit] = set()
+
+    def begin(self) -> None:
+        super().begin()
+        for unit in self.units:
+            unit.begin(self)
+
+    def end(self) -> None:
+        super().end()
+        for unit in self.units:
+            unit.end()
+
+    def held_by(self, tracked: TrackedParameter) -> Callable[[], Tensor | None]:
+        sharded = self._sharded.get(id(tracked.parameter))
+        if sharded is None:
+            return super().held_by(tracked)
+
+        def held() -> Tensor | None:
+            grad = sharded.sharded_param.grad
+            return None if grad is None else grad.to_local()
+
+        return held
+
+    def tracked(self, parameter: FSDPParam) -> TrackedParameter | None:
+        """Return the record of a sharded parameter, or None if it is not served."""
+        return self._by_id.get(id(parameter.unsharded_param))
+
+    def require_covered(self, module: nn.Module) -> None:
+        """Any forward will do: units bring their gradients together by themselves."""
+
+    def require_meeting(self) -> None:
+        if not all(unit.group.reduce_grads for unit in self.units):
+            raise UnsupportedError(
+                "order rules need the contributions of all micro-batches at once, and "
+                "set_requires_gradient_sync(False) keeps ranks from exchanging them. Remedy: "
+                f"larger batches, MedianOfMeans({self.rounds.size}), or vote='ranks'"
+            )
+
+    def reduced(self, unit: Unit) -> None:
+        """Be told that a unit's gradients were brought together."""
+        self._reduced.add(unit)
+
+    def pass_ended(self) -> None:
+        # FSDP2 reduces the first units of its roots at the end of the pass, too: after them.
+        torch.autograd.Variable._execution_engine.queue_callback(self._end_round)
+
+    def _end_round(self) -> None:
+        if not self._reduced:  # a micro-batch
+            return
+        reduced, self._reduced = self._reduced, set()
+        for unit in self.units:
+            if unit not in reduced and any(
+                t.gathering.seen for t in map(self.tracked, unit.group.fsdp_params) if t
+            ):
+                raise RuntimeError(
+                    "a backward brought some units' gradients together and left others' apart: "
+                    "call set_requires_gradient_sync on the whole model, so that all vote at once"
+                )
+        self.met()
+
+
+class Unit:
+    """One group of parameters that FSDP2 reduces together.
+
+    module:  at which they are sharded.
+    group:   what torch keeps of them.
+    """
+
+    def __init__(self, module: FSDPModule, group: FSDPParamGroup):
+        self.module, self.group = module, group
+        self.votes: FullyShardedVotes | None = None
+        self._plain: set[FSDPParam] = set()  # unserved parameters that have a gradient
+        self._hooks: list = []
+        self._fields: list[tuple[FSDPParam, Field]] = []
+        self._pending: Votes | None = None
+        self._ranked: Tensor | None = None
+
+    def begin(self, votes: FullyShardedVotes) -> None:
+        """Bring votes together beside sums from now on."""
+        group = self.group
+        self.votes = votes
+        if group._all_reduce_hook is not None:
+            raise UnsupportedError(
+                "a unit has an all-reduce hook already, and torch takes one only: htv applies its "
+                "rules there. Remedy: do not call set_all_reduce_hook"
+            )
+        self._before = (
+            group._reduce_scatter_comm, group.gradient_divide_factor,
+            group.force_sum_reduction_for_comms,
+        )  # fmt: skip
+        group._reduce_scatter_comm = VotingReduceScatter(self)
+        group._all_reduce_hook = self.apply
+        # Sums come as they are: what they are divided by is a matter of `apply`.
+        group.gradient_divide_factor, group.force_sum_reduction_for_comms = 1.0, True
+        for parameter in group.fsdp_params:
+            if votes.tracked(parameter) is None and parameter.unsharded_param.requires_grad:
+                self._hooks.append(
+                    parameter.unsharded_param.register_hook(
+                        lambda grad, parameter=parameter: self._plain.add(parameter)
+                    )
+                )
+
+    def end(self) -> None:
+        """Leave the reduction to torch again."""
+        group = self.group
+        for hook in self._hooks:
+            hook.remove()
+        group._all_reduce_hook = None
+        (
+            group._reduce_scatter_comm, group.gradient_divide_factor,
+            group.force_sum_reduction_for_comms,
+        ) = self._before  # fmt: skip
+
+    # -- the sums of a unit are on their way ------------------------------------------------------
+
+    def scatter(self, output: Tensor, sums: Tensor, group: ProcessGroup) -> None:
+        """Bring the sums of a unit, and the votes beside them, together; leave this rank's shard of
+        the sums in `output`.
+        """
+        world = group.size()
+        self._lay_out(sums.numel(), world)
+        if sums.dtype == torch.float16:  # which may overflow
+            sums.mul_(self.votes.fraction)
+        self._ranked = self._over_ranks(sums, world, group)
+        mine = self._own_votes(sums, world)
+
+        def scattered(whole: Tensor) -> Tensor:
+            shard = whole.new_empty(whole.numel() // world)
+            dist.reduce_scatter_tensor(shard, whole, group=group)
+            return shard
+
+        shards = mine.map(scattered)
+        if self._pending is not None:  # HSDP that has not brought replicas together since
+            for shard, earlier in zip(shards, self._pending, strict=True):
+                shard += earlier
+        self._pending = shards
+        dist.reduce_scatter_tensor(output, sums, group=group)
+
+    def _lay_out(self, size: int, world: int) -> None:
+        """Find where parameters are in the flat shard, as `foreach_reduce` of FSDP2 puts them: one
+        after the other, padded to a multiple of `world` rows.
+        """
+        self._fields, offset = [], 0
+        unused = getattr(self.group, "reduce_scatter_unused_params", False)
+        for parameter in self.group.fsdp_params:
+            tracked = self.votes.tracked(parameter)
+            came = parameter in self._plain if tracked is None else tracked.gathering.seen
+            if not came and not (unused and parameter.unsharded_param.requires_grad):
+                continue
+            shape = _as_reduced(parameter, world)
+            rows = math.ceil(shape[0] / world)
+            padded = rows * math.prod(shape[1:])
+            valid = math.prod(parameter.sharded_size)
+            whole = parameter.unsharded_param.numel()
+            rule = None if tracked is None else tracked.rule
+            self._fields.append((parameter, Field(rule, offset, padded, valid, whole)))
+            offset += padded
+        if offset * world != size:
+            raise RuntimeError(
+                f"FSDP2 reduces {size} values of the unit at {self.group._module_fqn!r}, where "
+                f"{offset * world} have been counted: a parameter's gradient came by a way that "
+                "htv does not know. Remedy: exclude= the parameters of this unit"
+            )
+
+    def _own_votes(self, sums: Tensor, world: int) -> Votes:
+        """This rank's votes, laid out as FSDP2 lays out sums."""
+        votes = self.votes
+        rules = [votes.rule_of_votes(votes.tracked(p)) for p, _ in self._fields]
+        electorate = votes.rounds.called()
+        if all(rule is None for rule in rules):
+            return Votes()
+        state = {name for rule in rules if rule is not None for name in state_of(rule)}
+        found = Votes.empty(sums, sums.numel(), electorate.count, state)
+        for (parameter, field), rule in zip(self._fields, rules, strict=True):
+            if rule is None:
+                continue
+            counts = votes.counts_of(
+                votes.tracked(parameter), self._unflattened(parameter, field, sums, world)
+            )
+            if counts is not None:
+                found.put(counts, _writer(parameter, field, world))
+        return found
+
+    def _unflattened(self, parameter: FSDPParam, field: Field, sums: Tensor, world: int) -> Tensor:
+        """The sum of one parameter, of its shape, out of what FSDP2 reduces."""
+        shape = _as_reduced(parameter, world)
+        rows = field.of(sums.view(world, -1).t()).t().reshape(-1, *shape[1:])[: shape[0]]
+        dim = parameter.fsdp_placement.dim
+        return rows if dim == 0 or world == 1 else torch.cat(rows.chunk(world), dim=dim)
+
+    def _over_ranks(self, sums: Tensor, world: int, group: ProcessGroup) -> Tensor | None:
+        """This rank's shard of the aggregate by order rules over ranks, or None without any."""
+        votes = self.votes
+        fields = [
+            Field(rule, f.offset, f.size, f.valid, f.whole)
+            for p, f in self._fields
+            if (rule := votes.rule_of_ranks(votes.tracked(p))) is not None
+        ]
+        if not fields:
+            return None
+        received = torch.empty_like(sums)
+        dist.all_to_all_single(received, sums, group=group)
+        fraction = 1.0 if sums.dtype == torch.float16 else votes.fraction
+        return reduction.order_over_ranks(
+            received.view(world, -1), fields, votes.rounds.called(), fraction
+        )
+
+    # -- the sums of a unit are there -------------------------------------------------------------
+
+    def apply(self, sums: Tensor) -> None:
+        """Apply the rules to this rank's shard of the sums of all ranks."""
+        votes, mesh = self.votes, self.group.mesh_info
+        shards = getattr(mesh, "shard_process_group", None)
+        if self._pending is None:  # there is one shard only: FSDP2 reduced nothing yet
+            self._lay_out(sums.numel(), 1)
+            self._pending = self._own_votes(sums, 1)
+        pending, self._pending = self._pending, None
+        replicas = getattr(mesh, "replicate_process_group", None)
+        if replicas is not None:
+            for tensor in pending:
+                dist.all_reduce(tensor, group=replicas)
+        if sums.dtype != torch.float16:
+            sums.mul_(votes.fraction)
+        fields = [f for p, f in self._fields]
+
+        def over_shards(mask_sum: Tensor) -> Tensor:
+            if shards is not None and shards.size() > 1:
+                dist.all_reduce(mask_sum, group=shards)
+            return mask_sum
+
+        reduction.apply_rules(sums, fields, pending, votes.rounds.called(), over_shards)
+        if self._ranked is not None:
+            for parameter, field in self._fields:
+                if votes.rule_of_ranks(votes.tracked(parameter)) is not None:
+                    field.of(sums).copy_(field.of(self._ranked))
+        self._ranked, self._plain = None, set()
+        votes.reduced(self)
+
+
+class VotingReduceScatter(ReduceScatter):
+    """Reduces a unit's sums, and its votes beside them."""
+
+    def __init__(self, unit: Unit):
+        self.unit = unit
+
+    def allocate(self, size, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: ProcessGroup,
+        op: object,
+        async_op: bool = False,
+    ) -> None:
+        self.unit.scatter(output_tensor, input_tensor, group)
+
+
+def _as_reduced(parameter: FSDPParam, world: int) -> tuple[int, ...]:
+    """The shape in which FSDP2 reduces a parameter: shards of another dim than 0 stand in a row."""
+    shape, dim = list(parameter.unsharded_param.shape), parameter.fsdp_placement.dim
+    if dim != 0 and world > 1:
+        shape[0], shape[dim] = shape[0] * world, shape[dim] // world
+    return tuple(shape) if shape else (1,)
+
+
+def _writer(parameter: FSDPParam, field: Field, world: int) -> Callable[[Tensor, Tensor], None]:
+    """What writes a tensor of the parameter's shape where FSDP2 reduces it."""
+
+    def write(value: Tensor, into: Tensor) -> None:
+        dim = parameter.fsdp_placement.dim
+        if dim != 0 and world > 1:
+            value = torch.cat(torch.chunk(value, world, dim=dim), dim=0)
+        rows = value.reshape(len(value) if value.dim() else 1, -1)
+        padded = rows.new_zeros(world * math.ceil(len(rows) / world), rows.shape[1])
+        padded[: len(rows)] = rows
+        flat = into.view(world, -1)
+        flat[:, field.offset : field.offset + field.size].copy_(padded.view(world, -1))
+
+    return write
+
+
+def _all_ranks(units: Sequence[Unit]) -> tuple[list[int], ProcessGroup]:
+    """The ranks that train the model together, and a process group of them."""
+    found: set[tuple[int, ...]] = set()
+    for unit in units:
+        mesh = unit.group.mesh_info.mesh
+        found.add(tuple(mesh.mesh.flatten().tolist()))
+        if not hasattr(unit.group.mesh_info, "shard_process_group"):
+            raise UnsupportedError(
+                "a unit is replicated, not sharded: use DistributedDataParallel and "
+                "htv.distributed.ddp, or fully_shard"
+            )
+    if len(found) > 1:
+        raise UnsupportedError(
+            f"units are sharded over different ranks ({sorted(found)}): whose examples vote cannot "
+            "be told. Remedy: one mesh for all units"
+        )
+    ranks = list(found.pop())
+    if len(ranks) == dist.get_world_size():
+        return ranks, dist.group.WORLD
+    return ranks, dist.new_group(ranks, use_local_synchronization=True)

@@ -1,0 +1,117 @@
+"""One vote of several ranks: what every way of training on several ranks has in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from htv.autograd.tally import Counts, PlainSum, Tally, of_sums
+from htv.distributed.factor_exchange import FactorExchange
+from htv.distributed.rounds import Rounds, ranks_are_buckets, refuse_rules, require_same
+from htv.engine.parameter import TrackedParameter
+from htv.engine.session import Session
+from htv.rules import Mean, Rule
+
+__all__ = ["RankVotes", "session_of"]
+
+
+class RankVotes:
+    """Has the contributions of one model's parameters gathered for a vote of all ranks.
+
+    session:   of the model.
+    group:     the ranks that vote together.
+    vote:      "examples", "ranks".
+    fraction:  what the ranks' reduction multiplies sums by: 1 / ranks where it averages.
+    where:     what backwards are inside of, for messages.
+    """
+
+    def __init__(
+        self, session: Session, group: ProcessGroup, vote: str, fraction: float, where: str
+    ):
+        self.session, self.fraction = session, fraction
+        self.rounds = Rounds(session, group, vote, where, self.pass_ended)
+        refuse_rules(self.rounds)
+        require_same(self.rounds)
+
+    def begin(self) -> None:
+        """Gather contributions from now on."""
+        for tracked in self.session.tracked():
+            tracked.gathering = self.gathering_of(tracked)
+        self.session.rank_votes = self
+
+    def end(self) -> None:
+        """Gather no more."""
+        for tracked in self.session.tracked():
+            tracked.gathering = None
+        self.session.rank_votes = None
+
+    def gathering_of(self, tracked: TrackedParameter) -> PlainSum:
+        """Return what takes the contributions of a parameter."""
+        rule, rounds = tracked.rule, self.rounds
+        held = self.held_by(tracked)
+        if type(rule) is Mean or (not rule.streaming and ranks_are_buckets(rule, rounds)):
+            return PlainSum(tracked.name, rounds.batches, held)
+        if rounds.vote == "ranks":
+            return PlainSum(tracked.name, rounds.batches, held)
+        if not rule.streaming:
+            return FactorExchange(tracked.name, rounds, held, rule, self.require_meeting)
+        return Tally(tracked.name, rounds.batches, held, rule, self.fraction)
+
+    def held_by(self, tracked: TrackedParameter) -> Callable[[], Tensor | None]:
+        """Return what returns the gradient that a parameter holds."""
+        return lambda: tracked.parameter.grad
+
+    def require_met(self) -> None:
+        """Raise RuntimeError where contributions wait for a backward in which ranks meet."""
+        if len(self.rounds.batches):
+            raise RuntimeError(
+                f"{len(self.rounds.batches)} backwards {self.rounds.batches.where} wait for one in "
+                "which the ranks meet: .grad holds plain sums of this rank. Remedy: leave "
+                "no_sync() (or set_requires_gradient_sync(True)) for the last micro-batch of a step"
+            )
+
+    def require_meeting(self) -> None:
+        """Raise where the backward under way is not one in which the ranks meet."""
+
+    def pass_ended(self) -> None:
+        """Be told that a backward pass came to its end."""
+
+    def rule_of_votes(self, tracked: TrackedParameter | None) -> Rule | None:
+        """Return the rule that sums and votes are put through when ranks meet, or None where the
+        sum is the gradient.
+        """
+        if tracked is None or type(tracked.rule) is Mean:
+            return None
+        return tracked.rule if tracked.rule.streaming else None
+
+    def rule_of_ranks(self, tracked: TrackedParameter | None) -> Rule | None:
+        """Return the order rule that ranks' sums are put through when they meet, or None."""
+        if tracked is None or tracked.rule.streaming:
+            return None
+        return tracked.rule if ranks_are_buckets(tracked.rule, self.rounds) else None
+
+    def counts_of(self, tracked: TrackedParameter, sums: Tensor) -> Counts | None:
+        """Return what this rank has to say of a parameter, beside its `sums`; None for nothing."""
+        own = self.rounds.called().counts[self.rounds.rank]
+        if self.rounds.vote == "ranks":
+            return of_sums(sums, tracked.rule, self.fraction) if own else None
+        return tracked.gathering.counts(own, sums)
+
+    def met(self) -> None:
+        """End the round: the ranks have met over all parameters."""
+        self.rounds.end()
+        for tracked in self.session.tracked():
+            tracked.gathering.clear()
+
+
+def session_of(handle: object) -> Session:
+    """Return the session of a handle. Raises TypeError for anything else, RuntimeError once it is
+    detached.
+    """
+    session = getattr(handle, "_session", None)
+    if not isinstance(session, Session):
+        raise TypeError(f"handle must be what htv.attach returned, got {type(handle).__name__}")
+    session.require_attached("htv.distributed")
+    return session
