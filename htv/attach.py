@@ -72,7 +72,8 @@ def attach(
                      "get_action_and_value".
     allow_single:    let a batch of one group pass, whose aggregate is its plain gradient, under
                      rules that need several.
-    process_group:   a torch.distributed.ProcessGroup of ranks that vote together, where no DistributedDataParallel or FSDP2 brings
+    process_group:   a torch.distributed.ProcessGroup of ranks that vote together, where no
+                     DistributedDataParallel or FSDP2 brings
                      gradients together (for these: `htv.distributed`). They meet at the end of
                      `Handle.accumulate` or in `Handle.finish`, where gradients are averaged. All
                      ranks call attach.

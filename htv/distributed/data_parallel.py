@@ -115,7 +115,8 @@ def _averaged(
     if inner is not None:
         return inner(state, bucket)
     group = model.process_group
-    return reduction.all_reduce(bucket.buffer().div_(group.size()), group)
+    summed = reduction.all_reduce(bucket.buffer().div_(group.size()), group)
+    return summed.then(lambda done: _tensor_of(done.value()))
 
 
 class LocalVotes:
@@ -189,8 +190,11 @@ class DataParallelVotes(RankVotes):
 
     def reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         """Bring one bucket of all ranks together, and apply the rules to it."""
-        buffer, gradients = bucket.buffer(), bucket.gradients()
-        tracked = [self._by_id.get(id(p)) for p in bucket.parameters()]
+        buffer, parameters = bucket.buffer(), bucket.parameters()
+        gradients = [
+            _as_laid_out(p, flat) for p, flat in zip(parameters, bucket.gradients(), strict=True)
+        ]
+        tracked = [self._by_id.get(id(p)) for p in parameters]
         fields = _fields(gradients, buffer, [self.rule_of_votes(t) for t in tracked])
         ordered = _fields(gradients, buffer, [self.rule_of_ranks(t) for t in tracked])
         ordered = [field for field in ordered if field.rule is not None]
@@ -257,6 +261,16 @@ class DataParallelVotes(RankVotes):
         )
         work = dist.all_gather_into_tensor(padded, found, group=rounds.group, async_op=True)
         return work.get_future(), padded
+
+
+def _as_laid_out(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """A gradient as it lies in its bucket: torch lays it out as the parameter (channels_last, say),
+    and shows it as if it were contiguous.
+    """
+    dense = torch.empty_like(parameter, device="meta").stride()  # its own, unless it has gaps
+    if dense != parameter.stride():
+        return gradient
+    return gradient.as_strided(parameter.shape, parameter.stride(), gradient.storage_offset())
 
 
 def _fields(gradients: Sequence[Tensor], buffer: Tensor, rules: Sequence) -> list[Field]:

@@ -68,6 +68,12 @@ class ProcessGroupVotes(RankVotes):
     def require_covered(self, module: nn.Module) -> None:
         """Any forward inside accumulate() will do."""
 
+    def waiting(self) -> bool:
+        """Tell whether any rank gathered something since the last vote. All ranks ask."""
+        most = torch.tensor(len(self.rounds.batches))
+        dist.all_reduce(most, group=self.rounds.channel)
+        return bool(most)
+
     def results(self) -> list[tuple[TrackedParameter, Tensor | None]]:
         """Bring the ranks together; return the aggregated gradients, None for parameters that no
         rank reached, and begin the next vote. Averages the gradients of other parameters.

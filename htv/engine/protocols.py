@@ -92,6 +92,9 @@ class GroupVotesLike(Protocol):
     def end(self) -> None:
         """Gather no more, and drop what was gathered."""
 
+    def waiting(self) -> bool:
+        """Tell whether any rank gathered something since the last vote. All ranks ask."""
+
     def results(self) -> list[tuple[Any, Tensor | None]]:
         """Bring the ranks together; return (tracked parameter, aggregated gradient or None), and
         begin the next vote.

@@ -294,10 +294,12 @@ class Session:
             tracked.accumulate(self._batches)
 
     def _waiting(self) -> bool:
-        """Tell whether anything was gathered since the last vote of an accumulation; of several
-        ranks, all have to vote.
+        """Tell whether anything was gathered since the last vote of an accumulation, on any
+        rank.
         """
-        return self.group_votes is not None or len(self._batches) > 0
+        if self.group_votes is not None:
+            return self.group_votes.waiting()
+        return len(self._batches) > 0
 
     def _finish_vote(self) -> None:
         """Apply the rules to what an accumulation gathered."""

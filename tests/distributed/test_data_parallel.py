@@ -1,0 +1,94 @@
+"""Under DistributedDataParallel the examples of all ranks vote as those of one process do."""
+
+from functools import partial
+
+import pytest
+import torch
+
+import htv
+from support.oracles import RULES, by_name
+from support.rank_jobs import assert_trains, data_parallel
+from support.rank_models import aggregated, contributions
+
+AND = htv.AndMask(0.4)
+STREAMING = [rule for rule in RULES if rule.streaming]
+ORDER = [rule for rule in RULES if not rule.streaming]
+BY_RANK = [htv.AndMask(0.8), htv.SandMask(0.3, k=0.5), htv.GeometricMean(0.2), htv.Median()]
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_numbers_of_ranks(ranks, world):
+    assert_trains(ranks, data_parallel, world, AND)
+
+
+@pytest.mark.parametrize("rule", STREAMING, **by_name)
+def test_streaming_rules(ranks, rule):
+    assert_trains(ranks, data_parallel, 2, rule, micro=2)
+
+
+@pytest.mark.parametrize("rule", ORDER, **by_name)
+def test_order_rules_over_the_examples_of_all_ranks(ranks, rule):
+    assert_trains(ranks, data_parallel, 3, rule)
+
+
+def test_ranks_are_the_buckets_of_a_median_of_means(ranks):
+    assert_trains(ranks, data_parallel, 4, htv.MedianOfMeans(4), micro=3)
+
+
+@pytest.mark.parametrize("rule", [*BY_RANK, htv.TrimmedMean(1)], **by_name)
+def test_each_rank_is_one_group(ranks, rule):
+    assert_trains(ranks, data_parallel, 4, rule, vote="ranks", micro=3)
+
+
+@pytest.mark.parametrize("order", ["before", "after", "wrapper"])
+def test_attached_before_or_after_wrapping(ranks, order):
+    assert_trains(ranks, data_parallel, 2, AND, order=order)
+
+
+@pytest.mark.parametrize("sizes", [[1, 11], [7, 5], [2, 4, 6]], ids=str)
+@pytest.mark.parametrize("rule", [AND, htv.SandMask(0.3, k=0.5), htv.Median()], **by_name)
+def test_ranks_with_unequal_numbers_of_examples(ranks, rule, sizes):
+    """Each rank's loss is its own mean, and counts alike."""
+    assert_trains(ranks, data_parallel, len(sizes), rule, sizes=sizes)
+
+
+SETTINGS = {
+    "views of buckets": {"gradient_as_bucket_view": True},
+    "views of buckets and micro-batches": {"gradient_as_bucket_view": True, "micro": 3},
+    "static graph": {"static_graph": True, "steps": 3},
+    "unused layer": {"find_unused_parameters": True, "model": "unused layer"},
+    "looking for unused ones": {"find_unused_parameters": True},
+    "convolutions": {"model": "images"},
+    "convolutions in channels_last": {"model": "images in channels_last"},
+    "tied embedding": {"model": "tied"},
+    "another hook": {"hook": "allreduce_hook"},
+    "excluded parameters": {"plain": ("n.weight", "n.bias", "b.bias")},
+    "compiled": {"compiled": True, "bucket_cap_mb": 25},
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
+def test_settings(ranks, settings):
+    assert_trains(ranks, data_parallel, 2, AND, **settings)
+
+
+@pytest.mark.parametrize("model", ["images", "tied"])
+def test_order_rules_of_other_layers(ranks, model):
+    assert_trains(ranks, data_parallel, 2, htv.WinsorizedMean(1), model=model)
+
+
+def test_votes_are_exact_where_sums_are_compressed(ranks):
+    """What bf16_compress_hook rounds is the sum; the mask is that of exact contributions."""
+    assert_trains(
+        ranks, data_parallel, 2, AND, hook="bf16_compress_hook", dtype=torch.float32, tolerance=0.02
+    )
+
+
+def test_votes_of_one_rank_alone_are_said_aloud(ranks):
+    """vote='local' is the average of the ranks' own aggregates."""
+    found = ranks.run(partial(data_parallel, vote="local"), 2, AND)
+    contributed = contributions("net", [6, 6])
+    halves = [{k: c[part] for k, c in contributed.items()} for part in (slice(6), slice(6, 12))]
+    one, other = (aggregated(half, AND) for half in halves)
+    for name in contributed:
+        torch.testing.assert_close(found[0][name], one[name] + other[name])

@@ -1,0 +1,84 @@
+"""Under FSDP2 the examples of all ranks vote as those of one process do."""
+
+import pytest
+import torch
+
+import htv
+from support.oracles import RULES, by_name
+from support.rank_jobs import assert_trains, fully_sharded, half_precision_alone
+from support.rank_models import assert_one_vote
+
+AND = htv.AndMask(0.4)
+STREAMING = [rule for rule in RULES if rule.streaming]
+ORDER = [htv.Median(), htv.MedianOfMeans(2), htv.WinsorizedMean(1)]
+BY_RANK = [htv.AndMask(0.8), htv.SandMask(0.3, k=0.5), htv.GeometricMean(0.2), htv.Median()]
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_numbers_of_ranks(ranks, world):
+    assert_trains(ranks, fully_sharded, world, AND)
+
+
+@pytest.mark.parametrize("rule", STREAMING, **by_name)
+def test_streaming_rules(ranks, rule):
+    assert_trains(ranks, fully_sharded, 2, rule, micro=2)
+
+
+@pytest.mark.parametrize("rule", ORDER, **by_name)
+def test_order_rules_over_the_examples_of_all_ranks(ranks, rule):
+    assert_trains(ranks, fully_sharded, 3, rule)
+
+
+def test_ranks_are_the_buckets_of_a_median_of_means(ranks):
+    assert_trains(ranks, fully_sharded, 4, htv.MedianOfMeans(4), micro=3)
+
+
+@pytest.mark.parametrize("rule", BY_RANK, **by_name)
+def test_each_rank_is_one_group(ranks, rule):
+    assert_trains(ranks, fully_sharded, 4, rule, vote="ranks", micro=3)
+
+
+@pytest.mark.parametrize("units", ["layers and root", "layers", "whole"])
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_what_is_sharded_and_when(ranks, order, units):
+    assert_trains(ranks, fully_sharded, 2, AND, order=order, units=units)
+
+
+@pytest.mark.parametrize("micro", [1, 3])
+@pytest.mark.parametrize("world", [2, 4])
+def test_hybrid_sharding(ranks, world, micro):
+    """With two ranks there are replicas only: every shard is whole."""
+    assert_trains(ranks, fully_sharded, world, AND, replicas=2, micro=micro)
+
+
+@pytest.mark.parametrize("rule", [AND, htv.SandMask(0.3, k=0.5)], **by_name)
+def test_ranks_with_unequal_numbers_of_examples(ranks, rule):
+    assert_trains(ranks, fully_sharded, 3, rule, sizes=[1, 7, 4])
+
+
+SETTINGS = {
+    "kept after forward": {"reshard_after_forward": False},
+    "convolutions": {"model": "images"},
+    "tied embedding": {"model": "tied", "units": "whole"},
+    "unused layer": {"model": "unused layer"},
+    "excluded parameters": {"plain": ("n.weight", "n.bias", "b.bias")},
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
+def test_settings(ranks, settings):
+    assert_trains(ranks, fully_sharded, 2, AND, **settings)
+
+
+def test_mixed_precision(ranks):
+    """Votes are those of one process that computes in bfloat16; sums are rounded per rank."""
+    alone = ranks.run(half_precision_alone, 1, AND)[0]
+    settings = {"dtype": torch.float32, "param_dtype": torch.bfloat16}
+    found = ranks.run(_job(settings), 2, AND)
+    assert_one_vote(found, {name: grad.double() for name, grad in alone.items()}, 0.05)
+
+
+def _job(settings):
+    from functools import partial
+
+    return partial(fully_sharded, **settings)

@@ -1,0 +1,32 @@
+"""With nothing but `attach(process_group=...)`, ranks meet where accumulate() ends."""
+
+import pytest
+
+import htv
+from support.oracles import RULES, by_name
+from support.rank_jobs import assert_trains, process_group
+
+STREAMING = [rule for rule in RULES if rule.streaming]
+
+
+@pytest.mark.parametrize("rule", [*STREAMING, htv.MedianOfMeans(2)], **by_name)
+def test_rules(ranks, rule):
+    assert_trains(ranks, process_group, 2, rule, micro=2)
+
+
+@pytest.mark.parametrize("world", [3, 4])
+def test_numbers_of_ranks(ranks, world):
+    assert_trains(ranks, process_group, world, htv.AndMask(0.4))
+
+
+@pytest.mark.parametrize("model", ["unused layer", "images", "tied"])
+def test_models(ranks, model):
+    assert_trains(ranks, process_group, 2, htv.AndMask(0.4), model=model)
+
+
+def test_one_long_block_with_finish(ranks):
+    assert_trains(ranks, process_group, 2, htv.AndMask(0.4), long=True, micro=3)
+
+
+def test_excluded_parameters_are_averaged(ranks):
+    assert_trains(ranks, process_group, 2, htv.AndMask(0.4), plain=("n.weight", "b.bias"))

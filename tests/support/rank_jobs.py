@@ -1,0 +1,204 @@
+"""What ranks run in tests of `htv.distributed`; each returns what its rank ends with."""
+
+from __future__ import annotations
+
+import contextlib
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import htv
+from support.rank_models import (
+    EXAMPLES,
+    aggregated,
+    assert_one_vote,
+    batch,
+    by_ranks,
+    contributions,
+    gradients,
+    made,
+    shard,
+)
+from support.ranks import Ranks
+
+
+def hook_of(name: str | None):
+    """Return a communication hook by its name, as `htv.distributed.ddp` takes it."""
+    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+
+    if name is None:
+        return None
+    return dist.group.WORLD, getattr(default_hooks, name)
+
+
+def data_parallel(
+    rank: int,
+    world: int,
+    rule: htv.Rule,
+    *,
+    model: str = "net",
+    order: str = "before",
+    vote: str = "examples",
+    micro: int = 1,
+    sizes: list[int] | None = None,
+    hook: str | None = None,
+    dtype: torch.dtype = torch.float64,
+    exclude: tuple[str, ...] = (),
+    compiled: bool = False,
+    steps: int = 2,
+    **settings: Any,
+) -> dict:
+    """Train by DistributedDataParallel; return the last step's gradients."""
+    net = made(model, dtype)
+    if order == "before":
+        handle = htv.attach(net, rule, exclude=exclude)
+    settings = {"bucket_cap_mb": 0.004, **settings}  # several buckets
+    wrapped = DistributedDataParallel(net, **settings)
+    if order == "after":
+        handle = htv.attach(net, rule, exclude=exclude)
+    elif order == "wrapper":
+        handle = htv.attach(wrapped, rule, exclude=exclude)
+    htv.distributed.ddp(wrapped, handle, hook=hook_of(hook), vote=vote)
+    call = torch.compile(wrapped, backend="aot_eager") if compiled else wrapped
+    x, y = shard(batch(model, dtype), rank, world, sizes)
+    for _ in range(steps):
+        wrapped.zero_grad(set_to_none=not settings.get("gradient_as_bucket_view", False))
+        for i, (part, labels) in enumerate(zip(x.chunk(micro), y.chunk(micro), strict=True)):
+            waits = wrapped.no_sync() if i < micro - 1 else contextlib.nullcontext()
+            with waits:
+                (F.cross_entropy(call(part), labels, reduction="sum") / len(x)).backward()
+        handle.finish()
+    return gradients(net)
+
+
+def units_of(net: nn.Module, units: str) -> list[nn.Module]:
+    """Return what is sharded, in order, by a word for it."""
+    parts = [m for m in net.children() if next(m.parameters(), None) is not None]
+    return {"layers and root": [*parts, net], "layers": parts, "whole": [net]}[units]
+
+
+def fully_sharded(
+    rank: int,
+    world: int,
+    rule: htv.Rule,
+    *,
+    model: str = "net",
+    order: str = "after",
+    vote: str = "examples",
+    micro: int = 1,
+    units: str = "layers and root",
+    replicas: int = 1,
+    sizes: list[int] | None = None,
+    dtype: torch.dtype = torch.float64,
+    param_dtype: torch.dtype | None = None,
+    exclude: tuple[str, ...] = (),
+    steps: int = 2,
+    **settings: Any,
+) -> dict:
+    """Train by FSDP2; return the last step's gradients, whole."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+    if replicas > 1:
+        mesh = init_device_mesh("cpu", (replicas, world // replicas), mesh_dim_names=("r", "s"))
+    else:
+        mesh = init_device_mesh("cpu", (world,))
+    if param_dtype is not None:
+        settings["mp_policy"] = MixedPrecisionPolicy(param_dtype, reduce_dtype=torch.float32)
+    net = made(model, dtype)
+    if order == "before":
+        handle = htv.attach(net, rule, exclude=exclude)
+    for part in units_of(net, units):
+        fully_shard(part, mesh=mesh, **settings)
+    if order == "after":
+        handle = htv.attach(net, rule, exclude=exclude)
+    htv.distributed.fsdp(net, handle, vote=vote)
+    x, y = shard(batch(model, dtype), rank, world, sizes)
+    for _ in range(steps):
+        net.zero_grad()
+        for i, (part, labels) in enumerate(zip(x.chunk(micro), y.chunk(micro), strict=True)):
+            for unit in net.modules():
+                if isinstance(unit, FSDPModule):
+                    unit.set_requires_gradient_sync(i == micro - 1, recurse=False)
+            (F.cross_entropy(net(part).double(), labels, reduction="sum") / len(x)).backward()
+        handle.finish()
+    return gradients(net)
+
+
+def process_group(
+    rank: int,
+    world: int,
+    rule: htv.Rule,
+    *,
+    model: str = "net",
+    micro: int = 1,
+    sizes: list[int] | None = None,
+    exclude: tuple[str, ...] = (),
+    long: bool = False,
+    steps: int = 2,
+) -> dict:
+    """Train with nothing but `attach(process_group=...)`; return the last step's gradients."""
+    net = made(model)
+    handle = htv.attach(net, rule, exclude=exclude, process_group=dist.group.WORLD)
+    x, y = shard(batch(model), rank, world, sizes)
+
+    def step() -> None:
+        net.zero_grad()
+        for part, labels in zip(x.chunk(micro), y.chunk(micro), strict=True):
+            (F.cross_entropy(net(part), labels, reduction="sum") / len(x)).backward()
+
+    if long:
+        with handle.accumulate():
+            for _ in range(steps):
+                step()
+                handle.finish()
+            return gradients(net)
+    for _ in range(steps):
+        with handle.accumulate():
+            step()
+    return gradients(net)
+
+
+def half_precision_alone(rank: int, world: int, rule: htv.Rule) -> dict:
+    """Return the gradients one process gets in bfloat16 for the batch of all ranks."""
+    net = made(dtype=torch.bfloat16)
+    htv.attach(net, rule)
+    x, y = batch(dtype=torch.bfloat16)
+    (F.cross_entropy(net(x).double(), y, reduction="sum") / len(x)).backward()
+    return gradients(net)
+
+
+def assert_trains(
+    ranks: Ranks,
+    job,
+    world: int,
+    rule: htv.Rule,
+    *,
+    sizes: list[int] | None = None,
+    vote: str | None = None,
+    tolerance: float = 1e-12,
+    plain: tuple[str, ...] = (),
+    **settings: Any,
+) -> None:
+    """Run a job of this module on `world` ranks, and compare with what one process gets.
+
+    sizes:  examples per rank; default: equally many.
+    vote:   as for `htv.distributed.ddp`, where the job takes it.
+    plain:  names of parameters that are excluded.
+    """
+    if vote is not None:
+        settings["vote"] = vote
+    if plain:
+        settings["exclude"] = plain
+    found = ranks.run(partial(job, sizes=sizes, **settings), world, rule)
+    sizes = [EXAMPLES // world] * world if sizes is None else sizes
+    contributed = contributions(settings.get("model", "net"), sizes)
+    voters = by_ranks(contributed, sizes) if vote == "ranks" else contributed
+    expected = aggregated(voters, rule)
+    expected.update({name: contributed[name].sum(dim=0) for name in plain})
+    assert_one_vote(found, expected, tolerance)
