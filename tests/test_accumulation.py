@@ -1,5 +1,7 @@
 """Micro-batches inside `handle.accumulate()` vote as one large batch does."""
 
+import copy
+
 import pytest
 import torch
 from test_attach import Module
@@ -7,6 +9,7 @@ from torch import nn
 
 import htv
 from htv.bench.models import mlp
+from support import rank_models
 from support.oracles import RULES, by_name
 
 STREAMING = [rule for rule in RULES if rule.streaming]
@@ -148,6 +151,69 @@ def test_misuse_is_refused():
             for ids in (torch.arange(6), torch.tensor([7, 7, 7, 8, 8, 9])):
                 with handle.groups(ids, weight="equal"):
                     model(x).sum().backward()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoints_do_not_vote_twice(reentrant):
+    """A reentrant checkpoint has a backward pass of its own, inside the other."""
+    model = rank_models.Checkpointed(reentrant).double()
+    x, y = rank_models.batch()
+    rule, found = htv.AndMask(0.4), {}
+    for sizes in ([12], [4, 4, 4]):
+        with htv.attach(model, rule) as handle, handle.accumulate():
+            for part, labels in zip(x.split(sizes), y.split(sizes), strict=True):
+                loss = nn.functional.cross_entropy(model(part), labels, reduction="sum")
+                (loss / len(x)).backward()
+        found[len(sizes)] = gradients(model)
+        model.zero_grad()
+    with htv.attach(model, rule):
+        nn.functional.cross_entropy(model(x), y).backward()
+    for grads in found.values():
+        assert_equal_gradients(grads, gradients(model))
+
+
+def test_a_long_block_with_finish():
+    model, x = nn.Linear(3, 2).double(), torch.randn(12, 3).double()
+    rule = htv.AndMask(0.5)
+    with htv.attach(model, rule) as handle, handle.accumulate():
+        for part in x.split(6):
+            for micro in part.split(2):
+                (model(micro).square().sum() / 6).backward()
+            handle.finish()
+            found = gradients(model)
+            handle.finish()  # nothing waits
+            assert gradients(model) == found
+            model.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
+    assert_equal_gradients(found, large_batch(model, x[6:], rule))
+
+
+def test_a_vote_onto_the_aggregate_of_the_last_is_refused():
+    model, x = nn.Linear(3, 2), torch.randn(6, 3)
+    with htv.attach(model, htv.AndMask(0.5)) as handle:
+        with pytest.raises(RuntimeError, match=r"finish\(\) outside accumulate"):
+            handle.finish()
+        holds = r"'(bias|weight)' holds the aggregate.*zero_grad"
+        with pytest.raises(RuntimeError, match=holds), handle.accumulate():
+            model(x).square().sum().backward()
+            handle.finish()
+            model(x).square().sum().backward()
+        model.zero_grad(set_to_none=False)
+        with handle.accumulate():
+            model(x).square().sum().backward()
+
+
+def test_a_checkpoint_in_the_middle_of_a_step_is_refused():
+    model, x = nn.Linear(3, 2), torch.randn(6, 3)
+    with htv.attach(model, htv.AndMask(0.5)) as handle, handle.accumulate():
+        model.state_dict()
+        model(x).square().sum().backward()
+        with pytest.raises(RuntimeError, match=r"state_dict\(\) in the middle of a step: 1 back"):
+            model.state_dict()
+        copy.deepcopy(model).state_dict()
+        handle.finish()
+        model.state_dict()
+    assert not model._state_dict_pre_hooks
 
 
 def test_excluded_parameters_accumulate_plainly():

@@ -184,12 +184,12 @@ class Block:
 def test_contributions_may_be_gathered_over_passes(task, monkeypatch):
     owner = Parameter()
     buffer = ContributionBuffer(htv.Mean(), GROUPS, owner)
-    owner.accumulation = Block()
+    owner.gathering = Block()
     part = rows(1.0, 1.0, 1.0)
     buffer.record(part)
     monkeypatch.setattr(torch._C, "_will_engine_execute_node", lambda node: True)
     assert buffer.settle(P, None) is None
-    assert owner.accumulation.added == [(7, [part], GROUPS)] and owner.delivered == [(None, 7)]
+    assert owner.gathering.added == [(7, [part], GROUPS)] and owner.delivered == [(None, 7)]
 
     def does_not_tell(node):
         raise RuntimeError("leaves")
@@ -205,7 +205,7 @@ def test_parameters_of_a_hub_settle_by_themselves(task, monkeypatch):
     monkeypatch.setattr(torch._C, "_will_engine_execute_node", lambda node: node != "unwanted")
     owners = [Parameter(str(i)) for i in range(5)]
     buffers = [ContributionBuffer(htv.Median(), GROUPS, owner) for owner in owners]
-    owners[1].accumulation = Block()
+    owners[1].gathering = Block()
     for i in (0, 1, 3, 4):
         buffers[i].record(rows(1.0, 2.0 + i, 9.0))
     edges = [(node, 0) for node in ("unwanted", "1", "2", "3", "4")]
@@ -214,7 +214,7 @@ def test_parameters_of_a_hub_settle_by_themselves(task, monkeypatch):
     assert grads[3].dtype == torch.float64
     assert [len(owner.delivered) for owner in owners] == [0, 1, 0, 1, 1]
     assert [buffer.consumed for buffer in buffers] == [True, True, False, True, True]
-    assert len(owners[1].accumulation.added) == 1
+    assert len(owners[1].gathering.added) == 1
 
 
 class Use(torch.autograd.Function):

@@ -28,7 +28,12 @@ ORDER = [
     ["htv.engine.probing"],
     ["htv.engine.propagation"],
     ["htv.engine.graph_reading"],
-    ["htv.engine.inputs", "htv.engine.ranks", "htv.engine.guard_state"],
+    [
+        "htv.engine.inputs",
+        "htv.engine.ranks",
+        "htv.engine.guard_state",
+        "htv.engine.unfinished",
+    ],
     ["htv.engine.group_spec"],
     ["htv.engine.checkpointing"],
     ["htv.engine.results", "htv.engine.expansion"],

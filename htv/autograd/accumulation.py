@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from htv.errors import UnsupportedError
 from htv.groups import Groups
 from htv.ops import aggregate, functional, reference, statistics
 from htv.ops.factors import Factors
@@ -46,6 +47,7 @@ class MicroBatches:
 
     where:       what the passes are inside of, for messages.
     ended:       called at the end of each pass.
+    refuses_nested: whether passes inside another (reentrant checkpoints) are refused.
     latest:      the last pass that was noted.
     unfinished:  those that have not come to their end.
     count:       E, the number of groups of all of them.
@@ -55,6 +57,7 @@ class MicroBatches:
         self, where: str = "accumulate()", ended: Callable[[], None] = lambda: None
     ) -> None:
         self.where, self.ended, self.latest = where, ended, -1
+        self.refuses_nested = False
         self._groups: dict[int, Groups] = {}
         self.unfinished: set[int] = set()
 
@@ -92,6 +95,12 @@ class MicroBatches:
 
     def note(self, task: int, groups: Groups) -> None:
         """A backward pass brings contributions of these groups."""
+        if self.refuses_nested and torch._C._current_graph_task_id() not in (task, -1):
+            raise UnsupportedError(
+                f"a reentrant activation checkpoint {self.where}: when a unit's contributions are "
+                "complete cannot be told. Remedy: torch.utils.checkpoint.checkpoint(..., "
+                "use_reentrant=False)"
+            )
         if task in self._groups:
             if not self._groups[task].same_groups(groups):
                 raise RuntimeError(
@@ -160,10 +169,17 @@ class Accumulation:
     """
 
     def __init__(
-        self, rule: Rule, batches: MicroBatches, starts: Callable[[], None] = lambda: None
+        self,
+        rule: Rule,
+        batches: MicroBatches,
+        starts: Callable[[], None] = lambda: None,
+        fraction: float = 1.0,
     ):
-        """starts: called before the first contributions are taken; raises to refuse them."""
+        """starts: called before the first contributions are taken; raises to refuse them.
+        fraction: what contributions are multiplied by.
+        """
         self.rule, self.batches, self._starts = rule, batches, starts
+        self._fraction, self._log_offset = fraction, reference.LOG_OFFSET / fraction
         self._summary: Summary | None = None
         self._means: list[Tensor] = []
         self._tasks: set[int] = set()
@@ -182,7 +198,8 @@ class Accumulation:
         if isinstance(self.rule, MedianOfMeans):
             self._means.append(sum(part.total().to(part.dtype) for part in parts) / groups.count)
             return
-        summary = aggregate.summarise(parts, statistics.resolve(self.rule, MANY))
+        statistic = statistics.resolve(self.rule, MANY)
+        summary = aggregate.summarise(parts, statistic, self._log_offset)
         self._summary = summary if self._summary is None else self._summary + summary
 
     def result(self) -> Tensor | None:
@@ -199,8 +216,8 @@ class Accumulation:
         statistic = statistics.resolve(self.rule, self.batches.count)
         summary = self._summary
         if missing:
-            summary = summary + Summary.of_zeros(missing, summary)
-        value, mask_sum = reference.finish(summary, statistic)
+            summary = summary + Summary.of_zeros(missing, summary, self._log_offset)
+        value, mask_sum = reference.finish(summary.scaled(self._fraction), statistic)
         return functional.normalise(value * self.batches.count, mask_sum, statistic)
 
     def _median_of_means(self) -> Tensor:
@@ -213,4 +230,4 @@ class Accumulation:
             )
         means = [*self._means, *[torch.zeros_like(self._means[0])] * (buckets - len(self._means))]
         value, _ = functional.stacked(torch.stack(means), Statistic("median"))
-        return value * self.batches.count
+        return value * (self.batches.count * self._fraction)

@@ -6,7 +6,6 @@ backwards bring it, over the micro-batches of a step, and taken when the ranks m
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -119,6 +118,7 @@ class Tally(PlainSum):
     ):
         super().__init__(name, batches, held)
         self.rule, self.fraction = rule, fraction
+        self._log_offset = reference.LOG_OFFSET / fraction
         self._state = state_of(rule)
         self._votes: Tensor | None = None
         self._summary: Summary | None = None  # where the rule needs more than votes
@@ -131,9 +131,7 @@ class Tally(PlainSum):
         if type(self.rule) is Mean:
             return plain_sum(parts)
         statistic = statistics.resolve(self.rule, MANY)
-        summary = aggregate.summarise(
-            parts, statistic, log_offset=reference.LOG_OFFSET / self.fraction
-        )
+        summary = aggregate.summarise(parts, statistic, self._log_offset)
         if self._state:
             known = self._summary
             self._summary = summary if known is None else known + summary
@@ -158,33 +156,23 @@ class Tally(PlainSum):
         like:  of the parameter's shape and device, in the type of sums.
         """
         votes, summary, counted = self._votes, self._summary, self._count
+        if not self._state or not (count or counted):
+            return None if votes is None else Counts(votes)
         if summary is None:
-            if not self._state or not count:
-                return None if votes is None else Counts(votes)
             zeros = torch.zeros_like(like)
-            summary, counted = Summary(0, zeros, zeros), 0
-            if "spread" in self._state:
-                summary = Summary(0, zeros, zeros, zeros)
-            if "logs" in self._state:
-                summary = Summary(0, zeros, zeros, None, zeros)
-            summary = self._zeros(count, summary)
+            spread = zeros if "spread" in self._state else None
+            logs = zeros if "logs" in self._state else None
+            summary = Summary.of_zeros(
+                count, Summary(0, zeros, zeros, spread, logs), self._log_offset
+            )
         elif count > counted:
-            summary = summary + self._zeros(count - counted, summary)
+            summary = summary + Summary.of_zeros(count - counted, summary, self._log_offset)
+        summary = summary.scaled(self.fraction)
+        squares = summary.spread
+        if squares is not None:
+            squares = squares + summary.total.double().square() / summary.count
         votes = summary.votes.nan_to_num(0).to(integer_type(count))
-        squares = logs = None
-        if summary.logs is not None:
-            logs = summary.logs + summary.count * math.log(self.fraction)
-        if summary.spread is not None:
-            squares = summary.spread + summary.total.double().square() / summary.count
-            squares = squares * self.fraction**2
-        return Counts(votes, squares, logs)
-
-    def _zeros(self, count: int, like: Summary) -> Summary:
-        found = Summary.of_zeros(count, like)
-        if found.logs is None:
-            return found
-        logs = torch.full_like(found.logs, count * math.log(reference.LOG_OFFSET / self.fraction))
-        return Summary(count, found.total, found.votes, found.spread, logs)
+        return Counts(votes, squares, summary.logs)
 
 
 def of_sums(total: Tensor, rule: Rule, fraction: float) -> Counts:

@@ -7,9 +7,13 @@ to load its sharding.
 import importlib
 from typing import Any
 
-__all__ = ["ddp", "fsdp"]  # noqa: F822 -- found by __getattr__
+__all__ = ["ddp", "fsdp", "pipeline"]  # noqa: F822 -- found by __getattr__
 
-_HOMES = {"ddp": "htv.distributed.data_parallel", "fsdp": "htv.distributed.fully_sharded"}
+_HOMES = {
+    "ddp": "htv.distributed.data_parallel",
+    "fsdp": "htv.distributed.fully_sharded",
+    "pipeline": "htv.distributed.pipelined",
+}
 
 
 def __getattr__(name: str) -> Any:

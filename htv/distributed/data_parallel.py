@@ -138,6 +138,10 @@ class LocalVotes:
     def require_covered(self, module: nn.Module) -> None:
         """Any forward will do."""
 
+    def waiting_backwards(self) -> int:
+        """Every backward is a vote of its own."""
+        return 0
+
     def require_met(self) -> None:
         """Every backward is a vote of its own."""
 

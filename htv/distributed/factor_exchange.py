@@ -92,8 +92,9 @@ class FactorExchange(PlainSum):
                 f"exchanged. Remedy: MedianOfMeans({self.rounds.size}), vote='ranks', or "
                 f"exclude={self.name!r}"
             )
+        # Of vectors, each group sends one: little beside the rows of the layer that has them.
         sent, size = sum(values for _, _, values in told), math.prod(parts[0].shape)
-        if sent > max(MOST_TIMES * size, ALWAYS):
+        if len(parts[0].shape) > 1 and sent > max(MOST_TIMES * size, ALWAYS):
             raise UnsupportedError(
                 f"{self.rule} over the examples of {self.rounds.size} ranks would send {sent:,} "
                 f"values to each rank for parameter {self.name!r}, which has {size:,}: more than "

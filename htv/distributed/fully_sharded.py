@@ -12,18 +12,24 @@ from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
-from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import (
+    FSDPParamGroup,
+    RegisterPostBackwardFunction,
+)
 
 from htv.autograd.tally import state_of
 from htv.distributed import reduction
 from htv.distributed.rank_votes import RankVotes, session_of
 from htv.distributed.reduction import Field, Votes
 from htv.distributed.rounds import VOTES
+from htv.engine.graph_reading import declare_passing_on
 from htv.engine.parameter import TrackedParameter
 from htv.engine.session import Session
 from htv.errors import UnsupportedError
 
 __all__ = ["fsdp"]
+
+declare_passing_on(RegisterPostBackwardFunction)  # which waits for a unit's gradients
 
 
 def fsdp(model: nn.Module, handle: object, vote: str = "examples") -> None:
@@ -126,6 +132,10 @@ class LocalVotes:
     def require_covered(self, module: nn.Module) -> None:
         """Any forward will do."""
 
+    def waiting_backwards(self) -> int:
+        """Every backward is a vote of its own."""
+        return 0
+
     def require_met(self) -> None:
         """Every backward is a vote of its own."""
 
@@ -147,6 +157,7 @@ class FullyShardedVotes(RankVotes):
         self.units = units
         self._sharded = {id(p.unsharded_param): p for unit in units for p in unit.group.fsdp_params}
         super().__init__(session, group, vote, 1 / factors.pop(), "under FSDP2")
+        self.rounds.batches.refuses_nested = True
         self._by_id = {id(t.parameter): t for t in session.tracked()}
         self._reduced: set[Unit] = set()
 

@@ -40,12 +40,14 @@ class RankVotes:
         for tracked in self.session.tracked():
             tracked.gathering = self.gathering_of(tracked)
         self.session.rank_votes = self
+        self.session.unfinished_guard.put_on(self.session.model)
 
     def end(self) -> None:
         """Gather no more."""
         for tracked in self.session.tracked():
             tracked.gathering = None
         self.session.rank_votes = None
+        self.session.unfinished_guard.take_off()
 
     def gathering_of(self, tracked: TrackedParameter) -> PlainSum:
         """Return what takes the contributions of a parameter."""
@@ -63,12 +65,17 @@ class RankVotes:
         """Return what returns the gradient that a parameter holds."""
         return lambda: tracked.parameter.grad
 
+    def waiting_backwards(self) -> int:
+        """Return how many backwards of this rank have left contributions for a vote to come."""
+        return len(self.rounds.batches)
+
     def require_met(self) -> None:
         """Raise RuntimeError where contributions wait for a backward in which ranks meet."""
-        if len(self.rounds.batches):
+        count = self.waiting_backwards()
+        if count:
             raise RuntimeError(
-                f"{len(self.rounds.batches)} backwards {self.rounds.batches.where} wait for one in "
-                "which the ranks meet: .grad holds plain sums of this rank. Remedy: leave "
+                f"backwards {self.rounds.batches.where} wait for one in which the ranks meet "
+                f"({count} so far): .grad holds plain sums of this rank. Remedy: leave "
                 "no_sync() (or set_requires_gradient_sync(True)) for the last micro-batch of a step"
             )
 

@@ -107,8 +107,9 @@ class Rounds:
         electorate = Electorate(tuple(counts), self.vote)
         for rule in self.session.rules:
             rule.statistic(electorate.count)
-        told = "examples" if self.vote == "examples" else "groups"
-        self.session.require_several(electorate.count, f"the {told} of {self.size} ranks together")
+        voters = "groups" if self.vote == "examples" else "ranks"
+        told = f"all {voters} of a step, on {self.size} rank{'s' * (self.size > 1)}, together"
+        self.session.require_several(electorate.count, told)
         return electorate
 
     def _gathered(self, row: list) -> list[list[int]]:

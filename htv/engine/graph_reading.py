@@ -26,6 +26,7 @@ from htv.groups import GroupedRows, Groups
 __all__ = [
     "RECORD",
     "Knowledge",
+    "declare_passing_on",
     "declare_rowwise",
     "mark_of",
     "remember",
@@ -36,6 +37,8 @@ __all__ = [
 RECORD = "htv"  # key in the metadata of autograd's nodes, which die with their graph
 # attribute by which a Function or function says that it computes every example by itself
 ROWWISE = "htv_rowwise"
+# That output i of a Function is input i as it is.
+PASSES_ON = "htv_passes_on"
 MOST_NODES = 100_000
 
 # Nodes by the name of their operation; those of elementwise operations need no entry.
@@ -153,6 +156,8 @@ def _spoken(node) -> str:
 
 def _followed(node, number: int, inputs: list[Mark | None], batch_size: int) -> Mark:
     function = getattr(type(node), "_forward_cls", None)
+    if getattr(function, PASSES_ON, False) and number < len(inputs):
+        return CONSTANT if inputs[number] is None else inputs[number]
     shapes = [
         None if n is None else tuple(n._input_metadata[i].shape) for n, i in node.next_functions
     ]
@@ -263,6 +268,11 @@ def rowwise(operands: list[tuple[Tensor, Mark | None]], output: Tensor, batch_si
     agree = all(layout.same(other, batch_size) for other in layouts[1:])
     fits = layout.dim < output.dim() and output.shape[layout.dim] == layout.size(batch_size)
     return layout if agree and fits else propagation.LOST
+
+
+def declare_passing_on(function: type[torch.autograd.Function]) -> None:
+    """Declare that output i of `function` is its tensor input i as it is."""
+    setattr(function, PASSES_ON, True)
 
 
 def declare_rowwise(function):

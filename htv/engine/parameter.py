@@ -247,13 +247,13 @@ class TrackedParameter(BufferListener):
         if self.refusal is None:
             self.refuse_gradient(self._twice == current)
 
-    def accumulate(self, batches: MicroBatches | None) -> None:
-        """Gather contributions over several backward passes from now on, as `batches` asks; None:
-        drop what was gathered.
+    def accumulate(self, batches: MicroBatches | None, fraction: float = 1.0) -> None:
+        """Gather contributions, times `fraction`, over several backward passes from now on, as
+        `batches` asks; None: drop what was gathered.
         """
         self.gathering = None
         if batches is not None:
-            self.gathering = Accumulation(self.rule, batches, self._refuse_stale)
+            self.gathering = Accumulation(self.rule, batches, self._refuse_stale, fraction)
         self._gradients.forget()
 
     def _refuse_stale(self) -> None:

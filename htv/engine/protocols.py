@@ -79,6 +79,9 @@ class RankVotesLike(Protocol):
     def end(self) -> None:
         """Gather no more."""
 
+    def waiting_backwards(self) -> int:
+        """Return how many backwards of this rank have left contributions for a vote to come."""
+
     def require_met(self) -> None:
         """Raise RuntimeError where contributions wait for a backward in which ranks meet."""
 
@@ -91,6 +94,9 @@ class GroupVotesLike(Protocol):
 
     def end(self) -> None:
         """Gather no more, and drop what was gathered."""
+
+    def waiting_backwards(self) -> int:
+        """Return how many backwards of this rank have left contributions for a vote to come."""
 
     def waiting(self) -> bool:
         """Tell whether any rank gathered something since the last vote. All ranks ask."""

@@ -4,9 +4,11 @@ vote alone, and averaging votes is no vote.
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parallel import DistributedDataParallel
 
 from htv.errors import UnsupportedError
 
@@ -74,16 +76,27 @@ def refuse_alone(model: nn.Module) -> None:
             _refuse("DistributedDataParallel", f"{ranks} ranks")
     if sharded_by(model) == "fully_shard":
         _refuse("fully_shard", "its ranks")
-    if any(isinstance(m, DataParallel) for m in model.modules()):
+    if _in_pipeline():
         raise UnsupportedError(
-            "DataParallel runs copies of the model, each of which would vote alone. Remedy: "
-            "DistributedDataParallel with htv.distributed.ddp"
+            "a stage of a pipeline: each micro-batch would vote alone, and the schedule scales the "
+            "sum of their votes. Remedy: htv.distributed.pipeline(schedule, handle) once"
         )
 
 
 def vote_alone() -> bool:
     """Tell whether there are several ranks."""
     return world_size() > 1
+
+
+def _in_pipeline() -> bool:
+    """Tell whether a stage of torch.distributed.pipelining runs the forward under way."""
+    stages = sys.modules.get("torch.distributed.pipelining.stage")
+    frame = None if stages is None else sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_filename == stages.__file__:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _refuse(kind: str, ranks: str) -> None:

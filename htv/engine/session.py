@@ -27,6 +27,7 @@ from htv.engine.mode import ServingMode, left_on_stack
 from htv.engine.parameter import TrackedParameter, share_nodes
 from htv.engine.protocols import GroupVotesLike, RankVotesLike
 from htv.engine.provenance import FromParameters, Lost, Mark
+from htv.engine.unfinished import UnfinishedVoteGuard
 from htv.engine.usual import call_layer
 from htv.errors import UnsupportedError
 from htv.groups import Groups
@@ -131,6 +132,8 @@ class Session:
         self._sizes: set[int] = set()  # of the batches since the last backward
         self.accumulates = False
         self._batches = MicroBatches()  # of the accumulation under way
+        self.unfinished_guard = UnfinishedVoteGuard(self.waiting_backwards)
+        self.in_pipeline = False  # whether a schedule's micro-batches vote together
         self.rank_votes: RankVotesLike | None = None
         # Where the ranks of a process group meet at the end of accumulate().
         self.group_votes: GroupVotesLike | None = None
@@ -246,20 +249,25 @@ class Session:
             self.spec = None
 
     @contextmanager
-    def accumulate(self) -> Iterator[None]:
-        """See `Handle.accumulate`."""
+    def accumulate(self, fraction: float = 1.0) -> Iterator[None]:
+        """See `Handle.accumulate`.
+
+        fraction:  what contributions are multiplied by.
+        """
         self.require_attached("accumulate")
         if self.accumulates:
             raise RuntimeError("accumulate() blocks cannot be nested")
         self._refuse_to_accumulate()
         try:
             self.accumulates = True
-            self._begin_vote()
+            self.unfinished_guard.put_on(self.model)
+            self._begin_vote(fraction)
             yield
             if self._waiting():
-                self._finish_vote()
+                self._finish_vote(fraction)
         finally:
             self.accumulates = False
+            self.unfinished_guard.take_off()
             if self.group_votes is not None:
                 self.group_votes.end()
             for tracked in self._tracked.values():
@@ -273,7 +281,7 @@ class Session:
                 "DistributedDataParallel, or set_requires_gradient_sync(False) of FSDP2, for all "
                 "micro-batches but the last"
             )
-        if ranks.world_size() > 1 and self.group_votes is None:
+        if ranks.world_size() > 1 and self.group_votes is None and not self.in_pipeline:
             raise UnsupportedError(
                 f"accumulate() with {ranks.world_size()} ranks: each rank would put its own "
                 "aggregate into .grad, and the ranks' parameters would drift apart. Remedy: "
@@ -284,14 +292,14 @@ class Session:
             for tracked in self._tracked.values():
                 refuse_unless_streaming(tracked.rule, tracked.name)
 
-    def _begin_vote(self) -> None:
+    def _begin_vote(self, fraction: float = 1.0) -> None:
         """Gather contributions for the next vote of an accumulation."""
         self._batches = MicroBatches()
         if self.group_votes is not None:
             self.group_votes.begin()
             return
         for tracked in self._tracked.values():
-            tracked.accumulate(self._batches)
+            tracked.accumulate(self._batches, fraction)
 
     def _waiting(self) -> bool:
         """Tell whether anything was gathered since the last vote of an accumulation, on any
@@ -301,7 +309,14 @@ class Session:
             return self.group_votes.waiting()
         return len(self._batches) > 0
 
-    def _finish_vote(self) -> None:
+    def waiting_backwards(self) -> int:
+        """Return how many backwards of this rank have left contributions for a vote to come."""
+        votes = self.rank_votes if self.rank_votes is not None else self.group_votes
+        if votes is not None:
+            return votes.waiting_backwards()
+        return len(self._batches) if self.accumulates else 0
+
+    def _finish_vote(self, fraction: float = 1.0) -> None:
         """Apply the rules to what an accumulation gathered."""
         if self.group_votes is not None:
             found = self.group_votes.results()
@@ -314,7 +329,7 @@ class Session:
         for tracked, grad in found:
             tracked.add_accumulated(grad)
         if self.group_votes is None:
-            self._begin_vote()
+            self._begin_vote(fraction)
 
     def finish(self) -> None:
         """See `Handle.finish`."""
@@ -483,7 +498,7 @@ class Session:
                     "with handle.finish() before the optimizer), or DistributedDataParallel with "
                     "htv.distributed.ddp(ddp_model, handle)"
                 )
-        elif ranks.vote_alone():
+        elif ranks.vote_alone() and not self.accumulates:
             ranks.refuse_alone(self.model)
             if not self._told_of_ranks:
                 self._warn_of_ranks()
@@ -581,7 +596,7 @@ class Session:
         if torch._C._len_torch_function_stack():
             left_on_stack(lambda mode: mode.is_stale())
         forward.check()
-        if not self.only_means:
+        if not self.only_means and not in_backward():  # where checkpoints run parts again
             self.check_ranks(forward)
         again, carried, spec, rows = None, {}, None, None
         usual = not kwargs and names is None and self.spec is None

@@ -87,10 +87,10 @@ class Summary:
         return Summary(len(values), values.sum(dim=0), votes, spread, logs)
 
     @staticmethod
-    def of_zeros(count: int, like: Summary) -> Summary:
-        """Of that many groups that contribute nothing anywhere."""
+    def of_zeros(count: int, like: Summary, log_offset: float = LOG_OFFSET) -> Summary:
+        """Of that many groups that contribute nothing anywhere; `log_offset` as for `of`."""
         zeros = torch.zeros_like(like.total)
-        logs = None if like.logs is None else torch.full_like(zeros, count * math.log(LOG_OFFSET))
+        logs = None if like.logs is None else torch.full_like(zeros, count * math.log(log_offset))
         return Summary(count, zeros, zeros, None if like.spread is None else zeros, logs)
 
     def __add__(self, other: Summary) -> Summary:
@@ -103,6 +103,14 @@ class Summary:
         if self.logs is not None:
             logs = self.logs + other.logs
         return Summary(count, self.total + other.total, self.votes + other.votes, spread, logs)
+
+    def scaled(self, factor: float) -> Summary:
+        """Of contributions times `factor` (> 0); logarithms were taken with the offset divided by
+        it.
+        """
+        spread = None if self.spread is None else self.spread * factor**2
+        logs = None if self.logs is None else self.logs + self.count * math.log(factor)
+        return Summary(self.count, self.total * factor, self.votes, spread, logs)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Summary:
         """The same with every tensor replaced by what a function makes of it."""

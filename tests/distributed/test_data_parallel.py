@@ -7,7 +7,7 @@ import torch
 
 import htv
 from support.oracles import RULES, by_name
-from support.rank_jobs import assert_trains, data_parallel
+from support.rank_jobs import assert_trains, data_parallel, optimized_by_shards, resumed
 from support.rank_models import aggregated, contributions
 
 AND = htv.AndMask(0.4)
@@ -61,6 +61,9 @@ SETTINGS = {
     "convolutions": {"model": "images"},
     "convolutions in channels_last": {"model": "images in channels_last"},
     "tied embedding": {"model": "tied"},
+    "checkpointed": {"model": "checkpointed"},
+    "checkpointed, reentrant": {"model": "checkpointed, reentrant", "static_graph": True},
+    "frozen weight": {"model": "frozen weight"},
     "another hook": {"hook": "allreduce_hook"},
     "excluded parameters": {"plain": ("n.weight", "n.bias", "b.bias")},
     "compiled": {"compiled": True, "bucket_cap_mb": 25},
@@ -92,3 +95,19 @@ def test_votes_of_one_rank_alone_are_said_aloud(ranks):
     one, other = (aggregated(half, AND) for half in halves)
     for name in contributed:
         torch.testing.assert_close(found[0][name], one[name] + other[name])
+
+
+def test_an_optimizer_that_shards_its_state(ranks):
+    found = ranks.run(optimized_by_shards, 2, AND)
+    for name, step in aggregated(contributions("net", [6, 6]), AND).items():
+        torch.testing.assert_close(found[0][name], step, rtol=0, atol=1e-12)
+        assert torch.equal(found[0][name], found[1][name])
+
+
+@pytest.mark.parametrize("world", [2, 4, 1])
+def test_resumed_with_another_number_of_ranks(ranks, tmp_path, world):
+    """A checkpoint of two ranks; the examples are the same, and so is the next step."""
+    whole = ranks.run(resumed, 2, AND, str(tmp_path), True)
+    found = ranks.run(resumed, world, AND, str(tmp_path), False)
+    for name, value in whole[0].items():
+        torch.testing.assert_close(found[0][name], value, rtol=0, atol=1e-9)

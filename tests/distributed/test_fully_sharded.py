@@ -1,5 +1,7 @@
 """Under FSDP2 the examples of all ranks vote as those of one process do."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -61,6 +63,8 @@ SETTINGS = {
     "convolutions": {"model": "images"},
     "tied embedding": {"model": "tied", "units": "whole"},
     "unused layer": {"model": "unused layer"},
+    "checkpointed": {"model": "checkpointed"},
+    "frozen weight": {"model": "frozen weight"},
     "excluded parameters": {"plain": ("n.weight", "n.bias", "b.bias")},
 }
 
@@ -73,12 +77,6 @@ def test_settings(ranks, settings):
 def test_mixed_precision(ranks):
     """Votes are those of one process that computes in bfloat16; sums are rounded per rank."""
     alone = ranks.run(half_precision_alone, 1, AND)[0]
-    settings = {"dtype": torch.float32, "param_dtype": torch.bfloat16}
-    found = ranks.run(_job(settings), 2, AND)
+    job = partial(fully_sharded, dtype=torch.float32, param_dtype=torch.bfloat16)
+    found = ranks.run(job, 2, AND)
     assert_one_vote(found, {name: grad.double() for name, grad in alone.items()}, 0.05)
-
-
-def _job(settings):
-    from functools import partial
-
-    return partial(fully_sharded, **settings)

@@ -202,3 +202,88 @@ def assert_trains(
     expected = aggregated(voters, rule)
     expected.update({name: contributed[name].sum(dim=0) for name in plain})
     assert_one_vote(found, expected, tolerance)
+
+
+def pipelined(
+    rank: int,
+    world: int,
+    rule: htv.Rule,
+    *,
+    schedule: str = "ScheduleGPipe",
+    scale: bool = True,
+    serve: bool = True,
+    steps: int = 2,
+) -> dict:
+    """Train by a pipeline of two stages and three micro-batches; return this rank's gradients."""
+    from torch.distributed import pipelining
+
+    net, (x, y) = made(), batch()
+    first, second = ("a", "n"), ("b", "c")
+    stages = (
+        nn.Sequential(net.a, nn.ReLU(), net.n),
+        nn.Sequential(net.b, nn.GELU(), net.c),
+    )
+    handle = htv.attach(stages[rank], rule)
+    stage = pipelining.PipelineStage(stages[rank], rank, world, torch.device("cpu"))
+    loss = partial(F.cross_entropy, reduction="mean" if scale else "sum")
+    running = getattr(pipelining, schedule)(stage, 3, loss_fn=loss, scale_grads=scale)
+    if serve:
+        htv.distributed.pipeline(running, handle)
+    for _ in range(steps):
+        net.zero_grad()
+        running.step(x) if rank == 0 else running.step(target=y)
+    mine = {name: p.grad for name, p in net.named_parameters()}
+    return {name: mine[name] for name in mine if name[0] in (first, second)[rank]}
+
+
+def optimized_by_shards(rank: int, world: int, rule: htv.Rule) -> dict:
+    """Take one step of ZeroRedundancyOptimizer at learning rate 1; return what it took away."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    net = made()
+    handle = htv.attach(net, rule)
+    wrapped = DistributedDataParallel(net)
+    htv.distributed.ddp(wrapped, handle)
+    optimizer = ZeroRedundancyOptimizer(wrapped.parameters(), torch.optim.SGD, lr=1.0)
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    x, y = shard(batch(), rank, world)
+    F.cross_entropy(wrapped(x), y).backward()
+    optimizer.step()
+    return {name: before[name] - p.detach() for name, p in net.named_parameters()}
+
+
+def resumed(rank: int, world: int, rule: htv.Rule, folder: str, save: bool) -> dict:
+    """Train two steps and save in between, or go on from what was saved, with AdamW; return the
+    parameters.
+    """
+    import torch.distributed.checkpoint as checkpoints
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    net = made()
+    handle = htv.attach(net, rule)
+    wrapped = DistributedDataParallel(net)
+    htv.distributed.ddp(wrapped, handle)
+    optimizer = torch.optim.AdamW(wrapped.parameters(), lr=0.1)
+    x, y = shard(batch(), rank, world)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(wrapped(x), y).backward()
+        optimizer.step()
+
+    if save:
+        step()
+    model, state = get_state_dict(wrapped, optimizer)
+    held = {"model": model, "optimizer": state}
+    if save:
+        checkpoints.save(held, checkpoint_id=folder)
+    else:
+        checkpoints.load(held, checkpoint_id=folder)
+        set_state_dict(
+            wrapped,
+            optimizer,
+            model_state_dict=held["model"],
+            optim_state_dict=held["optimizer"],
+        )
+    step()
+    return {name: p.detach().clone() for name, p in net.named_parameters()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import htv
 from htv.ops.functional import apply_rule
@@ -53,8 +54,32 @@ class Tied(nn.Module):
         return self.head(torch.tanh(self.a(self.words(ids)))).mean(dim=1)
 
 
+class Checkpointed(Net):
+    """The same as `Net`, with a part that backward runs again."""
+
+    def __init__(self, use_reentrant: bool):
+        super().__init__()
+        self.use_reentrant = use_reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.a(x))
+        return self.c(checkpoint(self._middle, x, use_reentrant=self.use_reentrant))
+
+    def _middle(self, x: Tensor) -> Tensor:
+        return F.gelu(self.b(self.n(x)))
+
+
+def _frozen() -> Net:
+    net = Net()
+    net.b.weight.requires_grad_(False)
+    return net
+
+
 MODELS = {
     "net": Net,
+    "checkpointed": lambda: Checkpointed(use_reentrant=False),
+    "checkpointed, reentrant": lambda: Checkpointed(use_reentrant=True),
+    "frozen weight": _frozen,
     "unused layer": lambda: Net(unused=True),
     "images": Images,
     "images in channels_last": lambda: Images(torch.channels_last),
@@ -98,13 +123,13 @@ def contributions(
     sizes = [len(x)] if sizes is None else sizes
     share = 1 / len(sizes) if share is None else share
     found: dict[str, list[Tensor]] = {}
-    parameters = dict(model.named_parameters())
+    parameters = {k: p for k, p in model.named_parameters() if p.requires_grad}
     weights = [share / size for size in sizes for _ in range(size)]
     for e, weight in enumerate(weights):
-        loss = F.cross_entropy(model(x[e : e + 1]), y[e : e + 1]) * weight
-        grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-        for key, p, grad in zip(parameters, parameters.values(), grads, strict=True):
-            found.setdefault(key, []).append(torch.zeros_like(p) if grad is None else grad)
+        model.zero_grad()
+        (F.cross_entropy(model(x[e : e + 1]), y[e : e + 1]) * weight).backward()
+        for key, p in parameters.items():
+            found.setdefault(key, []).append(torch.zeros_like(p) if p.grad is None else p.grad)
     return {key: torch.stack(values) for key, values in found.items()}
 
 
@@ -128,6 +153,8 @@ def gradients(model: nn.Module) -> dict[str, Tensor | None]:
         grad = p.grad
         if hasattr(grad, "full_tensor"):
             grad = grad.full_tensor()
+        if not p.requires_grad:
+            continue
         plain = name.replace("module.", "").replace("_orig_mod.", "")
         found[plain] = None if grad is None else grad.detach().clone()
     return found

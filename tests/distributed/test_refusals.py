@@ -1,0 +1,81 @@
+"""What several ranks get wrong is refused on all of them, and a failure never becomes a vote."""
+
+import pytest
+import torch
+
+import htv
+from support import rank_misuse
+from support.rank_models import aggregated, assert_one_vote, contributions
+from support.ranks import Raised
+
+# What every rank does, and what the error on each says.
+REFUSED = {
+    "not_served": r"htv.distributed.ddp\(ddp_model, handle\)",
+    "different_rules": r"rank 0 has parameter 'a.weight'.*AndMask\(tau=0.4.*rank 1.*tau=0.5",
+    "different_models": "rank 0 serves 2 parameters, rank 1 4",
+    "different_votes": "rank 0 has vote='examples'; rank 1 has vote='ranks'",
+    "around_the_wrapper": "called by itself.*call what DistributedDataParallel",
+    "a_hook_before": r"hook=\(state, that_hook\)",
+    "called_twice": "call this once",
+    "not_zeroed": r"\.grad of 'c.*' holds the aggregate of an earlier step.*zero_grad",
+    "accumulated": r"accumulate\(\) where ranks vote together.*no_sync",
+    "tokens": r"cannot be joined with tokens\(\)",
+    "groups_on_two_ranks": "the group with id 0 has rows on ranks 0 and 1",
+    "order_rule_without_meeting": r"order rules need.*no_sync\(\).*MedianOfMeans\(2\)",
+    "order_rule_of_many_rows": r"would send 320,000 values.*1,600.*MedianOfMeans\(2\)",
+    "own_rule": "Own, the rule of parameter 'a.weight', is one of your own",
+    "waiting_at_finish": r"wait for one in which the ranks meet \(1 so far\).*leave no_sync",
+    "saved_in_a_step": r"state_dict\(\) in the middle of a step: 1 backward has",
+    "median_of_unequal_buckets": "equally many groups on all ranks, but they have 2, 3",
+    "ignored_parameters": "parameter 'c.weight' is served, but DistributedDataParallel does not",
+    "group_outside_accumulate": "with handle.accumulate",
+    "old_sharding": "FullyShardedDataParallel.*Remedy: FSDP2",
+    "not_sharded": "call fully_shard first",
+    "sharded_but_not_served": r"htv.distributed.fsdp\(model, handle\)",
+    "sharded_and_reentrant": "reentrant activation checkpoint under FSDP2.*use_reentrant=False",
+    "a_part_not_sharded": "parameter 'n.weight' is served, but in no unit of fully_shard",
+    "one_rank_skips_a_step": "ranks are at different steps",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_on_all_ranks(ranks, name):
+    found = ranks.outcomes(getattr(rank_misuse, name), 2)
+    for rank, result in enumerate(found):
+        assert isinstance(result, Raised), f"rank {rank} went on"
+        assert pytest.RaisesExc(Exception, match=f"(?s){REFUSED[name]}").matches(
+            Exception(result.message)
+        ), result.message
+
+
+def test_one_voter_in_all_is_refused(ranks):
+    found = ranks.outcomes(rank_misuse.one_example_in_all, 1)
+    assert "all groups of a step, on 1 rank, together" in found[0].message
+
+
+@pytest.mark.parametrize("name", ["one_rank_raises", "one_rank_dies"])
+def test_a_failure_in_backward_ends_all_ranks(ranks, name):
+    found = ranks.outcomes(getattr(rank_misuse, name), 2, patience=8)
+    assert isinstance(found[0], Raised)
+    assert found[1] is None if name == "one_rank_dies" else found[1].kind == "ZeroDivisionError"
+
+
+def test_after_detach(ranks):
+    contributed = contributions("net", [6, 6])
+    found = ranks.run(rank_misuse.after_detach, 2)
+    assert_one_vote([plain for plain, _ in found], aggregated(contributed, htv.Mean()))
+    assert_one_vote([voted for _, voted in found], aggregated(contributed, rank_misuse.AND))
+
+
+def test_groups_of_one_rank_each(ranks):
+    found = ranks.run(rank_misuse.groups_on_one_rank_each, 2)
+    contributed = {k: c.unflatten(0, (6, 2)).sum(1) for k, c in contributions("net").items()}
+    assert_one_vote(found, aggregated(contributed, rank_misuse.AND))
+
+
+@pytest.mark.parametrize("examples", [126, 128, 254, 256, 2048, 2050, 4096])
+def test_numbers_of_voters_that_outgrow_a_type(ranks, examples):
+    """SignSum is the votes themselves: equal to the bit to those of one process."""
+    for found, alone in ranks.run(rank_misuse.many_voters, 2, examples):
+        for name, votes in alone.items():
+            assert torch.equal(found[name], votes)

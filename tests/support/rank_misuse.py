@@ -1,0 +1,274 @@
+"""What ranks do wrong in tests of `htv.distributed`; each function runs on every rank."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import htv
+from support.rank_models import batch, gradients, made, shard
+
+AND = htv.AndMask(0.4)
+
+
+def wrapped(rule=AND, serve=True, vote="examples", **settings):
+    """Return (DistributedDataParallel, handle) of a fresh model."""
+    net = made()
+    handle = htv.attach(net, rule)
+    model = DistributedDataParallel(net, **settings)
+    if serve:
+        htv.distributed.ddp(model, handle, vote=vote)
+    return model, handle
+
+
+def step(model, rank, world, part=slice(None)):
+    x, y = shard(batch(), rank, world)
+    F.cross_entropy(model(x[part]), y[part]).backward()
+
+
+def not_served(rank, world):
+    step(wrapped(serve=False)[0], rank, world)
+
+
+def different_rules(rank, world):
+    wrapped(htv.AndMask(0.4 if rank == 0 else 0.5))
+
+
+def different_models(rank, world):
+    net = nn.Sequential(*[nn.Linear(3, 3) for _ in range(1 + rank)])
+    htv.attach(net, AND, process_group=dist.group.WORLD)
+
+
+def different_votes(rank, world):
+    net = made()
+    handle = htv.attach(net, AND)
+    model = DistributedDataParallel(net)
+    htv.distributed.ddp(model, handle, vote="examples" if rank == 0 else "ranks")
+
+
+def around_the_wrapper(rank, world):
+    model, _ = wrapped()
+    step(model.module, rank, world)
+
+
+def a_hook_before(rank, world):
+    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+
+    net = made()
+    handle = htv.attach(net, AND)
+    model = DistributedDataParallel(net)
+    model.register_comm_hook(None, default_hooks.allreduce_hook)
+    htv.distributed.ddp(model, handle)
+
+
+def called_twice(rank, world):
+    model, handle = wrapped()
+    htv.distributed.ddp(model, handle)
+
+
+def not_zeroed(rank, world):
+    model, _ = wrapped()
+    step(model, rank, world)
+    step(model, rank, world)
+
+
+def accumulated(rank, world):
+    model, handle = wrapped()
+    with handle.accumulate():
+        step(model, rank, world)
+
+
+def tokens(rank, world):
+    model, handle = wrapped()
+    with handle.tokens():
+        step(model, rank, world)
+
+
+def groups_on_two_ranks(rank, world):
+    model, handle = wrapped()
+    with handle.groups(torch.tensor([0, 0, 1, 1, 2, 2])):
+        step(model, rank, world)
+
+
+def order_rule_without_meeting(rank, world):
+    model, _ = wrapped(htv.Median())
+    with model.no_sync():
+        step(model, rank, world)
+
+
+def order_rule_of_many_rows(rank, world):
+    net = nn.Linear(40, 40)
+    handle = htv.attach(net, htv.Median())
+    model = DistributedDataParallel(net)
+    htv.distributed.ddp(model, handle)
+    model(torch.randn(2000, 40)).square().sum().backward()
+
+
+class Own(htv.Rule):
+    def reduce(self, contributions):
+        return contributions.mean(dim=0)
+
+
+def own_rule(rank, world):
+    wrapped(Own())
+
+
+def waiting_at_finish(rank, world):
+    model, handle = wrapped()
+    with model.no_sync():
+        step(model, rank, world)
+    handle.finish()
+
+
+def saved_in_a_step(rank, world):
+    model, handle = wrapped()
+    with model.no_sync():
+        step(model, rank, world)
+    model.state_dict()
+
+
+def median_of_unequal_buckets(rank, world):
+    model, _ = wrapped(htv.MedianOfMeans(world))
+    step(model, rank, world, slice(2 + rank))
+
+
+def one_example_in_all(rank, world):
+    net = made()
+    handle = htv.attach(net, AND)
+    model = DistributedDataParallel(net)
+    htv.distributed.ddp(model, handle)
+    x, y = batch()
+    F.cross_entropy(model(x[:1]), y[:1]).backward()
+
+
+def ignored_parameters(rank, world):
+    net = made()
+    handle = htv.attach(net, AND)
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(net, ["c.weight"])
+    htv.distributed.ddp(DistributedDataParallel(net), handle)
+
+
+def group_outside_accumulate(rank, world):
+    net = made()
+    htv.attach(net, AND, process_group=dist.group.WORLD)
+    step(net, rank, world)
+
+
+def old_sharding(rank, world):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    net = FullyShardedDataParallel(made(), device_id=torch.device("cpu"))
+    htv.attach(net, AND)
+
+
+def not_sharded(rank, world):
+    net = made()
+    htv.distributed.fsdp(net, htv.attach(net, AND))
+
+
+def sharded_but_not_served(rank, world):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    net = fully_shard(made(), mesh=init_device_mesh("cpu", (world,)))
+    htv.attach(net, AND)
+    step(net, rank, world)
+
+
+def sharded_and_reentrant(rank, world):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    net = made("checkpointed, reentrant")
+    for part in (net.a, net):
+        fully_shard(part, mesh=init_device_mesh("cpu", (world,)))
+    htv.distributed.fsdp(net, htv.attach(net, AND))
+    step(net, rank, world)
+
+
+def a_part_not_sharded(rank, world):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    net = made()
+    fully_shard(net.a, mesh=init_device_mesh("cpu", (world,)))
+    htv.distributed.fsdp(net, htv.attach(net, AND))
+
+
+def one_rank_raises(rank, world):
+    """On rank 1 the backward fails after the first layer's contributions are in."""
+    model, _ = wrapped(bucket_cap_mb=0.004)
+    step(model, rank, world)
+    model.zero_grad()
+    if rank == 1:
+
+        def fail(grad):
+            raise ZeroDivisionError("injected")
+
+        model.module.a.register_full_backward_hook(lambda *_: fail(None))
+    step(model, rank, world)
+    return gradients(model.module)
+
+
+def one_rank_dies(rank, world):
+    model, _ = wrapped(bucket_cap_mb=0.004)
+    step(model, rank, world)
+    model.zero_grad()
+    if rank == 1:
+        model.module.b.register_full_backward_hook(lambda *_: os._exit(1))
+    step(model, rank, world)
+    return gradients(model.module)
+
+
+def one_rank_skips_a_step(rank, world):
+    """Rank 1 leaves out a micro-batch's error and goes on: its votes are those of another step."""
+    model, handle = wrapped()
+    if rank == 1:
+        handle._session.rank_votes.rounds.number += 1
+    step(model, rank, world)
+
+
+def after_detach(rank, world):
+    """The model trains plainly again, and another handle may take it over."""
+    model, handle = wrapped()
+    step(model, rank, world)
+    handle.detach()
+    model.zero_grad()
+    step(model, rank, world)
+    plain = gradients(model.module)
+    model.zero_grad()
+    again = htv.attach(model.module, AND)
+    htv.distributed.ddp(model, again)
+    step(model, rank, world)
+    return plain, gradients(model.module)
+
+
+def groups_on_one_rank_each(rank, world):
+    model, handle = wrapped()
+    ids = torch.tensor([0, 0, 1, 1, 2, 2]) + 10 * rank
+    with handle.groups(ids):
+        step(model, rank, world)
+    return gradients(model.module)
+
+
+def many_voters(rank, world, examples):
+    """More voters than one byte counts."""
+    torch.manual_seed(0)
+    net = nn.Linear(5, 4).double()
+    x = torch.randn(examples, 5, dtype=torch.float64)
+    handle = htv.attach(net, htv.SignSum())
+    model = DistributedDataParallel(net)
+    htv.distributed.ddp(model, handle)
+    model(shard((x,), rank, world)[0]).square().mean().backward()
+    found = gradients(net)
+    handle.detach()
+    net.zero_grad()
+    htv.attach(net, htv.SignSum())
+    with torch.enable_grad():
+        F.mse_loss(net(x), torch.zeros(examples, 4, dtype=torch.float64)).backward()
+    return found, gradients(net)
