@@ -263,7 +263,7 @@ class DataParallelVotes(RankVotes):
         found = reduction.order_over_ranks(
             received.view(rounds.size, chunk), mine, electorate, self.fraction
         )
-        work = dist.all_gather_into_tensor(padded, found, group=rounds.group, async_op=True)
+        work = reduction.all_gather(padded, found, group=rounds.group, async_op=True)
         return work.get_future(), padded
 
 

@@ -287,7 +287,7 @@ class Unit:
 
         def scattered(whole: Tensor) -> Tensor:
             shard = whole.new_empty(whole.numel() // world)
-            dist.reduce_scatter_tensor(shard, whole, group=group)
+            reduction.reduce_scatter(shard, whole, group=group)
             return shard
 
         shards = mine.map(scattered)
@@ -295,7 +295,7 @@ class Unit:
             for shard, earlier in zip(shards, self._pending, strict=True):
                 shard += earlier
         self._pending = shards
-        dist.reduce_scatter_tensor(output, sums, group=group)
+        reduction.reduce_scatter(output, sums, group=group)
 
     def _lay_out(self, size: int, world: int) -> None:
         """Find where parameters are in the flat shard, as `foreach_reduce` of FSDP2 puts them: one

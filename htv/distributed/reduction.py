@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -230,6 +231,13 @@ def rank_statistic(rule: Rule, electorate: Electorate, voters: int) -> Statistic
             "the DataLoader, or vote='ranks'"
         )
     return Statistic("median")
+
+
+# Newer versions of torch have other names for these two.
+reduce_scatter: Callable[..., Any] = getattr(
+    dist, "reduce_scatter_single", dist.reduce_scatter_tensor
+)
+all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
 
 def all_reduce(tensor: Tensor, group: ProcessGroup) -> torch.futures.Future:
