@@ -57,11 +57,13 @@ class PlainSum:
     name:     of the parameter.
     batches:  the backward passes of this rank that vote together.
     held:     returns what `.grad` holds, or None.
+    came:     whether contributions came that are not on their way to other ranks.
     """
 
     def __init__(self, name: str, batches: MicroBatches, held: Callable[[], Tensor | None]):
         self.name, self.batches, self._held = name, batches, held
         self._tasks: set[int] = set()
+        self.came = False
 
     def add(self, task: int, parts: list[Factors], groups: Groups) -> Tensor:
         """Take the contributions of the backward pass `task`; return their plain sum."""
@@ -87,14 +89,15 @@ class PlainSum:
                 "(DistributedDataParallel's no_sync(), FSDP2's set_requires_gradient_sync(False))"
             )
         self._tasks.add(task)
+        self.came = True
 
-    @property
-    def seen(self) -> bool:
-        """Tell whether contributions came since the ranks last met."""
-        return bool(self._tasks)
+    def sent(self) -> None:
+        """Be told that what came is on its way to the other ranks."""
+        self.came = False
 
     def clear(self) -> None:
         """Begin the next vote."""
+        self.sent()
         self._tasks = set()
 
 
@@ -144,9 +147,8 @@ class Tally(PlainSum):
         counted = votes.nan_to_num(0).to(dtype)
         self._votes = counted if self._votes is None else self._votes.to(dtype) + counted
 
-    def clear(self) -> None:
-        """Begin the next vote."""
-        super().clear()
+    def sent(self) -> None:
+        super().sent()
         self._votes, self._summary, self._count = None, None, 0
 
     def counts(self, count: int, like: Tensor) -> Counts | None:

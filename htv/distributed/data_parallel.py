@@ -207,7 +207,11 @@ class DataParallelVotes(RankVotes):
         votes = self._own_votes(buffer, gradients, tracked, fields, electorate)
         ranked = self._ranked(buffer, ordered, electorate) if ordered else None
         group = self.rounds.group
-        sums = _averaged(self._inner, self._state, self.model, bucket)
+        if len(ordered) == len(fields) and self._inner is None:  # nobody needs the sums
+            sums = torch.futures.Future()
+            sums.set_result(buffer)
+        else:
+            sums = _averaged(self._inner, self._state, self.model, bucket)
         waited = [sums, *(reduction.all_reduce(t, group) for t in votes)]
         if ranked is not None:
             waited.append(ranked[0])

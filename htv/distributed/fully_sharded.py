@@ -158,8 +158,13 @@ class FullyShardedVotes(RankVotes):
         self._sharded = {id(p.unsharded_param): p for unit in units for p in unit.group.fsdp_params}
         super().__init__(session, group, vote, 1 / factors.pop(), "under FSDP2")
         self.rounds.batches.refuses_nested = True
+        hybrid = any(getattr(u.group.mesh_info, "replicate_process_group", None) for u in units)
+        if hybrid and any(self.rule_of_ranks(t) is not None for t in session.tracked()):
+            raise UnsupportedError(
+                "order rules over ranks with replicas (HSDP): a rank's sum meets those of its own "
+                "shards only. Remedy: a mesh of one dim, or a mask"
+            )
         self._by_id = {id(t.parameter): t for t in session.tracked()}
-        self._reduced: set[Unit] = set()
 
     def begin(self) -> None:
         super().begin()
@@ -190,45 +195,66 @@ class FullyShardedVotes(RankVotes):
         """Any forward will do: units bring their gradients together by themselves."""
 
     def require_meeting(self) -> None:
-        if not all(unit.group.reduce_grads for unit in self.units):
+        meets = (u.group.reduce_grads and u.group.all_reduce_grads for u in self.units)
+        if not self.is_last or not all(meets):
             raise UnsupportedError(
-                "order rules need the contributions of all micro-batches at once, and "
-                "set_requires_gradient_sync(False) keeps ranks from exchanging them. Remedy: "
+                "order rules need the contributions of all micro-batches at once, and this "
+                "backward (set_requires_gradient_sync, set_is_last_backward) is one of several. "
+                "Remedy: "
                 f"larger batches, MedianOfMeans({self.rounds.size}), or vote='ranks'"
             )
 
-    def reduced(self, unit: Unit) -> None:
-        """Be told that a unit's gradients were brought together."""
-        self._reduced.add(unit)
+    @property
+    def is_last(self) -> bool:
+        """Tell whether the backward under way ends a vote: `set_is_last_backward` of FSDP2."""
+        return all(u.module._get_fsdp_state()._state_ctx.is_last_backward for u in self.units)
+
+    def refuse_parts(self) -> None:
+        """Raise where ranks' sums are reduced before all micro-batches are in, and are ranked."""
+        rounds = self.rounds
+        ranked = any(self.rule_of_ranks(t) is not None for t in self.session.tracked())
+        if ranked or rounds.vote == "ranks":
+            raise UnsupportedError(
+                "where each rank is one voter, its micro-batches must be summed before ranks meet: "
+                "set_is_last_backward(False) and set_requires_all_reduce(False) reduce them one by "
+                "one. Remedy: set_requires_gradient_sync(False) for all micro-batches but the last"
+            )
 
     def pass_ended(self) -> None:
         # FSDP2 reduces the first units of its roots at the end of the pass, too: after them.
         torch.autograd.Variable._execution_engine.queue_callback(self._end_round)
 
     def _end_round(self) -> None:
-        if not self._reduced:  # a micro-batch
+        if not any(unit.reduced for unit in self.units):  # a micro-batch
             return
-        reduced, self._reduced = self._reduced, set()
+        applied = [unit.applied for unit in self.units if unit.reduced]
         for unit in self.units:
-            if unit not in reduced and any(
-                t.gathering.seen for t in map(self.tracked, unit.group.fsdp_params) if t
-            ):
-                raise RuntimeError(
-                    "a backward brought some units' gradients together and left others' apart: "
-                    "call set_requires_gradient_sync on the whole model, so that all vote at once"
-                )
-        self.met()
+            unit.reduced = unit.applied = False
+        tracked = [self.tracked(p) for unit in self.units for p in unit.group.fsdp_params]
+        left = any(t.gathering.came for t in tracked if t is not None)
+        if left or len(set(applied)) > 1:
+            raise RuntimeError(
+                "a backward brought some units' gradients together and left others' apart: call "
+                "set_requires_gradient_sync on the whole model, so that all vote at once"
+            )
+        if applied[0]:
+            self.met()
+        else:
+            self.rounds.go_on()
 
 
 class Unit:
     """One group of parameters that FSDP2 reduces together.
 
-    module:  at which they are sharded.
-    group:   what torch keeps of them.
+    module:   at which they are sharded.
+    group:    what torch keeps of them.
+    reduced:  whether the backward under way reduced them, and
+    applied:  whether it applied their rules.
     """
 
     def __init__(self, module: FSDPModule, group: FSDPParamGroup):
         self.module, self.group = module, group
+        self.reduced = self.applied = False
         self.votes: FullyShardedVotes | None = None
         self._plain: set[FSDPParam] = set()  # unserved parameters that have a gradient
         self._hooks: list = []
@@ -290,12 +316,27 @@ class Unit:
             reduction.reduce_scatter(shard, whole, group=group)
             return shard
 
-        shards = mine.map(scattered)
-        if self._pending is not None:  # HSDP that has not brought replicas together since
+        self._keep(mine.map(scattered))
+        if self._ranked is None or not self._all_ranked():  # else the sums are of no use
+            reduction.reduce_scatter(output, sums, group=group)
+
+    def _keep(self, shards: Votes) -> None:
+        """Keep this rank's shard of votes, those of earlier micro-batches added."""
+        if self._pending is not None:
             for shard, earlier in zip(shards, self._pending, strict=True):
-                shard += earlier
+                shard += earlier.to(shard.dtype)
         self._pending = shards
-        reduction.reduce_scatter(output, sums, group=group)
+        for parameter, _ in self._fields:
+            tracked = self.votes.tracked(parameter)
+            if tracked is not None:
+                tracked.gathering.sent()
+        self._plain, self.reduced = set(), True
+        if not self.votes.is_last or not self.group.all_reduce_grads:
+            self.votes.refuse_parts()
+
+    def _all_ranked(self) -> bool:
+        votes = self.votes
+        return all(votes.rule_of_ranks(votes.tracked(p)) is not None for p, _ in self._fields)
 
     def _lay_out(self, size: int, world: int) -> None:
         """Find where parameters are in the flat shard, as `foreach_reduce` of FSDP2 puts them: one
@@ -305,7 +346,7 @@ class Unit:
         unused = getattr(self.group, "reduce_scatter_unused_params", False)
         for parameter in self.group.fsdp_params:
             tracked = self.votes.tracked(parameter)
-            came = parameter in self._plain if tracked is None else tracked.gathering.seen
+            came = parameter in self._plain if tracked is None else tracked.gathering.came
             if not came and not (unused and parameter.unsharded_param.requires_grad):
                 continue
             shape = _as_reduced(parameter, world)
@@ -372,16 +413,19 @@ class Unit:
         """Apply the rules to this rank's shard of the sums of all ranks."""
         votes, mesh = self.votes, self.group.mesh_info
         shards = getattr(mesh, "shard_process_group", None)
-        if self._pending is None:  # there is one shard only: FSDP2 reduced nothing yet
+        if not self.reduced:  # there is one shard only, which FSDP2 had not to scatter
             self._lay_out(sums.numel(), 1)
-            self._pending = self._own_votes(sums, 1)
-        pending, self._pending = self._pending, None
+            self._keep(self._own_votes(sums, 1))
+        if sums.dtype != torch.float16:
+            sums.mul_(votes.fraction)
+        if not votes.is_last:  # FSDP2 adds the sums up in .grad
+            return
+        self._take_earlier_sums(sums)
+        pending, self._pending, self.applied = self._pending, None, True
         replicas = getattr(mesh, "replicate_process_group", None)
         if replicas is not None:
             for tensor in pending:
                 dist.all_reduce(tensor, group=replicas)
-        if sums.dtype != torch.float16:
-            sums.mul_(votes.fraction)
         fields = [f for p, f in self._fields]
 
         def over_shards(mask_sum: Tensor) -> Tensor:
@@ -394,8 +438,15 @@ class Unit:
             for parameter, field in self._fields:
                 if votes.rule_of_ranks(votes.tracked(parameter)) is not None:
                     field.of(sums).copy_(field.of(self._ranked))
-        self._ranked, self._plain = None, set()
-        votes.reduced(self)
+        self._ranked = None
+
+    def _take_earlier_sums(self, sums: Tensor) -> None:
+        """Add to this rank's shard of sums those that earlier micro-batches left in `.grad`."""
+        for parameter, field in self._fields:
+            held = parameter.sharded_param.grad
+            if held is not None and self.votes.tracked(parameter) is not None:
+                field.of(sums)[: field.valid] += held.to_local().reshape(-1).to(sums.dtype)
+                parameter.sharded_param.grad = None
 
 
 class VotingReduceScatter(ReduceScatter):

@@ -104,7 +104,7 @@ class RankVotes:
         own = self.rounds.called().counts[self.rounds.rank]
         if self.rounds.vote == "ranks":
             return of_sums(sums, tracked.rule, self.fraction) if own else None
-        return tracked.gathering.counts(own, sums)
+        return tracked.gathering.counts(self.rounds.waiting, sums)
 
     def met(self) -> None:
         """End the round: the ranks have met over all parameters."""

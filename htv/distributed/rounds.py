@@ -65,6 +65,7 @@ class Rounds:
         self.size, self.rank = group.size(), group.rank()
         self.batches = MicroBatches(where, ended)
         self.number = 0
+        self._sent = 0  # groups of this rank whose votes are on their way
         self.electorate: Electorate | None = None
         # Small messages go by the host: which type votes travel in depends on them.
         self.channel = _host_group(group)
@@ -142,9 +143,23 @@ class Rounds:
                     f"got {examples[0]} / {counts[0]} on rank 0 and {size} / {count} on rank {rank}"
                 )
 
+    @property
+    def waiting(self) -> int:
+        """Return the number of this rank's groups whose votes are not on their way yet."""
+        return self.batches.count - self._sent
+
+    def go_on(self) -> None:
+        """Go on with the round: votes of the backward pass that ended are on their way, and more
+        are to come.
+        """
+        self._sent = self.batches.count
+        self.electorate = None
+        self.number += 1
+
     def end(self) -> None:
         """End the round: the ranks have met."""
         self.batches.clear()
+        self._sent = 0
         self.electorate = None
         self.number += 1
 

@@ -53,6 +53,18 @@ def test_hybrid_sharding(ranks, world, micro):
     assert_trains(ranks, fully_sharded, world, AND, replicas=2, micro=micro)
 
 
+@pytest.mark.parametrize("rule", STREAMING, **by_name)
+def test_micro_batches_that_are_reduced_one_by_one(ranks, rule):
+    """Sums and votes wait as shards: no rank holds a whole gradient between micro-batches."""
+    assert_trains(ranks, fully_sharded, 2, rule, micro=3, waits="set_is_last_backward")
+
+
+def test_replicas_that_meet_in_the_last_micro_batch(ranks):
+    settings = {"replicas": 2, "micro": 3, "waits": "set_requires_all_reduce"}
+    assert_trains(ranks, fully_sharded, 4, AND, **settings)
+    assert_trains(ranks, fully_sharded, 4, htv.GeometricMean(0.2), **settings)
+
+
 @pytest.mark.parametrize("rule", [AND, htv.SandMask(0.3, k=0.5)], **by_name)
 def test_ranks_with_unequal_numbers_of_examples(ranks, rule):
     assert_trains(ranks, fully_sharded, 3, rule, sizes=[1, 7, 4])

@@ -93,6 +93,7 @@ def fully_sharded(
     micro: int = 1,
     units: str = "layers and root",
     replicas: int = 1,
+    waits: str = "set_requires_gradient_sync",
     sizes: list[int] | None = None,
     dtype: torch.dtype = torch.float64,
     param_dtype: torch.dtype | None = None,
@@ -110,7 +111,7 @@ def fully_sharded(
         mesh = init_device_mesh("cpu", (world,))
     if param_dtype is not None:
         settings["mp_policy"] = MixedPrecisionPolicy(param_dtype, reduce_dtype=torch.float32)
-    net = made(model, dtype)
+    net, alone = made(model, dtype), {"recurse": False}
     if order == "before":
         handle = htv.attach(net, rule, exclude=exclude)
     for part in units_of(net, units):
@@ -124,7 +125,7 @@ def fully_sharded(
         for i, (part, labels) in enumerate(zip(x.chunk(micro), y.chunk(micro), strict=True)):
             for unit in net.modules():
                 if isinstance(unit, FSDPModule):
-                    unit.set_requires_gradient_sync(i == micro - 1, recurse=False)
+                    getattr(unit, waits)(i == micro - 1, **({} if "last" in waits else alone))
             (F.cross_entropy(net(part).double(), labels, reduction="sum") / len(x)).backward()
         handle.finish()
     return gradients(net)
