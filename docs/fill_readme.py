@@ -11,7 +11,7 @@ import json
 from functools import partial
 from pathlib import Path
 
-from htv.bench import breakdown, floors, plots, report
+from htv.bench import breakdown, distributed, floors, plots, report, simulate
 from htv.experiments import report as experiments
 from htv.ops import registry
 from htv.tools.files import replace_text
@@ -103,6 +103,22 @@ def calls_block() -> str:
     return "\n".join(lines)
 
 
+def scale_block() -> str:
+    """What one vote costs on many GPUs, by count."""
+    models, clusters = list(simulate.MODELS.values()), list(simulate.CLUSTERS.values())
+    return simulate.report(models, clusters, 4, 4096)
+
+
+def ranks_block() -> str:
+    """What one vote of several processes costs, of every committed record."""
+    sections = []
+    for path in sorted((ROOT / "bench/results").rglob("distributed.json")):
+        record = json.loads(path.read_text())
+        where = f"{machine(record['machine'])}, {record['date'][:10]}, `{record['command']}`."
+        sections += [where, distributed.report(record)]
+    return "\n\n".join(sections)
+
+
 def breakdown_block() -> str:
     """Where the time of a step goes that misses its target."""
     return breakdown.table(json.loads(BREAKDOWN.read_text()))
@@ -138,6 +154,10 @@ BLOCKS = {
         ("floors", FLOORS, floors_block),
         ("breakdown", BREAKDOWN, breakdown_block),
         ("calls", BREAKDOWN, calls_block),
+    ),
+    "docs/scale.md": (
+        ("scale", ROOT / "bench/simulate.py", scale_block),
+        ("ranks", ROOT / "bench/distributed.py", ranks_block),
     ),
     "docs/extending.md": (("kernels", ROOT / "htv/ops/registry.py", kernels_block),),
     "docs/methods/ilc.md": experiment_blocks("linear", "spirals", "correlation"),

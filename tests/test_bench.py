@@ -3,13 +3,25 @@ failures, the report.
 """
 
 import json
+import math
 
 import pytest
 import torch
 from torch import nn
 
 import htv
-from htv.bench import baselines, breakdown, models, plots, report, run, targets, workloads
+from htv.bench import (
+    baselines,
+    breakdown,
+    distributed,
+    models,
+    plots,
+    report,
+    run,
+    simulate,
+    targets,
+    workloads,
+)
 from htv.bench.workloads import PEERS, RULES, WORKLOADS, Stacked, TrainingStep
 
 SETTINGS = run.Settings(
@@ -300,3 +312,39 @@ def test_a_breakdown_accounts_for_all_of_a_step():
     assert all(name in breakdown.table(record) for name in record["operations_ms"])
     assert 0 < record["calls"]["plain"] < record["calls"]["mean"] <= record["calls"]["and-mask"]
     assert f"plain {record['calls']['plain']:,}" in breakdown.table(record)
+
+
+def test_simulated_bytes_are_those_of_the_library():
+    """Votes of 8 x 4 groups take a byte beside the eight that FSDP2 sends per parameter."""
+    model, cluster = simulate.MODELS["8B"], simulate.CLUSTERS["8"]
+    assert round(model.parameters / 1e9, 2) == 8.03
+    found = {cost.rule: cost for cost in simulate.costs(model, cluster, 4, 4096)}
+    plain, masked = found["Mean"], found["AndMask, XorMask"]
+    assert plain.sent == 8 * model.parameters * 7 / 8
+    assert masked.sent == pytest.approx(plain.sent * 9 / 8) and masked.voters == 32
+    assert found["order rules of ranks"].sent == plain.sent
+    assert found["order rules of examples"].refused
+    few = simulate.costs(model, cluster, 1, 64)[-1]
+    assert not few.refused and few.sent > plain.sent
+
+
+def test_models_to_simulate(tmp_path):
+    path = tmp_path / "tiny.json"
+    path.write_text('{"width": 64, "hidden": 128, "layers": 2, "keys": 32, "vocabulary": 100}')
+    model = simulate.model_of(str(path))
+    assert model.name == "tiny" and model.parameters == 2 * 36864 + 2 * 6400 + 64 * 5
+    path.write_text('{"width": 64, "heads": 2}')
+    with pytest.raises(ValueError, match="heads"):
+        simulate.model_of(str(path))
+    with pytest.raises(ValueError, match="no model"):
+        simulate.model_of("9B")
+
+
+def test_several_ranks_are_measured(tmp_path):
+    text = distributed.run([2], True, tmp_path)
+    record = json.loads((tmp_path / "distributed.json").read_text())
+    found = record["ranks"]["2"]
+    assert set(found) == set(distributed.variants(2)) and "DDP AndMask" in text
+    if not math.isnan(found["DDP plain"]["bytes"]):  # one byte per float32 value
+        more = found["DDP AndMask"]["bytes"] / found["DDP plain"]["bytes"] - 1
+        assert 0.24 < more < 0.27

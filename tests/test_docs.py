@@ -32,6 +32,7 @@ DOCUMENTS = [
     "README.md",
     "docs/performance.md",
     "docs/extending.md",
+    "docs/scale.md",
     *(f"docs/methods/{name}.md" for name in ("ilc", "coherence", "connectivity", "memorization")),
 ]
 

@@ -156,6 +156,36 @@ def bench(
     out: Annotated[
         Path, typer.Option(help="Folder for cpu.md, cpu.json and the plots; made if missing.")
     ] = Path("bench-results"),
+    distributed: Annotated[
+        bool,
+        typer.Option(
+            "--distributed",
+            help="Instead: time and bytes of one vote over 2 and 4 processes, on gloo, beside "
+            "plain DistributedDataParallel and FSDP2. Writes distributed.json and distributed.md.",
+        ),
+    ] = False,
+    simulate: Annotated[
+        bool,
+        typer.Option(
+            "--simulate",
+            help="Instead: print bytes, memory and time of a step on many GPUs, by count.",
+        ),
+    ] = False,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="For --simulate: 1B, 8B, 70B, or a JSON file of width, hidden, layers, keys and "
+            "vocabulary; repeat it or separate by commas. Default: all three."
+        ),
+    ] = None,
+    gpus: Annotated[
+        list[str] | None,
+        typer.Option(help="For --simulate: how many GPUs, 8 per machine. Default: 8,64,512."),
+    ] = None,
+    sequences: Annotated[
+        int, typer.Option(min=1, help="For --simulate: per GPU and step, each a group.")
+    ] = 4,
+    tokens: Annotated[int, typer.Option(min=1, help="For --simulate: per sequence.")] = 4096,
 ) -> None:
     """Measure what the rules cost on this machine: time and peak memory of whole training steps
     over plain ones.
@@ -164,7 +194,17 @@ def bench(
     gradients of all examples: a loop, torch.func's vmap, Opacus and BackPACK (the extra `peers`).
     One that fails is reported with its error.
     """
+    if simulate:
+        _simulate(_split(model), _split(gpus), sequences, tokens)
+        return
     require("htv bench", "cli", "rich", "matplotlib")
+    if distributed:
+        _check_folder(out)
+        out.mkdir(parents=True, exist_ok=True)
+        from htv.bench import distributed as of_ranks
+
+        typer.echo(of_ranks.run([2, 4], quick, out))
+        return
     from dataclasses import replace
 
     import torch
@@ -196,6 +236,28 @@ def bench(
     peers = peers and not (quick and variants is None)
     if not benchmark.run(chosen, settings, variants, peers, out, Console()):
         raise typer.Exit(1)
+
+
+def _simulate(
+    models: list[str] | None, gpus: list[str] | None, sequences: int, tokens: int
+) -> None:
+    from htv.bench import simulate
+
+    try:
+        chosen = [simulate.model_of(name) for name in models or simulate.MODELS]
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--model") from error
+    try:
+        clusters = [simulate.Cluster(_count(text)) for text in gpus or simulate.CLUSTERS]
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--gpus") from error
+    typer.echo(simulate.report(chosen, clusters, sequences, tokens))
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 2:
+        raise ValueError(f"{text!r} is no number of GPUs from 2 on")
+    return int(text)
 
 
 @app.command()

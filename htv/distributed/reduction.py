@@ -18,20 +18,12 @@ from torch.distributed import ProcessGroup
 
 from htv.autograd.tally import Counts
 from htv.distributed.rounds import Electorate
+from htv.distributed.vote_types import vote_type
 from htv.ops import functional, reference, statistics
 from htv.ops.reference import Summary
 from htv.rules import Mean, Rule, Statistic
 
-__all__ = ["Field", "Votes", "apply_rules", "order_over_ranks", "vote_type"]
-
-LARGEST_HALF = 2048  # up to which float16 holds every integer
-
-
-def vote_type(count: int) -> torch.dtype:
-    """Return the smallest type in which `count` votes may be summed over ranks, exactly."""
-    if count <= 127:
-        return torch.int8
-    return torch.float16 if count <= LARGEST_HALF else torch.int32
+__all__ = ["Field", "Votes", "apply_rules", "order_over_ranks"]
 
 
 @dataclass(frozen=True, eq=False)

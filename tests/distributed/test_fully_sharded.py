@@ -75,6 +75,8 @@ SETTINGS = {
     "convolutions": {"model": "images"},
     "tied embedding": {"model": "tied", "units": "whole"},
     "unused layer": {"model": "unused layer"},
+    "shards of columns": {"columns": True, "micro": 2},
+    "shards of columns, each rank one voter": {"columns": True, "vote": "ranks"},
     "checkpointed": {"model": "checkpointed"},
     "frozen weight": {"model": "frozen weight"},
     "excluded parameters": {"plain": ("n.weight", "n.bias", "b.bias")},

@@ -82,6 +82,14 @@ def units_of(net: nn.Module, units: str) -> list[nn.Module]:
     return {"layers and root": [*parts, net], "layers": parts, "whole": [net]}[units]
 
 
+def by_columns(parameter):
+    """Return where a parameter is sharded: matrices along their second dim, if that divides."""
+    from torch.distributed.tensor import Shard
+
+    divides = parameter.ndim == 2 and parameter.shape[1] % 8 == 0
+    return Shard(1 if divides else 0)
+
+
 def fully_sharded(
     rank: int,
     world: int,
@@ -109,6 +117,8 @@ def fully_sharded(
         mesh = init_device_mesh("cpu", (replicas, world // replicas), mesh_dim_names=("r", "s"))
     else:
         mesh = init_device_mesh("cpu", (world,))
+    if settings.pop("columns", False):
+        settings["shard_placement_fn"] = by_columns
     if param_dtype is not None:
         settings["mp_policy"] = MixedPrecisionPolicy(param_dtype, reduce_dtype=torch.float32)
     net, alone = made(model, dtype), {"recurse": False}

@@ -180,6 +180,25 @@ def sharded_but_not_served(rank, world):
     step(net, rank, world)
 
 
+def replicas_of_order_rules(rank, world):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicas", "shards"))
+    net = fully_shard(made(), mesh=mesh)
+    htv.distributed.fsdp(net, htv.attach(net, htv.Median()), vote="ranks")
+
+
+def voters_reduced_by_parts(rank, world):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    net = fully_shard(made(), mesh=init_device_mesh("cpu", (world,)))
+    htv.distributed.fsdp(net, htv.attach(net, AND), vote="ranks")
+    net.set_is_last_backward(False)
+    step(net, rank, world)
+
+
 def sharded_and_reentrant(rank, world):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
