@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from htv.autograd.tally import state_of
 from htv.distributed import reduction
-from htv.distributed.rank_votes import RankVotes, session_of
+from htv.distributed.rank_votes import LocalVotes, RankVotes, session_of
 from htv.distributed.reduction import Field, Votes
 from htv.distributed.rounds import VOTES, Electorate
 from htv.engine.parameter import TrackedParameter
@@ -76,20 +76,22 @@ def ddp(
     if session.rank_votes is not None:
         raise RuntimeError("the handle's examples vote over ranks already: call this once")
     votes = (
-        LocalVotes(session, model)
+        LocalVotes(session)
         if vote == "local"
         else DataParallelVotes(session, model, vote, state, inner)
     )
     if registered is None:
         registered = _registered[model] = _Registered()
         model.register_comm_hook(registered, _reduce)
-    registered.votes, registered.state, registered.inner = votes, state, inner
+    registered.votes, registered.model = votes, weakref.ref(model)
+    registered.state, registered.inner = state, inner
     votes.begin()
 
 
 class _Registered:
     """Is the state of the one hook that a model takes: what the last call of `ddp` asked for."""
 
+    model: Callable[[], DistributedDataParallel]
     votes: DataParallelVotes | LocalVotes
     state: object
     inner: Hook | None
@@ -105,7 +107,7 @@ def _reduce(registered, bucket):  # DistributedDataParallel refuses annotations 
     votes = registered.votes
     if isinstance(votes, DataParallelVotes) and votes.session.attached:
         return votes.reduce(bucket)
-    return _averaged(registered.inner, registered.state, votes.model, bucket)
+    return _averaged(registered.inner, registered.state, registered.model(), bucket)
 
 
 def _averaged(
@@ -119,37 +121,10 @@ def _averaged(
     return summed.then(lambda done: _tensor_of(done.value()))
 
 
-class LocalVotes:
-    """Leaves each rank's groups to vote alone, as the user said aloud."""
-
-    def __init__(self, session, model: DistributedDataParallel):
-        self.session, self.model = session, model
-
-    def begin(self) -> None:
-        self.session.rank_votes = self
-
-    def end(self) -> None:
-        self.session.rank_votes = None
-
-    @property
-    def gathers(self) -> bool:
-        return False
-
-    def require_covered(self, module: nn.Module) -> None:
-        """Any forward will do."""
-
-    def waiting_backwards(self) -> int:
-        """Every backward is a vote of its own."""
-        return 0
-
-    def require_met(self) -> None:
-        """Every backward is a vote of its own."""
-
-
 class DataParallelVotes(RankVotes):
     """Votes beside the buckets of one DistributedDataParallel.
 
-    model:         it.
+    model:         it, if it is still there.
     state, inner:  the hook that reduces sums, with its state; None for a plain average.
     """
 
@@ -158,10 +133,16 @@ class DataParallelVotes(RankVotes):
     def __init__(self, session, model: DistributedDataParallel, vote: str, state, inner):
         group = model.process_group
         super().__init__(session, group, vote, 1 / group.size(), "under DistributedDataParallel")
-        self.model, self._state, self._inner = model, state, inner
+        # The model keeps its hook's state, this, where Python's collector does not look.
+        self._model = weakref.ref(model)
+        self._state, self._inner = state, inner
         self._by_id = {id(t.parameter): t for t in session.tracked()}
         # How many backwards there were before a forward whose own was to synchronise.
         self._to_meet: int | None = None
+
+    @property
+    def model(self) -> DistributedDataParallel:
+        return self._model()
 
     def require_covered(self, module: nn.Module) -> None:
         """Refuse a forward of `module` that DistributedDataParallel does not see: nobody would
@@ -207,20 +188,18 @@ class DataParallelVotes(RankVotes):
         votes = self._own_votes(buffer, gradients, tracked, fields, electorate)
         ranked = self._ranked(buffer, ordered, electorate) if ordered else None
         group = self.rounds.group
-        if len(ordered) == len(fields) and self._inner is None:  # nobody needs the sums
-            sums = torch.futures.Future()
-            sums.set_result(buffer)
-        else:
-            sums = _averaged(self._inner, self._state, self.model, bucket)
-        waited = [sums, *(reduction.all_reduce(t, group) for t in votes)]
+        waited = [reduction.all_reduce(t, group) for t in votes]
         if ranked is not None:
             waited.append(ranked[0])
+        needed = len(ordered) < len(fields) or self._inner is not None
+        if needed:  # else all that comes of the sums is ranked
+            waited.append(_averaged(self._inner, self._state, self.model, bucket))
         if bucket.is_last():
             self._to_meet = None
             self.met()
 
         def finish(done: torch.futures.Future[list]) -> Tensor:
-            reduced = _tensor_of(done.value()[0].value())
+            reduced = _tensor_of(done.value()[-1].value()) if needed else buffer
             if by_votes:
                 reduction.apply_rules(reduced, fields, votes, electorate)
             if ranked is not None:

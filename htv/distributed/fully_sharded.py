@@ -19,7 +19,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_param_group import (
 
 from htv.autograd.tally import state_of
 from htv.distributed import reduction
-from htv.distributed.rank_votes import RankVotes, session_of
+from htv.distributed.rank_votes import LocalVotes, RankVotes, session_of
 from htv.distributed.reduction import Field, Votes
 from htv.distributed.rounds import VOTES
 from htv.engine.graph_reading import declare_passing_on
@@ -113,31 +113,6 @@ def _adopt(session: Session, units: Sequence[Unit]) -> None:
                 f"after its parts, or exclude={name!r}"
             )
     session.adopt({name: stand_ins.get(id(p), p) for name, p in named.items()})
-
-
-class LocalVotes:
-    """Leaves each rank's groups to vote alone, as the user said aloud."""
-
-    gathers = False
-
-    def __init__(self, session: Session):
-        self.session = session
-
-    def begin(self) -> None:
-        self.session.rank_votes = self
-
-    def end(self) -> None:
-        self.session.rank_votes = None
-
-    def require_covered(self, module: nn.Module) -> None:
-        """Any forward will do."""
-
-    def waiting_backwards(self) -> int:
-        """Every backward is a vote of its own."""
-        return 0
-
-    def require_met(self) -> None:
-        """Every backward is a vote of its own."""
 
 
 class FullyShardedVotes(RankVotes):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from htv.autograd.tally import Counts, PlainSum, Tally, of_sums
@@ -14,7 +14,7 @@ from htv.engine.parameter import TrackedParameter
 from htv.engine.session import Session
 from htv.rules import Mean, Rule
 
-__all__ = ["RankVotes", "session_of"]
+__all__ = ["LocalVotes", "RankVotes", "session_of"]
 
 
 class RankVotes:
@@ -111,6 +111,33 @@ class RankVotes:
         self.rounds.end()
         for tracked in self.session.tracked():
             tracked.gathering.clear()
+
+
+class LocalVotes:
+    """Leaves each rank's groups to vote alone, as the user said aloud."""
+
+    gathers = False
+
+    def __init__(self, session: Session):
+        self.session = session
+
+    def begin(self) -> None:
+        """Let forwards of several ranks pass."""
+        self.session.rank_votes = self
+
+    def end(self) -> None:
+        """Refuse them again."""
+        self.session.rank_votes = None
+
+    def require_covered(self, module: nn.Module) -> None:
+        """Any forward will do."""
+
+    def waiting_backwards(self) -> int:
+        """Every backward is a vote of its own."""
+        return 0
+
+    def require_met(self) -> None:
+        """Every backward is a vote of its own."""
 
 
 def session_of(handle: object) -> Session:

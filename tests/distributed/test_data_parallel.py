@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import htv
+from support import rank_misuse
 from support.oracles import RULES, by_name
 from support.rank_jobs import assert_trains, data_parallel, optimized_by_shards, resumed
 from support.rank_models import aggregated, contributions
@@ -111,3 +112,7 @@ def test_resumed_with_another_number_of_ranks(ranks, tmp_path, world):
     found = ranks.run(resumed, world, AND, str(tmp_path), False)
     for name, value in whole[0].items():
         torch.testing.assert_close(found[0][name], value, rtol=0, atol=1e-9)
+
+
+def test_nothing_is_kept(ranks):
+    assert ranks.run(rank_misuse.forgotten, 2) == [[True] * 3] * 2

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import weakref
 
 import torch
 import torch.distributed as dist
@@ -291,3 +293,13 @@ def many_voters(rank, world, examples):
     with torch.enable_grad():
         F.mse_loss(net(x), torch.zeros(examples, 4, dtype=torch.float64)).backward()
     return found, gradients(net)
+
+
+def forgotten(rank, world):
+    """Tell whether model, wrapper and session are freed once nobody holds them."""
+    model, handle = wrapped()
+    step(model, rank, world)
+    left = weakref.ref(model), weakref.ref(model.module), weakref.ref(handle._session)
+    del model, handle
+    gc.collect()
+    return [reference() is None for reference in left]
