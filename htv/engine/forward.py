@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from htv.engine import handlers
+from htv.engine import handlers, ranks
 from htv.engine.guard_state import CompileGuardState, register
 from htv.engine.protocols import SessionLike
 from htv.engine.usual import has_members
@@ -162,6 +162,9 @@ class ForwardStandIn:
             raise UnsupportedError(EXPORTING.format("torch.jit.trace or torch.export"))
         same = self.parameters_move or (self._members is not None and has_members(self._members))
         if not same and [id(p) for p in self.module.parameters()] != self.parameters:
+            if not self.session.only_means:
+                ranks.refuse_sharded(ranks.sharded_by(self.module))
+                ranks.refuse_alone(self.module)
             known = set(self.parameters)
             new = (repr(n) for n, p in self.module.named_parameters() if id(p) not in known)
             raise RuntimeError(

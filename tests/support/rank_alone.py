@@ -8,8 +8,6 @@ from torch import nn
 
 import htv
 
-RULES = [htv.AndMask(0.4), htv.Mean()]
-
 
 def made() -> nn.Sequential:
     torch.manual_seed(0)
