@@ -7,8 +7,8 @@
 namespace htv::cpu {
 namespace {
 
-constexpr int64_t kBlockRows = 128;          // rows packed at a time, unless all fit
-constexpr int64_t kSumTile = 256;            // outputs and columns of a tile of sums
+constexpr int64_t kBlockRows = 128;  // rows packed at a time, unless all fit
+constexpr int64_t kSumTileOut = 512, kSumTileIn = 128;
 constexpr int64_t kInPlaceRows = 256;        // at a time where nothing of x is packed
 constexpr int64_t kPackedBytes = 256 << 10;  // what all packed rows of a tile may take in L2
 constexpr int64_t kSharedBytes = 8 << 20;    // what rows may take that are packed for all tiles
@@ -83,7 +83,8 @@ TileBlocks::TileBlocks(const TileProblem& problem, const int64_t* offsets, int64
     const int64_t fit = kPackedBytes / (element * (plan.tile_out + (in_place ? 0 : plan.tile_in)));
     if (rows <= fit) plan.block_rows = std::max<int64_t>(rows, 1);
   } else if (sums && !in_place) {
-    plan.tile_out = plan.tile_in = kSumTile;
+    plan.tile_out = kSumTileOut;
+    plan.tile_in = kSumTileIn;
   }
 
   // Groups are cut only where they are longer than a block.

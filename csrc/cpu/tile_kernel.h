@@ -30,7 +30,7 @@ struct RowBlock {
   const Piece *pieces, *pieces_end;
 };
 
-// The largest tile; every tile is a unit of work: one thread sees all its groups, in order.
+// The largest tile but for sums; every tile is a unit of work: one thread sees all its groups, in order.
 constexpr int64_t kMostTileOut = 64, kMostTileIn = 288;
 // Tiles are multiples of these, those of a register tile of any instruction set.
 constexpr int64_t kTileOutStep = 8, kTileInStep = 32;
