@@ -64,6 +64,20 @@ struct Lane<Register<double>> : RegisterLane<Register<double>, double> {};
 
 // ---- arithmetic that operators do not say ----
 
+// Whether a mask has a lane.
+template <class V>
+bool any(Mask<V> mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi64_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_epi8((__m256i)mask) != 0;
+#else
+  typename Lane<V>::Int found = 0;
+  for (int lane = 0; lane < kLanes<V>; ++lane) found |= mask[lane];
+  return found != 0;
+#endif
+}
+
 // a * b + c, rounded once where the instruction set can.
 template <class V>
 V multiply_add(V a, V b, V c) {

@@ -1,6 +1,5 @@
 // htv::linear on the CPU: checks, and which kernel serves.
 #include <algorithm>
-#include <numeric>
 #include <torch/csrc/stable/library.h>
 #include <tuple>
 #include <vector>
@@ -9,7 +8,6 @@
 #include "parallel.h"
 #include "rank_one_kernel.h"
 #include "tile.h"
-#include "votes_kernel.h"
 
 namespace htv::cpu {
 namespace {
@@ -47,18 +45,17 @@ int64_t least_exponent(const Tensor& matrix) {
 // Whether products of bfloat16 may be added up by the instruction that takes them in pairs: it
 // takes denormals for 0, so neither factors nor sums may be any. Products are multiples of 2^(sum
 // of exponents - 14), and so are their sums.
-bool may_pair(const Tensor& x, const Tensor& grad_output, const int64_t* offsets, int64_t groups) {
+bool may_pair(const Tensor& x, const Tensor& grad_output) {
   constexpr int64_t bias = 127, least_normal = -126;
-  if (!std::all_of(offsets, offsets + groups + 1, [](int64_t row) { return row % 2 == 0; }))
-    return false;
   const int64_t a = least_exponent(x), b = a > 0 ? least_exponent(grad_output) : 0;
   return a > 0 && b > 0 && a + b - 2 * bias - 14 >= least_normal;
 }
 
-// Groups of any number of rows: their products tile by tile.
-// Returns the sum of the mask.
+// Groups of any number of rows: their products tile by tile; signs: see TileProblem. Returns the
+// sum of the mask.
 double by_tiles(const Tensor& x, const Tensor& grad_output, const int64_t* offsets, Dtype dtype,
-                Statistic statistic, const Parameters& parameters, Tensor& value) {
+                Statistic statistic, const Parameters& parameters, Tensor& value,
+                const FactorSigns* signs = nullptr) {
   const int64_t rows = x.size(0), in = x.size(1), out = grad_output.size(1), start = 0;
   const int64_t element = bytes_of(dtype);
   const auto end = [&](const void* data, int64_t columns) {
@@ -67,6 +64,7 @@ double by_tiles(const Tensor& x, const Tensor& grad_output, const int64_t* offse
   const void *const of_x = x.const_data_ptr(), *const of_grad = grad_output.const_data_ptr();
   const Run whole{0, 0, in};
   TileProblem problem = tile_problem(statistic, parameters, dtype);
+  problem.signs = signs;
   problem.out = out;
   problem.in = in;
   problem.x = {.data = of_x,
@@ -79,18 +77,14 @@ double by_tiles(const Tensor& x, const Tensor& grad_output, const int64_t* offse
                .runs_end = &whole + 1};
   problem.grad_output = {.data = of_grad, .end = end(of_grad, out), .stride = out, .part = 0};
   TileBlocks blocks(problem, offsets, 1);
-  blocks.plan.paired =
-      dtype == Dtype::bfloat16 && may_pair(x, grad_output, offsets, parameters.groups);
+  const auto is_even = [](int64_t row) { return row % 2 == 0; };
+  const bool even = problem.sums() ? is_even(rows)
+                                   : std::all_of(offsets, offsets + parameters.groups + 1, is_even);
+  blocks.plan.paired = dtype == Dtype::bfloat16 && even && may_pair(x, grad_output);
   TileBuffers buffers{};
   buffers.value = value.mutable_data_ptr();
   buffers.value_stride = in;
   return run_tiles(problem, blocks.plan, buffers);
-}
-
-// The plain sum: all rows are one group then.
-void add_up(const Tensor& x, const Tensor& grad_output, Dtype dtype, Tensor& value) {
-  const int64_t all[] = {0, x.size(0)};
-  by_tiles(x, grad_output, all, dtype, Statistic::mean, {1, 0, 0, 0}, value);
 }
 
 // Order statistics of groups of at most one row.
@@ -106,31 +100,6 @@ void rank_rows(const Tensor& x, const Tensor& grad_output, Dtype dtype, const Ra
   parallel_chunks(
       rank_one_tiles(task), work, rank_one_scratch_bytes(task),
       [&](int64_t first, int64_t last, void* scratch) { kernel(task, first, last, scratch); });
-}
-
-// Masks and sign sums of groups of at most one row. Returns how many coordinates the mask keeps.
-double count_votes(const Tensor& x, const Tensor& grad_output, Dtype dtype, Statistic statistic,
-                   const Parameters& parameters, Tensor& value) {
-  add_up(x, grad_output, dtype, value);
-  const Signs signs_x(x, dtype), signs_g(grad_output, dtype);
-  VotesTask task{x.const_data_ptr(),
-                 grad_output.const_data_ptr(),
-                 dtype,
-                 x.size(0),
-                 x.size(1),
-                 grad_output.size(1),
-                 statistic,
-                 parameters,
-                 signs_x.planes,
-                 signs_g.planes,
-                 value.mutable_data_ptr(),
-                 nullptr};
-  std::vector<int64_t> kept(task.tiles());
-  task.kept = kept.data();
-  const auto kernel = HTV_PER_ISA(votes_kernel);
-  parallel_chunks(task.tiles(), (signs_x.planes.words + 1) * kVotesOut * kVotesIn / 4, 0,
-                  [&](int64_t first, int64_t last, void*) { kernel(task, first, last); });
-  return double(std::accumulate(kept.begin(), kept.end(), int64_t(0)));
 }
 
 }  // namespace
@@ -157,14 +126,14 @@ std::tuple<Tensor, Tensor> linear(Tensor x, Tensor grad_output, Tensor offsets, 
                        statistic == Statistic::sign_sum;
   if (value.numel() == 0) return {value, sum_in_order(x, {})};
   double mask_sum = 0;
-  if (statistic == Statistic::mean) {
-    add_up(x, grad_output, dtype, value);
-  } else if (longest <= 1 && counted) {
-    mask_sum = count_votes(x, grad_output, dtype, statistic, parameters, value);
+  const int64_t* const bounds = static_cast<const int64_t*>(offsets.const_data_ptr());
+  if (longest <= 1 && counted) {
+    const Signs of_x(x, dtype), of_grad(grad_output, dtype);
+    const FactorSigns signs{of_x.planes, of_grad.planes, rows};
+    mask_sum = by_tiles(x, grad_output, bounds, dtype, statistic, parameters, value, &signs);
   } else if (longest <= 1 && is_order(statistic)) {
     rank_rows(x, grad_output, dtype, ranking_of(statistic, parameters), value);
   } else {
-    const int64_t* const bounds = static_cast<const int64_t*>(offsets.const_data_ptr());
     mask_sum = by_tiles(x, grad_output, bounds, dtype, statistic, parameters, value);
   }
   return {value, sum_in_order(x, {mask_sum})};

@@ -43,8 +43,8 @@ class KeptBlocks {
  private:
   // The copies convolutions make of their operands.
   static constexpr size_t kMostBytes = (8 << 20) + 4096;
-  static std::array<Block, 3>& kept() {
-    thread_local std::array<Block, 3> blocks;
+  static std::array<Block, 4>& kept() {
+    thread_local std::array<Block, 4> blocks;
     return blocks;
   }
 };

@@ -78,7 +78,7 @@ class RankOneTile {
         undefined |= v - v != 0;
         packed_x_[panel * task_.rows + r] = v;
       }
-      finite_x_[panel] = !any(undefined);
+      finite_x_[panel] = !any<V>(undefined);
     }
   }
 
@@ -115,7 +115,7 @@ class RankOneTile {
     }
     const Ranking& ranking = *task_.ranking;
     const Int below = Int(ranking.low), above = Int(ranking.ranked - 1 - ranking.high);
-    return !any((negative > below) | (nonzero - negative > above));
+    return !any<V>((negative > below) | (nonzero - negative > above));
   }
 
   template <int columns>
@@ -134,12 +134,6 @@ class RankOneTile {
   void write(int64_t o, int64_t panel, V v) const {
     const int64_t column = in_ + panel * kLanesOf;
     store<V>(static_cast<R*>(task_.value) + o * task_.in + column, v, task_.in - column);
-  }
-
-  static bool any(Mask<V> mask) {
-    Int found = 0;
-    for (int lane = 0; lane < kLanesOf; ++lane) found |= mask[lane];
-    return found != 0;
   }
 };
 

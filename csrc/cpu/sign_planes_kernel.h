@@ -29,8 +29,8 @@ inline int64_t plane_words(Dtype dtype, int64_t rows) {
   return (rows + bits - 1) / bits;
 }
 
-// Columns of a plane, padded to whole registers of every instruction set.
-inline int64_t plane_stride(int64_t columns) { return (columns + 15) / 16 * 16; }
+// Columns of a plane, padded to whole register tiles of every instruction set.
+inline int64_t plane_stride(int64_t columns) { return (columns + 31) / 32 * 32; }
 
 inline int64_t planes_bytes(Dtype dtype, int64_t rows, int64_t columns) {
   return 2 * plane_words(dtype, rows) * plane_stride(columns) * compute_bytes(dtype);

@@ -13,6 +13,7 @@
 #include "select.h"
 #include "tally.h"
 #include "transpose.h"
+#include "vote_count.h"
 
 namespace htv::HTV_ISA {
 namespace {
@@ -25,20 +26,27 @@ constexpr int kManyRows = kRegisters == 32 ? 8 : 4;
 constexpr int kFewRows = 4;
 constexpr int kCell = kRows * kColumns;
 constexpr int kRanked = 4;  // registers that are ranked at a time
+// Plain sums take two cells side by side, a few rows at a time, where there are the registers: that
+// takes the fewest loads.
+constexpr int kSummed = kRegisters == 32 ? 2 : 1;  // cells
+constexpr int kSummedRows = kManyRows / kSummed;
 static_assert(kRows % kManyRows == 0 && kTileInStep % (kColumns * kLanes<Register<float>>) == 0);
 
 // The columns of a cell, row by row: packed, or where they lie.
 template <class V>
 struct Packed {
   const V* x;
+  int64_t panel;  // registers from one to the next
 
-  Packed from(int64_t row) const { return {x + row * kColumns}; }
-  V operator()(int64_t row, int j) const { return x[row * kColumns + j]; }
+  Packed from(int64_t row) const { return {x + row * kColumns, panel}; }
+  V operator()(int64_t row, int j) const {
+    return x[j / kColumns * panel + row * kColumns + j % kColumns];
+  }
 };
 
 template <class V>
 struct InPlace {
-  const Real<V>* x[kColumns];
+  const Real<V>* x[kSummed * kColumns];
   const int64_t* at;
 
   InPlace from(int64_t row) const {
@@ -50,29 +58,29 @@ struct InPlace {
 };
 
 // sum = sum over rows of g[row][i] * x[row][j]; or over pairs of rows, packed into one.
-template <class V, int K, bool paired, class X>
+template <class V, int K, bool paired, int columns, class X>
 inline __attribute__((always_inline)) void product(const Real<V>* g, const X& x, int64_t rows,
-                                                   V (&sum)[K][kColumns]) {
+                                                   V (&sum)[K][columns]) {
 #pragma GCC unroll 8
   for (int i = 0; i < K; ++i)
-#pragma GCC unroll 2
-    for (int j = 0; j < kColumns; ++j) sum[i][j] = V{};
+#pragma GCC unroll 4
+    for (int j = 0; j < columns; ++j) sum[i][j] = V{};
   const auto add_row = [&](const Real<V>* g, int64_t r) __attribute__((always_inline)) {
-    V columns[kColumns];
-#pragma GCC unroll 2
-    for (int j = 0; j < kColumns; ++j) columns[j] = x(r, j);
+    V row[columns];
+#pragma GCC unroll 4
+    for (int j = 0; j < columns; ++j) row[j] = x(r, j);
 #pragma GCC unroll 8
     for (int i = 0; i < K; ++i)
-#pragma GCC unroll 2
-      for (int j = 0; j < kColumns; ++j) {
+#pragma GCC unroll 4
+      for (int j = 0; j < columns; ++j) {
 #if defined(__AVX512BF16__)
-        if constexpr (paired) sum[i][j] = multiply_add_pair(g + i, columns[j], sum[i][j]);
+        if constexpr (paired) sum[i][j] = multiply_add_pair(g + i, row[j], sum[i][j]);
         else
 #endif
-          sum[i][j] = multiply_add(splat<V>(g[i]), columns[j], sum[i][j]);
+          sum[i][j] = multiply_add(splat<V>(g[i]), row[j], sum[i][j]);
       }
   };
-  if (K == kFewRows && rows == kFewRows) {
+  if (K == kFewRows && columns == kColumns && rows == kFewRows) {
 #pragma GCC unroll 4
     for (int r = 0; r < kFewRows; ++r) add_row(g + r * kRows, r);
   } else {
@@ -107,7 +115,10 @@ class Tile {
   V* const unfinished_;
   void* const select_scratch_;
   MaskSum<V> mask_sum_;
-  std::vector<Run> runs_;  // of the tile's columns
+  Count<V> kept_by_votes_{};   // coordinates that masks by signs keep
+  bool dense_x_ = false;       // no factor is 0: in the panel of columns at hand,
+  std::vector<char> dense_g_;  // in each panel of outputs
+  std::vector<Run> runs_;      // of the tile's columns
   // Of its registers of columns: where they lie in a row that is read in place, and how many
   // coordinates they hold.
   std::vector<int64_t> offsets_, valid_;
@@ -126,12 +137,13 @@ class Tile {
         width_(least(plan.tile_in, problem.in - in_)),
         panels_out_((height_ + kRows - 1) / kRows),
         panels_in_((width_ + kWidth - 1) / kWidth),
-        panel_rows_(plan.block_rows + kPanelGap),
+        panel_rows_(plan.panel_rows()),
         at_(static_cast<int64_t*>(buffers.scratch)),
-        packed_x_(static_cast<V*>(buffers.scratch)),
-        packed_g_(behind_rows(plan)),
-        joined_width_(plan.in_place ? 0 : width_ + kLanes<V>),
-        joined_(packed_g_ + (plan.in_place ? 0 : panel_rows_ * panels_out_ * kRows)),
+        packed_x_(plan.packed ? packed_x(problem, plan) : static_cast<V*>(buffers.scratch)),
+        packed_g_(plan.packed ? packed_g(problem, plan)
+                              : reinterpret_cast<R*>(panel_x(panels_in_))),
+        joined_width_(plan.in_place || plan.packed ? 0 : width_ + kLanes<V>),
+        joined_(behind_rows(plan)),
         staged_(joined_ + kJoinedRows * joined_width_),
         kept_(aligned(staged_ + (buffers.place ? plan.tile_out * plan.tile_in : 0))),
         unfinished_(kept_ + (plan.one_block() ? 1 : panels_out_ * panels_in_) * kCell *
@@ -158,21 +170,50 @@ class Tile {
     }
   }
 
+  // Packs rows of the block, of a tile that is the whole of a problem.
+  void pack(const RowBlock& block) {
+    if constexpr (paired) {
+      pack_x<BFloat16>(block);
+      pack_g<BFloat16>(block);
+    } else {
+      with_dtype(problem_.dtype, [&](auto element) {
+        using T = decltype(element);
+        if constexpr (sizeof(Compute<T>) == sizeof(R)) {
+          pack_x<T>(block);
+          pack_g<T>(block);
+        }
+      });
+    }
+  }
+
   void run(int64_t tile) {
     if (is_order(problem_.statistic)) {
       each_block([&](const RowBlock& block, auto rows, auto x) { rank_cells<rows()>(block, x); });
+    } else if (problem_.sums()) {
+      add_up();
     } else {
       with_tally<V>(problem_.statistic, [&](auto state) { stream<decltype(state)>(); });
     }
     if (buffers_.place) scatter();
     buffers_.mask_sums[tile] = mask_sum_.total();
+    for (int lane = 0; lane < kLanes<V>; ++lane)
+      buffers_.mask_sums[tile] += double(kept_by_votes_[lane]);
   }
 
  private:
-  // What follows the row table or the packed rows of x.
+  // The tile's panels among those of the whole problem.
+  V* packed_x(const TileProblem&, const TilePlan& plan) const {
+    return static_cast<V*>(plan.packed) + in_ / kWidth * panel_rows_ * kColumns;
+  }
+  R* packed_g(const TileProblem& problem, const TilePlan& plan) const {
+    const int64_t panels = (problem.in + kWidth - 1) / kWidth;
+    V* const behind_x = static_cast<V*>(plan.packed) + panels * panel_rows_ * kColumns;
+    return reinterpret_cast<R*>(behind_x) + out_ * panel_rows_;
+  }
+  // What follows the tile's own table or panels of rows.
   R* behind_rows(const TilePlan& plan) const {
-    if (!plan.in_place)
-      return reinterpret_cast<R*>(packed_x_ + panel_rows_ * panels_in_ * kColumns);
+    if (plan.packed) return static_cast<R*>(buffers_.scratch);
+    if (!plan.in_place) return panel_g(panels_out_);
     return reinterpret_cast<R*>(reinterpret_cast<char*>(at_) + row_table_bytes(plan.block_rows));
   }
   static V* aligned(R* p) {
@@ -182,6 +223,7 @@ class Tile {
   int64_t kept_per_coordinate() const {
     if (is_order(problem_.statistic)) return problem_.parameters.groups;
     int64_t registers = 0;
+    if (problem_.sums()) return 1;
     with_tally<V>(problem_.statistic, [&](auto state) { registers = sizeof state / sizeof(V); });
     return registers;
   }
@@ -196,14 +238,17 @@ class Tile {
     return static_cast<const T*>(problem_.grad_output.data) + part_ * problem_.grad_output.part;
   }
 
-  V* panel_x(int64_t panel, int64_t row) const {
-    return packed_x_ + (panel * panel_rows_ + row) * kColumns;
+  V* panel_x(int64_t panel) const { return packed_x_ + panel * panel_rows_ * kColumns; }
+  R* panel_g(int64_t panel) const { return packed_g_ + panel * panel_rows_ * kRows; }
+  // Rows of panels, maybe pairs, before those of the block.
+  int64_t rows_before(const RowBlock& block) const {
+    return plan_.packed ? (block.begin - plan_.blocks->begin) / kTogether : 0;
   }
-  R* panel_g(int64_t panel, int64_t row) const {
-    return packed_g_ + (panel * panel_rows_ + row) * kRows;
+  V* panel_x(const RowBlock& block, int64_t panel) const {
+    return panel_x(panel) + rows_before(block) * kColumns;
   }
   const R* panel_g(const RowBlock& block, int64_t panel) const {
-    if (!plan_.in_place) return panel_g(panel, 0);
+    if (!plan_.in_place) return panel_g(panel) + rows_before(block) * kRows;
     return grad<R>() + (out_ / kRows + panel) * problem_.grad_output.stride + block.begin * kRows;
   }
   // Where a cell is in memory that is kept from block to block; with one block all cells share a
@@ -221,28 +266,22 @@ class Tile {
       }
     };
     for (const RowBlock* block = plan_.blocks; block != plan_.blocks_end; ++block) {
-      if constexpr (paired) {
-        pack_x<BFloat16>(*block);
-        pack_g<BFloat16>(*block);
-      } else if (plan_.in_place) {
+      if (plan_.in_place) {
         find_rows(*block);
         const R* const rows = x<R>();
         serve(*block, [&](int64_t panel) {
           InPlace<V> columns{{}, at_};
-          for (int j = 0; j < kColumns; ++j) columns.x[j] = rows + offsets_[panel * kColumns + j];
+          const int64_t first = panel * kColumns;
+          for (int j = 0; j < kSummed * kColumns && first + j < panels_in_ * kColumns; ++j)
+            columns.x[j] = rows + offsets_[first + j];
           return columns;
         });
         continue;
-      } else {
-        with_dtype(problem_.dtype, [&](auto element) {
-          using T = decltype(element);
-          if constexpr (sizeof(Compute<T>) == sizeof(R)) {
-            pack_x<T>(*block);
-            pack_g<T>(*block);
-          }
-        });
       }
-      serve(*block, [&](int64_t panel) { return Packed<V>{panel_x(panel, 0)}; });
+      if (!plan_.packed) pack(*block);
+      serve(*block, [&](int64_t panel) {
+        return Packed<V>{panel_x(*block, panel), panel_rows_ * kColumns};
+      });
     }
   }
 
@@ -260,7 +299,7 @@ class Tile {
   void prefetch(const RowBlock& block, int64_t o, int64_t i, const Packed<V>&) const {
     const int64_t share = i * panels_out_ + o;
     const RowBlock& next = *(&block + 1);
-    if (&next == plan_.blocks_end) return;
+    if (plan_.packed || &next == plan_.blocks_end) return;
     const TileInput& input = problem_.x;
     const TileGrad& grad = problem_.grad_output;
     const int64_t rows = next.end - next.begin, shares = panels_in_ * panels_out_;
@@ -315,8 +354,10 @@ class Tile {
       return row;
     };
     const int64_t rows = (block.end - block.begin) / kTogether;
+    V* const first = panel_x(block, 0);
     const auto place = [&](int64_t column, int64_t r) {
-      return panel_x(column / kWidth, r) + column % kWidth / lanes;
+      const uint64_t at = uint64_t(column) / lanes;  // a register of the row
+      return first + (at / kColumns * panel_rows_ + r) * kColumns + at % kColumns;
     };
     for (int64_t r = 0; r < rows; ++r) {
       const T *const row = next_row(), *const other = paired ? next_row() : row;
@@ -342,22 +383,21 @@ class Tile {
 
   template <class T>
   void pack_g(const RowBlock& block) {
-    constexpr int lanes = kLanes<V>, together = lanes < kRows ? lanes : kRows;
+    constexpr int64_t together = kLanes<V> < kRows ? kLanes<V> : kRows;
     const T* const g = grad<T>() + out_;
     const T* const end = static_cast<const T*>(problem_.grad_output.end);
-    const int64_t filled = panels_out_ * kRows;
+    R* const first = panel_g(0) + rows_before(block) * kRows;
     for (int64_t r = 0; r < (block.end - block.begin) / kTogether; ++r) {
       const T* const row = g + (block.begin + r * kTogether) * problem_.grad_output.stride;
       const T* const other = row + (kTogether - 1) * problem_.grad_output.stride;
-      for (int64_t i = 0; i < filled; i += lanes) {
-        const bool inside = end - other >= i + lanes;
-        const V v = inside || i < height_
-                        ? values_at(row + i, other + i, inside ? lanes : height_ - i)
-                        : V{};
-        for (int k = 0; k < lanes && i + k < filled; k += together)
-          memcpy(panel_g((i + k) / kRows, r) + (i + k) % kRows, reinterpret_cast<const R*>(&v) + k,
-                 together * sizeof(R));
-      }
+      R* to = first + r * kRows;
+      for (int64_t o = 0; o < panels_out_; ++o, to += panel_rows_ * kRows)
+        for (int64_t i = 0; i < kRows; i += together) {
+          const int64_t at = o * kRows + i;
+          const bool inside = end - other >= at + kLanes<V>;
+          const int64_t n = inside ? kLanes<V> : height_ - at;
+          store<V>(to + i, n > 0 ? values_at(row + at, other + at, n) : V{}, together);
+        }
     }
   }
 
@@ -371,6 +411,139 @@ class Tile {
             stream_cell<State, rows()>(block, o, i, top, x(i));
         }
     });
+  }
+
+  void add_up() {
+    each_block([&](const RowBlock& block, auto, auto x) {
+      const auto panels = [&](int64_t i, auto rows, auto cells) {
+        find_dense(i, cells());
+        for (int64_t o = 0; o < panels_out_; ++o) {
+          for (int c = 0; c < cells(); ++c) prefetch(block, o, i + c, x(i + c));
+          for (int top = 0; top < kRows; top += rows())
+            sum_cells<rows(), cells()>(block, o, i, top, x(i));
+        }
+      };
+      int64_t i = 0;
+      for (; i + kSummed <= panels_in_; i += kSummed)
+        panels(i, std::integral_constant<int, kSummedRows>{},
+               std::integral_constant<int, kSummed>{});
+      for (; i < panels_in_; ++i)
+        panels(i, std::integral_constant<int, kManyRows>{}, std::integral_constant<int, 1>{});
+    });
+  }
+
+  // Which factors are never 0 where votes are counted on signs: of some panels of columns, and once
+  // those of outputs.
+  void find_dense(int64_t i, int64_t panels) {
+    if (!problem_.signs) return;
+    const FactorSigns& signs = *problem_.signs;
+    dense_x_ = all_vote<V>(signs.x, signs.rows, in_ + i * kWidth, panels * kWidth);
+    if (!dense_g_.empty()) return;
+    for (int64_t o = 0; o < panels_out_; ++o)
+      dense_g_.push_back(all_vote<V>(signs.grad_output, signs.rows, out_ + o * kRows, kRows));
+  }
+
+  // The cells of some panels of columns, side by side.
+  template <int K, int cells, class X>
+  void sum_cells(const RowBlock& block, int64_t o, int64_t i, int top, const X& x) {
+    V sums[K][cells * kColumns];
+    product<V, K, paired>(panel_g(block, o) + top, x, (block.end - block.begin) / kTogether, sums);
+    const auto kept = [&](int a, int b) -> V& {
+      return kept_[cell(o, i + b / kColumns) * kCell + (top + a) * kColumns + b % kColumns];
+    };
+    if (&block != plan_.blocks) {
+#pragma GCC unroll 8
+      for (int a = 0; a < K; ++a)
+#pragma GCC unroll 4
+        for (int b = 0; b < cells * kColumns; ++b) sums[a][b] += kept(a, b);
+    }
+    if (&block + 1 != plan_.blocks_end) {
+#pragma GCC unroll 8
+      for (int a = 0; a < K; ++a)
+#pragma GCC unroll 4
+        for (int b = 0; b < cells * kColumns; ++b) kept(a, b) = sums[a][b];
+      return;
+    }
+    const int64_t row = o * kRows + top, column = i * kWidth;
+    const auto each = [&](const auto& f) {
+#pragma GCC unroll 8
+      for (int a = 0; a < K; ++a)
+#pragma GCC unroll 4
+        for (int b = 0; b < cells * kColumns; ++b)
+          if (row + a < height_) f(row + a, column + b * kLanes<V>, sums[a][b]);
+    };
+    if (plan_.continues)
+      each([&](int64_t row, int64_t column, V& sum) {
+        sum += load<V>(value_row(row) + in_ + column, valid_[column / kLanes<V>]);
+      });
+    if (problem_.signs) vote(row, column, dense_x_ && dense_g_[o], sums);
+    bool whole = row + K <= height_ && !buffers_.place;
+    for (int b = 0; b < cells * kColumns; ++b) whole &= valid_[column / kLanes<V> + b] == kLanes<V>;
+    if (!whole) return each([&](int64_t row, int64_t column, V sum) { write(row, column, sum); });
+#pragma GCC unroll 8
+    for (int a = 0; a < K; ++a)
+#pragma GCC unroll 4
+      for (int b = 0; b < cells * kColumns; ++b)
+        store<V>(value_row(row + a) + in_ + column + b * kLanes<V>, sums[a][b], kLanes<V>);
+  }
+
+  // Turns sums of a rectangle of coordinates into E times the statistic, by votes.
+  template <int K, int columns>
+  void vote(int64_t row, int64_t column, bool dense, V (&sums)[K][columns]) {
+    using Int = typename Lane<V>::Int;
+    const bool signs_only = problem_.statistic == Statistic::sign_sum;
+    const Int count = Int(problem_.parameters.count);
+    const Int flip = problem_.statistic == Statistic::xor_mask ? -1 : 0;
+    Count<V> net[K][columns];
+    count_votes<V>(*problem_.signs, dense, in_ + column, out_ + row, net);
+    Mask<V> undefined{};
+    for (int a = 0; a < K; ++a)
+      for (int b = 0; b < columns; ++b) undefined |= sums[a][b] != sums[a][b];
+    const bool may_be_nan = any<V>(undefined);
+#pragma GCC unroll 4
+    for (int b = 0; b < columns; ++b) {
+      const int64_t at = column + b * kLanes<V>, n = valid_[at / kLanes<V>];
+      Mask<V> there{};
+      for (int lane = 0; lane < kLanes<V>; ++lane) there[lane] = -Int(lane < n && !signs_only);
+#pragma GCC unroll 8
+      for (int a = 0; a < K; ++a) {
+        if (row + a >= height_) break;
+        V& sum = sums[a][b];
+        Mask<V> kept = (absolute(net[a][b]) >= count) ^ flip;
+        V value = kept ? sum : V{};
+        if (signs_only) value = Lane<V>::real(net[a][b]);
+        if (may_be_nan) {
+          const Mask<V> nan = nan_contributions(sum, row + a, at, n);
+          value = nan ? splat<V>(R(NAN)) : value;
+          kept &= ~nan;
+        }
+        sum = value;
+        kept_by_votes_ -= kept & there;
+      }
+    }
+  }
+
+  // Which coordinates had a NaN contribution. A NaN sum may also be inf - inf, which a mask does
+  // hide: the few such coordinates are computed again, one by one.
+  Mask<V> nan_contributions(V sum, int64_t row, int64_t column, int64_t n) const {
+    Mask<V> nan = sum != sum;
+    with_dtype(problem_.dtype, [&](auto element) {
+      using T = decltype(element);
+      if constexpr (sizeof(Compute<T>) == sizeof(R)) {
+        const T *const g = grad<T>() + out_ + row, *const x = this->x<T>() + in_ + column;
+        const auto found = [&](int64_t lane) {
+          for (int64_t r = 0; r < problem_.signs->rows; ++r) {
+            const R p = load<V>(g + r * problem_.grad_output.stride, 1)[0] *
+                        load<V>(x + r * problem_.x.sample + lane, 1)[0];
+            if (p != p) return true;
+          }
+          return false;
+        };
+        for (int64_t lane = 0; lane < n; ++lane)
+          if (nan[lane] && !found(lane)) nan[lane] = 0;
+      }
+    });
+    return nan;
   }
 
   template <class State, int K, class X>
@@ -434,17 +607,18 @@ class Tile {
       for (int b = 0; b < kColumns; ++b) {
         const Outcome<V> outcome =
             states[a * kColumns + b].finalize(problem_.statistic, problem_.parameters);
-        write(o * kRows + top + a, i * kWidth + b * kLanes<V>, outcome.value, outcome.mask);
+        const int64_t row = o * kRows + top + a, column = i * kWidth + b * kLanes<V>;
+        write(row, column, outcome.value);
+        if (has_mask(problem_.statistic) && row < height_)
+          mask_sum_.add(outcome.mask, valid_[column / kLanes<V>]);
       }
   }
 
   // Stores what is found for a register of coordinates of the tile, as far as there are such.
-  void write(int64_t row, int64_t column, V value, V mask) {
-    const int64_t n = valid_[column / kLanes<V>];
-    if (row >= height_ || n == 0) return;
+  void write(int64_t row, int64_t column, V value) const {
+    if (row >= height_) return;
     R* const to = buffers_.place ? staged_ + row * plan_.tile_in : value_row(row) + in_;
-    store<V>(to + column, value, n);
-    if (has_mask(problem_.statistic)) mask_sum_.add(mask, n);
+    store<V>(to + column, value, valid_[column / kLanes<V>]);
   }
 
   R* value_row(int64_t row) const {
@@ -508,7 +682,7 @@ class Tile {
           for (int c = 0; c < kRanked; ++c) {
             const int n = at + c;
             write(o * kRows + n / kColumns, i * kWidth + n % kColumns * kLanes<V>,
-                  result[c] * R(groups), V{});
+                  result[c] * R(groups));
           }
         }
       }
@@ -533,23 +707,35 @@ class Tile {
   }
 };
 
+// Calls f(V{}, paired) for the registers and the packing that tiles of the problem take.
+template <class F>
+void with_tile(const TileProblem& problem, const TilePlan& plan, const F& f) {
+#if defined(__AVX512BF16__)
+  if (plan.paired) return f(Register<float>{}, std::true_type{});
+#endif
+  if (problem.dtype == Dtype::float64) return f(Register<double>{}, std::false_type{});
+  f(Register<float>{}, std::false_type{});
+}
+
 }  // namespace
+
+void pack_kernel(const TileProblem& problem, const TilePlan& plan, int64_t first, int64_t last) {
+  TilePlan whole = plan;
+  whole.tile_out = round_up(problem.out, kTileOutStep);
+  whole.tile_in = round_up(problem.in, kTileInStep);
+  const auto pack = [&](auto lane, auto paired) {
+    Tile<decltype(lane), paired()>(problem, whole, TileBuffers{}, 0)
+        .pack({first, last, nullptr, nullptr});
+  };
+  with_tile(problem, plan, pack);
+}
 
 void tile_kernel(const TileProblem& problem, const TilePlan& plan, const TileBuffers& buffers,
                  int64_t first, int64_t last) {
-  for (int64_t tile = first; tile < last; ++tile) {
-#if defined(__AVX512BF16__)
-    if (plan.paired) {
-      Tile<Register<float>, true>(problem, plan, buffers, tile).run(tile);
-      continue;
-    }
-#endif
-    if (problem.dtype == Dtype::float64) {
-      Tile<Register<double>, false>(problem, plan, buffers, tile).run(tile);
-    } else {
-      Tile<Register<float>, false>(problem, plan, buffers, tile).run(tile);
-    }
-  }
+  with_tile(problem, plan, [&](auto lane, auto paired) {
+    for (int64_t tile = first; tile < last; ++tile)
+      Tile<decltype(lane), paired()>(problem, plan, buffers, tile).run(tile);
+  });
 }
 
 uint16_t least_magnitude(const void* values, int64_t n) {

@@ -10,6 +10,7 @@
 #include "../statistic.h"
 #include "isa.h"
 #include "select_cost.h"
+#include "sign_planes_kernel.h"
 
 namespace htv {
 
@@ -29,7 +30,7 @@ struct RowBlock {
   const Piece *pieces, *pieces_end;
 };
 
-// The largest tile; every tile is a unit of work: one thread sees all its groups, in order.
+// The largest tile but for sums; every tile is a unit of work: one thread sees all its groups, in order.
 constexpr int64_t kMostTileOut = 64, kMostTileIn = 288;
 // Tiles are multiples of these, those of a register tile of any instruction set.
 constexpr int64_t kTileOutStep = 8, kTileInStep = 32;
@@ -61,16 +62,32 @@ struct TileGrad {
   int64_t stride, part;
 };
 
+// The signs of both operands, of so many rows.
+struct FactorSigns {
+  SignPlanes x, grad_output;
+  int64_t rows;
+};
+
+inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
 // What is asked.
 struct TileProblem {
   Statistic statistic;
   Parameters parameters;
+  // Masks and sign sums where no group has more than one row, of which this is null otherwise: the
+  // sign of a contribution is the product of its factors' signs, so votes are counted on sign
+  // planes, and all rows are multiplied as one group. (A product too small for its type still
+  // votes.)
+  const FactorSigns* signs;
   Ranking ranking;  // of order statistics
   Dtype dtype;
   int64_t out, in;
   int64_t parts;  // independent problems side by side: groups of a convolution
   TileInput x;
   TileGrad grad_output;
+
+  // Only sums are kept, which do not depend on groups.
+  bool sums() const { return statistic == Statistic::mean || signs != nullptr; }
 };
 
 // How it is cut and multiplied.
@@ -86,6 +103,10 @@ struct TilePlan {
   // panels of kTileOutStep outputs, the last one filled up with zeros: output o of row r of part p
   // is at data + p * part + o / kTileOutStep * stride + r * kTileOutStep + o % kTileOutStep.
   bool in_place;
+  // Where all rows are packed once for all tiles (see `packed_bytes`); null: each tile packs its
+  // own.
+  void* packed;
+  bool continues;  // the value already holds the sums of earlier rows, to which these are added
   int64_t tile_out, tile_in;
 
   int64_t tiles_out(const TileProblem& problem) const {
@@ -98,7 +119,15 @@ struct TilePlan {
     return problem.parts * tiles_out(problem) * tiles_in(problem);
   }
   bool one_block() const { return blocks_end - blocks == 1; }
+  int64_t rows() const { return (blocks_end - 1)->end - blocks->begin; }
+  int64_t panel_rows() const { return (packed ? rows() : block_rows) + kPanelGap; }
 };
+
+// Panels of so many rows, in bytes: of x, then of grad_output.
+inline int64_t packed_bytes(const TileProblem& problem, int64_t rows) {
+  const int64_t columns = round_up(problem.in, kTileInStep) + round_up(problem.out, kTileOutStep);
+  return compute_bytes(problem.dtype) * (rows + kPanelGap) * columns;
+}
 
 // Where results and scratch lie.
 struct TileBuffers {
@@ -123,22 +152,26 @@ inline int64_t tile_scratch_bytes(const TileProblem& problem, const TilePlan& pl
   constexpr int64_t most_states = 5;  // registers of a streaming statistic
   const bool ranks = is_order(problem.statistic);
   const int64_t element = compute_bytes(problem.dtype);
-  const int64_t width = (plan.tile_in + kTileInStep - 1) / kTileInStep * kTileInStep;
-  const int64_t height = (plan.tile_out + kTileOutStep - 1) / kTileOutStep * kTileOutStep;
+  const int64_t width = round_up(plan.tile_in, kTileInStep);
+  const int64_t height = round_up(plan.tile_out, kTileOutStep);
   const int64_t kept = plan.one_block() ? kTileOutStep * kTileInStep : height * width;
   const int64_t per_coordinate = ranks ? problem.parameters.groups : most_states + plan.long_groups;
   const int64_t packed_x =
       (plan.block_rows + kPanelGap) * width + kJoinedRows * (width + kTileInStep);
   const int64_t packed_g = (plan.block_rows + kPanelGap) * height;
   const int64_t elements = (places ? height * width : 0) + kept * per_coordinate;
-  return element * elements +
-         (plan.in_place ? row_table_bytes(plan.block_rows) : element * (packed_x + packed_g)) +
+  const int64_t packed = plan.packed ? 0 : element * (packed_x + packed_g);
+  return element * elements + (plan.in_place ? row_table_bytes(plan.block_rows) : packed) +
          (ranks ? select_scratch_bytes(problem.ranking) + kWidestRegister : 0);
 }
 
 // The least magnitude among values of bfloat16 that are not 0, as bits; 0 where rows cannot be
 // multiplied in pairs.
 HTV_DECLARE_PER_ISA(uint16_t least_magnitude(const void* values, int64_t n))
+
+// Packs rows first <= row < last, of the plan's, into plan.packed.
+HTV_DECLARE_PER_ISA(void pack_kernel(const TileProblem& problem, const TilePlan& plan,
+                                     int64_t first, int64_t last))
 
 // Computes tiles first <= tile < last.
 HTV_DECLARE_PER_ISA(void tile_kernel(const TileProblem& problem, const TilePlan& plan,

@@ -178,6 +178,62 @@ def test_nan_and_infinity(level, lengths):
         torch.testing.assert_close(mask_sum, expected_sum, rtol=1e-5, atol=1e-5)
 
 
+def by_factors(x, g, statistic):
+    """The definition for groups of one row, of factors whose products and sums are exact in
+    float64, without forming contributions.
+    """
+    x, g = x.double(), g.double()
+
+    def met(of_g, of_x):  # in any row
+        return of_g.double().T @ of_x.double() > 0
+
+    nan = met(g.isnan(), torch.ones_like(x)) | met(torch.ones_like(g), x.isnan())
+    nan |= met(g.isinf(), x == 0) | met(g == 0, x.isinf())
+    votes = (g.sign().nan_to_num(0).T @ x.sign().nan_to_num(0)).masked_fill(nan, torch.nan)
+    value, mask_sum = reference.finish(reference.Summary(len(x), g.T @ x, votes), statistic)
+    return (value * len(x)).round(), mask_sum
+
+
+# More rows than are packed at a time: for the columns there are, or for any
+LARGE = [(1100, 40, 3000), (140, 3, 17000), (2500, 9, 70)]
+
+
+@pytest.mark.parametrize("zeros", [False, True], ids=["dense", "zeros"])
+@pytest.mark.parametrize("sizes", LARGE, ids=str)
+def test_many_groups_of_one_row(level, sizes, zeros):
+    rows, out, width = sizes
+    generator = torch.Generator().manual_seed(rows)
+    x, g = (
+        torch.randint(0 if zeros else 1, 4, (rows, n), generator=generator).float()
+        * torch.randint(0, 2, (rows, n), generator=generator).mul(2).sub(1)  # -0.0, too
+        for n in (width, out)
+    )
+    x[0, 2], x[rows - 1, 1], g[3, 1] = math.nan, math.inf, -math.inf
+    x[5, 5], x[rows - 2, 5] = math.inf, -math.inf
+    at = rows // 30
+    for name, count in (("mean", 0), ("and_mask", at), ("xor_mask", at), ("sign_sum", 0)):
+        statistic = Statistic(name, count)
+        value, mask_sum = cpp(x, g, torch.arange(rows + 1), statistic)
+        expected, expected_sum = by_factors(x, g, statistic)
+        assert torch.equal(value.isnan(), expected.isnan()), statistic
+        assert torch.equal(value.nan_to_num().double(), expected.float().nan_to_num().double())
+        assert mask_sum == expected_sum, statistic
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_operands_that_begin_anywhere(level, dtype):
+    def moved(matrix):
+        memory = torch.empty(matrix.numel() + 1, dtype=dtype)[1:].view_as(matrix)
+        return memory.copy_(matrix)
+
+    for lengths in ([1] * 40, [3] * 40):
+        x, g, offsets = integers(lengths, 37, 101, dtype)
+        for statistic in statistics(len(lengths)):
+            value, mask_sum = cpp(moved(x), moved(g), offsets, statistic)
+            expected, expected_sum = exact(x, g, offsets, statistic)
+            assert torch.equal(value, expected) and mask_sum == expected_sum, statistic
+
+
 def test_no_rows_at_all(level):
     x, g = torch.ones(0, 5), torch.ones(0, 3)
     value, mask_sum = cpp(x, g, torch.tensor([0, 0, 0]), Statistic("and_mask", 0))
@@ -248,7 +304,9 @@ def test_bfloat16_products_that_are_denormal_still_vote(level, scale):
         assert found[1] == by_float32[1] and torch.equal(found[0] == 0, by_float32[0] == 0)
 
 
-@pytest.mark.parametrize("lengths", [[1] * 64, [10] * 12], ids=["one row", "ten rows"])
+@pytest.mark.parametrize(
+    "lengths", [[1] * 64, [1] * 300, [10] * 12], ids=["one row", "many of one row", "ten rows"]
+)
 def test_the_number_of_threads_changes_no_bit(lengths):
     generator = torch.Generator().manual_seed(7)
     x, g = (
