@@ -15,7 +15,7 @@ import htv
 import htv.data
 import htv.methods
 
-MODULES = (htv, htv.methods, htv.data)
+MODULES = (htv, htv.methods, htv.data, htv.distributed)
 PUBLIC = {
     f"{module.__name__}.{name}": getattr(module, name)
     for module in MODULES

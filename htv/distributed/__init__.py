@@ -5,9 +5,14 @@ to load its sharding.
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["ddp", "fsdp", "pipeline"]  # noqa: F822 -- found by __getattr__
+if TYPE_CHECKING:
+    from htv.distributed.data_parallel import ddp
+    from htv.distributed.fully_sharded import fsdp
+    from htv.distributed.pipelined import pipeline
+
+__all__ = ["ddp", "fsdp", "pipeline"]
 
 _HOMES = {
     "ddp": "htv.distributed.data_parallel",

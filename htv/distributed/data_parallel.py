@@ -51,9 +51,17 @@ def ddp(
     Raises TypeError or ValueError for bad arguments or ranks that attached different things,
     UnsupportedError where a setting of DistributedDataParallel hides gradients.
 
-    >>> handle = htv.attach(model, htv.AndMask(0.4))  # doctest: +SKIP
-    >>> model = torch.nn.parallel.DistributedDataParallel(model)  # doctest: +SKIP
-    >>> htv.distributed.ddp(model, handle)  # doctest: +SKIP
+    >>> store = torch.distributed.HashStore()
+    >>> torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    >>> model = torch.nn.Linear(2, 1)
+    >>> handle = htv.attach(model, htv.AndMask(1.0))
+    >>> model = torch.nn.parallel.DistributedDataParallel(model)
+    >>> htv.distributed.ddp(model, handle)
+    >>> x = torch.tensor([[1.0, 1.0], [3.0, -1.0]])
+    >>> model(x).mean().backward()
+    >>> model.module.weight.grad
+    tensor([[2., 0.]])
+    >>> torch.distributed.destroy_process_group()
     """
     if not isinstance(model, DistributedDataParallel):
         raise TypeError(

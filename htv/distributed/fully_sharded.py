@@ -50,9 +50,19 @@ def fsdp(model: nn.Module, handle: object, vote: str = "examples") -> None:
     arguments or ranks that attached different things, UnsupportedError for a model that is not
     sharded by `fully_shard` alone.
 
-    >>> fully_shard(model)  # doctest: +SKIP
-    >>> handle = htv.attach(model, htv.AndMask(0.4))  # doctest: +SKIP
-    >>> htv.distributed.fsdp(model, handle)  # doctest: +SKIP
+    >>> from torch.distributed.device_mesh import init_device_mesh
+    >>> from torch.distributed.fsdp import fully_shard
+    >>> store = torch.distributed.HashStore()
+    >>> torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    >>> model = torch.nn.Linear(2, 1)
+    >>> model = fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    >>> handle = htv.attach(model, htv.AndMask(1.0))
+    >>> htv.distributed.fsdp(model, handle)
+    >>> x = torch.tensor([[1.0, 1.0], [3.0, -1.0]])
+    >>> model(x).mean().backward()
+    >>> model.weight.grad.full_tensor()
+    tensor([[2., 0.]])
+    >>> torch.distributed.destroy_process_group()
     """
     if vote not in (*VOTES, "local"):
         raise ValueError(f"vote must be 'examples', 'ranks' or 'local', got {vote!r}")

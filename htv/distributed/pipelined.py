@@ -27,9 +27,19 @@ def pipeline(schedule: ScheduleGPipe | Schedule1F1B, handle: object) -> None:
     refused at the first step. Raises TypeError for another schedule or handle, ValueError if the
     stage is not the attached module, RuntimeError if called twice.
 
-    >>> handle = htv.attach(stage.submod, htv.AndMask(0.4))  # doctest: +SKIP
-    >>> schedule = ScheduleGPipe(stage, 4, loss_fn=loss)  # doctest: +SKIP
-    >>> htv.distributed.pipeline(schedule, handle)  # doctest: +SKIP
+    >>> from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
+    >>> store = torch.distributed.HashStore()
+    >>> torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    >>> model = torch.nn.Linear(2, 1)
+    >>> handle = htv.attach(model, htv.AndMask(1.0))
+    >>> stage = PipelineStage(model, 0, 1, torch.device("cpu"))
+    >>> schedule = ScheduleGPipe(stage, 2, loss_fn=lambda output, target: output.mean())
+    >>> htv.distributed.pipeline(schedule, handle)
+    >>> x = torch.tensor([[1.0, 1.0], [3.0, -1.0]])
+    >>> _ = schedule.step(x, target=torch.zeros(2, 1))
+    >>> model.weight.grad
+    tensor([[2., 0.]])
+    >>> torch.distributed.destroy_process_group()
     """
     if not isinstance(schedule, (ScheduleGPipe, Schedule1F1B)):
         raise TypeError(
