@@ -1,5 +1,7 @@
 """Micro-batches inside `handle.accumulate()` vote as one large batch does."""
 
+import warnings
+
 import pytest
 import torch
 from test_attach import Module
@@ -157,3 +159,24 @@ def test_excluded_parameters_accumulate_plainly():
         for part in x.split(2):
             model(part).sum().backward()
     torch.testing.assert_close(model.bias.grad, plain)
+
+
+def test_detaching_inside_drops_what_was_gathered():
+    model = nn.Linear(2, 1)
+    handle = htv.attach(model, htv.AndMask(0.5))
+    with handle.accumulate():
+        model(torch.randn(3, 2)).mean().backward()
+        handle.detach()
+    assert model.weight.grad is None
+
+
+def test_one_group_alone_may_be_told_of_once():
+    model = nn.Linear(2, 1)
+    with htv.attach(model, htv.AndMask(0.5), allow_single="warn"):
+        with pytest.warns(UserWarning, match="one group alone votes"):
+            model(torch.ones(1, 2)).mean().backward()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model(torch.ones(1, 2)).mean().backward()
+    with pytest.raises(ValueError, match="allow_single must be"):
+        htv.attach(model, htv.AndMask(0.5), allow_single="maybe")

@@ -23,7 +23,7 @@ PUBLIC = {
     if callable(getattr(module, name))
 }
 VERBS = set(
-    """Add Aggregate Average Bound Choose Collect Compare Compute Copy Correlate Count Declare
+    """Add Aggregate Apply Average Bound Choose Collect Compare Compute Copy Correlate Count Declare
     Draw Estimate Exchange Express Find Fine-tune Follow Give Go Guess Hold Infer Keep
     Lead Let Load Make Mask Measure Minimise Move Name Note Observe Overwrite Permute
     Put Raise Read Record Resolve Restore Return Reverse Say Search Serve Set Show Space
