@@ -175,6 +175,7 @@ def test_one_group_alone_may_be_told_of_once():
     with htv.attach(model, htv.AndMask(0.5), allow_single="warn"):
         with pytest.warns(UserWarning, match="one group alone votes"):
             model(torch.ones(1, 2)).mean().backward()
+        model.zero_grad()
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             model(torch.ones(1, 2)).mean().backward()

@@ -145,3 +145,34 @@ def answer(jobs):
         except Exception as error:  # for the test to look at
             found[name] = f"{type(error).__name__}: {error}"
     Path(sys.argv[1]).write_bytes(pickle.dumps(found))
+
+
+class Net(torch.nn.Module):
+    """A small model of vectors."""
+
+    def __init__(self, inputs=8, classes=5):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm = torch.nn.Linear(inputs, 12), torch.nn.LayerNorm(12)
+        self.last = torch.nn.Linear(12, classes)
+
+    def forward(self, x):
+        return self.last(self.norm(self.first(x).relu()))
+
+
+def vectors(count, inputs=8, classes=5, seed=1):
+    """Return (x, y) of a classification, float64."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, inputs, generator=generator, dtype=torch.float64)
+    return x, torch.randint(0, classes, (count,), generator=generator)
+
+
+def vote_of_vectors(rule, parameters, x, y):
+    """Return the vote of a classification's examples about the mean loss of all."""
+    model = Net().double()
+    model.load_state_dict({n: p.double() for n, p in parameters.items()})
+    losses = [
+        lambda m, e=e: torch.nn.functional.cross_entropy(m(x[e : e + 1]), y[e : e + 1]) / len(x)
+        for e in range(len(x))
+    ]
+    return vote(rule, model, losses)
