@@ -75,6 +75,14 @@ class HtvCallback(Callback):
             wrapped, pl_module, self._rule, several, self._vote, self._hook, self._attach
         )
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        # Lightning has FSDP2 reduce every micro-batch: fine for a sum, too early for a vote.
+        if pl_module.automatic_optimization:
+            for module in pl_module.modules():
+                if hasattr(module, "set_requires_gradient_sync"):
+                    waits = trainer.fit_loop._should_accumulate()
+                    module.set_requires_gradient_sync(not waits)
+
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Before gradients are unscaled, and long before they are clipped.
         if pl_module.automatic_optimization and not trainer.fit_loop._should_accumulate():

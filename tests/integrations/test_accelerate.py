@@ -145,6 +145,7 @@ def old_sharding():
 
 
 def two_ranks(micro=1, clip=None, **options):
+    warnings.filterwarnings("error", message=".*adds to the aggregate")
     return trained(micro, clip, **options)[0]
 
 
