@@ -47,7 +47,8 @@ class MicroBatches:
     where:       what the passes are inside of, for messages.
     ended:       called at the end of each pass.
     latest:      the last pass that was noted.
-    unfinished:  those that have not come to their end.
+    unfinished:  those that have not come to their end, and those that run inside them (reentrant
+                 activation checkpointing).
     count:       E, the number of groups of all of them.
     """
 
@@ -57,6 +58,7 @@ class MicroBatches:
         self.where, self.ended, self.latest = where, ended, -1
         self._groups: dict[int, Groups] = {}
         self.unfinished: set[int] = set()
+        self._followed: set[int] = set()
 
     @property
     def count(self) -> int:
@@ -85,13 +87,17 @@ class MicroBatches:
 
     def clear(self) -> None:
         """Begin the next vote."""
-        self._groups, self.unfinished = {}, set()
+        self._groups, self.unfinished, self._followed = {}, set(), set()
 
     def __len__(self) -> int:
         return len(self._groups)
 
     def note(self, task: int, groups: Groups) -> None:
-        """A backward pass brings contributions of these groups."""
+        """A backward pass brings contributions of these groups.
+
+        task:  the outermost one that is under way.
+        """
+        self._follow(task)
         if task in self._groups:
             if not self._groups[task].same_groups(groups):
                 raise RuntimeError(
@@ -120,14 +126,23 @@ class MicroBatches:
                     f"and {groups.batch_size}/{groups.count}"
                 )
         self._groups[task] = groups
-        self.unfinished.add(task)
         self.latest = task
-        # The engine calls back only where the pass comes to its end.
-        torch.autograd.Variable._execution_engine.queue_callback(lambda: self._end(task))
 
-    def _end(self, task: int) -> None:
-        self.unfinished.discard(task)
-        self.ended()
+    def _follow(self, task: int) -> None:
+        current = torch._C._current_graph_task_id()
+        if current in self._followed:
+            return
+        self._followed.add(current)
+        self.unfinished.add(current)
+        # The engine calls back only where the pass comes to its end.
+        torch.autograd.Variable._execution_engine.queue_callback(
+            lambda: self._end(current, current == task)
+        )
+
+    def _end(self, current: int, outermost: bool) -> None:
+        self.unfinished.discard(current)
+        if outermost:
+            self.ended()
 
     def require_complete(self) -> None:
         """Refuse what a failed backward left behind: some parameters' contributions would be in,

@@ -53,7 +53,7 @@ class NestedBackwards:
         """
         inner = task
         if self.outer:
-            task = self._outermost(task)
+            task = self.outermost(task)
         known = self.groups.setdefault(task, (groups, name))
         if known[0] is groups or known[0].same_groups(groups):
             if len(self.groups) > MOST_PASSES:
@@ -71,9 +71,10 @@ class NestedBackwards:
 
     def related(self, a: int, b: int) -> bool:
         """Whether two passes are parts of one outermost backward."""
-        return self._outermost(a) == self._outermost(b)
+        return self.outermost(a) == self.outermost(b)
 
-    def _outermost(self, task: int) -> int:
+    def outermost(self, task: int) -> int:
+        """The pass that `task` is part of, itself if it does not run inside another."""
         while task in self.outer:
             task = self.outer[task]
         return task
@@ -221,7 +222,7 @@ class ContributionBuffer:
     ) -> Tensor | None:
         """What goes into `.grad` now, of contributions that vote with others later."""
         _refuse_autograd_grad(gradient_node)
-        grad = owner.gathering.add(current, parts, self.groups)
+        grad = owner.gathering.add(owner.passes.outermost(current), parts, self.groups)
         if grad is None:
             owner.deliver(None, current)
             return None
