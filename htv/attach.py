@@ -36,7 +36,7 @@ def attach(
     batch_norm: str = "error",
     batch: str | tuple[str, ...] | list[str] = (),
     methods: tuple[str, ...] | list[str] | str = (),
-    allow_single: bool = False,
+    allow_single: bool | str = False,
     process_group: Any = None,
 ) -> Handle:
     """Aggregate the per-group gradients of a model's parameters by a rule.
@@ -71,10 +71,10 @@ def attach(
                      in its place and are to be served as one forward: "training_step",
                      "get_action_and_value".
     allow_single:    let a batch of one group pass, whose aggregate is its plain gradient, under
-                     rules that need several.
+                     rules that need several; "warn" says so once.
     process_group:   a torch.distributed.ProcessGroup of ranks that vote together, where no
-                     DistributedDataParallel or FSDP2 brings
-                     gradients together (for these: `htv.distributed`). They meet at the end of
+                     DistributedDataParallel or FSDP2 brings gradients together (for these:
+                     `htv.distributed`). They meet at the end of
                      `Handle.accumulate` or in `Handle.finish`, where gradients are averaged. All
                      ranks call attach.
 
@@ -107,6 +107,8 @@ def attach(
         raise ValueError(
             f"batch_dim must be a dim counted from the front, 0, 1, ...; got {batch_dim!r}"
         )
+    if allow_single not in (True, False, "warn"):
+        raise ValueError(f"allow_single must be True, False or 'warn', got {allow_single!r}")
     batch, methods = _as_names("batch", batch), _as_names("methods", methods)
     for name, module in model.named_modules():
         if isinstance(module.__dict__.get("forward"), ForwardStandIn):
@@ -394,8 +396,9 @@ class Handle:
 
         Inside, served parameters get no gradient; the block's end, or `finish`, adds the
         aggregated one to `.grad`, ready for clipping and the optimizer. Divide the loss by the
-        number of micro-batches, as for plain accumulation. If the block raises, what it gathered
-        since is dropped. Hooks on served parameters do not run for what the block adds.
+        number of micro-batches, as for plain accumulation. If the block raises, or detaches the
+        handle, what it gathered since is dropped. Hooks on served parameters do not run for what
+        the block adds.
 
         Exact for streaming rules (masks, sums). Median, TrimmedMean and WinsorizedMean need all
         contributions at once and are refused; MedianOfMeans(k) takes k micro-batches of equally

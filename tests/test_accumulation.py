@@ -1,11 +1,13 @@
 """Micro-batches inside `handle.accumulate()` vote as one large batch does."""
 
 import copy
+import warnings
 
 import pytest
 import torch
 from test_attach import Module
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import htv
 from htv.bench.models import mlp
@@ -223,3 +225,50 @@ def test_excluded_parameters_accumulate_plainly():
         for part in x.split(2):
             model(part).sum().backward()
     torch.testing.assert_close(model.bias.grad, plain)
+
+
+def test_detaching_inside_drops_what_was_gathered():
+    model = nn.Linear(2, 1)
+    handle = htv.attach(model, htv.AndMask(0.5))
+    with handle.accumulate():
+        model(torch.randn(3, 2)).mean().backward()
+        handle.detach()
+    assert model.weight.grad is None
+
+
+def test_one_group_alone_may_be_told_of_once():
+    model = nn.Linear(2, 1)
+    with htv.attach(model, htv.AndMask(0.5), allow_single="warn"):
+        with pytest.warns(UserWarning, match="one group alone votes"):
+            model(torch.ones(1, 2)).mean().backward()
+        model.zero_grad()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model(torch.ones(1, 2)).mean().backward()
+    with pytest.raises(ValueError, match="allow_single must be"):
+        htv.attach(model, htv.AndMask(0.5), allow_single="maybe")
+
+
+def test_a_reentrant_checkpoint_votes_once():
+    """Its part of the backward is a pass of its own, inside the one of its micro-batch."""
+    torch.manual_seed(0)
+    parts = nn.ModuleList([nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 3)]).double()
+
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts = parts
+
+        def forward(self, x):
+            x = self.parts[0](x).relu()
+            x = checkpoint(lambda h: self.parts[1](h).relu(), x, use_reentrant=True)
+            return self.parts[2](x)
+
+    model, x = Checkpointed(), torch.randn(6, 5, dtype=torch.float64)
+    expected = large_batch(model, x, htv.AndMask(0.5))
+    model.zero_grad()
+    with htv.attach(model, htv.AndMask(0.5)) as handle, handle.accumulate():
+        for part in x.chunk(3):
+            (model(part).square().sum() / len(x)).backward()
+    for name, grad in gradients(model).items():
+        torch.testing.assert_close(grad, expected[name], rtol=1e-10, atol=1e-12)

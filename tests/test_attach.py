@@ -337,3 +337,7 @@ def test_stats():
     assert stats.m_coherence == pytest.approx(
         (stacked.sum(0).square().sum() / stacked.square().sum()).item()
     )
+    noise = stacked.flatten(1).var(0).sum()  # without bias, as the square of the mean
+    signal = stacked.flatten(1).mean(0).square().sum() - noise / 6
+    wanted = (noise / signal).item() if signal > 0 else torch.inf
+    assert stats.noise_scale == pytest.approx(wanted)

@@ -1,5 +1,7 @@
 """Who votes: examples in any dim, groups with weights, packed sequences, single tokens, padding."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -274,3 +276,56 @@ def test_padded_tokens_change_nothing(rule):
     with htv.attach(model, rule):
         (losses(model(x, pad)) * ~pad).sum().backward()
     assert_aggregates(model, contributions, rule)
+
+
+class Attending(nn.Module):
+    """Attention over all rows of a packed batch, as far as a mask lets them see each other."""
+
+    def __init__(self, mask):
+        super().__init__()
+        self.embed, self.out = nn.Embedding(11, 8), nn.Linear(8, 3)
+        self.heads, self.mask = nn.Linear(8, 24), mask
+
+    def forward(self, ids):
+        rows = self.embed(ids)
+        q, k, v = self.heads(rows).view(1, -1, 2, 12).transpose(1, 2).chunk(3, dim=-1)
+        seen = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
+        return self.out(seen.transpose(1, 2).reshape(1, -1, 8)) + self.out(rows)
+
+
+def block_mask(sizes):
+    numbers = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    return (numbers[:, None] == numbers).tril()
+
+
+@pytest.mark.parametrize("kind", ["boolean", "added"])
+def test_packed_sequences_attend_to_themselves(kind):
+    sizes = [3, 1, 4, 2]
+    mask = block_mask(sizes)
+    if kind == "added":
+        mask = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, -torch.inf)
+    ids, bounds = torch.randint(11, (1, 10)), torch.tensor([0, 3, 4, 8, 10])
+    model = Attending(mask).double()
+    parts = []
+    for first, last in zip(bounds, bounds[1:], strict=False):
+        alone = copy.deepcopy(model)
+        alone.mask = block_mask([int(last - first)])
+        (alone(ids[:, first:last]).square().sum()).backward()
+        parts.append({n: p.grad for n, p in alone.named_parameters()})
+    with htv.attach(model, htv.Median()) as handle:
+        with handle.packed(bounds):
+            loss = model(ids).square().sum()
+        loss.backward()
+    for name, parameter in model.named_parameters():
+        wanted = htv.median(torch.stack([part[name] for part in parts])) * len(sizes)
+        torch.testing.assert_close(parameter.grad, wanted, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("opened", ["one place", "everywhere"])
+def test_attention_across_packed_sequences_is_refused(opened):
+    mask = block_mask([3, 1, 4, 2])
+    mask[5, 0] = True
+    model = Attending(None if opened == "everywhere" else mask).double()
+    with htv.attach(model, htv.Median()) as handle, pytest.raises(htv.UnsupportedError):
+        with handle.packed(torch.tensor([0, 3, 4, 8, 10])):
+            model(torch.randint(11, (1, 10))).square().sum().backward()

@@ -49,7 +49,8 @@ class MicroBatches:
     ended:       called at the end of each pass.
     refuses_nested: whether passes inside another (reentrant checkpoints) are refused.
     latest:      the last pass that was noted.
-    unfinished:  those that have not come to their end.
+    unfinished:  those that have not come to their end, and those that run inside them (reentrant
+                 activation checkpointing).
     count:       E, the number of groups of all of them.
     """
 
@@ -60,6 +61,7 @@ class MicroBatches:
         self.refuses_nested = False
         self._groups: dict[int, Groups] = {}
         self.unfinished: set[int] = set()
+        self._followed: set[int] = set()
 
     @property
     def count(self) -> int:
@@ -88,19 +90,23 @@ class MicroBatches:
 
     def clear(self) -> None:
         """Begin the next vote."""
-        self._groups, self.unfinished = {}, set()
+        self._groups, self.unfinished, self._followed = {}, set(), set()
 
     def __len__(self) -> int:
         return len(self._groups)
 
     def note(self, task: int, groups: Groups) -> None:
-        """A backward pass brings contributions of these groups."""
+        """A backward pass brings contributions of these groups.
+
+        task:  the outermost one that is under way.
+        """
         if self.refuses_nested and torch._C._current_graph_task_id() not in (task, -1):
             raise UnsupportedError(
                 f"a reentrant activation checkpoint {self.where}: when a unit's contributions are "
                 "complete cannot be told. Remedy: torch.utils.checkpoint.checkpoint(..., "
                 "use_reentrant=False)"
             )
+        self._follow(task)
         if task in self._groups:
             if not self._groups[task].same_groups(groups):
                 raise RuntimeError(
@@ -129,14 +135,23 @@ class MicroBatches:
                     f"and {groups.batch_size}/{groups.count}"
                 )
         self._groups[task] = groups
-        self.unfinished.add(task)
         self.latest = task
-        # The engine calls back only where the pass comes to its end.
-        torch.autograd.Variable._execution_engine.queue_callback(lambda: self._end(task))
 
-    def _end(self, task: int) -> None:
-        self.unfinished.discard(task)
-        self.ended()
+    def _follow(self, task: int) -> None:
+        current = torch._C._current_graph_task_id()
+        if current in self._followed:
+            return
+        self._followed.add(current)
+        self.unfinished.add(current)
+        # The engine calls back only where the pass comes to its end.
+        torch.autograd.Variable._execution_engine.queue_callback(
+            lambda: self._end(current, current == task)
+        )
+
+    def _end(self, current: int, outermost: bool) -> None:
+        self.unfinished.discard(current)
+        if outermost:
+            self.ended()
 
     def require_complete(self) -> None:
         """Refuse what a failed backward left behind: some parameters' contributions would be in,

@@ -173,6 +173,11 @@ class DataParallelVotes(RankVotes):
             )
         self._to_meet = before if self.model.require_backward_grad_sync else None
 
+    def pass_ended(self) -> None:
+        # Some (Lightning, by hand) decide at the backward whether it synchronises.
+        if not self.model.require_backward_grad_sync:
+            self._to_meet = None
+
     def require_meeting(self) -> None:
         if not self.model.require_backward_grad_sync:
             raise UnsupportedError(

@@ -80,11 +80,12 @@ class Rounds:
         return self.electorate
 
     def _call(self) -> Electorate:
-        task, batches = torch._C._current_graph_task_id(), self.batches
+        current, batches = torch._C._current_graph_task_id(), self.batches
+        task = self.session.passes.outermost(current)
         opened = self.session.latest_groups
         if task != -1 and opened is not None:  # no served parameter of this pass may have come yet
             batches.note(task, opened)
-        complete = not batches.unfinished - {task, batches.latest}
+        complete = not batches.unfinished - {current, task, batches.latest}
         named, weighted = batches.named, batches.weighted
         mine = [self.number, batches.count, batches.examples, complete, named, weighted]
         rows = self._gathered(mine)

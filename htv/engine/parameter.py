@@ -227,7 +227,7 @@ class TrackedParameter(BufferListener):
         self._buffers.mine = None
         session = self._session()
         session.backward_started = True
-        if grad is not None and not session.told_of_sums:
+        if grad is not None and self.gathering is None and not session.told_of_sums:
             held = self.parameter.grad
             if held is not None and self._gradients.gave(held):
                 session.warn_of_sums(self)  # as trainers' accumulation does

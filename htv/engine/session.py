@@ -51,7 +51,7 @@ class Settings:
     batch_dim: int = 0
     batch_norm: str = "error"
     batch: tuple[str, ...] = ()
-    allow_single: bool = False
+    allow_single: bool | str = False
 
 
 class ForwardBlock:
@@ -116,7 +116,7 @@ class Session:
         self.batch_norm, self.collects_stats = settings.batch_norm, settings.stats
         # Shown what is recorded, instead of statistics.
         self.examine: Callable[[str, list[Factors]], None] | None = None
-        self.told_of_sums = self._told_of_ranks = False
+        self.told_of_sums = self._told_of_ranks = self._told_of_one = False
         self.thread = threading.local()  # .running: the forward under way in this thread, or True
         self.passes = NestedBackwards()
         # Calls at which the batch was lost, where a parameter came to need it.
@@ -263,7 +263,7 @@ class Session:
             self.unfinished_guard.put_on(self.model)
             self._begin_vote(fraction)
             yield
-            if self._waiting():
+            if self.attached and self._waiting():
                 self._finish_vote(fraction)
         finally:
             self.accumulates = False
@@ -462,17 +462,24 @@ class Session:
         """Refuse a batch of one group, a `count` of 1, under a rule that needs several; `source`
         says what the batch was taken from.
         """
-        if count != 1 or self.settings.allow_single:
+        allowed = self.settings.allow_single
+        if count != 1 or allowed is True or self._told_of_one:
             return
         rule = next((r for r in self.rules if r.needs_several), None)
-        if rule is not None:
-            raise ValueError(
-                f"one group alone votes ({source}): the aggregate of one contribution under {rule} "
-                "is its plain gradient. This is also how trainers with one example per device end "
-                "in plain training. Remedy: larger batches, htv.attach(..., batch='the argument "
-                "that holds the examples') if another was meant, `with handle.accumulate():` "
-                "around micro-batches, or allow_single=True if the plain gradient is meant here"
-            )
+        if rule is None:
+            return
+        message = (
+            f"one group alone votes ({source}): the aggregate of one contribution under {rule} "
+            "is its plain gradient. This is also how trainers with one example per device "
+            "(per_device_train_batch_size=1 without accumulation, say) end in plain training. "
+            "Remedy: larger batches, htv.attach(..., batch='the argument that holds the "
+            "examples') if another was meant, `with handle.accumulate():` around micro-batches, "
+            "or allow_single=True if the plain gradient is meant here"
+        )
+        if allowed != "warn":
+            raise ValueError(message)
+        self._told_of_one = True
+        warnings.warn(message, stacklevel=3)
 
     def warn_of_sums(self, tracked: TrackedParameter) -> None:
         """Say once that several backwards were added up in `.grad` of `tracked`."""
@@ -487,6 +494,8 @@ class Session:
 
     def check_ranks(self, forward: ForwardStandIn) -> None:
         """Refuse a `forward` whose votes the ranks would not bring together as they should."""
+        if in_backward():  # a checkpoint's part: the forward that it is part of was looked at
+            return
         if self.rank_votes is not None:
             self.rank_votes.require_covered(forward.module)
         elif self.group_votes is not None:
@@ -596,7 +605,7 @@ class Session:
         if torch._C._len_torch_function_stack():
             left_on_stack(lambda mode: mode.is_stale())
         forward.check()
-        if not self.only_means and not in_backward():  # where checkpoints run parts again
+        if not self.only_means:
             self.check_ranks(forward)
         again, carried, spec, rows = None, {}, None, None
         usual = not kwargs and names is None and self.spec is None

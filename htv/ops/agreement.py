@@ -23,21 +23,40 @@ class Agreement:
     mean_agreement:  |sum_e sign(c_e)| / E, averaged over the coordinates.
     m_coherence:     ||sum_e c_e||^2 / sum_e ||c_e||^2: 1 for orthogonal groups of equal norm, E for
                      identical ones, NaN where every contribution is zero.
+    noise_scale:     the trace of the contributions' covariance over the squared norm of their mean,
+                     both estimated without bias from E groups: about how many groups a batch needs
+                     for signal and noise to be of one size. Infinite where no signal is seen, NaN
+                     for one group.
 
     All are NaN for a parameter without coordinates.
 
-    Chatterjee and Zielinski 2020, "Making coherence out of nothing at all", arXiv 2008.01217.
+    Chatterjee and Zielinski 2020, "Making coherence out of nothing at all", arXiv 2008.01217;
+    McCandlish et al. 2018, "An empirical model of large-batch training", arXiv 1812.06162.
 
     >>> model, x = torch.nn.Linear(2, 1, bias=False), torch.tensor([[1.0, 1.0], [1.0, -1.0]])
     >>> with htv.attach(model, htv.AndMask(1.0), stats=True) as handle:
     ...     model(x).sum().backward()
     ...     handle.stats()["weight"]
-    Agreement(kept_fraction=0.5, mean_agreement=0.5, m_coherence=1.0)
+    Agreement(kept_fraction=0.5, mean_agreement=0.5, m_coherence=1.0, noise_scale=inf)
     """
 
     kept_fraction: float
     mean_agreement: float
     m_coherence: float
+    noise_scale: float
+
+
+def noise_scale(m_coherence: float, count: int) -> float:
+    """Return the gradient noise scale of `count` groups whose m-coherence is known.
+
+    With T = ||sum c||^2 and Q = sum ||c||^2, the trace is estimated by (Q - T / E) / (E - 1) and
+    the squared norm by (T - Q) / (E (E - 1)): their ratio depends on T / Q and E alone.
+    """
+    if math.isnan(m_coherence) or count < 2:
+        return math.nan
+    if m_coherence <= 1:
+        return math.inf
+    return max(count - m_coherence, 0.0) / (m_coherence - 1)
 
 
 def agreement(parts: list[Factors], rule: Rule) -> Agreement:
@@ -49,14 +68,19 @@ def agreement(parts: list[Factors], rule: Rule) -> Agreement:
     first = parts[0]
     blocks.require_same_groups(parts)
     if math.prod(first.shape) == 0:
-        return Agreement(math.nan, math.nan, math.nan)
+        return Agreement(math.nan, math.nan, math.nan, math.nan)
     statistic = statistics.resolve(rule, first.count)
     apart = [blocks.joined(block) for block in blocks.blocks(parts)]
     tally = _tally_apart if all(len(block) == 1 for block in apart) else _tally_sliced
     agreeing, kept, total_energy, energy = tally(parts, apart, statistic)
     coordinates = math.prod(first.shape)
     coherence = total_energy / energy if energy > 0 else math.nan
-    return Agreement(kept / coordinates, agreeing / (first.count * coordinates), coherence)
+    return Agreement(
+        kept / coordinates,
+        agreeing / (first.count * coordinates),
+        coherence,
+        noise_scale(coherence, first.count),
+    )
 
 
 def squared_norms(parts: list[Factors]) -> Tensor:
