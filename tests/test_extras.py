@@ -56,6 +56,22 @@ def test_import_htv_loads_no_extra():
     assert done.stdout.strip() == "[]"
 
 
+TRAINERS = ("transformers", "accelerate", "lightning", "trl", "datasets")
+
+
+def test_import_htv_loads_no_trainer():
+    done = run(
+        f"import sys, htv, htv.integrations; print([n for n in {TRAINERS!r} if n in sys.modules])"
+    )
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.parametrize("module", ["huggingface", "trl", "lightning"])
+def test_an_integration_names_the_extra_it_needs(module):
+    done = run(f"import htv.integrations.{module}", without=TRAINERS)
+    assert 'pip install "hard-to-vary[trainers]"' in done.stderr
+
+
 def test_training_works_without_any_extra():
     done = run(
         """

@@ -329,3 +329,15 @@ def test_attention_across_packed_sequences_is_refused(opened):
     with htv.attach(model, htv.Median()) as handle, pytest.raises(htv.UnsupportedError):
         with handle.packed(torch.tensor([0, 3, 4, 8, 10])):
             model(torch.randint(11, (1, 10))).square().sum().backward()
+
+
+def test_one_packed_sequence_may_attend_without_a_mask():
+    model, ids = Attending(None).double(), torch.randint(11, (1, 10))
+    model(ids).square().sum().backward()
+    expected = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    with htv.attach(model, htv.Median(), allow_single=True) as handle:
+        with handle.packed(torch.tensor([0, 10])):
+            model(ids).square().sum().backward()
+    for parameter, wanted in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, wanted, rtol=1e-10, atol=1e-12)

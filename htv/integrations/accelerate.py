@@ -11,7 +11,7 @@ from htv.attach import RuleChoice
 from htv.errors import require
 from htv.integrations.voting import TrainerVotes, measurements
 
-__all__ = ["AcceleratorVotes", "measurements", "prepare"]
+__all__ = ["measurements", "prepare"]
 
 
 def prepare(

@@ -71,16 +71,15 @@ class HtvTrainerMixin:
             self._end_votes()
 
     def compute_loss(self, model: Any, inputs: dict, *args: Any, **kwargs: Any) -> Any:
-        """Compute the loss, of packed sequences if they are; see
-        `transformers.Trainer.compute_loss`.
+        """Compute the loss; sequences that are packed into one row vote one by one.
 
-        model, inputs:  of the step.
+        model, inputs:  of the step; see `transformers.Trainer.compute_loss`.
         """
         with self._packed(inputs):
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log numbers, and how far examples agree if it is collected.
+        """Write numbers to the log, and how far examples agree if it is collected.
 
         logs:  by name.
         """
@@ -128,17 +127,20 @@ class HtvTrainerMixin:
 
 
 def sequence_bounds(inputs: dict[str, Any]) -> Tensor | None:
-    """Return where the sequences of a packed batch begin, and its end; None if it is not packed.
+    """Return where the sequences of a packed batch begin, and its end; None if there is one row
+    per sequence.
 
     inputs:  of the model.
     """
     bounds, positions = inputs.get("cu_seq_lens_q"), inputs.get("position_ids")
     if bounds is not None:
-        return bounds
+        return bounds if len(bounds) > 2 else None
     one_row = isinstance(positions, Tensor) and positions.dim() == 2 and len(positions) == 1
     if not one_row or "attention_mask" in inputs:
         return None
     starts = (positions[0] == 0).nonzero().flatten()
+    if len(starts) < 2:
+        return None
     return torch.cat([starts, starts.new_tensor([positions.shape[1]])])
 
 

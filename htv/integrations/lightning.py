@@ -59,7 +59,10 @@ class HtvCallback(Callback):
         return None if self._votes is None else self._votes.handle
 
     def finish(self) -> None:
-        """End the vote of a step under manual optimisation."""
+        """Apply the rule to what the backwards of a step gathered, under manual optimisation.
+
+        Raises RuntimeError outside `Trainer.fit`, and where devices have not met.
+        """
         if self._votes is None:
             raise RuntimeError("finish() outside Trainer.fit: there is no vote to end")
         self._votes.finish()
@@ -91,7 +94,11 @@ class HtvCallback(Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
     ) -> None:
-        self._votes.require_finished()
+        scales = getattr(trainer.precision_plugin, "scaler", None) is not None
+        if pl_module.automatic_optimization and not scales:
+            self._votes.finish()  # where the last training_step of a step returned None
+        else:
+            self._votes.require_finished()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if self._attach.get("stats"):

@@ -64,6 +64,8 @@ class TrainerVotes:
         """Raise RuntimeError where the optimizer is to step, but contributions still wait for
         `finish`.
         """
+        if not self.gathers:
+            return
         before = [p.grad for p in self.handle.model.parameters()]
         self.finish()
         after = [p.grad for p in self.handle.model.parameters()]
@@ -90,6 +92,7 @@ def measurements(handle: htv.Handle, prefix: str = "htv") -> dict[str, float]:
     For each parameter the share of coordinates its rule keeps, the mean agreement of signs, the
     m-coherence and the gradient noise scale (`htv.Agreement`), of the last backward of this rank.
 
+    >>> from htv.integrations.accelerate import measurements
     >>> model = torch.nn.Linear(2, 1, bias=False)
     >>> with htv.attach(model, htv.AndMask(1.0), stats=True) as handle:
     ...     model(torch.tensor([[1.0, 1.0], [1.0, -1.0]])).sum().backward()

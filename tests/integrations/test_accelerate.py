@@ -26,6 +26,7 @@ pytest.importorskip("accelerate", reason="needs accelerate: hard-to-vary[trainer
 
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState  # noqa: E402
+from accelerate.utils import GradientAccumulationPlugin  # noqa: E402
 
 from htv.integrations.accelerate import measurements, prepare  # noqa: E402
 from htv.integrations.voting import TrainerVotes  # noqa: E402
@@ -35,12 +36,15 @@ ROWS = 16
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def trained(micro=1, clip=None, precision="no", rule=RULE, plugin=None, plain=False, **attach):
+def trained(
+    micro=1, clip=None, precision="no", rule=RULE, plugin=None, plain=False, each=False, **attach
+):
     """Return what was seen at each of two steps of all rows, this rank's part of them here."""
     AcceleratorState._reset_state()
     GradientState._reset_state()
+    steps = GradientAccumulationPlugin(num_steps=micro, sync_each_batch=each)
     accelerator = Accelerator(
-        cpu=True, gradient_accumulation_steps=micro, mixed_precision=precision
+        cpu=True, gradient_accumulation_plugin=steps, mixed_precision=precision
     )
     if plugin is not None:  # Accelerate itself shards on GPUs only
         shard(accelerator, plugin)
@@ -110,6 +114,20 @@ def test_without_an_optimizer_nothing_is_prepared_to_vote():
         prepare(Accelerator(cpu=True), Net(), rule=RULE)
 
 
+class DeepSpeedEngine(torch.nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+
+@pytest.mark.parametrize("wrap", [torch.nn.DataParallel, DeepSpeedEngine])
+def test_other_wrappers_are_refused_by_name(wrap):
+    model = Net()
+    with pytest.raises(htv.UnsupportedError, match=wrap.__name__):
+        TrainerVotes(wrap(model), model, RULE, False)
+    assert "forward" not in vars(model)
+
+
 def test_numbers_for_a_logger():
     _, handle = trained(micro=2, stats=True)
     found = measurements(handle)
@@ -158,6 +176,7 @@ JOBS = {
     "FSDP2": lambda: sharded(micro=4),
     "FSDP2 and clipping": lambda: sharded(micro=4, clip=0.01),
     "FSDP1": old_sharding,
+    "each batch synchronised": lambda: two_ranks(micro=4, each=True),
 }
 
 
@@ -187,6 +206,10 @@ def test_two_processes_in_bf16(ranks):
 
 def test_old_sharding_is_refused_by_name(ranks):
     assert "FSDP1" in ranks[0]["FSDP1"] and "fsdp_version=2" in ranks[0]["FSDP1"]
+
+
+def test_micro_batches_that_are_all_synchronised_are_refused(ranks):
+    assert "no_sync" in ranks[0]["each batch synchronised"]
 
 
 if __name__ == "__main__":

@@ -147,6 +147,10 @@ def assert_votes(steps, smoothing=0.0, rule=RULE, norm=None, first=0, same=asser
         same(grads, wanted)
 
 
+REENTRANT = {
+    "activation_checkpointing": True,
+    "activation_checkpointing_kwargs": {"use_reentrant": True},
+}
 CASES = {
     "one batch": (batches(16, 1), {}),
     "accumulation": (batches(4, 4), {}),
@@ -154,6 +158,7 @@ CASES = {
     "rows one by one": (batches(1, 16), {}),
     "label smoothing": (batches(4, 4, label_smoothing_factor=0.1), {"smoothing": 0.1}),
     "checkpointing": (batches(4, 4, activation_checkpointing=True), {}),
+    "reentrant checkpointing": (batches(4, 4, **REENTRANT), {}),
     "evaluation in between": (batches(4, 4, eval_strategy="steps", eval_steps=1), {}),
 }
 BETWEEN_RANKS = {
@@ -163,6 +168,7 @@ BETWEEN_RANKS = {
     "rows one by one": (batches(1, 8), {}),
     "label smoothing": (batches(2, 4, label_smoothing_factor=0.1), {"smoothing": 0.1}),
     "checkpointing": (batches(2, 4, activation_checkpointing=True), {}),
+    "reentrant checkpointing": (batches(2, 4, **REENTRANT), {}),
     "evaluation in between": (batches(2, 4, eval_strategy="steps", eval_steps=1), {}),
 }
 
@@ -253,20 +259,58 @@ JOBS["resumed"] = lambda: resumed(**batches(2, 4))
 JOBS["bf16"] = lambda: at_steps(model=gpt2().float(), **batches(2, 4, bf16=True))
 
 
+QUICK = ["accumulation and clipping", "reentrant checkpointing", "resumed"]
+
+
+def ranks(folder, names):
+    return launch(__file__, *names, ranks=2, HTV_TEST_FOLDER=str(folder))
+
+
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoints")
-    return launch(__file__, ranks=2, HTV_TEST_FOLDER=str(folder))
+def quick_ranks(tmp_path_factory):
+    return ranks(tmp_path_factory.mktemp("quick"), QUICK)
 
 
-@pytest.mark.parametrize("name", JOBS)
-def test_two_processes(ranks, name):
-    options = {"bf16": {"same": assert_close}, "resumed": {"first": 1}}
-    first, second = (found[name] for found in ranks)
+@pytest.fixture(scope="module")
+def slow_ranks(tmp_path_factory):
+    return ranks(tmp_path_factory.mktemp("slow"), [name for name in JOBS if name not in QUICK])
+
+
+def assert_two_processes(found, name):
+    first, second = (rank[name] for rank in found)
     assert not isinstance(first, str), first
+    options = {"bf16": {"same": assert_close}, "resumed": {"first": 1}}
     assert_votes(first, **options.get(name, BETWEEN_RANKS.get(name, (0, {}))[1]))
     for one, other in zip(first, second, strict=True):
         assert all(torch.equal(g, other[1][n]) for n, g in one[1].items()), "ranks differ"
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_two_processes(quick_ranks, name):
+    assert_two_processes(quick_ranks, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in JOBS if name not in QUICK])
+def test_two_processes_more(slow_ranks, name):
+    assert_two_processes(slow_ranks, name)
+
+
+def test_nothing_is_left_after_an_error():
+    class Failing(TrainerCallback):
+        def on_substep_end(self, *_, **__):
+            raise ZeroDivisionError
+
+    model = gpt2()
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(folder, use_cpu=True, report_to=[], **batches(4, 4))
+        trainer = HtvTrainer(
+            model, arguments, train_dataset=rows(), data_collator=collate, rule=RULE,
+            callbacks=[Failing()],
+        )  # fmt: skip
+        with pytest.raises(ZeroDivisionError):
+            trainer.train()
+    assert "forward" not in vars(model) and "backward" not in vars(trainer.accelerator)
 
 
 if __name__ == "__main__":

@@ -78,7 +78,9 @@ def _packed_rows(mode: ModeLike, arguments: dict[str, Tensor | None]) -> BatchLa
     no row see another sequence's: then every row of the result is its sequence's, too.
     """
     mask = arguments.get("attn_mask")
-    if mask is None or mask.requires_grad or mode.batch_size == 1 or mode.groups.rows_vote:
+    if mode.batch_size == 1 or mode.groups.rows_vote:
+        return None
+    if mask is None and mode.groups.count > 1 or mask is not None and mask.requires_grad:
         return None
     operands = [arguments.get(name) for name in ("query", "key", "value")]
     if not all(isinstance(t, Tensor) for t in operands):
@@ -92,7 +94,8 @@ def _packed_rows(mode: ModeLike, arguments: dict[str, Tensor | None]) -> BatchLa
     query, key, value = layouts
     if not key.same(value, mode.batch_size) or torch.compiler.is_compiling():
         return None
-    return query if _keeps_apart(mode, mask, query, key) else None
+    alone = mode.groups.count == 1  # there is no other to be kept from
+    return query if alone or _keeps_apart(mode, mask, query, key) else None
 
 
 def _keeps_apart(mode: ModeLike, mask: Tensor, query: BatchLayout, key: BatchLayout) -> bool:
