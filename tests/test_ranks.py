@@ -13,7 +13,7 @@ pytest.importorskip("torch.distributed")
 
 @pytest.fixture(scope="module")
 def ranks():
-    processes = Ranks(2)
+    processes = Ranks()
     yield processes
     processes.close()
 

@@ -8,12 +8,18 @@ import torch
 import htv
 from support import rank_misuse
 from support.oracles import RULES, by_name
+from support.quick import quick
 from support.rank_jobs import assert_trains, data_parallel, optimized_by_shards, resumed
 from support.rank_models import aggregated, contributions
 
 AND = htv.AndMask(0.4)
-STREAMING = [rule for rule in RULES if rule.streaming]
-ORDER = [rule for rule in RULES if not rule.streaming]
+# One without more than votes, one whose mask is summed, one each with squares and logarithms.
+KEPT = (AND, htv.AndMask(0.4, rescale=True), htv.SandMask(0.3, k=0.5), htv.GeometricMean(0.2))
+STREAMING = quick([rule for rule in RULES if rule.streaming], KEPT)
+ORDER = quick(
+    [rule for rule in RULES if not rule.streaming],
+    (htv.Median(), htv.MedianOfMeans(3), htv.WinsorizedMean(1)),
+)
 BY_RANK = [htv.AndMask(0.8), htv.SandMask(0.3, k=0.5), htv.GeometricMean(0.2), htv.Median()]
 
 

@@ -1,6 +1,6 @@
 """Processes that stand for the ranks of a training run, and what one process gets for all of them.
 
-`Ranks` keeps its processes between jobs: each takes seconds to import torch. A job is a function
+`Ranks` keeps its processes between jobs, for each takes seconds to import torch. A job is a function
 of (rank, world, *args) that can be imported; it runs inside a fresh process group of its own.
 """
 
@@ -28,10 +28,9 @@ class Raised:
 
 
 class Ranks:
-    """Up to `most` processes that run jobs together."""
+    """Processes that run jobs together, as many as a job has ranks."""
 
-    def __init__(self, most: int = 4):
-        self.most = most
+    def __init__(self):
         self._processes: list = []
         self._pipes: list = []
 
@@ -39,7 +38,7 @@ class Ranks:
         """Run a job on `world` ranks; return what each returned, or `Raised`; None for one that
         died.
         """
-        self._start()
+        self._start(world)
         with tempfile.TemporaryDirectory() as folder:
             store = os.path.join(folder, "store")
             for rank in range(world):
@@ -66,11 +65,9 @@ class Ranks:
                 raise AssertionError(f"rank {rank}: {result.trace}")
         return found
 
-    def _start(self) -> None:
-        if self._processes:
-            return
+    def _start(self, world: int) -> None:
         context = multiprocessing.get_context("spawn")
-        for _ in range(self.most):
+        for _ in range(len(self._processes), world):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs,), daemon=True)
             process.start()
