@@ -10,7 +10,7 @@ from support import rank_misuse
 from support.oracles import RULES, by_name
 from support.quick import quick
 from support.rank_jobs import assert_trains, data_parallel, optimized_by_shards, resumed
-from support.rank_models import aggregated, contributions
+from support.rank_models import aggregated, assert_one_vote, contributions
 
 AND = htv.AndMask(0.4)
 # One without more than votes, one whose mask is summed, one each with squares and logarithms.
@@ -122,3 +122,10 @@ def test_resumed_with_another_number_of_ranks(ranks, tmp_path, world):
 
 def test_nothing_is_kept(ranks):
     assert ranks.run(rank_misuse.forgotten, 2) == [[True] * 3] * 2
+
+
+def test_a_rank_that_runs_out_of_examples(ranks):
+    """Under DistributedDataParallel's join() it has no voter any more; gradients stay averages."""
+    found = ranks.run(rank_misuse.joined, 2)
+    alone = {k: c[:6] for k, c in contributions("net", [6, 6]).items()}
+    assert_one_vote(found[:1], aggregated(alone, AND))

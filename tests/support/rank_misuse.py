@@ -303,3 +303,15 @@ def forgotten(rank, world):
     del model, handle
     gc.collect()
     return [reference() is None for reference in left]
+
+
+def joined(rank, world):
+    """Rank 1 runs out of examples after one step; return rank 0's gradients of the second."""
+    model, _ = wrapped(bucket_cap_mb=0.004)
+    found = None
+    with model.join():
+        for _ in range(2 - rank):
+            model.zero_grad()
+            step(model, rank, world)
+            found = gradients(model.module)
+    return found
