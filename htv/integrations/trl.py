@@ -48,7 +48,7 @@ class HtvSFTTrainer(HtvTrainerMixin, SFTTrainer):
                 "which no example has a part of its own. Remedy: router_aux_loss_coef=0.0"
             )
         model = self.accelerator.unwrap_model(self.model)
-        _show_head(model.get_base_model() if hasattr(model, "peft_config") else model)
+        _show_head(model.get_base_model() if hasattr(model, "get_base_model") else model)
 
 
 def _show_head(model: nn.Module) -> None:

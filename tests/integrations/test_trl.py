@@ -89,8 +89,8 @@ def trained(model=None, **options):
     return seen.steps
 
 
-def expected(parameters):
-    model = llama()
+def expected(parameters, make=llama):
+    model = make()
     model.load_state_dict(parameters)
     total = sum(len(ids) - 1 for ids in sequences())
 
@@ -133,6 +133,23 @@ def test_one_process(name):
     (step,) = trained(**CASES[name])
     wanted = expected(step[0])
     assert_same(step[1], clipped(wanted, 0.01) if name == "clipping" else wanted)
+
+
+def test_adapters_vote():
+    peft = pytest.importorskip("peft", reason="needs peft: hard-to-vary[models]")
+
+    def adapted():
+        config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"])
+        model = peft.get_peft_model(llama(), config).double()
+        torch.manual_seed(1)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:  # zero at first
+                torch.nn.init.normal_(parameter, std=0.1)
+        return model
+
+    options = batches(4, 4, padding_free=True, max_length=None)
+    ((parameters, grads),) = trained(model=adapted(), **options)
+    assert_same(grads, expected(parameters, adapted))
 
 
 def test_the_loss_is_that_of_trl():

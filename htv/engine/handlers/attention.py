@@ -78,7 +78,8 @@ def _packed_rows(mode: ModeLike, arguments: dict[str, Tensor | None]) -> BatchLa
     no row see another sequence's: then every row of the result is its sequence's, too.
     """
     mask = arguments.get("attn_mask")
-    if mode.batch_size == 1 or mode.groups.rows_vote:
+    traced = mode.groups.offsets is None or torch.compiler.is_compiling()  # who votes comes later
+    if traced or mode.batch_size == 1 or mode.groups.rows_vote:
         return None
     if mask is None and mode.groups.count > 1 or mask is not None and mask.requires_grad:
         return None
@@ -92,7 +93,7 @@ def _packed_rows(mode: ModeLike, arguments: dict[str, Tensor | None]) -> BatchLa
     ):
         return None
     query, key, value = layouts
-    if not key.same(value, mode.batch_size) or torch.compiler.is_compiling():
+    if not key.same(value, mode.batch_size):
         return None
     alone = mode.groups.count == 1  # there is no other to be kept from
     return query if alone or _keeps_apart(mode, mask, query, key) else None
