@@ -276,8 +276,8 @@ def _refuse_autograd_grad(gradient_node) -> None:
         torch._C._will_engine_execute_node(gradient_node)
     except RuntimeError:  # torch tells of leaves only in backward()
         raise RuntimeError(
-            "torch.autograd.grad() would return no aggregated gradient here, for the rule is "
-            "applied later (at the end of accumulate(), or when ranks meet): call backward()"
+            "torch.autograd.grad() inside accumulate(), or where ranks vote together, would return "
+            "no aggregated gradient, for the rule is applied later: call backward()"
         ) from None
 
 
