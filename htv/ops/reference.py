@@ -146,7 +146,7 @@ def _finished(value: Tensor, mask: Tensor | None, has_nan: Tensor) -> tuple[Tens
     value = torch.where(has_nan, torch.nan, value)
     if mask is None:
         return value, torch.zeros((), dtype=torch.float64, device=value.device)
-    return value, torch.where(has_nan, 0, mask).sum(dtype=torch.float64)
+    return value, mask.masked_fill(has_nan, 0).sum(dtype=torch.float64)
 
 
 # -- the statistics --------------------------------------------------------------------------------

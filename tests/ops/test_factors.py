@@ -26,7 +26,8 @@ from htv.ops.factors import (
     StackedFactors,
     ViewFactors,
 )
-from htv.ops.reference import finish
+from htv.ops.reference import Summary, finish
+from htv.rules import Statistic
 from support.oracles import RULES, by_name, stat
 from support.quick import RULES as QUICK
 from support.quick import quick
@@ -310,6 +311,18 @@ def test_summaries(name, rule):
     value, mask_sum = finish(aggregate.summarise(case.parts, statistic), statistic)
     found = aggregate.functional.normalise(value, mask_sum, statistic)
     np.testing.assert_allclose(found, stat(rule, case.contributions.numpy()), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("statistic", ["and_mask", "sand_mask", "geometric_mean"])
+@pytest.mark.parametrize("name", CASES)
+def test_every_field_of_a_summary(name, statistic):
+    case, log_offset = CASES[name](), 0.01
+    found = aggregate.summarise(case.parts, Statistic(statistic), log_offset)
+    exact = Summary.of(case.contributions, statistic, log_offset)
+    assert found.count == exact.count
+    for field, wanted in zip(found.tensors, exact.tensors, strict=True):
+        np.testing.assert_allclose(field, wanted, rtol=1e-8, atol=1e-8)
+    assert len({field.data_ptr() for field in found.tensors}) == len(found.tensors)
 
 
 @pytest.mark.parametrize("rule", quick(RULES, QUICK), **by_name)
