@@ -189,6 +189,7 @@ def _fused_summary(part: Factors, statistic: Statistic, log_offset: float) -> Su
         numbers = schema.code(name), log_offset
         fields = serve(part, statistic, numbers, backend.operator(op, server))
         return Summary.of_fields(part.count, name, fields)
+    # Of sum and votes, two passes are still less than slices.
     if statistics.of(name).state or dispatch.route(part, "sign_sum", part.device).style != "fused":
         return None
     votes, _ = _one_use(part, _SIGN_SUM, schema.numbers(_SIGN_SUM))
