@@ -128,8 +128,8 @@ def costs(model: Model, cluster: Cluster, sequences: int, tokens: int) -> list[C
     """Return the cost of every kind of rule under FSDP2.
 
     Parameters are gathered in bfloat16 for forward and again for backward, sums are reduced in
-    float32. The weights' gradients are a third of a step's arithmetic; votes take one more pass
-    over their products, order rules over ranks take none.
+    float32. The weights' gradients are a third of a step's arithmetic: one pass over their products
+    yields sums and votes, squares and logarithms; order rules over examples take one more.
 
     sequences, tokens:  per GPU and step, and per sequence; each sequence is a group.
     """
@@ -141,22 +141,23 @@ def costs(model: Model, cluster: Cluster, sequences: int, tokens: int) -> list[C
     voters = ranks * sequences
     unit = max(model.per_layer, model.vocabulary * model.width)
 
-    def cost(rule: str, per_value: float, passes: int, choice: str, voters: int = voters) -> Cost:
+    def cost(rule: str, per_value: float, choice: str, voters: int = voters) -> Cost:
         sent = plain_sent + passed * size * per_value
-        compute = plain_compute * (1 + passes / 3)
         # What was counted of a unit, laid out to be sent, and its shard.
         held = unit * per_value * (2 + 1 / ranks)
         link = sent / cluster.rate
-        return Cost(rule, voters, sent, plain_sent, held, compute, plain_compute, link, choice)
+        return Cost(
+            rule, voters, sent, plain_sent, held, plain_compute, plain_compute, link, choice
+        )
 
     beside = vote_bytes(voters)
     found = [
-        cost("Mean", 0, 0, "plain: sums alone"),
-        cost("AndMask, XorMask", beside, 1, f"votes in {_bytes(beside)} beside the sums"),
-        cost("GeometricMean", beside + 4, 2, "votes and logarithms beside the sums"),
-        cost("SandMask", beside + 8, 2, "votes and squares beside the sums"),
-        cost("AndMask of ranks", vote_bytes(ranks), 0, "signs of ranks' sums beside them", ranks),
-        cost("order rules of ranks", 0, 0, "an all-to-all takes the reduce-scatter's place", ranks),
+        cost("Mean", 0, "plain: sums alone"),
+        cost("AndMask, XorMask", beside, f"votes in {_bytes(beside)} beside the sums"),
+        cost("GeometricMean", beside + 4, "votes and logarithms beside the sums"),
+        cost("SandMask", beside + 8, "votes and squares beside the sums"),
+        cost("AndMask of ranks", vote_bytes(ranks), "signs of ranks' sums beside them", ranks),
+        cost("order rules of ranks", 0, "an all-to-all takes the reduce-scatter's place", ranks),
     ]
     rows = ranks * sequences * tokens
     values, limit = rows * (model.width + model.hidden), 4 * model.width * model.hidden

@@ -82,6 +82,11 @@ constexpr bool has_mask(Statistic statistic) {
 #undef HTV_USE
 }
 
+// What is kept of contributions beside their sum and votes: the sum of squared deviations from the
+// mean, or of logarithms of magnitudes.
+constexpr bool keeps_spread(Statistic statistic) { return statistic == Statistic::sand_mask; }
+constexpr bool keeps_logs(Statistic statistic) { return statistic == Statistic::geometric_mean; }
+
 // Whether it is a mean of the ranked values whose tails are cut or replaced.
 constexpr bool is_ranked_mean(Statistic statistic) {
   return statistic == Statistic::trimmed_mean || statistic == Statistic::winsorized_mean;
@@ -92,6 +97,7 @@ struct Parameters {
   int64_t count;
   double votes;
   double k;
+  double log_offset = 0;  // of summaries: added to magnitudes before their logarithm is taken
 };
 
 namespace HTV_ISA {
@@ -248,13 +254,31 @@ using AndMask = Masked<V, true>;
 template <class V>
 using XorMask = Masked<V, false>;
 
-// The product of all |v| + 1e-10, as mantissa * 2^exponent: one logarithm per coordinate instead of
+// The product of positive values, as mantissa * 2^exponent: one logarithm per coordinate instead of
 // one per value.
 template <class V>
 struct Product {
   V mantissa = splat<V>(1);
   Count<V> exponent{};
 
+  HTV_HOST_DEVICE void update(V v) {
+    multiply(v);
+    normalise();
+  }
+  HTV_HOST_DEVICE void merge(const Product& other) {
+    exponent += other.exponent;
+    mantissa *= other.mantissa;
+    normalise();
+  }
+  HTV_HOST_DEVICE V binary_logarithm() const {
+    return Lane<V>::map([](Real<V> x) { return log2(x); }, mantissa) + Lane<V>::real(exponent);
+  }
+  HTV_HOST_DEVICE V root(int64_t n) const {
+    using R = Real<V>;
+    return Lane<V>::map([](R x) { return exp2(x); }, binary_logarithm() / R(n));
+  }
+
+ private:
   HTV_HOST_DEVICE void multiply(V v) {
     using L = Lane<V>;
     using Int = typename L::Int;
@@ -271,12 +295,6 @@ struct Product {
     mantissa = splat<V>(1);
     multiply(product);
   }
-  HTV_HOST_DEVICE V root(int64_t n) const {
-    using R = Real<V>;
-    const V logarithm =
-        Lane<V>::map([](R x) { return log2(x); }, mantissa) + Lane<V>::real(exponent);
-    return Lane<V>::map([](R x) { return exp2(x); }, logarithm / R(n));
-  }
 };
 
 template <class V>
@@ -287,14 +305,11 @@ struct GeometricMean {
 
   HTV_HOST_DEVICE void update(V v, int64_t nth) {
     kept.update(v, nth);
-    product.multiply(absolute(v) + Real<V>(kLogOffset));
-    product.normalise();
+    product.update(absolute(v) + Real<V>(kLogOffset));
   }
   HTV_HOST_DEVICE void merge(const GeometricMean& other, int64_t n, int64_t m) {
     kept.merge(other.kept, n, m);
-    product.exponent += other.product.exponent;
-    product.mantissa *= other.product.mantissa;
-    product.normalise();
+    product.merge(other.product);
   }
   HTV_HOST_DEVICE Outcome<V> finalize(const Parameters& p) const {
     const V sum = kept.total.sum;
@@ -307,32 +322,44 @@ struct GeometricMean {
 
 // Sum of squared deviations from the running mean (Welford), merged exactly (Chan, Golub, LeVeque).
 template <class V>
-struct SandMask {
-  static constexpr bool masks = true;
-  Mean<V> total;
-  Votes<V> votes;
+struct Spread {
   V centre{}, squares{};
 
   HTV_HOST_DEVICE void update(V v, int64_t nth) {
-    total.update(v, nth);
-    votes.update(v, nth);
     const V step = v - centre;
     centre += step / Real<V>(nth);
     squares += step * (v - centre);
   }
-  HTV_HOST_DEVICE void merge(const SandMask& other, int64_t n, int64_t m) {
-    total.merge(other.total, n, m);
-    votes.merge(other.votes, n, m);
+  HTV_HOST_DEVICE void merge(const Spread& other, int64_t n, int64_t m) {
     const V step = other.centre - centre;
     const Real<V> share = Real<V>(m) / Real<V>(n + m);
     centre += step * share;
     squares += other.squares + step * (step * (Real<V>(n) * share));
   }
+};
+
+template <class V>
+struct SandMask {
+  static constexpr bool masks = true;
+  Mean<V> total;
+  Votes<V> votes;
+  Spread<V> spread;
+
+  HTV_HOST_DEVICE void update(V v, int64_t nth) {
+    total.update(v, nth);
+    votes.update(v, nth);
+    spread.update(v, nth);
+  }
+  HTV_HOST_DEVICE void merge(const SandMask& other, int64_t n, int64_t m) {
+    total.merge(other.total, n, m);
+    votes.merge(other.votes, n, m);
+    spread.merge(other.spread, n, m);
+  }
   HTV_HOST_DEVICE Outcome<V> finalize(const Parameters& p) const {
     using R = Real<V>;
     const R groups = R(p.groups);
     const V excess = (Lane<V>::real(votes.size()) - R(p.votes)) / groups;
-    const V variance = squares / (groups - 1);
+    const V variance = spread.squares / (groups - 1);
     const V soft = Lane<V>::map([](R x) { return tanh(x); }, R(1) / variance * R(p.k) * excess);
     const V mask = soft != soft ? splat<V>(R(kSandUndefined)) : larger(soft, V{});
     const V value = mask > 0 ? mask * total.mean(p) : V{};

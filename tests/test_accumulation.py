@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import htv
 from htv.bench.models import mlp
+from htv.ops import aggregate, backend
 from support import rank_models
 from support.oracles import RULES, by_name
 
@@ -65,6 +66,28 @@ def test_groups_of_several_examples():
     assert_equal_gradients(
         accumulated(model, x, rule, [6, 6], ids), large_batch(model, x, rule, ids)
     )
+
+
+@pytest.mark.skipif(backend.NOT_BUILT is not None, reason="htv was built without compiled kernels")
+@pytest.mark.parametrize("rule", STREAMING, **by_name)
+def test_layers_that_kernels_serve_are_passed_over_once(rule, monkeypatch):
+    """Neither group by group nor slice by slice, nor for sum and votes apart."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 5))
+    x = torch.randn(6, 3, 6, 6)
+
+    def refused(*arguments):
+        raise AssertionError("there is a kernel for it")
+
+    expected = large_batch(model, x, rule)
+    for module, name in (
+        (aggregate, "_summary_by_group"),
+        (aggregate, "_one_use"),
+        (aggregate.sliced, "summary"),
+    ):
+        monkeypatch.setattr(module, name, refused)
+    found = accumulated(model, x, rule, [2, 4])
+    for name, grad in expected.items():
+        torch.testing.assert_close(found[name], grad, rtol=1e-3, atol=1e-5, msg=name)
 
 
 def test_median_of_means_takes_micro_batches_as_buckets():

@@ -22,6 +22,7 @@ import triton.language as tl
 
 from htv.rules import Statistic
 from htv.triton_kernels import device, product, stacked
+from htv.triton_kernels import statistic as streaming
 
 FEW_OUTPUTS = (
     16  # output channels of one convolution group below which tensor cores have too little to do
@@ -131,49 +132,93 @@ def conv(
     device, where they are trusted. choice: (Config, splits) instead of the table's; of a depthwise
     weight, (None, splits).
     """
-    device.require("conv", "x and grad_output", x, grad_output)
     product.require_served("conv", statistic, len(offsets) - 1)
-    _check(x, grad_output, offsets, kernel, stride, padding, dilation, groups)
+    window = kernel, stride, padding, dilation, groups
+    _check(x, grad_output, offsets, *window)
+    shape = grad_output.shape[1], x.shape[1] // groups, *kernel
+    if 0 in shape:
+        return x.new_zeros(shape, dtype=torch.float32), x.new_zeros((), dtype=torch.float64)
+    found = _factors(x, grad_output, offsets, *window, choice)
+    if isinstance(found, torch.Tensor):
+        value, mask_sum = stacked.stacked(found, statistic)
+        return value.view(shape) * len(found), mask_sum
+    value, mask_sum = product.aggregate(found, statistic, choice)
+    return _as_weight(value, shape), mask_sum
+
+
+def conv_summary(
+    x: torch.Tensor,
+    grad_output: torch.Tensor,
+    offsets: torch.Tensor,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    name: str,
+    log_offset: float,
+    choice=None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The op `conv_summary` of `htv.ops.schema`, for the streaming statistic of this name; as
+    `conv`.
+    """
+    window = kernel, stride, padding, dilation, groups
+    _check(x, grad_output, offsets, *window)
+    shape = grad_output.shape[1], x.shape[1] // groups, *kernel
+    if 0 in shape:
+        nothing = x.new_empty((streaming.summary(name).words, 1, *shape), dtype=torch.float32)
+        return streaming.summary_fields(name, nothing, len(offsets) - 1)
+    found = _factors(x, grad_output, offsets, *window, choice)
+    if isinstance(found, torch.Tensor):
+        fields = stacked.stacked_summary(found, name, log_offset)
+        return tuple(field.view(shape) if field.numel() else field for field in fields)
+    fields = product.summary(found, name, log_offset, choice)
+    return tuple(_as_weight(field, shape) if field.numel() else field for field in fields)
+
+
+def _as_weight(value: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """(O, taps and channels) -> (O, C / groups, *kernel)."""
+    _, width, *kernel = shape
+    return value.unflatten(1, (*kernel, width)).movedim(-1, 1).contiguous()
+
+
+def _factors(
+    x, grad_output, offsets, kernel, stride, padding, dilation, groups, choice
+) -> product.Factors | torch.Tensor:
+    """What determines contributions; or, with few outputs per group of the convolution, the
+    contributions (E, P).
+    """
     width, outputs = x.shape[1] // groups, grad_output.shape[1] // groups
     columns = width * math.prod(kernel)
-    if 0 in (width, outputs, columns):
-        shape = (grad_output.shape[1], width, *kernel)
-        return x.new_zeros(shape, dtype=torch.float32), x.new_zeros((), dtype=torch.float64)
     offsets = device.offsets_on(x.device, offsets)
     geometry = _geometry(x, grad_output, width, kernel, stride, padding, dilation)
     samples, seen = len(x), math.prod(grad_output.shape[2:])
     x, grad_output = (t.movedim(1, -1).contiguous().flatten(0, -2) for t in (x, grad_output))
     if samples * seen == 0:
-        factors = product.Factors(
+        return product.Factors(
             x.new_empty((0, columns)), grad_output.new_empty((0, outputs * groups)),
             torch.zeros_like(offsets), 1, 1, outputs * groups, columns, columns, product.load_rows,
             None,
         )  # fmt: skip
-    elif groups > 1 and outputs < FEW_OUTPUTS:
+    if groups > 1 and outputs < FEW_OUTPUTS:
         splits = (
             choice[1]
             if choice
             else _splits(x.device, len(offsets) - 1, len(grad_output), geometry, grad_output)
         )
-        value, mask_sum = stacked.stacked(
-            _contributions(x, grad_output, offsets, geometry, outputs, splits), statistic
-        )
-        return value.view(-1, width, *kernel) * (len(offsets) - 1), mask_sum
-    else:
-        factors = product.Factors(
-            x,
-            grad_output,
-            offsets,
-            seen,
-            groups,
-            outputs,
-            columns,
-            width,
-            product.load_windows,
-            geometry,
-        )
-    value, mask_sum = product.aggregate(factors, statistic, choice)
-    return value.unflatten(1, (*kernel, width)).movedim(-1, 1).contiguous(), mask_sum
+        return _contributions(x, grad_output, offsets, geometry, outputs, splits)
+    return product.Factors(
+        x,
+        grad_output,
+        offsets,
+        seen,
+        groups,
+        outputs,
+        columns,
+        width,
+        product.load_windows,
+        geometry,
+    )
 
 
 def _geometry(x, grad_output, width, kernel, stride, padding, dilation):
@@ -227,6 +272,7 @@ def _contributions(x, grad_output, offsets, geometry, outputs, splits):
 
 
 def _check(x, grad_output, offsets, kernel, stride, padding, dilation, groups):
+    device.require("conv", "x and grad_output", x, grad_output)
     dims = x.dim() - 2
     if dims not in (1, 2, 3) or grad_output.dim() != x.dim() or len(x) != len(grad_output):
         raise ValueError(

@@ -9,6 +9,7 @@ import torch
 
 from htv.rules import Statistic
 from htv.triton_kernels import configs, device, product
+from htv.triton_kernels import statistic as streaming
 
 MOST_FEATURES = (
     2**24
@@ -28,8 +29,35 @@ def linear(
     grad_output may lie apart and that `offsets` may lie on the device, where they are trusted.
     choice: (Config, splits) instead of the table's.
     """
-    device.require("linear", "x and grad_output", x, grad_output)
     product.require_served("linear", statistic, len(offsets) - 1)
+    _check(x, grad_output, offsets)
+    if 0 in (x.shape[1], grad_output.shape[1]):
+        shape = grad_output.shape[1], x.shape[1]
+        return x.new_zeros(shape, dtype=torch.float32), x.new_zeros((), dtype=torch.float64)
+    return product.aggregate(_factors(x, grad_output, offsets), statistic, choice)
+
+
+def linear_summary(
+    x: torch.Tensor,
+    grad_output: torch.Tensor,
+    offsets: torch.Tensor,
+    name: str,
+    log_offset: float,
+    choice=None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The op `linear_summary` of `htv.ops.schema`, for the streaming statistic of this name; as
+    `linear`.
+    """
+    _check(x, grad_output, offsets)
+    shape = grad_output.shape[1], x.shape[1]
+    if 0 in shape:
+        nothing = x.new_empty((streaming.summary(name).words, 1, *shape), dtype=torch.float32)
+        return streaming.summary_fields(name, nothing, len(offsets) - 1)
+    return product.summary(_factors(x, grad_output, offsets), name, log_offset, choice)
+
+
+def _check(x, grad_output, offsets) -> None:
+    device.require("linear", "x and grad_output", x, grad_output)
     if x.dim() != 2 or grad_output.dim() != 2 or len(x) != len(grad_output):
         raise ValueError(
             "linear (Triton): wants x (R, I) and grad_output (R, O), "
@@ -41,11 +69,6 @@ def linear(
             f"linear (Triton): at most {MOST_FEATURES} features, got {inputs} and {outputs}"
         )
     device.check_offsets("linear", offsets, rows)
-    if inputs == 0 or outputs == 0:
-        return x.new_zeros((outputs, inputs), dtype=torch.float32), x.new_zeros(
-            (), dtype=torch.float64
-        )
-    return product.aggregate(_factors(x, grad_output, offsets), statistic, choice)
 
 
 def problem(

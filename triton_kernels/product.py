@@ -353,6 +353,24 @@ def aggregate(
     return value.flatten(0, 1), mask_sum
 
 
+def summary(
+    factors: Factors, name: str, log_offset: float, choice=None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What `stacked.stacked_summary` returns, (parts * outputs, inputs) each, of all groups'
+    contributions. choice: as for `aggregate`.
+    """
+    found, sizes = streaming.summary(name), (factors.parts, factors.outputs, factors.inputs)
+    fitting = SCRATCH_BYTES // (4 * found.words * math.prod(sizes))
+    config, splits = choice or configs.choose(factors.problem(found.words), fitting)
+    states = factors.x.new_empty((found.words, splits, *sizes), dtype=torch.float32)
+    offset = log_offset if found is streaming.LOGS else 0.0
+    launch(
+        factors, (0, 0, *sizes[1:]), states, states, "state", found, Statistic(name), config,
+        splits, offset,
+    )  # fmt: skip
+    return streaming.summary_fields(name, states.flatten(2, 3), factors.groups)
+
+
 def absorbed(factors: Factors, statistic: Statistic) -> streaming.Streaming | None:
     """How a statistic is absorbed on chip; None where contributions are written and ranked."""
     name, count = statistic.name, statistic.count
@@ -366,7 +384,7 @@ def absorbed(factors: Factors, statistic: Statistic) -> streaming.Streaming | No
     return found
 
 
-def launch(factors, box, out, mask, result, found, statistic, config, splits):
+def launch(factors, box, out, mask, result, found, statistic, config, splits, log_offset=0.0):
     """The product over a box of coordinates: (top, left, height, width)."""
     top, left, height, width = box
     x, g = factors.x, factors.grad_output
@@ -394,7 +412,7 @@ def launch(factors, box, out, mask, result, found, statistic, config, splits):
             *found[:3],
             load_x=factors.load_x,
             GEOMETRY=factors.geometry,
-            COUNT=statistic.count if extremes else 0,
+            COUNT=statistic.count if extremes else log_offset or 0,
             RESULT=result,
             UPCAST=device.UPCAST,
             PRECISION=precision(x.dtype),

@@ -54,6 +54,30 @@ def streaming_kernel(
     tl.store(mask_ptr + tl.program_id(0), tl.sum(tl.where(valid, mask, 0.0)))
 
 
+@triton.jit(do_not_specialize=["num_groups"])
+def summary_kernel(
+    grads_ptr,
+    out_ptr,
+    coordinates,
+    num_groups,
+    init: tl.constexpr,
+    update: tl.constexpr,
+    COUNT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """grads (E, coordinates) -> the state (words, coordinates)."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    valid = at < coordinates
+    state = init(tl.zeros((BLOCK,), tl.float32), COUNT)
+    for group in range(num_groups):
+        row = grads_ptr + tl.cast(group, tl.int64) * coordinates
+        c = tl.load(row + at, mask=valid, other=0.0).to(tl.float32)
+        state = update(state, c, group + 1, COUNT)
+    for word in tl.static_range(len(state)):
+        row = out_ptr + tl.cast(coordinates, tl.int64) * word
+        tl.store(row + at, state[word], mask=valid)
+
+
 # -- what is ranked --------------------------------------------------------------------------------
 
 
@@ -337,11 +361,7 @@ def stacked(grads: torch.Tensor, statistic: Statistic) -> tuple[torch.Tensor, to
     """The op `stacked` of `htv.ops.schema`: grads (E, P) contiguous -> value (P,) fp32, mask_sum ()
     fp64.
     """
-    require("stacked", "grads", grads)
-    if grads.dim() != 2 or not grads.is_contiguous() or len(grads) == 0:
-        raise ValueError(
-            f"stacked (Triton): grads must be (E, P), contiguous, E >= 1, got {tuple(grads.shape)}"
-        )
+    _require_rows(grads)
     groups, coordinates = grads.shape
     value = grads.new_empty(coordinates, dtype=torch.float32)
     if statistic.name in ORDER:
@@ -364,3 +384,34 @@ def stacked(grads: torch.Tensor, statistic: Statistic) -> tuple[torch.Tensor, to
                 num_warps=4,
             )
     return value, mask.sum(dtype=torch.float64)
+
+
+def stacked_summary(
+    grads: torch.Tensor, name: str, log_offset: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The op `stacked_summary` of `htv.ops.schema`, for the streaming statistic of this name."""
+    _require_rows(grads)
+    (groups, coordinates), found = grads.shape, streaming.summary(name)
+    states = grads.new_empty((found.words, 1, coordinates), dtype=torch.float32)
+    if coordinates:
+        with guard(grads):
+            summary_kernel[(triton.cdiv(coordinates, STREAMING_BLOCK),)](
+                grads,
+                states,
+                coordinates,
+                groups,
+                found.init,
+                found.update,
+                log_offset if found is streaming.LOGS else 0,
+                STREAMING_BLOCK,
+                num_warps=4,
+            )
+    return streaming.summary_fields(name, states, groups)
+
+
+def _require_rows(grads: torch.Tensor) -> None:
+    require("stacked", "grads", grads)
+    if grads.dim() != 2 or not grads.is_contiguous() or len(grads) == 0:
+        raise ValueError(
+            f"stacked (Triton): grads must be (E, P), contiguous, E >= 1, got {tuple(grads.shape)}"
+        )

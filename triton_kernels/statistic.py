@@ -10,8 +10,8 @@ constexpr.
     finalize(state, groups, count, votes, k, COUNT) -> (value, mask)
         value: E * stat; mask: in [0, 1]
 
-COUNT is the number of values kept per side by trimmed and winsorized mean, known at compile time; 0
-for the others.
+COUNT is known at compile time: the number of values kept per side by trimmed and winsorized mean,
+what `update_logs` adds to magnitudes; 0 for the others.
 
 Votes, the sum of the contributions' signs, are fp32: exact for 2**24 groups. A NaN contribution
 votes NaN, which no later vote takes back, so NaN costs neither a register nor an instruction, and
@@ -20,8 +20,10 @@ by shifts and masks, three instructions more per value and group; the tiles of `
 registers.)
 """
 
+import math
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 
@@ -122,6 +124,11 @@ def init_three(zeros, COUNT: tl.constexpr):
 @triton.jit
 def update_geometric_mean(state, c, nth, COUNT: tl.constexpr):
     return state[0] + c, state[1] + sign(c), state[2] + tl.log2(tl.abs(c) + LOG_OFFSET)
+
+
+@triton.jit
+def update_logs(state, c, nth, COUNT: tl.constexpr):
+    return state[0] + c, state[1] + sign(c), state[2] + tl.log2(tl.abs(c) + COUNT)
 
 
 @triton.jit
@@ -233,6 +240,7 @@ STREAMING = {
     "sign_sum": Streaming(init_one, update_votes, finalize_mean, merge_sums, 1),
     "sign_agreement": Streaming(init_one, update_votes, finalize_sign_agreement, merge_sums, 1),
 }
+LOGS = Streaming(init_three, update_logs, finalize_geometric_mean, merge_sums, 3)
 # The numbers of htv/ops/statistics.py, which are compared with these at the first call of a kernel.
 NUMBERS = {
     "mean": 0,
@@ -261,6 +269,32 @@ def extremes(name: str, count: int) -> Streaming | None:
         (finalize_trimmed_mean, 1) if name == "trimmed_mean" else (finalize_winsorized_mean, 3)
     )
     return Streaming(init_extremes, update_extremes, finalize, None, 2 * count + words)
+
+
+def summary(name: str) -> Streaming:
+    """What is kept for a statistic's summary: sum and votes; then squares, or binary logarithms."""
+    return {"sand_mask": STREAMING["sand_mask"], "geometric_mean": LOGS}.get(
+        name, STREAMING["and_mask"]
+    )
+
+
+def summary_fields(
+    name: str, states: torch.Tensor, groups: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """States (words, splits, *shape) of `groups` groups -> total, votes, spread and logs, (*shape)
+    or (0,) each.
+    """
+    total, votes, *more = (word.sum(dim=0) for word in states)
+    spread = logs = total.new_empty(0)
+    if name == "geometric_mean":
+        logs = more[0] * math.log(2)
+    if name == "sand_mask":  # as `merge_sand_mask`, of all at once
+        splits = states.shape[1]
+        sizes = [groups // splits + (split < groups % splits) for split in range(splits)]
+        spread = more[0]
+        for of_split, size in zip(states[0] if splits > 1 else (), sizes, strict=False):
+            spread += (of_split / size - total / groups).square() * size
+    return total, votes, spread, logs
 
 
 def numbers(statistic) -> tuple[int, float, float]:

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../op_checks.h"
+#include "asked.h"
 #include "channels_last_kernel.h"
 #include "depthwise_kernel.h"
 #include "parallel.h"
@@ -270,11 +271,12 @@ std::vector<Strip> strips_of(const Images& images, const Images& grads, const Ge
 
 // Output channels of all groups side by side. Returns the sum of the mask.
 double depthwise(const Images& images, const Images& grads, const Geometry& geometry,
-                 int64_t conv_groups, const int64_t* offsets, Statistic statistic,
-                 const Parameters& parameters, Tensor& value) {
+                 int64_t conv_groups, const int64_t* offsets, const Asked& asked,
+                 const Parameters& parameters, const Fields& values) {
   check_countable(images.dtype, parameters.groups);
   const Sizes at = padded_places(images.space, geometry.padding);
   const std::vector<Strip> strips = strips_of(images, grads, geometry, at);
+  const Statistic statistic = asked.statistic;
   std::optional<Ranking> ranking;
   if (is_order(statistic)) ranking = ranking_of(statistic, parameters);
   DepthwiseTask task{};
@@ -291,9 +293,10 @@ double depthwise(const Images& images, const Images& grads, const Geometry& geom
   task.tap_count = geometry.taps.size();
   task.offsets = offsets;
   task.statistic = statistic;
+  task.summary = asked.summary;
   task.parameters = parameters;
   task.ranking = ranking ? &*ranking : nullptr;
-  task.value = value.mutable_data_ptr();
+  task.values = values;
   const int64_t most = ranking ? kRankedBytes / (64 * parameters.groups * kMostTaps) : kMostRuns;
   task.chunk = std::min(task.runs(), std::clamp<int64_t>(most, 1, kMostRuns));
   // Smaller ones where threads would else have none; a sum of masks that are no integers must not
@@ -314,12 +317,9 @@ double depthwise(const Images& images, const Images& grads, const Geometry& geom
   return mask_sum;
 }
 
-}  // namespace
-
-std::tuple<Tensor, Tensor> conv(Tensor x, Tensor grad_output, Tensor offsets, Sizes kernel,
-                                Sizes stride, Sizes padding, Sizes dilation, int64_t conv_groups,
-                                int64_t code, int64_t count, double votes, double k) {
-  const std::string op = "htv::conv";
+Answer answer(const std::string& op, const Tensor& x, const Tensor& grad_output,
+              const Tensor& offsets, const Sizes& kernel, Sizes stride, const Sizes& padding,
+              Sizes dilation, int64_t conv_groups, const Asked& asked) {
   const size_t dims = kernel.size();
   STD_TORCH_CHECK(
       dims >= 1 && stride.size() == dims && padding.size() == dims && dilation.size() == dims, op,
@@ -328,8 +328,6 @@ std::tuple<Tensor, Tensor> conv(Tensor x, Tensor grad_output, Tensor offsets, Si
                   ": x and grad_output must be (samples, channels, *space) with ", dims,
                   " spatial dims");
   STD_TORCH_CHECK(grad_output.is_cpu(), op, ": grad_output must be on the CPU, as x is");
-  const Statistic statistic = statistic_of(op, code);
-  check_factored(op, statistic);
   const Images images(op, "x", x), grads(op, "grad_output", grad_output);
   STD_TORCH_CHECK(images.dtype == grads.dtype, op, ": x and grad_output must have one dtype");
   STD_TORCH_CHECK(images.samples == grads.samples, op, ": x has ", images.samples,
@@ -360,17 +358,17 @@ std::tuple<Tensor, Tensor> conv(Tensor x, Tensor grad_output, Tensor offsets, Si
                   int64_t(64));
   longest_group(op, offsets, images.samples);
   const int64_t* const bounds = static_cast<const int64_t*>(offsets.const_data_ptr());
-  const Parameters parameters = parameters_for(op, statistic, offsets.size(0) - 1, count, votes, k);
+  const Parameters parameters = asked.of(op, offsets.size(0) - 1);
 
   const int64_t taps = product(checked, kernel);
   const int64_t width = images.channels / conv_groups, height = grads.channels / conv_groups;
   checked.product(checked.sum(grads.channels, 1), columns_at_most, taps, int64_t(64));
   Sizes shape{grads.channels, width};
   shape.insert(shape.end(), kernel.begin(), kernel.end());
-  Tensor value = torch::stable::new_empty(x, shape, compute_type(images.dtype));
+  Answer found(asked, x, shape, images.dtype);
   const Dtype compute = compute_dtype(images.dtype);
   const int64_t element = bytes_of(compute);
-  if (value.numel() == 0) return {value, sum_in_order(x, {})};
+  if (found.empty()) return found;
 
   // Strides of the padded images, in positions; where each window starts and each tap lies.
   Sizes steps(dims, 1);
@@ -391,9 +389,9 @@ std::tuple<Tensor, Tensor> conv(Tensor x, Tensor grad_output, Tensor offsets, Si
       kernel, stride, padding, dilation, places(grads.space, stride), places(kernel, dilation),
       area};
   if (conv_groups > 1 && width * height <= kFewWeights) {
-    const double sum =
-        depthwise(images, grads, geometry, conv_groups, bounds, statistic, parameters, value);
-    return {value, sum_in_order(x, {sum})};
+    found.mask_sum =
+        depthwise(images, grads, geometry, conv_groups, bounds, asked, parameters, found.fields());
+    return found;
   }
 
   // All groups of the convolution at once, or each by itself and some of its channels at a time.
@@ -413,7 +411,7 @@ std::tuple<Tensor, Tensor> conv(Tensor x, Tensor grad_output, Tensor offsets, Si
       columns_of(columns, block, geometry.taps, stride_of(parts * columns, line, true), line);
   const bool in_place = copied(images, padding) && spaced.count() <= kMostHoles * columns * taps;
   const int64_t step = in_place ? line : 1;
-  TileProblem problem = tile_problem(statistic, parameters, compute);
+  TileProblem problem = tile_problem(asked.statistic, asked.summary, parameters, compute);
   problem.parts = parts;
   const TileBlocks blocks(problem, bounds, grads.positions, in_place);
   const int64_t widest_in = taps * block <= kMostTileIn ? taps * block : 256;
@@ -422,7 +420,7 @@ std::tuple<Tensor, Tensor> conv(Tensor x, Tensor grad_output, Tensor offsets, Si
   buffers.value_part = height * width * taps;
   buffers.tap_channels = block;
   const Sizes no_padding(dims, 0);
-  double mask_sum = 0;
+  const Fields whole = found.fields();
   for (int64_t group = 0; group < conv_groups; group += parts)
     for (int64_t top = 0; top < height; top += outputs) {
       problem.out = std::min(outputs, height - top);
@@ -457,16 +455,43 @@ std::tuple<Tensor, Tensor> conv(Tensor x, Tensor grad_output, Tensor offsets, Si
                      .part = width,
                      .runs = runs.data(),
                      .runs_end = runs.data() + runs.size()};
-        buffers.value = static_cast<char*>(value.mutable_data_ptr()) +
-                        (first_out * width + left) * taps * element;
+        for (size_t f = 0; f < found.tensors.size(); ++f)
+          buffers.values.at[f] =
+              static_cast<char*>(whole.at[f]) + (first_out * width + left) * taps * element;
         buffers.place = taps == 1 ? nullptr : seen_columns.place.data();
         buffers.taps = problem.in == channels * taps ? taps : 0;
-        mask_sum += run_tiles(problem, blocks.plan, buffers, widest_in);
+        found.mask_sum += run_tiles(problem, blocks.plan, buffers, widest_in);
       }
     }
-  return {value, sum_in_order(x, {mask_sum})};
+  return found;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> conv(Tensor x, Tensor grad_output, Tensor offsets, Sizes kernel,
+                                Sizes stride, Sizes padding, Sizes dilation, int64_t conv_groups,
+                                int64_t code, int64_t count, double votes, double k) {
+  const std::string op = "htv::conv";
+  const Asked asked = Asked::value(op, code, count, votes, k);
+  check_factored(op, asked.statistic);
+  return answer(op, x, grad_output, offsets, kernel, stride, padding, dilation, conv_groups, asked)
+      .value();
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> conv_summary(Tensor x, Tensor grad_output,
+                                                        Tensor offsets, Sizes kernel, Sizes stride,
+                                                        Sizes padding, Sizes dilation,
+                                                        int64_t conv_groups, int64_t code,
+                                                        double log_offset) {
+  const std::string op = "htv::conv_summary";
+  const Asked asked = Asked::of_summary(op, code, log_offset);
+  return answer(op, x, grad_output, offsets, kernel, stride, padding, dilation, conv_groups, asked)
+      .summary(asked);
 }
 
 }  // namespace htv::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(htv, CPU, m) { m.impl("conv", TORCH_BOX(&htv::cpu::conv)); }
+STABLE_TORCH_LIBRARY_IMPL(htv, CPU, m) {
+  m.impl("conv", TORCH_BOX(&htv::cpu::conv));
+  m.impl("conv_summary", TORCH_BOX(&htv::cpu::conv_summary));
+}

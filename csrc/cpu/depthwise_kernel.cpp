@@ -49,6 +49,8 @@ class Depthwise {
   double run() {
     if (task_.ranking) {
       rank();
+    } else if (task_.summary) {
+      with_summary<V>(task_.statistic, [&](auto state) { stream(state); });
     } else {
       with_tally<V>(task_.statistic, [&](auto state) { stream(state); });
     }
@@ -61,12 +63,16 @@ class Depthwise {
     State* const states = reinterpret_cast<State*>(kept_);
     for (int64_t i = 0; i < count_; ++i) states[i] = State{};
     each_group([&](int64_t e) {
-      for (int64_t i = 0; i < count_; ++i) states[i].update(products_[i], e + 1);
+      for (int64_t i = 0; i < count_; ++i) absorb(states[i], products_[i], e + 1, task_.parameters);
     });
     for (int64_t i = 0; i < count_; ++i) {
-      const Outcome<V> outcome = states[i].finalize(task_.statistic, task_.parameters);
-      write(i, outcome.value);
-      if (has_mask(task_.statistic)) mask_sum_.add(outcome.mask, lanes_);
+      if constexpr (is_summary<State>) {
+        for (int f = 0; f < State::fields; ++f) write(i, states[i].field(f), f);
+      } else {
+        const Outcome<V> outcome = states[i].finalize(task_.statistic, task_.parameters);
+        write(i, outcome.value);
+        if (has_mask(task_.statistic)) mask_sum_.add(outcome.mask, lanes_);
+      }
     }
   }
 
@@ -79,8 +85,9 @@ class Depthwise {
     for (int64_t i = 0; i < count_; ++i) write(i, products_[i] * R(groups));
   }
 
-  void write(int64_t column, V value) const {
-    R* const to = static_cast<R*>(task_.value) + channel_ * task_.columns() + first_ + column;
+  void write(int64_t column, V value, int field = 0) const {
+    R* const to =
+        static_cast<R*>(task_.values.at[field]) + channel_ * task_.columns() + first_ + column;
     for (int64_t lane = 0; lane < lanes_; ++lane) to[lane * task_.columns()] = value[lane];
   }
 

@@ -6,6 +6,7 @@
 #include "../statistic.h"
 #include "isa.h"
 #include "select_cost.h"
+#include "summary.h"
 
 namespace htv {
 
@@ -42,10 +43,11 @@ struct DepthwiseTask {
   int64_t tap_count;
   const int64_t* offsets;  // group e owns samples offsets[e] <= s < offsets[e + 1]
   Statistic statistic;
+  bool summary;  // in the place of the statistic
   Parameters parameters;
   const Ranking* ranking;  // of order statistics
   int64_t chunk;           // runs
-  void* value;             // (output channel, column)
+  Fields values;           // (output channel, column) each
   double* mask_sums;       // one per unit
 
   int64_t columns() const { return width * tap_count; }

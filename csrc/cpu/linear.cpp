@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "../op_checks.h"
+#include "asked.h"
 #include "parallel.h"
 #include "rank_one_kernel.h"
 #include "tile.h"
@@ -54,7 +55,7 @@ bool may_pair(const Tensor& x, const Tensor& grad_output) {
 // Groups of any number of rows: their products tile by tile; signs: see TileProblem. Returns the
 // sum of the mask.
 double by_tiles(const Tensor& x, const Tensor& grad_output, const int64_t* offsets, Dtype dtype,
-                Statistic statistic, const Parameters& parameters, Tensor& value,
+                const Asked& asked, const Parameters& parameters, const Fields& values,
                 const FactorSigns* signs = nullptr) {
   const int64_t rows = x.size(0), in = x.size(1), out = grad_output.size(1), start = 0;
   const int64_t element = bytes_of(dtype);
@@ -63,7 +64,7 @@ double by_tiles(const Tensor& x, const Tensor& grad_output, const int64_t* offse
   };
   const void *const of_x = x.const_data_ptr(), *const of_grad = grad_output.const_data_ptr();
   const Run whole{0, 0, in};
-  TileProblem problem = tile_problem(statistic, parameters, dtype);
+  TileProblem problem = tile_problem(asked.statistic, asked.summary, parameters, dtype);
   problem.signs = signs;
   problem.out = out;
   problem.in = in;
@@ -82,18 +83,25 @@ double by_tiles(const Tensor& x, const Tensor& grad_output, const int64_t* offse
                                    : std::all_of(offsets, offsets + parameters.groups + 1, is_even);
   blocks.plan.paired = dtype == Dtype::bfloat16 && even && may_pair(x, grad_output);
   TileBuffers buffers{};
-  buffers.value = value.mutable_data_ptr();
+  buffers.values = values;
   buffers.value_stride = in;
   return run_tiles(problem, blocks.plan, buffers);
 }
 
 // Order statistics of groups of at most one row.
 void rank_rows(const Tensor& x, const Tensor& grad_output, Dtype dtype, const Ranking& ranking,
-               Tensor& value) {
+               void* value) {
   const Signs signs_x(x, dtype), signs_g(grad_output, dtype);
-  const RankOneTask task{x.const_data_ptr(), grad_output.const_data_ptr(), dtype,    x.size(0),
-                         x.size(1),          grad_output.size(1),          &ranking, signs_x.planes,
-                         signs_g.planes,     value.mutable_data_ptr()};
+  const RankOneTask task{x.const_data_ptr(),
+                         grad_output.const_data_ptr(),
+                         dtype,
+                         x.size(0),
+                         x.size(1),
+                         grad_output.size(1),
+                         &ranking,
+                         signs_x.planes,
+                         signs_g.planes,
+                         value};
   const auto kernel = HTV_PER_ISA(rank_one_kernel);
   const int64_t work =
       kRankOneOut * rank_one_width(dtype) / 16 * ranking.ranked * select_work(ranking);
@@ -102,16 +110,12 @@ void rank_rows(const Tensor& x, const Tensor& grad_output, Dtype dtype, const Ra
       [&](int64_t first, int64_t last, void* scratch) { kernel(task, first, last, scratch); });
 }
 
-}  // namespace
-
-std::tuple<Tensor, Tensor> linear(Tensor x, Tensor grad_output, Tensor offsets, int64_t code,
-                                  int64_t count, double votes, double k) {
-  const std::string op = "htv::linear";
+Answer answer(const std::string& op, const Tensor& x, const Tensor& grad_output,
+              const Tensor& offsets, const Asked& asked) {
   check_matrix(op, "x", x);
   check_matrix(op, "grad_output", grad_output);
   STD_TORCH_CHECK(grad_output.is_cpu(), op, ": grad_output must be on the CPU, as x is");
-  const Statistic statistic = statistic_of(op, code);
-  check_factored(op, statistic);
+  const Statistic statistic = asked.statistic;
   const Dtype dtype = dtype_of(op, "x", x);
   STD_TORCH_CHECK(dtype_of(op, "grad_output", grad_output) == dtype, op,
                   ": x and grad_output must have one dtype");
@@ -119,26 +123,48 @@ std::tuple<Tensor, Tensor> linear(Tensor x, Tensor grad_output, Tensor offsets, 
   STD_TORCH_CHECK(grad_output.size(0) == rows, op, ": x has ", rows, " rows, grad_output ",
                   grad_output.size(0));
   const int64_t longest = longest_group(op, offsets, rows), groups = offsets.size(0) - 1;
-  const Parameters parameters = parameters_for(op, statistic, groups, count, votes, k);
+  const Parameters parameters = asked.of(op, groups);
 
-  Tensor value = torch::stable::new_empty(x, {out, in}, compute_type(dtype));
+  Answer found(asked, x, {out, in}, dtype);
+  if (found.empty()) return found;
   const bool counted = statistic == Statistic::and_mask || statistic == Statistic::xor_mask ||
                        statistic == Statistic::sign_sum;
-  if (value.numel() == 0) return {value, sum_in_order(x, {})};
-  double mask_sum = 0;
+  const bool by_signs = asked.summary ? fields_of(statistic, true) == 2 : counted;
   const int64_t* const bounds = static_cast<const int64_t*>(offsets.const_data_ptr());
-  if (longest <= 1 && counted) {
+  if (longest <= 1 && by_signs) {
     const Signs of_x(x, dtype), of_grad(grad_output, dtype);
     const FactorSigns signs{of_x.planes, of_grad.planes, rows};
-    mask_sum = by_tiles(x, grad_output, bounds, dtype, statistic, parameters, value, &signs);
+    found.mask_sum =
+        by_tiles(x, grad_output, bounds, dtype, asked, parameters, found.fields(), &signs);
   } else if (longest <= 1 && is_order(statistic)) {
-    rank_rows(x, grad_output, dtype, ranking_of(statistic, parameters), value);
+    rank_rows(x, grad_output, dtype, ranking_of(statistic, parameters), found.fields().at[0]);
   } else {
-    mask_sum = by_tiles(x, grad_output, bounds, dtype, statistic, parameters, value);
+    found.mask_sum = by_tiles(x, grad_output, bounds, dtype, asked, parameters, found.fields());
   }
-  return {value, sum_in_order(x, {mask_sum})};
+  return found;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> linear(Tensor x, Tensor grad_output, Tensor offsets, int64_t code,
+                                  int64_t count, double votes, double k) {
+  const std::string op = "htv::linear";
+  const Asked asked = Asked::value(op, code, count, votes, k);
+  check_factored(op, asked.statistic);
+  return answer(op, x, grad_output, offsets, asked).value();
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> linear_summary(Tensor x, Tensor grad_output,
+                                                          Tensor offsets, int64_t code,
+                                                          double log_offset) {
+  const std::string op = "htv::linear_summary";
+  const Asked asked = Asked::of_summary(op, code, log_offset);
+  return answer(op, x, grad_output, offsets, asked).summary(asked);
 }
 
 }  // namespace htv::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(htv, CPU, m) { m.impl("linear", TORCH_BOX(&htv::cpu::linear)); }
+STABLE_TORCH_LIBRARY_IMPL(htv, CPU, m) {
+  m.impl("linear", TORCH_BOX(&htv::cpu::linear));
+  m.impl("linear_summary", TORCH_BOX(&htv::cpu::linear_summary));
+}

@@ -7,21 +7,22 @@
 #include <vector>
 
 #include "../op_checks.h"
+#include "asked.h"
 #include "parallel.h"
 
 namespace htv::cpu {
+namespace {
 
-std::tuple<Tensor, Tensor> stacked(Tensor grads, int64_t code, int64_t count, double votes,
-                                   double k) {
-  const std::string op = "htv::stacked";
+Answer answer(const std::string& op, const Tensor& grads, const Asked& asked) {
   check_matrix(op, "grads", grads);
-  const Statistic statistic = statistic_of(op, code);
+  const Statistic statistic = asked.statistic;
   const Dtype dtype = dtype_of(op, "grads", grads);
   const int64_t coordinates = grads.size(1),
                 chunks = (coordinates + kStackedChunk - 1) / kStackedChunk;
-  const Parameters parameters = parameters_for(op, statistic, grads.size(0), count, votes, k);
+  const Parameters parameters = asked.of(op, grads.size(0));
+  if (asked.summary) check_countable(dtype, parameters.groups);
 
-  Tensor value = torch::stable::new_empty(grads, {coordinates}, compute_type(dtype));
+  Answer found(asked, grads, {coordinates}, dtype);
   std::vector<double> mask_sums(chunks);
   std::optional<Ranking> ranking;
   if (is_order(statistic)) ranking = ranking_of(statistic, parameters);
@@ -29,8 +30,9 @@ std::tuple<Tensor, Tensor> stacked(Tensor grads, int64_t code, int64_t count, do
                          dtype,
                          coordinates,
                          statistic,
+                         asked.summary,
                          parameters,
-                         value.mutable_data_ptr(),
+                         found.fields(),
                          mask_sums.data(),
                          ranking ? &*ranking : nullptr};
   const int64_t scratch_bytes = ranking ? stacked_scratch_bytes(*ranking) : 0;
@@ -39,9 +41,28 @@ std::tuple<Tensor, Tensor> stacked(Tensor grads, int64_t code, int64_t count, do
   parallel_chunks(
       chunks, work * kStackedChunk, scratch_bytes,
       [&](int64_t first, int64_t last, void* scratch) { kernel(task, first, last, scratch); });
-  return {value, sum_in_order(grads, mask_sums)};
+  for (const double sum : mask_sums) found.mask_sum += sum;
+  return found;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> stacked(Tensor grads, int64_t code, int64_t count, double votes,
+                                   double k) {
+  const std::string op = "htv::stacked";
+  return answer(op, grads, Asked::value(op, code, count, votes, k)).value();
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> stacked_summary(Tensor grads, int64_t code,
+                                                           double log_offset) {
+  const std::string op = "htv::stacked_summary";
+  const Asked asked = Asked::of_summary(op, code, log_offset);
+  return answer(op, grads, asked).summary(asked);
 }
 
 }  // namespace htv::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(htv, CPU, m) { m.impl("stacked", TORCH_BOX(&htv::cpu::stacked)); }
+STABLE_TORCH_LIBRARY_IMPL(htv, CPU, m) {
+  m.impl("stacked", TORCH_BOX(&htv::cpu::stacked));
+  m.impl("stacked_summary", TORCH_BOX(&htv::cpu::stacked_summary));
+}

@@ -3,6 +3,7 @@
 
 #include "select.h"
 #include "sort_registers.h"
+#include "tally.h"
 
 namespace htv::HTV_ISA {
 namespace {
@@ -29,19 +30,20 @@ double sum_in_double(const T* values, int64_t n) {
 constexpr int64_t kBatchRows = 16;
 
 template <class State, class V, class T>
-void merge_rows(State* states, const T* grads, int64_t stride, int64_t width, int64_t before,
-                int64_t rows) {
+void merge_rows(const Parameters& parameters, State* states, const T* grads, int64_t stride,
+                int64_t width, int64_t before, int64_t rows) {
   constexpr int lanes = kLanes<V>;
   const int64_t full = width / lanes, rest = width % lanes;
   for (int64_t j = 0; j < full; ++j) {
     State batch{};
-    for (int64_t r = 0; r < rows; ++r) batch.update(load<V>(grads + r * stride + j * lanes), r + 1);
+    for (int64_t r = 0; r < rows; ++r)
+      absorb(batch, load<V>(grads + r * stride + j * lanes), r + 1, parameters);
     states[j].merge(batch, before, rows);
   }
   if (rest > 0) {
     State batch{};
     for (int64_t r = 0; r < rows; ++r)
-      batch.update(load<V>(grads + r * stride + full * lanes, rest), r + 1);
+      absorb(batch, load<V>(grads + r * stride + full * lanes, rest), r + 1, parameters);
     states[full].merge(batch, before, rows);
   }
 }
@@ -54,20 +56,26 @@ void streaming_chunk(const StackedTask& task, int64_t chunk) {
                 groups = task.parameters.groups;
   const int64_t width = least(kStackedChunk, stride - begin);
   const T* const grads = static_cast<const T*>(task.grads) + begin;
-  R* const value = static_cast<R*>(task.value) + begin;
+  const auto field = [&](int f) { return static_cast<R*>(task.values.at[f]) + begin; };
 
   State states[kStackedChunk / lanes] = {};
   for (int64_t e = 0; e < groups; e += kBatchRows)
-    merge_rows<State, V>(states, grads + e * stride, stride, width, e,
+    merge_rows<State, V>(task.parameters, states, grads + e * stride, stride, width, e,
                          least(kBatchRows, groups - e));
 
-  alignas(kRegisterBytes) R mask[kStackedChunk];
-  for (int64_t j = 0; j * lanes < width; ++j) {
-    const Outcome<V> outcome = states[j].finalize(task.parameters);
-    store<V>(value + j * lanes, outcome.value, width - j * lanes);
-    if constexpr (State::masks) store<V>(mask + j * lanes, outcome.mask, lanes);
+  if constexpr (is_summary<State>) {
+    for (int64_t j = 0; j * lanes < width; ++j)
+      for (int f = 0; f < State::fields; ++f)
+        store<V>(field(f) + j * lanes, states[j].field(f), width - j * lanes);
+  } else {
+    alignas(kRegisterBytes) R mask[kStackedChunk];
+    for (int64_t j = 0; j * lanes < width; ++j) {
+      const Outcome<V> outcome = states[j].finalize(task.parameters);
+      store<V>(field(0) + j * lanes, outcome.value, width - j * lanes);
+      if constexpr (State::masks) store<V>(mask + j * lanes, outcome.mask, lanes);
+    }
+    task.mask_sums[chunk] = State::masks ? sum_in_double(mask, width) : 0;
   }
-  task.mask_sums[chunk] = State::masks ? sum_in_double(mask, width) : 0;
 }
 
 // ---- order: the values of as many coordinates as fit L2 are gathered row by row, then ranked ----
@@ -138,7 +146,7 @@ void order_chunk(const StackedTask& task, int64_t chunk, void* scratch) {
   const int64_t begin = chunk * kStackedChunk, end = least(begin + kStackedChunk, task.coordinates);
   const int64_t ranked = ranking.ranked, values_bytes = stacked_values_bytes(ranked);
   const bool buckets = ranked != task.parameters.groups;
-  Real<V>* const value = static_cast<Real<V>*>(task.value);
+  Real<V>* const value = static_cast<Real<V>*>(task.values.at[0]);
   task.mask_sums[chunk] = 0;
 
   int64_t direct = 0;  // whole registers
@@ -168,10 +176,9 @@ void order_chunk(const StackedTask& task, int64_t chunk, void* scratch) {
 template <class T>
 void chunk_of(const StackedTask& task, int64_t chunk, void* scratch) {
   using V = Register<Compute<T>>;
-  const bool streaming = with_streaming<V>(
-      task.statistic, [&](auto state) { streaming_chunk<decltype(state), V, T>(task, chunk); });
-  if (streaming) return;
-  order_chunk<V, T>(task, chunk, scratch);
+  const auto stream = [&](auto state) { streaming_chunk<decltype(state), V, T>(task, chunk); };
+  if (task.summary) return with_summary<V>(task.statistic, stream);
+  if (!with_streaming<V>(task.statistic, stream)) order_chunk<V, T>(task, chunk, scratch);
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 #include "../statistic.h"
 #include "isa.h"
 #include "select_cost.h"
+#include "summary.h"
 
 namespace htv {
 
@@ -17,8 +18,9 @@ struct StackedTask {
   Dtype dtype;
   int64_t coordinates;
   Statistic statistic;
+  bool summary;  // in the place of the statistic
   Parameters parameters;
-  void* value;             // (coordinates)
+  Fields values;           // (coordinates) each
   double* mask_sums;       // one per chunk
   const Ranking* ranking;  // order statistics only
 };

@@ -55,10 +55,12 @@ double run_blocks(const TileProblem& problem, TilePlan plan, TileBuffers buffers
 
 }  // namespace
 
-TileProblem tile_problem(Statistic statistic, const Parameters& parameters, Dtype dtype) {
+TileProblem tile_problem(Statistic statistic, bool summary, const Parameters& parameters,
+                         Dtype dtype) {
   check_countable(dtype, parameters.groups);
   TileProblem problem{};
   problem.statistic = statistic;
+  problem.summary = summary;
   problem.parameters = parameters;
   if (is_order(statistic)) problem.ranking = ranking_of(statistic, parameters);
   problem.dtype = dtype;
@@ -145,6 +147,7 @@ double run_tiles(const TileProblem& problem, TilePlan plan, TileBuffers buffers,
   // As many blocks at a time as fit. Votes come last.
   TileProblem sums = problem;
   sums.statistic = Statistic::mean;
+  sums.summary = false;
   sums.signs = nullptr;
   for (const RowBlock* const end = plan.blocks_end;; plan.continues = true) {
     plan.blocks_end = plan.blocks + 1;

@@ -12,7 +12,8 @@ constexpr int64_t kRankedBytes = 768 << 10;  // what the values that are to be r
 
 // A problem whose sizes and operands are still to be set: one part. Throws where `dtype` cannot
 // count the votes of so many groups.
-TileProblem tile_problem(Statistic statistic, const Parameters& parameters, Dtype dtype);
+TileProblem tile_problem(Statistic statistic, bool summary, const Parameters& parameters,
+                         Dtype dtype);
 
 // The blocks that rows are cut into, and the plan that points to them: it follows from the groups,
 // the statistic and the dtype, but for `paired`, which is left false.

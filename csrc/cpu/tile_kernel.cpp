@@ -108,7 +108,7 @@ class Tile {
   R* const packed_g_;  // [panel][row][kRows]
   const int64_t joined_width_;
   R* const joined_;  // some rows of x whose runs are no whole registers
-  R* const staged_;  // [row][column], values whose places are not side by side
+  R* const staged_;  // [field][row][column], values whose places are not side by side
   // Of each cell, between blocks: states, and products of unfinished groups; or, in kept_ alone,
   // the values to rank: [kCell / kRanked][group][kRanked].
   V* const kept_;
@@ -145,7 +145,7 @@ class Tile {
         joined_width_(plan.in_place || plan.packed ? 0 : width_ + kLanes<V>),
         joined_(behind_rows(plan)),
         staged_(joined_ + kJoinedRows * joined_width_),
-        kept_(aligned(staged_ + (buffers.place ? plan.tile_out * plan.tile_in : 0))),
+        kept_(aligned(staged_ + (buffers.place ? problem.fields() * area() : 0))),
         unfinished_(kept_ + (plan.one_block() ? 1 : panels_out_ * panels_in_) * kCell *
                                 kept_per_coordinate()),
         select_scratch_(unfinished_),
@@ -192,15 +192,25 @@ class Tile {
     } else if (problem_.sums()) {
       add_up();
     } else {
-      with_tally<V>(problem_.statistic, [&](auto state) { stream<decltype(state)>(); });
+      with_state([&](auto state) { stream<decltype(state)>(); });
     }
-    if (buffers_.place) scatter();
+    if (buffers_.place)
+      for (int field = 0; field < problem_.fields(); ++field) scatter(field);
     buffers_.mask_sums[tile] = mask_sum_.total();
     for (int lane = 0; lane < kLanes<V>; ++lane)
       buffers_.mask_sums[tile] += double(kept_by_votes_[lane]);
   }
 
  private:
+  int64_t area() const { return plan_.tile_out * plan_.tile_in; }  // of a full tile
+
+  // Calls f with a state of what streams.
+  template <class F>
+  void with_state(const F& f) const {
+    if (problem_.summary) return with_summary<V>(problem_.statistic, f);
+    with_tally<V>(problem_.statistic, f);
+  }
+
   // The tile's panels among those of the whole problem.
   V* packed_x(const TileProblem&, const TilePlan& plan) const {
     return static_cast<V*>(plan.packed) + in_ / kWidth * panel_rows_ * kColumns;
@@ -224,7 +234,7 @@ class Tile {
     if (is_order(problem_.statistic)) return problem_.parameters.groups;
     int64_t registers = 0;
     if (problem_.sums()) return 1;
-    with_tally<V>(problem_.statistic, [&](auto state) { registers = sizeof state / sizeof(V); });
+    with_state([&](auto state) { registers = sizeof state / sizeof(V); });
     return registers;
   }
 
@@ -476,7 +486,15 @@ class Tile {
       each([&](int64_t row, int64_t column, V& sum) {
         sum += load<V>(value_row(row) + in_ + column, valid_[column / kLanes<V>]);
       });
-    if (problem_.signs) vote(row, column, dense_x_ && dense_g_[o], sums);
+    if (problem_.signs) {
+      Count<V> net[K][cells * kColumns];
+      count_votes<V>(*problem_.signs, dense_x_ && dense_g_[o], in_ + column, out_ + row, net);
+      if (problem_.summary) {
+        write_votes(row, column, sums, net);
+      } else {
+        vote(row, column, sums, net);
+      }
+    }
     bool whole = row + K <= height_ && !buffers_.place;
     for (int b = 0; b < cells * kColumns; ++b) whole &= valid_[column / kLanes<V> + b] == kLanes<V>;
     if (!whole) return each([&](int64_t row, int64_t column, V sum) { write(row, column, sum); });
@@ -489,17 +507,12 @@ class Tile {
 
   // Turns sums of a rectangle of coordinates into E times the statistic, by votes.
   template <int K, int columns>
-  void vote(int64_t row, int64_t column, bool dense, V (&sums)[K][columns]) {
+  void vote(int64_t row, int64_t column, V (&sums)[K][columns], const Count<V> (&net)[K][columns]) {
     using Int = typename Lane<V>::Int;
     const bool signs_only = problem_.statistic == Statistic::sign_sum;
     const Int count = Int(problem_.parameters.count);
     const Int flip = problem_.statistic == Statistic::xor_mask ? -1 : 0;
-    Count<V> net[K][columns];
-    count_votes<V>(*problem_.signs, dense, in_ + column, out_ + row, net);
-    Mask<V> undefined{};
-    for (int a = 0; a < K; ++a)
-      for (int b = 0; b < columns; ++b) undefined |= sums[a][b] != sums[a][b];
-    const bool may_be_nan = any<V>(undefined);
+    const bool may_be_nan = has_nan(sums);
 #pragma GCC unroll 4
     for (int b = 0; b < columns; ++b) {
       const int64_t at = column + b * kLanes<V>, n = valid_[at / kLanes<V>];
@@ -521,6 +534,33 @@ class Tile {
         kept_by_votes_ -= kept & there;
       }
     }
+  }
+
+  // Writes the votes that come with sums of a rectangle of coordinates.
+  template <int K, int columns>
+  void write_votes(int64_t row, int64_t column, const V (&sums)[K][columns],
+                   const Count<V> (&net)[K][columns]) const {
+    const bool may_be_nan = has_nan(sums);
+#pragma GCC unroll 8
+    for (int a = 0; a < K; ++a)
+#pragma GCC unroll 4
+      for (int b = 0; b < columns; ++b) {
+        const int64_t at = column + b * kLanes<V>;
+        V votes = Lane<V>::real(net[a][b]);
+        if (may_be_nan && row + a < height_) {
+          const Mask<V> nan = nan_contributions(sums[a][b], row + a, at, valid_[at / kLanes<V>]);
+          votes = nan ? splat<V>(R(NAN)) : votes;
+        }
+        write(row + a, at, votes, 1);
+      }
+  }
+
+  template <int K, int columns>
+  static bool has_nan(const V (&sums)[K][columns]) {
+    Mask<V> nan{};
+    for (int a = 0; a < K; ++a)
+      for (int b = 0; b < columns; ++b) nan |= sums[a][b] != sums[a][b];
+    return any<V>(nan);
   }
 
   // Which coordinates had a NaN contribution. A NaN sum may also be inf - inf, which a mask does
@@ -597,7 +637,7 @@ class Tile {
       for (int a = 0; a < K; ++a)
 #pragma GCC unroll 2
         for (int b = 0; b < kColumns; ++b)
-          states[a * kColumns + b].update(p[a][b], piece->group + 1);
+          absorb(states[a * kColumns + b], p[a][b], piece->group + 1, problem_.parameters);
     }
   }
 
@@ -605,36 +645,43 @@ class Tile {
   void finish(const State* states, int64_t o, int64_t i, int top) {
     for (int a = 0; a < K; ++a)
       for (int b = 0; b < kColumns; ++b) {
-        const Outcome<V> outcome =
-            states[a * kColumns + b].finalize(problem_.statistic, problem_.parameters);
+        const State& state = states[a * kColumns + b];
         const int64_t row = o * kRows + top + a, column = i * kWidth + b * kLanes<V>;
-        write(row, column, outcome.value);
-        if (has_mask(problem_.statistic) && row < height_)
-          mask_sum_.add(outcome.mask, valid_[column / kLanes<V>]);
+        if constexpr (is_summary<State>) {
+          for (int f = 0; f < State::fields; ++f) write(row, column, state.field(f), f);
+        } else {
+          const Outcome<V> outcome = state.finalize(problem_.statistic, problem_.parameters);
+          write(row, column, outcome.value);
+          if (has_mask(problem_.statistic) && row < height_)
+            mask_sum_.add(outcome.mask, valid_[column / kLanes<V>]);
+        }
       }
   }
 
   // Stores what is found for a register of coordinates of the tile, as far as there are such.
-  void write(int64_t row, int64_t column, V value) const {
+  void write(int64_t row, int64_t column, V value, int field = 0) const {
     if (row >= height_) return;
-    R* const to = buffers_.place ? staged_ + row * plan_.tile_in : value_row(row) + in_;
+    R* const to = buffers_.place ? staged_row(row, field) : value_row(row, field) + in_;
     store<V>(to + column, value, valid_[column / kLanes<V>]);
   }
 
-  R* value_row(int64_t row) const {
-    return static_cast<R*>(buffers_.value) + part_ * buffers_.value_part +
+  R* value_row(int64_t row, int field = 0) const {
+    return static_cast<R*>(buffers_.values.at[field]) + part_ * buffers_.value_part +
            (out_ + row) * buffers_.value_stride;
+  }
+  R* staged_row(int64_t row, int field) const {
+    return staged_ + field * area() + row * plan_.tile_in;
   }
 
   // Puts the tile's values in their places, a row at a time, so that every line of memory is
   // touched once.
-  void scatter() const {
+  void scatter(int field) const {
     const int64_t* const place = buffers_.place + in_;
     const int64_t whole = buffers_.taps * buffers_.tap_channels;
     const bool tap_by_tap = buffers_.taps > 0 && plan_.tile_in == whole;
     for (int64_t row = 0; row < height_; ++row) {
-      R* const to = value_row(row);
-      const R* const from = staged_ + row * plan_.tile_in;
+      R* const to = value_row(row, field);
+      const R* const from = staged_row(row, field);
       if (tap_by_tap) {
         channel_by_channel(from, to + place[0]);
       } else {

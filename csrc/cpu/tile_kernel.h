@@ -11,6 +11,7 @@
 #include "isa.h"
 #include "select_cost.h"
 #include "sign_planes_kernel.h"
+#include "summary.h"
 
 namespace htv {
 
@@ -30,7 +31,8 @@ struct RowBlock {
   const Piece *pieces, *pieces_end;
 };
 
-// The largest tile but for sums; every tile is a unit of work: one thread sees all its groups, in order.
+// The largest tile but for sums; every tile is a unit of work: one thread sees all its groups, in
+// order.
 constexpr int64_t kMostTileOut = 64, kMostTileIn = 288;
 // Tiles are multiples of these, those of a register tile of any instruction set.
 constexpr int64_t kTileOutStep = 8, kTileInStep = 32;
@@ -73,11 +75,12 @@ inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step 
 // What is asked.
 struct TileProblem {
   Statistic statistic;
+  bool summary;  // of contributions, in the place of the statistic
   Parameters parameters;
-  // Masks and sign sums where no group has more than one row, of which this is null otherwise: the
-  // sign of a contribution is the product of its factors' signs, so votes are counted on sign
-  // planes, and all rows are multiplied as one group. (A product too small for its type still
-  // votes.)
+  // Masks, sign sums and summaries of sum and votes where no group has more than one row, of which
+  // this is null otherwise: the sign of a contribution is the product of its factors' signs, so
+  // votes are counted on sign planes, and all rows are multiplied as one group. (A product too
+  // small for its type still votes.)
   const FactorSigns* signs;
   Ranking ranking;  // of order statistics
   Dtype dtype;
@@ -87,7 +90,8 @@ struct TileProblem {
   TileGrad grad_output;
 
   // Only sums are kept, which do not depend on groups.
-  bool sums() const { return statistic == Statistic::mean || signs != nullptr; }
+  bool sums() const { return (statistic == Statistic::mean && !summary) || signs != nullptr; }
+  int fields() const { return fields_of(statistic, summary); }
 };
 
 // How it is cut and multiplied.
@@ -131,9 +135,9 @@ inline int64_t packed_bytes(const TileProblem& problem, int64_t rows) {
 
 // Where results and scratch lie.
 struct TileBuffers {
-  // In elements: column i of row o of part p is at
+  // In elements: each field of column i of row o of part p is at
   // value + p * value_part + o * value_stride + (place ? place[i] : i).
-  void* value;
+  Fields values;
   int64_t value_stride, value_part;
   const int64_t* place;  // -1 for columns that are no coordinates
   // Columns come tap by tap for so many channels, then for the next; taps 0: in another order.
@@ -159,7 +163,8 @@ inline int64_t tile_scratch_bytes(const TileProblem& problem, const TilePlan& pl
   const int64_t packed_x =
       (plan.block_rows + kPanelGap) * width + kJoinedRows * (width + kTileInStep);
   const int64_t packed_g = (plan.block_rows + kPanelGap) * height;
-  const int64_t elements = (places ? height * width : 0) + kept * per_coordinate;
+  const int64_t staged = places ? problem.fields() * height * width : 0;
+  const int64_t elements = staged + kept * per_coordinate;
   const int64_t packed = plan.packed ? 0 : element * (packed_x + packed_g);
   return element * elements + (plan.in_place ? row_table_bytes(plan.block_rows) : packed) +
          (ranks ? select_scratch_bytes(problem.ranking) + kWidestRegister : 0);

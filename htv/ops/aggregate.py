@@ -138,14 +138,79 @@ def summarise(
     """
     first = parts[0]
     blocks.require_same_groups(parts)
+    if 0 in first.shape:
+        nothing = torch.empty(first.count, *first.shape, dtype=first.dtype, device=first.device)
+        return Summary.of(nothing, statistic.name)
+    views = blocks.views(parts)
+    if views is None:
+        return _summary_of_block(parts, statistic, log_offset)
+    zeros = first.placed(torch.zeros(first.inner.shape, dtype=first.dtype, device=first.device))
+    whole = Summary.of(zeros.flatten()[:1].expand(first.count, 1), statistic.name, log_offset)
+    whole = whole.map(lambda field: torch.empty_like(zeros).copy_(field.expand(zeros.shape)))
+    for block in views:
+        found = _summary_of_block([part.inner for part in block], statistic, log_offset)
+        for field, shown in zip(whole.tensors, found.tensors, strict=True):
+            block[0].shown(field).copy_(shown)
+    return whole
+
+
+def _summary_of_block(parts: list[Factors], statistic: Statistic, log_offset: float) -> Summary:
     if all(isinstance(part, EmbeddingFactors) for part in parts):
         whole = EmbeddingFactors.joined(parts)
         return sparse.summary_of_table(whole, statistic.name, log_offset)
-    if math.prod(first.shape) == 0 or not statistics.of(statistic.name).state:
-        total = sum(part.total().to(first.dtype) for part in parts)
-        votes = by_blocks(parts, Statistic("sign_sum"))[0] if total.numel() else total
-        return Summary(first.count, total, votes)
-    return _summary_by_group(parts, statistic, log_offset)
+    parts = blocks.joined(parts)
+    found = None
+    tied = _tied_pair(parts)
+    if tied is not None:
+        found = _tied_summary(*tied, statistic, log_offset)
+    elif len(parts) == 1:
+        found = _fused_summary(parts[0], statistic, log_offset)
+    if found is not None:
+        return found
+    routes = [dispatch.route(part, statistic.name, part.device, "_summary") for part in parts]
+    if any(route.style == "by group" for route in routes):
+        return _summary_by_group(parts, statistic, log_offset)
+    return sliced.summary(parts, statistic.name, log_offset)
+
+
+_SIGN_SUM = Statistic("sign_sum")
+
+
+def _fused_summary(part: Factors, statistic: Statistic, log_offset: float) -> Summary | None:
+    """The summary of one use by kernels that never form contributions; None where none serve it."""
+    name = statistic.name
+    if isinstance(part, StackedFactors):
+        return functional.summary(part.values, name, log_offset)
+    serve = {LinearFactors: _fused_linear, ConvFactors: _fused_conv}.get(type(part))
+    if serve is None:
+        return None
+    style, op, server = dispatch.route(part, name, part.device, "_summary")
+    if style == "fused" and (op == "conv_summary" or serve is _fused_linear):
+        numbers = schema.code(name), log_offset
+        fields = serve(part, statistic, numbers, backend.operator(op, server))
+        return Summary.of_fields(part.count, name, fields)
+    # Of sum and votes, two passes are still less than slices.
+    if statistics.of(name).state or dispatch.route(part, "sign_sum", part.device).style != "fused":
+        return None
+    votes, _ = _one_use(part, _SIGN_SUM, schema.numbers(_SIGN_SUM))
+    return Summary(part.count, part.total().to(part.dtype), votes)
+
+
+def _tied_summary(
+    linear: LinearFactors, embedding: EmbeddingFactors, statistic: Statistic, log_offset: float
+) -> Summary | None:
+    """The layer's, but for the rows of the table that tokens touch."""
+    whole = _fused_summary(linear, statistic, log_offset)
+    if whole is None:
+        return None
+    touched, _ = sparse.touched_rows(embedding, statistic)
+    for tokens in touched.split(_tied_step(linear)):
+        if len(tokens):
+            rows = [_outputs(linear, tokens), sparse.table_rows(embedding, tokens, statistic)]
+            found = sliced.summary(rows, statistic.name, log_offset)
+            for field, of_rows in zip(whole.tensors, found.tensors, strict=True):
+                field[tokens] = of_rows
+    return whole
 
 
 def _summary_by_group(
@@ -192,15 +257,23 @@ def _one_block(parts: list[Factors], statistic: Statistic) -> tuple[Tensor, Tens
         return _one_use(parts[0], statistic, numbers)
     if statistic.reduce is not None:
         return sliced.sliced(parts, statistic)
-    tied = len(parts) == 2 and {type(part) for part in parts} == {LinearFactors, EmbeddingFactors}
-    if tied:
-        linear, embedding = sorted(parts, key=lambda part: isinstance(part, EmbeddingFactors))
+    tied = _tied_pair(parts)
+    if tied is not None:
+        linear, embedding = tied
         if dispatch.route(linear, statistic.name, linear.device).style == "fused":
             return _tied(linear, embedding, statistic)
     streams = statistics.of(statistic.name).streams
     if streams and any(isinstance(part, GroupwiseFactors) for part in parts):
         return _by_group(parts, statistic)
     return sliced.sliced(parts, statistic)
+
+
+def _tied_pair(parts: list[Factors]) -> tuple[LinearFactors, EmbeddingFactors] | None:
+    """The two uses of an embedding table that is also a linear layer's weight."""
+    if len(parts) != 2 or {type(part) for part in parts} != {LinearFactors, EmbeddingFactors}:
+        return None
+    linear, embedding = sorted(parts, key=lambda part: isinstance(part, EmbeddingFactors))
+    return linear, embedding
 
 
 # -- one use: which way is decided once ------------------------------------------------------------
@@ -336,8 +409,7 @@ def _tied(
     touched, alone = sparse.touched_rows(embedding, statistic)
     value = torch.empty(linear.shape, dtype=linear.dtype, device=linear.device)
     mask_sum = torch.zeros((), dtype=torch.float64, device=linear.device)
-    window = limits.WINDOW_BYTES if linear.device.type == "cpu" else TIED_WINDOW_BYTES
-    step = max(64, window // max(1, len(linear.x) * linear.x.element_size()))
+    step = _tied_step(linear)
     for tokens in alone.split(step):
         if len(tokens):
             value[tokens], rows_mask = _one_block([_outputs(linear, tokens)], statistic)
@@ -348,6 +420,12 @@ def _tied(
             value[tokens], rows_mask = sliced.sliced(rows, statistic)
             mask_sum += rows_mask
     return value, mask_sum
+
+
+def _tied_step(linear: LinearFactors) -> int:
+    """How many rows of a tied table to gather at a time."""
+    window = limits.WINDOW_BYTES if linear.device.type == "cpu" else TIED_WINDOW_BYTES
+    return max(64, window // max(1, len(linear.x) * linear.x.element_size()))
 
 
 def _outputs(linear: LinearFactors, outputs: Tensor) -> LinearFactors:

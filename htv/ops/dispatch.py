@@ -99,18 +99,21 @@ class Route(NamedTuple):
 _STACKED, _SPARSE, _SLICED, _BY_GROUP = map(Route, ("stacked", "sparse", "sliced", "by group"))
 
 
-def route(part: type[Factors] | Factors, name: str, device: torch.device) -> Route:
-    """The route of one use for a statistic of this name. part: as `path` takes it."""
+def route(part: type[Factors] | Factors, name: str, device: torch.device, of: str = "") -> Route:
+    """The route of one use for a statistic of this name. part: as `path` takes it.
+
+    of:  "_summary" for what is known of contributions in the place of their statistic.
+    """
     if isinstance(part, ViewFactors):
-        return route(part.inner, name, device)
+        return route(part.inner, name, device, of)
     kind = part if isinstance(part, type) else type(part)
     if name == OPEN:
         return _SPARSE if issubclass(kind, EmbeddingFactors) else _SLICED
     if issubclass(kind, ConvFactors):
-        return _conv_route(part, name, device)
+        return _conv_route(part, name, device, of)
     if issubclass(kind, LinearFactors):
-        by = server("linear", part, name, device)
-        return _SLICED if by == "reference" else Route("fused", "linear", by)
+        by = server(f"linear{of}", part, name, device)
+        return _SLICED if by == "reference" else Route("fused", f"linear{of}", by)
     if issubclass(kind, StackedFactors):
         return _STACKED
     if issubclass(kind, EmbeddingFactors):
@@ -118,11 +121,13 @@ def route(part: type[Factors] | Factors, name: str, device: torch.device) -> Rou
     return _BY_GROUP if issubclass(kind, GroupwiseFactors) and _streams(name) else _SLICED
 
 
-def _conv_route(part: type[ConvFactors] | ConvFactors, name: str, device: torch.device) -> Route:
-    by = server("conv", part, name, device)
+def _conv_route(
+    part: type[ConvFactors] | ConvFactors, name: str, device: torch.device, of: str
+) -> Route:
+    by = server(f"conv{of}", part, name, device)
     if by != "reference":
-        return Route("fused", "conv", by)
-    sized, by = isinstance(part, ConvFactors), server("linear", part, name, device)
+        return Route("fused", f"conv{of}", by)
+    sized, by = isinstance(part, ConvFactors), server(f"linear{of}", part, name, device)
     if (
         sized
         and part.geometry.groups > 1
@@ -132,7 +137,7 @@ def _conv_route(part: type[ConvFactors] | ConvFactors, name: str, device: torch.
     if not _streams(name):
         return _SLICED
     fits = by != "reference" and (not sized or part.fits_linear)
-    return Route("fused", "linear", by) if fits else _BY_GROUP
+    return Route("fused", f"linear{of}", by) if fits else _BY_GROUP
 
 
 def extra_work(part: Factors, rule: Rule) -> float:

@@ -10,6 +10,7 @@ gives NaN there.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, cast
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from htv.ops import backend, open_rules, reference, registry, schema, statistics
+from htv.ops.reference import Summary
 from htv.rules import (
     AndMask,
     GeometricMean,
@@ -63,6 +65,19 @@ def stacked(grads: Tensor, statistic: Statistic) -> tuple[Tensor, Tensor]:
         with torch._C._AutoDispatchBelowAutograd():  # written in Python, and as slow as a small op
             value, mask_sum = operator(flat, *schema.numbers(statistic))
     return value.reshape(grads.shape[1:]), mask_sum
+
+
+def summary(grads: Tensor, name: str, log_offset: float = reference.LOG_OFFSET) -> Summary:
+    """`Summary.of` of any (E, *shape), by the backend that serves it."""
+    dtype = reference.compute_dtype(grads.dtype)
+    server = backend.choose(backend.Problem("stacked_summary", name, grads.device, dtype))
+    differentiated = grads.requires_grad and torch.is_grad_enabled()
+    if server == "reference" or differentiated or schema.transformed(grads):
+        return Summary.of(reference.cast(grads, dtype), name, log_offset)
+    operator = backend.operator("stacked_summary", server)
+    flat = grads.reshape(len(grads), math.prod(grads.shape[1:])).contiguous()
+    found = Summary.of_fields(len(grads), name, operator(flat, schema.code(name), log_offset))
+    return found.map(lambda field: field.reshape(grads.shape[1:]))
 
 
 _operators = registry.kept_choices()

@@ -5,7 +5,7 @@ path taken wherever no kernel serves. Runs on any device and in float64.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -87,6 +87,18 @@ class Summary:
         return Summary(len(values), values.sum(dim=0), votes, spread, logs)
 
     @staticmethod
+    def of_fields(count: int, name: str, fields: Sequence[Tensor]) -> Summary:
+        """Of what an op for summaries returned for the statistic of this name."""
+        state, (total, votes, spread, logs) = statistics.of(name).state, fields
+        return Summary(
+            count,
+            total,
+            votes,
+            spread if "spread" in state else None,
+            logs if "logs" in state else None,
+        )
+
+    @staticmethod
     def of_zeros(count: int, like: Summary, log_offset: float = LOG_OFFSET) -> Summary:
         """Of that many groups that contribute nothing anywhere; `log_offset` as for `of`."""
         zeros = torch.zeros_like(like.total)
@@ -114,8 +126,14 @@ class Summary:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Summary:
         """The same with every tensor replaced by what a function makes of it."""
-        tensors = (self.total, self.votes, self.spread, self.logs)
-        return Summary(self.count, *(None if t is None else function(t) for t in tensors))
+        fields = (self.total, self.votes, self.spread, self.logs)
+        return Summary(self.count, *(None if t is None else function(t) for t in fields))
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Return the fields there are."""
+        fields = (self.total, self.votes, self.spread, self.logs)
+        return [field for field in fields if field is not None]
 
 
 def finish(summary: Summary, statistic: Statistic) -> tuple[Tensor, Tensor]:
@@ -128,7 +146,7 @@ def _finished(value: Tensor, mask: Tensor | None, has_nan: Tensor) -> tuple[Tens
     value = torch.where(has_nan, torch.nan, value)
     if mask is None:
         return value, torch.zeros((), dtype=torch.float64, device=value.device)
-    return value, torch.where(has_nan, 0, mask).sum(dtype=torch.float64)
+    return value, mask.masked_fill(has_nan, 0).sum(dtype=torch.float64)
 
 
 # -- the statistics --------------------------------------------------------------------------------
@@ -257,16 +275,21 @@ def linear(
     offsets[e]:offsets[e + 1]. Returns what `stacked` returns for the (E, O, I) contributions, times
     E.
     """
+    contributions = linear_contributions(x, grad_output, offsets)
+    value, mask_sum = stacked(contributions, statistic)
+    return value * len(contributions), mask_sum
+
+
+def linear_contributions(x: Tensor, grad_output: Tensor, offsets: Tensor) -> Tensor:
+    """Return (E, O, I), of the same arguments."""
     dtype = compute_dtype(torch.promote_types(x.dtype, grad_output.dtype))
     bounds = offsets.tolist()
-    contributions = torch.stack(
+    return torch.stack(
         [
             grad_output[a:b].to(dtype).t() @ x[a:b].to(dtype)
             for a, b in zip(bounds[:-1], bounds[1:], strict=True)
         ]
     )
-    value, mask_sum = stacked(contributions, statistic)
-    return value * len(contributions), mask_sum
 
 
 def embedding(
@@ -353,6 +376,13 @@ def conv(
     geometry: kernel, stride, padding and dilation, one entry per spatial dim each, and the number
     of the convolution's groups.
     """
+    contributions = conv_contributions(x, grad_output, offsets, geometry)
+    value, mask_sum = stacked(contributions, statistic)
+    return value * len(contributions), mask_sum
+
+
+def conv_contributions(x: Tensor, grad_output: Tensor, offsets: Tensor, geometry: tuple) -> Tensor:
+    """Return (E, O, C / groups, *kernel), of the same arguments."""
     kernel, stride, padding, dilation, groups = geometry
     dtype = compute_dtype(x.dtype)
     x, grad_output, bounds = x.to(dtype), grad_output.to(dtype), offsets.tolist()
@@ -375,8 +405,7 @@ def conv(
                 grad_output[a:b], x[a:b], weight, None, *options
             )
             contribution.copy_(found[1])
-    value, mask_sum = stacked(contributions, statistic)
-    return value * len(contributions), mask_sum
+    return contributions
 
 
 def shifted_cross_entropy(

@@ -7,6 +7,13 @@ here.
         mask_sum  () float64, sum of the mask over coordinates, 0 for statistics without one
         The reference serves every statistic of `htv.ops.statistics`.
 
+    stacked_summary(grads, statistic, log_offset) -> (total, votes, spread, logs)
+        grads         as above
+        log_offset    finite, at least float32's smallest normal number
+        total, votes  (P,) in `compute_dtype(grads)`; the fields of `htv.ops.reference.Summary` of
+                      the contributions, for a streaming statistic
+        spread, logs  (P,) likewise where the statistic's `state` names them, else (0,)
+
     linear(x, grad_output, offsets, statistic, count, votes, k) -> (value, mask_sum)
         x            (R, I) contiguous, the layer's input rows, ordered by group
         grad_output  (R, O) contiguous, same dtype as x
@@ -16,6 +23,9 @@ here.
         mask_sum     as above
         Kernels serve what they are registered for (`htv.ops.kernels`); the sliced path serves
         the rest.
+
+    linear_summary(x, grad_output, offsets, statistic, log_offset) -> (total, votes, spread, logs)
+        What `stacked_summary` returns, (O, I) each, of the contributions that `linear` is of.
 
     norm_sums(grad, x, mean, rstd) -> (scale, shift)
         grad, x       (S, T, D) contiguous, the same dtype: output gradient and input of a
@@ -45,6 +55,11 @@ here.
                      to the weight
         mask_sum     as above
         Kernels serve what they are registered for.
+
+    conv_summary(x, grad_output, offsets, kernel, stride, padding, dilation, groups, statistic,
+    log_offset)
+            -> (total, votes, spread, logs)
+        The same, (O, C / groups, *kernel) each, of the contributions that `conv` is of.
 
     embedding(grad_output, ids, voter, num_embeddings, groups, statistic, count, votes, k) ->
     (value, mask_sum)
@@ -88,6 +103,7 @@ decides between them.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 
 import torch
@@ -97,6 +113,7 @@ from htv.ops import reference, statistics
 from htv.rules import Statistic
 
 MOST_GROUPS = 2**31 - 1  # of any op
+LEAST_LOG_OFFSET = torch.finfo(torch.float32).tiny
 
 
 def code(name: str) -> int:
@@ -111,12 +128,7 @@ def numbers(statistic: Statistic) -> tuple[int, int, float, float]:
 
 def checked(op: str, statistic: int, count: int, votes: float, k: float, groups: int) -> Statistic:
     """Return the statistic of this number for so many groups; ValueError if there is none."""
-    try:
-        found = statistics.by_number(statistic)
-    except ValueError as error:
-        raise ValueError(f"htv::{op}: {error}") from None
-    if not 1 <= groups <= MOST_GROUPS:
-        raise ValueError(f"htv::{op}: needs 1 to {MOST_GROUPS} groups, got {groups}")
+    found = _known(op, statistic, groups)
     low, high = found.counts(groups)
     if not low <= count <= high:
         raise ValueError(
@@ -124,6 +136,31 @@ def checked(op: str, statistic: int, count: int, votes: float, k: float, groups:
             f"got {count}"
         )
     return Statistic(found.name, count, votes, k)
+
+
+def checked_summary(op: str, statistic: int, log_offset: float, groups: int) -> str:
+    """Return the name of the statistic of this number, whose summary is asked for; ValueError if
+    there is none.
+    """
+    found = _known(op, statistic, groups)
+    if not found.streams:
+        raise ValueError(f"htv::{op}: there is no summary for {found.name}")
+    if not (LEAST_LOG_OFFSET <= log_offset < math.inf):
+        raise ValueError(
+            f"htv::{op}: log_offset must be finite and at least {LEAST_LOG_OFFSET}, "
+            f"got {log_offset}"
+        )
+    return found.name
+
+
+def _known(op: str, statistic: int, groups: int) -> statistics.Definition:
+    try:
+        found = statistics.by_number(statistic)
+    except ValueError as error:
+        raise ValueError(f"htv::{op}: {error}") from None
+    if not 1 <= groups <= MOST_GROUPS:
+        raise ValueError(f"htv::{op}: needs 1 to {MOST_GROUPS} groups, got {groups}")
+    return found
 
 
 def require_one_device(op: str, first: torch.Tensor, *others: torch.Tensor | None) -> None:
@@ -147,6 +184,11 @@ def require_indices(op: str, name: str, tensor: torch.Tensor, limit: int) -> Non
 
 
 _NUMBERS = "int statistic, int count, float votes, float k"
+_SUMMARY = "int statistic, float log_offset) -> (Tensor, Tensor, Tensor, Tensor)"
+_WINDOWS = (
+    "Tensor x, Tensor grad_output, Tensor offsets, int[] kernel, int[] stride, int[] padding, "
+    "int[] dilation, int groups"
+)
 _CROSS_ENTROPY = (
     "Tensor logits, Tensor targets, Tensor shift, float temperature, Tensor? weight, "
     "int ignore_index, float label_smoothing"
@@ -157,8 +199,7 @@ _SIGNATURES = {
     "norm_sums": "(Tensor grad, Tensor x, Tensor mean, Tensor rstd) -> (Tensor, Tensor)",
     "group_norm_backward": "(Tensor grad, Tensor x, Tensor weight, Tensor mean, Tensor rstd, "
     "bool needs_x) -> (Tensor, Tensor, Tensor)",
-    "conv": "(Tensor x, Tensor grad_output, Tensor offsets, int[] kernel, int[] stride, "
-    f"int[] padding, int[] dilation, int groups, {_NUMBERS}) -> (Tensor, Tensor)",
+    "conv": f"({_WINDOWS}, {_NUMBERS}) -> (Tensor, Tensor)",
     "embedding": "(Tensor grad_output, Tensor ids, Tensor voter, int num_embeddings, int groups,"
     f" {_NUMBERS}) -> (Tensor, Tensor)",
     "embedding_contributions": "(Tensor grad_output, Tensor ids, Tensor voter, Tensor tokens, "
@@ -166,6 +207,9 @@ _SIGNATURES = {
     "shifted_cross_entropy": f"({_CROSS_ENTROPY}) -> (Tensor, Tensor, Tensor)",
     "shifted_cross_entropy_grad": f"(Tensor grad, {_CROSS_ENTROPY}, Tensor peak, Tensor log_sum) "
     "-> Tensor",
+    "stacked_summary": f"(Tensor grads, {_SUMMARY}",
+    "linear_summary": f"(Tensor x, Tensor grad_output, Tensor offsets, {_SUMMARY}",
+    "conv_summary": f"({_WINDOWS}, {_SUMMARY}",
 }
 OPS = tuple(_SIGNATURES)
 
@@ -263,6 +307,32 @@ def _shifted_cross_entropy_grad_fake(
     return logits.new_empty(logits.shape)
 
 
+def _summary_fake(like, shape, statistic):
+    state = statistics.by_number(statistic).state
+    dtype = reference.compute_dtype(like.dtype)
+    kept = (True, True, "spread" in state, "logs" in state)
+    return tuple(like.new_empty(shape if is_kept else 0, dtype=dtype) for is_kept in kept)
+
+
+@_fake("stacked_summary")
+def _stacked_summary_fake(grads, statistic, log_offset):
+    return _summary_fake(grads, grads.shape[1:], statistic)
+
+
+@_fake("linear_summary")
+def _linear_summary_fake(x, grad_output, offsets, statistic, log_offset):
+    require_one_device("linear_summary", x, grad_output, None if offsets.is_cpu else offsets)
+    return _summary_fake(x, (grad_output.shape[1], x.shape[1]), statistic)
+
+
+@_fake("conv_summary")
+def _conv_summary_fake(
+    x, grad_output, offsets, kernel, stride, padding, dilation, groups, statistic, log_offset
+):
+    require_one_device("conv_summary", x, grad_output, None if offsets.is_cpu else offsets)
+    return _summary_fake(x, (grad_output.shape[1], x.shape[1] // groups, *kernel), statistic)
+
+
 def _stacked_reference(grads, statistic, count, votes, k):
     require_one_device("stacked", grads)
     return reference.stacked(grads, checked("stacked", statistic, count, votes, k, grads.shape[0]))
@@ -283,6 +353,37 @@ def _conv_reference(
     geometry = (kernel, stride, padding, dilation, groups)
     resolved = checked("conv", statistic, count, votes, k, len(offsets) - 1)
     return reference.conv(x, grad_output, offsets, geometry, resolved)
+
+
+def _stacked_summary_reference(grads, statistic, log_offset):
+    require_one_device("stacked_summary", grads)
+    name = checked_summary("stacked_summary", statistic, log_offset, grads.shape[0])
+    values = grads.to(reference.compute_dtype(grads.dtype))
+    return _fields(reference.Summary.of(values, name, log_offset))
+
+
+def _linear_summary_reference(x, grad_output, offsets, statistic, log_offset):
+    require_one_device("linear_summary", x, grad_output)
+    _require_offsets("linear_summary", offsets, x.shape[0])
+    name = checked_summary("linear_summary", statistic, log_offset, len(offsets) - 1)
+    contributions = reference.linear_contributions(x, grad_output, offsets)
+    return _fields(reference.Summary.of(contributions, name, log_offset))
+
+
+def _conv_summary_reference(
+    x, grad_output, offsets, kernel, stride, padding, dilation, groups, statistic, log_offset
+):
+    require_one_device("conv_summary", x, grad_output)
+    _require_offsets("conv_summary", offsets, x.shape[0])
+    name = checked_summary("conv_summary", statistic, log_offset, len(offsets) - 1)
+    geometry = (kernel, stride, padding, dilation, groups)
+    contributions = reference.conv_contributions(x, grad_output, offsets, geometry)
+    return _fields(reference.Summary.of(contributions, name, log_offset))
+
+
+def _fields(summary: reference.Summary) -> tuple[torch.Tensor, ...]:
+    fields = summary.total, summary.votes, summary.spread, summary.logs
+    return tuple(summary.total.new_empty(0) if field is None else field for field in fields)
 
 
 def _embedding_reference(
@@ -351,6 +452,9 @@ def _require_offsets(op: str, offsets: torch.Tensor, rows: int) -> None:
 # Any device without a kernel of its own gets the definition.
 library.impl("stacked", _stacked_reference, "CompositeExplicitAutograd")
 library.impl("linear", _linear_reference, "CompositeExplicitAutograd")
+library.impl("stacked_summary", _stacked_summary_reference, "CompositeExplicitAutograd")
+library.impl("linear_summary", _linear_summary_reference, "CompositeExplicitAutograd")
+library.impl("conv_summary", _conv_summary_reference, "CompositeExplicitAutograd")
 library.impl("norm_sums", _norm_sums_reference, "CompositeExplicitAutograd")
 library.impl("group_norm_backward", _group_norm_backward_reference, "CompositeExplicitAutograd")
 library.impl("conv", _conv_reference, "CompositeExplicitAutograd")
@@ -378,13 +482,18 @@ def define_beside(op: str, backend: str, implementation: Callable) -> None:
 
 
 def takes_a_statistic(op: str) -> bool:
-    """Tell whether an op's last arguments are the numbers of a statistic."""
-    return _NUMBERS in _SIGNATURES[op]
+    """Tell whether an op is of a statistic, or of its summary."""
+    return "int statistic" in _SIGNATURES[op]
+
+
+def yields_a_summary(op: str) -> bool:
+    """Tell whether an op yields what a statistic needs to know, in the place of its value."""
+    return _SUMMARY in _SIGNATURES[op]
 
 
 def groups_of(op: str, factors: tuple) -> int:
     """Return E of the arguments of an op up to the statistic's numbers."""
-    if op == "stacked":
+    if op in ("stacked", "stacked_summary"):
         return len(factors[0])
     return factors[4] if op == "embedding" else len(factors[2]) - 1
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from htv.ops import factors, functional, open_rules
 from htv.ops.factors import Factors
+from htv.ops.reference import Summary
 from htv.rules import Statistic
 
 
@@ -31,6 +32,22 @@ def sliced(parts: list[Factors], statistic: Statistic) -> tuple[Tensor, Tensor]:
             box = _reduced_box(contributions, len(first.shape), statistic)
         value[rows, columns] = box
     return value.mul_(first.count).reshape(first.shape), mask_sum
+
+
+def summary(parts: list[Factors], name: str, log_offset: float) -> Summary:
+    """The same of the summary for the streaming statistic of this name.
+
+    log_offset:  as for `Summary.of`.
+    """
+    first, whole = parts[0], None
+    height, width = factors.two_dims(first.shape)
+    for rows, columns, contributions in slices(parts):
+        box = functional.summary(contributions, name, log_offset)
+        if whole is None:
+            whole = box.map(lambda field: field.new_empty(height, width, *first.shape[2:]))
+        for field, part in zip(whole.tensors, box.tensors, strict=True):
+            field[rows, columns] = part
+    return whole.map(lambda field: field.reshape(first.shape))
 
 
 def _reduced_box(contributions: Tensor, dims: int, statistic: Statistic) -> Tensor:

@@ -119,15 +119,9 @@ def summary_of_table(
     whole = _zeros(part.count, part, name, log_offset)
     whole = whole.map(lambda t: t.expand(part.shape).clone())
     for columns, summary in _touched_summaries(part, name, log_offset):
-        for table, rows in zip(_tensors(whole), _tensors(summary), strict=True):
+        for table, rows in zip(whole.tensors, summary.tensors, strict=True):
             table[part.pairs.touched[0], columns] = rows
     return whole
-
-
-def _tensors(summary: Summary) -> list[Tensor]:
-    tensors: list[Tensor] = []
-    summary.map(tensors.append)
-    return tensors
 
 
 def _touched_summaries(

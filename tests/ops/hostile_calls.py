@@ -4,6 +4,7 @@ Run by `test_hostile.py`, which asserts; also what the fuzz under sanitizers beg
 """
 
 import json
+import math
 import os
 import resource
 import signal
@@ -15,6 +16,7 @@ from htv.ops import schema
 
 CLEAR = (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError)
 GROUPS = 5
+SUMMARIES = ("stacked_summary", "linear_summary", "conv_summary")
 MASK = (schema.code("and_mask"), 2, 0.0, 0.0)
 FAR = (2**31 - 1, 2**61, 2**62, 2**63 - 1)
 
@@ -23,6 +25,7 @@ def arguments():
     """What every op takes, by name, in order."""
     value, number = torch.randn, lambda *n: torch.tensor(n)
     numbers = dict(zip(("statistic", "count", "votes", "k"), MASK, strict=True))
+    summary = {"statistic": schema.code("geometric_mean"), "log_offset": 1e-10}
     ids, group_index = number(0, 1, 2, 1, 0), number(0, 1, 2, 3, 4)
     table = {"grad_output": value(5, 4), "ids": ids, "voter": group_index}
     sizes = {"num_embeddings": 3, "groups": GROUPS}
@@ -45,6 +48,9 @@ def arguments():
         "group_norm_backward": {**norm, "needs_x": True},
         "shifted_cross_entropy": rows,
         "shifted_cross_entropy_grad": of_rows,
+        "stacked_summary": {"grads": value(GROUPS, 7), **summary},
+        "linear_summary": {"x": value(5, 7), "grad_output": value(5, 3), **offsets, **summary},
+        "conv_summary": {**images, **offsets, **window, **summary},
     }
 
 
@@ -70,6 +76,8 @@ DISTORTED = {
 ACCEPTED = {  # these are what they should be
     ("stacked", "grads", "on another device"),
     ("stacked", "grads", "of a row more"),
+    ("stacked_summary", "grads", "on another device"),
+    ("stacked_summary", "grads", "of a row more"),
     ("embedding_contributions", "tokens", "of a row more"),
 }
 # No kernel of ours serves it on the CPU: the definition checks ids, and torch its own memory.
@@ -99,23 +107,15 @@ def integers_that_do_not_fit():
         changed = {"statistic": schema.code("median_of_means"), "count": count}
         yield f"stacked: {count} buckets", "stacked", changed
     for code in (-1, -(2**63), 11, *FAR):
-        for op in ("stacked", "linear", "conv", "embedding"):
+        for op in ("stacked", "linear", "conv", "embedding", *SUMMARIES):
             yield f"{op}: statistic {code}", op, {"statistic": code}
-    for name, fine in (("kernel", 0), ("stride", 0), ("dilation", 0), ("padding", -1)):
-        for far in (fine, -1, -(2**63)):
-            for groups in (1, 4):
-                changed = {name: [far, far], "groups": groups}
-                yield f"conv: {name} {far}, {groups} groups", "conv", changed
-    for far in FAR:
-        for groups in (1, 4):
-            for name in ("kernel", "stride", "dilation"):
-                for at in ([far, far], [far, 1], [1, far]):
-                    changed = {name: at, "groups": groups}
-                    yield f"conv: {name} {at}, {groups} groups", "conv", changed
-            changed = {"padding": [far, far], "groups": groups}
-            yield f"conv: padding {far}, {groups} groups", "conv", changed
-    for groups in (0, -1, 3, -(2**63), *FAR):
-        yield f"conv: {groups} groups of channels", "conv", {"groups": groups}
+    for op in SUMMARIES:
+        for name in ("median", "trimmed_mean", "winsorized_mean", "median_of_means"):
+            yield f"{op}: of {name}", op, {"statistic": schema.code(name)}
+        for bad in (0.0, -1.0, 1e-40, math.inf, math.nan):
+            yield f"{op}: log_offset {bad}", op, {"log_offset": bad}
+    for op in ("conv", "conv_summary"):
+        yield from windows_that_do_not_fit(op)
     for op in ("embedding", "embedding_contributions"):
         for number in (-1, 1, -(2**63)):
             yield f"{op}: {number} rows", op, {"num_embeddings": number}
@@ -130,7 +130,7 @@ def integers_that_do_not_fit():
     for bad in (-1, 3, 2**62):
         changed = {"tokens": torch.tensor([0, bad])}
         yield f"embedding_contributions: token {bad}", "embedding_contributions", changed
-    for op in ("linear", "conv"):
+    for op in ("linear", "conv", "linear_summary", "conv_summary"):
         bounds = [[0, 3, 2, 4, 5, 5], [-1, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 6]]
         for bad in (*bounds, [0, 2**62, 5], [5], []):
             changed = {"offsets": torch.tensor(bad, dtype=torch.int64)}
@@ -141,16 +141,36 @@ def integers_that_do_not_fit():
             yield f"{op}: class {bad}", op, {"targets": torch.tensor([0, bad, 1, 2])}
 
 
+def windows_that_do_not_fit(op):
+    for name, fine in (("kernel", 0), ("stride", 0), ("dilation", 0), ("padding", -1)):
+        for far in (fine, -1, -(2**63)):
+            for groups in (1, 4):
+                changed = {name: [far, far], "groups": groups}
+                yield f"{op}: {name} {far}, {groups} groups", op, changed
+    for far in FAR:
+        for groups in (1, 4):
+            for name in ("kernel", "stride", "dilation"):
+                for at in ([far, far], [far, 1], [1, far]):
+                    changed = {name: at, "groups": groups}
+                    yield f"{op}: {name} {at}, {groups} groups", op, changed
+            changed = {"padding": [far, far], "groups": groups}
+            yield f"{op}: padding {far}, {groups} groups", op, changed
+    for groups in (0, -1, 3, -(2**63), *FAR):
+        yield f"{op}: {groups} groups of channels", op, {"groups": groups}
+
+
 def layouts_that_are_not():
     rows = torch.randn(7, 5).t()
-    yield "linear: x transposed", "linear", {"x": rows}
-    yield "stacked: grads transposed", "stacked", {"grads": rows}
-    yield "stacked: grads expanded", "stacked", {"grads": torch.randn(1, 7).expand(5, 7)}
-    yield "stacked: no groups", "stacked", {"grads": torch.randn(0, 7)}
-    yield "conv: x expanded", "conv", {"x": torch.randn(1, 4, 6, 6).expand(5, 4, 6, 6)}
-    yield "conv: sees too much", "conv", {"padding": [0, 1]}
-    window = ("kernel", "stride", "padding", "dilation")
-    yield "conv: no spatial dims", "conv", dict.fromkeys(window, [])
+    for of in ("", "_summary"):
+        linear, stacked, conv = f"linear{of}", f"stacked{of}", f"conv{of}"
+        yield f"{linear}: x transposed", linear, {"x": rows}
+        yield f"{stacked}: grads transposed", stacked, {"grads": rows}
+        yield f"{stacked}: grads expanded", stacked, {"grads": torch.randn(1, 7).expand(5, 7)}
+        yield f"{stacked}: no groups", stacked, {"grads": torch.randn(0, 7)}
+        yield f"{conv}: x expanded", conv, {"x": torch.randn(1, 4, 6, 6).expand(5, 4, 6, 6)}
+        yield f"{conv}: sees too much", conv, {"padding": [0, 1]}
+        window = ("kernel", "stride", "padding", "dilation")
+        yield f"{conv}: no spatial dims", conv, dict.fromkeys(window, [])
     apart = torch.randn(4, 14)[:, ::2]
     yield "shifted_cross_entropy: logits apart", "shifted_cross_entropy", {"logits": apart}
     none = torch.randn(4, 0)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 import htv
 from htv.groups import BatchLayout, GroupedRows, Groups
-from htv.ops import aggregate, backend, dispatch, limits
+from htv.ops import aggregate, backend, dispatch, limits, registry
 from htv.ops.agreement import agreement, projections, squared_norms
 from htv.ops.factors import (
     BilinearFactors,
@@ -26,7 +26,8 @@ from htv.ops.factors import (
     StackedFactors,
     ViewFactors,
 )
-from htv.ops.reference import finish
+from htv.ops.reference import Summary, finish
+from htv.rules import Statistic
 from support.oracles import RULES, by_name, stat
 from support.quick import RULES as QUICK
 from support.quick import quick
@@ -310,6 +311,32 @@ def test_summaries(name, rule):
     value, mask_sum = finish(aggregate.summarise(case.parts, statistic), statistic)
     found = aggregate.functional.normalise(value, mask_sum, statistic)
     np.testing.assert_allclose(found, stat(rule, case.contributions.numpy()), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("statistic", ["and_mask", "sand_mask", "geometric_mean"])
+@pytest.mark.parametrize("name", CASES)
+def test_every_field_of_a_summary(name, statistic):
+    case, log_offset = CASES[name](), 0.01
+    found = aggregate.summarise(case.parts, Statistic(statistic), log_offset)
+    exact = Summary.of(case.contributions, statistic, log_offset)
+    assert found.count == exact.count
+    for field, wanted in zip(found.tensors, exact.tensors, strict=True):
+        np.testing.assert_allclose(field, wanted, rtol=1e-8, atol=1e-8)
+    assert len({field.data_ptr() for field in found.tensors}) == len(found.tensors)
+
+
+@pytest.mark.parametrize("statistic", ["and_mask", "sand_mask", "geometric_mean"])
+@pytest.mark.parametrize("name", CASES)
+def test_summaries_without_kernels_of_their_own(name, statistic, monkeypatch):
+    """As for float64 on a GPU: votes by what serves sign sums, all else slice by slice."""
+    others = {key: k for key, k in registry._kernels.items() if not key[0].endswith("_summary")}
+    monkeypatch.setattr(registry, "_kernels", others)
+    registry.forget_choices()
+    try:
+        test_every_field_of_a_summary(name, statistic)
+    finally:
+        monkeypatch.undo()
+        registry.forget_choices()
 
 
 @pytest.mark.parametrize("rule", quick(RULES, QUICK), **by_name)

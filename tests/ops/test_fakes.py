@@ -11,10 +11,18 @@ OPS = [(op, server) for op in OF_A_STATISTIC for server in ("reference", "triton
 NUMBERS = schema.code("and_mask"), 2, 0.0, 0.0
 
 
+SUMMARIES = [
+    (op, name)
+    for op in ("stacked_summary", "linear_summary", "conv_summary")
+    for name in ("and_mask", "sand_mask", "geometric_mean")
+]
+
+
 def arguments(op, dtype):
-    """Of `op`, up to the statistic's numbers, and the shape of the result. Offsets stay on the
-    host.
+    """Of `op` or the one for its summary, up to the statistic's numbers, and the shape of the
+    result. Offsets stay on the host.
     """
+    op = op.removesuffix("_summary")
     tensor = lambda *shape: torch.empty(shape, dtype=dtype, device="cuda")
     number = lambda size: torch.empty(size, dtype=torch.int64, device="cuda")
     offsets = torch.empty(4, dtype=torch.int64)
@@ -42,6 +50,17 @@ def test_results_are_on_the_device_of_the_factors(op, server, dtype):
         True,
     )
     assert (mask_sum.shape, mask_sum.dtype, mask_sum.device.type) == ((), torch.float64, "cuda")
+
+
+@pytest.mark.parametrize("op, name", SUMMARIES)
+def test_summaries_have_the_fields_of_their_statistic(op, name):
+    with FakeTensorMode():
+        given, shape = arguments(op, torch.bfloat16)
+        fields = backend.operator(op, "reference")(*given, schema.code(name), 1e-10)
+    kept = (True, True, name == "sand_mask", name == "geometric_mean")
+    for field, is_kept in zip(fields, kept, strict=True):
+        assert (field.shape, field.dtype) == (shape if is_kept else (0,), torch.float32)
+        assert field.device.type == "cuda"
 
 
 @pytest.mark.parametrize("op, server", OPS)

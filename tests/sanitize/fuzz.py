@@ -123,6 +123,20 @@ class Case:
         groups = self.random.choice((1, 2, 3, 5, 8, 9, 16, 17, 33, 64, 65, 130, 300))
         return {"grads": self.values(groups, self.size(most=65)), **self.statistic(groups)}
 
+    def summary_of(self, given):
+        """The arguments of an op of a statistic, as those of its summary."""
+        kept = {name: v for name, v in given.items() if name not in ("count", "votes", "k")}
+        return {**kept, "log_offset": self.random.choice((1e-10, 1e-37, 2.0, 0.0, math.nan))}
+
+    def stacked_summary(self):
+        return self.summary_of(self.stacked())
+
+    def linear_summary(self):
+        return self.summary_of(self.linear())
+
+    def conv_summary(self):
+        return self.summary_of(self.conv())
+
     def linear(self):
         groups = self.size(1)
         offsets = self.offsets(groups, self.random.choice((1, 1, 3, 40)))
@@ -198,6 +212,7 @@ class Case:
 
     OPS = (stacked, stacked, linear, linear, conv, conv, embedding, norm_sums, group_norm_backward)
     OPS += (shifted_cross_entropy, shifted_cross_entropy_grad)
+    OPS += (stacked_summary, linear_summary, conv_summary)
 
     def made(self):
         """(op, its arguments)"""

@@ -78,8 +78,13 @@ SERVED = {  # words of the table's row: (result, statistic, COUNT)
     2: [
         ("statistic", statistic.STREAMING["and_mask"], 0),
         ("state", statistic.STREAMING["mean"], 0),
+        ("state", statistic.summary("and_mask"), 0),
     ],
-    3: [("statistic", statistic.STREAMING[name], 0) for name in ("sand_mask", "geometric_mean")],
+    3: [
+        *(("statistic", statistic.STREAMING[name], 0) for name in ("sand_mask", "geometric_mean")),
+        ("state", statistic.summary("sand_mask"), 0),
+        ("state", statistic.summary("geometric_mean"), 1e-10),
+    ],
     7: [("statistic", EXTREMES, statistic.MOST_EXTREMES)],
 }
 
@@ -246,6 +251,11 @@ def stacked_cases():
         }
         more = {"update": found.update, "BLOCK": stacked.STREAMING_BLOCK}
         yield f"streaming-{name}", stacked.streaming_kernel, types, constants | more, one
+        summary = statistic.summary(name)
+        words = {"init": summary.init, "update": summary.update, "BLOCK": stacked.STREAMING_BLOCK}
+        words |= {"COUNT": 1e-10 if name == "geometric_mean" else 0}
+        pointers = {"grads_ptr": "*bf16", "out_ptr": "*fp32"}
+        yield f"summary-{name}", stacked.summary_kernel, pointers, words, one
         more = {"merge": found.merge, "WORDS": found.words, "BLOCK": product.MERGE_BLOCK}
         yield f"merge-{name}", product.merge_kernel, types, constants | more, one
     rows = {

@@ -13,6 +13,7 @@ REALS = (torch.float32, torch.float64)
 COUNTED = ("mean", "and_mask", "xor_mask", "sign_sum")  # those that sum and votes decide
 FUSED = (*COUNTED, "geometric_mean", "sand_mask", "median", "trimmed_mean", "winsorized_mean")
 SLICED = "the sliced path serves it"
+STREAMING = (*COUNTED, "geometric_mean", "sand_mask", "sign_agreement")
 
 register_kernel(
     "stacked",
@@ -60,4 +61,28 @@ register_kernel(
     "cpp",
     dtypes=REALS,
     reason="logits are read once, and nothing but the gradient is stored",
+)
+register_kernel(
+    "stacked_summary",
+    "cpp",
+    statistics=STREAMING,
+    dtypes=REALS,
+    reason="the states that `stacked` has in registers, as they are",
+    otherwise="the reference serves it",
+)
+register_kernel(
+    "linear_summary",
+    "cpp",
+    statistics=STREAMING,
+    dtypes=REALS,
+    reason="sum and votes, and the spread or the logarithms, by one pass over the products",
+    otherwise=SLICED,
+)
+register_kernel(
+    "conv_summary",
+    "cpp",
+    statistics=STREAMING,
+    dtypes=REALS,
+    reason="the same of the windows' products",
+    otherwise=SLICED,
 )

@@ -40,6 +40,13 @@ def _wrapper(op: str, module: str) -> Callable:
         statistic = schema.checked(op, number, count, votes, k, groups)
         return getattr(_module(module), op)(*factors, statistic)
 
+    def of_a_summary(*arguments):
+        *factors, number, log_offset = arguments
+        name = schema.checked_summary(op, number, log_offset, schema.groups_of(op, factors))
+        return getattr(_module(module), op)(*factors, name, log_offset)
+
+    if schema.yields_a_summary(op):
+        return of_a_summary
     return of_a_statistic if schema.takes_a_statistic(op) else plain
 
 
@@ -105,4 +112,25 @@ _register(
     "shifted_cross_entropy_grad",
     "cross_entropy",
     reason="logits are read once, and nothing of their size is stored but the gradient",
+)
+_register(
+    "stacked_summary",
+    "stacked",
+    statistics=cpp.STREAMING,
+    reason="one read of the contributions",
+    otherwise="the reference serves it",
+)
+_register(
+    "linear_summary",
+    "linear",
+    statistics=cpp.STREAMING,
+    reason="the states that `linear` has in registers, as they are",
+    otherwise=cpp.SLICED,
+)
+_register(
+    "conv_summary",
+    "conv",
+    statistics=cpp.STREAMING,
+    reason="the states that `conv` has in registers, as they are",
+    otherwise=cpp.SLICED,
 )
