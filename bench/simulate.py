@@ -57,6 +57,10 @@ class Model:
         return queries_and_output + keys_and_values + 3 * (self.width + self.hidden)
 
 
+# One pass of a rule over a weight gradient's products, in units of the plain product's time: what
+# docs/performance.md expects of the kernels, by count.
+PASS = 1.3
+
 MODELS = {
     "1B": Model("1B", 2048, 8192, 16, 512, 128256, tied=True),
     "8B": Model("8B", 4096, 14336, 32, 1024, 128256),
@@ -129,7 +133,8 @@ def costs(model: Model, cluster: Cluster, sequences: int, tokens: int) -> list[C
 
     Parameters are gathered in bfloat16 for forward and again for backward, sums are reduced in
     float32. The weights' gradients are a third of a step's arithmetic: one pass over their products
-    yields sums and votes, squares and logarithms; order rules over examples take one more.
+    yields sums and votes, squares and logarithms, in `PASS` times the plain product's time; order
+    rules over examples are counted as one more.
 
     sequences, tokens:  per GPU and step, and per sequence; each sequence is a group.
     """
@@ -141,23 +146,24 @@ def costs(model: Model, cluster: Cluster, sequences: int, tokens: int) -> list[C
     voters = ranks * sequences
     unit = max(model.per_layer, model.vocabulary * model.width)
 
-    def cost(rule: str, per_value: float, choice: str, voters: int = voters) -> Cost:
+    def cost(
+        rule: str, per_value: float, choice: str, voters: int = voters, factor: float = PASS
+    ) -> Cost:
         sent = plain_sent + passed * size * per_value
+        compute = plain_compute * (2 + factor) / 3
         # What was counted of a unit, laid out to be sent, and its shard.
         held = unit * per_value * (2 + 1 / ranks)
         link = sent / cluster.rate
-        return Cost(
-            rule, voters, sent, plain_sent, held, plain_compute, plain_compute, link, choice
-        )
+        return Cost(rule, voters, sent, plain_sent, held, compute, plain_compute, link, choice)
 
     beside = vote_bytes(voters)
     found = [
-        cost("Mean", 0, "plain: sums alone"),
+        cost("Mean", 0, "plain: sums alone", factor=1),
         cost("AndMask, XorMask", beside, f"votes in {_bytes(beside)} beside the sums"),
         cost("GeometricMean", beside + 4, "votes and logarithms beside the sums"),
         cost("SandMask", beside + 8, "votes and squares beside the sums"),
-        cost("AndMask of ranks", vote_bytes(ranks), "signs of ranks' sums beside them", ranks),
-        cost("order rules of ranks", 0, "an all-to-all takes the reduce-scatter's place", ranks),
+        cost("AndMask of ranks", vote_bytes(ranks), "signs of ranks' sums beside them", ranks, 1),
+        cost("order rules of ranks", 0, "an all-to-all takes the reduce-scatter's place", ranks, 1),
     ]
     rows = ranks * sequences * tokens
     values, limit = rows * (model.width + model.hidden), 4 * model.width * model.hidden

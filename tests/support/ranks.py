@@ -1,7 +1,8 @@
 """Processes that stand for the ranks of a training run, and what one process gets for all of them.
 
-`Ranks` keeps its processes between jobs, for each takes seconds to import torch. A job is a function
-of (rank, world, *args) that can be imported; it runs inside a fresh process group of its own.
+`Ranks` keeps its processes between jobs, for each takes seconds to import torch. A job is a
+function of (rank, world, *args) that can be imported; it runs inside a fresh process group of its
+own.
 """
 
 from __future__ import annotations
