@@ -126,6 +126,21 @@ def test_rules_and_types_do_not_mix(model):
         assert nodes(outputs[0].sum()) == [3, 3] and nodes(outputs[1].sum()) == [2, 2]
 
 
+def test_a_type_that_changed_since_sharing_was_decided(model):
+    """The node of others may be made while a parameter has another type, for a time."""
+    with htv.attach(model, htv.Median()) as handle:
+        both(model(X)).backward()
+        expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+        model.zero_grad()
+        model.b.double()
+        with handle.forward(X):
+            x = model.common(X)
+            a = model.a(x)
+            model.b.float()
+            both((a, model.b(x))).backward()
+    assert_same_gradients(model, expected)
+
+
 def test_what_a_loss_does_not_reach_gets_no_gradient(model):
     expected = alone(model, htv.Median(), only_a)
     with htv.attach(model, htv.Median()):

@@ -148,10 +148,14 @@ class TrackedParameter(BufferListener):
             hooks is not None and len(hooks) > (self.hook is not None)
         )
 
-    def _joins(self, groups: Groups) -> bool:
-        """Tell whether a node made for another parameter may serve this one: it has no open one."""
-        free = self.parameter.requires_grad and self._open_buffer(groups) is None
-        return free and not self._is_hooked()
+    def _joins(self, groups: Groups, first: Tensor) -> bool:
+        """Tell whether a node made for another parameter, `first`, may serve this one: it has no
+        open one, and is still of the type that it had when sharing was decided.
+        """
+        p = self.parameter
+        free = p.requires_grad and self._open_buffer(groups) is None
+        alike = p.dtype == first.dtype and p.device == first.device
+        return free and alike and not self._is_hooked()
 
     def _open(self, groups: Groups, small: bool) -> tuple[Tensor, ContributionBuffer]:
         """Make a node, for all that shares it and has none; return this parameter's token and
@@ -167,7 +171,7 @@ class TrackedParameter(BufferListener):
         buffers: tuple[ContributionBuffer, ...] = ()
         parameters: tuple[Tensor, ...] = ()
         for tracked in sharing:
-            if tracked is self or tracked._joins(groups):
+            if tracked is self or tracked._joins(groups, self.parameter):
                 buffer = ContributionBuffer(tracked.rule, groups, tracked, session.collects_stats)
                 members, buffers = (*members, tracked), (*buffers, buffer)
                 parameters = (*parameters, tracked.parameter)

@@ -154,6 +154,7 @@ class Session:
         self._found: dict[tuple, dict[tuple, Mark]] = {}  # marks of results, by size of the batch
         # Who shares a node, by the numbers of groups and examples, and whether matrices do.
         self._nodes: dict[tuple, dict[TrackedParameter, tuple[TrackedParameter, ...]]] = {}
+        self._shares_nodes = True
         # By identity: a rule of the user's own may not be hashable.
         self.rules = list({id(t.rule): t.rule for t in self._tracked.values()}.values())
         self.only_means = all(type(rule) is Mean for rule in self.rules)
@@ -216,7 +217,8 @@ class Session:
 
     def adopt(self, parameters: dict[str, Tensor]) -> None:
         """Serve other tensors in the place of the model's parameters from now on: what stands in
-        for them during forwards.
+        for them during forwards. Each keeps a node of its own: whoever put them there gives them
+        their memory, and takes their gradients, at different times.
 
         parameters:  by name, all of the model's.
         """
@@ -227,6 +229,7 @@ class Session:
         self.own_marks = {k: FromParameters((t,), t.parameter) for k, t in self._tracked.items()}
         self._plain = [p for name, p in parameters.items() if name not in served]
         self._plans, self._found, self._nodes = {}, {}, {}
+        self._shares_nodes = False
         for forward in self._forwards:
             forward.parameters_move = True
 
@@ -372,7 +375,7 @@ class Session:
         """Return the parameters that share a node with `tracked` for `groups`, itself among
         them; see `share_nodes`.
         """
-        if groups.rows_vote or self.votes_later:
+        if groups.rows_vote or self.votes_later or not self._shares_nodes:
             return (tracked,)
         key = groups.count, groups.batch_size, matrices
         nodes = self._nodes.get(key)

@@ -9,7 +9,7 @@ import htv
 from support.oracles import RULES, by_name
 from support.quick import quick
 from support.rank_jobs import assert_trains, fully_sharded, half_precision_alone
-from support.rank_models import assert_one_vote
+from support.rank_models import aggregated, assert_one_vote, contributions
 
 AND = htv.AndMask(0.4)
 # One without more than votes, one whose mask is summed, one each with squares and logarithms.
@@ -97,3 +97,16 @@ def test_mixed_precision(ranks):
     job = partial(fully_sharded, dtype=torch.float32, param_dtype=torch.bfloat16)
     found = ranks.run(job, 2, AND)
     assert_one_vote(found, {name: grad.double() for name, grad in alone.items()}, 0.05)
+
+
+@pytest.mark.parametrize("units", ["layers and root", "whole"])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_votes_of_one_rank_alone(ranks, units, steps):
+    """vote='local' is the average of the ranks' own aggregates, in the first step as in others:
+    units take gradients at different times, so parameters share no node.
+    """
+    found = ranks.run(partial(fully_sharded, vote="local", units=units, steps=steps), 2, AND)
+    contributed = contributions("net", [6, 6])
+    halves = [{k: c[part] for k, c in contributed.items()} for part in (slice(6), slice(6, 12))]
+    one, other = (aggregated(half, AND) for half in halves)
+    assert_one_vote(found, {name: one[name] + other[name] for name in contributed})
