@@ -45,6 +45,12 @@ REFUSED = {
     "unfrozen_after_wrapping": "'b.weight' was frozen when DistributedDataParallel wrapped",
     "dropped_in_part": "'b.weight' was changed while sums and votes of 1 backward.*whole model",
     "dropped_before_its_backward": "is gone, while their votes are counted",
+    "unit_left_out_of_the_last": "parameters b.bias, b.weight had a gradient in some micro-batch",
+    "layers_take_turns": "parameters a.bias, a.weight, b.bias, b.weight had a gradient in some",
+    "shards_dropped": r"changed, by zero_grad\(\) perhaps, between micro-batches",
+    "shards_zeroed": r"changed, by zero_grad\(\) perhaps, between micro-batches",
+    "divide_factor_after": r"changed after htv.distributed.fsdp\(.*set a divide factor before",
+    "all_reduce_hook_after": r"changed after htv.distributed.fsdp\(",
 }
 
 
