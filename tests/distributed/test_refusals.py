@@ -51,6 +51,7 @@ REFUSED = {
     "shards_zeroed": r"changed, by zero_grad\(\) perhaps, between micro-batches",
     "divide_factor_after": r"changed after htv.distributed.fsdp\(.*set a divide factor before",
     "all_reduce_hook_after": r"changed after htv.distributed.fsdp\(",
+    "group_not_zeroed": "holds the aggregate of an earlier vote already",
 }
 
 
