@@ -58,7 +58,10 @@ class PlainSum:
     batches:  the backward passes of this rank that vote together.
     held:     returns what `.grad` holds, or None.
     came:     whether contributions came that are not on their way to other ranks.
+    stays:    whether `.grad` holds the sum of what came until the ranks meet.
     """
+
+    stays = False
 
     def __init__(self, name: str, batches: MicroBatches, held: Callable[[], Tensor | None]):
         self.name, self.batches, self._held = name, batches, held
@@ -80,8 +83,17 @@ class PlainSum:
                 f"one backward {self.batches.where} brought contributions to parameter "
                 f"{self.name!r} twice: call backward() once per forward"
             )
-        held = None if self._tasks else self._held()
-        if held is not None and bool((held != 0).any()):
+        held = self._held() if self.stays or not self._tasks else None
+        if self._tasks:
+            now = {task, torch._C._current_graph_task_id()}
+            if self.stays and held is None and self.batches.unfinished <= now:
+                raise RuntimeError(
+                    f".grad of {self.name!r}, in which sums of earlier micro-batches waited for "
+                    "the ranks to meet, is gone, while their votes are counted. Remedy: zero_grad()"
+                    " before the forward of the micro-batch that begins anew, not between its "
+                    "forward and its backward"
+                )
+        elif held is not None and bool((held != 0).any()):
             raise RuntimeError(
                 f".grad of {self.name!r} holds the aggregate of an earlier step already, and a "
                 "backward would add plain sums to it. Remedy: zero_grad() before the first "

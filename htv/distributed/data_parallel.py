@@ -137,6 +137,7 @@ class DataParallelVotes(RankVotes):
     """
 
     gathers = True
+    sums_stay = True
 
     def __init__(self, session, model: DistributedDataParallel, vote: str, state, inner):
         group = model.process_group
@@ -145,8 +146,10 @@ class DataParallelVotes(RankVotes):
         self._model = weakref.ref(model)
         self._state, self._inner = state, inner
         self._by_id = {id(t.parameter): t for t in session.tracked()}
+        self._reduced: set[int] = set()  # which of them the model brings together
         # How many backwards there were before a forward whose own was to synchronise.
         self._to_meet: int | None = None
+        self._armed = False  # whether the model waits for gradients to bring together
 
     @property
     def model(self) -> DistributedDataParallel:
@@ -164,6 +167,7 @@ class DataParallelVotes(RankVotes):
                 "DistributedDataParallel(...) returned, or torch.no_grad() if no gradient is "
                 "wanted, or detach the handle"
             )
+        self.drop_zeroed()
         before = len(self.rounds.batches)
         if self._to_meet is not None and before > self._to_meet:
             raise RuntimeError(
@@ -172,11 +176,21 @@ class DataParallelVotes(RankVotes):
                 "find_unused_parameters=True if some parameters have no part in the loss"
             )
         self._to_meet = before if self.model.require_backward_grad_sync else None
+        self._armed = self._armed or self._to_meet is not None
 
     def pass_ended(self) -> None:
+        self.remember_sums()
         # Some (Lightning, by hand) decide at the backward whether it synchronises.
         if not self.model.require_backward_grad_sync:
             self._to_meet = None
+        elif not self._armed and self.rounds.batches:
+            raise RuntimeError(
+                "this backward was outside no_sync(), but DistributedDataParallel did not bring "
+                "its gradients together: it does so once per forward, for the first backward "
+                "after it, and never where the forward was inside no_sync(). .grad holds plain "
+                "sums of this rank. Remedy: one backward for the sum of the losses, and forward "
+                "and backward either both inside no_sync() or both outside"
+            )
 
     def require_meeting(self) -> None:
         if not self.model.require_backward_grad_sync:
@@ -193,6 +207,9 @@ class DataParallelVotes(RankVotes):
             _as_laid_out(p, flat) for p, flat in zip(parameters, bucket.gradients(), strict=True)
         ]
         tracked = [self._by_id.get(id(p)) for p in parameters]
+        self._reduced.update(map(id, parameters))
+        if bucket.is_last():
+            self._refuse_unfrozen()
         fields = _fields(gradients, buffer, [self.rule_of_votes(t) for t in tracked])
         ordered = _fields(gradients, buffer, [self.rule_of_ranks(t) for t in tracked])
         ordered = [field for field in ordered if field.rule is not None]
@@ -208,7 +225,7 @@ class DataParallelVotes(RankVotes):
         if needed:  # else all that comes of the sums is ranked
             waited.append(_averaged(self._inner, self._state, self.model, bucket))
         if bucket.is_last():
-            self._to_meet = None
+            self._to_meet, self._armed = None, False
             self.met()
 
         def finish(done: torch.futures.Future[list]) -> Tensor:
@@ -221,6 +238,18 @@ class DataParallelVotes(RankVotes):
             return reduced
 
         return torch.futures.collect_all(waited).then(finish)
+
+    def _refuse_unfrozen(self) -> None:
+        """Raise where a parameter that was frozen when the model was wrapped wants a gradient."""
+        for tracked in self._by_id.values():
+            if tracked.parameter.requires_grad and id(tracked.parameter) not in self._reduced:
+                raise UnsupportedError(
+                    f"parameter {tracked.name!r} was frozen when DistributedDataParallel wrapped "
+                    "the model, which does not bring its gradient together now that it is not. "
+                    "Remedy: wrap the model again whenever parameters are unfrozen (detach the "
+                    "handle, and call htv.attach and htv.distributed.ddp again), or freeze them "
+                    "after it was wrapped, with find_unused_parameters=True"
+                )
 
     def _own_votes(
         self,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -177,7 +178,11 @@ class FullyShardedVotes(RankVotes):
         return self._by_id.get(id(parameter.unsharded_param))
 
     def require_covered(self, module: nn.Module) -> None:
-        """Any forward will do: units bring their gradients together by themselves."""
+        """Any forward will do: units bring their gradients together by themselves. Refuse it where
+        something else was put in the place of what counts votes there.
+        """
+        for unit in self.units:
+            unit.refuse_replaced()
 
     def require_meeting(self) -> None:
         meets = (u.group.reduce_grads and u.group.all_reduce_grads for u in self.units)
@@ -223,8 +228,12 @@ class FullyShardedVotes(RankVotes):
                 "set_requires_gradient_sync on the whole model, so that all vote at once"
             )
         if applied[0]:
+            for unit in self.units:
+                unit.require_applied()
             self.met()
         else:
+            for unit in self.units:
+                unit.remember_sums()
             self.rounds.go_on()
 
 
@@ -243,8 +252,12 @@ class Unit:
         self.votes: FullyShardedVotes | None = None
         self._plain: set[FSDPParam] = set()  # unserved parameters that have a gradient
         self._hooks: list = []
+        self._undivided = float("1")  # an object of its own: the user may set 1.0 as well
         self._fields: list[tuple[FSDPParam, Field]] = []
         self._pending: Votes | None = None
+        self._waiting: list[FSDPParam] = []  # what the votes of earlier micro-batches are of
+        # Their sums in .grad, with torch's count of its changes.
+        self._left: dict[FSDPParam, tuple[weakref.ref[Tensor], int]] = {}
         self._ranked: Tensor | None = None
 
     def begin(self, votes: FullyShardedVotes) -> None:
@@ -263,7 +276,7 @@ class Unit:
         group._reduce_scatter_comm = VotingReduceScatter(self)
         group._all_reduce_hook = self.apply
         # Sums come as they are: what they are divided by is a matter of `apply`.
-        group.gradient_divide_factor, group.force_sum_reduction_for_comms = 1.0, True
+        group.gradient_divide_factor, group.force_sum_reduction_for_comms = self._undivided, True
         for parameter in group.fsdp_params:
             if votes.tracked(parameter) is None and parameter.unsharded_param.requires_grad:
                 self._hooks.append(
@@ -271,6 +284,24 @@ class Unit:
                         lambda grad, parameter=parameter: self._plain.add(parameter)
                     )
                 )
+
+    def refuse_replaced(self) -> None:
+        """Raise where the user set since what `begin` has set."""
+        group, hook = self.group, self.group._all_reduce_hook
+        if (
+            getattr(hook, "__self__", None) is self
+            and isinstance(group._reduce_scatter_comm, VotingReduceScatter)
+            and group.gradient_divide_factor is self._undivided
+            and group.force_sum_reduction_for_comms
+        ):
+            return
+        raise UnsupportedError(
+            f"the reduction of the unit at {group._module_fqn!r} was changed after "
+            "htv.distributed.fsdp(model, handle), which counts votes there: "
+            "set_gradient_divide_factor, set_force_sum_reduction_for_comms, "
+            "set_reduce_scatter_divide_factor, set_all_reduce_hook or set_custom_reduce_scatter. "
+            "Remedy: set a divide factor before; leave the others out"
+        )
 
     def end(self) -> None:
         """Leave the reduction to torch again."""
@@ -308,9 +339,12 @@ class Unit:
     def _keep(self, shards: Votes) -> None:
         """Keep this rank's shard of votes, those of earlier micro-batches added."""
         if self._pending is not None:
+            reached = [p for p, _ in self._fields]
+            if reached != self._waiting:
+                self._refuse_left_out(set(reached) ^ set(self._waiting))
             for shard, earlier in zip(shards, self._pending, strict=True):
                 shard += earlier.to(shard.dtype)
-        self._pending = shards
+        self._pending, self._waiting = shards, [p for p, _ in self._fields]
         for parameter, _ in self._fields:
             tracked = self.votes.tracked(parameter)
             if tracked is not None:
@@ -318,6 +352,24 @@ class Unit:
         self._plain, self.reduced = set(), True
         if not self.votes.is_last or not self.group.all_reduce_grads:
             self.votes.refuse_parts()
+
+    def _refuse_left_out(self, parameters: Iterable[FSDPParam]) -> None:
+        """Raise where micro-batches that are reduced one by one reach different parameters: votes
+        of several are added up as they lie in the unit.
+        """
+        votes = self.votes
+        names = sorted(t.name for p in parameters if (t := votes.tracked(p)) is not None)
+        raise UnsupportedError(
+            f"parameters {', '.join(names)} had a gradient in some micro-batches of a step and "
+            "none in others, which set_is_last_backward(False) or set_requires_all_reduce(False) "
+            "reduces one by one: their votes cannot be told apart. Remedy: "
+            "set_requires_gradient_sync(False) for all micro-batches but the last"
+        )
+
+    def require_applied(self) -> None:
+        """Raise where votes of earlier micro-batches wait still, though the ranks have met."""
+        if self._pending is not None:
+            self._refuse_left_out(self._waiting)
 
     def _all_ranked(self) -> bool:
         votes = self.votes
@@ -403,6 +455,7 @@ class Unit:
             self._keep(self._own_votes(sums, 1))
         if sums.dtype != torch.float16:
             sums.mul_(votes.fraction)
+        self._refuse_changed_sums()
         if not votes.is_last:  # FSDP2 adds the sums up in .grad
             return
         self._take_earlier_sums(sums)
@@ -424,6 +477,27 @@ class Unit:
                 if votes.rule_of_ranks(votes.tracked(parameter)) is not None:
                     field.of(sums).copy_(field.of(self._ranked))
         self._ranked = None
+
+    def remember_sums(self) -> None:
+        """Remember the sums that a micro-batch left in `.grad`, whose votes wait here."""
+        self._left = {
+            parameter: (weakref.ref(grad), grad._version)
+            for parameter in self._waiting
+            if (grad := parameter.sharded_param.grad) is not None
+        }
+
+    def _refuse_changed_sums(self) -> None:
+        """Raise where sums in `.grad`, whose votes wait here, were changed since."""
+        left, self._left = self._left, {}
+        for parameter, (grad, version) in left.items():
+            held, tracked = parameter.sharded_param.grad, self.votes.tracked(parameter)
+            same = held is not None and held is grad() and held._version == version
+            if not same and tracked is not None:
+                raise RuntimeError(
+                    f".grad of {tracked.name!r} was changed, by zero_grad() perhaps, between "
+                    "micro-batches that are reduced one by one, whose votes wait for the last. "
+                    "Remedy: leave .grad as it is until set_is_last_backward(True)"
+                )
 
     def _take_earlier_sums(self, sums: Tensor) -> None:
         """Add to this rank's shard of sums those that earlier micro-batches left in `.grad`."""

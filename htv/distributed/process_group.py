@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -28,16 +28,19 @@ BUCKET = 1 << 23  # values of parameters that ranks bring together at once
 class KeptSums:
     """Gathers one parameter's contributions, sums and votes, until `accumulate()` ends.
 
-    inner:  what counts the votes.
-    total:  the sums, or None before any came.
+    inner:   what counts the votes.
+    starts:  called before the first contributions are taken; raises to refuse them.
+    total:   the sums, or None before any came.
     """
 
-    def __init__(self, inner: PlainSum):
-        self.inner = inner
+    def __init__(self, inner: PlainSum, starts: Callable[[], None]):
+        self.inner, self._starts = inner, starts
         self.total: Tensor | None = None
 
     def add(self, task: int, parts: list[Factors], groups: Groups) -> None:
         """Take the contributions of the backward pass `task`."""
+        if self.total is None:
+            self._starts()
         total = self.inner.add(task, parts, groups)
         self.total = total if self.total is None else self.total + total
 
@@ -52,7 +55,9 @@ class ProcessGroupVotes(RankVotes):
         self._kept: dict[TrackedParameter, KeptSums] = {}
 
     def begin(self) -> None:
-        self._kept = {t: KeptSums(self.gathering_of(t)) for t in self.session.tracked()}
+        self._kept = {
+            t: KeptSums(self.gathering_of(t), t.refuse_stale) for t in self.session.tracked()
+        }
         for tracked, kept in self._kept.items():
             tracked.gathering = kept
 

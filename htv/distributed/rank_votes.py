@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 
 from torch import Tensor, nn
@@ -27,6 +28,8 @@ class RankVotes:
     where:     what backwards are inside of, for messages.
     """
 
+    sums_stay = False  # whether .grad holds the sums of micro-batches until the ranks meet
+
     def __init__(
         self, session: Session, group: ProcessGroup, vote: str, fraction: float, where: str
     ):
@@ -34,11 +37,14 @@ class RankVotes:
         self.rounds = Rounds(session, group, vote, where, self.pass_ended)
         refuse_rules(self.rounds)
         require_same(self.rounds)
+        # The gradients that the last backward left, with torch's count of their changes.
+        self._left: list[tuple[TrackedParameter, weakref.ref[Tensor], int]] = []
 
     def begin(self) -> None:
         """Gather contributions from now on."""
         for tracked in self.session.tracked():
             tracked.gathering = self.gathering_of(tracked)
+            tracked.gathering.stays = self.sums_stay
         self.session.rank_votes = self
         self.session.unfinished_guard.put_on(self.session.model)
 
@@ -85,6 +91,45 @@ class RankVotes:
     def pass_ended(self) -> None:
         """Be told that a backward pass came to its end."""
 
+    def remember_sums(self) -> None:
+        """Remember which gradients the backward that ends has left to wait for a vote."""
+        self._left = []
+        if not self.rounds.batches:
+            return
+        for tracked in self.session.tracked():
+            held = tracked.parameter.grad
+            if held is not None and tracked.gathering.came:
+                self._left.append((tracked, weakref.ref(held), held._version))
+
+    def drop_zeroed(self) -> None:
+        """Where zero_grad() dropped the sums that wait for a vote, drop their votes as well.
+
+        Raises RuntimeError where some of them were changed otherwise since the last backward.
+        """
+        if not self._left or self.rounds.batches.unfinished:
+            return
+        changed = [
+            tracked
+            for tracked, left, version in self._left
+            if (held := tracked.parameter.grad) is None
+            or held is not left()
+            or held._version != version
+        ]
+        if not changed:
+            return
+        held_now = [tracked.parameter.grad for tracked, _, _ in self._left]
+        if any(held is not None and bool((held != 0).any()) for held in held_now):
+            raise RuntimeError(
+                f".grad of {changed[0].name!r} was changed while sums and votes of "
+                f"{len(self.rounds.batches)} backward(s) wait there for the ranks to meet. Remedy: "
+                "zero_grad() of the whole model, which drops them, or leave .grad as it is until "
+                "the ranks have met"
+            )
+        self._left = []
+        self.rounds.batches.clear()
+        for tracked in self.session.tracked():
+            tracked.gathering.clear()
+
     def rule_of_votes(self, tracked: TrackedParameter | None) -> Rule | None:
         """Return the rule that sums and votes are put through when ranks meet, or None where the
         sum is the gradient.
@@ -108,6 +153,7 @@ class RankVotes:
 
     def met(self) -> None:
         """End the round: the ranks have met over all parameters."""
+        self._left = []
         self.rounds.end()
         for tracked in self.session.tracked():
             tracked.gathering.clear()

@@ -257,10 +257,10 @@ class TrackedParameter(BufferListener):
         """
         self.gathering = None
         if batches is not None:
-            self.gathering = Accumulation(self.rule, batches, self._refuse_stale, fraction)
+            self.gathering = Accumulation(self.rule, batches, self.refuse_stale, fraction)
         self._gradients.forget()
 
-    def _refuse_stale(self) -> None:
+    def refuse_stale(self) -> None:
         """Refuse to begin a vote while `.grad` still holds the aggregate of the last one."""
         held = self.parameter.grad
         if held is None or held is not self._aggregate() or not bool((held != 0).any()):

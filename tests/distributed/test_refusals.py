@@ -1,5 +1,7 @@
 """What several ranks get wrong is refused on all of them, and a failure never becomes a vote."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -37,6 +39,19 @@ REFUSED = {
     "voters_reduced_by_parts": "each rank is one voter.*set_requires_gradient_sync",
     "a_part_not_sharded": "parameter 'n.weight' is served, but in no unit of fully_shard",
     "one_rank_skips_a_step": "ranks are at different steps",
+    "backward_again": "outside no_sync.*once per forward",
+    "two_forwards_first": "outside no_sync.*once per forward",
+    "forward_alone_in_no_sync": "outside no_sync.*never where the forward was inside",
+    "unfrozen_after_wrapping": "'b.weight' was frozen when DistributedDataParallel wrapped",
+    "dropped_in_part": "'b.weight' was changed while sums and votes of 1 backward.*whole model",
+    "dropped_before_its_backward": "is gone, while their votes are counted",
+    "unit_left_out_of_the_last": "parameters b.bias, b.weight had a gradient in some micro-batch",
+    "layers_take_turns": "parameters a.bias, a.weight, b.bias, b.weight had a gradient in some",
+    "shards_dropped": r"changed, by zero_grad\(\) perhaps, between micro-batches",
+    "shards_zeroed": r"changed, by zero_grad\(\) perhaps, between micro-batches",
+    "divide_factor_after": r"changed after htv.distributed.fsdp\(.*set a divide factor before",
+    "all_reduce_hook_after": r"changed after htv.distributed.fsdp\(",
+    "group_not_zeroed": "holds the aggregate of an earlier vote already",
 }
 
 
@@ -67,6 +82,14 @@ def test_after_detach(ranks):
     found = ranks.run(rank_misuse.after_detach, 2)
     assert_one_vote([plain for plain, _ in found], aggregated(contributed, htv.Mean()))
     assert_one_vote([voted for _, voted in found], aggregated(contributed, rank_misuse.AND))
+
+
+@pytest.mark.parametrize("set_to_none", [True, False], ids=["to None", "to zeros"])
+@pytest.mark.parametrize("views", [False, True], ids=["", "views of buckets"])
+def test_a_micro_batch_that_zero_grad_drops_has_no_votes(ranks, set_to_none, views):
+    job = partial(rank_misuse.dropped_micro_batch, set_to_none=set_to_none, views=views)
+    contributed = contributions("net", [6, 6])
+    assert_one_vote(ranks.run(job, 2), aggregated(contributed, rank_misuse.AND))
 
 
 def test_groups_of_one_rank_each(ranks):

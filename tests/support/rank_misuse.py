@@ -315,3 +315,147 @@ def joined(rank, world):
             step(model, rank, world)
             found = gradients(model.module)
     return found
+
+
+# ---- what torch itself would let through, with gradients that are no vote ----
+
+
+def backward_again(rank, world):
+    """DistributedDataParallel brings gradients together once per forward."""
+    model, _ = wrapped()
+    x, y = shard(batch(), rank, world)
+    loss = F.cross_entropy(model(x), y)
+    loss.backward(retain_graph=True)
+    model.zero_grad()
+    loss.backward()
+
+
+def two_forwards_first(rank, world):
+    model, _ = wrapped()
+    x, y = shard(batch(), rank, world)
+    losses = [F.cross_entropy(model(x), y), F.cross_entropy(model(2 * x), y)]
+    for loss in losses:
+        model.zero_grad()
+        loss.backward()
+
+
+def forward_alone_in_no_sync(rank, world):
+    model, _ = wrapped()
+    x, y = shard(batch(), rank, world)
+    with model.no_sync():
+        loss = F.cross_entropy(model(x), y)
+    loss.backward()
+
+
+def unfrozen_after_wrapping(rank, world):
+    net = made("frozen weight")
+    handle = htv.attach(net, AND)
+    model = DistributedDataParallel(net)
+    htv.distributed.ddp(model, handle)
+    step(model, rank, world)
+    net.b.weight.requires_grad_(True)
+    model.zero_grad()
+    step(model, rank, world)
+
+
+def dropped_micro_batch(rank, world, set_to_none, views):
+    """zero_grad() drops a micro-batch, as without htv; return the gradients of the next step."""
+    model, _ = wrapped(gradient_as_bucket_view=views)
+    for _ in range(2):
+        with model.no_sync():
+            step(model, rank, world, slice(2))
+        model.zero_grad(set_to_none=set_to_none)
+        step(model, rank, world)
+        found = gradients(model)
+        model.zero_grad(set_to_none=set_to_none)
+    return found
+
+
+def dropped_in_part(rank, world):
+    model, _ = wrapped()
+    with model.no_sync():
+        step(model, rank, world)
+    model.module.b.zero_grad()
+    step(model, rank, world)
+
+
+def dropped_before_its_backward(rank, world):
+    model, _ = wrapped()
+    x, y = shard(batch(), rank, world)
+    with model.no_sync():
+        one, other = F.cross_entropy(model(x), y), F.cross_entropy(model(2 * x), y)
+        one.backward()
+        model.zero_grad()
+        other.backward()
+
+
+class Skipping(nn.Module):
+    """Has two layers of one shape, of which a batch uses the first, the second, or both."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.use = nn.Linear(16, 5), nn.Linear(16, 5), "ab"
+
+    def forward(self, x):
+        return sum(getattr(self, name)(x) for name in self.use)
+
+
+def _reduced_one_by_one(rank, world, units, uses, zero=None):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    net, mesh = Skipping().double(), init_device_mesh("cpu", (world,))
+    for part in [net.a, net.b, net] if units else [net]:
+        fully_shard(part, mesh=mesh)
+    handle = htv.attach(net, AND)
+    htv.distributed.fsdp(net, handle)
+    for i, net.use in enumerate(uses):
+        net.set_is_last_backward(i == len(uses) - 1)
+        step(net, rank, world)
+        if zero is not None:
+            net.zero_grad(set_to_none=zero)
+
+
+def unit_left_out_of_the_last(rank, world):
+    _reduced_one_by_one(rank, world, True, ("ab", "a"))
+
+
+def layers_take_turns(rank, world):
+    """Votes of the one and the other are of one size."""
+    _reduced_one_by_one(rank, world, False, ("a", "b"))
+
+
+def shards_dropped(rank, world):
+    _reduced_one_by_one(rank, world, True, ("ab", "ab"), zero=True)
+
+
+def shards_zeroed(rank, world):
+    _reduced_one_by_one(rank, world, True, ("ab", "ab"), zero=False)
+
+
+def _changed_after_fsdp(rank, world, change):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    net = fully_shard(made(), mesh=init_device_mesh("cpu", (world,)))
+    handle = htv.attach(net, AND)
+    htv.distributed.fsdp(net, handle)
+    change(net)
+    step(net, rank, world)
+
+
+def divide_factor_after(rank, world):
+    _changed_after_fsdp(rank, world, lambda net: net.set_gradient_divide_factor(1.0))
+
+
+def all_reduce_hook_after(rank, world):
+    _changed_after_fsdp(rank, world, lambda net: net.set_all_reduce_hook(lambda sums: None))
+
+
+def group_not_zeroed(rank, world):
+    net = made()
+    handle = htv.attach(net, AND, process_group=dist.group.WORLD)
+    for _ in range(2):
+        with handle.accumulate():
+            step(net, rank, world)
