@@ -45,14 +45,14 @@ class RankVotes:
         for tracked in self.session.tracked():
             tracked.gathering = self.gathering_of(tracked)
             tracked.gathering.stays = self.sums_stay
-        self.session.rank_votes = self
+        self.session.vote_over_ranks(self)
         self.session.unfinished_guard.put_on(self.session.model)
 
     def end(self) -> None:
         """Gather no more."""
         for tracked in self.session.tracked():
             tracked.gathering = None
-        self.session.rank_votes = None
+        self.session.vote_over_ranks(None)
         self.session.unfinished_guard.take_off()
 
     def gathering_of(self, tracked: TrackedParameter) -> PlainSum:
@@ -169,11 +169,11 @@ class LocalVotes:
 
     def begin(self) -> None:
         """Let forwards of several ranks pass."""
-        self.session.rank_votes = self
+        self.session.vote_over_ranks(self)
 
     def end(self) -> None:
         """Refuse them again."""
-        self.session.rank_votes = None
+        self.session.vote_over_ranks(None)
 
     def require_covered(self, module: nn.Module) -> None:
         """Any forward will do."""

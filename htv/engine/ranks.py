@@ -85,7 +85,8 @@ def refuse_alone(model: nn.Module) -> None:
 
 def vote_alone() -> bool:
     """Tell whether there are several ranks."""
-    return world_size() > 1
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and world_size() > 1
 
 
 def _in_pipeline() -> bool:

@@ -131,6 +131,8 @@ class Session:
         self._specs: list[GroupSpec | None] = []  # since the last backward; at most two different
         self._sizes: set[int] = set()  # of the batches since the last backward
         self.accumulates = False
+        # Whether rules are applied after the backward: in accumulate(), or where ranks meet.
+        self.votes_later = False
         self._batches = MicroBatches()  # of the accumulation under way
         self.unfinished_guard = UnfinishedVoteGuard(self.waiting_backwards)
         self.in_pipeline = False  # whether a schedule's micro-batches vote together
@@ -262,14 +264,14 @@ class Session:
             raise RuntimeError("accumulate() blocks cannot be nested")
         self._refuse_to_accumulate()
         try:
-            self.accumulates = True
+            self.accumulates = self.votes_later = True
             self.unfinished_guard.put_on(self.model)
             self._begin_vote(fraction)
             yield
             if self.attached and self._waiting():
                 self._finish_vote(fraction)
         finally:
-            self.accumulates = False
+            self.accumulates = self.votes_later = False
             self.unfinished_guard.take_off()
             if self.group_votes is not None:
                 self.group_votes.end()
@@ -347,6 +349,11 @@ class Session:
         elif self._waiting():
             self._finish_vote()
 
+    def vote_over_ranks(self, rank_votes: RankVotesLike | None) -> None:
+        """Let `rank_votes` bring the ranks together from now on; None: nobody."""
+        self.rank_votes = rank_votes
+        self.votes_later = rank_votes is not None and rank_votes.gathers
+
     def unserved_parameters(self) -> list[Tensor]:
         """Return the parameters that want a plain gradient."""
         return [p for p in self._plain if p.requires_grad]
@@ -411,13 +418,6 @@ class Session:
         for tracked in self._tracked.values():
             if not tracked.parameter.requires_grad:
                 yield tracked.parameter
-
-    @property
-    def votes_later(self) -> bool:
-        """Tell whether rules are applied after the backward: in accumulate(), or where ranks
-        meet.
-        """
-        return self.accumulates or (self.rank_votes is not None and self.rank_votes.gathers)
 
     @property
     def shares_statistics(self) -> bool:
@@ -608,7 +608,8 @@ class Session:
         if torch._C._len_torch_function_stack():
             left_on_stack(lambda mode: mode.is_stale())
         forward.check()
-        if not self.only_means:
+        several = self.rank_votes is not None or self.group_votes is not None
+        if not self.only_means and (several or ranks.vote_alone()):
             self.check_ranks(forward)
         again, carried, spec, rows = None, {}, None, None
         usual = not kwargs and names is None and self.spec is None
@@ -639,7 +640,7 @@ class Session:
         self.batch_source = batch.source
         self._sizes.add(groups.batch_size)
         self.latest_groups = groups
-        if not groups.rows_vote and not self.votes_later and groups.count not in self._enough:
+        if not groups.rows_vote and groups.count not in self._enough and not self.votes_later:
             self.require_enough(groups.count, batch.source)
             self._enough.add(groups.count)
         mode = ServingMode(self, groups, batch, again, carried, rows)
