@@ -83,6 +83,12 @@ def ddp(
         )
     if session.rank_votes is not None:
         raise RuntimeError("the handle's examples vote over ranks already: call this once")
+    if registered is not None and registered.votes.session.attached:
+        raise UnsupportedError(
+            "the examples of another handle vote under this DistributedDataParallel already, and "
+            "it takes one. Remedy: one htv.attach for the whole model, with a callable "
+            "(name, parameter) -> rule, or detach the other handle"
+        )
     votes = (
         LocalVotes(session)
         if vote == "local"
@@ -183,14 +189,28 @@ class DataParallelVotes(RankVotes):
         # Some (Lightning, by hand) decide at the backward whether it synchronises.
         if not self.model.require_backward_grad_sync:
             self._to_meet = None
-        elif not self._armed and self.rounds.batches:
+        elif self.rounds.batches:
+            # Behind DistributedDataParallel's own calls at the end of the pass.
+            torch.autograd.Variable._execution_engine.queue_callback(self._require_met_now)
+
+    def _require_met_now(self) -> None:
+        """Raise where the backward that ends was to bring the ranks together and did not."""
+        if not self.rounds.batches:
+            return
+        if self._armed:
             raise RuntimeError(
-                "this backward was outside no_sync(), but DistributedDataParallel did not bring "
-                "its gradients together: it does so once per forward, for the first backward "
-                "after it, and never where the forward was inside no_sync(). .grad holds plain "
-                "sums of this rank. Remedy: one backward for the sum of the losses, and forward "
-                "and backward either both inside no_sync() or both outside"
+                "this backward was to bring the ranks together, and did not reach all of the "
+                "model's parameters: plain sums of this rank are left in .grad. Remedy: "
+                "find_unused_parameters=True if some parameters have no part in the loss; one "
+                "backward for the sum of the losses if there are several"
             )
+        raise RuntimeError(
+            "this backward was outside no_sync(), but DistributedDataParallel did not bring its "
+            "gradients together: it does so once per forward, for the first backward after it, and "
+            "never where the forward was inside no_sync(). .grad holds plain sums of this rank. "
+            "Remedy: one backward for the sum of the losses, and forward and backward either both "
+            "inside no_sync() or both outside"
+        )
 
     def require_meeting(self) -> None:
         if not self.model.require_backward_grad_sync:

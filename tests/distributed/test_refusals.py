@@ -42,6 +42,8 @@ REFUSED = {
     "backward_again": "outside no_sync.*once per forward",
     "two_forwards_first": "outside no_sync.*once per forward",
     "forward_alone_in_no_sync": "outside no_sync.*never where the forward was inside",
+    "one_backward_per_head": "did not reach all of the model's parameters.*sum of the losses",
+    "two_handles": "another handle vote under this DistributedDataParallel already",
     "unfrozen_after_wrapping": "'b.weight' was frozen when DistributedDataParallel wrapped",
     "dropped_in_part": "'b.weight' was changed while sums and votes of 1 backward.*whole model",
     "dropped_before_its_backward": "is gone, while their votes are counted",

@@ -459,3 +459,31 @@ def group_not_zeroed(rank, world):
     for _ in range(2):
         with handle.accumulate():
             step(net, rank, world)
+
+
+class TwoHeads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(16, 5), nn.Linear(16, 5)
+
+    def forward(self, x):
+        return self.a(x), self.b(x)
+
+
+def one_backward_per_head(rank, world):
+    """DistributedDataParallel would reduce once both have run; examples would vote twice."""
+    net = TwoHeads().double()
+    handle = htv.attach(net, AND)
+    model = DistributedDataParallel(net)
+    htv.distributed.ddp(model, handle)
+    x, y = shard(batch(), rank, world)
+    for output in model(x):
+        F.cross_entropy(output, y).backward()
+
+
+def two_handles(rank, world):
+    net = TwoHeads().double()
+    handles = [htv.attach(part, AND) for part in net.children()]
+    model = DistributedDataParallel(net)
+    for handle in handles:
+        htv.distributed.ddp(model, handle)
