@@ -94,11 +94,27 @@ TRAINING: list[Row] = [
     ("several backwards, retain_graph", EXACT,
      "attach: test_two_backwards_each_aggregate_and_accumulate; "
      "training: test_every_backward_of_its_own_is_a_vote_of_its_own"),
-    ("DistributedDataParallel, FSDP, DTensors: Mean()", EXACT,
-     "ranks: test_data_parallel, test_sharded_models"),
-    ("DistributedDataParallel, FSDP, DTensors: every other rule; accumulate() on several ranks",
+    ("DistributedDataParallel, FSDP2, DTensors: Mean()", EXACT,
+     "ranks: test_data_parallel, test_the_mean_of_sharded_models_is_plain"),
+    ("DistributedDataParallel with `htv.distributed.ddp`", EXACT,
+     "distributed/data_parallel: test_streaming_rules, "
+     "test_order_rules_over_the_examples_of_all_ranks, test_settings"),
+    ("FSDP2 and HSDP with `htv.distributed.fsdp`", EXACT,
+     "distributed/fully_sharded: test_streaming_rules, test_hybrid_sharding, test_settings"),
+    ("a process group alone, `attach(process_group=...)`", EXACT,
+     "distributed/process_group: test_rules"),
+    ("pipelines, ScheduleGPipe and Schedule1F1B, with `htv.distributed.pipeline`", EXACT,
+     "distributed/pipeline: test_micro_batches_vote_together"),
+    ("Hugging Face Trainer, SFTTrainer of TRL, Accelerate, Lightning, with `htv.integrations`",
+     EXACT,
+     "integrations/huggingface: test_one_process; integrations/trl: test_one_process; "
+     "integrations/accelerate: test_one_process; integrations/lightning: test_one_process"),
+    ("several ranks without these; FSDP1; tensor parallelism; every other misuse of ranks",
      REFUSED,
-     "ranks: test_data_parallel, test_sharded_models, test_accumulation_over_ranks"),
+     "ranks: test_data_parallel, test_sharded_models; "
+     "distributed/refusals: test_refused_on_all_ranks"),
+    ("a rank that fails in backward", REFUSED,
+     "distributed/refusals: test_a_failure_in_backward_ends_all_ranks"),
     ("a tensor that takes a parameter's place during the forward", REFUSED,
      "unseen: test_a_hook_that_exchanges_a_parameter_is_refused"),
     ("trainers' own accumulation: each micro-batch votes alone", "warned of once",
@@ -114,8 +130,9 @@ TRAINING: list[Row] = [
      "interrupted: test_an_interrupt_at_any_line_wedges_nothing, "
      "test_failed_backwards_keep_nothing, test_a_failed_micro_batch_leaves_no_half_counted_votes, "
      "test_a_detached_model_is_freed_at_once"),
-    ("gradient accumulation, `with handle.accumulate():`", EXACT,
-     "accumulation: test_streaming_rules_equal_one_large_batch"),
+    ("gradient accumulation, `with handle.accumulate():`, `handle.finish()`", EXACT,
+     "accumulation: test_streaming_rules_equal_one_large_batch, test_a_long_block_with_finish, "
+     "test_checkpoints_do_not_vote_twice"),
     ("rules of one's own (`htv.Rule.reduce`)", EXACT,
      "open_rules: test_copies_of_htvs_rules_agree_with_them, "
      "test_what_nobody_contributes_to_is_reduced_too, test_tokens_vote"),
@@ -301,11 +318,14 @@ def _section(title: str, rows: list[Row]) -> list[str]:
 
 
 def named(tests: str) -> list[tuple[str, str]]:
-    """ "layers: test_a, test_b; voting: test_c" -> [("test_layers.py", "test_a"), ...]"""
+    """ "layers: test_a, test_b; voting: test_c" -> [("test_layers.py", "test_a"), ...]; files of
+    folders are "distributed/pipeline".
+    """
     found = []
     for part in tests.split("; "):
         file, _, names = part.partition(": ")
-        found += [(f"test_{file}.py", name) for name in names.split(", ")]
+        folder, slash, file = file.rpartition("/")
+        found += [(f"{folder}{slash}test_{file}.py", name) for name in names.split(", ")]
     return found
 
 
@@ -316,8 +336,8 @@ def missing() -> list[str]:
     }
     names = {name for cell in shown for name in cell.split(", ")}
     defined = {
-        f"{path.name}::{node.name}"
-        for path in TESTS.glob("test_*.py")
+        f"{path.relative_to(TESTS).as_posix()}::{node.name}"
+        for path in TESTS.rglob("test_*.py")
         for node in ast.parse(path.read_text()).body
         if isinstance(node, ast.FunctionDef)
     }
