@@ -327,4 +327,5 @@ def test_an_excluded_embedding_bag(mode):
 
 def test_the_table_of_what_is_supported_is_current():
     assert supported.missing() == []
-    assert supported.PATH.read_text() == supported.text(), "run: python tests/support/supported.py"
+    remedy = "run: PYTHONPATH=tests python tests/support/supported.py"
+    assert supported.PATH.read_text() == supported.text(), remedy
