@@ -81,6 +81,8 @@ def ddp(
             "model has a communication hook already, and DistributedDataParallel takes one only. "
             "Remedy: htv.distributed.ddp(model, handle, hook=(state, that_hook)) in its place"
         )
+    if vote != "local":
+        _refuse_early_hooks(session)
     if session.rank_votes is not None:
         raise RuntimeError("the handle's examples vote over ranks already: call this once")
     if registered is not None and registered.votes.session.attached:
@@ -230,6 +232,7 @@ class DataParallelVotes(RankVotes):
         self._reduced.update(map(id, parameters))
         if bucket.is_last():
             self._refuse_unfrozen()
+            _refuse_early_hooks(self.session)
         fields = _fields(gradients, buffer, [self.rule_of_votes(t) for t in tracked])
         ordered = _fields(gradients, buffer, [self.rule_of_ranks(t) for t in tracked])
         ordered = [field for field in ordered if field.rule is not None]
@@ -355,6 +358,20 @@ def _writer(gradient: Tensor, field: Field) -> Callable[[Tensor, Tensor], None]:
 
 def _tensor_of(value: Tensor | list[Tensor]) -> Tensor:
     return value[0] if isinstance(value, (list, tuple)) else value
+
+
+def _refuse_early_hooks(session) -> None:
+    """Raise where a hook would take a gradient before the ranks have met: an optimizer's step in
+    backward, say.
+    """
+    for tracked in session.tracked():
+        if tracked.parameter._post_accumulate_grad_hooks:
+            raise UnsupportedError(
+                f"parameter {tracked.name!r} has a hook of register_post_accumulate_grad_hook (an "
+                "optimizer that steps in backward?), which DistributedDataParallel calls before "
+                "the ranks have met: it would see the plain sum of this rank. Remedy: step after "
+                "backward, or FSDP2, whose hooks see the aggregate"
+            )
 
 
 def _refuse_hidden_gradients(model: DistributedDataParallel, session) -> None:

@@ -343,8 +343,9 @@ class Session:
             self.rank_votes.require_met()
         elif not self.accumulates:
             raise RuntimeError(
-                "finish() outside accumulate(): every backward has put its aggregate into .grad "
-                "already. Remedy: with handle.accumulate(): around the loop"
+                "finish() outside accumulate(): nothing waits for a vote, for the end of a block, "
+                "or every backward, has put its aggregate into .grad already. Remedy: with "
+                "handle.accumulate(): around the loop"
             )
         elif self._waiting():
             self._finish_vote()

@@ -19,6 +19,8 @@ REFUSED = {
     "around_the_wrapper": "called by itself.*call what DistributedDataParallel",
     "a_hook_before": r"hook=\(state, that_hook\)",
     "called_twice": "call this once",
+    "stepping_in_backward": "'c.weight' has a hook.*before the ranks have met",
+    "stepping_in_backward_later": "'c.weight' has a hook.*before the ranks have met",
     "not_zeroed": r"\.grad of 'c.*' holds the aggregate of an earlier step.*zero_grad",
     "accumulated": r"accumulate\(\) where ranks vote together.*no_sync",
     "tokens": r"cannot be joined with tokens\(\)",

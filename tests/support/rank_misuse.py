@@ -73,6 +73,18 @@ def called_twice(rank, world):
     htv.distributed.ddp(model, handle)
 
 
+def stepping_in_backward(rank, world):
+    net = made()
+    net.c.weight.register_post_accumulate_grad_hook(lambda p: None)
+    htv.distributed.ddp(DistributedDataParallel(net), htv.attach(net, AND))
+
+
+def stepping_in_backward_later(rank, world):
+    model, _ = wrapped()
+    model.module.c.weight.register_post_accumulate_grad_hook(lambda p: None)
+    step(model, rank, world)
+
+
 def not_zeroed(rank, world):
     model, _ = wrapped()
     step(model, rank, world)
