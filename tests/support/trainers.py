@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import support.torchvision_operators  # noqa: F401, before any trainer is imported
 from support import oracles
 
 TESTS = Path(__file__).parents[1]

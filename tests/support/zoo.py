@@ -6,23 +6,17 @@ extra `models`.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
-
-try:
-    import torchvision  # noqa: F401, what timm and transformers import
-except (
-    RuntimeError
-):  # its wheel expects a torch for CUDA: beside one for the CPU, declaring two operators is enough
-    _declared = torch.library.Library("torchvision", "FRAGMENT")
-    for _name in ("nms", "qnms"):
-        _declared.define(f"{_name}(Tensor boxes, Tensor scores, float threshold) -> Tensor")
+# isort: off
+import support.torchvision_operators  # noqa: F401, before what imports torchvision
+# isort: on
 
 import peft
 import timm
+import torch
 import transformers
 from timm.models import efficientnet
 from timm.models.mlp_mixer import MlpMixer
+from torch import Tensor, nn
 
 N, T, VOCABULARY = 5, 7, 31  # examples, tokens, words
 QUIET = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)

@@ -69,6 +69,7 @@ def test_a_model(rule):
 def test_ops_keep_their_contract(op):
     """Schema, fake and kernel of the operators agree."""
     statistic = (schema.code("and_mask"), 2, 0.0, 0.0)
+    summary = (schema.code("geometric_mean"), 1e-10)
     random, number = (
         (lambda *shape: torch.randn(shape, device=DEVICE)),
         (lambda *n: torch.tensor(n, device=DEVICE)),
@@ -86,6 +87,9 @@ def test_ops_keep_their_contract(op):
     )
     arguments = {
         "stacked": (x, *statistic),
+        "stacked_summary": (x, *summary),
+        "linear_summary": (x, random(6, 3), offsets, *summary),
+        "conv_summary": (x[:, :, None], random(6, 3, 1), offsets, [1], [1], [0], [1], 1, *summary),
         "linear": (x, random(6, 3), offsets, *statistic),
         "embedding": (*lookups, 5, 3, *statistic),
         "embedding_contributions": (*lookups, number(4, 1), 5, 3),
