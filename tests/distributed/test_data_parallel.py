@@ -8,14 +8,12 @@ import torch
 import htv
 from support import rank_misuse
 from support.oracles import RULES, by_name
-from support.quick import quick
+from support.quick import STREAMING_RULES, quick
 from support.rank_jobs import assert_trains, data_parallel, optimized_by_shards, resumed
 from support.rank_models import aggregated, assert_one_vote, contributions
 
 AND = htv.AndMask(0.4)
-# One without more than votes, one whose mask is summed, one each with squares and logarithms.
-KEPT = (AND, htv.AndMask(0.4, rescale=True), htv.SandMask(0.3, k=0.5), htv.GeometricMean(0.2))
-STREAMING = quick([rule for rule in RULES if rule.streaming], KEPT)
+STREAMING = quick([rule for rule in RULES if rule.streaming], STREAMING_RULES)
 ORDER = quick(
     [rule for rule in RULES if not rule.streaming],
     (htv.Median(), htv.MedianOfMeans(3), htv.WinsorizedMean(1)),

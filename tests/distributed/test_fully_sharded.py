@@ -7,14 +7,12 @@ import torch
 
 import htv
 from support.oracles import RULES, by_name
-from support.quick import quick
+from support.quick import STREAMING_RULES, quick
 from support.rank_jobs import assert_trains, fully_sharded, half_precision_alone
 from support.rank_models import aggregated, assert_one_vote, contributions
 
 AND = htv.AndMask(0.4)
-# One without more than votes, one whose mask is summed, one each with squares and logarithms.
-KEPT = (AND, htv.AndMask(0.4, rescale=True), htv.SandMask(0.3, k=0.5), htv.GeometricMean(0.2))
-STREAMING = quick([rule for rule in RULES if rule.streaming], KEPT)
+STREAMING = quick([rule for rule in RULES if rule.streaming], STREAMING_RULES)
 ORDER = [htv.Median(), htv.MedianOfMeans(2), htv.WinsorizedMean(1)]
 BY_RANK = [htv.AndMask(0.8), htv.SandMask(0.3, k=0.5), htv.GeometricMean(0.2), htv.Median()]
 

@@ -17,6 +17,13 @@ RULES = (
     htv.Median(),
     htv.WinsorizedMean(1),
 )
+# What ranks send: votes alone, with the sum of a mask, with squares, with logarithms.
+STREAMING_RULES = (
+    htv.AndMask(0.4),
+    htv.AndMask(0.4, rescale=True),
+    htv.SandMask(0.3, k=0.5),
+    htv.GeometricMean(0.2),
+)
 
 
 def quick(values: Iterable[Any], keep: Collection[Any] | Callable[[Any], bool]) -> list:
