@@ -13,8 +13,9 @@ from torch.nn.parameter import is_lazy
 
 from htv.engine import ranks
 from htv.engine.forward import ForwardStandIn
+from htv.engine.forward_block import ForwardBlock
 from htv.engine.group_spec import GroupSpec
-from htv.engine.session import ForwardBlock, Session, Settings, refuse_shared
+from htv.engine.session import Session, Settings, refuse_shared
 from htv.errors import UnsupportedError
 from htv.ops.agreement import Agreement
 from htv.ops.factors import Factors
@@ -131,7 +132,7 @@ def attach(
         from htv.distributed.process_group import ProcessGroupVotes  # torch may be without
 
         try:
-            session.group_votes = ProcessGroupVotes(session, process_group)
+            session.joint.of_group = ProcessGroupVotes(session, process_group)
         except BaseException:
             session.detach()
             raise
@@ -323,7 +324,8 @@ class Handle:
         >>> model.weight.grad
         tensor([[-1.]])
         """
-        return self._session.voting(GroupSpec("ids", ids, weight), "groups")
+        self._session.require_attached("groups")
+        return self._session.voters.voting(GroupSpec("ids", ids, weight))
 
     def packed(self, cu_seqlens: Tensor, weight: str = "size") -> AbstractContextManager[None]:
         """Take packed sequences in forwards inside the block.
@@ -342,7 +344,8 @@ class Handle:
         >>> model.weight.grad
         tensor([[2.]])
         """
-        return self._session.voting(GroupSpec("packed", cu_seqlens, weight), "packed")
+        self._session.require_attached("packed")
+        return self._session.voters.voting(GroupSpec("packed", cu_seqlens, weight))
 
     def tokens(self, mask: Tensor | None = None) -> AbstractContextManager[None]:
         """Let every row a layer sees vote by itself inside the block: every token of every example.
@@ -364,7 +367,8 @@ class Handle:
         >>> model.weight.grad
         tensor([[6.]])
         """
-        return self._session.voting(GroupSpec("rows", mask, "size"), "tokens")
+        self._session.require_attached("tokens")
+        return self._session.voters.voting(GroupSpec("rows", mask, "size"))
 
     def forward(self, *batch: Any, **named: Any) -> ForwardBlock:
         """Serve all that a block computes as one forward of the model.
@@ -416,7 +420,8 @@ class Handle:
         >>> model.weight.grad
         tensor([[2.5000]])
         """
-        return self._session.accumulate()
+        self._session.require_attached("accumulate")
+        return self._session.joint.accumulate()
 
     def finish(self) -> None:
         """Apply the rules to what `accumulate` gathered since the last vote; begin the next one.
@@ -440,7 +445,8 @@ class Handle:
         tensor([[2.5000]])
         tensor([[2.5000]])
         """
-        self._session.finish()
+        self._session.require_attached("finish")
+        self._session.joint.finish()
 
     def examined(self, see: Callable[[str, list[Factors]], None]) -> AbstractContextManager[None]:
         """Show a function what backwards record, before it is aggregated.

@@ -42,6 +42,7 @@ ORDER = [
     ["htv.engine.handlers"],
     ["htv.engine.mode"],
     ["htv.engine.call_plan", "htv.engine.forward"],
+    ["htv.engine.voters", "htv.engine.joint_votes", "htv.engine.forward_block"],
     ["htv.engine.compile"],
     ["htv.engine.session"],
     ["htv.distributed"],

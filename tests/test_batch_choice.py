@@ -50,7 +50,7 @@ def test_size_one_beside_larger_sizes_is_a_constant():
     adjacency, x = torch.rand(1, 3, 3).double(), torch.randn(6, 3, 5).double()
     with htv.attach(model, RULE) as handle:
         model(adjacency, x).square().sum().backward()
-        assert handle._session.batch_source == "'x' of shape (6, 3, 5), examples in dim 0"
+        assert handle._session.voters.source == "'x' of shape (6, 3, 5), examples in dim 0"
     assert_votes_by_example(model, lambda rows: model(adjacency, x[rows]).square().sum(), 6)
 
 

@@ -10,7 +10,9 @@ from torch import nn
 
 import htv
 from htv.bench.models import mlp
-from htv.engine.session import ForwardBlock, Session
+from htv.engine.forward_block import ForwardBlock
+from htv.engine.session import Session
+from htv.engine.voters import Voters
 
 
 def step(model, x):
@@ -48,7 +50,7 @@ def interrupted_at(code, line, call):
 
 
 PLACES = [
-    Session.run, Session.open, Session._begin, Session.close,
+    Session.run, Session.open, Voters.begin, Session.close,
     ForwardBlock.__enter__, ForwardBlock.__exit__,
 ]  # fmt: skip
 

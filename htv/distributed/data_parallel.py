@@ -83,7 +83,7 @@ def ddp(
         )
     if vote != "local":
         _refuse_early_hooks(session)
-    if session.rank_votes is not None:
+    if session.joint.of_ranks is not None:
         raise RuntimeError("the handle's examples vote over ranks already: call this once")
     if registered is not None and registered.votes.session.attached:
         raise UnsupportedError(

@@ -75,7 +75,7 @@ def fsdp(model: nn.Module, handle: object, vote: str = "examples") -> None:
             f"model must be sharded by torch.distributed.fsdp.fully_shard, got "
             f"{type(model).__name__}, no part of which is: call fully_shard first"
         )
-    if session.rank_votes is not None:
+    if session.joint.of_ranks is not None:
         raise RuntimeError("the handle's examples vote over ranks already: call this once")
     units = [Unit(m, group) for m in model.modules() for group in _groups(m)]
     _adopt(session, units)

@@ -47,7 +47,7 @@ def pipeline(schedule: ScheduleGPipe | Schedule1F1B, handle: object) -> None:
             f"each micro-batch's backward in one piece; got {type(schedule).__name__}"
         )
     session = session_of(handle)
-    if session.rank_votes is not None or session.group_votes is not None:
+    if session.joint.of_ranks is not None or session.joint.of_group is not None:
         raise UnsupportedError(
             "a pipeline's micro-batches cannot vote together with those of other replicas. "
             "Remedy: a pipeline alone, or DistributedDataParallel with htv.distributed.ddp alone"
@@ -57,7 +57,7 @@ def pipeline(schedule: ScheduleGPipe | Schedule1F1B, handle: object) -> None:
             "handle is not of the schedule's stage: attach to what PipelineStage was given, "
             "htv.attach(stage.submod, rule)"
         )
-    if session.in_pipeline:
+    if session.joint.in_pipeline:
         raise RuntimeError("the handle's micro-batches vote together already: call this once")
     step = schedule.step
 
@@ -67,8 +67,8 @@ def pipeline(schedule: ScheduleGPipe | Schedule1F1B, handle: object) -> None:
             return step(*args, **kwargs)
         # The schedule scales .grad before there is any: contributions are scaled here.
         fraction = 1 / schedule._n_microbatches if schedule.scale_grads else 1.0
-        with session.accumulate(fraction):
+        with session.joint.accumulate(fraction):
             return step(*args, **kwargs)
 
-    session.in_pipeline = True
+    session.joint.in_pipeline = True
     schedule.step = one_vote

@@ -45,15 +45,15 @@ class RankVotes:
         for tracked in self.session.tracked():
             tracked.gathering = self.gathering_of(tracked)
             tracked.gathering.stays = self.sums_stay
-        self.session.vote_over_ranks(self)
-        self.session.unfinished_guard.put_on(self.session.model)
+        self.session.joint.over_ranks(self)
+        self.session.joint.guard.put_on(self.session.model)
 
     def end(self) -> None:
         """Gather no more."""
         for tracked in self.session.tracked():
             tracked.gathering = None
-        self.session.vote_over_ranks(None)
-        self.session.unfinished_guard.take_off()
+        self.session.joint.over_ranks(None)
+        self.session.joint.guard.take_off()
 
     def gathering_of(self, tracked: TrackedParameter) -> PlainSum:
         """Return what takes the contributions of a parameter."""
@@ -169,11 +169,11 @@ class LocalVotes:
 
     def begin(self) -> None:
         """Let forwards of several ranks pass."""
-        self.session.vote_over_ranks(self)
+        self.session.joint.over_ranks(self)
 
     def end(self) -> None:
         """Refuse them again."""
-        self.session.vote_over_ranks(None)
+        self.session.joint.over_ranks(None)
 
     def require_covered(self, module: nn.Module) -> None:
         """Any forward will do."""

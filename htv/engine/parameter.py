@@ -230,7 +230,7 @@ class TrackedParameter(BufferListener):
         # No reference is kept: autograd may then take the tensor for .grad without a copy.
         self._buffers.mine = None
         session = self._session()
-        session.backward_started = True
+        session.voters.backward_started = True
         if grad is not None and self.gathering is None and not session.told_of_sums:
             held = self.parameter.grad
             if held is not None and self._gradients.gave(held):

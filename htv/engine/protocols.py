@@ -18,6 +18,7 @@ from htv.ops.factors import Factors
 from htv.rules import Rule
 
 __all__ = [
+    "BlockSession",
     "ForwardLike",
     "GroupVotesLike",
     "ModeLike",
@@ -25,6 +26,8 @@ __all__ = [
     "ParameterLike",
     "RankVotesLike",
     "SessionLike",
+    "VotersLike",
+    "VotingSession",
 ]
 
 
@@ -107,6 +110,44 @@ class GroupVotesLike(Protocol):
         """
 
 
+class VotersLike(Protocol):
+    """Describes who votes in the forwards of a session, as its parameters see it."""
+
+    backward_started: bool
+
+
+class VotingSession(Protocol):
+    """Describes what votes over several backwards need of their session."""
+
+    model: nn.Module
+    attached: bool
+
+    def tracked(self) -> list:
+        """Return all served parameters."""
+
+    def require_several(self, count: int, source: str) -> None:
+        """Refuse one group, a `count` of 1, where a rule needs several; `source` says of what."""
+
+
+class BlockSession(Protocol):
+    """Describes what a block of `Handle.forward` needs of its session."""
+
+    root: Any
+    thread: Any
+
+    def require_attached(self, method: str) -> None:
+        """Raise where `method` of a detached handle is called."""
+
+    def running(self) -> Any:
+        """Return the forward under way in this thread."""
+
+    def open(self, forward: Any, args: tuple, kwargs: dict, names: tuple[str, ...] | None) -> Any:
+        """Make the mode of `forward`, called with `args` and `kwargs`, which starts now."""
+
+    def close(self, mode: Any, outer: Any) -> None:
+        """End the forward of `mode`; `outer` is the one around it, or None."""
+
+
 class ModeSession(Protocol):
     """Describes what the mode needs of the session it runs in."""
 
@@ -147,7 +188,7 @@ class SessionLike(ModeSession, Protocol):
     """Describes what a tracked parameter, and the stand-in for a forward, need of the session."""
 
     attached: bool
-    backward_started: bool
+    voters: VotersLike
     batch_norm: str
     collects_stats: bool
     examine: Callable[[str, list[Factors]], None] | None

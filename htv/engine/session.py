@@ -1,4 +1,4 @@
-"""One attachment of a rule to a model: its parameters, the forwards under way, and who votes."""
+"""One attachment of a rule to a model: its parameters, and the forwards under way."""
 
 from __future__ import annotations
 
@@ -8,33 +8,29 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from htv.autograd.accumulation import MicroBatches, refuse_unless_streaming
 from htv.autograd.aggregation import NestedBackwards
 from htv.engine import inputs, ranks
 from htv.engine.call_plan import CallPlan, shapes_of
-from htv.engine.checkpointing import RecentForwards, in_backward, in_reentrant_checkpoint
-from htv.engine.continuation import carried_marks
 from htv.engine.forward import ForwardStandIn, thaw
-from htv.engine.group_spec import GroupSpec, groups_of, same_spec
 from htv.engine.guard_state import PASSES
 from htv.engine.inputs import Batch
+from htv.engine.joint_votes import JointVotes
 from htv.engine.mode import ServingMode, left_on_stack
 from htv.engine.parameter import TrackedParameter, share_nodes
-from htv.engine.protocols import GroupVotesLike, RankVotesLike
 from htv.engine.provenance import FromParameters, Lost, Mark
-from htv.engine.unfinished import UnfinishedVoteGuard
 from htv.engine.usual import call_layer
+from htv.engine.voters import Voters
 from htv.errors import UnsupportedError
 from htv.groups import Groups
 from htv.ops.factors import Factors
 from htv.rules import Mean, Rule
 
-__all__ = ["ForwardBlock", "Session", "Settings"]
+__all__ = ["Session", "Settings"]
 
 MOST_NODE_PLANS = 16
 top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
@@ -52,48 +48,6 @@ class Settings:
     batch_norm: str = "error"
     batch: tuple[str, ...] = ()
     allow_single: bool | str = False
-
-
-class ForwardBlock:
-    """Runs code under the mode of a forward: the context manager that `Handle.forward` returns."""
-
-    def __init__(self, session: Session, args: tuple, kwargs: dict):
-        self._session, self._args, self._kwargs = session, args, kwargs
-        self._mode: ServingMode | None = None
-        self._frozen: list[nn.Module] = []
-
-    def __enter__(self) -> None:
-        session = self._session
-        session.require_attached("forward")
-        if session.running() is not None:
-            raise RuntimeError(
-                "handle.forward() inside another forward of the same handle: it is served already"
-            )
-        if not torch.is_grad_enabled():
-            return
-        names: tuple[str, ...] = ("batch",)
-        if len(self._args) > 1:
-            names = tuple(f"batch[{i}]" for i in range(len(self._args)))
-        try:
-            self._mode = session.open(session.root, self._args, self._kwargs, names)
-            self._mode.block = weakref.ref(self)
-            session.thread.running = self._mode
-            session.root.freeze(self._frozen)
-            self._mode.enter()
-        except BaseException:
-            self.__exit__(None, None, None)
-            raise
-
-    def __exit__(self, *_: object) -> None:
-        mode, self._mode = self._mode, None
-        try:
-            self._session.close(mode, None)
-        finally:
-            thaw(self._frozen)
-
-    def handles(self, mode: ServingMode) -> bool:
-        """Tell whether the block is open and `mode` its own."""
-        return self._mode is mode
 
 
 class Session:
@@ -116,33 +70,16 @@ class Session:
         self.batch_norm, self.collects_stats = settings.batch_norm, settings.stats
         # Shown what is recorded, instead of statistics.
         self.examine: Callable[[str, list[Factors]], None] | None = None
-        self.told_of_sums = self._told_of_ranks = self._told_of_one = False
+        self.told_of_sums = self._told_of_one = False
         self.thread = threading.local()  # .running: the forward under way in this thread, or True
         self.passes = NestedBackwards()
         # Calls at which the batch was lost, where a parameter came to need it.
         self.losses: dict[Lost, None] = {}
-        self.batch_source = ""  # which argument the last forward took for the batch
         self.settlements: list = []  # what compiled backwards of this model look up
 
-        self.spec: GroupSpec | None = (
-            None  # while a block of groups(), packed() or tokens() is open
-        )
-        self._last_spec: GroupSpec | None = None
-        self._specs: list[GroupSpec | None] = []  # since the last backward; at most two different
-        self._sizes: set[int] = set()  # of the batches since the last backward
-        self.accumulates = False
-        # Whether rules are applied after the backward: in accumulate(), or where ranks meet.
-        self.votes_later = False
-        self._batches = MicroBatches()  # of the accumulation under way
-        self.unfinished_guard = UnfinishedVoteGuard(self.waiting_backwards)
-        self.in_pipeline = False  # whether a schedule's micro-batches vote together
-        self.rank_votes: RankVotesLike | None = None
-        # Where the ranks of a process group meet at the end of accumulate().
-        self.group_votes: GroupVotesLike | None = None
+        self.voters = Voters(settings.batch, settings.batch_dim, self.passes)
+        self.joint = JointVotes(self)
         self.latest_groups: Groups | None = None  # of the last forward with a graph
-        # Whether a backward has reached a parameter: the forwards before it are done with then.
-        self.backward_started = False
-        self._recent = RecentForwards()
 
         parameters = dict(model.named_parameters())
         self._tracked = {
@@ -196,8 +133,7 @@ class Session:
             return
         self.attached = False
         _sessions.discard(self)
-        if self.rank_votes is not None:
-            self.rank_votes.end()
+        self.joint.end()
         left_on_stack(lambda mode: mode.session is self)
         for forward in self._forwards:
             forward.restore()
@@ -207,7 +143,7 @@ class Session:
             forward.let_go()
         self._forwards, self.root, self.thread = [], None, threading.local()
         self._plans, self._found, self._nodes = {}, {}, {}
-        self._recent.modes.clear()
+        self.voters.recent.modes.clear()
 
     def require_attached(self, method: str) -> None:
         """Raise where `method` of a detached handle is called."""
@@ -234,126 +170,6 @@ class Session:
         self._shares_nodes = False
         for forward in self._forwards:
             forward.parameters_move = True
-
-    # -- blocks of the user's ---------------------------------------------------------------------
-
-    @contextmanager
-    def voting(self, spec: GroupSpec, method: str) -> Iterator[None]:
-        """Let forwards inside the block vote by `spec`; `method` of the handle is for messages."""
-        self.require_attached(method)
-        if spec.weight not in ("size", "equal"):
-            raise ValueError(f"weight must be 'size' or 'equal', got {spec.weight!r}")
-        if self.spec is not None:
-            raise RuntimeError("groups(), packed() and tokens() blocks cannot be nested")
-        if isinstance(spec.value, Tensor):  # the one time that a device is waited for
-            spec = replace(spec, value=spec.value.cpu())
-        try:
-            self.spec = spec
-            yield
-        finally:
-            self.spec = None
-
-    @contextmanager
-    def accumulate(self, fraction: float = 1.0) -> Iterator[None]:
-        """See `Handle.accumulate`.
-
-        fraction:  what contributions are multiplied by.
-        """
-        self.require_attached("accumulate")
-        if self.accumulates:
-            raise RuntimeError("accumulate() blocks cannot be nested")
-        self._refuse_to_accumulate()
-        try:
-            self.accumulates = self.votes_later = True
-            self.unfinished_guard.put_on(self.model)
-            self._begin_vote(fraction)
-            yield
-            if self.attached and self._waiting():
-                self._finish_vote(fraction)
-        finally:
-            self.accumulates = self.votes_later = False
-            self.unfinished_guard.take_off()
-            if self.group_votes is not None:
-                self.group_votes.end()
-            for tracked in self._tracked.values():
-                tracked.accumulate(None)
-
-    def _refuse_to_accumulate(self) -> None:
-        if self.rank_votes is not None:
-            raise UnsupportedError(
-                "accumulate() where ranks vote together by htv.distributed.ddp or fsdp: the "
-                "backward in which ranks meet ends a vote there. Remedy: no_sync() of "
-                "DistributedDataParallel, or set_requires_gradient_sync(False) of FSDP2, for all "
-                "micro-batches but the last"
-            )
-        if ranks.world_size() > 1 and self.group_votes is None and not self.in_pipeline:
-            raise UnsupportedError(
-                f"accumulate() with {ranks.world_size()} ranks: each rank would put its own "
-                "aggregate into .grad, and the ranks' parameters would drift apart. Remedy: "
-                "htv.attach(..., process_group=torch.distributed.group.WORLD), so that all ranks "
-                "vote together, or DistributedDataParallel with htv.distributed.ddp"
-            )
-        if self.group_votes is None:
-            for tracked in self._tracked.values():
-                refuse_unless_streaming(tracked.rule, tracked.name)
-
-    def _begin_vote(self, fraction: float = 1.0) -> None:
-        """Gather contributions for the next vote of an accumulation."""
-        self._batches = MicroBatches()
-        if self.group_votes is not None:
-            self.group_votes.begin()
-            return
-        for tracked in self._tracked.values():
-            tracked.accumulate(self._batches, fraction)
-
-    def _waiting(self) -> bool:
-        """Tell whether anything was gathered since the last vote of an accumulation, on any
-        rank.
-        """
-        if self.group_votes is not None:
-            return self.group_votes.waiting()
-        return len(self._batches) > 0
-
-    def waiting_backwards(self) -> int:
-        """Return how many backwards of this rank have left contributions for a vote to come."""
-        votes = self.rank_votes if self.rank_votes is not None else self.group_votes
-        if votes is not None:
-            return votes.waiting_backwards()
-        return len(self._batches) if self.accumulates else 0
-
-    def _finish_vote(self, fraction: float = 1.0) -> None:
-        """Apply the rules to what an accumulation gathered."""
-        if self.group_votes is not None:
-            found = self.group_votes.results()
-        else:
-            self._batches.require_complete()
-            everything = "all micro-batches of accumulate() together"
-            self.require_several(self._batches.count, everything)
-            with torch.no_grad():
-                found = [(s, s.gathering.result()) for s in self._tracked.values()]
-        for tracked, grad in found:
-            tracked.add_accumulated(grad)
-        if self.group_votes is None:
-            self._begin_vote(fraction)
-
-    def finish(self) -> None:
-        """See `Handle.finish`."""
-        self.require_attached("finish")
-        if self.rank_votes is not None:
-            self.rank_votes.require_met()
-        elif not self.accumulates:
-            raise RuntimeError(
-                "finish() outside accumulate(): nothing waits for a vote, for the end of a block, "
-                "or every backward, has put its aggregate into .grad already. Remedy: with "
-                "handle.accumulate(): around the loop"
-            )
-        elif self._waiting():
-            self._finish_vote()
-
-    def vote_over_ranks(self, rank_votes: RankVotesLike | None) -> None:
-        """Let `rank_votes` bring the ranks together from now on; None: nobody."""
-        self.rank_votes = rank_votes
-        self.votes_later = rank_votes is not None and rank_votes.gathers
 
     def unserved_parameters(self) -> list[Tensor]:
         """Return the parameters that want a plain gradient."""
@@ -383,7 +199,7 @@ class Session:
         """Return the parameters that share a node with `tracked` for `groups`, itself among
         them; see `share_nodes`.
         """
-        if groups.rows_vote or self.votes_later or not self._shares_nodes:
+        if groups.rows_vote or self.joint.later or not self._shares_nodes:
             return (tracked,)
         key = groups.count, groups.batch_size, matrices
         nodes = self._nodes.get(key)
@@ -496,35 +312,6 @@ class Session:
             stacklevel=2,
         )
 
-    def check_ranks(self, forward: ForwardStandIn) -> None:
-        """Refuse a `forward` whose votes the ranks would not bring together as they should."""
-        if in_backward():  # a checkpoint's part: the forward that it is part of was looked at
-            return
-        if self.rank_votes is not None:
-            self.rank_votes.require_covered(forward.module)
-        elif self.group_votes is not None:
-            if not self.accumulates:
-                raise RuntimeError(
-                    "the model was attached with process_group, and ranks meet where accumulate() "
-                    "ends: a backward outside would leave each rank its own vote. Remedy: `with "
-                    "handle.accumulate():` around the micro-batches of a step (or around the loop, "
-                    "with handle.finish() before the optimizer), or DistributedDataParallel with "
-                    "htv.distributed.ddp(ddp_model, handle)"
-                )
-        elif ranks.vote_alone() and not self.accumulates:
-            ranks.refuse_alone(self.model)
-            if not self._told_of_ranks:
-                self._warn_of_ranks()
-
-    def _warn_of_ranks(self) -> None:
-        self._told_of_ranks = True
-        warnings.warn(
-            f"{ranks.world_size()} ranks are initialised, but the examples of each vote by "
-            "themselves: averaging .grad over ranks would average votes. Use htv.Mean() there, or "
-            "train in one process",
-            stacklevel=4,
-        )
-
     # -- a forward --------------------------------------------------------------------------------
 
     def run(self, forward: ForwardStandIn, args: tuple, kwargs: dict):
@@ -540,17 +327,17 @@ class Session:
                 return result
         if running is not None and running.task == torch._C._current_graph_task_id():
             if top_hooks(True) is not None or not torch.is_grad_enabled():  # checkpoints
-                self._recent.note(running, forward, args, kwargs)
+                self.voters.recent.note(running, forward, args, kwargs)
             return forward.inner(*args, **kwargs)
         if not torch.is_grad_enabled() or not self._tracked:
-            self._begin(graph=False)
+            self.voters.begin(graph=False)
             with forward.frozen_statistics():
                 return forward.inner(*args, **kwargs)
         mode, frozen = None, []
         try:
             mode = self.thread.running = self.open(forward, args, kwargs)
             if top_hooks(True) is not None or not torch.is_grad_enabled():  # checkpoints
-                self._recent.note(mode, forward, args, kwargs)
+                self.voters.recent.note(mode, forward, args, kwargs)
             if forward.batch_norms:
                 forward.freeze(frozen)
             torch._C._push_on_torch_function_stack(mode)
@@ -609,25 +396,27 @@ class Session:
         if torch._C._len_torch_function_stack():
             left_on_stack(lambda mode: mode.is_stale())
         forward.check()
-        several = self.rank_votes is not None or self.group_votes is not None
+        joint = self.joint
+        several = joint.of_ranks is not None or joint.of_group is not None
         if not self.only_means and (several or ranks.vote_alone()):
-            self.check_ranks(forward)
+            joint.check_ranks(forward)
         again, carried, spec, rows = None, {}, None, None
-        usual = not kwargs and names is None and self.spec is None
+        usual = not kwargs and names is None and self.voters.spec is None
         key = shapes_of(forward, args) if usual else None
         plan = None if key is None else self._plans.get(key)
         if plan is not None:
-            self._begin(graph=True)
+            self.voters.begin(graph=True)
             groups, batch, rows = plan.groups, plan.of(args), plan.rows
         else:
             own = forward.names if names is None else names
             tensors = inputs.named_tensors(own, args, kwargs)
             plain = [t for _, t in tensors if isinstance(t, Tensor)]
-            again = self._recent.run_again(forward, plain)
+            again = self.voters.recent.run_again(forward, plain)
             if again is None:
-                spec = self._begin(graph=True)
-                wanted = self._wanted(forward, tensors, names)
-                groups, batch, carried = self._who_votes(spec, tensors, wanted)
+                spec = self.voters.begin(graph=True)
+                whole = forward is self.root and names is None
+                wanted = self.settings.batch if whole else self.voters.named_in(tensors)
+                groups, batch, carried = self.voters.of_call(spec, tensors, wanted, self.own_marks)
                 if key is not None:
                     self._keep_plan(key, groups, batch, args)
             else:
@@ -638,10 +427,10 @@ class Session:
             tracked.deferred = None
             if tracked.hook is None:
                 tracked.watch()
-        self.batch_source = batch.source
-        self._sizes.add(groups.batch_size)
+        self.voters.source = batch.source
+        self.voters.sizes.add(groups.batch_size)
         self.latest_groups = groups
-        if not groups.rows_vote and groups.count not in self._enough and not self.votes_later:
+        if not groups.rows_vote and groups.count not in self._enough and not self.joint.later:
             self.require_enough(groups.count, batch.source)
             self._enough.add(groups.count)
         mode = ServingMode(self, groups, batch, again, carried, rows)
@@ -672,81 +461,6 @@ class Session:
         for rule in self.rules:
             rule.statistic(count)
         self.require_several(count, source)
-
-    # -- who votes in it --------------------------------------------------------------------------
-
-    def _wanted(
-        self, forward: ForwardStandIn, tensors: list, names: tuple[str, ...] | None
-    ) -> tuple[str, ...]:
-        """Return the arguments that the user named as the batch, as far as the call has them."""
-        named = self.settings.batch
-        if forward is self.root and names is None:
-            return named
-        own = {inputs.argument_of(name) for name, _ in tensors}
-        return tuple(name for name in named if inputs.argument_of(name) in own)
-
-    def batch_of(
-        self, forward: ForwardStandIn, tensors: list, kind: str, size: int | None
-    ) -> Batch:
-        """Choose the batch of a call of `forward` by its `tensors` alone, for votes of this `kind`
-        by `size` examples.
-        """
-        wanted = self._wanted(forward, tensors, None)
-        return inputs.choose(tensors, self.settings.batch_dim, wanted, size, kind)
-
-    def _who_votes(
-        self, spec: GroupSpec | None, tensors: list, wanted: tuple[str, ...]
-    ) -> tuple[Groups, Batch, dict[int, Mark]]:
-        """Return groups, the call's batch, and what earlier forwards know of its tensors."""
-        carried, earlier = carried_marks(tensors, self.own_marks, self._recent)
-        fresh = [(name, t) for name, t in tensors if id(t) not in carried]
-        dim = self.settings.batch_dim
-        kind, size = ("each", None) if spec is None else (spec.kind, spec.size())
-        if earlier is not None:
-            batch = inputs.fitting(earlier.groups.batch_size, dim, fresh, earlier.source)
-            alike = spec is not None and spec is earlier.spec
-            neither = spec is None and earlier.spec is None and not earlier.groups.rows_vote
-            if alike or neither:
-                return earlier.groups, batch, carried
-        elif in_backward() and len(self._sizes) == 1:  # a reentrant checkpoint's part
-            batch = inputs.fitting(next(iter(self._sizes)), dim, fresh, self.batch_source)
-            if not batch.members:
-                batch = inputs.choose(fresh, dim, wanted, kind=kind)
-        else:
-            batch = inputs.choose(fresh, dim, wanted, size, kind)
-        return groups_of(spec, batch, fresh), batch, carried
-
-    def _begin(self, graph: bool) -> GroupSpec | None:
-        """Return who votes in the forward that starts now, and keep it for its checkpoints.
-
-        graph: whether gradients are on. A reentrant checkpoint runs its first forward without, as
-               an evaluation does.
-        """
-        if torch._C._current_graph_task_id() != -1:
-            if len(self._specs) > 1 and in_reentrant_checkpoint():
-                raise RuntimeError(
-                    "a reentrant activation checkpoint runs a forward again, but since the last "
-                    "backward there were forwards with different groups() or packed(): whose votes "
-                    "these are cannot be told. Call backward() before the next forward, or "
-                    "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
-                )
-            return self._last_spec
-        if graph:
-            passes = self.passes
-            passes.outer, passes.groups, passes.latest = {}, {}, (-1, None)
-        if self.backward_started:
-            self._specs, self.backward_started, self._last_spec = [], False, None
-            self._sizes = set()
-            self._recent.modes.clear()
-        spec = self.spec
-        if graph or spec is not None:
-            self._last_spec = spec
-            known = self._specs
-            if not known:
-                known.append(spec)
-            elif len(known) < 2 and spec is not known[0] and not same_spec(spec, known[0]):
-                known.append(spec)
-        return spec
 
 
 PASSES.add(Session.run.__code__)

@@ -265,7 +265,7 @@ def _uses_by_running(
                 (sorted(tracked.uses), tracked.refusal and f"unsupported: {tracked.refusal}"),
             )
         lost = tuple(str(loss) for loss in session.losses)
-    return used, plans, session.batch_source, lost
+    return used, plans, session.voters.source, lost
 
 
 def _as_dict(result: Any) -> Any:

@@ -262,7 +262,7 @@ def one_rank_skips_a_step(rank, world):
     """Rank 1 leaves out a micro-batch's error and goes on: its votes are those of another step."""
     model, handle = wrapped()
     if rank == 1:
-        handle._session.rank_votes.rounds.number += 1
+        handle._session.joint.of_ranks.rounds.number += 1
     step(model, rank, world)
 
 

@@ -46,7 +46,7 @@ def call(forward: ForwardStandIn, args: tuple, kwargs: dict):
     session = forward.session
     if not torch.is_grad_enabled() and session.batch_norm != "frozen":
         return forward.inner(*args, **kwargs)
-    guard_state, spec, tensors = forward.guard_state, session.spec, []
+    guard_state, spec, tensors = forward.guard_state, session.voters.spec, []
     for module, name, child in guard_state.children:
         if module._modules[name] is not child:
             raise RuntimeError(
@@ -185,7 +185,7 @@ def _run(forward: ForwardStandIn, tensors: list[Tensor], voting: tuple, args: tu
         remedy = "run this model without torch.compile"
         refuse_open(session.rules, "a compiled model", remedy)
     if torch.is_grad_enabled() and not session.only_means:
-        session.check_ranks(forward)
+        session.joint.check_ranks(forward)
     outer = session.running()
     if outer and not for_shapes:
         raise UnsupportedError(
@@ -274,11 +274,11 @@ def _intercept(
             int(size)  # compiled once for each size
     session, (kind, value, weight) = forward.session, voting
     value = torch.tensor(value) if isinstance(value, (list, tuple)) else value
-    batch = session.batch_of(
-        forward, named, kind, None if value is None or kind == "packed" else len(value)
-    )
+    size = None if value is None or kind == "packed" else len(value)
+    wanted = session.settings.batch if forward is session.root else session.voters.named_in(named)
+    batch = inputs.choose(named, session.settings.batch_dim, wanted, size, kind)
     plan = StaticGroupSpec.of(kind, weight, batch, value)
-    session.batch_source = batch.source
-    if kind == "each" and not session.votes_later:
+    session.voters.source = batch.source
+    if kind == "each" and not session.joint.later:
         session.require_enough(plan.batch_size, batch.source)
     return TracedMode(TracedSession(forward, tensors), TracedGroups(plan, value), batch)

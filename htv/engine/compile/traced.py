@@ -273,7 +273,7 @@ class Settlement:
                 tracked.guard()
             for recipe, count in self.recipes:
                 buffer.record(recipe(groups, parameter, list(itertools.islice(tensors, count))))
-            if not tracked.session.votes_later and not groups.rows_vote:
+            if not tracked.session.joint.later and not groups.rows_vote:
                 tracked.session.require_several(groups.count, f"of {groups.batch_size} examples")
             node = None if tracked.gathering is None else _gradient_node(parameter)
             grad = buffer.settle(parameter, node)
