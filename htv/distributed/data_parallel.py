@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from htv.autograd.tally import state_of
 from htv.distributed import reduction
+from htv.distributed.mask_exchange import MaskedBuckets
 from htv.distributed.rank_votes import LocalVotes, RankVotes, session_of
 from htv.distributed.reduction import Field, Votes
 from htv.distributed.rounds import VOTES, Electorate
@@ -155,6 +156,7 @@ class DataParallelVotes(RankVotes):
         self._state, self._inner = state, inner
         self._by_id = {id(t.parameter): t for t in session.tracked()}
         self._reduced: set[int] = set()  # which of them the model brings together
+        self._masks = MaskedBuckets(group)
         # How many backwards there were before a forward whose own was to synchronise.
         self._to_meet: int | None = None
         self._armed = False  # whether the model waits for gradients to bring together
@@ -230,26 +232,52 @@ class DataParallelVotes(RankVotes):
         ]
         tracked = [self._by_id.get(id(p)) for p in parameters]
         self._reduced.update(map(id, parameters))
+        if bucket.index() == 0:
+            self._masks.clear()
         if bucket.is_last():
             self._refuse_unfrozen()
             _refuse_early_hooks(self.session)
         fields = _fields(gradients, buffer, [self.rule_of_votes(t) for t in tracked])
         ordered = _fields(gradients, buffer, [self.rule_of_ranks(t) for t in tracked])
         ordered = [field for field in ordered if field.rule is not None]
-        by_votes = any(field.rule is not None for field in fields)
-        electorate = self.rounds.called() if by_votes or ordered or bucket.is_last() else None
+        ruled = any(field.rule is not None for field in fields)
+        electorate = self.rounds.called() if ruled or ordered or bucket.is_last() else None
         votes = self._own_votes(buffer, gradients, tracked, fields, electorate)
+        if not ordered and self.masks_suffice(fields):
+            reduced = self._masks.add(votes.votes, fields, electorate, lambda: self._sums(bucket))
+        else:
+            reduced = self._in_full(bucket, fields, ordered, votes, electorate)
+        if bucket.is_last():
+            self._masks.tell()
+            self._to_meet, self._armed = None, False
+            self.met()
+        return reduced
+
+    def _sums(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        return _averaged(self._inner, self._state, self.model, bucket)
+
+    def _in_full(
+        self,
+        bucket: dist.GradBucket,
+        fields: Sequence[Field],
+        ordered: Sequence[Field],
+        votes: Votes,
+        electorate: Electorate | None,
+    ) -> torch.futures.Future[Tensor]:
+        """Bring sums, votes and what goes with them together, and apply the rules on all ranks.
+
+        fields, ordered:  of the bucket by rules of votes and, those that have one, of ranks.
+        votes:            of this rank.
+        """
+        buffer, group = bucket.buffer(), self.rounds.group
         ranked = self._ranked(buffer, ordered, electorate) if ordered else None
-        group = self.rounds.group
         waited = [reduction.all_reduce(t, group) for t in votes]
+        by_votes = bool(waited)
         if ranked is not None:
             waited.append(ranked[0])
         needed = len(ordered) < len(fields) or self._inner is not None
         if needed:  # else all that comes of the sums is ranked
-            waited.append(_averaged(self._inner, self._state, self.model, bucket))
-        if bucket.is_last():
-            self._to_meet, self._armed = None, False
-            self.met()
+            waited.append(self._sums(bucket))
 
         def finish(done: torch.futures.Future[list]) -> Tensor:
             reduced = _tensor_of(done.value()[-1].value()) if needed else buffer
@@ -307,7 +335,7 @@ class DataParallelVotes(RankVotes):
         received = torch.empty_like(padded)
         dist.all_to_all_single(received, padded, group=rounds.group)
         begin = rounds.rank * chunk
-        mine = [part for field in fields for part in _within(field, begin, begin + chunk)]
+        mine = reduction.part_of(fields, begin, begin + chunk)
         found = reduction.order_over_ranks(
             received.view(rounds.size, chunk), mine, electorate, self.fraction
         )
@@ -333,15 +361,6 @@ def _fields(gradients: Sequence[Tensor], buffer: Tensor, rules: Sequence) -> lis
         size = gradient.numel()
         found.append(Field(rule, offset, size, size, size))
     return found
-
-
-def _within(field: Field, begin: int, end: int) -> list[Field]:
-    """The part of a field that lies in a range of the buffer, placed in that range."""
-    first, last = max(field.offset, begin), min(field.offset + field.size, end)
-    if first >= last:
-        return []
-    size = last - first
-    return [Field(field.rule, first - begin, size, size, field.whole)]
 
 
 def _writer(gradient: Tensor, field: Field) -> Callable[[Tensor, Tensor], None]:

@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 
 from htv.autograd.tally import PlainSum, state_of
 from htv.distributed import reduction
+from htv.distributed.mask_exchange import MaskedBuckets
 from htv.distributed.rank_votes import RankVotes
 from htv.distributed.reduction import Field, Votes
 from htv.engine.parameter import TrackedParameter
@@ -130,10 +131,19 @@ class ProcessGroupVotes(RankVotes):
             ranked = reduction.order_over_ranks(
                 torch.stack(gathered), ordered, electorate, self.fraction
             )
-        dist.all_reduce(buffer.mul_(self.fraction), group=group)
-        for tensor in votes:
-            dist.all_reduce(tensor, group=group)
-        reduction.apply_rules(buffer, fields, votes, electorate)
+        buffer.mul_(self.fraction)
+        if not ordered and self.masks_suffice(fields):
+            masks = MaskedBuckets(group)
+            masked = masks.add(
+                votes.votes, fields, electorate, lambda: reduction.all_reduce(buffer, group)
+            )
+            masks.tell()
+            masked.wait()
+        else:
+            dist.all_reduce(buffer, group=group)
+            for tensor in votes:
+                dist.all_reduce(tensor, group=group)
+            reduction.apply_rules(buffer, fields, votes, electorate)
         for field in ordered:
             field.of(buffer).copy_(field.of(ranked))
         return [

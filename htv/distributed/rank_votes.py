@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from htv.autograd.tally import Counts, PlainSum, Tally, of_sums
 from htv.distributed.factor_exchange import FactorExchange
+from htv.distributed.reduction import Field, by_votes_alone
 from htv.distributed.rounds import Rounds, ranks_are_buckets, refuse_rules, require_same
 from htv.engine.parameter import TrackedParameter
 from htv.engine.session import Session
@@ -143,6 +144,13 @@ class RankVotes:
         if tracked is None or tracked.rule.streaming:
             return None
         return tracked.rule if ranks_are_buckets(tracked.rule, self.rounds) else None
+
+    def masks_suffice(self, fields: Sequence[Field]) -> bool:
+        """Tell whether all that ranks need of each other, beside the sums of a buffer with such
+        `fields`, is which of them are kept.
+        """
+        rules = [field.rule for field in fields if field.rule is not None]
+        return self.rounds.size > 1 and bool(rules) and all(map(by_votes_alone, rules))
 
     def counts_of(self, tracked: TrackedParameter, sums: Tensor) -> Counts | None:
         """Return what this rank has to say of a parameter, beside its `sums`; None for nothing."""

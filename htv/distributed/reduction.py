@@ -23,7 +23,16 @@ from htv.ops import functional, reference, statistics
 from htv.ops.reference import Summary
 from htv.rules import Mean, Rule, Statistic
 
-__all__ = ["Field", "Votes", "apply_rules", "order_over_ranks"]
+__all__ = [
+    "Field",
+    "Votes",
+    "apply_masks",
+    "apply_rules",
+    "by_votes_alone",
+    "masks",
+    "order_over_ranks",
+    "part_of",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,15 +124,50 @@ def apply_rules(
         if rule is None or type(rule) is Mean or not rule.streaming:
             continue
         statistic = statistics.resolve(rule, electorate.count)
-        mask_of_votes = statistics.of(statistic.name).mask_of_votes
-        needs_more = statistics.of(statistic.name).state
-        if mask_of_votes is not None and not needs_more and not statistic.normalise:
+        if by_votes_alone(rule):
             part = slice(first.offset, last.offset + last.size)
-            kept = mask_of_votes(votes.votes[part], statistic)
-            sums = buffer[part]
-            sums.masked_fill_(~kept & sums.isfinite(), 0)
+            kept = statistics.of(statistic.name).mask_of_votes(votes.votes[part], statistic)
+            _keep(buffer[part], kept)
         else:
             _apply(first, buffer, votes, statistic, electorate, sum_masks)
+
+
+def masks(votes: Tensor, fields: Sequence[Field], electorate: Electorate) -> Tensor:
+    """Return what votes of all ranks keep: (size,) booleans, True where no field has a rule.
+
+    votes:   (size,).
+    fields:  with rules that are None or `by_votes_alone`.
+    """
+    found = torch.ones_like(votes, dtype=torch.bool)
+    for rule, first, last in _runs(fields):
+        if rule is not None:
+            statistic = statistics.resolve(rule, electorate.count)
+            part = slice(first.offset, last.offset + last.size)
+            found[part] = statistics.of(statistic.name).mask_of_votes(votes[part], statistic)
+    return found
+
+
+def apply_masks(buffer: Tensor, fields: Sequence[Field], kept: Tensor) -> None:
+    """Leave in `buffer` the sums of all ranks that `masks` keeps, as `apply_rules` does."""
+    for rule, first, last in _runs(fields):
+        if rule is not None:
+            part = slice(first.offset, last.offset + last.size)
+            _keep(buffer[part], kept[part])
+
+
+def _keep(sums: Tensor, kept: Tensor) -> None:
+    sums.masked_fill_(~kept & sums.isfinite(), 0)
+
+
+def part_of(fields: Sequence[Field], begin: int, end: int) -> list[Field]:
+    """Return the parts of fields that lie in a range of their buffer, placed in that range."""
+    found = []
+    for field in fields:
+        first, last = max(field.offset, begin), min(field.offset + field.size, end)
+        if first < last:
+            size = last - first
+            found.append(Field(field.rule, first - begin, size, size, field.whole))
+    return found
 
 
 def _runs(fields: Sequence[Field]) -> Iterator[tuple[Rule | None, Field, Field]]:
@@ -136,7 +180,7 @@ def _runs(fields: Sequence[Field]) -> Iterator[tuple[Rule | None, Field, Field]]
             and field.offset == last.offset + last.size
             and field.rule is not None
             and field.rule.streaming
-            and _by_votes_alone(field.rule)
+            and by_votes_alone(field.rule)
         )
         if together:
             last = field
@@ -148,7 +192,8 @@ def _runs(fields: Sequence[Field]) -> Iterator[tuple[Rule | None, Field, Field]]
         yield first.rule, first, last
 
 
-def _by_votes_alone(rule: Rule) -> bool:
+def by_votes_alone(rule: Rule) -> bool:
+    """Tell whether a streaming rule keeps or drops a sum by the votes of its coordinate alone."""
     statistic = statistics.resolve(rule, 1 << 30)
     found = statistics.of(statistic.name)
     return found.mask_of_votes is not None and not found.state and not statistic.normalise
