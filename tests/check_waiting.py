@@ -122,13 +122,18 @@ def knows(model: str, voters: str, rule) -> bool:
 
 
 def steps():
-    """All that can be combined. Quick are a mask and a median, whoever votes, and a soft mask of
-    every example's votes.
+    """All that can be combined. Quick are a hard and a soft mask and a median of every example's
+    votes, and one rule for other voters.
     """
+    usual = {
+        "each": (htv.AndMask(0.4), htv.SandMask(0.3, k=0.5), htv.Median()),
+        "groups": (htv.Median(),),
+        "weighted": (htv.AndMask(0.4),),
+        "tokens": (htv.AndMask(0.4),),
+    }
     for combined in itertools.product(HANDLERS, MODELS, VOTERS, RULES):
         *_, voters, rule = combined
-        quick = rule in (RULES[0], htv.Median()) or (voters, rule) == ("each", RULES[2])
-        marks = () if quick else (pytest.mark.slow,)
+        marks = () if rule in usual[voters] else (pytest.mark.slow,)
         yield pytest.param(*combined, marks=marks, id="-".join(map(str, combined)))
 
 

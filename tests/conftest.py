@@ -18,8 +18,9 @@ torch.set_num_threads(
 # The files that take longest: where several processes share the tests, they come first, so that
 # none is left with one of them at the end.
 LONGEST = (
-    "test_waiting.py", "test_interpreted.py", "test_gpu_bench.py", "test_layers.py",
-    "test_stacked_cpp.py", "test_linear.py", "test_compile.py", "test_cli.py",
+    "test_interpreted.py", "test_compile.py", "test_cli.py", "test_layers.py",
+    "test_factors.py", "test_gpu_bench.py", "test_huggingface.py", "test_fully_sharded.py",
+    "test_data_parallel.py", "test_extras.py", "test_waiting.py", "test_stacked_cpp.py",
 )  # fmt: skip
 
 

@@ -345,6 +345,6 @@ def test_several_ranks_are_measured(tmp_path):
     record = json.loads((tmp_path / "distributed.json").read_text())
     found = record["ranks"]["2"]
     assert set(found) == set(distributed.variants(2)) and "DDP AndMask" in text
-    if not math.isnan(found["DDP plain"]["bytes"]):  # one byte per float32 value
+    if not math.isnan(found["DDP plain"]["bytes"]):  # votes are bytes beside four
         more = found["DDP AndMask"]["bytes"] / found["DDP plain"]["bytes"] - 1
-        assert 0.24 < more < 0.27
+        assert 0.13 < more < 0.17  # half of them, and a bit for each

@@ -136,7 +136,7 @@ def images(n=6):
         ("aot_eager", MEDIAN),
         ("aot_eager", AND_MASK),
         ("aot_eager", htv.Mean()),
-        ("aot_eager", htv.SandMask(0.5, 1.0)),
+        pytest.param("aot_eager", htv.SandMask(0.5, 1.0), marks=pytest.mark.slow),
         ("eager", MEDIAN),
         pytest.param("inductor", AND_MASK, marks=pytest.mark.slow),
         pytest.param("inductor", MEDIAN, marks=pytest.mark.slow),

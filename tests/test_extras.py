@@ -97,24 +97,29 @@ htv.data.spirals(2, 8, 8, 2)
 MAIN = "from htv.cli import main; sys.argv[0] = 'htv'; main()"
 
 
+def slow(*values):
+    """A row for `make test-all`: each starts a process that imports torch."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("arguments", "without", "message"),
     [
         ([], EXTRAS, 'htv needs typer: pip install "hard-to-vary[cli]"'),
-        (["demo"], EXTRAS, 'htv needs typer: pip install "hard-to-vary[cli]"'),
-        (["--help"], ["typer"], 'htv needs typer: pip install "hard-to-vary[cli]"'),
+        slow(["demo"], EXTRAS, 'htv needs typer: pip install "hard-to-vary[cli]"'),
+        slow(["--help"], ["typer"], 'htv needs typer: pip install "hard-to-vary[cli]"'),
         (
             ["demo"],
             ["rich", "sklearn", "matplotlib"],
             'htv demo needs rich, matplotlib, scikit-learn: pip install "hard-to-vary[cli]"',
         ),
-        (["demo", "--data", "."], ["matplotlib", "sklearn"], "htv demo needs matplotlib: "),
+        slow(["demo", "--data", "."], ["matplotlib", "sklearn"], "htv demo needs matplotlib: "),
         (["bench"], ["matplotlib"], 'htv bench needs matplotlib: pip install "hard-to-vary[cli]"'),
         (["info"], ["rich"], 'htv info needs rich: pip install "hard-to-vary[cli]"'),
-        (["tune", "--dry"], ["rich"], 'htv tune needs rich: pip install "hard-to-vary[cli]"'),
-        (["experiment", "linear"], ["matplotlib"], "htv experiment needs matplotlib: "),
-        (["experiment", "mat-toy"], ["rich"], "htv experiment needs rich: "),
-        (["experiment", "winsorized"], ["sklearn"], "htv experiment needs scikit-learn: "),
+        slow(["tune", "--dry"], ["rich"], 'htv tune needs rich: pip install "hard-to-vary[cli]"'),
+        slow(["experiment", "linear"], ["matplotlib"], "htv experiment needs matplotlib: "),
+        slow(["experiment", "mat-toy"], ["rich"], "htv experiment needs rich: "),
+        slow(["experiment", "winsorized"], ["sklearn"], "htv experiment needs scikit-learn: "),
         (
             ["experiment", "paths"],
             ["scipy"],

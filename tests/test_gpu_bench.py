@@ -291,6 +291,7 @@ def test_cases_that_crash_or_hang_cost_themselves_alone(module, monkeypatch, tmp
     assert found["wrong"]["b/wrong"] == "no" and found["skipped"] == {"c/all": "no c"}
 
 
+@pytest.mark.slow
 def test_cases_that_no_time_is_left_for_are_dropped(module, monkeypatch, tmp_path, hang):
     monkeypatch.setattr(correctness, "MODULE", module(CASES))
     seconds = correctness.PATIENCE / 2
@@ -328,6 +329,7 @@ WORKLOADS = """
 """
 
 
+@pytest.mark.slow
 def test_a_lost_process_is_tried_again_with_less(module, monkeypatch, tmp_path):
     monkeypatch.setattr(step, "RETRY", 0.0)
     took = {}

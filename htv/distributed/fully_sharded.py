@@ -326,13 +326,7 @@ class Unit:
             sums.mul_(self.votes.fraction)
         self._ranked = self._over_ranks(sums, world, group)
         mine = self._own_votes(sums, world)
-
-        def scattered(whole: Tensor) -> Tensor:
-            shard = whole.new_empty(whole.numel() // world)
-            reduction.reduce_scatter(shard, whole, group=group)
-            return shard
-
-        self._keep(mine.map(scattered))
+        self._keep(mine.map(lambda whole: reduction.scattered(whole, group)()))
         if self._ranked is None or not self._all_ranked():  # else the sums are of no use
             reduction.reduce_scatter(output, sums, group=group)
 

@@ -54,18 +54,14 @@ class MaskExchange:
         self.bytes = -(-self._size // (8 * ranks))
         padded = votes.new_zeros(8 * self.bytes * ranks)
         padded[: self._size] = votes
-        self._own = votes.new_empty(8 * self.bytes)
-        self._work = reduction.reduce_scatter(self._own, padded, group=group, async_op=True)
-        self._padded = padded  # until it was sent
+        self._counted = reduction.scattered(padded, group)
 
     def bits(self) -> Tensor:
         """Wait for all ranks' votes over this rank's part; return (bytes,), the masks there."""
-        self._work.wait()
         begin = self._rank * 8 * self.bytes
         mine = reduction.part_of(self._fields, begin, begin + 8 * self.bytes)
-        kept = reduction.masks(self._own, mine, self._electorate)
-        self._own = self._padded = self._work = None
-        return pack_bits(kept)
+        votes, self._counted = self._counted(), None
+        return pack_bits(reduction.masks(votes, mine, self._electorate))
 
     def apply(self, buffer: Tensor, everyone: Tensor) -> None:
         """Leave in `buffer` the sums that the masks keep; see `reduction.apply_rules`.

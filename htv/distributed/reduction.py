@@ -32,6 +32,7 @@ __all__ = [
     "masks",
     "order_over_ranks",
     "part_of",
+    "scattered",
 ]
 
 
@@ -280,3 +281,31 @@ all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_gat
 def all_reduce(tensor: Tensor, group: ProcessGroup) -> torch.futures.Future:
     """Sum a tensor over ranks, in place; return what tells that it is done."""
     return dist.all_reduce(tensor, group=group, async_op=True).get_future()
+
+
+def scattered(whole: Tensor, group: ProcessGroup) -> Callable[[], Tensor]:
+    """Begin to sum a flat tensor over ranks, each rank a part of it.
+
+    whole:  (ranks * size,).
+
+    Returns what waits for the sums and returns (size,), this rank's part of them.
+    """
+    ranks = group.size()
+    if group._get_backend(whole.device).name() == "gloo":
+        # Its reduce-scatter is an all-reduce of which a part is kept: twice the bytes.
+        received = torch.empty_like(whole)
+        work = dist.all_to_all_single(received, whole, group=group, async_op=True)
+
+        def summed() -> Tensor:
+            work.wait()
+            return received.view(ranks, -1).sum(0, dtype=whole.dtype)
+
+        return summed
+    own = whole.new_empty(len(whole) // ranks)
+    work = reduce_scatter(own, whole, group=group, async_op=True)
+
+    def reduced() -> Tensor:
+        work.wait()
+        return own
+
+    return reduced

@@ -28,7 +28,7 @@ def linear(emulated):
     return emulated.linear
 
 
-@pytest.mark.parametrize("dtype", quick(DTYPES, (torch.float32, torch.bfloat16)), ids=str)
+@pytest.mark.parametrize("dtype", quick(DTYPES, (torch.float32,)), ids=str)
 @pytest.mark.parametrize(("lengths", "out", "width"), SHAPES, ids=lambda v: str(v)[:20])
 def test_masks_and_sign_sums(linear, dtype, lengths, out, width):
     cases.assert_counts_hold(linear, dtype, lengths, out, width)

@@ -17,7 +17,7 @@ ORDER = [htv.Median(), htv.MedianOfMeans(2), htv.WinsorizedMean(1)]
 BY_RANK = [htv.AndMask(0.8), htv.SandMask(0.3, k=0.5), htv.GeometricMean(0.2), htv.Median()]
 
 
-@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("world", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_numbers_of_ranks(ranks, world):
     assert_trains(ranks, fully_sharded, world, AND)
 

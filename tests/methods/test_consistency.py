@@ -41,7 +41,9 @@ DIAGONALS = [
 ]
 
 
-@pytest.mark.parametrize(("a", "b"), DIAGONALS)
+@pytest.mark.parametrize(
+    ("a", "b"), [*DIAGONALS[:2], *(pytest.param(*d, marks=pytest.mark.slow) for d in DIAGONALS[2:])]
+)
 def test_the_search_finds_the_exact_value_of_diagonal_quadratics(a, b):
     a, b = torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64)
     theta = torch.arange(1.0, len(a) + 1, dtype=torch.float64)
@@ -54,7 +56,7 @@ def test_the_search_finds_the_exact_value_of_diagonal_quadratics(a, b):
     assert abs(losses[found.of](found.theta) - 0.3).item() == pytest.approx(found.value)
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_and_of_full_ones(size):
     a, b = random_spd(2, size, seed=size)
     exact = quadratic_inconsistency(a, b, 0.1)

@@ -56,7 +56,11 @@ def check(lookups, statistic):
     return found[0]
 
 
-LONG = ("many", "two blocks of features")  # a quarter of a minute each, for every statistic
+LONG = {  # a quarter of a minute each, for every statistic
+    "few": SOME,
+    "many": (AND_MASK, MEDIAN),
+    "two blocks of features": (AND_MASK, MEDIAN),
+}
 
 
 @pytest.mark.parametrize("size", [slow(size) if size in LONG else size for size in SIZES])
@@ -67,8 +71,8 @@ def test_every_statistic(size):
 
 
 @pytest.mark.parametrize("size", LONG)
-def test_a_mask_and_a_median(size):
-    for statistic in (AND_MASK, MEDIAN):
+def test_some_statistics(size):
+    for statistic in LONG[size]:
         check(make(*SIZES[size]), statistic)
 
 

@@ -100,14 +100,18 @@ def test_contributions_in_boxes(statistic, scratch, monkeypatch):
     check(*make([5, 0, 2, 1, 9, 4, 4], 50, 140), statistic)
 
 
-def test_more_groups_than_are_sorted(monkeypatch):
-    monkeypatch.setattr(stacked, "MOST_SORTED", 4)
-    for statistic in (
+@pytest.mark.parametrize(
+    "statistic",
+    [
         Statistic("median"),
-        Statistic("trimmed_mean", 3),
+        pytest.param(Statistic("trimmed_mean", 3), marks=pytest.mark.slow),
         Statistic("winsorized_mean", 2),
-    ):
-        check(*make([2, 3, 1, 0, 4, 2, 2], 20, 18), statistic)
+    ],
+    **named,
+)
+def test_more_groups_than_are_sorted(statistic, monkeypatch):
+    monkeypatch.setattr(stacked, "MOST_SORTED", 4)
+    check(*make([2, 3, 1, 0, 4, 2, 2], 20, 18), statistic)
 
 
 @pytest.mark.parametrize("name", ["trimmed_mean", "winsorized_mean"])

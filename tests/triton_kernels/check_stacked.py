@@ -26,7 +26,7 @@ def test_half_precision():
     every_statistic_holds(5, torch.bfloat16)
 
 
-@pytest.mark.parametrize("groups", [4, 7])
+@pytest.mark.parametrize("groups", [4, slow(7)])
 def test_more_values_than_are_sorted(groups, monkeypatch):
     monkeypatch.setattr(stacked, "MOST_SORTED", 2)
     grads = make(groups, 70)

@@ -46,7 +46,9 @@ def test_stacked(dtype, name):
 
 
 @pytest.mark.parametrize("name", KEEPING)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, slow(torch.bfloat16), slow(torch.float16)], ids=str
+)
 @pytest.mark.parametrize("shape", linear_table.SHAPES.values(), ids=linear_table.SHAPES.keys())
 def test_linear(shape, dtype, name):
     x, g, offsets = linear_table.make(*shape, dtype)

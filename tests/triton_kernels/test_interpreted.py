@@ -3,7 +3,6 @@ one.
 """
 
 import os
-import re
 import sys
 from pathlib import Path
 
@@ -14,13 +13,10 @@ import htv
 from support import patience
 
 pytest.importorskip("triton")
-PATHS = sorted(Path(__file__).parent.glob("check_*.py"))
-CHECKS = [path.name for path in PATHS]
-# pytest fails where it finds no test.
-SLOW = [p.name for p in PATHS if re.search(r"slow\(|HALF_SLOW|mark\.slow", p.read_text())]
 
 
-def check(name: str, interpret: bool, *arguments: str):
+def check(interpret: bool, *arguments: str):
+    """Run all checks in one process: importing torch and Triton takes as long as some of them."""
     folder = Path(__file__).parent
     environment = {
         "TRITON_INTERPRET": str(int(interpret)),
@@ -38,22 +34,20 @@ def check(name: str, interpret: bool, *arguments: str):
         "-p",
         "no:cacheprovider",
     ]
-    status, words = patience.run([*pytest_, str(folder / name), *arguments], 3600, environment)
+    paths = map(str, sorted(folder.glob("check_*.py")))
+    status, words = patience.run([*pytest_, *paths, *arguments], 3600, environment)
     assert status == 0, words
 
 
-@pytest.mark.parametrize("name", CHECKS)
-def test_under_the_interpreter(name):
-    check(name, True, "-m", "not slow")
+def test_under_the_interpreter():
+    check(True, "-m", "not slow")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SLOW)
-def test_the_slow_under_the_interpreter(name):
-    check(name, True, "-m", "slow")
+def test_the_slow_under_the_interpreter():
+    check(True, "-m", "slow")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize("name", CHECKS)
-def test_on_the_gpu(name):
-    check(name, False)
+def test_on_the_gpu():
+    check(False)
