@@ -29,4 +29,8 @@ PYBIND11_MODULE(_host, m) {
       "cpu_capability", [] { return htv::name(htv::current_isa()); },
       "The instruction set the CPU kernels use: baseline, avx2, avx512, icelake or zen4."
       " HTV_CPU_CAPABILITY can lower it.");
+  m.def(
+      "cpu_product", [] { return htv::torch_multiplies() ? "torch" : "own"; },
+      "Return whose matrix product takes the plain sums of large layers: torch or own;"
+      " HTV_CPU_PRODUCT can choose.");
 }

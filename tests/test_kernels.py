@@ -104,6 +104,18 @@ def test_an_unknown_level_is_an_error(host, monkeypatch):
         torch.ops.htv.stacked(torch.ones(2, 3), 0, 0, 0.0, 0.0)
 
 
+def test_the_environment_chooses_the_product(host, monkeypatch):
+    monkeypatch.delenv("HTV_CPU_PRODUCT", raising=False)
+    usual = host.cpu_product()
+    assert usual in ("torch", "own")
+    for wanted in ("torch", "own"):
+        monkeypatch.setenv("HTV_CPU_PRODUCT", wanted)
+        assert host.cpu_product() == wanted
+    monkeypatch.setenv("HTV_CPU_PRODUCT", "mine")
+    with pytest.raises(RuntimeError, match="HTV_CPU_PRODUCT must be torch or own, got 'mine'"):
+        host.cpu_product()
+
+
 def test_calls_leave_no_memory_behind():
     """Not even a few bytes a call: they would keep the heap from giving back what lies between
     them.

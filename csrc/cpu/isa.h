@@ -1,5 +1,5 @@
-// Which instruction set the CPU kernels use. cpu/*_kernel.cpp are compiled once for each, each time
-// into a namespace of its name.
+// Which instruction set the CPU kernels use, and whose matrix product. cpu/*_kernel.cpp are
+// compiled once for each instruction set, each time into a namespace of its name.
 #pragma once
 
 #include <stdint.h>
@@ -42,6 +42,12 @@ constexpr int64_t kWidestRegister = 64;  // bytes, of any instruction set
 Isa current_isa();
 
 const char* name(Isa isa);
+
+// Whether plain sums of products, of which votes need no more than the value, are taken by torch's
+// matrix product. Its library is faster than the tiles here on processors that it was written for;
+// AMD's are not among them. The environment variable HTV_CPU_PRODUCT (torch or own; read at every
+// call) decides otherwise. Throws std::runtime_error for any other value of it.
+bool torch_multiplies();
 
 // kernels: one for each compiled instruction set, in their order.
 template <class Kernel>

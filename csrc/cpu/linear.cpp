@@ -1,5 +1,7 @@
 // htv::linear on the CPU: checks, and which kernel serves.
 #include <algorithm>
+#include <array>
+#include <atomic>
 #include <torch/csrc/stable/library.h>
 #include <tuple>
 #include <vector>
@@ -9,9 +11,13 @@
 #include "parallel.h"
 #include "rank_one_kernel.h"
 #include "tile.h"
+#include "votes_kernel.h"
 
 namespace htv::cpu {
 namespace {
+
+// Products of so many multiplications are worth a call of torch's.
+constexpr int64_t kManyProducts = 1 << 22;
 
 // The sign planes of a matrix, and the memory they lie in.
 struct Signs {
@@ -52,11 +58,9 @@ bool may_pair(const Tensor& x, const Tensor& grad_output) {
   return a > 0 && b > 0 && a + b - 2 * bias - 14 >= least_normal;
 }
 
-// Groups of any number of rows: their products tile by tile; signs: see TileProblem. Returns the
-// sum of the mask.
+// Groups of any number of rows: their products tile by tile. Returns the sum of the mask.
 double by_tiles(const Tensor& x, const Tensor& grad_output, const int64_t* offsets, Dtype dtype,
-                const Asked& asked, const Parameters& parameters, const Fields& values,
-                const FactorSigns* signs = nullptr) {
+                const Asked& asked, const Parameters& parameters, const Fields& values) {
   const int64_t rows = x.size(0), in = x.size(1), out = grad_output.size(1), start = 0;
   const int64_t element = bytes_of(dtype);
   const auto end = [&](const void* data, int64_t columns) {
@@ -65,7 +69,6 @@ double by_tiles(const Tensor& x, const Tensor& grad_output, const int64_t* offse
   const void *const of_x = x.const_data_ptr(), *const of_grad = grad_output.const_data_ptr();
   const Run whole{0, 0, in};
   TileProblem problem = tile_problem(asked.statistic, asked.summary, parameters, dtype);
-  problem.signs = signs;
   problem.out = out;
   problem.in = in;
   problem.x = {.data = of_x,
@@ -86,6 +89,71 @@ double by_tiles(const Tensor& x, const Tensor& grad_output, const int64_t* offse
   buffers.values = values;
   buffers.value_stride = in;
   return run_tiles(problem, blocks.plan, buffers);
+}
+
+// Whether torch multiplies faster than the tiles here, and rounds no more.
+bool is_for_torch(const Tensor& x, const Tensor& grad_output, Dtype dtype) {
+  const int64_t in = x.size(1), out = grad_output.size(1);
+  const bool exact = dtype == Dtype::float32 || dtype == Dtype::float64;
+  return exact && votes_tiles(out, in) > 1 && x.size(0) * in * out >= kManyProducts &&
+         torch_multiplies();
+}
+
+// Puts the sums of a tile's products in their places. Threads take tiles, of which none is shared:
+// the same bits whatever their number.
+void multiply(const VotesTask& task, const VotesTile& tile, const Tensor& like) {
+  const int64_t element = bytes_of(task.dtype), height = tile.out_end - tile.out_begin,
+                width = tile.in_end - tile.in_begin;
+  const auto view = [&](const void* data, int64_t offset, int64_t rows, int64_t columns,
+                        int64_t down, int64_t across) {
+    char* const at = const_cast<char*>(static_cast<const char*>(data)) + offset * element;
+    return torch::stable::from_blob(at, {rows, columns}, {down, across}, like.device(),
+                                    like.scalar_type());
+  };
+  const Tensor g = view(task.grad_output, tile.out_begin, height, task.rows, 1, task.out);
+  const Tensor x = view(task.x, tile.in_begin, task.rows, width, task.in, 1);
+  const Tensor sums =
+      view(task.sums, tile.out_begin * task.in + tile.in_begin, height, width, task.in, 1);
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(g), torch::stable::detail::from(x),
+                                    torch::stable::detail::from(sums)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);  // `sums` once more
+}
+
+// Masks, sign sums, and sum and votes, of groups of at most one row. Returns the sum of the mask.
+double by_signs(const Tensor& x, const Tensor& grad_output, const int64_t* offsets, Dtype dtype,
+                const Asked& asked, const Parameters& parameters, const Fields& fields) {
+  const bool torch = is_for_torch(x, grad_output, dtype);
+  if (!torch) {
+    const Asked sum{Statistic::mean, false, parameters};
+    by_tiles(x, grad_output, offsets, dtype, sum, parameters, {{fields.at[0]}});
+  }
+  const Signs signs_x(x, dtype), signs_g(grad_output, dtype);
+  const VotesTask task{x.const_data_ptr(),
+                       grad_output.const_data_ptr(),
+                       dtype,
+                       x.size(0),
+                       x.size(1),
+                       grad_output.size(1),
+                       signs_x.planes,
+                       signs_g.planes,
+                       asked.statistic,
+                       parameters,
+                       fields.at[0],
+                       asked.summary ? fields.at[1] : nullptr};
+  const auto kernel = HTV_PER_ISA(votes_kernel);
+  const int64_t per_coordinate = signs_x.planes.words + (torch ? task.rows / 16 : 1);
+  std::atomic<int64_t> kept = 0;
+  parallel_chunks(votes_tiles(task.out, task.in),
+                  kVotesTileOut * kVotesTileIn / 16 * per_coordinate, 0,
+                  [&](int64_t first, int64_t last, void*) {
+                    for (int64_t tile = first; tile < last; ++tile) {
+                      if (torch) multiply(task, votes_tile(task, tile), x);
+                      kept += kernel(task, votes_tile(task, tile));
+                    }
+                  });
+  return double(kept);
 }
 
 // Order statistics of groups of at most one row.
@@ -129,13 +197,10 @@ Answer answer(const std::string& op, const Tensor& x, const Tensor& grad_output,
   if (found.empty()) return found;
   const bool counted = statistic == Statistic::and_mask || statistic == Statistic::xor_mask ||
                        statistic == Statistic::sign_sum;
-  const bool by_signs = asked.summary ? fields_of(statistic, true) == 2 : counted;
+  const bool votes_alone = asked.summary ? fields_of(statistic, true) == 2 : counted;
   const int64_t* const bounds = static_cast<const int64_t*>(offsets.const_data_ptr());
-  if (longest <= 1 && by_signs) {
-    const Signs of_x(x, dtype), of_grad(grad_output, dtype);
-    const FactorSigns signs{of_x.planes, of_grad.planes, rows};
-    found.mask_sum =
-        by_tiles(x, grad_output, bounds, dtype, asked, parameters, found.fields(), &signs);
+  if (longest <= 1 && votes_alone) {
+    found.mask_sum = by_signs(x, grad_output, bounds, dtype, asked, parameters, found.fields());
   } else if (longest <= 1 && is_order(statistic)) {
     rank_rows(x, grad_output, dtype, ranking_of(statistic, parameters), found.fields().at[0]);
   } else {

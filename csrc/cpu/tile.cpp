@@ -144,16 +144,12 @@ double run_tiles(const TileProblem& problem, TilePlan plan, TileBuffers buffers,
   };
   if (!problem.sums() || !fits(plan.block_rows))
     return run_blocks(problem, plan, buffers, fits(plan.rows()));
-  // As many blocks at a time as fit. Votes come last.
-  TileProblem sums = problem;
-  sums.statistic = Statistic::mean;
-  sums.summary = false;
-  sums.signs = nullptr;
+  // As many blocks at a time as fit.
   for (const RowBlock* const end = plan.blocks_end;; plan.continues = true) {
     plan.blocks_end = plan.blocks + 1;
     while (plan.blocks_end != end && fits(plan.rows() + plan.block_rows)) ++plan.blocks_end;
-    if (plan.blocks_end == end) return run_blocks(problem, plan, buffers, true);
-    run_blocks(sums, plan, buffers, true);
+    const double sum = run_blocks(problem, plan, buffers, true);
+    if (plan.blocks_end == end) return sum;
     plan.blocks = plan.blocks_end;
   }
 }

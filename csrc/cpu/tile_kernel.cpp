@@ -13,7 +13,6 @@
 #include "select.h"
 #include "tally.h"
 #include "transpose.h"
-#include "vote_count.h"
 
 namespace htv::HTV_ISA {
 namespace {
@@ -115,10 +114,7 @@ class Tile {
   V* const unfinished_;
   void* const select_scratch_;
   MaskSum<V> mask_sum_;
-  Count<V> kept_by_votes_{};   // coordinates that masks by signs keep
-  bool dense_x_ = false;       // no factor is 0: in the panel of columns at hand,
-  std::vector<char> dense_g_;  // in each panel of outputs
-  std::vector<Run> runs_;      // of the tile's columns
+  std::vector<Run> runs_;  // of the tile's columns
   // Of its registers of columns: where they lie in a row that is read in place, and how many
   // coordinates they hold.
   std::vector<int64_t> offsets_, valid_;
@@ -197,8 +193,6 @@ class Tile {
     if (buffers_.place)
       for (int field = 0; field < problem_.fields(); ++field) scatter(field);
     buffers_.mask_sums[tile] = mask_sum_.total();
-    for (int lane = 0; lane < kLanes<V>; ++lane)
-      buffers_.mask_sums[tile] += double(kept_by_votes_[lane]);
   }
 
  private:
@@ -426,7 +420,6 @@ class Tile {
   void add_up() {
     each_block([&](const RowBlock& block, auto, auto x) {
       const auto panels = [&](int64_t i, auto rows, auto cells) {
-        find_dense(i, cells());
         for (int64_t o = 0; o < panels_out_; ++o) {
           for (int c = 0; c < cells(); ++c) prefetch(block, o, i + c, x(i + c));
           for (int top = 0; top < kRows; top += rows())
@@ -440,17 +433,6 @@ class Tile {
       for (; i < panels_in_; ++i)
         panels(i, std::integral_constant<int, kManyRows>{}, std::integral_constant<int, 1>{});
     });
-  }
-
-  // Which factors are never 0 where votes are counted on signs: of some panels of columns, and once
-  // those of outputs.
-  void find_dense(int64_t i, int64_t panels) {
-    if (!problem_.signs) return;
-    const FactorSigns& signs = *problem_.signs;
-    dense_x_ = all_vote<V>(signs.x, signs.rows, in_ + i * kWidth, panels * kWidth);
-    if (!dense_g_.empty()) return;
-    for (int64_t o = 0; o < panels_out_; ++o)
-      dense_g_.push_back(all_vote<V>(signs.grad_output, signs.rows, out_ + o * kRows, kRows));
   }
 
   // The cells of some panels of columns, side by side.
@@ -486,15 +468,6 @@ class Tile {
       each([&](int64_t row, int64_t column, V& sum) {
         sum += load<V>(value_row(row) + in_ + column, valid_[column / kLanes<V>]);
       });
-    if (problem_.signs) {
-      Count<V> net[K][cells * kColumns];
-      count_votes<V>(*problem_.signs, dense_x_ && dense_g_[o], in_ + column, out_ + row, net);
-      if (problem_.summary) {
-        write_votes(row, column, sums, net);
-      } else {
-        vote(row, column, sums, net);
-      }
-    }
     bool whole = row + K <= height_ && !buffers_.place;
     for (int b = 0; b < cells * kColumns; ++b) whole &= valid_[column / kLanes<V> + b] == kLanes<V>;
     if (!whole) return each([&](int64_t row, int64_t column, V sum) { write(row, column, sum); });
@@ -503,87 +476,6 @@ class Tile {
 #pragma GCC unroll 4
       for (int b = 0; b < cells * kColumns; ++b)
         store<V>(value_row(row + a) + in_ + column + b * kLanes<V>, sums[a][b], kLanes<V>);
-  }
-
-  // Turns sums of a rectangle of coordinates into E times the statistic, by votes.
-  template <int K, int columns>
-  void vote(int64_t row, int64_t column, V (&sums)[K][columns], const Count<V> (&net)[K][columns]) {
-    using Int = typename Lane<V>::Int;
-    const bool signs_only = problem_.statistic == Statistic::sign_sum;
-    const Int count = Int(problem_.parameters.count);
-    const Int flip = problem_.statistic == Statistic::xor_mask ? -1 : 0;
-    const bool may_be_nan = has_nan(sums);
-#pragma GCC unroll 4
-    for (int b = 0; b < columns; ++b) {
-      const int64_t at = column + b * kLanes<V>, n = valid_[at / kLanes<V>];
-      Mask<V> there{};
-      for (int lane = 0; lane < kLanes<V>; ++lane) there[lane] = -Int(lane < n && !signs_only);
-#pragma GCC unroll 8
-      for (int a = 0; a < K; ++a) {
-        if (row + a >= height_) break;
-        V& sum = sums[a][b];
-        Mask<V> kept = (absolute(net[a][b]) >= count) ^ flip;
-        V value = kept ? sum : V{};
-        if (signs_only) value = Lane<V>::real(net[a][b]);
-        if (may_be_nan) {
-          const Mask<V> nan = nan_contributions(sum, row + a, at, n);
-          value = nan ? splat<V>(R(NAN)) : value;
-          kept &= ~nan;
-        }
-        sum = value;
-        kept_by_votes_ -= kept & there;
-      }
-    }
-  }
-
-  // Writes the votes that come with sums of a rectangle of coordinates.
-  template <int K, int columns>
-  void write_votes(int64_t row, int64_t column, const V (&sums)[K][columns],
-                   const Count<V> (&net)[K][columns]) const {
-    const bool may_be_nan = has_nan(sums);
-#pragma GCC unroll 8
-    for (int a = 0; a < K; ++a)
-#pragma GCC unroll 4
-      for (int b = 0; b < columns; ++b) {
-        const int64_t at = column + b * kLanes<V>;
-        V votes = Lane<V>::real(net[a][b]);
-        if (may_be_nan && row + a < height_) {
-          const Mask<V> nan = nan_contributions(sums[a][b], row + a, at, valid_[at / kLanes<V>]);
-          votes = nan ? splat<V>(R(NAN)) : votes;
-        }
-        write(row + a, at, votes, 1);
-      }
-  }
-
-  template <int K, int columns>
-  static bool has_nan(const V (&sums)[K][columns]) {
-    Mask<V> nan{};
-    for (int a = 0; a < K; ++a)
-      for (int b = 0; b < columns; ++b) nan |= sums[a][b] != sums[a][b];
-    return any<V>(nan);
-  }
-
-  // Which coordinates had a NaN contribution. A NaN sum may also be inf - inf, which a mask does
-  // hide: the few such coordinates are computed again, one by one.
-  Mask<V> nan_contributions(V sum, int64_t row, int64_t column, int64_t n) const {
-    Mask<V> nan = sum != sum;
-    with_dtype(problem_.dtype, [&](auto element) {
-      using T = decltype(element);
-      if constexpr (sizeof(Compute<T>) == sizeof(R)) {
-        const T *const g = grad<T>() + out_ + row, *const x = this->x<T>() + in_ + column;
-        const auto found = [&](int64_t lane) {
-          for (int64_t r = 0; r < problem_.signs->rows; ++r) {
-            const R p = load<V>(g + r * problem_.grad_output.stride, 1)[0] *
-                        load<V>(x + r * problem_.x.sample + lane, 1)[0];
-            if (p != p) return true;
-          }
-          return false;
-        };
-        for (int64_t lane = 0; lane < n; ++lane)
-          if (nan[lane] && !found(lane)) nan[lane] = 0;
-      }
-    });
-    return nan;
   }
 
   template <class State, int K, class X>

@@ -10,7 +10,6 @@
 #include "../statistic.h"
 #include "isa.h"
 #include "select_cost.h"
-#include "sign_planes_kernel.h"
 #include "summary.h"
 
 namespace htv {
@@ -64,12 +63,6 @@ struct TileGrad {
   int64_t stride, part;
 };
 
-// The signs of both operands, of so many rows.
-struct FactorSigns {
-  SignPlanes x, grad_output;
-  int64_t rows;
-};
-
 inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 // What is asked.
@@ -77,11 +70,6 @@ struct TileProblem {
   Statistic statistic;
   bool summary;  // of contributions, in the place of the statistic
   Parameters parameters;
-  // Masks, sign sums and summaries of sum and votes where no group has more than one row, of which
-  // this is null otherwise: the sign of a contribution is the product of its factors' signs, so
-  // votes are counted on sign planes, and all rows are multiplied as one group. (A product too
-  // small for its type still votes.)
-  const FactorSigns* signs;
   Ranking ranking;  // of order statistics
   Dtype dtype;
   int64_t out, in;
@@ -90,7 +78,7 @@ struct TileProblem {
   TileGrad grad_output;
 
   // Only sums are kept, which do not depend on groups.
-  bool sums() const { return (statistic == Statistic::mean && !summary) || signs != nullptr; }
+  bool sums() const { return statistic == Statistic::mean && !summary; }
   int fields() const { return fields_of(statistic, summary); }
 };
 

@@ -47,6 +47,15 @@ def cpu_capability() -> str:
     return _host.cpu_capability()
 
 
+def cpu_product() -> str:
+    """Return whose matrix product takes plain sums of large layers on the CPU: "torch" or "own"."""
+    try:
+        from htv import _host
+    except ImportError:
+        return "torch"
+    return _host.cpu_product()
+
+
 def cpu_name() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
@@ -74,6 +83,7 @@ def describe(device: str) -> dict[str, object]:
         "platform": platform.platform(terse=True),
         "cpu": cpu_name(),
         "cpu_capability": cpu_capability(),
+        "cpu_product": cpu_product(),
         "threads": torch.get_num_threads(),
         "device": device if device == "cpu" else torch.cuda.get_device_name(device),
     }

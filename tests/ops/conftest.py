@@ -27,6 +27,13 @@ def best() -> str:
         return LEVELS[0]
 
 
+@pytest.fixture(params=["own", "torch"])
+def product(request, monkeypatch):
+    """Whose matrix product takes plain sums."""
+    monkeypatch.setenv("HTV_CPU_PRODUCT", request.param)
+    return request.param
+
+
 @pytest.fixture(params=quick(LEVELS, ("avx2", best())))
 def level(request, monkeypatch):
     monkeypatch.setenv("HTV_CPU_CAPABILITY", request.param)

@@ -200,7 +200,7 @@ LARGE = [(1100, 40, 3000), (140, 3, 17000), (2500, 9, 70)]
 
 @pytest.mark.parametrize("zeros", [False, True], ids=["dense", "zeros"])
 @pytest.mark.parametrize("sizes", LARGE, ids=str)
-def test_many_groups_of_one_row(level, sizes, zeros):
+def test_many_groups_of_one_row(level, product, sizes, zeros):
     rows, out, width = sizes
     generator = torch.Generator().manual_seed(rows)
     x, g = (
@@ -307,7 +307,7 @@ def test_bfloat16_products_that_are_denormal_still_vote(level, scale):
 @pytest.mark.parametrize(
     "lengths", [[1] * 64, [1] * 300, [10] * 12], ids=["one row", "many of one row", "ten rows"]
 )
-def test_the_number_of_threads_changes_no_bit(lengths):
+def test_the_number_of_threads_changes_no_bit(lengths, product):
     generator = torch.Generator().manual_seed(7)
     x, g = (
         torch.randn(sum(lengths), 500, generator=generator),

@@ -184,7 +184,7 @@ def test_operands_that_begin_anywhere(level, dtype, name, lengths):
 
 @pytest.mark.parametrize("name", KEEPING)
 @pytest.mark.parametrize("lengths", [[1] * 64, [1] * 1100, [10] * 12], ids=lambda v: str(v)[:12])
-def test_sums_and_votes_are_those_of_the_ops_for_them(level, name, lengths):
+def test_sums_and_votes_are_those_of_the_ops_for_them(level, product, name, lengths):
     """Votes to the last; and the number of threads changes no bit."""
     rows, offsets = sum(lengths), bounds_of(lengths)
     generator = torch.Generator().manual_seed(7)
