@@ -65,7 +65,7 @@ class ProcessGroupVotes(RankVotes):
         for tracked in self.session.tracked():
             tracked.gathering = None
         self._kept = {}
-        self.rounds.batches.clear()
+        self.rounds.drop()
 
     def held_by(self, tracked: TrackedParameter):
         return lambda: None  # sums are kept here

@@ -73,10 +73,18 @@ class Rounds:
     def called(self) -> Electorate:
         """Return who votes in the round under way; the first to ask in it waits for all ranks.
 
-        Raises RuntimeError where ranks are not at the same step, and on all ranks alike.
+        Raises RuntimeError where ranks are not at the same step, and on all ranks alike; and where
+        more groups of this rank came since.
         """
         if self.electorate is None:
             self.electorate = self._call()
+        if self.electorate.counts[self.rank] != self.batches.count:
+            raise RuntimeError(
+                f"a backward {self.batches.where} came after the ranks had counted the voters of "
+                "a step, as order rules over the examples of all ranks have them do in its first. "
+                f"Remedy: one batch per step, or MedianOfMeans({self.size}) in the place of these "
+                "rules; where an earlier backward failed, restart from a checkpoint on all ranks"
+            )
         return self.electorate
 
     def _call(self) -> Electorate:
@@ -157,11 +165,15 @@ class Rounds:
         self.electorate = None
         self.number += 1
 
-    def end(self) -> None:
-        """End the round: the ranks have met."""
+    def drop(self) -> None:
+        """Forget what this rank gathered for the round under way."""
         self.batches.clear()
         self._sent = 0
         self.electorate = None
+
+    def end(self) -> None:
+        """End the round: the ranks have met."""
+        self.drop()
         self.number += 1
 
 

@@ -115,6 +115,42 @@ def order_rule_without_meeting(rank, world):
         step(model, rank, world)
 
 
+def _of_group(rank, world, rule, micro):
+    net = made()
+    handle = htv.attach(net, rule, process_group=dist.group.WORLD)
+    with handle.accumulate():
+        for _ in range(micro):
+            step(net, rank, world)
+
+
+def order_rule_of_several_backwards(rank, world):
+    _of_group(rank, world, htv.Median(), 2)
+
+
+def votes_after_the_count(rank, world):
+    """The head's rule has the ranks count in the first backward, and the second leaves it out."""
+    net = Skipping().double()
+    rules = {"a": AND, "b": htv.Median()}
+    handle = htv.attach(net, lambda name, _: rules[name[0]], process_group=dist.group.WORLD)
+    with handle.accumulate():
+        for net.use in ("ab", "a"):
+            step(net, rank, world)
+
+
+def order_rule_met_late(rank, world):
+    """The first micro-batch does not reach the layer whose contributions are to be ranked."""
+    net = Skipping().double()
+    rules = {"a": AND, "b": htv.Median()}
+    handle = htv.attach(net, lambda name, _: rules[name[0]])
+    model = DistributedDataParallel(net, find_unused_parameters=True)
+    htv.distributed.ddp(model, handle)
+    net.use = "a"
+    with model.no_sync():
+        step(model, rank, world)
+    net.use = "ab"
+    step(model, rank, world)
+
+
 def order_rule_of_many_rows(rank, world):
     net = nn.Linear(40, 40)
     handle = htv.attach(net, htv.Median())
