@@ -150,6 +150,12 @@ class FullyShardedVotes(RankVotes):
                 "order rules over ranks with replicas (HSDP): a rank's sum meets those of its own "
                 "shards only. Remedy: a mesh of one dim, or a mask"
             )
+        if hybrid and vote == "ranks" and any(u.is_whole for u in units):
+            raise UnsupportedError(
+                "vote='ranks' with replicas that are not sharded: a rank's own sums are not to be "
+                "had once FSDP2 has added up the replicas'. Remedy: a mesh of one dim, or "
+                "DistributedDataParallel with htv.distributed.ddp"
+            )
         self._by_id = {id(t.parameter): t for t in session.tracked()}
 
     def begin(self) -> None:
@@ -259,6 +265,12 @@ class Unit:
         # Their sums in .grad, with torch's count of its changes.
         self._left: dict[FSDPParam, tuple[weakref.ref[Tensor], int]] = {}
         self._ranked: Tensor | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        """Tell whether a shard of a parameter is all of it."""
+        shards = getattr(self.group.mesh_info, "shard_process_group", None)
+        return shards is None or shards.size() == 1
 
     def begin(self, votes: FullyShardedVotes) -> None:
         """Bring votes together beside sums from now on."""
@@ -450,10 +462,11 @@ class Unit:
         """Apply the rules to this rank's shard of the sums of all ranks."""
         votes, mesh = self.votes, self.group.mesh_info
         shards = getattr(mesh, "shard_process_group", None)
-        if not self.reduced:  # there is one shard only, which FSDP2 had not to scatter
+        scattered = self.reduced
+        if not scattered:  # there is one shard only
             self._lay_out(sums.numel(), 1)
             self._keep(self._own_votes(sums, 1))
-        if sums.dtype != torch.float16:
+        if sums.dtype != torch.float16 or not scattered:  # else `scatter` did
             sums.mul_(votes.fraction)
         self._refuse_changed_sums()
         if not votes.is_last:  # FSDP2 adds the sums up in .grad

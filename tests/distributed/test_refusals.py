@@ -41,6 +41,7 @@ REFUSED = {
     "sharded_but_not_served": r"htv.distributed.fsdp\(model, handle\)",
     "sharded_and_reentrant": "reentrant activation checkpoint under FSDP2.*use_reentrant=False",
     "replicas_of_order_rules": r"order rules over ranks with replicas \(HSDP\)",
+    "replicas_of_voters": "vote='ranks' with replicas that are not sharded.*a mesh of one dim",
     "voters_reduced_by_parts": "each rank is one voter.*set_requires_gradient_sync",
     "a_part_not_sharded": "parameter 'n.weight' is served, but in no unit of fully_shard",
     "one_rank_skips_a_step": "ranks are at different steps",

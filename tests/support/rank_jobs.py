@@ -105,6 +105,7 @@ def fully_sharded(
     sizes: list[int] | None = None,
     dtype: torch.dtype = torch.float64,
     param_dtype: torch.dtype | None = None,
+    reduce_dtype: torch.dtype = torch.float32,
     exclude: tuple[str, ...] = (),
     steps: int = 2,
     **settings: Any,
@@ -120,7 +121,7 @@ def fully_sharded(
     if settings.pop("columns", False):
         settings["shard_placement_fn"] = by_columns
     if param_dtype is not None:
-        settings["mp_policy"] = MixedPrecisionPolicy(param_dtype, reduce_dtype=torch.float32)
+        settings["mp_policy"] = MixedPrecisionPolicy(param_dtype, reduce_dtype=reduce_dtype)
     net, alone = made(model, dtype), {"recurse": False}
     if order == "before":
         handle = htv.attach(net, rule, exclude=exclude)

@@ -239,6 +239,15 @@ def replicas_of_order_rules(rank, world):
     htv.distributed.fsdp(net, htv.attach(net, htv.Median()), vote="ranks")
 
 
+def replicas_of_voters(rank, world):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicas", "shards"))
+    net = fully_shard(made(), mesh=mesh)
+    htv.distributed.fsdp(net, htv.attach(net, AND), vote="ranks")
+
+
 def voters_reduced_by_parts(rank, world):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
