@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from htv.autograd.tally import state_of
-from htv.distributed import reduction
+from htv.distributed import bucket_means, reduction
+from htv.distributed.bucket_means import RankedField
 from htv.distributed.rank_votes import LocalVotes, RankVotes, session_of
 from htv.distributed.reduction import Field, Votes
 from htv.distributed.rounds import VOTES, Electorate
@@ -47,6 +48,11 @@ def ddp(
     A loss is taken to be each rank's own mean, and the ranks' gradients are averaged, as
     DistributedDataParallel does: the aggregate is the one that one process gets for the batches of
     all ranks, if they are of one size.
+
+    `MedianOfMeans(k)`, with k a multiple of the number of ranks, takes k / ranks buckets of each:
+    its groups of one backward are cut into them, or each of so many micro-batches is one. Beside
+    the sum their sums are kept, until they are on their way. Other order rules over examples
+    exchange what layers recorded, in one backward.
 
     Raises TypeError or ValueError for bad arguments or ranks that attached different things,
     UnsupportedError where a setting of DistributedDataParallel hides gradients.
@@ -235,11 +241,18 @@ class DataParallelVotes(RankVotes):
             _refuse_early_hooks(self.session)
         fields = _fields(gradients, buffer, [self.rule_of_votes(t) for t in tracked])
         ordered = _fields(gradients, buffer, [self.rule_of_ranks(t) for t in tracked])
-        ordered = [field for field in ordered if field.rule is not None]
+        members = [
+            RankedField(field, one.gathering, _writer(gradient, field))
+            for field, one, gradient in zip(ordered, tracked, gradients, strict=True)
+            if field.rule is not None
+        ]
+        ordered = [member.field for member in members]
         by_votes = any(field.rule is not None for field in fields)
         electorate = self.rounds.called() if by_votes or ordered or bucket.is_last() else None
         votes = self._own_votes(buffer, gradients, tracked, fields, electorate)
-        ranked = self._ranked(buffer, ordered, electorate) if ordered else None
+        ranked = None
+        if ordered:
+            ranked = bucket_means.rank_whole(buffer, members, self.rounds, self.fraction)
         group = self.rounds.group
         waited = [reduction.all_reduce(t, group) for t in votes]
         if ranked is not None:
@@ -293,27 +306,6 @@ class DataParallelVotes(RankVotes):
                 votes.put(counts, _writer(gradient, field))
         return votes
 
-    def _ranked(
-        self, buffer: Tensor, fields: Sequence[Field], electorate: Electorate
-    ) -> tuple[torch.futures.Future, Tensor]:
-        """Aggregate ranks' sums by order rules: each rank a part of the buffer, then all together.
-
-        Returns what tells that it is done, and the aggregate laid out as the buffer.
-        """
-        rounds = self.rounds
-        chunk = -(-buffer.numel() // rounds.size)
-        padded = buffer.new_zeros(rounds.size * chunk)
-        padded[: buffer.numel()] = buffer
-        received = torch.empty_like(padded)
-        dist.all_to_all_single(received, padded, group=rounds.group)
-        begin = rounds.rank * chunk
-        mine = [part for field in fields for part in _within(field, begin, begin + chunk)]
-        found = reduction.order_over_ranks(
-            received.view(rounds.size, chunk), mine, electorate, self.fraction
-        )
-        work = reduction.all_gather(padded, found, group=rounds.group, async_op=True)
-        return work.get_future(), padded
-
 
 def _as_laid_out(parameter: Tensor, gradient: Tensor) -> Tensor:
     """A gradient as it lies in its bucket: torch lays it out as the parameter (channels_last, say),
@@ -333,15 +325,6 @@ def _fields(gradients: Sequence[Tensor], buffer: Tensor, rules: Sequence) -> lis
         size = gradient.numel()
         found.append(Field(rule, offset, size, size, size))
     return found
-
-
-def _within(field: Field, begin: int, end: int) -> list[Field]:
-    """The part of a field that lies in a range of the buffer, placed in that range."""
-    first, last = max(field.offset, begin), min(field.offset + field.size, end)
-    if first >= last:
-        return []
-    size = last - first
-    return [Field(field.rule, first - begin, size, size, field.whole)]
 
 
 def _writer(gradient: Tensor, field: Field) -> Callable[[Tensor, Tensor], None]:

@@ -106,7 +106,8 @@ class FactorExchange(PlainSum):
                 f"{self.rule} over the examples of {self.rounds.size} ranks would send {sent:,} "
                 f"values to each rank for parameter {self.name!r}, which has {size:,}: more than "
                 f"{MOST_TIMES} times as many. Remedy: MedianOfMeans({self.rounds.size}), which "
-                "sends one mean per rank, vote='ranks', or fewer rows per step"
+                f"sends one mean per rank, MedianOfMeans({2 * self.rounds.size}) with two of each, "
+                "vote='ranks', or fewer rows per step"
             )
 
     def _exchanged(self, part: Factors) -> Factors:
