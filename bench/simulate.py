@@ -61,6 +61,8 @@ class Model:
 # docs/performance.md expects of the kernels, by count.
 PASS = 1.3
 
+BUCKETS = 2  # of each rank, for a median of more means than ranks
+
 MODELS = {
     "1B": Model("1B", 2048, 8192, 16, 512, 128256, tied=True),
     "8B": Model("8B", 4096, 14336, 32, 1024, 128256),
@@ -134,7 +136,7 @@ def costs(model: Model, cluster: Cluster, sequences: int, tokens: int) -> list[C
     Parameters are gathered in bfloat16 for forward and again for backward, sums are reduced in
     float32. The weights' gradients are a third of a step's arithmetic: one pass over their products
     yields sums and votes, squares and logarithms, in `PASS` times the plain product's time; order
-    rules over examples are counted as one more.
+    rules over examples are counted as one more. Sums of buckets are the plain product's, in parts.
 
     sequences, tokens:  per GPU and step, and per sequence; each sequence is a group.
     """
@@ -147,14 +149,25 @@ def costs(model: Model, cluster: Cluster, sequences: int, tokens: int) -> list[C
     unit = max(model.per_layer, model.vocabulary * model.width)
 
     def cost(
-        rule: str, per_value: float, choice: str, voters: int = voters, factor: float = PASS
+        rule: str,
+        per_value: float,
+        choice: str,
+        voters: int = voters,
+        factor: float = PASS,
+        held: float | None = None,
     ) -> Cost:
         sent = plain_sent + passed * size * per_value
         compute = plain_compute * (2 + factor) / 3
-        # What was counted of a unit, laid out to be sent, and its shard.
-        held = unit * per_value * (2 + 1 / ranks)
+        if held is None:  # what was counted of a unit, laid out to be sent, and its shard
+            held = unit * per_value * (2 + 1 / ranks)
         link = sent / cluster.rate
         return Cost(rule, voters, sent, plain_sent, held, compute, plain_compute, link, choice)
+
+    def means(rule: str, each: int, choice: str, voters: int) -> Cost:
+        # Of a unit: what all ranks have at one's share, and of several buckets their sums (as
+        # gradients are, in bfloat16) and one of them laid out to be sent.
+        own = 0 if each == 1 else 2 * each + 4
+        return cost(rule, 4 * (each - 1), choice, voters, 1, held=unit * (4 * each + own))
 
     beside = vote_bytes(voters)
     found = [
@@ -163,8 +176,11 @@ def costs(model: Model, cluster: Cluster, sequences: int, tokens: int) -> list[C
         cost("GeometricMean", beside + 4, "votes and logarithms beside the sums"),
         cost("SandMask", beside + 8, "votes and squares beside the sums"),
         cost("AndMask of ranks", vote_bytes(ranks), "signs of ranks' sums beside them", ranks, 1),
-        cost("order rules of ranks", 0, "an all-to-all takes the reduce-scatter's place", ranks, 1),
+        means("order rules of ranks", 1, "an all-to-all takes the reduce-scatter's place", ranks),
     ]
+    if sequences % BUCKETS == 0:
+        how = f"{BUCKETS} means of each rank, by as many all-to-alls"
+        found.append(means(f"MedianOfMeans({BUCKETS * ranks})", BUCKETS, how, voters))
     rows = ranks * sequences * tokens
     values, limit = rows * (model.width + model.hidden), 4 * model.width * model.hidden
     refused = values > limit

@@ -77,7 +77,7 @@ def attach(
                      DistributedDataParallel or FSDP2 brings gradients together (for these:
                      `htv.distributed`). They meet at the end of
                      `Handle.accumulate` or in `Handle.finish`, where gradients are averaged. All
-                     ranks call attach.
+                     ranks call attach. MedianOfMeans as under `htv.distributed.ddp`.
 
     Returns a `Handle`, which is also a context manager that detaches. Raises TypeError or
     ValueError for bad arguments, RuntimeError if the model, a part of it or one of its parameters
@@ -406,7 +406,8 @@ class Handle:
 
         Exact for streaming rules (masks, sums). Median, TrimmedMean and WinsorizedMean need all
         contributions at once and are refused; MedianOfMeans(k) takes k micro-batches of equally
-        many groups as its buckets.
+        many groups as its buckets. With `attach(process_group=...)` these rules take one backward;
+        MedianOfMeans(k), with k a multiple of the number of ranks, also k / ranks micro-batches.
 
         Raises ValueError for such a rule or a group id that occurs in two micro-batches,
         RuntimeError for nested blocks, for torch.autograd.grad() inside, and for a backward while

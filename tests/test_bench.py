@@ -322,7 +322,10 @@ def test_simulated_bytes_are_those_of_the_library():
     plain, masked = found["Mean"], found["AndMask, XorMask"]
     assert plain.sent == 8 * model.parameters * 7 / 8
     assert masked.sent == pytest.approx(plain.sent * 9 / 8) and masked.voters == 32
-    assert found["order rules of ranks"].sent == plain.sent
+    by_ranks, means = found["order rules of ranks"], found["MedianOfMeans(16)"]
+    assert by_ranks.sent == plain.sent and by_ranks.voters == 8
+    assert means.sent == pytest.approx(plain.sent * 12 / 8) and means.voters == 32
+    assert means.memory > 2 * by_ranks.memory and means.compute == plain.compute
     assert found["order rules of examples"].refused
     few = simulate.costs(model, cluster, 1, 64)[-1]
     assert not few.refused and few.sent > plain.sent

@@ -68,6 +68,11 @@ class MicroBatches:
         return sum(groups.count for groups in self._groups.values())
 
     @property
+    def even(self) -> bool:
+        """Tell whether they have equally many groups."""
+        return len({groups.count for groups in self._groups.values()}) <= 1
+
+    @property
     def examples(self) -> int:
         """Return how many examples all of them have."""
         return sum(groups.batch_size for groups in self._groups.values())

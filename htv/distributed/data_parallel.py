@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from htv.autograd.tally import state_of
-from htv.distributed import reduction
+from htv.distributed import bucket_means, reduction
+from htv.distributed.bucket_means import RankedField
 from htv.distributed.mask_exchange import MaskedBuckets
 from htv.distributed.rank_votes import LocalVotes, RankVotes, session_of
 from htv.distributed.reduction import Field, Votes
@@ -48,6 +49,11 @@ def ddp(
     A loss is taken to be each rank's own mean, and the ranks' gradients are averaged, as
     DistributedDataParallel does: the aggregate is the one that one process gets for the batches of
     all ranks, if they are of one size.
+
+    `MedianOfMeans(k)`, with k a multiple of the number of ranks, takes k / ranks buckets of each:
+    its groups of one backward are cut into them, or each of so many micro-batches is one. Beside
+    the sum their sums are kept, until they are on their way. Other order rules over examples
+    exchange what layers recorded, in one backward.
 
     Raises TypeError or ValueError for bad arguments or ranks that attached different things,
     UnsupportedError where a setting of DistributedDataParallel hides gradients.
@@ -239,14 +245,18 @@ class DataParallelVotes(RankVotes):
             _refuse_early_hooks(self.session)
         fields = _fields(gradients, buffer, [self.rule_of_votes(t) for t in tracked])
         ordered = _fields(gradients, buffer, [self.rule_of_ranks(t) for t in tracked])
-        ordered = [field for field in ordered if field.rule is not None]
+        members = [
+            RankedField(field, one.gathering, _writer(gradient, field))
+            for field, one, gradient in zip(ordered, tracked, gradients, strict=True)
+            if field.rule is not None
+        ]
         ruled = any(field.rule is not None for field in fields)
-        electorate = self.rounds.called() if ruled or ordered or bucket.is_last() else None
+        electorate = self.rounds.called() if ruled or members or bucket.is_last() else None
         votes = self._own_votes(buffer, gradients, tracked, fields, electorate)
-        if not ordered and self.masks_suffice(fields):
+        if not members and self.masks_suffice(fields):
             reduced = self._masks.add(votes.votes, fields, electorate, lambda: self._sums(bucket))
         else:
-            reduced = self._in_full(bucket, fields, ordered, votes, electorate)
+            reduced = self._in_full(bucket, fields, members, votes, electorate)
         if bucket.is_last():
             self._masks.tell()
             self._to_meet, self._armed = None, False
@@ -260,17 +270,21 @@ class DataParallelVotes(RankVotes):
         self,
         bucket: dist.GradBucket,
         fields: Sequence[Field],
-        ordered: Sequence[Field],
+        members: Sequence[RankedField],
         votes: Votes,
         electorate: Electorate | None,
     ) -> torch.futures.Future[Tensor]:
         """Bring sums, votes and what goes with them together, and apply the rules on all ranks.
 
-        fields, ordered:  of the bucket by rules of votes and, those that have one, of ranks.
-        votes:            of this rank.
+        fields:   of the bucket, with the rules that go by votes.
+        members:  those that have a rule of ranks' sums.
+        votes:    of this rank.
         """
         buffer, group = bucket.buffer(), self.rounds.group
-        ranked = self._ranked(buffer, ordered, electorate) if ordered else None
+        ordered = [member.field for member in members]
+        ranked = None
+        if members:
+            ranked = bucket_means.rank_whole(buffer, members, self.rounds, self.fraction)
         waited = [reduction.all_reduce(t, group) for t in votes]
         by_votes = bool(waited)
         if ranked is not None:
@@ -320,27 +334,6 @@ class DataParallelVotes(RankVotes):
             if counts is not None:
                 votes.put(counts, _writer(gradient, field))
         return votes
-
-    def _ranked(
-        self, buffer: Tensor, fields: Sequence[Field], electorate: Electorate
-    ) -> tuple[torch.futures.Future, Tensor]:
-        """Aggregate ranks' sums by order rules: each rank a part of the buffer, then all together.
-
-        Returns what tells that it is done, and the aggregate laid out as the buffer.
-        """
-        rounds = self.rounds
-        chunk = -(-buffer.numel() // rounds.size)
-        padded = buffer.new_zeros(rounds.size * chunk)
-        padded[: buffer.numel()] = buffer
-        received = torch.empty_like(padded)
-        dist.all_to_all_single(received, padded, group=rounds.group)
-        begin = rounds.rank * chunk
-        mine = reduction.part_of(fields, begin, begin + chunk)
-        found = reduction.order_over_ranks(
-            received.view(rounds.size, chunk), mine, electorate, self.fraction
-        )
-        work = reduction.all_gather(padded, found, group=rounds.group, async_op=True)
-        return work.get_future(), padded
 
 
 def _as_laid_out(parameter: Tensor, gradient: Tensor) -> Tensor:

@@ -63,6 +63,13 @@ class FactorExchange(PlainSum):
         """
         self._require_meeting()
         self.note(task, groups)
+        if len(self.batches) > 1:  # whose contributions, zeros perhaps, are ranked as well
+            raise UnsupportedError(
+                f"{self.rule}, the rule of parameter {self.name!r}, needs the contributions of all "
+                f"micro-batches at once, and this backward {self.batches.where} is one of several. "
+                f"Remedy: one batch per step, or MedianOfMeans({self.rounds.size}), which takes "
+                "each rank for a bucket"
+            )
         self.rounds.called()
         self._require_few(parts)
         everyone = [self._exchanged(part) for part in parts]
@@ -99,7 +106,8 @@ class FactorExchange(PlainSum):
                 f"{self.rule} over the examples of {self.rounds.size} ranks would send {sent:,} "
                 f"values to each rank for parameter {self.name!r}, which has {size:,}: more than "
                 f"{MOST_TIMES} times as many. Remedy: MedianOfMeans({self.rounds.size}), which "
-                "sends one mean per rank, vote='ranks', or fewer rows per step"
+                f"sends one mean per rank, MedianOfMeans({2 * self.rounds.size}) with two of each, "
+                "vote='ranks', or fewer rows per step"
             )
 
     def _exchanged(self, part: Factors) -> Factors:

@@ -19,7 +19,8 @@ from torch.distributed.fsdp._fully_shard._fsdp_param_group import (
 )
 
 from htv.autograd.tally import state_of
-from htv.distributed import reduction
+from htv.distributed import bucket_means, reduction
+from htv.distributed.bucket_means import RankedField
 from htv.distributed.rank_votes import LocalVotes, RankVotes, session_of
 from htv.distributed.reduction import Field, Votes
 from htv.distributed.rounds import VOTES
@@ -27,6 +28,7 @@ from htv.engine.graph_reading import declare_passing_on
 from htv.engine.parameter import TrackedParameter
 from htv.engine.session import Session
 from htv.errors import UnsupportedError
+from htv.rules import Rule
 
 __all__ = ["fsdp"]
 
@@ -46,6 +48,11 @@ def fsdp(model: nn.Module, handle: object, vote: str = "examples") -> None:
     vote:    "examples": every group of every rank votes; "ranks": every rank is one group;
              "local": each rank's groups vote alone and the ranks' aggregates are averaged, which
              is no vote.
+
+    `MedianOfMeans(k)`, with k a multiple of the number of ranks, takes k / ranks buckets of each:
+    its groups of one backward are cut into them, or each of so many micro-batches is one. Beside
+    the sum their sums are kept, until they are on their way. Other order rules over examples
+    exchange what layers recorded, in one backward.
 
     Call it once, after `fully_shard`, on all ranks. Raises TypeError or ValueError for bad
     arguments or ranks that attached different things, UnsupportedError for a model that is not
@@ -142,13 +149,21 @@ class FullyShardedVotes(RankVotes):
             )
         self.units = units
         self._sharded = {id(p.unsharded_param): p for unit in units for p in unit.group.fsdp_params}
+        self._replicated = any(
+            getattr(u.group.mesh_info, "replicate_process_group", None) for u in units
+        )
         super().__init__(session, group, vote, 1 / factors.pop(), "under FSDP2")
         self.rounds.batches.refuses_nested = True
-        hybrid = any(getattr(u.group.mesh_info, "replicate_process_group", None) for u in units)
-        if hybrid and any(self.rule_of_ranks(t) is not None for t in session.tracked()):
+        if self._replicated and any(self.rule_of_ranks(t) is not None for t in session.tracked()):
             raise UnsupportedError(
                 "order rules over ranks with replicas (HSDP): a rank's sum meets those of its own "
                 "shards only. Remedy: a mesh of one dim, or a mask"
+            )
+        if self._replicated and vote == "ranks" and any(u.is_whole for u in units):
+            raise UnsupportedError(
+                "vote='ranks' with replicas that are not sharded: a rank's own sums are not to be "
+                "had once FSDP2 has added up the replicas'. Remedy: a mesh of one dim, or "
+                "DistributedDataParallel with htv.distributed.ddp"
             )
         self._by_id = {id(t.parameter): t for t in session.tracked()}
 
@@ -161,6 +176,10 @@ class FullyShardedVotes(RankVotes):
         super().end()
         for unit in self.units:
             unit.end()
+
+    def buckets_of(self, rule: Rule) -> int:
+        found = super().buckets_of(rule)
+        return 0 if self._replicated and found > 1 else found  # sums meet those of shards only
 
     def held_by(self, tracked: TrackedParameter) -> Callable[[], Tensor | None]:
         sharded = self._sharded.get(id(tracked.parameter))
@@ -205,7 +224,8 @@ class FullyShardedVotes(RankVotes):
         ranked = any(self.rule_of_ranks(t) is not None for t in self.session.tracked())
         if ranked or rounds.vote == "ranks":
             raise UnsupportedError(
-                "where each rank is one voter, its micro-batches must be summed before ranks meet: "
+                "where each rank is one voter, or the sums of its buckets are ranked, all of its "
+                "micro-batches must be summed before ranks meet: "
                 "set_is_last_backward(False) and set_requires_all_reduce(False) reduce them one by "
                 "one. Remedy: set_requires_gradient_sync(False) for all micro-batches but the last"
             )
@@ -259,6 +279,12 @@ class Unit:
         # Their sums in .grad, with torch's count of its changes.
         self._left: dict[FSDPParam, tuple[weakref.ref[Tensor], int]] = {}
         self._ranked: Tensor | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        """Tell whether a shard of a parameter is all of it."""
+        shards = getattr(self.group.mesh_info, "shard_process_group", None)
+        return shards is None or shards.size() == 1
 
     def begin(self, votes: FullyShardedVotes) -> None:
         """Bring votes together beside sums from now on."""
@@ -322,9 +348,9 @@ class Unit:
         """
         world = group.size()
         self._lay_out(sums.numel(), world)
+        self._ranked = self._over_ranks(sums, world, group)
         if sums.dtype == torch.float16:  # which may overflow
             sums.mul_(self.votes.fraction)
-        self._ranked = self._over_ranks(sums, world, group)
         mine = self._own_votes(sums, world)
         self._keep(mine.map(lambda whole: reduction.scattered(whole, group)()))
         if self._ranked is None or not self._all_ranked():  # else the sums are of no use
@@ -424,19 +450,14 @@ class Unit:
     def _over_ranks(self, sums: Tensor, world: int, group: ProcessGroup) -> Tensor | None:
         """This rank's shard of the aggregate by order rules over ranks, or None without any."""
         votes = self.votes
-        fields = [
-            Field(rule, f.offset, f.size, f.valid, f.whole)
-            for p, f in self._fields
-            if (rule := votes.rule_of_ranks(votes.tracked(p))) is not None
+        members = [
+            RankedField(field, tracked.gathering, _writer(parameter, field, world))
+            for parameter, field in self._fields
+            if votes.rule_of_ranks(tracked := votes.tracked(parameter)) is not None
         ]
-        if not fields:
+        if not members:
             return None
-        received = torch.empty_like(sums)
-        dist.all_to_all_single(received, sums, group=group)
-        fraction = 1.0 if sums.dtype == torch.float16 else votes.fraction
-        return reduction.order_over_ranks(
-            received.view(world, -1), fields, votes.rounds.called(), fraction
-        )
+        return bucket_means.rank_part(sums, members, votes.rounds, group, votes.fraction)
 
     # -- the sums of a unit are there -------------------------------------------------------------
 
@@ -444,10 +465,12 @@ class Unit:
         """Apply the rules to this rank's shard of the sums of all ranks."""
         votes, mesh = self.votes, self.group.mesh_info
         shards = getattr(mesh, "shard_process_group", None)
-        if not self.reduced:  # there is one shard only, which FSDP2 had not to scatter
+        scattered = self.reduced
+        if not scattered:  # there is one shard only
             self._lay_out(sums.numel(), 1)
+            self._ranked = self._over_ranks(sums, 1, votes.rounds.group)
             self._keep(self._own_votes(sums, 1))
-        if sums.dtype != torch.float16:
+        if sums.dtype != torch.float16 or not scattered:  # else `scatter` did
             sums.mul_(votes.fraction)
         self._refuse_changed_sums()
         if not votes.is_last:  # FSDP2 adds the sums up in .grad

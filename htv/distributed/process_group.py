@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from htv.autograd.tally import PlainSum, state_of
-from htv.distributed import reduction
+from htv.distributed import bucket_means, reduction
+from htv.distributed.bucket_means import RankedField
 from htv.distributed.mask_exchange import MaskedBuckets
 from htv.distributed.rank_votes import RankVotes
 from htv.distributed.reduction import Field, Votes
@@ -66,7 +67,7 @@ class ProcessGroupVotes(RankVotes):
         for tracked in self.session.tracked():
             tracked.gathering = None
         self._kept = {}
-        self.rounds.batches.clear()
+        self.rounds.drop()
 
     def held_by(self, tracked: TrackedParameter):
         return lambda: None  # sums are kept here
@@ -111,28 +112,27 @@ class ProcessGroupVotes(RankVotes):
         dtype = torch.float32 if first.element_size() < 4 else first.dtype
         size = sum(t.parameter.numel() for t in bucket)
         buffer = first.new_zeros(size, dtype=dtype)
-        fields, ordered, offset = [], [], 0
+        fields, members, offset = [], [], 0
         for tracked in bucket:
             count = tracked.parameter.numel()
             place = offset, count, count, count
             fields.append(Field(self.rule_of_votes(tracked), *place))
-            ordered.append(Field(self.rule_of_ranks(tracked), *place))
-            kept = self._kept[tracked].total
-            if kept is not None:
-                fields[-1].of(buffer).copy_(kept.reshape(-1))
+            kept = self._kept[tracked]
+            if kept.total is not None:
+                fields[-1].of(buffer).copy_(kept.total.reshape(-1))
+            rule = self.rule_of_ranks(tracked)
+            if rule is not None:
+                field = Field(rule, *place)
+                members.append(RankedField(field, kept.inner, _writer(field)))
             offset += count
-        ordered = [field for field in ordered if field.rule is not None]
         votes = self._votes(bucket, fields, buffer, electorate)
         group = self.rounds.group
         ranked = None
-        if ordered:
-            gathered = [torch.empty_like(buffer) for _ in range(self.rounds.size)]
-            dist.all_gather(gathered, buffer, group=group)
-            ranked = reduction.order_over_ranks(
-                torch.stack(gathered), ordered, electorate, self.fraction
-            )
+        if members:
+            done, ranked = bucket_means.rank_whole(buffer, members, self.rounds, self.fraction)
+            done.wait()
         buffer.mul_(self.fraction)
-        if not ordered and self.masks_suffice(fields):
+        if not members and self.masks_suffice(fields):
             masks = MaskedBuckets(group)
             masked = masks.add(
                 votes.votes, fields, electorate, lambda: reduction.all_reduce(buffer, group)
@@ -144,8 +144,8 @@ class ProcessGroupVotes(RankVotes):
             for tensor in votes:
                 dist.all_reduce(tensor, group=group)
             reduction.apply_rules(buffer, fields, votes, electorate)
-        for field in ordered:
-            field.of(buffer).copy_(field.of(ranked))
+        for member in members:
+            member.field.of(buffer).copy_(member.field.of(ranked))
         return [
             (t, f.of(buffer).view(t.parameter.shape).clone())
             for t, f in zip(bucket, fields, strict=True)
@@ -165,8 +165,13 @@ class ProcessGroupVotes(RankVotes):
             like = field.of(buffer).view(tracked.parameter.shape)
             counts = self._kept[tracked].inner.counts(own, like)
             if counts is not None:
-                votes.put(counts, lambda value, into, f=field: f.of(into).copy_(value.reshape(-1)))
+                votes.put(counts, _writer(field))
         return votes
+
+
+def _writer(field: Field) -> Callable[[Tensor, Tensor], None]:
+    """What writes a tensor of the parameter's shape into its place in a buffer."""
+    return lambda value, into: field.of(into).copy_(value.reshape(-1))
 
 
 def _buckets(tracked: Sequence[TrackedParameter]) -> Iterator[list[TrackedParameter]]:

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from htv.autograd.tally import Counts, PlainSum, Tally, of_sums
+from htv.distributed.bucket_means import BucketMeans
 from htv.distributed.factor_exchange import FactorExchange
 from htv.distributed.reduction import Field, by_votes_alone
-from htv.distributed.rounds import Rounds, ranks_are_buckets, refuse_rules, require_same
+from htv.distributed.rounds import Rounds, buckets_per_rank, refuse_rules, require_same
 from htv.engine.parameter import TrackedParameter
 from htv.engine.session import Session
 from htv.rules import Mean, Rule
@@ -60,13 +61,22 @@ class RankVotes:
         """Return what takes the contributions of a parameter."""
         rule, rounds = tracked.rule, self.rounds
         held = self.held_by(tracked)
-        if type(rule) is Mean or (not rule.streaming and ranks_are_buckets(rule, rounds)):
-            return PlainSum(tracked.name, rounds.batches, held)
-        if rounds.vote == "ranks":
+        if type(rule) is Mean or rounds.vote == "ranks":
             return PlainSum(tracked.name, rounds.batches, held)
         if not rule.streaming:
+            buckets = self.buckets_of(rule)
+            if buckets == 1:
+                return PlainSum(tracked.name, rounds.batches, held)
+            if buckets:
+                return BucketMeans(tracked.name, rounds.batches, held, buckets)
             return FactorExchange(tracked.name, rounds, held, rule, self.require_meeting)
         return Tally(tracked.name, rounds.batches, held, rule, self.fraction)
+
+    def buckets_of(self, rule: Rule) -> int:
+        """Return how many sums of each rank are ranked under an order rule; 0 for none, where
+        what layers recorded is exchanged.
+        """
+        return buckets_per_rank(rule, self.rounds)
 
     def held_by(self, tracked: TrackedParameter) -> Callable[[], Tensor | None]:
         """Return what returns the gradient that a parameter holds."""
@@ -143,7 +153,7 @@ class RankVotes:
         """Return the order rule that ranks' sums are put through when they meet, or None."""
         if tracked is None or tracked.rule.streaming:
             return None
-        return tracked.rule if ranks_are_buckets(tracked.rule, self.rounds) else None
+        return tracked.rule if self.buckets_of(tracked.rule) else None
 
     def masks_suffice(self, fields: Sequence[Field]) -> bool:
         """Tell whether all that ranks need of each other, beside the sums of a buffer with such

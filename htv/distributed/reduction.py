@@ -7,7 +7,7 @@ is applied to both before anyone sees the gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -233,42 +233,28 @@ def _apply(
 
 
 def order_over_ranks(
-    sums: Tensor, fields: Sequence[Field], electorate: Electorate, fraction: float
-) -> Tensor:
-    """Aggregate ranks' sums by order statistics, each rank one group.
+    sums: Tensor,
+    fields: Iterable[Field],
+    electorate: Electorate,
+    fraction: float,
+    out: Tensor,
+) -> None:
+    """Aggregate sums of all ranks by order statistics, each sum that of one group.
 
-    sums:      (ranks, size), what every rank has at the same coordinates; only those of ranks with
-               examples are looked at.
-    fields:    of these coordinates, with order rules.
+    sums:      (ranks, size), what every rank has at the same coordinates, where only those of ranks
+               with examples are looked at; of several buckets per rank, (buckets * ranks, size).
+    fields:    of these coordinates, with order rules whose buckets they are.
     fraction:  what sums are multiplied by.
-
-    Returns (size,).
+    out:       (size,), where the aggregates of these fields are written.
     """
     voters = [rank for rank, count in enumerate(electorate.counts) if count]
-    values = sums[voters] if len(voters) < len(sums) else sums
-    found = torch.zeros_like(sums[0])
+    values = sums[voters] if len(voters) < electorate.size else sums
     for field in fields:
+        by_ranks = electorate.vote == "ranks"
+        statistic = statistics.resolve(field.rule, len(voters)) if by_ranks else Statistic("median")
         part = slice(field.offset, field.offset + field.size)
-        statistic = rank_statistic(field.rule, electorate, len(voters))
         value, _ = functional.stacked(values[:, part], statistic)
-        found[part] = (value * (len(voters) * fraction)).to(found.dtype)
-    return found
-
-
-def rank_statistic(rule: Rule, electorate: Electorate, voters: int) -> Statistic:
-    """Return the statistic of ranks' sums that is the rule's.
-
-    Raises RuntimeError where ranks are the buckets of a median of means and differ in size.
-    """
-    if electorate.vote == "ranks":
-        return statistics.resolve(rule, voters)
-    if len(set(electorate.counts)) > 1:
-        raise RuntimeError(
-            f"{rule} takes each rank for a bucket, which needs equally many groups on all ranks, "
-            f"but they have {', '.join(map(str, electorate.counts))}. Remedy: drop_last=True in "
-            "the DataLoader, or vote='ranks'"
-        )
-    return Statistic("median")
+        out[part] = (value * (len(values) * fraction)).to(out.dtype)
 
 
 # Newer versions of torch have other names for these two.

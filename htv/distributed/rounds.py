@@ -15,9 +15,9 @@ from torch.distributed import ProcessGroup
 from htv.autograd.accumulation import MicroBatches
 from htv.engine.session import Session
 from htv.errors import UnsupportedError
-from htv.rules import MedianOfMeans
+from htv.rules import MedianOfMeans, Rule
 
-__all__ = ["VOTES", "Electorate", "Rounds", "require_same"]
+__all__ = ["VOTES", "Electorate", "Rounds", "buckets_per_rank", "require_buckets", "require_same"]
 
 VOTES = ("examples", "ranks")
 
@@ -27,12 +27,19 @@ class Electorate:
     """The voters of one round.
 
     counts:  the number of groups of every rank.
+    passes:  in how many backward passes it has them; 0 where these differ in how many they have.
     vote:    "examples", where each of these votes, or "ranks", where every rank that has any is
              one voter.
     """
 
     counts: tuple[int, ...]
+    passes: tuple[int, ...]
     vote: str
+
+    @property
+    def size(self) -> int:
+        """Return the number of ranks."""
+        return len(self.counts)
 
     @property
     def count(self) -> int:
@@ -73,10 +80,18 @@ class Rounds:
     def called(self) -> Electorate:
         """Return who votes in the round under way; the first to ask in it waits for all ranks.
 
-        Raises RuntimeError where ranks are not at the same step, and on all ranks alike.
+        Raises RuntimeError where ranks are not at the same step, and on all ranks alike; and where
+        more groups of this rank came since.
         """
         if self.electorate is None:
             self.electorate = self._call()
+        if self.electorate.counts[self.rank] != self.batches.count:
+            raise RuntimeError(
+                f"a backward {self.batches.where} came after the ranks had counted the voters of "
+                "a step, as order rules over the examples of all ranks have them do in its first. "
+                f"Remedy: one batch per step, or MedianOfMeans({self.size}) in the place of these "
+                "rules; where an earlier backward failed, restart from a checkpoint on all ranks"
+            )
         return self.electorate
 
     def _call(self) -> Electorate:
@@ -87,9 +102,10 @@ class Rounds:
             batches.note(task, opened)
         complete = not batches.unfinished - {current, task, batches.latest}
         named, weighted = batches.named, batches.weighted
-        mine = [self.number, batches.count, batches.examples, complete, named, weighted]
+        passes = len(batches) if batches.even else 0
+        mine = [self.number, batches.count, passes, batches.examples, complete, named, weighted]
         rows = self._gathered(mine)
-        numbers, counts, examples, completes, names, weights = zip(*rows, strict=True)
+        numbers, counts, passed, examples, completes, names, weights = zip(*rows, strict=True)
         if len(set(numbers)) > 1:
             raise RuntimeError(
                 f"ranks are at different steps ({_by_rank(numbers)}): one of them lost a step, by "
@@ -106,7 +122,7 @@ class Rounds:
             self._refuse_split_groups()
         if any(weights):
             self._refuse_unequal_weights(counts, examples)
-        electorate = Electorate(tuple(counts), self.vote)
+        electorate = Electorate(tuple(counts), tuple(passed), self.vote)
         for rule in self.session.rules:
             rule.statistic(electorate.count)
         voters = "groups" if self.vote == "examples" else "ranks"
@@ -157,11 +173,15 @@ class Rounds:
         self.electorate = None
         self.number += 1
 
-    def end(self) -> None:
-        """End the round: the ranks have met."""
+    def drop(self) -> None:
+        """Forget what this rank gathered for the round under way."""
         self.batches.clear()
         self._sent = 0
         self.electorate = None
+
+    def end(self) -> None:
+        """End the round: the ranks have met."""
+        self.drop()
         self.number += 1
 
 
@@ -203,11 +223,48 @@ def refuse_rules(rounds: Rounds) -> None:
             )
 
 
-def ranks_are_buckets(rule: object, rounds: Rounds) -> bool:
-    """Tell whether a rule needs one mean per rank only: each rank is one of its buckets."""
-    if rounds.vote == "ranks":
-        return True
-    return isinstance(rule, MedianOfMeans) and rule.k == rounds.size
+def buckets_per_rank(rule: Rule, who: Rounds | Electorate) -> int:
+    """Return how many sums of each rank are all that an order rule needs: one where ranks vote,
+    those of its buckets that are a rank's own for a median of means; 0 where it needs more.
+    """
+    if who.vote == "ranks":
+        return 1
+    if isinstance(rule, MedianOfMeans) and rule.k % who.size == 0:
+        return rule.k // who.size
+    return 0
+
+
+def require_buckets(rule: Rule, electorate: Electorate) -> None:
+    """Raise RuntimeError, on all ranks alike, where the buckets of a median of means are not those
+    that ranks have summed.
+    """
+    if electorate.vote == "ranks":
+        return
+    counts, size, buckets = electorate.counts, electorate.size, buckets_per_rank(rule, electorate)
+    what = "each rank for a bucket" if buckets == 1 else f"{buckets} buckets of each rank"
+    if len(set(counts)) > 1:
+        raise RuntimeError(
+            f"{rule} takes {what}, which needs equally many groups on all ranks, "
+            f"but they have {', '.join(map(str, counts))}. Remedy: drop_last=True in "
+            "the DataLoader, or vote='ranks'"
+        )
+    if buckets == 1:
+        return
+    for rank, passes in enumerate(electorate.passes):
+        if passes == 1 and size > 1 and counts[rank] % buckets:
+            raise RuntimeError(
+                f"{rule} takes {what}, but {counts[rank]} groups, those of a rank, cannot be cut "
+                f"into {buckets} of equal size. Remedy: a multiple of {buckets} groups per rank, "
+                f"or MedianOfMeans({size}), which takes each rank for a bucket"
+            )
+        if passes not in (1, buckets):
+            told = f"{passes} micro-batches" if passes else "micro-batches of different sizes"
+            raise RuntimeError(
+                f"{rule} takes {what}: those of one backward, or {buckets} micro-batches with "
+                f"equally many groups, each of them a bucket; rank {rank} had {told}. Remedy: "
+                f"{buckets} micro-batches of one size, one batch per step, or "
+                f"MedianOfMeans({size}), which takes each rank for a bucket"
+            )
 
 
 def _host_group(group: ProcessGroup) -> ProcessGroup:

@@ -9,7 +9,7 @@ import htv
 from support.oracles import RULES, by_name
 from support.quick import STREAMING_RULES, quick
 from support.rank_jobs import assert_trains, fully_sharded, half_precision_alone
-from support.rank_models import aggregated, assert_one_vote, contributions
+from support.rank_models import EXAMPLES, aggregated, assert_one_vote, contributions
 
 AND = htv.AndMask(0.4)
 STREAMING = quick([rule for rule in RULES if rule.streaming], STREAMING_RULES)
@@ -95,6 +95,24 @@ def test_mixed_precision(ranks):
     job = partial(fully_sharded, dtype=torch.float32, param_dtype=torch.bfloat16)
     found = ranks.run(job, 2, AND)
     assert_one_vote(found, {name: grad.double() for name, grad in alone.items()}, 0.05)
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize("world", [2, 4])
+def test_sums_in_float16(ranks, world, replicas):
+    """They are scaled before they are added up, or once where there is nothing to scatter."""
+    half = {"param_dtype": torch.float16, "reduce_dtype": torch.float16}
+    job = partial(fully_sharded, dtype=torch.float32, replicas=replicas, **half)
+    expected = aggregated(contributions("net", [EXAMPLES // world] * world), htv.AndMask(0.0))
+    found = ranks.run(job, world, htv.AndMask(0.0))
+    for name, want in expected.items():
+        off = (found[0][name].double() - want).abs().max() / want.abs().max()
+        assert off <= 0.02, f"{name} is off by {off:.1e}"
+
+
+@pytest.mark.parametrize("rule", [htv.AndMask(0.8), htv.SandMask(0.3, k=0.5)], **by_name)
+def test_each_rank_is_one_group_among_replicas(ranks, rule):
+    assert_trains(ranks, fully_sharded, 4, rule, replicas=2, vote="ranks")
 
 
 @pytest.mark.parametrize("units", ["layers and root", "whole"])

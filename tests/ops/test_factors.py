@@ -287,6 +287,9 @@ def test_one_total_and_norms(name):
     torch.testing.assert_close(one, case.contributions, rtol=1e-9, atol=1e-9)
     total = sum(part.total() for part in case.parts)
     torch.testing.assert_close(total, case.contributions.sum(0), rtol=1e-9, atol=1e-9)
+    for groups in (slice(0, 2), slice(2, 3), slice(2, 6), slice(0, E)):  # the third has no rows
+        total = sum(part.total_of(groups) for part in case.parts)
+        torch.testing.assert_close(total, case.contributions[groups].sum(0), rtol=1e-9, atol=1e-9)
     for part in case.parts:
         norms = [part.contribution(e).square().sum() for e in range(E)]
         torch.testing.assert_close(part.squared_norms(), torch.stack(norms), rtol=1e-9, atol=1e-9)

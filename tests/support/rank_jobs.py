@@ -71,7 +71,8 @@ def data_parallel(
         for i, (part, labels) in enumerate(zip(x.chunk(micro), y.chunk(micro), strict=True)):
             waits = wrapped.no_sync() if i < micro - 1 else contextlib.nullcontext()
             with waits:
-                (F.cross_entropy(call(part), labels, reduction="sum") / len(x)).backward()
+                loss = F.cross_entropy(call(part).double(), labels, reduction="sum")
+                (loss / len(x)).backward()
         handle.finish()
     return gradients(net)
 
@@ -105,6 +106,7 @@ def fully_sharded(
     sizes: list[int] | None = None,
     dtype: torch.dtype = torch.float64,
     param_dtype: torch.dtype | None = None,
+    reduce_dtype: torch.dtype = torch.float32,
     exclude: tuple[str, ...] = (),
     steps: int = 2,
     **settings: Any,
@@ -120,7 +122,7 @@ def fully_sharded(
     if settings.pop("columns", False):
         settings["shard_placement_fn"] = by_columns
     if param_dtype is not None:
-        settings["mp_policy"] = MixedPrecisionPolicy(param_dtype, reduce_dtype=torch.float32)
+        settings["mp_policy"] = MixedPrecisionPolicy(param_dtype, reduce_dtype=reduce_dtype)
     net, alone = made(model, dtype), {"recurse": False}
     if order == "before":
         handle = htv.attach(net, rule, exclude=exclude)
@@ -149,19 +151,20 @@ def process_group(
     model: str = "net",
     micro: int = 1,
     sizes: list[int] | None = None,
+    dtype: torch.dtype = torch.float64,
     exclude: tuple[str, ...] = (),
     long: bool = False,
     steps: int = 2,
 ) -> dict:
     """Train with nothing but `attach(process_group=...)`; return the last step's gradients."""
-    net = made(model)
+    net = made(model, dtype)
     handle = htv.attach(net, rule, exclude=exclude, process_group=dist.group.WORLD)
-    x, y = shard(batch(model), rank, world, sizes)
+    x, y = shard(batch(model, dtype), rank, world, sizes)
 
     def step() -> None:
         net.zero_grad()
         for part, labels in zip(x.chunk(micro), y.chunk(micro), strict=True):
-            (F.cross_entropy(net(part), labels, reduction="sum") / len(x)).backward()
+            (F.cross_entropy(net(part).double(), labels, reduction="sum") / len(x)).backward()
 
     if long:
         with handle.accumulate():

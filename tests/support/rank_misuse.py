@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import weakref
@@ -13,7 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import htv
-from support.rank_models import batch, gradients, made, shard
+from support.rank_models import aggregated, batch, gradients, made, shard
 
 AND = htv.AndMask(0.4)
 
@@ -115,6 +116,87 @@ def order_rule_without_meeting(rank, world):
         step(model, rank, world)
 
 
+def _of_parts(rank, world, rule, sizes):
+    """Take a step of micro-batches of these sizes, the ranks meeting in the last."""
+    model, _ = wrapped(rule)
+    x, y = shard(batch(), rank, world)
+    begin = 0
+    for i, size in enumerate(sizes):
+        part = slice(begin, begin + size)
+        with model.no_sync() if i < len(sizes) - 1 else contextlib.nullcontext():
+            F.cross_entropy(model(x[part]), y[part]).backward()
+        begin += size
+
+
+def buckets_of_unequal_ranks(rank, world):
+    _of_parts(rank, world, htv.MedianOfMeans(2 * world), [4 - 2 * rank])
+
+
+def buckets_of_unequal_size(rank, world):
+    _of_parts(rank, world, htv.MedianOfMeans(2 * world), [5])
+
+
+def a_bucket_without_groups(rank, world):
+    _of_parts(rank, world, htv.MedianOfMeans(2 * world), [1])
+
+
+def micro_batches_of_other_number(rank, world):
+    _of_parts(rank, world, htv.MedianOfMeans(2 * world), [2, 2, 2])
+
+
+def micro_batches_of_unequal_size(rank, world):
+    """On rank 1 alone; both are told."""
+    _of_parts(rank, world, htv.MedianOfMeans(2 * world), [3 - rank, 3 + rank])
+
+
+def _of_group(rank, world, rule, micro):
+    net = made()
+    handle = htv.attach(net, rule, process_group=dist.group.WORLD)
+    with handle.accumulate():
+        for _ in range(micro):
+            step(net, rank, world)
+
+
+def after_a_block_that_raised(rank, world, rule):
+    """Return the gradients of a block behind one that failed when it had counted fewer voters."""
+    net = made()
+    handle = htv.attach(net, rule, process_group=dist.group.WORLD)
+    with contextlib.suppress(ZeroDivisionError), handle.accumulate():
+        step(net, rank, world, slice(2))
+        raise ZeroDivisionError
+    with handle.accumulate():
+        step(net, rank, world)
+    return gradients(net)
+
+
+def order_rule_of_several_backwards(rank, world):
+    _of_group(rank, world, htv.Median(), 2)
+
+
+def votes_after_the_count(rank, world):
+    """Layer b's rule has the ranks count in the first backward; the second leaves it out."""
+    net = Skipping().double()
+    rules = {"a": AND, "b": htv.Median()}
+    handle = htv.attach(net, lambda name, _: rules[name[0]], process_group=dist.group.WORLD)
+    with handle.accumulate():
+        for net.use in ("ab", "a"):
+            step(net, rank, world)
+
+
+def order_rule_met_late(rank, world):
+    """The first micro-batch does not reach the layer whose contributions are to be ranked."""
+    net = Skipping().double()
+    rules = {"a": AND, "b": htv.Median()}
+    handle = htv.attach(net, lambda name, _: rules[name[0]])
+    model = DistributedDataParallel(net, find_unused_parameters=True)
+    htv.distributed.ddp(model, handle)
+    net.use = "a"
+    with model.no_sync():
+        step(model, rank, world)
+    net.use = "ab"
+    step(model, rank, world)
+
+
 def order_rule_of_many_rows(rank, world):
     net = nn.Linear(40, 40)
     handle = htv.attach(net, htv.Median())
@@ -203,12 +285,31 @@ def replicas_of_order_rules(rank, world):
     htv.distributed.fsdp(net, htv.attach(net, htv.Median()), vote="ranks")
 
 
+def replicas_of_voters(rank, world):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicas", "shards"))
+    net = fully_shard(made(), mesh=mesh)
+    htv.distributed.fsdp(net, htv.attach(net, AND), vote="ranks")
+
+
 def voters_reduced_by_parts(rank, world):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     net = fully_shard(made(), mesh=init_device_mesh("cpu", (world,)))
     htv.distributed.fsdp(net, htv.attach(net, AND), vote="ranks")
+    net.set_is_last_backward(False)
+    step(net, rank, world)
+
+
+def buckets_reduced_by_parts(rank, world):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    net = fully_shard(made(), mesh=init_device_mesh("cpu", (world,)))
+    htv.distributed.fsdp(net, htv.attach(net, htv.MedianOfMeans(2 * world)))
     net.set_is_last_backward(False)
     step(net, rank, world)
 
@@ -281,27 +382,28 @@ def after_detach(rank, world):
     return plain, gradients(model.module)
 
 
-def groups_on_one_rank_each(rank, world):
-    model, handle = wrapped()
+def groups_on_one_rank_each(rank, world, rule=AND):
+    model, handle = wrapped(rule)
     ids = torch.tensor([0, 0, 1, 1, 2, 2]) + 10 * rank
     with handle.groups(ids):
         step(model, rank, world)
     return gradients(model.module)
 
 
-def many_voters(rank, world, examples):
-    """More voters than one byte counts."""
+def many_voters(rank, world, examples, rule=None):
+    """More voters than one byte counts; return the gradients, and those of one process."""
+    rule = htv.SignSum() if rule is None else rule
     torch.manual_seed(0)
     net = nn.Linear(5, 4).double()
     x = torch.randn(examples, 5, dtype=torch.float64)
-    handle = htv.attach(net, htv.SignSum())
+    handle = htv.attach(net, rule)
     model = DistributedDataParallel(net)
     htv.distributed.ddp(model, handle)
     model(shard((x,), rank, world)[0]).square().mean().backward()
     found = gradients(net)
     handle.detach()
     net.zero_grad()
-    htv.attach(net, htv.SignSum())
+    htv.attach(net, rule)
     with torch.enable_grad():
         F.mse_loss(net(x), torch.zeros(examples, 4, dtype=torch.float64)).backward()
     return found, gradients(net)
@@ -370,9 +472,9 @@ def unfrozen_after_wrapping(rank, world):
     step(model, rank, world)
 
 
-def dropped_micro_batch(rank, world, set_to_none, views):
+def dropped_micro_batch(rank, world, set_to_none, views, rule=AND):
     """zero_grad() drops a micro-batch, as without htv; return the gradients of the next step."""
-    model, _ = wrapped(gradient_as_bucket_view=views)
+    model, _ = wrapped(rule, gradient_as_bucket_view=views)
     for _ in range(2):
         with model.no_sync():
             step(model, rank, world, slice(2))
@@ -410,6 +512,35 @@ class Skipping(nn.Module):
 
     def forward(self, x):
         return sum(getattr(self, name)(x) for name in self.use)
+
+
+def layer_left_out_once(rank, world, rule, uses):
+    """One of two micro-batches does not reach layer b; return the gradients, and those of one
+    process.
+
+    uses:  the layers that each reaches.
+    """
+    torch.manual_seed(0)
+    net = Skipping().double()
+    handle = htv.attach(net, rule)
+    model = DistributedDataParallel(net, find_unused_parameters=True)
+    htv.distributed.ddp(model, handle)
+    net.use = uses[0]
+    with model.no_sync():
+        step(model, rank, world, slice(3))
+    net.use = uses[1]
+    step(model, rank, world, slice(3, 6))
+    found = gradients(model)
+    handle.detach()
+    contributed = {name: [] for name in found}
+    for e, (x, y) in enumerate(zip(*batch(), strict=True)):
+        net.zero_grad()
+        net.use = uses[e % 6 // 3]
+        (F.cross_entropy(net(x), y) / (3 * world)).backward()
+        for name, p in net.named_parameters():
+            grad = torch.zeros_like(p) if p.grad is None else p.grad
+            contributed[name].append(grad)
+    return found, aggregated({k: torch.stack(c) for k, c in contributed.items()}, rule)
 
 
 def _reduced_one_by_one(rank, world, units, uses, zero=None):

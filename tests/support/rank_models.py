@@ -105,10 +105,10 @@ def batch(name: str = "net", dtype: torch.dtype = torch.float64) -> tuple[Tensor
 
 
 def shard(tensors: tuple[Tensor, ...], rank: int, world: int, sizes: list[int] | None = None):
-    """Return one rank's examples: equally many on each, or `sizes`."""
+    """Return one rank's examples: equally many on each, or `sizes`, the others left out."""
     if sizes is None:
         sizes = [len(tensors[0]) // world] * world
-    return tuple(t.split(sizes)[rank] for t in tensors)
+    return tuple(t[: sum(sizes)].split(sizes)[rank] for t in tensors)
 
 
 def contributions(

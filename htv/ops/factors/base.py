@@ -45,6 +45,15 @@ class Factors:
         """The plain sum over groups, (*shape): what autograd would compute."""
         raise TypeError(f"{type(self).__name__} does not define total()")
 
+    def total_of(self, groups: slice) -> Tensor:
+        """The same over some consecutive groups, at least one, in the type of `total` or `dtype`.
+
+        groups:  from a first to the one behind the last; without a step.
+        """
+        start, stop = groups.start, groups.stop
+        first = self.contribution(start)
+        return sum((self.contribution(e) for e in range(start + 1, stop)), first)
+
     def squared_norms(self) -> Tensor:
         """(E,) float64, ||c_e||^2."""
         found = [self.contribution(e).double().square().sum() for e in range(self.count)]
@@ -79,6 +88,9 @@ class StackedFactors(Factors):
 
     def total(self) -> Tensor:
         return self.values.sum(dim=0)
+
+    def total_of(self, groups: slice) -> Tensor:
+        return self.values[groups].sum(dim=0)
 
     def squared_norms(self) -> Tensor:
         return self.values.reshape(self.count, -1).double().square().sum(dim=1)

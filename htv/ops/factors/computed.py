@@ -41,6 +41,9 @@ class GroupwiseFactors(Factors):
     def total(self) -> Tensor:
         return self.pull_back(self.inner.total())
 
+    def total_of(self, groups: slice) -> Tensor:
+        return self.pull_back(self.inner.total_of(groups))
+
 
 View = tuple[tuple[int, ...], tuple[int, ...], int]  # size, stride, offset into the dense parameter
 

@@ -261,6 +261,11 @@ class ConvFactors(Factors):
     def total(self) -> Tensor:
         return self._weight_grad(self.x, self.grad_output, self.geometry.groups)
 
+    def total_of(self, groups: slice) -> Tensor:
+        samples = slice(*self.bounds[[groups.start, groups.stop]].tolist())
+        x, grad_output = self.x[samples], self.grad_output[samples]
+        return self._weight_grad(x, grad_output, self.geometry.groups)
+
     def _weight_grad(self, x: Tensor, grad_output: Tensor, groups: int) -> Tensor:
         geometry = self.geometry
         weight = x.new_empty(

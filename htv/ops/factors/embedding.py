@@ -121,8 +121,16 @@ class EmbeddingFactors(Factors):
         return whole
 
     def total(self) -> Tensor:
+        return self._total(self.ids)
+
+    def total_of(self, groups: slice) -> Tensor:
+        others = (self.group_index < groups.start) | (self.group_index >= groups.stop)
+        return self._total(self.ids.masked_fill(others, -1))
+
+    def _total(self, ids: Tensor) -> Tensor:
+        """ids: (R,), with -1 for rows that take no part."""
         return torch.ops.aten.embedding_dense_backward(
-            self.grad_output, self.ids, self.shape[0], -1, False
+            self.grad_output, ids, self.shape[0], -1, False
         )
 
     def squared_norms(self) -> Tensor:

@@ -81,6 +81,10 @@ class LinearFactors(Factors):
     def total(self) -> Tensor:
         return self.grad_output.t() @ self.x
 
+    def total_of(self, groups: slice) -> Tensor:
+        rows = slice(*self.bounds[[groups.start, groups.stop]].tolist())
+        return self.grad_output[rows].t() @ self.x[rows]
+
     def squared_norms(self) -> Tensor:
         """By Gram matrices, sum_rs (g_r . g_s) (x_r . x_s), where a group has few rows."""
         sizes = self.bounds.diff()
@@ -139,6 +143,10 @@ class BilinearFactors(Factors):
 
     def total(self) -> Tensor:
         return self._sum(slice(None), slice(None), slice(None)).to(self.left.dtype)
+
+    def total_of(self, groups: slice) -> Tensor:
+        rows = slice(*self.bounds[[groups.start, groups.stop]].tolist())
+        return self._sum(rows, slice(None), slice(None)).to(self.left.dtype)
 
     def _sum(self, of: slice, rows: slice, columns: slice) -> Tensor:
         factors = self.grad_output[of, rows], self.left[of, columns], self.right[of]
