@@ -26,7 +26,7 @@ def exchanged(rank: int, world: int, sizes: tuple[int, ...], dtype: torch.dtype)
     """What all ranks find of two buffers, by bits and by all votes."""
     group = torch.distributed.group.WORLD
     random = torch.Generator().manual_seed(rank)
-    electorate = Electorate((5,) * world, "examples")
+    electorate = Electorate((5,) * world, (1,) * world, "examples")
     masks, found, expected = mask_exchange.MaskedBuckets(group), [], []
     for _ in range(2):
         fields = fields_of(sizes)
@@ -49,7 +49,7 @@ def failing(rank: int, world: int):
     masks = mask_exchange.MaskedBuckets(torch.distributed.group.WORLD)
     broken: torch.futures.Future = torch.futures.Future()
     broken.set_exception(ValueError("no sums"))
-    votes, electorate = torch.ones(3, dtype=torch.int8), Electorate((1,) * world, "examples")
+    votes, electorate = torch.ones(3, dtype=torch.int8), Electorate((1,) * world, (1,) * world, "examples")
     masked = masks.add(votes, fields_of((3,)), electorate, lambda: broken)
     masks.tell()
     try:
