@@ -20,6 +20,12 @@ void scale(Tensor& value, int64_t groups) {
   else by(static_cast<float*>(value.mutable_data_ptr()));
 }
 
+Tensor dense(const std::string& op, const char* argument, const Tensor& tensor) {
+  if (tensor.is_contiguous()) return tensor;
+  check_memory(op, argument, tensor);
+  return torch::stable::contiguous(tensor);
+}
+
 }  // namespace
 
 std::vector<Tensor> together(std::vector<Tensor> grads, std::vector<Tensor> x,
@@ -33,7 +39,7 @@ std::vector<Tensor> together(std::vector<Tensor> grads, std::vector<Tensor> x,
   STD_TORCH_CHECK(x.empty() || offsets.has_value(), op, ": x needs offsets");
   int64_t groups = offsets.has_value() ? offsets->numel() - 1 : -1;
   for (const Tensor& of_one : grads) {
-    check_matrix(op, "grads", of_one);
+    STD_TORCH_CHECK(of_one.dim() == 2, op, ": grads must have 2 dimensions, got ", of_one.dim());
     if (groups < 0) groups = of_one.size(0);
     STD_TORCH_CHECK(of_one.size(0) == groups, op, ": grads of ", of_one.size(0), " groups, not of ",
                     groups);
@@ -42,11 +48,13 @@ std::vector<Tensor> together(std::vector<Tensor> grads, std::vector<Tensor> x,
   std::vector<Tensor> values;
   values.reserve(grads.size() + x.size());
   for (const Tensor& of_one : grads) {
-    values.push_back(stacked_answer(op, of_one, asked).tensors[0]);
+    values.push_back(stacked_answer(op, dense(op, "grads", of_one), asked).tensors[0]);
     scale(values.back(), groups);
   }
   for (size_t i = 0; i < x.size(); ++i)
-    values.push_back(linear_answer(op, x[i], grad_output[i], *offsets, asked).tensors[0]);
+    values.push_back(linear_answer(op, dense(op, "x", x[i]),
+                                   dense(op, "grad_output", grad_output[i]), *offsets, asked)
+                         .tensors[0]);
   return values;
 }
 

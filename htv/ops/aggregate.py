@@ -134,9 +134,9 @@ def aggregate_together(contributions: list[list[Factors]], rule: Rule) -> list[T
         grads = torch.split_with_sizes_copy(value, [v.shape[1] for v in stacks.values()])
     else:
         grads = operator(
-            [values.contiguous() for values in stacks.values()],
-            [part.x.contiguous() for part in layers.values()],
-            [part.grad_output.contiguous() for part in layers.values()],
+            [*stacks.values()],
+            [part.x for part in layers.values()],
+            [part.grad_output for part in layers.values()],
             bounds,
             *numbers,
         )

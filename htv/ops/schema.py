@@ -25,8 +25,8 @@ here.
         the rest.
 
     together(grads, x, grad_output, offsets, statistic, count, votes, k) -> values
-        grads           tensors as for `stacked`, of E groups each
-        x, grad_output  as many of the one as of the other, pairs as for `linear`
+        grads           tensors as for `stacked`, of E groups each; contiguous or not
+        x, grad_output  as many of the one as of the other, pairs as for `linear`; contiguous or not
         offsets         as for `linear`, for all pairs; None only where there is none
         values          E * stat of each: of grads, (P,), then of the pairs, (O, I). For
                         parameters so small that a call takes as long as their kernels.
