@@ -49,9 +49,7 @@ struct Answer {
     for (size_t f = 0; f < tensors.size(); ++f) found.at[f] = tensors[f].mutable_data_ptr();
     return found;
   }
-  std::tuple<Tensor, Tensor> value() const {
-    return {tensors[0], sum_in_order({mask_sum})};
-  }
+  std::tuple<Tensor, Tensor> value() const { return {tensors[0], sum_in_order({mask_sum})}; }
   // Total, votes, spread and logs; what is not kept has no elements.
   std::tuple<Tensor, Tensor, Tensor, Tensor> summary(const Asked& asked) const {
     const auto kept = [&](bool is) {

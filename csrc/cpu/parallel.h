@@ -83,8 +83,8 @@ void parallel_chunks(int64_t chunks, int64_t work_per_chunk, int64_t scratch_byt
   });
 }
 
-// A dense tensor without values. torch::stable::new_empty asks several of torch's operators for one,
-// which took as long as the kernels of a small layer.
+// A dense tensor without values. torch::stable::new_empty goes by more of torch's operators, which
+// calls on small layers feel.
 inline Tensor new_tensor(const std::vector<int64_t>& shape, torch::headeronly::ScalarType type) {
   static const std::string caller = "htv";
   const Checked checked(caller);
