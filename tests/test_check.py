@@ -12,6 +12,14 @@ from support.layer_table import Module
 from support.oracles import RULES, by_name
 
 
+def replace_aggregate(monkeypatch, function):
+    """Let `function(parts, rule)` aggregate every parameter, alone in its node or not."""
+    monkeypatch.setattr(aggregate, "aggregate", function)
+    monkeypatch.setattr(
+        aggregate, "aggregate_together", lambda parts, rule: [function(p, rule) for p in parts]
+    )
+
+
 @pytest.mark.parametrize("broken", ["3.weight", "0.bias"])
 def test_names_the_first_wrong_parameter(broken, monkeypatch):
     model = mlp()
@@ -26,12 +34,7 @@ def test_names_the_first_wrong_parameter(broken, monkeypatch):
         return grad
 
     slightly_wrong.done = False
-    monkeypatch.setattr(aggregate, "aggregate", slightly_wrong)
-    monkeypatch.setattr(
-        aggregate,
-        "aggregate_together",
-        lambda parts, rule: [slightly_wrong(p, rule) for p in parts],
-    )
+    replace_aggregate(monkeypatch, slightly_wrong)
     with pytest.raises(htv.CheckError, match="differs from one group at a time under Median"):
         htv.check(model, torch.randn(6, 12), htv.Median())
     assert slightly_wrong.done
@@ -78,7 +81,7 @@ def test_one_group_s_wrong_contribution_is_caught_in_every_type(dtype, rule, mon
                 breaks(stacked)
             return aggregated(stacked, rule).to(parts[0].dtype)
 
-        monkeypatch.setattr(aggregate, "aggregate", wrong)
+        replace_aggregate(monkeypatch, wrong)
         if breaks is None:
             assert htv.check(model, x, rule, dtype=dtype)
         else:

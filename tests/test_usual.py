@@ -1,5 +1,6 @@
 """The compiled part of the engine does what its Python twins do, and leaves the rest to Python."""
 
+import contextlib
 import gc
 import weakref
 
@@ -11,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 import htv
 from htv.engine import handlers, usual
+from htv.engine.handlers import linear as linear_handler
 from htv.engine.handlers.call import LAYERS
 from htv.engine.provenance import CONSTANT
 from htv.groups import BatchLayout
@@ -374,3 +376,54 @@ def test_an_error_of_a_layer_leaves_the_mode_on_the_stack():
         assert torch._C._len_torch_function_stack() == 0
         model(torch.randn(4, 6)).sum().backward()
     assert model.layer.weight.grad is not None
+
+
+# -- linear layers ---------------------------------------------------------------------------------
+
+LINEAR_CASES = {  # the layer, its input, what attaches it, whether the usual case serves it
+    "rows": (lambda: nn.Linear(3, 4), (6, 3), {}, True),
+    "tokens": (lambda: nn.Linear(3, 4), (6, 5, 3), {}, True),
+    "no bias": (lambda: nn.Linear(3, 4, bias=False), (6, 3), {}, True),
+    "excluded bias": (lambda: nn.Linear(3, 4), (6, 3), {"exclude": "bias"}, False),
+    "frozen bias": (lambda: frozen(nn.Linear(3, 4), "bias"), (6, 3), {}, False),
+    "frozen weight": (lambda: frozen(nn.Linear(3, 4), "weight"), (6, 3), {}, False),
+    "one example": (lambda: nn.Linear(3, 4), (1, 3), {"allow_single": True}, False),
+}
+
+
+def frozen(module, name):
+    module.get_parameter(name).requires_grad_(False)
+    return module
+
+
+@pytest.mark.parametrize("voters", ["examples", "groups", "tokens"])
+@pytest.mark.parametrize("case", LINEAR_CASES)
+def test_linear_layers_get_the_same_on_both_ways(case, voters, monkeypatch):
+    make, shape, options, served = LINEAR_CASES[case]
+    usual, taken, found = linear_handler._usual, [], []
+
+    def noted(*args):
+        taken.append(usual(*args))
+        return taken[-1]
+
+    for way in (noted, lambda *args: None):
+        monkeypatch.setattr(linear_handler, "_usual", way)
+        torch.manual_seed(0)
+        model, x = make(), torch.randn(shape)
+        with htv.attach(model, htv.AndMask(0.4), **options) as handle:
+            block = {
+                "examples": contextlib.nullcontext,
+                "groups": lambda: handle.groups(torch.tensor([0] + [1] * (len(x) - 1))),
+                "tokens": handle.tokens,
+            }[voters]
+            with block():
+                y = model(x)
+            y.square().sum().backward()
+            uses = {tracked.name: tracked.uses for tracked in handle._session.tracked()}
+        found.append(([p.grad for p in model.parameters()], y, uses))
+    assert (taken[0] is not None) == served
+    (grads, y, uses), (expected, expected_y, expected_uses) = found
+    assert torch.equal(y, expected_y) and uses == expected_uses
+    for grad, wanted in zip(grads, expected, strict=True):
+        assert (grad is None) == (wanted is None)
+        assert grad is None or torch.equal(grad, wanted)

@@ -39,9 +39,9 @@ struct Answer {
   std::vector<Tensor> tensors;  // by field
   double mask_sum = 0;
 
-  Answer(const Asked& asked, const Tensor& like, const std::vector<int64_t>& shape, Dtype dtype) {
+  Answer(const Asked& asked, const std::vector<int64_t>& shape, Dtype dtype) {
     for (int f = 0; f < fields_of(asked.statistic, asked.summary); ++f)
-      tensors.push_back(torch::stable::new_empty(like, shape, compute_type(dtype)));
+      tensors.push_back(new_tensor(shape, compute_type(dtype)));
   }
   bool empty() const { return tensors[0].numel() == 0; }
   Fields fields() {
@@ -49,17 +49,20 @@ struct Answer {
     for (size_t f = 0; f < tensors.size(); ++f) found.at[f] = tensors[f].mutable_data_ptr();
     return found;
   }
-  std::tuple<Tensor, Tensor> value() const {
-    return {tensors[0], sum_in_order(tensors[0], {mask_sum})};
-  }
+  std::tuple<Tensor, Tensor> value() const { return {tensors[0], sum_in_order({mask_sum})}; }
   // Total, votes, spread and logs; what is not kept has no elements.
   std::tuple<Tensor, Tensor, Tensor, Tensor> summary(const Asked& asked) const {
     const auto kept = [&](bool is) {
-      return is ? tensors[2] : torch::stable::new_empty(tensors[0], {0});
+      return is ? tensors[2] : new_tensor({0}, tensors[0].scalar_type());
     };
     return {tensors[0], tensors[1], kept(keeps_spread(asked.statistic)),
             kept(keeps_logs(asked.statistic))};
   }
 };
+
+// What htv::stacked and htv::linear answer, and their summaries.
+Answer stacked_answer(const std::string& op, const Tensor& grads, const Asked& asked);
+Answer linear_answer(const std::string& op, const Tensor& x, const Tensor& grad_output,
+                     const Tensor& offsets, const Asked& asked);
 
 }  // namespace htv::cpu

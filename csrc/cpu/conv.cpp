@@ -365,7 +365,7 @@ Answer answer(const std::string& op, const Tensor& x, const Tensor& grad_output,
   checked.product(checked.sum(grads.channels, 1), columns_at_most, taps, int64_t(64));
   Sizes shape{grads.channels, width};
   shape.insert(shape.end(), kernel.begin(), kernel.end());
-  Answer found(asked, x, shape, images.dtype);
+  Answer found(asked, shape, images.dtype);
   const Dtype compute = compute_dtype(images.dtype);
   const int64_t element = bytes_of(compute);
   if (found.empty()) return found;

@@ -54,9 +54,8 @@ std::tuple<Tensor, Tensor> embedding(Tensor grad_output, Tensor ids, Tensor vote
   const Checked checked(op);
   checked.product(checked.sum(num_embeddings, kEmbeddingTokens),
                   checked.sum(features, kEmbeddingFeatures), int64_t(8));
-  Tensor value =
-      torch::stable::new_empty(grad_output, {num_embeddings, features}, compute_type(dtype));
-  if (value.numel() == 0) return {value, sum_in_order(grad_output, {})};
+  Tensor value = new_tensor({num_embeddings, features}, compute_type(dtype));
+  if (value.numel() == 0) return {value, sum_in_order({})};
   std::vector<int64_t> starts(num_embeddings + 1), sorted(rows);
   for (int64_t r = 0; r < rows; ++r) ++starts[token_of[r] + 1];
   std::partial_sum(starts.begin(), starts.end(), starts.begin());
@@ -86,7 +85,7 @@ std::tuple<Tensor, Tensor> embedding(Tensor grad_output, Tensor ids, Tensor vote
   const auto kernel = HTV_PER_ISA(embedding_kernel);
   parallel_chunks(task.chunks(), work, 0,
                   [&](int64_t first, int64_t last, void*) { kernel(task, first, last); });
-  return {value, sum_in_order(grad_output, mask_sums)};
+  return {value, sum_in_order(mask_sums)};
 }
 
 }  // namespace htv::cpu

@@ -178,8 +178,10 @@ void rank_rows(const Tensor& x, const Tensor& grad_output, Dtype dtype, const Ra
       [&](int64_t first, int64_t last, void* scratch) { kernel(task, first, last, scratch); });
 }
 
-Answer answer(const std::string& op, const Tensor& x, const Tensor& grad_output,
-              const Tensor& offsets, const Asked& asked) {
+}  // namespace
+
+Answer linear_answer(const std::string& op, const Tensor& x, const Tensor& grad_output,
+                     const Tensor& offsets, const Asked& asked) {
   check_matrix(op, "x", x);
   check_matrix(op, "grad_output", grad_output);
   STD_TORCH_CHECK(grad_output.is_cpu(), op, ": grad_output must be on the CPU, as x is");
@@ -193,7 +195,7 @@ Answer answer(const std::string& op, const Tensor& x, const Tensor& grad_output,
   const int64_t longest = longest_group(op, offsets, rows), groups = offsets.size(0) - 1;
   const Parameters parameters = asked.of(op, groups);
 
-  Answer found(asked, x, {out, in}, dtype);
+  Answer found(asked, {out, in}, dtype);
   if (found.empty()) return found;
   const bool counted = statistic == Statistic::and_mask || statistic == Statistic::xor_mask ||
                        statistic == Statistic::sign_sum;
@@ -209,14 +211,12 @@ Answer answer(const std::string& op, const Tensor& x, const Tensor& grad_output,
   return found;
 }
 
-}  // namespace
-
 std::tuple<Tensor, Tensor> linear(Tensor x, Tensor grad_output, Tensor offsets, int64_t code,
                                   int64_t count, double votes, double k) {
   const std::string op = "htv::linear";
   const Asked asked = Asked::value(op, code, count, votes, k);
   check_factored(op, asked.statistic);
-  return answer(op, x, grad_output, offsets, asked).value();
+  return linear_answer(op, x, grad_output, offsets, asked).value();
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear_summary(Tensor x, Tensor grad_output,
@@ -224,7 +224,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_summary(Tensor x, Tensor grad_
                                                           double log_offset) {
   const std::string op = "htv::linear_summary";
   const Asked asked = Asked::of_summary(op, code, log_offset);
-  return answer(op, x, grad_output, offsets, asked).summary(asked);
+  return linear_answer(op, x, grad_output, offsets, asked).summary(asked);
 }
 
 }  // namespace htv::cpu

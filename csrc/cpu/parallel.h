@@ -83,9 +83,25 @@ void parallel_chunks(int64_t chunks, int64_t work_per_chunk, int64_t scratch_byt
   });
 }
 
-// A float64 scalar tensor beside `like`.
-inline Tensor sum_in_order(const Tensor& like, const std::vector<double>& parts) {
-  Tensor total = torch::stable::new_empty(like, {}, torch::headeronly::ScalarType::Double);
+// A dense tensor without values. torch::stable::new_empty goes by more of torch's operators, which
+// calls on small layers feel.
+inline Tensor new_tensor(const std::vector<int64_t>& shape, torch::headeronly::ScalarType type) {
+  static const std::string caller = "htv";
+  const Checked checked(caller);
+  std::vector<int64_t> strides(shape.size(), 1);
+  for (int64_t d = int64_t(shape.size()) - 2; d >= 0; --d)
+    strides[d] = checked.product(strides[d + 1], std::max<int64_t>(shape[d + 1], 1));
+  const int32_t number = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  AtenTensorHandle made = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(shape.size()), shape.data(),
+                                                  strides.data(), number,
+                                                  aoti_torch_device_type_cpu(), 0, &made));
+  return Tensor(made);
+}
+
+// A float64 scalar tensor.
+inline Tensor sum_in_order(const std::vector<double>& parts) {
+  Tensor total = new_tensor({}, torch::headeronly::ScalarType::Double);
   double sum = 0;
   for (const double part : parts) sum += part;
   *static_cast<double*>(total.mutable_data_ptr()) = sum;

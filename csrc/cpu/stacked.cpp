@@ -11,9 +11,8 @@
 #include "parallel.h"
 
 namespace htv::cpu {
-namespace {
 
-Answer answer(const std::string& op, const Tensor& grads, const Asked& asked) {
+Answer stacked_answer(const std::string& op, const Tensor& grads, const Asked& asked) {
   check_matrix(op, "grads", grads);
   const Statistic statistic = asked.statistic;
   const Dtype dtype = dtype_of(op, "grads", grads);
@@ -22,7 +21,7 @@ Answer answer(const std::string& op, const Tensor& grads, const Asked& asked) {
   const Parameters parameters = asked.of(op, grads.size(0));
   if (asked.summary) check_countable(dtype, parameters.groups);
 
-  Answer found(asked, grads, {coordinates}, dtype);
+  Answer found(asked, {coordinates}, dtype);
   std::vector<double> mask_sums(chunks);
   std::optional<Ranking> ranking;
   if (is_order(statistic)) ranking = ranking_of(statistic, parameters);
@@ -45,19 +44,17 @@ Answer answer(const std::string& op, const Tensor& grads, const Asked& asked) {
   return found;
 }
 
-}  // namespace
-
 std::tuple<Tensor, Tensor> stacked(Tensor grads, int64_t code, int64_t count, double votes,
                                    double k) {
   const std::string op = "htv::stacked";
-  return answer(op, grads, Asked::value(op, code, count, votes, k)).value();
+  return stacked_answer(op, grads, Asked::value(op, code, count, votes, k)).value();
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> stacked_summary(Tensor grads, int64_t code,
                                                            double log_offset) {
   const std::string op = "htv::stacked_summary";
   const Asked asked = Asked::of_summary(op, code, log_offset);
-  return answer(op, grads, asked).summary(asked);
+  return stacked_answer(op, grads, asked).summary(asked);
 }
 
 }  // namespace htv::cpu

@@ -114,6 +114,9 @@ void set_tables(const py::dict& handlers, const py::set& questions, const py::se
                              owned(writes),   owned(is_kept),   owned(layout),  owned(derived)};
 }
 
+const Name DATA_PTR("data_ptr");
+const Name VERSION("_version");
+
 // Where a gradient's memory is, and how often it had been written to.
 struct Delivery {
   long long memory, version;
@@ -173,8 +176,11 @@ class GradientGuard {
   }
 
   static Delivery delivery_of(const py::object& gradient) {
-    return {gradient.attr("data_ptr")().cast<long long>(),
-            gradient.attr("_version").cast<long long>()};
+    PyObject* self = gradient.ptr();
+    Ref memory(PyObject_VectorcallMethod(DATA_PTR.get(), &self, 1, nullptr));
+    Ref version = VERSION.of(self);
+    if (!memory || !version) throw py::error_already_set();
+    return {PyLong_AsLongLong(memory.get()), PyLong_AsLongLong(version.get())};
   }
 
   py::weakref owner_;

@@ -307,9 +307,8 @@ class Function(torch.autograd.Function, metaclass=_FunctionMeta):
     def backward(ctx, grad):
         if torch.is_grad_enabled():
             raise RuntimeError(TWICE)
-        device = grad.device.type
-        if torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
+        if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(grad.device.type):
+            with torch.autocast(grad.device.type, enabled=False):
                 return ctx._forward_cls.gradients(ctx, grad)
         return ctx._forward_cls.gradients(ctx, grad)
 
@@ -337,9 +336,9 @@ class AggregationNode(Function):
     @staticmethod
     def backward(ctx, _):
         buffers, parameters = ctx.buffers, ctx.parameters
-        device = parameters[0].device.type
         if torch.is_grad_enabled():
             raise RuntimeError(TWICE)
+        device = parameters[0].device.type
         if torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
                 return AggregationNode.backward(ctx, None)

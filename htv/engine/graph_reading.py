@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache, wraps
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.overrides import handle_torch_function
 
 from htv.autograd.aggregation import Function
@@ -57,8 +58,7 @@ ALONG = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True, eq=False)
-class Knowledge:
+class Knowledge(NamedTuple):
     """Holds what a forward knew of its batch, for later ones.
 
     groups:  who voted.
@@ -71,19 +71,24 @@ class Knowledge:
     source: str
 
 
-def remember(result: Tensor, knowledge: Knowledge, mark: Mark) -> None:
-    """Note `knowledge` of a forward, and the mark of its `result`, at the result's node, for later
-    forwards. Nothing is kept alive.
+def remember(node, number: int, knowledge: Knowledge, mark: Mark) -> None:
+    """Note `knowledge` of a forward, and the mark of its result, at output `number` of the result's
+    `node`, for later forwards. Nothing is kept alive.
     """
-    if result.grad_fn is not None:
-        notes = result.grad_fn.metadata.setdefault(RECORD, {})
-        notes[result.output_nr] = (knowledge, mark)
+    _notes_at(node).setdefault(RECORD, {})[number] = (knowledge, mark)
 
 
 def remembered(node, number: int) -> tuple[Knowledge, Mark] | None:
     """Return what `remember` noted at output `number` of `node`, or None."""
-    notes = node.metadata.get(RECORD)
+    notes = _notes_at(node).get(RECORD)
     return None if notes is None else notes.get(number)
+
+
+def _notes_at(node) -> dict:
+    """Return a dict that lives as long as `node`: of a Function written in Python its attributes,
+    for autograd makes the metadata of a node when they are first asked for.
+    """
+    return node.__dict__ if isinstance(node, BackwardCFunction) else node.metadata
 
 
 def grouped_rows_of(node) -> GroupedRows | None:

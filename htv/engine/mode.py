@@ -8,7 +8,7 @@ batch is refused by name. So no parameter is served by guess.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import is_dataclass, replace
 
 import torch
@@ -101,6 +101,7 @@ class ServingMode(TorchFunctionMode):
     """
 
     block = None  # a reference to the `Handle.forward` block that opened it
+    frame = None  # of `Session.run`, as long as that runs it
     spec = None  # who was asked to vote
 
     def __init__(
@@ -159,16 +160,21 @@ class ServingMode(TorchFunctionMode):
         """Note at `result`, which a forward returns, where the batch is in it, for forwards that it
         is handed to.
         """
-        knowledge = graph_reading.Knowledge(self.groups, self.spec, self.batch.source)
-        leaves = [result] if isinstance(result, Tensor) else pytree.tree_leaves(result)
         with torch._C.DisableTorchFunction():
-            for leaf in leaves:
-                values = vars(leaf).values() if is_dataclass(leaf) else (leaf,)
-                for tensor in values:
-                    if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
-                        mark = self.marks.get(tensor)
-                        if isinstance(mark, OfBatch):
-                            graph_reading.remember(tensor, knowledge, mark)
+            if isinstance(result, Tensor):
+                self._remember((result,))
+                return
+            for leaf in pytree.tree_leaves(result):
+                self._remember(vars(leaf).values() if is_dataclass(leaf) else (leaf,))
+
+    def _remember(self, values: Iterable) -> None:
+        """Do so for those of `values` that are tensors of the batch."""
+        for tensor in values:
+            node = tensor.grad_fn if isinstance(tensor, Tensor) else None
+            mark = None if node is None else self.marks.get(tensor)
+            if isinstance(mark, OfBatch):
+                knowledge = graph_reading.Knowledge(self.groups, self.spec, self.batch.source)
+                graph_reading.remember(node, tensor.output_nr, knowledge, mark)
 
     def batch_misplaced(self, tensor: Tensor) -> bool:
         """Tell whether `tensor` is not what it would be taken for as an input of the model."""

@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +99,7 @@ class Session:
         self.rules = list({id(t.rule): t.rule for t in self._tracked.values()}.values())
         self.only_means = all(type(rule) is Mean for rule in self.rules)
         self._plain = [p for name, p in parameters.items() if rules[name] is None]
-        self._modules = list(model.modules())
+        self._buffers = [module._buffers for module in model.modules()]
         self._attributes = [
             v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor)
         ]
@@ -227,9 +228,9 @@ class Session:
 
         Buffers, plain tensor attributes, frozen and excluded parameters.
         """
-        for module in self._modules:
-            if module._buffers:
-                yield from module._buffers.values()
+        for buffers in self._buffers:
+            if buffers:
+                yield from buffers.values()
         yield from self._attributes
         yield from self._plain
         for tracked in self._tracked.values():
@@ -336,6 +337,7 @@ class Session:
         mode, frozen = None, []
         try:
             mode = self.thread.running = self.open(forward, args, kwargs)
+            mode.frame = sys._getframe()
             if top_hooks(True) is not None or not torch.is_grad_enabled():  # checkpoints
                 self.voters.recent.note(mode, forward, args, kwargs)
             if forward.batch_norms:
@@ -371,16 +373,20 @@ class Session:
                 return running
             self.thread.running = None
             return None
-        frame = sys._getframe(2)
+        frame, known = sys._getframe(2), None if running is True else running.frame
         while frame is not None:
-            if frame.f_code in PASSES:
-                local = frame.f_locals
-                owner = local["self"] if "self" in local else local.get("session")
-                if owner is self:
-                    return running
+            if frame is known or (known is None and self._runs(frame)):
+                return running
             frame = frame.f_back
         self.thread.running = None
         return None
+
+    def _runs(self, frame: FrameType) -> bool:
+        """Tell whether a forward of this session is under way in `frame`."""
+        if frame.f_code not in PASSES:
+            return False
+        local = frame.f_locals
+        return (local["self"] if "self" in local else local.get("session")) is self
 
     def open(
         self,
@@ -448,6 +454,7 @@ class Session:
         self.thread.running = outer
         if mode is None:
             return
+        mode.frame = None
         count = torch._C._len_torch_function_stack()
         if count and torch._C._get_function_stack_at(count - 1) is mode:
             torch._C._pop_torch_function_stack()

@@ -98,34 +98,63 @@ def aggregate(parts: list[Factors], rule: Rule) -> Tensor:
 
 
 def aggregate_together(contributions: list[list[Factors]], rule: Rule) -> list[Tensor]:
-    """`aggregate` of the parts of several parameters; those with one stack of contributions each in
-    one call.
+    """`aggregate` of the parts of several parameters; those with one use each, of few kinds, in one
+    call.
     """
     if type(rule) is Mean or not contributions[1:]:
         return [aggregate(parts, rule) for parts in contributions]
     first = contributions[0][0]
     count, dtype, device = first.count, first.dtype, first.device
-    resolved = _resolutions.get((id(rule), count)) or _resolved(rule, count)
-    if resolved.statistic.normalise or resolved.statistic.reduce is not None:
+    _, statistic, numbers = resolved = _resolutions.get((id(rule), count)) or _resolved(rule, count)
+    if statistic.normalise or numbers is None:
         return [aggregate(parts, rule) for parts in contributions]
+    operator = _together(first, statistic)
     found: list[Tensor | None] = [None] * len(contributions)
     stacks: dict[int, Tensor] = {}
+    layers: dict[int, LinearFactors] = {}
+    bounds = None  # the layers'
     for i, parts in enumerate(contributions):
         part = parts[0]
-        alike = type(part) is StackedFactors and part.count == count and part.dtype == dtype
-        if alike and not parts[1:] and part.device == device and 0 not in part.shape:
+        kind, alike = type(part), part.count == count and part.dtype == dtype
+        if parts[1:] or not alike or part.device != device or 0 in part.shape:
+            found[i] = aggregate(parts, rule)
+        elif kind is StackedFactors:
             values = part.values
             stacks[i] = values if values.ndim == 2 else values.reshape(count, -1)
+        elif operator is None or kind is not LinearFactors:
+            found[i] = aggregate(parts, rule)
+        elif bounds is None or bounds is part.bounds:
+            bounds, layers[i] = part.bounds, part
         else:
             found[i] = aggregate(parts, rule)
-    if not stacks:
+    if not stacks and not layers:
         return found
-    value, _ = _one_use(StackedFactors(torch.cat([*stacks.values()], dim=1)), *resolved[1:])
-    grads = torch.split_with_sizes_copy(value, [v.shape[1] for v in stacks.values()])
-    for i, grad in zip(stacks, grads, strict=True):  # tensors of their own
+    if operator is None:
+        value, _ = _one_use(StackedFactors(torch.cat([*stacks.values()], dim=1)), *resolved[1:])
+        grads = torch.split_with_sizes_copy(value, [v.shape[1] for v in stacks.values()])
+    else:
+        grads = operator(
+            [*stacks.values()],
+            [part.x for part in layers.values()],
+            [part.grad_output for part in layers.values()],
+            bounds,
+            *numbers,
+        )
+    for i, grad in zip((*stacks, *layers), grads, strict=True):  # tensors of their own
         shape = contributions[i][0].shape
-        found[i] = grad if len(shape) == 1 else grad.view(shape)
+        found[i] = grad if grad.ndim == len(shape) else grad.view(shape)
     return found
+
+
+def _together(part: Factors, statistic: Statistic) -> Callable[..., list[Tensor]] | None:
+    """Return what aggregates several parameters of factors like `part` in one call, or None."""
+    key = "together", statistic.name, part.dtype, part.device, backend.setting()
+    if key not in _ways:
+        server = dispatch.server("together", part, statistic.name, part.device)
+        way = None if server == "reference" else backend.operator("together", server)
+        backend.keep(_ways, key, way, part.device)
+        return way
+    return _ways[key]
 
 
 def summarise(

@@ -24,6 +24,14 @@ here.
         Kernels serve what they are registered for (`htv.ops.kernels`); the sliced path serves
         the rest.
 
+    together(grads, x, grad_output, offsets, statistic, count, votes, k) -> values
+        grads           tensors as for `stacked`, of E groups each; contiguous or not
+        x, grad_output  as many of the one as of the other, pairs as for `linear`; contiguous or not
+        offsets         as for `linear`, for all pairs; None only where there is none
+        values          E * stat of each: of grads, (P,), then of the pairs, (O, I). For
+                        parameters so small that a call takes as long as their kernels.
+        Kernels serve what they are registered for; the ops above serve the rest, one by one.
+
     linear_summary(x, grad_output, offsets, statistic, log_offset) -> (total, votes, spread, logs)
         What `stacked_summary` returns, (O, I) each, of the contributions that `linear` is of.
 
@@ -163,9 +171,9 @@ def _known(op: str, statistic: int, groups: int) -> statistics.Definition:
     return found
 
 
-def require_one_device(op: str, first: torch.Tensor, *others: torch.Tensor | None) -> None:
+def require_one_device(op: str, *given: torch.Tensor | None) -> None:
     """Raise ValueError unless an op's tensors, but for offsets, are dense and on one device."""
-    tensors = [t for t in (first, *others) if t is not None]
+    tensors = [t for t in given if t is not None]
     if any(t.layout != torch.strided for t in tensors):
         raise ValueError(f"htv::{op}: all tensors must be dense, of strided layout")
     devices = {str(t.device): None for t in tensors}
@@ -196,6 +204,8 @@ _CROSS_ENTROPY = (
 _SIGNATURES = {
     "stacked": f"(Tensor grads, {_NUMBERS}) -> (Tensor, Tensor)",
     "linear": f"(Tensor x, Tensor grad_output, Tensor offsets, {_NUMBERS}) -> (Tensor, Tensor)",
+    "together": "(Tensor[] grads, Tensor[] x, Tensor[] grad_output, Tensor? offsets, "
+    f"{_NUMBERS}) -> Tensor[]",
     "norm_sums": "(Tensor grad, Tensor x, Tensor mean, Tensor rstd) -> (Tensor, Tensor)",
     "group_norm_backward": "(Tensor grad, Tensor x, Tensor weight, Tensor mean, Tensor rstd, "
     "bool needs_x) -> (Tensor, Tensor, Tensor)",
@@ -242,6 +252,15 @@ def _linear_fake(x, grad_output, offsets, statistic, count, votes, k):
     shape = (grad_output.shape[1], x.shape[1])
     value = x.new_empty(shape, dtype=reference.compute_dtype(x.dtype))
     return value, x.new_empty((), dtype=torch.float64)
+
+
+@_fake("together")
+def _together_fake(grads, x, grad_output, offsets, *numbers):
+    require_one_device("together", *grads, *x, *grad_output)
+    return [
+        *(_stacked_fake(of_one, *numbers)[0] for of_one in grads),
+        *(_linear_fake(*pair, offsets, *numbers)[0] for pair in zip(x, grad_output, strict=True)),
+    ]
 
 
 @_fake("norm_sums")
@@ -343,6 +362,22 @@ def _linear_reference(x, grad_output, offsets, statistic, count, votes, k):
     _require_offsets("linear", offsets, x.shape[0])
     resolved = checked("linear", statistic, count, votes, k, len(offsets) - 1)
     return reference.linear(x, grad_output, offsets, resolved)
+
+
+def _together_reference(grads, x, grad_output, offsets, statistic, count, votes, k):
+    require_one_device("together", *grads, *x, *grad_output)
+    if len(x) != len(grad_output) or (x and offsets is None):
+        raise ValueError("htv::together: x and grad_output go in pairs, with their offsets")
+    counts = {len(of_one) for of_one in grads} | (set() if offsets is None else {len(offsets) - 1})
+    if len(counts) != 1:
+        raise ValueError(f"htv::together: one number of groups is needed, got {sorted(counts)}")
+    (groups,) = counts
+    resolved = checked("together", statistic, count, votes, k, groups)
+    values = [reference.stacked(of_one, resolved)[0] * groups for of_one in grads]
+    for of_x, of_grad in zip(x, grad_output, strict=True):
+        _require_offsets("together", offsets, of_x.shape[0])
+        values.append(reference.linear(of_x, of_grad, offsets, resolved)[0])
+    return values
 
 
 def _conv_reference(
@@ -452,6 +487,7 @@ def _require_offsets(op: str, offsets: torch.Tensor, rows: int) -> None:
 # Any device without a kernel of its own gets the definition.
 library.impl("stacked", _stacked_reference, "CompositeExplicitAutograd")
 library.impl("linear", _linear_reference, "CompositeExplicitAutograd")
+library.impl("together", _together_reference, "CompositeExplicitAutograd")
 library.impl("stacked_summary", _stacked_summary_reference, "CompositeExplicitAutograd")
 library.impl("linear_summary", _linear_summary_reference, "CompositeExplicitAutograd")
 library.impl("conv_summary", _conv_summary_reference, "CompositeExplicitAutograd")

@@ -41,6 +41,13 @@ def arguments():
     return {
         "stacked": {"grads": value(GROUPS, 7), **numbers},
         "linear": {"x": value(5, 7), "grad_output": value(5, 3), **offsets, **numbers},
+        "together": {
+            "grads": [value(GROUPS, 7), value(GROUPS, 2)],
+            "x": [value(5, 7), value(5, 4)],
+            "grad_output": [value(5, 3), value(5, 1)],
+            **offsets,
+            **numbers,
+        },
         "conv": {**images, **offsets, **window, **numbers},
         "embedding": {**table, **sizes, **numbers},
         "embedding_contributions": {**table, "tokens": number(0, 2), **sizes},
@@ -87,18 +94,32 @@ ACCEPTED |= {("embedding_contributions", name, how) for name in LOOKUPS for how 
 
 def tensors_that_are_not():
     for op, given in arguments().items():
-        for name, tensor in given.items():
-            if not isinstance(tensor, torch.Tensor):
+        for name, value in given.items():
+            tensors = value if isinstance(value, list) else [value]
+            if not isinstance(tensors[0], torch.Tensor):
                 continue
             for how, distort in DISTORTED.items():
-                if how == "of mkldnn" and tensor.dtype != torch.float32:
+                if how == "of mkldnn" and tensors[0].dtype != torch.float32:
                     continue
                 if (op, name, how) not in ACCEPTED:
-                    yield f"{op}: {name} {how}", op, {name: lambda t=tensor, d=distort: d(t)}
+                    yield f"{op}: {name} {how}", op, {name: lambda v=value, d=distort: first(v, d)}
+
+
+def first(value, distort):
+    """A tensor, or the first one of a list, distorted."""
+    return [distort(value[0]), *value[1:]] if isinstance(value, list) else distort(value)
+
+
+def lists_that_do_not_fit():
+    for name in ("x", "grad_output"):
+        for kept in (0, 1):
+            tensors = arguments()["together"][name][:kept]
+            yield f"together: {name} of {kept} tensors", "together", {name: tensors}
+    yield "together: no offsets", "together", {"offsets": None}
 
 
 def integers_that_do_not_fit():
-    for op in ("stacked", "linear", "conv"):
+    for op in ("stacked", "linear", "together", "conv"):
         for name in ("trimmed_mean", "winsorized_mean", "median"):
             for count in (-2, 3, *FAR, -(2**63)):
                 changed = {"statistic": schema.code(name), "count": count}
@@ -107,7 +128,7 @@ def integers_that_do_not_fit():
         changed = {"statistic": schema.code("median_of_means"), "count": count}
         yield f"stacked: {count} buckets", "stacked", changed
     for code in (-1, -(2**63), 11, *FAR):
-        for op in ("stacked", "linear", "conv", "embedding", *SUMMARIES):
+        for op in ("stacked", "linear", "together", "conv", "embedding", *SUMMARIES):
             yield f"{op}: statistic {code}", op, {"statistic": code}
     for op in SUMMARIES:
         for name in ("median", "trimmed_mean", "winsorized_mean", "median_of_means"):
@@ -130,7 +151,7 @@ def integers_that_do_not_fit():
     for bad in (-1, 3, 2**62):
         changed = {"tokens": torch.tensor([0, bad])}
         yield f"embedding_contributions: token {bad}", "embedding_contributions", changed
-    for op in ("linear", "conv", "linear_summary", "conv_summary"):
+    for op in ("linear", "together", "conv", "linear_summary", "conv_summary"):
         bounds = [[0, 3, 2, 4, 5, 5], [-1, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 6]]
         for bad in (*bounds, [0, 2**62, 5], [5], []):
             changed = {"offsets": torch.tensor(bad, dtype=torch.int64)}
@@ -181,6 +202,7 @@ def layouts_that_are_not():
 
 def cases():
     yield from tensors_that_are_not()
+    yield from lists_that_do_not_fit()
     yield from integers_that_do_not_fit()
     yield from layouts_that_are_not()
 

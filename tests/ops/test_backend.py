@@ -56,6 +56,7 @@ TABLE = [
     ("linear", "median", FP32, 1024, "triton", "reference", "triton"),
     ("linear", "median", FP64, 1024, "reference", "reference", "reference"),
     ("linear", "sign_agreement", FP32, 1024, "reference", "reference", "reference"),
+    ("together", "and_mask", FP32, 1, "reference", "reference", "reference"),
     ("conv", "and_mask", FP32, None, "triton", "reference", "triton"),
     ("conv", "median", FP32, None, "triton", "reference", "triton"),
     ("conv", "median", FP64, None, "reference", "reference", "reference"),
@@ -86,7 +87,7 @@ def test_the_rule_of_choice_on_the_cpu():
     fused = "reference" if backend.NOT_BUILT else "cpp"
     assert choose("stacked", "median") == fused
     assert choose("linear", "and_mask") == fused
-    assert choose("linear", "median") == fused
+    assert choose("linear", "median") == choose("together", "median") == fused
     assert choose("linear", "median_of_means") == "reference"  # the sliced path
 
 

@@ -144,6 +144,15 @@ class Case:
         x, g = self.values(rows, self.size()), self.values(rows, self.size())
         return {"x": x, "grad_output": g, "offsets": offsets, **self.statistic(groups)}
 
+    def together(self):
+        first = self.linear()
+        x, rows = first["x"], len(first["x"])
+        pairs = {"x": [x, self.values(rows, self.size())]}
+        pairs |= {"grad_output": [first["grad_output"], self.values(rows, self.size())]}
+        groups = len(first["offsets"]) - 1
+        grads = [self.values(groups, self.size()) for _ in range(self.random.randint(0, 3))]
+        return {"grads": grads, **pairs, "offsets": first["offsets"], **self.statistic(groups)}
+
     def images(self, *shape: int):
         found = self.values(*shape)
         last = self.random.random() < 0.4
@@ -212,7 +221,7 @@ class Case:
 
     OPS = (stacked, stacked, linear, linear, conv, conv, embedding, norm_sums, group_norm_backward)
     OPS += (shifted_cross_entropy, shifted_cross_entropy_grad)
-    OPS += (stacked_summary, linear_summary, conv_summary)
+    OPS += (stacked_summary, linear_summary, conv_summary, together)
 
     def made(self):
         """(op, its arguments)"""

@@ -49,7 +49,10 @@ def failing(rank: int, world: int):
     masks = mask_exchange.MaskedBuckets(torch.distributed.group.WORLD)
     broken: torch.futures.Future = torch.futures.Future()
     broken.set_exception(ValueError("no sums"))
-    votes, electorate = torch.ones(3, dtype=torch.int8), Electorate((1,) * world, (1,) * world, "examples")
+    votes, electorate = (
+        torch.ones(3, dtype=torch.int8),
+        Electorate((1,) * world, (1,) * world, "examples"),
+    )
     masked = masks.add(votes, fields_of((3,)), electorate, lambda: broken)
     masks.tell()
     try:

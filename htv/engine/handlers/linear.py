@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
+from htv.autograd.aggregation import ParameterArgument
 from htv.autograd.from_parameters import Projection
 from htv.autograd.linear import bilinear, linear
 from htv.engine.handlers.call import Call, behind, handles, signature, stands_alone
 from htv.engine.protocols import ModeLike
 from htv.engine.provenance import Constant, FromParameters
+from htv.engine.usual import of_identity, put_usual, usual_mark
 from htv.errors import UnsupportedError
 from htv.groups import BatchLayout
 from htv.ops.factors import BilinearFactors, LinearFactors
@@ -21,6 +23,10 @@ _BILINEAR = signature("input1, input2, weight, bias=None")
 
 @handles(F.linear, uses={"linear": LinearFactors}, modules={nn.Linear: "linear"})
 def _linear(mode: ModeLike, func, args, kwargs):
+    if args[2:] and not kwargs:
+        y = _usual(mode, *args)
+        if y is not None:
+            return y
     call = Call(mode, "linear", _LINEAR, args, kwargs, "input", "weight", "bias")
     if call.tracked and type(call.layout) is Constant and torch.is_grad_enabled():
         y = mode.general(func, args, kwargs)
@@ -46,6 +52,42 @@ def _linear(mode: ModeLike, func, args, kwargs):
         if arguments is None
         else call.done(linear(call.x, *arguments, mode.rows[call.layout]))
     )
+
+
+def _usual(mode: ModeLike, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """What `_linear` does for a plain input of the batch and parameters as they stand, without
+    asking for what does not matter then. None where anything is otherwise.
+    """
+    layout, size = usual_mark(mode.table, x), mode.batch_size
+    if type(layout) is not BatchLayout or not layout.is_the_one or size == 1:
+        return None
+    ndim = x.ndim
+    if layout.dim >= ndim - 1 or not torch.is_grad_enabled():
+        return None
+    own = mode.own
+    of_weight, of_bias = of_identity(own, weight), of_identity(own, bias)
+    if of_weight is None or not weight.requires_grad:
+        return None
+    if bias is not None and (of_bias is None or not bias.requires_grad):
+        return None
+    small = ndim == 2 and x.shape[0] == size  # flattened tokens have more rows than examples
+    weight_argument = _argument(mode, "linear", of_weight, small)
+    if bias is None:
+        bias_argument = ParameterArgument(None)
+    else:
+        bias_argument = _argument(mode, "linear bias", of_bias, small)
+    y = linear(x, weight_argument, bias_argument, mode.rows[layout])
+    if not put_usual(mode.table, y, layout):
+        mode.marks.put(y, layout)
+    return y
+
+
+def _argument(mode: ModeLike, use: str, mark: FromParameters, small: bool) -> ParameterArgument:
+    """What stands for a parameter in a layer's call; the `use` is noted."""
+    (owner,) = mark.parameters
+    if use not in owner.uses:
+        owner.uses.add(use)
+    return owner.argument(mode.groups, mode.task, small)
 
 
 @handles(F.bilinear, uses={"bilinear": BilinearFactors}, modules={nn.Bilinear: "bilinear"})

@@ -11,7 +11,7 @@ from torch import Tensor
 from htv.groups import segment_sum, to_device_async
 from htv.ops import limits
 from htv.ops.factors.base import Factors
-from htv.ops.reference import compute_dtype
+from htv.ops.reference import HALF, compute_dtype
 
 
 class LinearFactors(Factors):
@@ -21,15 +21,11 @@ class LinearFactors(Factors):
         """x: (R, I) and grad_output: (R, O), the same dtype; group e owns rows bounds[e]:bounds[e +
         1].
         """
-        self.x, self.grad_output, self.bounds, self.count = (
-            x,
-            grad_output,
-            bounds,
-            bounds.shape[0] - 1,
-        )
-        self.device, self.dtype = x.device, compute_dtype(x.dtype)
+        self.x, self.grad_output, self.bounds = x, grad_output, bounds
+        self.count, self.device, self.sized = bounds.shape[0] - 1, x.device, x.is_cuda
         self.shape = (grad_output.shape[1], x.shape[1])
-        self.sized = self.device.type == "cuda"
+        # As `compute_dtype` says; these are made too often to ask it.
+        self.dtype = torch.float32 if x.dtype in HALF else x.dtype
 
     def facts(self) -> tuple:
         return (self.longest <= 1,)

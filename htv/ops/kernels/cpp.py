@@ -32,6 +32,14 @@ register_kernel(
     otherwise=SLICED,
 )
 register_kernel(
+    "together",
+    "cpp",
+    statistics=FUSED,
+    dtypes=REALS,
+    reason="the two above, for many small parameters in one call",
+    otherwise="one call for each",
+)
+register_kernel(
     "conv",
     "cpp",
     statistics=FUSED,
