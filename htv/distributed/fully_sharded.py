@@ -151,6 +151,9 @@ class FullyShardedVotes(RankVotes):
                 "shards only. Remedy: a mesh of one dim, or a mask"
             )
         self._by_id = {id(t.parameter): t for t in session.tracked()}
+        self._whole = [
+            (path, m) for path, m in session.model.named_modules() if not isinstance(m, FSDPModule)
+        ]
 
     def begin(self) -> None:
         super().begin()
@@ -179,10 +182,27 @@ class FullyShardedVotes(RankVotes):
 
     def require_covered(self, module: nn.Module) -> None:
         """Any forward will do: units bring their gradients together by themselves. Refuse it where
-        something else was put in the place of what counts votes there.
+        a unit was added, or something else put in the place of what counts votes there, and after a
+        backward that failed.
         """
+        for path, part in self._whole:
+            if isinstance(part, FSDPModule):
+                where = f"part {path!r}" if path else "the model"
+                raise UnsupportedError(
+                    f"fully_shard was called on {where} after htv.distributed.fsdp(model, handle), "
+                    "which knows the units there were then. Remedy: in this order, fully_shard for "
+                    "all parts, fully_shard(model), htv.attach, htv.distributed.fsdp"
+                )
         for unit in self.units:
             unit.refuse_replaced()
+        left = self.rounds.batches.unfinished
+        if left or any(unit.is_in_backward for unit in self.units):
+            raise RuntimeError(
+                "an earlier backward under FSDP2 failed part-way, by an error that was caught: "
+                "some units have its gradients and votes and others do not, and FSDP2 would leave "
+                "those of the next backward apart as well. Remedy: restart training from a "
+                "checkpoint on all ranks"
+            )
 
     def require_meeting(self) -> None:
         meets = (u.group.reduce_grads and u.group.all_reduce_grads for u in self.units)
@@ -284,6 +304,11 @@ class Unit:
                         lambda grad, parameter=parameter: self._plain.add(parameter)
                     )
                 )
+
+    @property
+    def is_in_backward(self) -> bool:
+        """Tell whether FSDP2 takes a backward of its module to be under way."""
+        return self.module._get_fsdp_state()._state_ctx.post_backward_final_callback_queued
 
     def refuse_replaced(self) -> None:
         """Raise where the user set since what `begin` has set."""

@@ -8,7 +8,12 @@ import torch
 import htv
 from support.oracles import RULES, by_name
 from support.quick import STREAMING_RULES, quick
-from support.rank_jobs import assert_trains, fully_sharded, half_precision_alone
+from support.rank_jobs import (
+    assert_trains,
+    fully_sharded,
+    half_precision_alone,
+    stepped_in_backward,
+)
 from support.rank_models import aggregated, assert_one_vote, contributions
 
 AND = htv.AndMask(0.4)
@@ -95,6 +100,14 @@ def test_mixed_precision(ranks):
     job = partial(fully_sharded, dtype=torch.float32, param_dtype=torch.bfloat16)
     found = ranks.run(job, 2, AND)
     assert_one_vote(found, {name: grad.double() for name, grad in alone.items()}, 0.05)
+
+
+def test_hooks_of_parameters_see_the_aggregate(ranks):
+    """So an optimizer may step in backward, by register_post_accumulate_grad_hook."""
+    expected = aggregated(contributions("net", [6, 6]), AND)
+    for found in ranks.run(stepped_in_backward, 2, AND):
+        for name, step in expected.items():
+            torch.testing.assert_close(found[name], step, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("units", ["layers and root", "whole"])

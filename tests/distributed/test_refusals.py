@@ -21,6 +21,16 @@ REFUSED = {
     "called_twice": "call this once",
     "stepping_in_backward": "'c.weight' has a hook.*before the ranks have met",
     "stepping_in_backward_later": "'c.weight' has a hook.*before the ranks have met",
+    "optimizer_in_backward_before_wrapping": "'c.weight' has an optimizer that steps in backward",
+    "optimizer_in_backward_before": "'c.weight' has an optimizer.*after backward; or FSDP2",
+    "optimizer_in_backward_before_local": "'c.weight' has an optimizer that steps in backward",
+    "optimizer_in_backward_after": "'c.weight' has an optimizer that steps in backward",
+    "optimizer_in_backward_after_a_step": "'c.weight' has an optimizer that steps in backward",
+    "optimizer_in_backward_of_excluded": "'c.weight' has an optimizer that steps in backward",
+    "second_wrapper": "another DistributedDataParallel was called around.*Remedy: call that one",
+    "second_wrapper_of_more": "another DistributedDataParallel was called around",
+    "wrapper_in_wrapper": "another DistributedDataParallel was called around.*that one alone",
+    "second_wrapper_asked": r"call this once, for one.*handle.detach\(\), then htv.attach and",
     "not_zeroed": r"\.grad of 'c.*' holds the aggregate of an earlier step.*zero_grad",
     "accumulated": r"accumulate\(\) where ranks vote together.*no_sync",
     "tokens": r"cannot be joined with tokens\(\)",
@@ -44,6 +54,15 @@ REFUSED = {
     "backward_again": "outside no_sync.*once per forward",
     "two_forwards_first": "outside no_sync.*once per forward",
     "forward_alone_in_no_sync": "outside no_sync.*never where the forward was inside",
+    "evaluated_with_gradients": r"under no_sync\(\), but.*an evaluation.*torch.no_grad\(\)",
+    "backward_alone_in_no_sync": r"under no_sync\(\), but.*forward and backward.*both under",
+    "layer_skipped_on_one_rank": "ranks are at different parameters.*the same layers to run",
+    "part_sharded_late": "fully_shard was called on part 'c' after htv.distributed.fsdp.*in this",
+    "root_sharded_late": "fully_shard was called on the model after htv.distributed.fsdp",
+    "sharded_and_failed": "an earlier backward under FSDP2 failed part-way.*from a checkpoint",
+    "sharded_and_failed_first": "an earlier backward under FSDP2 failed part-way",
+    "sharded_whole_and_failed": "an earlier backward under FSDP2 failed part-way",
+    "sharded_and_failed_in_micro_batch": "an earlier backward under FSDP2 failed part-way",
     "one_backward_per_head": "did not reach all of the model's parameters.*sum of the losses",
     "two_handles": "another handle vote under this DistributedDataParallel already",
     "unfrozen_after_wrapping": "'b.weight' was frozen when DistributedDataParallel wrapped",
@@ -86,6 +105,11 @@ def test_after_detach(ranks):
     found = ranks.run(rank_misuse.after_detach, 2)
     assert_one_vote([plain for plain, _ in found], aggregated(contributed, htv.Mean()))
     assert_one_vote([voted for _, voted in found], aggregated(contributed, rank_misuse.AND))
+
+
+def test_a_second_wrapper_after_detach(ranks):
+    expected = aggregated(contributions("net", [6, 6]), rank_misuse.AND)
+    assert_one_vote(ranks.run(rank_misuse.second_wrapper_after_detach, 2), expected)
 
 
 @pytest.mark.parametrize("set_to_none", [True, False], ids=["to None", "to zeros"])

@@ -141,6 +141,52 @@ def fully_sharded(
     return gradients(net)
 
 
+def stepped_in_backward(rank: int, world: int, rule: htv.Rule) -> dict:
+    """Take a step of learning rate 1 in hooks of FSDP2's backward; return what it took away."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    net = made()
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    for part in units_of(net, "layers and root"):
+        fully_shard(part, mesh=init_device_mesh("cpu", (world,)))
+    htv.distributed.fsdp(net, htv.attach(net, rule))
+
+    def take(p) -> None:
+        with torch.no_grad():
+            p.sub_(p.grad)
+
+    for p in net.parameters():
+        p.register_post_accumulate_grad_hook(take)
+    x, y = shard(batch(), rank, world)
+    F.cross_entropy(net(x), y).backward()
+    return {name: before[name] - _whole(p.detach()) for name, p in net.named_parameters()}
+
+
+class Skipping(nn.Module):
+    """Has two layers of one shape, of which a batch uses the first, the second, or both."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.use = nn.Linear(16, 5), nn.Linear(16, 5), "ab"
+
+    def forward(self, x):
+        return sum(getattr(self, name)(x) for name in self.use)
+
+
+def skipped(rank: int, world: int, rule: htv.Rule, uses: tuple[str, ...], vote: str) -> dict:
+    """Train a model whose ranks run the layers that `uses` says; return the gradients."""
+    net = Skipping().double()
+    handle = htv.attach(net, rule)
+    model = DistributedDataParallel(net, find_unused_parameters=True)
+    htv.distributed.ddp(model, handle, vote=vote)
+    net.use = uses[rank]
+    x, y = shard(batch(), rank, world)
+    F.cross_entropy(model(x), y).backward()
+    return gradients(net)
+
+
 def process_group(
     rank: int,
     world: int,
@@ -298,3 +344,74 @@ def resumed(rank: int, world: int, rule: htv.Rule, folder: str, save: bool) -> d
         )
     step()
     return {name: p.detach().clone() for name, p in net.named_parameters()}
+
+
+def looked_at(
+    rank: int, world: int, rule: htv.Rule, way: str, folder: str | None
+) -> tuple[dict, list[dict], dict]:
+    """Train three steps of two micro-batches, and between steps save a checkpoint, take the
+    state_dict and average the weights, if there is a folder for checkpoints.
+
+    way:  "ddp", "fsdp" or "accumulate".
+
+    Returns what is left: the parameters, the state_dict after every step, and the average.
+    """
+    import torch.distributed.checkpoint as checkpoints
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    model = net = made()
+    if way == "fsdp":
+        for part in units_of(net, "layers and root"):
+            fully_shard(part, mesh=init_device_mesh("cpu", (world,)))
+    group = dist.group.WORLD if way == "accumulate" else None
+    handle = htv.attach(net, rule, process_group=group)
+    if way == "ddp":
+        model = DistributedDataParallel(net)
+        htv.distributed.ddp(model, handle)
+    elif way == "fsdp":
+        htv.distributed.fsdp(net, handle)
+    average, states = {}, []
+    # FSDP2 lets nobody copy its modules.
+    averaging = (
+        None if way == "fsdp" else AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.75))
+    )
+
+    def look() -> None:
+        held, state = get_state_dict(model, optimizer)
+        checkpoints.save({"model": held, "optimizer": state}, checkpoint_id=folder)
+        states.append({k: _whole(v).clone() for k, v in net.state_dict().items()})
+        if averaging is None:
+            for name, p in net.named_parameters():
+                held = average.setdefault(name, p.detach().clone())
+                held.mul_(0.75).add_(p.detach(), alpha=0.25)
+        else:
+            averaging.update_parameters(model)
+
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
+    x, y = shard(batch(), rank, world)
+    with handle.accumulate() if way == "accumulate" else contextlib.nullcontext():
+        for _ in range(3):
+            for i, (part, labels) in enumerate(zip(x.chunk(2), y.chunk(2), strict=True)):
+                if way == "fsdp":
+                    net.set_requires_gradient_sync(i == 1)
+                waits = way == "ddp" and i == 0
+                with model.no_sync() if waits else contextlib.nullcontext():
+                    (F.cross_entropy(model(part), labels) / 2).backward()
+            handle.finish()
+            if folder is not None:
+                look()
+            optimizer.step()
+            if folder is not None:
+                look()
+            optimizer.zero_grad()
+    if averaging is not None:
+        average = dict(averaging.module.named_parameters())
+    found = {k: _whole(p.detach()).clone() for k, p in net.named_parameters()}
+    return found, states, {k.removeprefix("module."): _whole(p) for k, p in average.items()}
+
+
+def _whole(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
 import weakref
@@ -13,6 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import htv
+from support.rank_jobs import Skipping, skipped
 from support.rank_models import batch, gradients, made, shard
 
 AND = htv.AndMask(0.4)
@@ -44,6 +46,40 @@ def different_rules(rank, world):
 def different_models(rank, world):
     net = nn.Sequential(*[nn.Linear(3, 3) for _ in range(1 + rank)])
     htv.attach(net, AND, process_group=dist.group.WORLD)
+
+
+def second_wrapper(rank, world):
+    model, _ = wrapped()
+    step(DistributedDataParallel(model.module), rank, world)
+
+
+def second_wrapper_of_more(rank, world):
+    model, _ = wrapped()
+    more = nn.Sequential(model.module, nn.Linear(5, 5).double())
+    step(DistributedDataParallel(more), rank, world)
+
+
+def wrapper_in_wrapper(rank, world):
+    """torch lets it pass; the outer one would put the plain average into .grad."""
+    model, _ = wrapped()
+    step(DistributedDataParallel(model), rank, world)
+
+
+def second_wrapper_asked(rank, world):
+    model, handle = wrapped()
+    htv.distributed.ddp(DistributedDataParallel(model.module), handle)
+
+
+def second_wrapper_after_detach(rank, world):
+    """What the refusals say is to be done; return the gradients."""
+    model, handle = wrapped()
+    step(model, rank, world)
+    second = DistributedDataParallel(model.module)
+    handle.detach()
+    htv.distributed.ddp(second, htv.attach(model.module, AND))
+    second.zero_grad()
+    step(second, rank, world)
+    return gradients(second)
 
 
 def different_votes(rank, world):
@@ -83,6 +119,51 @@ def stepping_in_backward_later(rank, world):
     model, _ = wrapped()
     model.module.c.weight.register_post_accumulate_grad_hook(lambda p: None)
     step(model, rank, world)
+
+
+def _optimized_in_backward(rank, world, when, exclude=(), vote="examples"):
+    from torch.distributed.optim import _apply_optimizer_in_backward
+
+    net, times = made(), iter(("before wrapping", "before", "after", "after a step"))
+
+    def now():
+        if next(times) == when:
+            _apply_optimizer_in_backward(torch.optim.SGD, net.c.parameters(), {"lr": 0.1})
+
+    handle = htv.attach(net, AND, exclude=exclude)
+    now()
+    model = DistributedDataParallel(net)
+    now()
+    htv.distributed.ddp(model, handle, vote=vote)
+    now()
+    for _ in range(2):
+        model.zero_grad()
+        step(model, rank, world)
+        now()
+
+
+def optimizer_in_backward_before_wrapping(rank, world):
+    _optimized_in_backward(rank, world, "before wrapping")
+
+
+def optimizer_in_backward_before(rank, world):
+    _optimized_in_backward(rank, world, "before")
+
+
+def optimizer_in_backward_before_local(rank, world):
+    _optimized_in_backward(rank, world, "before", vote="local")
+
+
+def optimizer_in_backward_after(rank, world):
+    _optimized_in_backward(rank, world, "after")
+
+
+def optimizer_in_backward_after_a_step(rank, world):
+    _optimized_in_backward(rank, world, "after a step")
+
+
+def optimizer_in_backward_of_excluded(rank, world):
+    _optimized_in_backward(rank, world, "before", exclude="c")
 
 
 def not_zeroed(rank, world):
@@ -281,6 +362,20 @@ def after_detach(rank, world):
     return plain, gradients(model.module)
 
 
+def copied_wrapper(rank, world):
+    """Return the gradients of a copy, which is not attached, and those once it votes as well."""
+    model, _ = wrapped()
+    step(model, rank, world)
+    model.zero_grad()
+    other = copy.deepcopy(model)
+    step(other, rank, world)
+    plain = gradients(other)
+    other.zero_grad()
+    htv.distributed.ddp(other, htv.attach(other.module, AND))
+    step(other, rank, world)
+    return plain, gradients(other)
+
+
 def groups_on_one_rank_each(rank, world):
     model, handle = wrapped()
     ids = torch.tensor([0, 0, 1, 1, 2, 2]) + 10 * rank
@@ -359,6 +454,22 @@ def forward_alone_in_no_sync(rank, world):
     loss.backward()
 
 
+def evaluated_with_gradients(rank, world):
+    """A forward that no backward follows, and then a micro-batch."""
+    model, _ = wrapped()
+    model(shard(batch(), rank, world)[0])
+    with model.no_sync():
+        step(model, rank, world)
+
+
+def backward_alone_in_no_sync(rank, world):
+    model, _ = wrapped()
+    x, y = shard(batch(), rank, world)
+    loss = F.cross_entropy(model(x), y)
+    with model.no_sync():
+        loss.backward()
+
+
 def unfrozen_after_wrapping(rank, world):
     net = made("frozen weight")
     handle = htv.attach(net, AND)
@@ -401,22 +512,10 @@ def dropped_before_its_backward(rank, world):
         other.backward()
 
 
-class Skipping(nn.Module):
-    """Has two layers of one shape, of which a batch uses the first, the second, or both."""
-
-    def __init__(self):
-        super().__init__()
-        self.a, self.b, self.use = nn.Linear(16, 5), nn.Linear(16, 5), "ab"
-
-    def forward(self, x):
-        return sum(getattr(self, name)(x) for name in self.use)
-
-
 def _reduced_one_by_one(rank, world, units, uses, zero=None):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    torch.manual_seed(0)
     net, mesh = Skipping().double(), init_device_mesh("cpu", (world,))
     for part in [net.a, net.b, net] if units else [net]:
         fully_shard(part, mesh=mesh)
@@ -446,14 +545,80 @@ def shards_zeroed(rank, world):
     _reduced_one_by_one(rank, world, True, ("ab", "ab"), zero=False)
 
 
-def _changed_after_fsdp(rank, world, change):
+def sharded(world, parts=("",), exclude=()):
+    """Return a fresh model, of which these parts were sharded, with votes of all ranks."""
+    net = made()
+    shard_parts(net, world, parts)
+    htv.distributed.fsdp(net, htv.attach(net, AND, exclude=exclude))
+    return net
+
+
+def shard_parts(net, world, parts):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    net = fully_shard(made(), mesh=init_device_mesh("cpu", (world,)))
-    handle = htv.attach(net, AND)
-    htv.distributed.fsdp(net, handle)
+    for part in parts:
+        fully_shard(net.get_submodule(part), mesh=init_device_mesh("cpu", (world,)))
+
+
+def _changed_after_fsdp(rank, world, change):
+    net = sharded(world)
     change(net)
+    step(net, rank, world)
+
+
+def part_sharded_late(rank, world):
+    net = sharded(world, parts="anb", exclude="c")
+    shard_parts(net, world, "c")
+    step(net, rank, world)
+
+
+def root_sharded_late(rank, world):
+    net = sharded(world, parts="anbc")
+    shard_parts(net, world, [""])
+    step(net, rank, world)
+
+
+def _caught(net, part, rank, world):
+    """Run a backward that fails where the gradient of a part's output comes, in the user's code."""
+    going_wrong = [True]
+
+    def fail(grad):
+        if going_wrong:
+            raise ZeroDivisionError
+
+    def watch(module, inputs, output):
+        output.register_hook(fail)
+
+    with net.get_submodule(part).register_forward_hook(watch):
+        try:
+            step(net, rank, world)
+        except ZeroDivisionError:
+            going_wrong.clear()
+    assert not going_wrong
+
+
+def sharded_and_failed(rank, world, part="b", parts=("a", "n", "b", "c", "")):
+    net = sharded(world, parts)
+    _caught(net, part, rank, world)
+    net.zero_grad()
+    step(net, rank, world)
+
+
+def sharded_and_failed_first(rank, world):
+    """Before anything came: FSDP2 leaves the gradients of the next backward apart, silently."""
+    sharded_and_failed(rank, world, "")
+
+
+def sharded_whole_and_failed(rank, world):
+    sharded_and_failed(rank, world, "b", [""])
+
+
+def sharded_and_failed_in_micro_batch(rank, world):
+    net = sharded(world)
+    net.set_requires_gradient_sync(False)
+    _caught(net, "b", rank, world)
+    net.set_requires_gradient_sync(True)
     step(net, rank, world)
 
 
@@ -471,6 +636,11 @@ def group_not_zeroed(rank, world):
     for _ in range(2):
         with handle.accumulate():
             step(net, rank, world)
+
+
+def layer_skipped_on_one_rank(rank, world):
+    """Order rules over examples meet layer by layer: here at layers that differ."""
+    skipped(rank, world, htv.Median(), ("ab", "a"), "examples")
 
 
 class TwoHeads(nn.Module):
