@@ -63,6 +63,7 @@ class FactorExchange(PlainSum):
         """
         self._require_meeting()
         self.note(task, groups)
+        self.require_one_backward()
         self.rounds.called()
         self._require_few(parts)
         everyone = [self._exchanged(part) for part in parts]
@@ -70,6 +71,17 @@ class FactorExchange(PlainSum):
         return (
             share if share is not None else self._own_part(aggregate.aggregate(everyone, self.rule))
         )
+
+    def require_one_backward(self) -> None:
+        """Raise where the vote has several backwards: what was exchanged is of one."""
+        count = len(self.batches)
+        if count > 1:
+            raise UnsupportedError(
+                f"{self.rule}, the rule of parameter {self.name!r}, needs all contributions at "
+                f"once, and this vote {self.batches.where} has {count} backwards. Remedy: one "
+                f"backward per vote, or MedianOfMeans({self.rounds.size}) or a mask, which "
+                "accumulate"
+            )
 
     def _require_few(self, parts: list[Factors]) -> None:
         """Raise where what would be sent is much larger than the parameter, on all ranks alike."""

@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 
 from htv.autograd.tally import PlainSum, state_of
 from htv.distributed import reduction
+from htv.distributed.factor_exchange import FactorExchange
 from htv.distributed.rank_votes import RankVotes
 from htv.distributed.reduction import Field, Votes
 from htv.engine.parameter import TrackedParameter
@@ -83,6 +84,9 @@ class ProcessGroupVotes(RankVotes):
         """Bring the ranks together; return the aggregated gradients, None for parameters that no
         rank reached, and begin the next vote. Averages the gradients of other parameters.
         """
+        for kept in self._kept.values():
+            if isinstance(kept.inner, FactorExchange) and kept.total is not None:
+                kept.inner.require_one_backward()
         electorate = self.rounds.called()
         reached = self._reached()
         found: list[tuple[TrackedParameter, Tensor | None]] = []

@@ -37,6 +37,8 @@ REFUSED = {
     "groups_on_two_ranks": "the group with id 0 has rows on ranks 0 and 1",
     "order_rule_without_meeting": r"order rules need.*no_sync\(\).*MedianOfMeans\(2\)",
     "order_rule_of_many_rows": r"would send 320,000 values.*1,600.*MedianOfMeans\(2\)",
+    "group_of_order_rules": r"Median.*all.*accumulate\(\) has 2 backwards.*MedianOfMeans\(2\)",
+    "group_of_order_rules_first": r"Median.*'a\..*has 2 backwards",
     "own_rule": "Own, the rule of parameter 'a.weight', is one of your own",
     "waiting_at_finish": r"wait for one in which the ranks meet \(1 so far\).*leave no_sync",
     "saved_in_a_step": r"state_dict\(\) in the middle of a step: 1 backward has",
@@ -63,6 +65,7 @@ REFUSED = {
     "sharded_and_failed_first": "an earlier backward under FSDP2 failed part-way",
     "sharded_whole_and_failed": "an earlier backward under FSDP2 failed part-way",
     "sharded_and_failed_in_micro_batch": "an earlier backward under FSDP2 failed part-way",
+    "wrapped_and_failed": "Expected to have finished reduction",  # DistributedDataParallel's own
     "one_backward_per_head": "did not reach all of the model's parameters.*sum of the losses",
     "two_handles": "another handle vote under this DistributedDataParallel already",
     "unfrozen_after_wrapping": "'b.weight' was frozen when DistributedDataParallel wrapped",

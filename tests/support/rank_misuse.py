@@ -204,6 +204,25 @@ def order_rule_of_many_rows(rank, world):
     model(torch.randn(2000, 40)).square().sum().backward()
 
 
+def _group_of_micro_batches(rank, world, rules, uses):
+    """Two backwards in one block, of a model that runs the layers that `uses` says."""
+    net = Skipping().double()
+    handle = htv.attach(net, lambda name, _: rules[name[0]], process_group=dist.group.WORLD)
+    with handle.accumulate():
+        for net.use in uses:
+            step(net, rank, world)
+
+
+def group_of_order_rules(rank, world):
+    median = htv.Median()
+    _group_of_micro_batches(rank, world, {"a": median, "b": median}, ("ab", "ab"))
+
+
+def group_of_order_rules_first(rank, world):
+    """What was exchanged in the first backward misses the voters of the second."""
+    _group_of_micro_batches(rank, world, {"a": htv.Median(), "b": AND}, ("ab", "b"))
+
+
 class Own(htv.Rule):
     def reduce(self, contributions):
         return contributions.mean(dim=0)
@@ -596,6 +615,13 @@ def _caught(net, part, rank, world):
         except ZeroDivisionError:
             going_wrong.clear()
     assert not going_wrong
+
+
+def wrapped_and_failed(rank, world):
+    model, _ = wrapped()
+    _caught(model, "module.b", rank, world)
+    model.zero_grad()
+    step(model, rank, world)
 
 
 def sharded_and_failed(rank, world, part="b", parts=("a", "n", "b", "c", "")):
