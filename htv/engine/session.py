@@ -304,7 +304,7 @@ class Session:
             self.group_votes.begin()
             return
         for tracked in self._tracked.values():
-            tracked.accumulate(self._batches, fraction)
+            tracked.accumulate(self._batches, fraction, self.settings.stats)
 
     def _waiting(self) -> bool:
         """Tell whether anything was gathered since the last vote of an accumulation, on any
@@ -331,6 +331,8 @@ class Session:
             self.require_several(self._batches.count, everything)
             with torch.no_grad():
                 found = [(s, s.gathering.result()) for s in self._tracked.values()]
+                for tracked in self._tracked.values():
+                    tracked.measure(tracked.gathering.agreement_sums(), self._batches.count)
         for tracked, grad in found:
             tracked.add_accumulated(grad)
         if self.group_votes is None:
