@@ -274,30 +274,43 @@ class DataParallelVotes(RankVotes):
             _as_laid_out(p, flat) for p, flat in zip(parameters, bucket.gradients(), strict=True)
         ]
         tracked = [self._by_id.get(id(p)) for p in parameters]
+        agreements = self.agreements
         self._reduced.update(map(id, parameters))
         if bucket.is_last():
             self._refuse_unfrozen()
             self._refuse_early()
         fields = _fields(gradients, buffer, [self.rule_of_votes(t) for t in tracked])
         ordered = _fields(gradients, buffer, [self.rule_of_ranks(t) for t in tracked])
+        observed = []
+        if agreements is not None:
+            placed = [(t, f) for t, f in zip(tracked, fields, strict=True) if t is not None]
+            self.observe_sums([(t, f.of(buffer)) for t, f in placed])
+            observed = [(t, f) for t, f in placed if self.is_told_by_sums(t)]
+        voters = [t for t, field in zip(tracked, ordered, strict=True) if field.rule is not None]
         ordered = [field for field in ordered if field.rule is not None]
         by_votes = any(field.rule is not None for field in fields)
         electorate = self.rounds.called() if by_votes or ordered or bucket.is_last() else None
         votes = self._own_votes(buffer, gradients, tracked, fields, electorate)
-        ranked = self._ranked(buffer, ordered, electorate) if ordered else None
+        ranked = self._ranked(buffer, ordered, voters, electorate) if ordered else None
         group = self.rounds.group
         waited = [reduction.all_reduce(t, group) for t in votes]
         if ranked is not None:
             waited.append(ranked[0])
+        if bucket.is_last():
+            own = self.own_agreements(buffer.device)
+            if own is not None:
+                waited.append(reduction.all_reduce(own, group))
+            self._to_meet, self._armed = None, False
+            self.met(own)
         needed = len(ordered) < len(fields) or self._inner is not None
         if needed:  # else all that comes of the sums is ranked
             waited.append(_averaged(self._inner, self._state, self.model, bucket))
-        if bucket.is_last():
-            self._to_meet, self._armed = None, False
-            self.met()
 
         def finish(done: torch.futures.Future[list]) -> Tensor:
             reduced = _tensor_of(done.value()[-1].value()) if needed else buffer
+            for one, field in observed:
+                found = reduction.agreement_sums(field, reduced, votes, electorate, self.fraction)
+                agreements.add_whole(one, found)
             if by_votes:
                 reduction.apply_rules(reduced, fields, votes, electorate)
             if ranked is not None:
@@ -351,9 +364,15 @@ class DataParallelVotes(RankVotes):
         return votes
 
     def _ranked(
-        self, buffer: Tensor, fields: Sequence[Field], electorate: Electorate
+        self,
+        buffer: Tensor,
+        fields: Sequence[Field],
+        tracked: Sequence[TrackedParameter],
+        electorate: Electorate,
     ) -> tuple[torch.futures.Future, Tensor]:
         """Aggregate ranks' sums by order rules: each rank a part of the buffer, then all together.
+
+        tracked:  the parameters at the fields.
 
         Returns what tells that it is done, and the aggregate laid out as the buffer.
         """
@@ -364,7 +383,14 @@ class DataParallelVotes(RankVotes):
         received = torch.empty_like(padded)
         dist.all_to_all_single(received, padded, group=rounds.group)
         begin = rounds.rank * chunk
-        mine = [part for field in fields for part in _within(field, begin, begin + chunk)]
+        parts = [_within(field, begin, begin + chunk) for field in fields]
+        mine = [part for of_field in parts for part in of_field]
+        if self.agreements is not None:
+            sums = received.view(rounds.size, chunk)
+            for one, own in zip(tracked, parts, strict=True):
+                for part in own:
+                    found = reduction.agreement_sums_of_ranks(sums, part, rounds.vote, 1.0)
+                    self.agreements.add(one, found)
         found = reduction.order_over_ranks(
             received.view(rounds.size, chunk), mine, electorate, self.fraction
         )

@@ -150,6 +150,12 @@ class FullyShardedVotes(RankVotes):
                 "order rules over ranks with replicas (HSDP): a rank's sum meets those of its own "
                 "shards only. Remedy: a mesh of one dim, or a mask"
             )
+        if vote == "ranks" and any(unit.has_replicas_only for unit in units):
+            raise UnsupportedError(
+                "vote='ranks' on a mesh with one shard per replica: FSDP2 shows the sum of all "
+                "replicas only, and no rank's own. Remedy: DistributedDataParallel with "
+                "htv.distributed.ddp(model, handle, vote='ranks')"
+            )
         self._by_id = {id(t.parameter): t for t in session.tracked()}
         self._whole = [
             (path, m) for path, m in session.model.named_modules() if not isinstance(m, FSDPModule)
@@ -250,7 +256,10 @@ class FullyShardedVotes(RankVotes):
         if applied[0]:
             for unit in self.units:
                 unit.require_applied()
-            self.met()
+            own = self.own_agreements(torch.device("cpu"))
+            if own is not None:
+                dist.all_reduce(own, group=self.rounds.channel)
+            self.met(own)
         else:
             for unit in self.units:
                 unit.remember_sums()
@@ -306,6 +315,13 @@ class Unit:
                 )
 
     @property
+    def has_replicas_only(self) -> bool:
+        """Tell whether there are several replicas, and each has its parameters whole."""
+        mesh = self.group.mesh_info
+        replicas = getattr(mesh, "replicate_process_group", None)
+        return mesh.shard_process_group.size() == 1 and replicas is not None and replicas.size() > 1
+
+    @property
     def is_in_backward(self) -> bool:
         """Tell whether FSDP2 takes a backward of its module to be under way."""
         return self.module._get_fsdp_state()._state_ctx.post_backward_final_callback_queued
@@ -347,6 +363,7 @@ class Unit:
         """
         world = group.size()
         self._lay_out(sums.numel(), world)
+        self._observe_sums(sums, world)
         if sums.dtype == torch.float16:  # which may overflow
             sums.mul_(self.votes.fraction)
         self._ranked = self._over_ranks(sums, world, group)
@@ -465,6 +482,14 @@ class Unit:
         received = torch.empty_like(sums)
         dist.all_to_all_single(received, sums, group=group)
         fraction = 1.0 if sums.dtype == torch.float16 else votes.fraction
+        if votes.agreements is not None:
+            multiplied = votes.fraction if sums.dtype == torch.float16 else 1.0
+            ordered = [t for p, _ in self._fields if votes.rule_of_ranks(t := votes.tracked(p))]
+            for tracked, field in zip(ordered, fields, strict=True):
+                found = reduction.agreement_sums_of_ranks(
+                    received.view(world, -1), field, votes.rounds.vote, multiplied
+                )
+                votes.agreements.add(tracked, found)
         return reduction.order_over_ranks(
             received.view(world, -1), fields, votes.rounds.called(), fraction
         )
@@ -475,10 +500,12 @@ class Unit:
         """Apply the rules to this rank's shard of the sums of all ranks."""
         votes, mesh = self.votes, self.group.mesh_info
         shards = getattr(mesh, "shard_process_group", None)
-        if not self.reduced:  # there is one shard only, which FSDP2 had not to scatter
+        scattered = self.reduced
+        if not scattered:  # there is one shard only, which FSDP2 had not to scatter
             self._lay_out(sums.numel(), 1)
+            self._observe_sums(sums, 1)
             self._keep(self._own_votes(sums, 1))
-        if sums.dtype != torch.float16:
+        if sums.dtype != torch.float16 or not scattered:
             sums.mul_(votes.fraction)
         self._refuse_changed_sums()
         if not votes.is_last:  # FSDP2 adds the sums up in .grad
@@ -496,12 +523,33 @@ class Unit:
                 dist.all_reduce(mask_sum, group=shards)
             return mask_sum
 
+        self._observe_shard(sums, pending)
         reduction.apply_rules(sums, fields, pending, votes.rounds.called(), over_shards)
         if self._ranked is not None:
             for parameter, field in self._fields:
                 if votes.rule_of_ranks(votes.tracked(parameter)) is not None:
                     field.of(sums).copy_(field.of(self._ranked))
         self._ranked = None
+
+    def _observe_sums(self, sums: Tensor, world: int) -> None:
+        """Note this rank's sums for `Handle.stats`, as FSDP2 lays them out."""
+        votes = self.votes
+        if votes.agreements is not None:
+            whole = sums.view(world, -1)
+            found = ((votes.tracked(p), f.of(whole.t())) for p, f in self._fields)
+            votes.observe_sums((t, own) for t, own in found if t is not None)
+
+    def _observe_shard(self, sums: Tensor, pending: Votes) -> None:
+        """Note what is known of all ranks' contributions to this rank's shard."""
+        votes, replicas = self.votes, getattr(self.group.mesh_info, "replicate_process_group", None)
+        if votes.agreements is None or (replicas is not None and replicas.rank() > 0):
+            return  # replicas have the same shards
+        electorate = votes.rounds.called()
+        for parameter, field in self._fields:
+            tracked = votes.tracked(parameter)
+            if tracked is not None and votes.is_told_by_sums(tracked):
+                found = reduction.agreement_sums(field, sums, pending, electorate, votes.fraction)
+                votes.agreements.add(tracked, found)
 
     def remember_sums(self) -> None:
         """Remember the sums that a micro-batch left in `.grad`, whose votes wait here."""

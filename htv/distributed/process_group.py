@@ -56,6 +56,7 @@ class ProcessGroupVotes(RankVotes):
         self._kept: dict[TrackedParameter, KeptSums] = {}
 
     def begin(self) -> None:
+        self.agreements = self._new_agreements()
         self._kept = {
             t: KeptSums(self.gathering_of(t), t.refuse_stale) for t in self.session.tracked()
         }
@@ -98,9 +99,16 @@ class ProcessGroupVotes(RankVotes):
             if grad is None:
                 grad = parameter.grad = torch.zeros_like(parameter)
             dist.all_reduce(grad.mul_(self.fraction), group=self.rounds.group)
+        own = self.own_agreements(torch.device("cpu"))
+        if own is not None:
+            dist.all_reduce(own, group=self.rounds.channel)
+        self.tell(own)
         self.rounds.end()
         self.begin()
         return found
+
+    def counted(self, tracked: TrackedParameter) -> PlainSum:
+        return self._kept[tracked].inner
 
     def _reached(self) -> list[bool]:
         """Which parameters got contributions on any rank."""
@@ -137,6 +145,8 @@ class ProcessGroupVotes(RankVotes):
         dist.all_reduce(buffer.mul_(self.fraction), group=group)
         for tensor in votes:
             dist.all_reduce(tensor, group=group)
+        if self.agreements is not None:
+            self._observe(bucket, fields, buffer, votes)
         reduction.apply_rules(buffer, fields, votes, electorate)
         for field in ordered:
             field.of(buffer).copy_(field.of(ranked))
@@ -144,6 +154,17 @@ class ProcessGroupVotes(RankVotes):
             (t, f.of(buffer).view(t.parameter.shape).clone())
             for t, f in zip(bucket, fields, strict=True)
         ]
+
+    def _observe(
+        self, bucket: Sequence[TrackedParameter], fields: Sequence[Field], buffer: Tensor, votes
+    ) -> None:
+        """Note what sums and votes of all ranks tell, for `Handle.stats`."""
+        electorate = self.rounds.called()
+        for tracked, field in zip(bucket, fields, strict=True):
+            self.agreements.meet(tracked)
+            if not isinstance(self.counted(tracked), FactorExchange):
+                found = reduction.agreement_sums(field, buffer, votes, electorate, self.fraction)
+                self.agreements.add_whole(tracked, found)
 
     def _votes(self, bucket, fields: Sequence[Field], buffer: Tensor, electorate) -> Votes:
         """What this rank has to say of a bucket."""

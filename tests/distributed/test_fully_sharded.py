@@ -97,7 +97,8 @@ def test_settings(ranks, settings):
 def test_mixed_precision(ranks):
     """Votes are those of one process that computes in bfloat16; sums are rounded per rank."""
     alone = ranks.run(half_precision_alone, 1, AND)[0]
-    job = partial(fully_sharded, dtype=torch.float32, param_dtype=torch.bfloat16)
+    dtypes = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
+    job = partial(fully_sharded, dtype=torch.float32, **dtypes)
     found = ranks.run(job, 2, AND)
     assert_one_vote(found, {name: grad.double() for name, grad in alone.items()}, 0.05)
 
@@ -108,6 +109,13 @@ def test_hooks_of_parameters_see_the_aggregate(ranks):
     for found in ranks.run(stepped_in_backward, 2, AND):
         for name, step in expected.items():
             torch.testing.assert_close(found[name], step, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("world, replicas", [(2, 1), (2, 2), (4, 2)])
+def test_sums_in_half_precision(ranks, world, replicas):
+    """They are divided before they are summed where they are scattered, for they may overflow."""
+    settings = {"dtype": torch.float32, "reduce_dtype": torch.float16, "tolerance": 0.01}
+    assert_trains(ranks, fully_sharded, world, AND, replicas=replicas, **settings)
 
 
 @pytest.mark.parametrize("units", ["layers and root", "whole"])

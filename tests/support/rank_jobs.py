@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import htv
+from support.agreements import agreements, assert_agreements
 from support.rank_models import (
     EXAMPLES,
     aggregated,
@@ -51,18 +52,19 @@ def data_parallel(
     exclude: tuple[str, ...] = (),
     compiled: bool = False,
     steps: int = 2,
+    stats: bool = False,
     **settings: Any,
 ) -> dict:
-    """Train by DistributedDataParallel; return the last step's gradients."""
+    """Train by DistributedDataParallel; return the last step's gradients, or its `stats`."""
     net = made(model, dtype)
     if order == "before":
-        handle = htv.attach(net, rule, exclude=exclude)
+        handle = htv.attach(net, rule, exclude=exclude, stats=stats)
     settings = {"bucket_cap_mb": 0.004, **settings}  # several buckets
     wrapped = DistributedDataParallel(net, **settings)
     if order == "after":
-        handle = htv.attach(net, rule, exclude=exclude)
+        handle = htv.attach(net, rule, exclude=exclude, stats=stats)
     elif order == "wrapper":
-        handle = htv.attach(wrapped, rule, exclude=exclude)
+        handle = htv.attach(wrapped, rule, exclude=exclude, stats=stats)
     htv.distributed.ddp(wrapped, handle, hook=hook_of(hook), vote=vote)
     call = torch.compile(wrapped, backend="aot_eager") if compiled else wrapped
     x, y = shard(batch(model, dtype), rank, world, sizes)
@@ -73,7 +75,7 @@ def data_parallel(
             with waits:
                 (F.cross_entropy(call(part), labels, reduction="sum") / len(x)).backward()
         handle.finish()
-    return gradients(net)
+    return handle.stats() if stats else gradients(net)
 
 
 def units_of(net: nn.Module, units: str) -> list[nn.Module]:
@@ -105,11 +107,13 @@ def fully_sharded(
     sizes: list[int] | None = None,
     dtype: torch.dtype = torch.float64,
     param_dtype: torch.dtype | None = None,
+    reduce_dtype: torch.dtype | None = None,
     exclude: tuple[str, ...] = (),
     steps: int = 2,
+    stats: bool = False,
     **settings: Any,
 ) -> dict:
-    """Train by FSDP2; return the last step's gradients, whole."""
+    """Train by FSDP2; return the last step's gradients, whole, or its `stats`."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
@@ -119,15 +123,15 @@ def fully_sharded(
         mesh = init_device_mesh("cpu", (world,))
     if settings.pop("columns", False):
         settings["shard_placement_fn"] = by_columns
-    if param_dtype is not None:
-        settings["mp_policy"] = MixedPrecisionPolicy(param_dtype, reduce_dtype=torch.float32)
+    if param_dtype is not None or reduce_dtype is not None:
+        settings["mp_policy"] = MixedPrecisionPolicy(param_dtype, reduce_dtype)
     net, alone = made(model, dtype), {"recurse": False}
     if order == "before":
-        handle = htv.attach(net, rule, exclude=exclude)
+        handle = htv.attach(net, rule, exclude=exclude, stats=stats)
     for part in units_of(net, units):
         fully_shard(part, mesh=mesh, **settings)
     if order == "after":
-        handle = htv.attach(net, rule, exclude=exclude)
+        handle = htv.attach(net, rule, exclude=exclude, stats=stats)
     htv.distributed.fsdp(net, handle, vote=vote)
     x, y = shard(batch(model, dtype), rank, world, sizes)
     for _ in range(steps):
@@ -138,7 +142,7 @@ def fully_sharded(
                     getattr(unit, waits)(i == micro - 1, **({} if "last" in waits else alone))
             (F.cross_entropy(net(part).double(), labels, reduction="sum") / len(x)).backward()
         handle.finish()
-    return gradients(net)
+    return handle.stats() if stats else gradients(net)
 
 
 def stepped_in_backward(rank: int, world: int, rule: htv.Rule) -> dict:
@@ -198,10 +202,13 @@ def process_group(
     exclude: tuple[str, ...] = (),
     long: bool = False,
     steps: int = 2,
+    stats: bool = False,
 ) -> dict:
-    """Train with nothing but `attach(process_group=...)`; return the last step's gradients."""
+    """Train with nothing but `attach(process_group=...)`; return the last step's gradients, or its
+    `stats`.
+    """
     net = made(model)
-    handle = htv.attach(net, rule, exclude=exclude, process_group=dist.group.WORLD)
+    handle = htv.attach(net, rule, exclude=exclude, stats=stats, process_group=dist.group.WORLD)
     x, y = shard(batch(model), rank, world, sizes)
 
     def step() -> None:
@@ -214,11 +221,11 @@ def process_group(
             for _ in range(steps):
                 step()
                 handle.finish()
-            return gradients(net)
+            return handle.stats() if stats else gradients(net)
     for _ in range(steps):
         with handle.accumulate():
             step()
-    return gradients(net)
+    return handle.stats() if stats else gradients(net)
 
 
 def half_precision_alone(rank: int, world: int, rule: htv.Rule) -> dict:
@@ -261,6 +268,33 @@ def assert_trains(
     assert_one_vote(found, expected, tolerance)
 
 
+def assert_tells(
+    ranks: Ranks,
+    job,
+    world: int,
+    rule: htv.Rule,
+    *,
+    sizes: list[int] | None = None,
+    vote: str | None = None,
+    unknown: tuple[str, ...] = (),
+    tolerance: float = 1e-9,
+    **settings: Any,
+) -> None:
+    """Run a job as `assert_trains` does, and compare how far contributions agree on all ranks with
+    what one process tells of one batch.
+
+    unknown:  fields that must be NaN.
+    """
+    if vote is not None:
+        settings["vote"] = vote
+    found = ranks.run(partial(job, sizes=sizes, stats=True, **settings), world, rule)
+    sizes = [EXAMPLES // world] * world if sizes is None else sizes
+    contributed = contributions(settings.get("model", "net"), sizes)
+    voters = by_ranks(contributed, sizes) if vote == "ranks" else contributed
+    for told in found:
+        assert_agreements(told, agreements(voters, rule), unknown, tolerance)
+
+
 def pipelined(
     rank: int,
     world: int,
@@ -270,8 +304,11 @@ def pipelined(
     scale: bool = True,
     serve: bool = True,
     steps: int = 2,
+    stats: bool = False,
 ) -> dict:
-    """Train by a pipeline of two stages and three micro-batches; return this rank's gradients."""
+    """Train by a pipeline of two stages and three micro-batches; return this rank's gradients,
+    or its `stats`.
+    """
     from torch.distributed import pipelining
 
     net, (x, y) = made(), batch()
@@ -280,7 +317,7 @@ def pipelined(
         nn.Sequential(net.a, nn.ReLU(), net.n),
         nn.Sequential(net.b, nn.GELU(), net.c),
     )
-    handle = htv.attach(stages[rank], rule)
+    handle = htv.attach(stages[rank], rule, stats=stats)
     stage = pipelining.PipelineStage(stages[rank], rank, world, torch.device("cpu"))
     loss = partial(F.cross_entropy, reduction="mean" if scale else "sum")
     running = getattr(pipelining, schedule)(stage, 3, loss_fn=loss, scale_grads=scale)
@@ -289,6 +326,8 @@ def pipelined(
     for _ in range(steps):
         net.zero_grad()
         running.step(x) if rank == 0 else running.step(target=y)
+    if stats:
+        return handle.stats()
     mine = {name: p.grad for name, p in net.named_parameters()}
     return {name: mine[name] for name in mine if name[0] in (first, second)[rank]}
 

@@ -20,10 +20,10 @@ from support.rank_models import batch, gradients, made, shard
 AND = htv.AndMask(0.4)
 
 
-def wrapped(rule=AND, serve=True, vote="examples", **settings):
+def wrapped(rule=AND, serve=True, vote="examples", stats=False, **settings):
     """Return (DistributedDataParallel, handle) of a fresh model."""
     net = made()
-    handle = htv.attach(net, rule)
+    handle = htv.attach(net, rule, stats=stats)
     model = DistributedDataParallel(net, **settings)
     if serve:
         htv.distributed.ddp(model, handle, vote=vote)
@@ -87,6 +87,10 @@ def different_votes(rank, world):
     handle = htv.attach(net, AND)
     model = DistributedDataParallel(net)
     htv.distributed.ddp(model, handle, vote="examples" if rank == 0 else "ranks")
+
+
+def different_stats(rank, world):
+    wrapped(stats=rank == 0)
 
 
 def around_the_wrapper(rank, world):
@@ -303,6 +307,15 @@ def replicas_of_order_rules(rank, world):
     htv.distributed.fsdp(net, htv.attach(net, htv.Median()), vote="ranks")
 
 
+def ranks_are_replicas(rank, world):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicas", "shards"))
+    net = fully_shard(made(), mesh=mesh)
+    htv.distributed.fsdp(net, htv.attach(net, AND), vote="ranks")
+
+
 def voters_reduced_by_parts(rank, world):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -431,16 +444,18 @@ def forgotten(rank, world):
     return [reference() is None for reference in left]
 
 
-def joined(rank, world):
-    """Rank 1 runs out of examples after one step; return rank 0's gradients of the second."""
-    model, _ = wrapped(bucket_cap_mb=0.004)
+def joined(rank, world, stats=False):
+    """Rank 1 runs out of examples after one step; return rank 0's gradients of the second, or what
+    all ranks tell of it.
+    """
+    model, handle = wrapped(bucket_cap_mb=0.004, stats=stats)
     found = None
     with model.join():
         for _ in range(2 - rank):
             model.zero_grad()
             step(model, rank, world)
             found = gradients(model.module)
-    return found
+    return handle.stats() if stats else found
 
 
 # ---- what torch itself would let through, with gradients that are no vote ----
