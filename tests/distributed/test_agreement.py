@@ -14,8 +14,7 @@ from support.rank_jobs import assert_tells, data_parallel, fully_sharded, pipeli
 from support.rank_models import contributions
 
 AND = htv.AndMask(0.4)
-VOTING = quick([rule for rule in RULES if rule.streaming], STREAMING_RULES)
-VOTING = [rule for rule in VOTING if not isinstance(rule, htv.Mean)]
+VOTING = quick([r for r in RULES if r.streaming and r != htv.Mean()], STREAMING_RULES)
 WITHOUT_VOTES = ("mean_agreement",)
 WAYS = {"ddp": data_parallel, "fsdp": fully_sharded, "process_group": process_group}
 by_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
