@@ -462,7 +462,10 @@ class Handle:
         return self._session.examined(see)
 
     def stats(self) -> dict[str, Agreement]:
-        """Return how far the contributions of each parameter's last backward agreed.
+        """Return how far the contributions to each parameter's last vote agreed.
+
+        A vote is one backward, or all that vote together: the micro-batches of `accumulate`, and
+        those of all ranks (`htv.distributed`), of which the last that ended is told.
 
         Needs ``attach(..., stats=True)``; RuntimeError otherwise. Votes come from the path that
         serves sign counts, the sum of contributions from the plain gradient, their norms from the
@@ -483,4 +486,4 @@ class Handle:
             raise RuntimeError(
                 "statistics are not collected: attach with stats=True (it costs one more pass)"
             )
-        return {s.name: s.agreement for s in session.tracked() if s.agreement is not None}
+        return {s.name: s.measured() for s in session.tracked() if s.measured is not None}

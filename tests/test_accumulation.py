@@ -13,6 +13,7 @@ import htv
 from htv.bench.models import mlp
 from htv.ops import aggregate, backend
 from support import rank_models
+from support.agreements import assert_agreements
 from support.oracles import RULES, by_name
 
 STREAMING = [rule for rule in RULES if rule.streaming]
@@ -295,3 +296,58 @@ def test_a_reentrant_checkpoint_votes_once():
             (model(part).square().sum() / len(x)).backward()
     for name, grad in gradients(model).items():
         torch.testing.assert_close(grad, expected[name], rtol=1e-10, atol=1e-12)
+
+
+class Leaving(nn.Module):
+    """Layers of several kinds, the last of which is for `some` of the examples: for all, for none,
+    or by a column of zeros and ones.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.conv = nn.Embedding(9, 6), nn.Conv1d(6, 4, 2)
+        self.norm, self.last, self.some = nn.LayerNorm(4), nn.Linear(4, 4), True
+
+    def forward(self, ids):
+        x = self.norm(self.conv(self.words(ids).transpose(1, 2)).mean(dim=2))
+        return x if self.some is False else x + self.last(x).tanh() * self.some
+
+
+@pytest.mark.parametrize("rule", [*STREAMING, htv.MedianOfMeans(3)], **by_name)
+@pytest.mark.parametrize("leaves", [False, True], ids=["", "a layer left out of the second"])
+def test_how_far_all_micro_batches_agree(rule, leaves):
+    """As the contributions of one batch do, where a layer left out contributes zeros."""
+    model, ids = Leaving().double(), torch.randint(0, 9, (12, 5))
+    with htv.attach(model, rule, stats=True) as handle:
+        with handle.accumulate():
+            for i, part in enumerate(ids.split(4)):
+                model.some = not (leaves and i == 1)
+                (model(part).square().sum() / 12).backward()
+                assert handle.stats() == {}  # the vote has not ended
+        found = handle.stats()
+    model.zero_grad()
+    model.some = torch.ones(12, 1, dtype=torch.float64)
+    if leaves:
+        model.some[4:8] = 0
+    with htv.attach(model, rule, stats=True) as handle:
+        (model(ids).square().sum() / 12).backward()
+        assert_agreements(found, handle.stats())
+
+
+def test_how_far_examples_agreed_is_of_the_last_vote():
+    model, x = nn.Linear(3, 2).double(), torch.randn(12, 3).double()
+    with htv.attach(model, htv.AndMask(0.5), stats=True) as handle, handle.accumulate():
+        for part in x.split(6):
+            for i, micro in enumerate(part.split(2)):
+                (model(micro).square().sum() / 6).backward()
+                if i == 1:
+                    before = handle.stats()
+            handle.finish()
+            model.zero_grad()
+        found = handle.stats()
+        assert before.keys() == found.keys() and before != found
+    with htv.attach(model, htv.AndMask(0.5), stats=True) as handle:
+        for part, told in zip(x.split(6), (before, found), strict=True):
+            (model(part).square().sum() / 6).backward()
+            model.zero_grad()
+            assert_agreements(told, handle.stats())

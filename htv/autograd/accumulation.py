@@ -16,6 +16,7 @@ from torch import Tensor
 from htv.errors import UnsupportedError
 from htv.groups import Groups
 from htv.ops import aggregate, functional, reference, statistics
+from htv.ops.agreement import AgreementSums, squared_norms, sums_of_summary
 from htv.ops.factors import Factors
 from htv.ops.reference import Summary
 from htv.rules import MedianOfMeans, Rule, Statistic
@@ -185,7 +186,7 @@ class Accumulation:
     """What is known so far of one parameter's contributions in a block.
 
     Takes the parameter's size once for the sum and once for each further field of `Summary` the
-    rule needs; k times for MedianOfMeans(k).
+    rule needs; k times for MedianOfMeans(k), and twice more if it observes.
     """
 
     def __init__(
@@ -194,15 +195,18 @@ class Accumulation:
         batches: MicroBatches,
         starts: Callable[[], None] = lambda: None,
         fraction: float = 1.0,
+        observes: bool = False,
     ):
         """starts: called before the first contributions are taken; raises to refuse them.
         fraction: what contributions are multiplied by.
+        observes: whether to know how far they agree.
         """
-        self.rule, self.batches, self._starts = rule, batches, starts
+        self.rule, self.batches, self._starts, self._observes = rule, batches, starts, observes
         self._fraction, self._log_offset = fraction, reference.LOG_OFFSET / fraction
         self._summary: Summary | None = None
         self._means: list[Tensor] = []
         self._tasks: set[int] = set()
+        self._energy: float | Tensor = 0.0  # the squares of contributions
 
     def add(self, task: int, parts: list[Factors], groups: Groups) -> None:
         """The contributions of one backward pass."""
@@ -215,10 +219,14 @@ class Accumulation:
                 "call backward() once per forward"
             )
         self._tasks.add(task)
+        if self._observes:
+            self._energy = self._energy + squared_norms(parts).sum()
+        statistic = statistics.resolve(self.rule, MANY)
         if isinstance(self.rule, MedianOfMeans):
             self._means.append(sum(part.total().to(part.dtype) for part in parts) / groups.count)
-            return
-        statistic = statistics.resolve(self.rule, MANY)
+            if not self._observes:
+                return
+            statistic = Statistic("mean")  # of votes and sums
         summary = aggregate.summarise(parts, statistic, self._log_offset)
         self._summary = summary if self._summary is None else self._summary + summary
 
@@ -228,17 +236,32 @@ class Accumulation:
         """
         if self._means:
             return self._median_of_means()
-        if self._summary is None:
+        summary = self._whole()
+        if summary is None:
             return None
-        missing = (
-            self.batches.count - self._summary.count
-        )  # micro-batches that did not reach the parameter
-        statistic = statistics.resolve(self.rule, self.batches.count)
+        statistic = statistics.resolve(self.rule, summary.count)
+        value, mask_sum = reference.finish(summary, statistic)
+        return functional.normalise(value * summary.count, mask_sum, statistic)
+
+    def agreement_sums(self) -> AgreementSums | None:
+        """How far the contributions of all micro-batches agree; None where none came, or nobody
+        observes.
+        """
+        summary = self._whole()
+        if summary is None or not self._observes:
+            return None
+        statistic = statistics.resolve(self.rule, summary.count)
+        return sums_of_summary(summary, statistic, self._energy * self._fraction**2)
+
+    def _whole(self) -> Summary | None:
+        """What is known of all groups' contributions; None if nothing is."""
         summary = self._summary
+        if summary is None:
+            return None
+        missing = self.batches.count - summary.count  # of batches that did not reach the parameter
         if missing:
             summary = summary + Summary.of_zeros(missing, summary, self._log_offset)
-        value, mask_sum = reference.finish(summary.scaled(self._fraction), statistic)
-        return functional.normalise(value * self.batches.count, mask_sum, statistic)
+        return summary.scaled(self._fraction)
 
     def _median_of_means(self) -> Tensor:
         batches, buckets = len(self.batches), self.rule.k

@@ -15,6 +15,7 @@ from torch import Tensor
 from htv.autograd.accumulation import MANY, MicroBatches
 from htv.groups import Groups
 from htv.ops import aggregate, reference, statistics
+from htv.ops.agreement import AgreementSums, squared_norms
 from htv.ops.factors import Factors
 from htv.ops.reference import Summary
 from htv.rules import Mean, Rule
@@ -59,19 +60,31 @@ class PlainSum:
     held:     returns what `.grad` holds, or None.
     came:     whether contributions came that are not on their way to other ranks.
     stays:    whether `.grad` holds the sum of what came until the ranks meet.
+    observes: whether to count for `Handle.stats`, too.
     """
 
-    stays = False
+    stays = observes = False
 
     def __init__(self, name: str, batches: MicroBatches, held: Callable[[], Tensor | None]):
         self.name, self.batches, self._held = name, batches, held
         self._tasks: set[int] = set()
+        self._energy: float | Tensor = 0.0
         self.came = False
 
     def add(self, task: int, parts: list[Factors], groups: Groups) -> Tensor:
         """Take the contributions of the backward pass `task`; return their plain sum."""
         self.note(task, groups)
+        self.observe(parts)
         return plain_sum(parts)
+
+    def observe(self, parts: list[Factors]) -> None:
+        """Count for `Handle.stats` what neither sums nor votes tell."""
+        if self.observes:
+            self._energy = self._energy + squared_norms(parts).sum()
+
+    def agreement_sums(self) -> AgreementSums:
+        """Return what this rank has of its own, beside sums and votes, since the ranks last met."""
+        return AgreementSums(0.0, 0.0, 0.0, self._energy)
 
     def note(self, task: int, groups: Groups) -> None:
         """Note that `groups` vote in the backward pass `task`. Raises RuntimeError if they did, or
@@ -111,6 +124,7 @@ class PlainSum:
         """Begin the next vote."""
         self.sent()
         self._tasks = set()
+        self._energy = 0.0
 
 
 class Tally(PlainSum):
@@ -142,6 +156,7 @@ class Tally(PlainSum):
     def add(self, task: int, parts: list[Factors], groups: Groups) -> Tensor:
         """Count the contributions of the backward pass `task`; return their plain sum."""
         self.note(task, groups)
+        self.observe(parts)
         self._count += groups.count
         if type(self.rule) is Mean:
             return plain_sum(parts)

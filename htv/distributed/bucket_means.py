@@ -18,8 +18,10 @@ from torch.distributed import ProcessGroup
 from htv.autograd.accumulation import MicroBatches
 from htv.autograd.tally import PlainSum, plain_sum
 from htv.distributed import reduction
+from htv.distributed.agreements import SharedAgreements
 from htv.distributed.reduction import Field
 from htv.distributed.rounds import Rounds, buckets_per_rank, require_buckets
+from htv.engine.parameter import TrackedParameter
 from htv.groups import Groups
 from htv.ops.factors import Factors
 
@@ -46,6 +48,7 @@ class BucketMeans(PlainSum):
     def add(self, task: int, parts: list[Factors], groups: Groups) -> Tensor:
         """Sum the contributions of the backward pass `task`; return their plain sum."""
         self.note(task, groups)
+        self.observe(parts)
         if len(self.batches) == 1 and groups.count >= self.buckets:
             return self._cut(parts, groups.count)
         self._join()
@@ -93,24 +96,31 @@ class BucketMeans(PlainSum):
 class RankedField:
     """One parameter under an order rule of ranks' sums, in a flat buffer of several.
 
+    tracked:    it.
     field:      its place there, or in a rank's part of it, with the rule.
     gathering:  what gathered its contributions on this rank.
     write:      writes a tensor of the parameter's shape into its place in such a buffer.
     """
 
+    tracked: TrackedParameter
     field: Field
     gathering: PlainSum
     write: Callable[[Tensor, Tensor], None]
 
 
 def rank_whole(
-    buffer: Tensor, members: Sequence[RankedField], rounds: Rounds, fraction: float
+    buffer: Tensor,
+    members: Sequence[RankedField],
+    rounds: Rounds,
+    fraction: float,
+    agreements: SharedAgreements | None,
 ) -> tuple[torch.futures.Future, Tensor]:
     """Aggregate by order rules: each rank a part of the buffer, then all together.
 
-    buffer:    this rank's sums.
-    members:   of what it holds, with their places in it.
-    fraction:  what sums are multiplied by.
+    buffer:      this rank's sums.
+    members:     of what it holds, with their places in it.
+    fraction:    what sums are multiplied by.
+    agreements:  of the round, where `Handle.stats` was asked for.
 
     Returns what tells that it is done, and the aggregates laid out as the buffer, at its start.
     """
@@ -122,7 +132,7 @@ def rank_whole(
     def own(field: Field) -> list[Field]:
         return reduction.part_of([field], begin, begin + part)
 
-    found = _exchanged(padded, members, own, rounds, rounds.group, fraction)
+    found = _exchanged(padded, members, own, rounds, rounds.group, fraction, agreements)
     work = reduction.all_gather(padded, found, group=rounds.group, async_op=True)
     return work.get_future(), padded
 
@@ -133,15 +143,17 @@ def rank_part(
     rounds: Rounds,
     group: ProcessGroup,
     fraction: float,
+    agreements: SharedAgreements | None,
 ) -> Tensor:
     """Aggregate by order rules what is this rank's part of a buffer.
 
-    buffer:    this rank's sums, every rank's part behind the other's.
-    members:   of what it holds, with their places in a part.
-    group:     the ranks in the order of the parts.
-    fraction:  what sums are multiplied by.
+    buffer:      this rank's sums, every rank's part behind the other's.
+    members:     of what it holds, with their places in a part.
+    group:       the ranks in the order of the parts.
+    fraction:    what sums are multiplied by.
+    agreements:  of the round, where `Handle.stats` was asked for.
     """
-    return _exchanged(buffer, members, lambda field: [field], rounds, group, fraction)
+    return _exchanged(buffer, members, lambda field: [field], rounds, group, fraction, agreements)
 
 
 def _exchanged(
@@ -151,6 +163,7 @@ def _exchanged(
     rounds: Rounds,
     group: ProcessGroup,
     fraction: float,
+    agreements: SharedAgreements | None,
 ) -> Tensor:
     """`rank_part`; `own` says where a field is in this rank's part."""
     electorate = rounds.called()
@@ -169,6 +182,12 @@ def _exchanged(
             dist.all_to_all_single(into.view(-1), row, group=group)
         fields = [field for member in alike for field in own(member.field)]
         reduction.order_over_ranks(received, fields, electorate, fraction, out=found)
+        if agreements is None:
+            continue
+        for member in alike:
+            for part in own(member.field):
+                seen = reduction.agreement_sums_of_ranks(received, part, rounds.vote, 1.0)
+                agreements.add(member.tracked, seen)
     return found
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -56,7 +57,8 @@ def ddp(
     exchange what layers recorded, in one backward.
 
     Raises TypeError or ValueError for bad arguments or ranks that attached different things,
-    UnsupportedError where a setting of DistributedDataParallel hides gradients.
+    UnsupportedError where a setting of DistributedDataParallel hides gradients or an optimizer
+    steps in backward, RuntimeError if the handle's examples vote over ranks already.
 
     >>> store = torch.distributed.HashStore()
     >>> torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
@@ -82,8 +84,10 @@ def ddp(
     if inner is not None and not callable(inner):
         raise TypeError(f"hook must be a communication hook or (state, hook), got {hook!r}")
     _refuse_hidden_gradients(model, session)
+    _refuse_early_steps(session)
     registered = _registered.get(model)
-    if registered is None and model.logger is not None and model._comm_hooks:
+    others = [state for _, state in model._comm_hooks if not isinstance(state, _Registered)]
+    if registered is None and model.logger is not None and others:
         raise UnsupportedError(
             "model has a communication hook already, and DistributedDataParallel takes one only. "
             "Remedy: htv.distributed.ddp(model, handle, hook=(state, that_hook)) in its place"
@@ -91,7 +95,11 @@ def ddp(
     if vote != "local":
         _refuse_early_hooks(session)
     if session.joint.of_ranks is not None:
-        raise RuntimeError("the handle's examples vote over ranks already: call this once")
+        raise RuntimeError(
+            "the handle's examples vote over ranks already: call this once, for one "
+            "DistributedDataParallel. Remedy, where it is to be another: handle.detach(), then "
+            "htv.attach and htv.distributed.ddp for that one"
+        )
     if registered is not None and registered.votes.session.attached:
         raise UnsupportedError(
             "the examples of another handle vote under this DistributedDataParallel already, and "
@@ -108,16 +116,28 @@ def ddp(
         model.register_comm_hook(registered, _reduce)
     registered.votes, registered.model = votes, weakref.ref(model)
     registered.state, registered.inner = state, inner
+    if vote != "local":
+        model._lazy_init()  # looks for optimizers that step in backward, for which it has no hook
     votes.begin()
 
 
 class _Registered:
-    """Is the state of the one hook that a model takes: what the last call of `ddp` asked for."""
+    """Is the state of the one hook that a model takes: what the last call of `ddp` asked for.
+
+    A copy of the model, or a pickle, has one that nobody calls: the copy's hook is to be registered
+    yet.
+    """
 
     model: Callable[[], DistributedDataParallel]
     votes: DataParallelVotes | LocalVotes
     state: object
     inner: Hook | None
+
+    def __deepcopy__(self, memo: dict) -> _Registered:
+        return _Registered()
+
+    def __reduce__(self):
+        return _Registered, ()
 
 
 _registered: weakref.WeakKeyDictionary[DistributedDataParallel, _Registered] = (
@@ -175,6 +195,7 @@ class DataParallelVotes(RankVotes):
         """Refuse a forward of `module` that DistributedDataParallel does not see: nobody would
         bring its gradients together.
         """
+        self._refuse_others()
         inside = DistributedDataParallel._active_ddp_module is self.model
         if not inside and module is not self.model:
             raise RuntimeError(
@@ -183,6 +204,7 @@ class DataParallelVotes(RankVotes):
                 "DistributedDataParallel(...) returned, or torch.no_grad() if no gradient is "
                 "wanted, or detach the handle"
             )
+        self._refuse_early()
         self.drop_zeroed()
         before = len(self.rounds.batches)
         if self._to_meet is not None and before > self._to_meet:
@@ -193,6 +215,28 @@ class DataParallelVotes(RankVotes):
             )
         self._to_meet = before if self.model.require_backward_grad_sync else None
         self._armed = self._armed or self._to_meet is not None
+
+    def _refuse_others(self) -> None:
+        """Raise where another DistributedDataParallel, called around the forward that begins, would
+        bring the same gradients together: its average of plain sums would take the aggregate's
+        place.
+        """
+        for other in _called_now():
+            if other is self.model:
+                continue
+            if any(id(p) in self._by_id for p in other._module_parameters):
+                raise RuntimeError(
+                    "another DistributedDataParallel was called around the attached model than the "
+                    "one that htv.distributed.ddp was called with, where its votes are counted: it "
+                    "would leave averages of the ranks' plain sums in .grad. Remedy: call that one "
+                    "alone, or handle.detach(), then htv.attach and htv.distributed.ddp for this "
+                    "one"
+                )
+
+    def _refuse_early(self) -> None:
+        """Raise where something takes gradients before the ranks have met."""
+        _refuse_early_steps(self.session)
+        _refuse_early_hooks(self.session)
 
     def pass_ended(self) -> None:
         self.remember_sums()
@@ -232,6 +276,7 @@ class DataParallelVotes(RankVotes):
 
     def reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         """Bring one bucket of all ranks together, and apply the rules to it."""
+        self._refuse_micro_batch()
         buffer, parameters = bucket.buffer(), bucket.parameters()
         gradients = [
             _as_laid_out(p, flat) for p, flat in zip(parameters, bucket.gradients(), strict=True)
@@ -242,25 +287,30 @@ class DataParallelVotes(RankVotes):
             self._masks.clear()
         if bucket.is_last():
             self._refuse_unfrozen()
-            _refuse_early_hooks(self.session)
+            self._refuse_early()
         fields = _fields(gradients, buffer, [self.rule_of_votes(t) for t in tracked])
         ordered = _fields(gradients, buffer, [self.rule_of_ranks(t) for t in tracked])
         members = [
-            RankedField(field, one.gathering, _writer(gradient, field))
+            RankedField(one, field, one.gathering, _writer(gradient, field))
             for field, one, gradient in zip(ordered, tracked, gradients, strict=True)
             if field.rule is not None
         ]
+        observed = []
+        if self.agreements is not None:
+            placed = [(t, f) for t, f in zip(tracked, fields, strict=True) if t is not None]
+            self.observe_sums([(t, f.of(buffer)) for t, f in placed])
+            observed = [(t, f) for t, f in placed if self.is_told_by_sums(t)]
         ruled = any(field.rule is not None for field in fields)
         electorate = self.rounds.called() if ruled or members or bucket.is_last() else None
         votes = self._own_votes(buffer, gradients, tracked, fields, electorate)
         if not members and self.masks_suffice(fields):
             reduced = self._masks.add(votes.votes, fields, electorate, lambda: self._sums(bucket))
         else:
-            reduced = self._in_full(bucket, fields, members, votes, electorate)
+            reduced = self._in_full(bucket, fields, members, votes, electorate, observed)
         if bucket.is_last():
             self._masks.tell()
             self._to_meet, self._armed = None, False
-            self.met()
+            self.met(None)
         return reduced
 
     def _sums(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
@@ -273,28 +323,40 @@ class DataParallelVotes(RankVotes):
         members: Sequence[RankedField],
         votes: Votes,
         electorate: Electorate | None,
+        observed: Sequence[tuple[TrackedParameter, Field]],
     ) -> torch.futures.Future[Tensor]:
         """Bring sums, votes and what goes with them together, and apply the rules on all ranks.
 
-        fields:   of the bucket, with the rules that go by votes.
-        members:  those that have a rule of ranks' sums.
-        votes:    of this rank.
+        fields:    of the bucket, with the rules that go by votes.
+        members:   those that have a rule of ranks' sums.
+        votes:     of this rank.
+        observed:  what sums and votes tell of for `Handle.stats`.
         """
-        buffer, group = bucket.buffer(), self.rounds.group
+        buffer, group, agreements = bucket.buffer(), self.rounds.group, self.agreements
         ordered = [member.field for member in members]
         ranked = None
         if members:
-            ranked = bucket_means.rank_whole(buffer, members, self.rounds, self.fraction)
+            ranked = bucket_means.rank_whole(
+                buffer, members, self.rounds, self.fraction, self.agreements
+            )
         waited = [reduction.all_reduce(t, group) for t in votes]
         by_votes = bool(waited)
         if ranked is not None:
             waited.append(ranked[0])
+        if bucket.is_last():
+            own = self.own_agreements(buffer.device)
+            if own is not None:
+                waited.append(reduction.all_reduce(own, group))
+            self.tell(own)
         needed = len(ordered) < len(fields) or self._inner is not None
         if needed:  # else all that comes of the sums is ranked
             waited.append(self._sums(bucket))
 
         def finish(done: torch.futures.Future[list]) -> Tensor:
             reduced = _tensor_of(done.value()[-1].value()) if needed else buffer
+            for one, field in observed:
+                found = reduction.agreement_sums(field, reduced, votes, electorate, self.fraction)
+                agreements.add_whole(one, found)
             if by_votes:
                 reduction.apply_rules(reduced, fields, votes, electorate)
             if ranked is not None:
@@ -303,6 +365,18 @@ class DataParallelVotes(RankVotes):
             return reduced
 
         return torch.futures.collect_all(waited).then(finish)
+
+    def _refuse_micro_batch(self) -> None:
+        """Raise where DistributedDataParallel brings together what no_sync() was to keep apart."""
+        if not self.model.require_backward_grad_sync:
+            raise RuntimeError(
+                "this backward is under no_sync(), but DistributedDataParallel was about to bring "
+                "the ranks together in it, in the middle of a step: a forward outside no_sync(), "
+                "with gradients on, tells it to do so in the next backward. That was an "
+                "evaluation, which no backward followed, or this micro-batch's own forward. "
+                "Remedy: torch.no_grad() around forwards without a backward; forward and backward "
+                "of a micro-batch both under no_sync()"
+            )
 
     def _refuse_unfrozen(self) -> None:
         """Raise where a parameter that was frozen when the model was wrapped wants a gradient."""
@@ -370,6 +444,31 @@ def _writer(gradient: Tensor, field: Field) -> Callable[[Tensor, Tensor], None]:
 
 def _tensor_of(value: Tensor | list[Tensor]) -> Tensor:
     return value[0] if isinstance(value, (list, tuple)) else value
+
+
+def _called_now() -> Iterator[DistributedDataParallel]:
+    """Yield those whose forward is under way in this thread."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is DistributedDataParallel.forward.__code__:
+            yield frame.f_locals["self"]
+        frame = frame.f_back
+
+
+def _refuse_early_steps(session) -> None:
+    """Raise where an optimizer steps in backward by `_apply_optimizer_in_backward`."""
+    served = [tracked.parameter for tracked in session.tracked()]
+    for parameter in [*served, *session.unserved_parameters()]:
+        if "_in_backward_optimizers" in vars(parameter):
+            name = next(n for n, p in session.model.named_parameters() if p is parameter)
+            raise UnsupportedError(
+                f"parameter {name!r} has an optimizer that steps in backward "
+                "(_apply_optimizer_in_backward): with the plain sum of this rank, before the ranks "
+                "have met. DistributedDataParallel makes it wait by the communication hook that "
+                "counts votes here, and takes one only. Remedy: a model to which it was not "
+                "applied, and an optimizer that steps after backward; or FSDP2, whose "
+                "register_post_accumulate_grad_hook sees the aggregate"
+            )
 
 
 def _refuse_early_hooks(session) -> None:

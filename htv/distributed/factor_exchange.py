@@ -21,6 +21,7 @@ from htv.distributed.rounds import Rounds
 from htv.errors import UnsupportedError
 from htv.groups import Groups
 from htv.ops import aggregate
+from htv.ops.agreement import AgreementSums, agreement_sums
 from htv.ops.factors import (
     ConvFactors,
     EmbeddingFactors,
@@ -35,6 +36,7 @@ __all__ = ["FactorExchange"]
 
 MOST_TIMES = 4  # the parameter's size: above, factors of all ranks are no bargain
 ALWAYS = 1 << 16  # values that are sent whatever the parameter's size
+NOTHING = AgreementSums(0.0, 0.0, 0.0, 0.0)
 
 
 class FactorExchange(PlainSum):
@@ -55,6 +57,7 @@ class FactorExchange(PlainSum):
     ):
         super().__init__(name, rounds.batches, held)
         self.rounds, self.rule, self._require_meeting = rounds, rule, require_meeting
+        self._sums = NOTHING  # of this rank's share of coordinates
 
     def add(self, task: int, parts: list[Factors], groups: Groups) -> Tensor:
         """Return this rank's share of the aggregate over all ranks, zeros elsewhere.
@@ -63,20 +66,41 @@ class FactorExchange(PlainSum):
         """
         self._require_meeting()
         self.note(task, groups)
-        if len(self.batches) > 1:  # whose contributions, zeros perhaps, are ranked as well
-            raise UnsupportedError(
-                f"{self.rule}, the rule of parameter {self.name!r}, needs the contributions of all "
-                f"micro-batches at once, and this backward {self.batches.where} is one of several. "
-                f"Remedy: one batch per step, or MedianOfMeans({self.rounds.size}), which takes "
-                "each rank for a bucket"
-            )
+        self.require_one_backward()
         self.rounds.called()
         self._require_few(parts)
         everyone = [self._exchanged(part) for part in parts]
-        share = self._share(everyone)
-        return (
-            share if share is not None else self._own_part(aggregate.aggregate(everyone, self.rule))
-        )
+        own = self._own_rows(everyone)
+        if own is None:
+            if self.observes and self.rounds.rank == 0:  # all ranks have the same
+                self._sums = agreement_sums(everyone, self.rule)
+            return self._own_part(aggregate.aggregate(everyone, self.rule))
+        if self.observes:
+            self._sums = agreement_sums([own], self.rule)
+        rows = aggregate.aggregate([own], self.rule)
+        begin, end = self._range(everyone[0].shape[0])
+        whole = rows.new_zeros(everyone[0].shape)
+        whole[begin:end] = rows
+        return whole
+
+    def agreement_sums(self) -> AgreementSums:
+        """Return what is known of all ranks' contributions to this rank's share of coordinates."""
+        return self._sums
+
+    def clear(self) -> None:
+        super().clear()
+        self._sums = NOTHING
+
+    def require_one_backward(self) -> None:
+        """Raise where the vote has several backwards: what was exchanged is of one."""
+        count = len(self.batches)
+        if count > 1:
+            raise UnsupportedError(
+                f"{self.rule}, the rule of parameter {self.name!r}, needs all contributions at "
+                f"once, and this vote {self.batches.where} has {count} backwards. Remedy: one "
+                f"backward per vote, or MedianOfMeans({self.rounds.size}) or a mask, which "
+                "accumulate"
+            )
 
     def _require_few(self, parts: list[Factors]) -> None:
         """Raise where what would be sent is much larger than the parameter, on all ranks alike."""
@@ -159,7 +183,7 @@ class FactorExchange(PlainSum):
         dist.all_gather(found, padded, group=self.rounds.group)
         return torch.cat([part[:count] for part, count in zip(found, rows, strict=True)])
 
-    def _share(self, parts: list[Factors]) -> Tensor | None:
+    def _own_rows(self, parts: list[Factors]) -> LinearFactors | None:
         """This rank's rows of a matrix, where one use of a linear layer records it alone: no rank
         does more than its share. None for other parameters, which every rank aggregates whole.
         """
@@ -167,11 +191,7 @@ class FactorExchange(PlainSum):
         if parts[1:] or not isinstance(part, LinearFactors) or part.shape[0] < self.rounds.size:
             return None
         begin, end = self._range(part.shape[0])
-        own = LinearFactors(part.x, part.grad_output[:, begin:end].contiguous(), part.bounds)
-        rows = aggregate.aggregate([own], self.rule)
-        whole = rows.new_zeros(part.shape)
-        whole[begin:end] = rows
-        return whole
+        return LinearFactors(part.x, part.grad_output[:, begin:end].contiguous(), part.bounds)
 
     def _own_part(self, whole: Tensor) -> Tensor:
         """An aggregate that every rank has whole, with zeros where another rank's share is."""

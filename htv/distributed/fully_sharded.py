@@ -166,6 +166,9 @@ class FullyShardedVotes(RankVotes):
                 "DistributedDataParallel with htv.distributed.ddp"
             )
         self._by_id = {id(t.parameter): t for t in session.tracked()}
+        self._whole = [
+            (path, m) for path, m in session.model.named_modules() if not isinstance(m, FSDPModule)
+        ]
 
     def begin(self) -> None:
         super().begin()
@@ -198,10 +201,27 @@ class FullyShardedVotes(RankVotes):
 
     def require_covered(self, module: nn.Module) -> None:
         """Any forward will do: units bring their gradients together by themselves. Refuse it where
-        something else was put in the place of what counts votes there.
+        a unit was added, or something else put in the place of what counts votes there, and after a
+        backward that failed.
         """
+        for path, part in self._whole:
+            if isinstance(part, FSDPModule):
+                where = f"part {path!r}" if path else "the model"
+                raise UnsupportedError(
+                    f"fully_shard was called on {where} after htv.distributed.fsdp(model, handle), "
+                    "which knows the units there were then. Remedy: in this order, fully_shard for "
+                    "all parts, fully_shard(model), htv.attach, htv.distributed.fsdp"
+                )
         for unit in self.units:
             unit.refuse_replaced()
+        left = self.rounds.batches.unfinished
+        if left or any(unit.is_in_backward for unit in self.units):
+            raise RuntimeError(
+                "an earlier backward under FSDP2 failed part-way, by an error that was caught: "
+                "some units have its gradients and votes and others do not, and FSDP2 would leave "
+                "those of the next backward apart as well. Remedy: restart training from a "
+                "checkpoint on all ranks"
+            )
 
     def require_meeting(self) -> None:
         meets = (u.group.reduce_grads and u.group.all_reduce_grads for u in self.units)
@@ -250,7 +270,10 @@ class FullyShardedVotes(RankVotes):
         if applied[0]:
             for unit in self.units:
                 unit.require_applied()
-            self.met()
+            own = self.own_agreements(torch.device("cpu"))
+            if own is not None:
+                dist.all_reduce(own, group=self.rounds.channel)
+            self.met(own)
         else:
             for unit in self.units:
                 unit.remember_sums()
@@ -311,6 +334,11 @@ class Unit:
                     )
                 )
 
+    @property
+    def is_in_backward(self) -> bool:
+        """Tell whether FSDP2 takes a backward of its module to be under way."""
+        return self.module._get_fsdp_state()._state_ctx.post_backward_final_callback_queued
+
     def refuse_replaced(self) -> None:
         """Raise where the user set since what `begin` has set."""
         group, hook = self.group, self.group._all_reduce_hook
@@ -348,6 +376,7 @@ class Unit:
         """
         world = group.size()
         self._lay_out(sums.numel(), world)
+        self._observe_sums(sums, world)
         self._ranked = self._over_ranks(sums, world, group)
         if sums.dtype == torch.float16:  # which may overflow
             sums.mul_(self.votes.fraction)
@@ -451,13 +480,15 @@ class Unit:
         """This rank's shard of the aggregate by order rules over ranks, or None without any."""
         votes = self.votes
         members = [
-            RankedField(field, tracked.gathering, _writer(parameter, field, world))
+            RankedField(tracked, field, tracked.gathering, _writer(parameter, field, world))
             for parameter, field in self._fields
             if votes.rule_of_ranks(tracked := votes.tracked(parameter)) is not None
         ]
         if not members:
             return None
-        return bucket_means.rank_part(sums, members, votes.rounds, group, votes.fraction)
+        return bucket_means.rank_part(
+            sums, members, votes.rounds, group, votes.fraction, votes.agreements
+        )
 
     # -- the sums of a unit are there -------------------------------------------------------------
 
@@ -468,6 +499,7 @@ class Unit:
         scattered = self.reduced
         if not scattered:  # there is one shard only
             self._lay_out(sums.numel(), 1)
+            self._observe_sums(sums, 1)
             self._ranked = self._over_ranks(sums, 1, votes.rounds.group)
             self._keep(self._own_votes(sums, 1))
         if sums.dtype != torch.float16 or not scattered:  # else `scatter` did
@@ -488,12 +520,33 @@ class Unit:
                 dist.all_reduce(mask_sum, group=shards)
             return mask_sum
 
+        self._observe_shard(sums, pending)
         reduction.apply_rules(sums, fields, pending, votes.rounds.called(), over_shards)
         if self._ranked is not None:
             for parameter, field in self._fields:
                 if votes.rule_of_ranks(votes.tracked(parameter)) is not None:
                     field.of(sums).copy_(field.of(self._ranked))
         self._ranked = None
+
+    def _observe_sums(self, sums: Tensor, world: int) -> None:
+        """Note this rank's sums for `Handle.stats`, as FSDP2 lays them out."""
+        votes = self.votes
+        if votes.agreements is not None:
+            whole = sums.view(world, -1)
+            found = ((votes.tracked(p), f.of(whole.t())) for p, f in self._fields)
+            votes.observe_sums((t, own) for t, own in found if t is not None)
+
+    def _observe_shard(self, sums: Tensor, pending: Votes) -> None:
+        """Note what is known of all ranks' contributions to this rank's shard."""
+        votes, replicas = self.votes, getattr(self.group.mesh_info, "replicate_process_group", None)
+        if votes.agreements is None or (replicas is not None and replicas.rank() > 0):
+            return  # replicas have the same shards
+        electorate = votes.rounds.called()
+        for parameter, field in self._fields:
+            tracked = votes.tracked(parameter)
+            if tracked is not None and votes.is_told_by_sums(tracked):
+                found = reduction.agreement_sums(field, sums, pending, electorate, votes.fraction)
+                votes.agreements.add(tracked, found)
 
     def remember_sums(self) -> None:
         """Remember the sums that a micro-batch left in `.grad`, whose votes wait here."""

@@ -14,6 +14,7 @@ from torch.distributed import ProcessGroup
 from htv.autograd.tally import PlainSum, state_of
 from htv.distributed import bucket_means, reduction
 from htv.distributed.bucket_means import RankedField
+from htv.distributed.factor_exchange import FactorExchange
 from htv.distributed.mask_exchange import MaskedBuckets
 from htv.distributed.rank_votes import RankVotes
 from htv.distributed.reduction import Field, Votes
@@ -57,6 +58,7 @@ class ProcessGroupVotes(RankVotes):
         self._kept: dict[TrackedParameter, KeptSums] = {}
 
     def begin(self) -> None:
+        self.agreements = self._new_agreements()
         self._kept = {
             t: KeptSums(self.gathering_of(t), t.refuse_stale) for t in self.session.tracked()
         }
@@ -96,9 +98,16 @@ class ProcessGroupVotes(RankVotes):
             if grad is None:
                 grad = parameter.grad = torch.zeros_like(parameter)
             dist.all_reduce(grad.mul_(self.fraction), group=self.rounds.group)
+        own = self.own_agreements(torch.device("cpu"))
+        if own is not None:
+            dist.all_reduce(own, group=self.rounds.channel)
+        self.tell(own)
         self.rounds.end()
         self.begin()
         return found
+
+    def counted(self, tracked: TrackedParameter) -> PlainSum:
+        return self._kept[tracked].inner
 
     def _reached(self) -> list[bool]:
         """Which parameters got contributions on any rank."""
@@ -123,13 +132,15 @@ class ProcessGroupVotes(RankVotes):
             rule = self.rule_of_ranks(tracked)
             if rule is not None:
                 field = Field(rule, *place)
-                members.append(RankedField(field, kept.inner, _writer(field)))
+                members.append(RankedField(tracked, field, kept.inner, _writer(field)))
             offset += count
         votes = self._votes(bucket, fields, buffer, electorate)
         group = self.rounds.group
         ranked = None
         if members:
-            done, ranked = bucket_means.rank_whole(buffer, members, self.rounds, self.fraction)
+            done, ranked = bucket_means.rank_whole(
+                buffer, members, self.rounds, self.fraction, agreements=None
+            )
             done.wait()
         buffer.mul_(self.fraction)
         if not members and self.masks_suffice(fields):
@@ -143,6 +154,8 @@ class ProcessGroupVotes(RankVotes):
             dist.all_reduce(buffer, group=group)
             for tensor in votes:
                 dist.all_reduce(tensor, group=group)
+            if self.agreements is not None:
+                self._observe(bucket, fields, buffer, votes)
             reduction.apply_rules(buffer, fields, votes, electorate)
         for member in members:
             member.field.of(buffer).copy_(member.field.of(ranked))
@@ -150,6 +163,17 @@ class ProcessGroupVotes(RankVotes):
             (t, f.of(buffer).view(t.parameter.shape).clone())
             for t, f in zip(bucket, fields, strict=True)
         ]
+
+    def _observe(
+        self, bucket: Sequence[TrackedParameter], fields: Sequence[Field], buffer: Tensor, votes
+    ) -> None:
+        """Note what sums and votes of all ranks tell, for `Handle.stats`."""
+        electorate = self.rounds.called()
+        for tracked, field in zip(bucket, fields, strict=True):
+            self.agreements.meet(tracked)
+            if not isinstance(self.counted(tracked), FactorExchange):
+                found = reduction.agreement_sums(field, buffer, votes, electorate, self.fraction)
+                self.agreements.add_whole(tracked, found)
 
     def _votes(self, bucket, fields: Sequence[Field], buffer: Tensor, electorate) -> Votes:
         """What this rank has to say of a bucket."""

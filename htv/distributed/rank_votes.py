@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from htv.autograd.tally import Counts, PlainSum, Tally, of_sums
+from htv.distributed.agreements import SharedAgreements
 from htv.distributed.bucket_means import BucketMeans
 from htv.distributed.factor_exchange import FactorExchange
 from htv.distributed.reduction import Field, by_votes_alone
 from htv.distributed.rounds import Rounds, buckets_per_rank, refuse_rules, require_same
 from htv.engine.parameter import TrackedParameter
 from htv.engine.session import Session
+from htv.ops.agreement import AgreementSums
 from htv.rules import Mean, Rule
 
 __all__ = ["LocalVotes", "RankVotes", "session_of"]
@@ -41,6 +44,13 @@ class RankVotes:
         require_same(self.rounds)
         # The gradients that the last backward left, with torch's count of their changes.
         self._left: list[tuple[TrackedParameter, weakref.ref[Tensor], int]] = []
+        # What `Handle.stats` will tell of the round under way, if it was asked for.
+        self.agreements = self._new_agreements()
+
+    def _new_agreements(self) -> SharedAgreements | None:
+        if not self.session.settings.stats:
+            return None
+        return SharedAgreements(self.session.tracked())
 
     def begin(self) -> None:
         """Gather contributions from now on."""
@@ -59,6 +69,11 @@ class RankVotes:
 
     def gathering_of(self, tracked: TrackedParameter) -> PlainSum:
         """Return what takes the contributions of a parameter."""
+        found = self._gathering_of(tracked)
+        found.observes = self.agreements is not None and self.rounds.vote == "examples"
+        return found
+
+    def _gathering_of(self, tracked: TrackedParameter) -> PlainSum:
         rule, rounds = tracked.rule, self.rounds
         held = self.held_by(tracked)
         if type(rule) is Mean or rounds.vote == "ranks":
@@ -160,7 +175,9 @@ class RankVotes:
         `fields`, is which of them are kept.
         """
         rules = [field.rule for field in fields if field.rule is not None]
-        return self.rounds.size > 1 and bool(rules) and all(map(by_votes_alone, rules))
+        if self.agreements is not None or self.rounds.size == 1:
+            return False
+        return bool(rules) and all(map(by_votes_alone, rules))
 
     def counts_of(self, tracked: TrackedParameter, sums: Tensor) -> Counts | None:
         """Return what this rank has to say of a parameter, beside its `sums`; None for nothing."""
@@ -169,8 +186,53 @@ class RankVotes:
             return of_sums(sums, tracked.rule, self.fraction) if own else None
         return tracked.gathering.counts(self.rounds.waiting, sums)
 
-    def met(self) -> None:
-        """End the round: the ranks have met over all parameters."""
+    def is_told_by_sums(self, tracked: TrackedParameter) -> bool:
+        """Tell whether sums and votes of all ranks say how far contributions agree."""
+        exchanged = isinstance(self.counted(tracked), FactorExchange)
+        return not exchanged and self.rule_of_ranks(tracked) is None
+
+    def observe_sums(self, sums: Iterable[tuple[TrackedParameter, Tensor]]) -> None:
+        """Note what ranks are about to meet over, for `Handle.stats`: parameters, each with this
+        rank's sum.
+        """
+        for tracked, own in sums:
+            gathering = self.counted(tracked)
+            if not isinstance(gathering, FactorExchange) or gathering.came:
+                self.agreements.meet(tracked)
+            if self.rounds.vote == "ranks":  # the sum is the rank's contribution
+                energy = own.double().square().sum()
+                self.agreements.add(tracked, AgreementSums(0.0, 0.0, 0.0, energy))
+
+    def counted(self, tracked: TrackedParameter) -> PlainSum:
+        """Return what counts the votes of a parameter."""
+        return tracked.gathering
+
+    def own_agreements(self, device: torch.device) -> Tensor | None:
+        """Return what ranks are to sum, in place, when they have met over all parameters, for
+        `Handle.stats`; None if nobody asked for it.
+        """
+        if self.agreements is None:
+            return None
+        if self.rounds.vote != "ranks":  # else the contributions are ranks' sums
+            for tracked in self.session.tracked():
+                self.agreements.add(tracked, self.counted(tracked).agreement_sums())
+        return self.agreements.parts(device)
+
+    def tell(self, agreements: Tensor | None) -> None:
+        """Let parameters tell how far contributions agree in the round that ends.
+
+        agreements:  what `own_agreements` returned, which may be about to be summed.
+        """
+        if agreements is not None:
+            self.agreements.tell(agreements, self.rounds.called().count)
+            self.agreements = self._new_agreements()
+
+    def met(self, agreements: Tensor | None) -> None:
+        """End the round: the ranks have met over all parameters.
+
+        agreements:  as for `tell`.
+        """
+        self.tell(agreements)
         self._left = []
         self.rounds.end()
         for tracked in self.session.tracked():

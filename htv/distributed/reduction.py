@@ -7,8 +7,9 @@ is applied to both before anyone sees the gradient.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from htv.autograd.tally import Counts
 from htv.distributed.rounds import Electorate
 from htv.distributed.vote_types import vote_type
 from htv.ops import functional, reference, statistics
+from htv.ops.agreement import AgreementSums, sums_of_summary
 from htv.ops.reference import Summary
 from htv.rules import Mean, Rule, Statistic
 
@@ -209,6 +211,21 @@ def _apply(
     sum_masks: Callable[[Tensor], Tensor],
 ) -> None:
     """By the statistic's own definition, for one parameter."""
+    summary = _summary(field, buffer, votes, statistic, electorate)
+    value, mask_sum = reference.finish(summary, statistic)
+    value = value * summary.count
+    if statistic.normalise:
+        mask_sum = sum_masks(mask_sum)
+        value = value / (functional.MASK_OFFSET + mask_sum / field.whole).to(value.dtype)
+    shown_sums = field.of(buffer)[: field.valid]
+    infinite = shown_sums.isinf()
+    shown_sums.copy_(torch.where(infinite, shown_sums, value.to(buffer.dtype)))
+
+
+def _summary(
+    field: Field, buffer: Tensor, votes: Votes, statistic: Statistic, electorate: Electorate
+) -> Summary:
+    """What is known of all ranks' contributions to one parameter, without padding."""
     sums = field.of(buffer)
     total = reference.cast(sums, reference.compute_dtype(sums.dtype))
     counted = field.of(votes.votes).to(total.dtype).masked_fill(total.isnan(), torch.nan)
@@ -219,17 +236,41 @@ def _apply(
         spread = apart.clamp_(min=0).to(total.dtype)
     if "logs" in state:
         logs = field.of(votes.logs).to(total.dtype)
-    summary = Summary(count, total, counted, spread, logs)
-    valid = field.valid
-    shown = summary.map(lambda t: t[:valid])
-    value, mask_sum = reference.finish(shown, statistic)
-    value = value * count
-    if statistic.normalise:
-        mask_sum = sum_masks(mask_sum)
-        value = value / (functional.MASK_OFFSET + mask_sum / field.whole).to(value.dtype)
-    shown_sums = sums[:valid]
-    infinite = shown_sums.isinf()
-    shown_sums.copy_(torch.where(infinite, shown_sums, value.to(sums.dtype)))
+    return Summary(count, total, counted, spread, logs).map(lambda t: t[: field.valid])
+
+
+def agreement_sums(
+    field: Field, buffer: Tensor, votes: Votes, electorate: Electorate, fraction: float
+) -> AgreementSums:
+    """What sums and votes of all ranks tell of one parameter, before its rule is applied: all but
+    the squares of contributions.
+
+    fraction:  what the sums were multiplied by.
+    """
+    rule = field.rule
+    if rule is None or type(rule) is Mean or not rule.streaming:  # nobody sends votes
+        sums = field.of(buffer)[: field.valid].double() / fraction
+        return AgreementSums(math.nan, float(field.valid), sums.square().sum(), 0.0)
+    statistic = statistics.resolve(rule, electorate.count)
+    found = sums_of_summary(_summary(field, buffer, votes, statistic, electorate), statistic, 0.0)
+    return replace(found, total_energy=found.total_energy / fraction**2)
+
+
+def agreement_sums_of_ranks(
+    sums: Tensor, field: Field, vote: str, fraction: float
+) -> AgreementSums:
+    """The same of what every rank has at the same coordinates.
+
+    sums:      (ranks, size).
+    vote:      "ranks", where each rank is one voter; else it is a bucket of voters, whose votes are
+               not known.
+    fraction:  what the sums were multiplied by.
+    """
+    values = sums[:, field.offset : field.offset + field.valid].double() / fraction
+    votes: float | Tensor = math.nan
+    if vote == "ranks":
+        votes = values.sign().sum(dim=0).abs().nan_to_num(0).sum()
+    return AgreementSums(votes, float(field.valid), values.sum(dim=0).square().sum(), 0.0)
 
 
 def order_over_ranks(

@@ -190,7 +190,7 @@ def require_same(rounds: Rounds) -> None:
     ranks alike.
     """
     session = rounds.session
-    mine = [f"vote={rounds.vote!r}"]
+    mine = [f"vote={rounds.vote!r}{', stats=True' * session.settings.stats}"]
     mine += [
         f"parameter {t.name!r}: {tuple(t.parameter.shape)}, {t.parameter.dtype}, {t.rule}"
         for t in session.tracked()
@@ -207,7 +207,7 @@ def require_same(rounds: Rounds) -> None:
             if line != first:
                 raise ValueError(
                     f"ranks differ: rank 0 has {first}; rank {rank} has {line}. Attach the same "
-                    "model with the same rules on every rank"
+                    "model with the same rules, vote and stats on every rank"
                 )
 
 

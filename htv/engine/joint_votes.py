@@ -129,7 +129,7 @@ class JointVotes:
             self.of_group.begin()
             return
         for tracked in self._session.tracked():
-            tracked.accumulate(self._batches, fraction)
+            tracked.accumulate(self._batches, fraction, self._session.settings.stats)
 
     def _waiting(self) -> bool:
         """Tell whether anything was gathered since the last vote of an accumulation, on any
@@ -156,7 +156,10 @@ class JointVotes:
         everything = "all micro-batches of accumulate() together"
         self._session.require_several(self._batches.count, everything)
         with torch.no_grad():
-            return [(t, t.gathering.result()) for t in self._session.tracked()]
+            found = [(t, t.gathering.result()) for t in self._session.tracked()]
+            for tracked, _ in found:
+                tracked.measure(tracked.gathering.agreement_sums(), self._batches.count)
+        return found
 
     # -- ranks ------------------------------------------------------------------------------------
 

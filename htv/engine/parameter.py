@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import threading
 import weakref
 from collections.abc import Callable, Iterable
@@ -21,7 +23,7 @@ from htv.autograd.aggregation import (
 from htv.engine.protocols import SessionLike
 from htv.engine.usual import GradientGuard
 from htv.groups import Groups
-from htv.ops.agreement import Agreement, agreement
+from htv.ops.agreement import Agreement, AgreementSums, agreement_sums
 from htv.ops.factors import Factors
 from htv.rules import Rule
 
@@ -74,7 +76,8 @@ class TrackedParameter(BufferListener):
         self.name, self.parameter, self.rule = name, parameter, rule
         self.passes, self.settled = session.passes, set()
         self.uses: set[str] = set()
-        self.agreement: Agreement | None = None
+        # Tells how far the contributions to the last vote agreed; None before the first.
+        self.measured: Callable[[], Agreement] | None = None
         self.refusal: str | None = None  # why some use was let through plainly
         self.deferred: str | None = None  # why a use is to be refused, if a loss reaches it
         self._buffers = threading.local()  # .mine: a reference to that of the open node, or None
@@ -223,8 +226,14 @@ class TrackedParameter(BufferListener):
     def observe(self, parts: list[Factors]) -> None:
         if self.session.examine is not None:
             self.session.examine(self.name, parts)
-        else:
-            self.agreement = agreement(parts, self.rule)
+        elif self.gathering is None:  # else the vote has other backwards, or ranks
+            self.measure(agreement_sums(parts, self.rule), parts[0].count)
+
+    def measure(self, sums: AgreementSums | None, count: int) -> None:
+        """Keep how far the contributions of a vote's `count` groups agree; None for nothing new."""
+        if sums is not None:
+            coordinates = math.prod(self.parameter.shape)
+            self.measured = functools.partial(sums.agreement, count, coordinates)
 
     def deliver(self, grad: Tensor | None, current: int) -> None:
         # No reference is kept: autograd may then take the tensor for .grad without a copy.
@@ -251,13 +260,16 @@ class TrackedParameter(BufferListener):
         if self.refusal is None:
             self.refuse_gradient(self._twice == current)
 
-    def accumulate(self, batches: MicroBatches | None, fraction: float = 1.0) -> None:
+    def accumulate(
+        self, batches: MicroBatches | None, fraction: float = 1.0, observes: bool = False
+    ) -> None:
         """Gather contributions, times `fraction`, over several backward passes from now on, as
-        `batches` asks; None: drop what was gathered.
+        `batches` asks, and how far they agree if it `observes`; None: drop what was gathered.
         """
         self.gathering = None
         if batches is not None:
-            self.gathering = Accumulation(self.rule, batches, self.refuse_stale, fraction)
+            start = self.refuse_stale
+            self.gathering = Accumulation(self.rule, batches, start, fraction, observes)
         self._gradients.forget()
 
     def refuse_stale(self) -> None:

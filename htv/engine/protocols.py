@@ -121,6 +121,7 @@ class VotingSession(Protocol):
 
     model: nn.Module
     attached: bool
+    settings: Any
 
     def tracked(self) -> list:
         """Return all served parameters."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import Any
 
 from torch import nn
@@ -90,7 +91,9 @@ def measurements(handle: htv.Handle, prefix: str = "htv") -> dict[str, float]:
     prefix:  what their names begin with.
 
     For each parameter the share of coordinates its rule keeps, the mean agreement of signs, the
-    m-coherence and the gradient noise scale (`htv.Agreement`), of the last backward of this rank.
+    m-coherence and the gradient noise scale (`htv.Agreement`), of the last vote that ended: over
+    all its micro-batches, and over all ranks where they vote together. The mean agreement is left
+    out where ranks exchange no votes, under `Mean` and `MedianOfMeans` with buckets of ranks.
 
     >>> from htv.integrations.accelerate import measurements
     >>> model = torch.nn.Linear(2, 1, bias=False)
@@ -99,12 +102,13 @@ def measurements(handle: htv.Handle, prefix: str = "htv") -> dict[str, float]:
     ...     measurements(handle)["htv/weight/kept_fraction"]
     0.5
     """
-    fields = ("kept_fraction", "mean_agreement", "m_coherence", "noise_scale")
-    return {
-        f"{prefix}/{name}/{field}": getattr(agreement, field)
-        for name, agreement in handle.stats().items()
-        for field in fields
-    }
+    found = {}
+    for name, agreement in handle.stats().items():
+        fields = ["kept_fraction", "mean_agreement", "m_coherence", "noise_scale"]
+        if math.isnan(agreement.mean_agreement):
+            fields.remove("mean_agreement")
+        found |= {f"{prefix}/{name}/{field}": getattr(agreement, field) for field in fields}
+    return found
 
 
 def _kind(wrapped: nn.Module, model: nn.Module) -> str | None:

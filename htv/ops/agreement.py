@@ -8,19 +8,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from htv.ops import aggregate, blocks, functional, sliced, statistics
+from htv.ops import aggregate, blocks, functional, reference, sliced, statistics
 from htv.ops.factors import Factors
+from htv.ops.reference import Summary
 from htv.rules import Rule, Statistic
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Tell how far the contributions to one parameter agreed in the last backward.
+    """Tell how far the contributions to one parameter agreed in the last vote.
 
-    `Handle.stats` returns one for each parameter.
+    `Handle.stats` returns one for each parameter. A vote is a backward, or all those that vote
+    together: the micro-batches of a step, on all ranks.
 
     kept_fraction:   share of coordinates the rule's mask keeps; 1.0 for rules without a mask.
-    mean_agreement:  |sum_e sign(c_e)| / E, averaged over the coordinates.
+    mean_agreement:  |sum_e sign(c_e)| / E, averaged over the coordinates. NaN where ranks vote
+                     together by a rule that needs no votes of theirs (`Mean`, or `MedianOfMeans`
+                     with buckets of ranks): none are exchanged.
     m_coherence:     ||sum_e c_e||^2 / sum_e ||c_e||^2: 1 for orthogonal groups of equal norm, E for
                      identical ones, NaN where every contribution is zero.
     noise_scale:     the trace of the contributions' covariance over the squared norm of their mean,
@@ -59,8 +63,46 @@ def noise_scale(m_coherence: float, count: int) -> float:
     return max(count - m_coherence, 0.0) / (m_coherence - 1)
 
 
+@dataclass(frozen=True)
+class AgreementSums:
+    """Sums over coordinates from which an `Agreement` follows. Those of other coordinates of the
+    same groups add up.
+
+    agreeing:      |votes|; NaN where they are not known.
+    kept:          the rule's mask.
+    total_energy:  the square of the sum of contributions.
+    energy:        the squares of contributions.
+
+    Each is a number, or a tensor of one, which nobody waits for until it is asked for.
+    """
+
+    agreeing: float | Tensor
+    kept: float | Tensor
+    total_energy: float | Tensor
+    energy: float | Tensor
+
+    def agreement(self, count: int, coordinates: int) -> Agreement:
+        """Return what follows for `count` groups and so many coordinates in all."""
+        if coordinates == 0:
+            return Agreement(math.nan, math.nan, math.nan, math.nan)
+        energy = float(self.energy)
+        coherence = float(self.total_energy) / energy if energy > 0 else math.nan
+        return Agreement(
+            float(self.kept) / coordinates,
+            float(self.agreeing) / (count * coordinates),
+            coherence,
+            noise_scale(coherence, count),
+        )
+
+
 def agreement(parts: list[Factors], rule: Rule) -> Agreement:
-    """`Agreement` of contributions that are the sums of the parts'.
+    """`Agreement` of contributions that are the sums of the parts'."""
+    first = parts[0]
+    return agreement_sums(parts, rule).agreement(first.count, math.prod(first.shape))
+
+
+def agreement_sums(parts: list[Factors], rule: Rule) -> AgreementSums:
+    """`AgreementSums` of contributions that are the sums of the parts'.
 
     Votes, sum and norms each come from where they are cheapest, as long as no block of the
     parameter has uses of several kinds; else one sliced pass gives all.
@@ -68,23 +110,38 @@ def agreement(parts: list[Factors], rule: Rule) -> Agreement:
     first = parts[0]
     blocks.require_same_groups(parts)
     if math.prod(first.shape) == 0:
-        return Agreement(math.nan, math.nan, math.nan, math.nan)
+        return AgreementSums(0.0, 0.0, 0.0, 0.0)
     statistic = statistics.resolve(rule, first.count)
     apart = [blocks.joined(block) for block in blocks.blocks(parts)]
     tally = _tally_apart if all(len(block) == 1 for block in apart) else _tally_sliced
-    agreeing, kept, total_energy, energy = tally(parts, apart, statistic)
-    coordinates = math.prod(first.shape)
-    coherence = total_energy / energy if energy > 0 else math.nan
-    return Agreement(
-        kept / coordinates,
-        agreeing / (first.count * coordinates),
-        coherence,
-        noise_scale(coherence, first.count),
-    )
+    return AgreementSums(*tally(parts, apart, statistic))
+
+
+def sums_of_summary(
+    summary: Summary, statistic: Statistic, energy: float | Tensor
+) -> AgreementSums:
+    """`AgreementSums` of what streaming statistics know of contributions, those of several batches
+    or ranks perhaps.
+
+    statistic:  of as many groups as the summary has; of an order statistic, whose mask keeps all.
+    energy:     the squares of the contributions.
+    """
+    votes = summary.votes.abs()
+    kept: float | Tensor
+    if not _masks(statistic):
+        kept = float(votes.numel())
+    elif (mask_of_votes := statistics.of(statistic.name).mask_of_votes) is not None:
+        kept = mask_of_votes(votes, statistic).sum()
+    else:
+        kept = reference.finish(summary, statistic)[1]
+    agreeing = votes.nan_to_num(0).sum(dtype=torch.float64)  # a NaN agrees with nothing
+    return AgreementSums(agreeing, kept, summary.total.double().square().sum(), energy)
 
 
 def squared_norms(parts: list[Factors]) -> Tensor:
     """(E,) float64, the squared norms of contributions that are the sums of the parts'."""
+    if math.prod(parts[0].shape) == 0:
+        return torch.zeros(parts[0].count, dtype=torch.float64, device=parts[0].device)
     blocks.require_same_groups(parts)
     apart = [blocks.joined(block) for block in blocks.blocks(parts)]
     if all(len(block) == 1 for block in apart):

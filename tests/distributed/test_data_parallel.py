@@ -9,8 +9,15 @@ import htv
 from support import rank_misuse
 from support.oracles import RULES, by_name
 from support.quick import STREAMING_RULES, quick
-from support.rank_jobs import assert_trains, data_parallel, optimized_by_shards, resumed
-from support.rank_models import aggregated, assert_one_vote, contributions
+from support.rank_jobs import (
+    Skipping,
+    assert_trains,
+    data_parallel,
+    optimized_by_shards,
+    resumed,
+    skipped,
+)
+from support.rank_models import aggregated, assert_one_vote, batch, by_ranks, contributions
 
 AND = htv.AndMask(0.4)
 STREAMING = quick([rule for rule in RULES if rule.streaming], STREAMING_RULES)
@@ -78,6 +85,35 @@ SETTINGS = {
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
 def test_settings(ranks, settings):
     assert_trains(ranks, data_parallel, 2, AND, **settings)
+
+
+BY_SUMS = [AND, htv.GeometricMean(0.2), htv.MedianOfMeans(2)]
+
+
+@pytest.mark.parametrize("rule", BY_SUMS, **by_name)
+@pytest.mark.parametrize("uses", [("ab", "a"), ("a", "b")], ids=str)
+def test_a_layer_that_some_ranks_skip(ranks, rule, uses):
+    found = ranks.run(skipped, 2, rule, uses, "examples")
+    assert_one_vote(found, aggregated(contributions_of(uses), rule))
+
+
+def test_a_layer_that_some_ranks_skip_where_ranks_vote(ranks):
+    found = ranks.run(skipped, 2, htv.Median(), ("ab", "a"), "ranks")
+    assert_one_vote(
+        found, aggregated(by_ranks(contributions_of(("ab", "a")), [6, 6]), htv.Median())
+    )
+
+
+def contributions_of(uses):
+    """(E, *shape) per parameter of two ranks' examples, one at a time."""
+    (x, y), found = batch(), {}
+    for e in range(12):
+        net = Skipping().double()
+        net.use = uses[e // 6]
+        (torch.nn.functional.cross_entropy(net(x[e : e + 1]), y[e : e + 1]) / 12).backward()
+        for name, p in net.named_parameters():
+            found.setdefault(name, []).append(torch.zeros_like(p) if p.grad is None else p.grad)
+    return {name: torch.stack(grads) for name, grads in found.items()}
 
 
 @pytest.mark.parametrize("model", ["images", "tied"])

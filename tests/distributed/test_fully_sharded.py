@@ -8,7 +8,12 @@ import torch
 import htv
 from support.oracles import RULES, by_name
 from support.quick import STREAMING_RULES, quick
-from support.rank_jobs import assert_trains, fully_sharded, half_precision_alone
+from support.rank_jobs import (
+    assert_trains,
+    fully_sharded,
+    half_precision_alone,
+    stepped_in_backward,
+)
 from support.rank_models import EXAMPLES, aggregated, assert_one_vote, contributions
 
 AND = htv.AndMask(0.4)
@@ -92,7 +97,8 @@ def test_settings(ranks, settings):
 def test_mixed_precision(ranks):
     """Votes are those of one process that computes in bfloat16; sums are rounded per rank."""
     alone = ranks.run(half_precision_alone, 1, AND)[0]
-    job = partial(fully_sharded, dtype=torch.float32, param_dtype=torch.bfloat16)
+    dtypes = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
+    job = partial(fully_sharded, dtype=torch.float32, **dtypes)
     found = ranks.run(job, 2, AND)
     assert_one_vote(found, {name: grad.double() for name, grad in alone.items()}, 0.05)
 
@@ -113,6 +119,14 @@ def test_sums_in_float16(ranks, world, replicas):
 @pytest.mark.parametrize("rule", [htv.AndMask(0.8), htv.SandMask(0.3, k=0.5)], **by_name)
 def test_each_rank_is_one_group_among_replicas(ranks, rule):
     assert_trains(ranks, fully_sharded, 4, rule, replicas=2, vote="ranks")
+
+
+def test_hooks_of_parameters_see_the_aggregate(ranks):
+    """So an optimizer may step in backward, by register_post_accumulate_grad_hook."""
+    expected = aggregated(contributions("net", [6, 6]), AND)
+    for found in ranks.run(stepped_in_backward, 2, AND):
+        for name, step in expected.items():
+            torch.testing.assert_close(found[name], step, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("units", ["layers and root", "whole"])

@@ -14,9 +14,11 @@ from support.trainers import (
     Net,
     answer,
     assert_close,
+    assert_logged,
     assert_same,
     clipped,
     launch,
+    logged_of_vectors,
     vectors,
     vote_of_vectors,
     watch,
@@ -128,11 +130,26 @@ def test_other_wrappers_are_refused_by_name(wrap):
     assert "forward" not in vars(model)
 
 
-def test_numbers_for_a_logger():
-    _, handle = trained(micro=2, stats=True)
-    found = measurements(handle)
-    assert set(found) >= {"htv/first.weight/kept_fraction", "htv/last.bias/noise_scale"}
-    assert all(isinstance(value, float) for value in found.values())
+def told(**options):
+    """Train; return what was seen at the last step, and the numbers for a logger."""
+    seen, handle = trained(stats=True, **options)
+    return seen[-1], measurements(handle)
+
+
+def assert_told(found, rule=RULE, without=()):
+    assert not isinstance(found, str), found
+    (parameters, _), numbers = found
+    wanted = logged_of_vectors(rule, parameters, *vectors(ROWS, seed=1))
+    assert len(wanted) == 4 * len(parameters)
+    left_out = {name for name in wanted if name.endswith(tuple(without))}
+    assert set(numbers) == set(wanted) - left_out
+    assert_logged(numbers, {name: wanted[name] for name in numbers})
+
+
+@pytest.mark.parametrize("micro", [1, 4])
+@pytest.mark.parametrize("rule", [RULE, htv.Mean(), htv.MedianOfMeans(4)], ids=repr)
+def test_numbers_for_a_logger_are_of_the_whole_vote(micro, rule):
+    assert_told(told(micro=micro, rule=rule), rule)
 
 
 def test_one_voter_per_step_is_told_once():
@@ -150,9 +167,12 @@ def test_one_voter_per_step_is_told_once():
     assert len([w for w in told if "one group alone votes" in str(w.message)]) == 1
 
 
+def plugin_of_fsdp2():
+    return FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="no_wrap")
+
+
 def sharded(**options):
-    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="no_wrap")
-    return trained(plugin=plugin, **options)[0]
+    return trained(plugin=plugin_of_fsdp2(), **options)[0]
 
 
 def old_sharding():
@@ -176,6 +196,9 @@ JOBS = {
     "FSDP2": lambda: sharded(micro=4),
     "FSDP2 and clipping": lambda: sharded(micro=4, clip=0.01),
     "FSDP1": old_sharding,
+    "numbers": lambda: told(micro=4),
+    "numbers without votes": lambda: told(micro=4, rule=htv.Mean()),
+    "numbers of FSDP2": lambda: told(micro=4, plugin=plugin_of_fsdp2()),
     "each batch synchronised": lambda: two_ranks(micro=4, each=True),
 }
 
@@ -202,6 +225,17 @@ def test_two_processes_clip_what_was_voted(ranks, name):
 
 def test_two_processes_in_bf16(ranks):
     assert_votes(ranks[0]["bf16"], same=assert_close)
+
+
+@pytest.mark.parametrize("name", ["numbers", "numbers of FSDP2"])
+def test_numbers_for_a_logger_are_of_all_processes(ranks, name):
+    for found in ranks:
+        assert_told(found[name])
+
+
+def test_numbers_that_processes_do_not_exchange_are_left_out(ranks):
+    for found in ranks:
+        assert_told(found["numbers without votes"], htv.Mean(), without=["mean_agreement"])
 
 
 def test_old_sharding_is_refused_by_name(ranks):

@@ -14,6 +14,7 @@ NEEDS = {
     "torchrun_fsdp": (),
     "accelerate_loop": ("accelerate",),
     "hf_trainer": ("transformers", "accelerate"),
+    "trl_sft": ("trl", "transformers", "accelerate", "datasets"),
     "lightning_module": ("lightning",),
 }
 

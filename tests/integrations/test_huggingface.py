@@ -11,7 +11,17 @@ import pytest
 import torch
 
 import htv
-from support.trainers import answer, assert_close, assert_same, clipped, launch, vote, watch
+from support.trainers import (
+    answer,
+    assert_close,
+    assert_logged,
+    assert_same,
+    clipped,
+    launch,
+    logged,
+    vote,
+    watch,
+)
 
 pytest.importorskip("transformers", reason="needs transformers: hard-to-vary[trainers]")
 pytest.importorskip("accelerate", reason="needs accelerate: hard-to-vary[trainers]")
@@ -239,12 +249,33 @@ def test_the_model_is_plain_before_and_after():
     assert "backward" not in vars(trainer.accelerator)
 
 
-def test_how_far_examples_agree_is_logged():
-    options = batches(4, 4, logging_strategy="steps", logging_steps=1)
-    _, trainer = trained(attach={"stats": True}, **options)
-    logged = trainer.state.log_history[0]
-    names = {n.rpartition("/")[2] for n in logged if n.startswith("htv/transformer.wte.weight/")}
-    assert names == {"kept_fraction", "mean_agreement", "m_coherence", "noise_scale"}
+def told(**options):
+    """Train; return what was seen at the steps, and what was logged at them."""
+    logs = {"logging_strategy": "steps", "logging_steps": 1}
+    steps, trainer = trained(attach={"stats": True}, **logs, **options)
+    return steps, trainer.state.log_history
+
+
+def assert_told(found):
+    assert not isinstance(found, str), found
+    steps, history = found
+    for number, (parameters, _) in enumerate(steps):
+        model, batch = gpt2(), collate(rows()[number * ROWS : (number + 1) * ROWS])
+        model.load_state_dict(parameters, strict=False)
+        wanted = logged(RULE, model, lambda model, batch=batch: model(**batch).loss, KEYS)
+        names = {n.rpartition("/")[2] for n in wanted}
+        assert names == {"kept_fraction", "mean_agreement", "m_coherence", "noise_scale"}
+        assert_logged(history[number], wanted)
+
+
+@pytest.mark.parametrize("options", [batches(16, 1), batches(4, 4)], ids=["", "accumulation"])
+def test_how_far_examples_agree_is_logged(options):
+    assert_told(told(**options))
+
+
+def test_how_far_examples_of_two_processes_agree_is_logged(quick_ranks):
+    for found in quick_ranks:
+        assert_told(found["logged"])
 
 
 def test_optimizers_that_step_inside_backward_are_refused():
@@ -259,7 +290,11 @@ JOBS["resumed"] = lambda: resumed(**batches(2, 4))
 JOBS["bf16"] = lambda: at_steps(model=gpt2().float(), **batches(2, 4, bf16=True))
 
 
+JOBS["logged"] = lambda: told(**batches(2, 4))
+
+
 QUICK = ["accumulation and clipping", "reentrant checkpointing", "resumed"]
+SLOW = [name for name in JOBS if name not in (*QUICK, "logged")]
 
 
 def ranks(folder, names):
@@ -268,12 +303,12 @@ def ranks(folder, names):
 
 @pytest.fixture(scope="module")
 def quick_ranks(tmp_path_factory):
-    return ranks(tmp_path_factory.mktemp("quick"), QUICK)
+    return ranks(tmp_path_factory.mktemp("quick"), [*QUICK, "logged"])
 
 
 @pytest.fixture(scope="module")
 def slow_ranks(tmp_path_factory):
-    return ranks(tmp_path_factory.mktemp("slow"), [name for name in JOBS if name not in QUICK])
+    return ranks(tmp_path_factory.mktemp("slow"), SLOW)
 
 
 def assert_two_processes(found, name):
@@ -291,7 +326,7 @@ def test_two_processes(quick_ranks, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in JOBS if name not in QUICK])
+@pytest.mark.parametrize("name", SLOW)
 def test_two_processes_more(slow_ranks, name):
     assert_two_processes(slow_ranks, name)
 

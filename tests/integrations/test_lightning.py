@@ -14,10 +14,12 @@ from support.trainers import (
     Net,
     answer,
     assert_close,
+    assert_logged,
     assert_same,
     at_step,
     clipped,
     launch,
+    logged_of_vectors,
     vectors,
     vote_of_vectors,
 )
@@ -25,7 +27,7 @@ from support.trainers import (
 pytest.importorskip("lightning", reason="needs lightning: hard-to-vary[trainers]")
 
 import lightning  # noqa: E402
-from lightning.pytorch.loggers import CSVLogger  # noqa: E402
+from lightning.pytorch.loggers.logger import Logger  # noqa: E402
 from lightning.pytorch.strategies import ModelParallelStrategy  # noqa: E402
 from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
 
@@ -174,11 +176,40 @@ def test_one_voter_per_step_is_told_once():
     assert len([w for w in told if "one group alone votes" in str(w.message)]) == 1
 
 
-def test_how_far_examples_agree_is_logged(tmp_path):
-    fitted(micro=2, stats=True, logger=CSVLogger(tmp_path))
-    (metrics,) = tmp_path.rglob("metrics.csv")
-    names = metrics.read_text().splitlines()[0].split(",")
-    assert {"htv/net.first.weight/kept_fraction", "htv/net.last.bias/noise_scale"} <= set(names)
+class Kept(Logger):
+    """Keeps what is logged."""
+
+    name = version = ""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    def log_hyperparams(self, *_):
+        pass
+
+    def log_metrics(self, metrics, step):
+        self.rows.append(metrics)
+
+
+def told(**options):
+    """Fit; return what was seen at the steps, and what was logged."""
+    logger = Kept()
+    return fitted(stats=True, logger=logger, **options), logger.rows
+
+
+def assert_told(found):
+    """What is logged last is of the last step: all its micro-batches, all devices."""
+    assert not isinstance(found, str), found
+    seen, rows = found
+    rows = [row for row in rows if any(name.startswith("htv/") for name in row)]
+    wanted = logged_of_vectors(RULE, seen[-1][0], *vectors(ROWS))
+    assert_logged(rows[-1], {n.replace("htv/", "htv/net.", 1): v for n, v in wanted.items()})
+
+
+@pytest.mark.parametrize("options", [{}, {"micro": 4}, {"micro": 4, "manual": True}], ids=str)
+def test_how_far_examples_agree_is_logged(options):
+    assert_told(told(**options))
 
 
 def test_nothing_is_left_after_an_error():
@@ -219,6 +250,7 @@ JOBS = {
     "by hand, accumulation": ddp(micro=4, manual=True),
     "by hand, accumulation and clipping": ddp(micro=4, manual=True, clip=0.01),
     "bf16": ddp(micro=4, precision="bf16-mixed"),
+    "numbers": lambda: told(devices=2, strategy="ddp", micro=4),
     "FSDP2": fully_sharded(micro=4),
     "FSDP2 and clipping": fully_sharded(micro=4, clip=0.01),
 }
@@ -229,12 +261,16 @@ def ranks():
     return launch(__file__, ranks=2)
 
 
-@pytest.mark.parametrize("name", [n for n in JOBS if n != "bf16"])
+@pytest.mark.parametrize("name", [n for n in JOBS if n not in ("bf16", "numbers")])
 def test_two_devices(ranks, name):
     first, second = (found[name] for found in ranks)
     assert_votes(first, clip=0.01 if "clipping" in name else None)
     for one, other in zip(first, second, strict=True):
         assert all(torch.equal(g, other[1][n]) for n, g in one[1].items()), "ranks differ"
+
+
+def test_two_devices_are_logged_together(ranks):
+    assert_told(ranks[0]["numbers"])
 
 
 def test_two_devices_in_bf16(ranks):

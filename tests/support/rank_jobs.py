@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import htv
+from support.agreements import agreements, assert_agreements
 from support.rank_models import (
     EXAMPLES,
     aggregated,
@@ -51,18 +52,19 @@ def data_parallel(
     exclude: tuple[str, ...] = (),
     compiled: bool = False,
     steps: int = 2,
+    stats: bool = False,
     **settings: Any,
 ) -> dict:
-    """Train by DistributedDataParallel; return the last step's gradients."""
+    """Train by DistributedDataParallel; return the last step's gradients, or its `stats`."""
     net = made(model, dtype)
     if order == "before":
-        handle = htv.attach(net, rule, exclude=exclude)
+        handle = htv.attach(net, rule, exclude=exclude, stats=stats)
     settings = {"bucket_cap_mb": 0.004, **settings}  # several buckets
     wrapped = DistributedDataParallel(net, **settings)
     if order == "after":
-        handle = htv.attach(net, rule, exclude=exclude)
+        handle = htv.attach(net, rule, exclude=exclude, stats=stats)
     elif order == "wrapper":
-        handle = htv.attach(wrapped, rule, exclude=exclude)
+        handle = htv.attach(wrapped, rule, exclude=exclude, stats=stats)
     htv.distributed.ddp(wrapped, handle, hook=hook_of(hook), vote=vote)
     call = torch.compile(wrapped, backend="aot_eager") if compiled else wrapped
     x, y = shard(batch(model, dtype), rank, world, sizes)
@@ -74,7 +76,7 @@ def data_parallel(
                 loss = F.cross_entropy(call(part).double(), labels, reduction="sum")
                 (loss / len(x)).backward()
         handle.finish()
-    return gradients(net)
+    return handle.stats() if stats else gradients(net)
 
 
 def units_of(net: nn.Module, units: str) -> list[nn.Module]:
@@ -106,12 +108,13 @@ def fully_sharded(
     sizes: list[int] | None = None,
     dtype: torch.dtype = torch.float64,
     param_dtype: torch.dtype | None = None,
-    reduce_dtype: torch.dtype = torch.float32,
+    reduce_dtype: torch.dtype | None = None,
     exclude: tuple[str, ...] = (),
     steps: int = 2,
+    stats: bool = False,
     **settings: Any,
 ) -> dict:
-    """Train by FSDP2; return the last step's gradients, whole."""
+    """Train by FSDP2; return the last step's gradients, whole, or its `stats`."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
@@ -121,15 +124,16 @@ def fully_sharded(
         mesh = init_device_mesh("cpu", (world,))
     if settings.pop("columns", False):
         settings["shard_placement_fn"] = by_columns
-    if param_dtype is not None:
-        settings["mp_policy"] = MixedPrecisionPolicy(param_dtype, reduce_dtype=reduce_dtype)
+    if param_dtype is not None or reduce_dtype is not None:
+        reduced = torch.float32 if reduce_dtype is None else reduce_dtype
+        settings["mp_policy"] = MixedPrecisionPolicy(param_dtype, reduced)
     net, alone = made(model, dtype), {"recurse": False}
     if order == "before":
-        handle = htv.attach(net, rule, exclude=exclude)
+        handle = htv.attach(net, rule, exclude=exclude, stats=stats)
     for part in units_of(net, units):
         fully_shard(part, mesh=mesh, **settings)
     if order == "after":
-        handle = htv.attach(net, rule, exclude=exclude)
+        handle = htv.attach(net, rule, exclude=exclude, stats=stats)
     htv.distributed.fsdp(net, handle, vote=vote)
     x, y = shard(batch(model, dtype), rank, world, sizes)
     for _ in range(steps):
@@ -140,6 +144,52 @@ def fully_sharded(
                     getattr(unit, waits)(i == micro - 1, **({} if "last" in waits else alone))
             (F.cross_entropy(net(part).double(), labels, reduction="sum") / len(x)).backward()
         handle.finish()
+    return handle.stats() if stats else gradients(net)
+
+
+def stepped_in_backward(rank: int, world: int, rule: htv.Rule) -> dict:
+    """Take a step of learning rate 1 in hooks of FSDP2's backward; return what it took away."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    net = made()
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    for part in units_of(net, "layers and root"):
+        fully_shard(part, mesh=init_device_mesh("cpu", (world,)))
+    htv.distributed.fsdp(net, htv.attach(net, rule))
+
+    def take(p) -> None:
+        with torch.no_grad():
+            p.sub_(p.grad)
+
+    for p in net.parameters():
+        p.register_post_accumulate_grad_hook(take)
+    x, y = shard(batch(), rank, world)
+    F.cross_entropy(net(x), y).backward()
+    return {name: before[name] - _whole(p.detach()) for name, p in net.named_parameters()}
+
+
+class Skipping(nn.Module):
+    """Has two layers of one shape, of which a batch uses the first, the second, or both."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.use = nn.Linear(16, 5), nn.Linear(16, 5), "ab"
+
+    def forward(self, x):
+        return sum(getattr(self, name)(x) for name in self.use)
+
+
+def skipped(rank: int, world: int, rule: htv.Rule, uses: tuple[str, ...], vote: str) -> dict:
+    """Train a model whose ranks run the layers that `uses` says; return the gradients."""
+    net = Skipping().double()
+    handle = htv.attach(net, rule)
+    model = DistributedDataParallel(net, find_unused_parameters=True)
+    htv.distributed.ddp(model, handle, vote=vote)
+    net.use = uses[rank]
+    x, y = shard(batch(), rank, world)
+    F.cross_entropy(model(x), y).backward()
     return gradients(net)
 
 
@@ -155,10 +205,13 @@ def process_group(
     exclude: tuple[str, ...] = (),
     long: bool = False,
     steps: int = 2,
+    stats: bool = False,
 ) -> dict:
-    """Train with nothing but `attach(process_group=...)`; return the last step's gradients."""
+    """Train with nothing but `attach(process_group=...)`; return the last step's gradients, or its
+    `stats`.
+    """
     net = made(model, dtype)
-    handle = htv.attach(net, rule, exclude=exclude, process_group=dist.group.WORLD)
+    handle = htv.attach(net, rule, exclude=exclude, stats=stats, process_group=dist.group.WORLD)
     x, y = shard(batch(model, dtype), rank, world, sizes)
 
     def step() -> None:
@@ -171,11 +224,11 @@ def process_group(
             for _ in range(steps):
                 step()
                 handle.finish()
-            return gradients(net)
+            return handle.stats() if stats else gradients(net)
     for _ in range(steps):
         with handle.accumulate():
             step()
-    return gradients(net)
+    return handle.stats() if stats else gradients(net)
 
 
 def half_precision_alone(rank: int, world: int, rule: htv.Rule) -> dict:
@@ -218,6 +271,33 @@ def assert_trains(
     assert_one_vote(found, expected, tolerance)
 
 
+def assert_tells(
+    ranks: Ranks,
+    job,
+    world: int,
+    rule: htv.Rule,
+    *,
+    sizes: list[int] | None = None,
+    vote: str | None = None,
+    unknown: tuple[str, ...] = (),
+    tolerance: float = 1e-9,
+    **settings: Any,
+) -> None:
+    """Run a job as `assert_trains` does, and compare how far contributions agree on all ranks with
+    what one process tells of one batch.
+
+    unknown:  fields that must be NaN.
+    """
+    if vote is not None:
+        settings["vote"] = vote
+    found = ranks.run(partial(job, sizes=sizes, stats=True, **settings), world, rule)
+    sizes = [EXAMPLES // world] * world if sizes is None else sizes
+    contributed = contributions(settings.get("model", "net"), sizes)
+    voters = by_ranks(contributed, sizes) if vote == "ranks" else contributed
+    for told in found:
+        assert_agreements(told, agreements(voters, rule), unknown, tolerance)
+
+
 def pipelined(
     rank: int,
     world: int,
@@ -227,8 +307,11 @@ def pipelined(
     scale: bool = True,
     serve: bool = True,
     steps: int = 2,
+    stats: bool = False,
 ) -> dict:
-    """Train by a pipeline of two stages and three micro-batches; return this rank's gradients."""
+    """Train by a pipeline of two stages and three micro-batches; return this rank's gradients,
+    or its `stats`.
+    """
     from torch.distributed import pipelining
 
     net, (x, y) = made(), batch()
@@ -237,7 +320,7 @@ def pipelined(
         nn.Sequential(net.a, nn.ReLU(), net.n),
         nn.Sequential(net.b, nn.GELU(), net.c),
     )
-    handle = htv.attach(stages[rank], rule)
+    handle = htv.attach(stages[rank], rule, stats=stats)
     stage = pipelining.PipelineStage(stages[rank], rank, world, torch.device("cpu"))
     loss = partial(F.cross_entropy, reduction="mean" if scale else "sum")
     running = getattr(pipelining, schedule)(stage, 3, loss_fn=loss, scale_grads=scale)
@@ -246,6 +329,8 @@ def pipelined(
     for _ in range(steps):
         net.zero_grad()
         running.step(x) if rank == 0 else running.step(target=y)
+    if stats:
+        return handle.stats()
     mine = {name: p.grad for name, p in net.named_parameters()}
     return {name: mine[name] for name in mine if name[0] in (first, second)[rank]}
 
@@ -301,3 +386,74 @@ def resumed(rank: int, world: int, rule: htv.Rule, folder: str, save: bool) -> d
         )
     step()
     return {name: p.detach().clone() for name, p in net.named_parameters()}
+
+
+def looked_at(
+    rank: int, world: int, rule: htv.Rule, way: str, folder: str | None
+) -> tuple[dict, list[dict], dict]:
+    """Train three steps of two micro-batches, and between steps save a checkpoint, take the
+    state_dict and average the weights, if there is a folder for checkpoints.
+
+    way:  "ddp", "fsdp" or "accumulate".
+
+    Returns what is left: the parameters, the state_dict after every step, and the average.
+    """
+    import torch.distributed.checkpoint as checkpoints
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    model = net = made()
+    if way == "fsdp":
+        for part in units_of(net, "layers and root"):
+            fully_shard(part, mesh=init_device_mesh("cpu", (world,)))
+    group = dist.group.WORLD if way == "accumulate" else None
+    handle = htv.attach(net, rule, process_group=group)
+    if way == "ddp":
+        model = DistributedDataParallel(net)
+        htv.distributed.ddp(model, handle)
+    elif way == "fsdp":
+        htv.distributed.fsdp(net, handle)
+    average, states = {}, []
+    # FSDP2 lets nobody copy its modules.
+    averaging = (
+        None if way == "fsdp" else AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.75))
+    )
+
+    def look() -> None:
+        held, state = get_state_dict(model, optimizer)
+        checkpoints.save({"model": held, "optimizer": state}, checkpoint_id=folder)
+        states.append({k: _whole(v).clone() for k, v in net.state_dict().items()})
+        if averaging is None:
+            for name, p in net.named_parameters():
+                held = average.setdefault(name, p.detach().clone())
+                held.mul_(0.75).add_(p.detach(), alpha=0.25)
+        else:
+            averaging.update_parameters(model)
+
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
+    x, y = shard(batch(), rank, world)
+    with handle.accumulate() if way == "accumulate" else contextlib.nullcontext():
+        for _ in range(3):
+            for i, (part, labels) in enumerate(zip(x.chunk(2), y.chunk(2), strict=True)):
+                if way == "fsdp":
+                    net.set_requires_gradient_sync(i == 1)
+                waits = way == "ddp" and i == 0
+                with model.no_sync() if waits else contextlib.nullcontext():
+                    (F.cross_entropy(model(part), labels) / 2).backward()
+            handle.finish()
+            if folder is not None:
+                look()
+            optimizer.step()
+            if folder is not None:
+                look()
+            optimizer.zero_grad()
+    if averaging is not None:
+        average = dict(averaging.module.named_parameters())
+    found = {k: _whole(p.detach()).clone() for k, p in net.named_parameters()}
+    return found, states, {k.removeprefix("module."): _whole(p) for k, p in average.items()}
+
+
+def _whole(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach()

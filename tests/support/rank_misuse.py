@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import os
 import weakref
@@ -14,15 +15,16 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import htv
+from support.rank_jobs import Skipping, skipped
 from support.rank_models import aggregated, batch, gradients, made, shard
 
 AND = htv.AndMask(0.4)
 
 
-def wrapped(rule=AND, serve=True, vote="examples", **settings):
+def wrapped(rule=AND, serve=True, vote="examples", stats=False, **settings):
     """Return (DistributedDataParallel, handle) of a fresh model."""
     net = made()
-    handle = htv.attach(net, rule)
+    handle = htv.attach(net, rule, stats=stats)
     model = DistributedDataParallel(net, **settings)
     if serve:
         htv.distributed.ddp(model, handle, vote=vote)
@@ -47,11 +49,49 @@ def different_models(rank, world):
     htv.attach(net, AND, process_group=dist.group.WORLD)
 
 
+def second_wrapper(rank, world):
+    model, _ = wrapped()
+    step(DistributedDataParallel(model.module), rank, world)
+
+
+def second_wrapper_of_more(rank, world):
+    model, _ = wrapped()
+    more = nn.Sequential(model.module, nn.Linear(5, 5).double())
+    step(DistributedDataParallel(more), rank, world)
+
+
+def wrapper_in_wrapper(rank, world):
+    """torch lets it pass; the outer one would put the plain average into .grad."""
+    model, _ = wrapped()
+    step(DistributedDataParallel(model), rank, world)
+
+
+def second_wrapper_asked(rank, world):
+    model, handle = wrapped()
+    htv.distributed.ddp(DistributedDataParallel(model.module), handle)
+
+
+def second_wrapper_after_detach(rank, world):
+    """What the refusals say is to be done; return the gradients."""
+    model, handle = wrapped()
+    step(model, rank, world)
+    second = DistributedDataParallel(model.module)
+    handle.detach()
+    htv.distributed.ddp(second, htv.attach(model.module, AND))
+    second.zero_grad()
+    step(second, rank, world)
+    return gradients(second)
+
+
 def different_votes(rank, world):
     net = made()
     handle = htv.attach(net, AND)
     model = DistributedDataParallel(net)
     htv.distributed.ddp(model, handle, vote="examples" if rank == 0 else "ranks")
+
+
+def different_stats(rank, world):
+    wrapped(stats=rank == 0)
 
 
 def around_the_wrapper(rank, world):
@@ -84,6 +124,51 @@ def stepping_in_backward_later(rank, world):
     model, _ = wrapped()
     model.module.c.weight.register_post_accumulate_grad_hook(lambda p: None)
     step(model, rank, world)
+
+
+def _optimized_in_backward(rank, world, when, exclude=(), vote="examples"):
+    from torch.distributed.optim import _apply_optimizer_in_backward
+
+    net, times = made(), iter(("before wrapping", "before", "after", "after a step"))
+
+    def now():
+        if next(times) == when:
+            _apply_optimizer_in_backward(torch.optim.SGD, net.c.parameters(), {"lr": 0.1})
+
+    handle = htv.attach(net, AND, exclude=exclude)
+    now()
+    model = DistributedDataParallel(net)
+    now()
+    htv.distributed.ddp(model, handle, vote=vote)
+    now()
+    for _ in range(2):
+        model.zero_grad()
+        step(model, rank, world)
+        now()
+
+
+def optimizer_in_backward_before_wrapping(rank, world):
+    _optimized_in_backward(rank, world, "before wrapping")
+
+
+def optimizer_in_backward_before(rank, world):
+    _optimized_in_backward(rank, world, "before")
+
+
+def optimizer_in_backward_before_local(rank, world):
+    _optimized_in_backward(rank, world, "before", vote="local")
+
+
+def optimizer_in_backward_after(rank, world):
+    _optimized_in_backward(rank, world, "after")
+
+
+def optimizer_in_backward_after_a_step(rank, world):
+    _optimized_in_backward(rank, world, "after a step")
+
+
+def optimizer_in_backward_of_excluded(rank, world):
+    _optimized_in_backward(rank, world, "before", exclude="c")
 
 
 def not_zeroed(rank, world):
@@ -149,14 +234,6 @@ def micro_batches_of_unequal_size(rank, world):
     _of_parts(rank, world, htv.MedianOfMeans(2 * world), [3 - rank, 3 + rank])
 
 
-def _of_group(rank, world, rule, micro):
-    net = made()
-    handle = htv.attach(net, rule, process_group=dist.group.WORLD)
-    with handle.accumulate():
-        for _ in range(micro):
-            step(net, rank, world)
-
-
 def after_a_block_that_raised(rank, world, rule):
     """Return the gradients of a block behind one that failed when it had counted fewer voters."""
     net = made()
@@ -167,10 +244,6 @@ def after_a_block_that_raised(rank, world, rule):
     with handle.accumulate():
         step(net, rank, world)
     return gradients(net)
-
-
-def order_rule_of_several_backwards(rank, world):
-    _of_group(rank, world, htv.Median(), 2)
 
 
 def votes_after_the_count(rank, world):
@@ -203,6 +276,25 @@ def order_rule_of_many_rows(rank, world):
     model = DistributedDataParallel(net)
     htv.distributed.ddp(model, handle)
     model(torch.randn(2000, 40)).square().sum().backward()
+
+
+def _group_of_micro_batches(rank, world, rules, uses):
+    """Two backwards in one block, of a model that runs the layers that `uses` says."""
+    net = Skipping().double()
+    handle = htv.attach(net, lambda name, _: rules[name[0]], process_group=dist.group.WORLD)
+    with handle.accumulate():
+        for net.use in uses:
+            step(net, rank, world)
+
+
+def group_of_order_rules(rank, world):
+    median = htv.Median()
+    _group_of_micro_batches(rank, world, {"a": median, "b": median}, ("ab", "ab"))
+
+
+def group_of_order_rules_first(rank, world):
+    """What was exchanged in the first backward misses the voters of the second."""
+    _group_of_micro_batches(rank, world, {"a": htv.Median(), "b": AND}, ("ab", "b"))
 
 
 class Own(htv.Rule):
@@ -382,6 +474,20 @@ def after_detach(rank, world):
     return plain, gradients(model.module)
 
 
+def copied_wrapper(rank, world):
+    """Return the gradients of a copy, which is not attached, and those once it votes as well."""
+    model, _ = wrapped()
+    step(model, rank, world)
+    model.zero_grad()
+    other = copy.deepcopy(model)
+    step(other, rank, world)
+    plain = gradients(other)
+    other.zero_grad()
+    htv.distributed.ddp(other, htv.attach(other.module, AND))
+    step(other, rank, world)
+    return plain, gradients(other)
+
+
 def groups_on_one_rank_each(rank, world, rule=AND):
     model, handle = wrapped(rule)
     ids = torch.tensor([0, 0, 1, 1, 2, 2]) + 10 * rank
@@ -419,16 +525,18 @@ def forgotten(rank, world):
     return [reference() is None for reference in left]
 
 
-def joined(rank, world):
-    """Rank 1 runs out of examples after one step; return rank 0's gradients of the second."""
-    model, _ = wrapped(bucket_cap_mb=0.004)
+def joined(rank, world, stats=False):
+    """Rank 1 runs out of examples after one step; return rank 0's gradients of the second, or what
+    all ranks tell of it.
+    """
+    model, handle = wrapped(bucket_cap_mb=0.004, stats=stats)
     found = None
     with model.join():
         for _ in range(2 - rank):
             model.zero_grad()
             step(model, rank, world)
             found = gradients(model.module)
-    return found
+    return handle.stats() if stats else found
 
 
 # ---- what torch itself would let through, with gradients that are no vote ----
@@ -459,6 +567,22 @@ def forward_alone_in_no_sync(rank, world):
     with model.no_sync():
         loss = F.cross_entropy(model(x), y)
     loss.backward()
+
+
+def evaluated_with_gradients(rank, world):
+    """A forward that no backward follows, and then a micro-batch."""
+    model, _ = wrapped()
+    model(shard(batch(), rank, world)[0])
+    with model.no_sync():
+        step(model, rank, world)
+
+
+def backward_alone_in_no_sync(rank, world):
+    model, _ = wrapped()
+    x, y = shard(batch(), rank, world)
+    loss = F.cross_entropy(model(x), y)
+    with model.no_sync():
+        loss.backward()
 
 
 def unfrozen_after_wrapping(rank, world):
@@ -503,24 +627,12 @@ def dropped_before_its_backward(rank, world):
         other.backward()
 
 
-class Skipping(nn.Module):
-    """Has two layers of one shape, of which a batch uses the first, the second, or both."""
-
-    def __init__(self):
-        super().__init__()
-        self.a, self.b, self.use = nn.Linear(16, 5), nn.Linear(16, 5), "ab"
-
-    def forward(self, x):
-        return sum(getattr(self, name)(x) for name in self.use)
-
-
 def layer_left_out_once(rank, world, rule, uses):
     """One of two micro-batches does not reach layer b; return the gradients, and those of one
     process.
 
     uses:  the layers that each reaches.
     """
-    torch.manual_seed(0)
     net = Skipping().double()
     handle = htv.attach(net, rule)
     model = DistributedDataParallel(net, find_unused_parameters=True)
@@ -547,7 +659,6 @@ def _reduced_one_by_one(rank, world, units, uses, zero=None):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    torch.manual_seed(0)
     net, mesh = Skipping().double(), init_device_mesh("cpu", (world,))
     for part in [net.a, net.b, net] if units else [net]:
         fully_shard(part, mesh=mesh)
@@ -577,14 +688,87 @@ def shards_zeroed(rank, world):
     _reduced_one_by_one(rank, world, True, ("ab", "ab"), zero=False)
 
 
-def _changed_after_fsdp(rank, world, change):
+def sharded(world, parts=("",), exclude=()):
+    """Return a fresh model, of which these parts were sharded, with votes of all ranks."""
+    net = made()
+    shard_parts(net, world, parts)
+    htv.distributed.fsdp(net, htv.attach(net, AND, exclude=exclude))
+    return net
+
+
+def shard_parts(net, world, parts):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    net = fully_shard(made(), mesh=init_device_mesh("cpu", (world,)))
-    handle = htv.attach(net, AND)
-    htv.distributed.fsdp(net, handle)
+    for part in parts:
+        fully_shard(net.get_submodule(part), mesh=init_device_mesh("cpu", (world,)))
+
+
+def _changed_after_fsdp(rank, world, change):
+    net = sharded(world)
     change(net)
+    step(net, rank, world)
+
+
+def part_sharded_late(rank, world):
+    net = sharded(world, parts="anb", exclude="c")
+    shard_parts(net, world, "c")
+    step(net, rank, world)
+
+
+def root_sharded_late(rank, world):
+    net = sharded(world, parts="anbc")
+    shard_parts(net, world, [""])
+    step(net, rank, world)
+
+
+def _caught(net, part, rank, world):
+    """Run a backward that fails where the gradient of a part's output comes, in the user's code."""
+    going_wrong = [True]
+
+    def fail(grad):
+        if going_wrong:
+            raise ZeroDivisionError
+
+    def watch(module, inputs, output):
+        output.register_hook(fail)
+
+    with net.get_submodule(part).register_forward_hook(watch):
+        try:
+            step(net, rank, world)
+        except ZeroDivisionError:
+            going_wrong.clear()
+    assert not going_wrong
+
+
+def wrapped_and_failed(rank, world):
+    model, _ = wrapped()
+    _caught(model, "module.b", rank, world)
+    model.zero_grad()
+    step(model, rank, world)
+
+
+def sharded_and_failed(rank, world, part="b", parts=("a", "n", "b", "c", "")):
+    net = sharded(world, parts)
+    _caught(net, part, rank, world)
+    net.zero_grad()
+    step(net, rank, world)
+
+
+def sharded_and_failed_first(rank, world):
+    """Before anything came: FSDP2 leaves the gradients of the next backward apart, silently."""
+    sharded_and_failed(rank, world, "")
+
+
+def sharded_whole_and_failed(rank, world):
+    sharded_and_failed(rank, world, "b", [""])
+
+
+def sharded_and_failed_in_micro_batch(rank, world):
+    net = sharded(world)
+    net.set_requires_gradient_sync(False)
+    _caught(net, "b", rank, world)
+    net.set_requires_gradient_sync(True)
     step(net, rank, world)
 
 
@@ -602,6 +786,11 @@ def group_not_zeroed(rank, world):
     for _ in range(2):
         with handle.accumulate():
             step(net, rank, world)
+
+
+def layer_skipped_on_one_rank(rank, world):
+    """Order rules over examples meet layer by layer: here at layers that differ."""
+    skipped(rank, world, htv.Median(), ("ab", "a"), "examples")
 
 
 class TwoHeads(nn.Module):

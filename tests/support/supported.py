@@ -208,7 +208,17 @@ TRAINING: list[Row] = [
      "step",
      EXACT,
      "training: test_nothing_of_a_failed_step_reaches_the_next"),
-    ("handle.stats()", EXACT, "attach: test_stats"),
+    (
+        "handle.stats(), over micro-batches and ranks",
+        EXACT,
+        "attach: test_stats; accumulation: test_how_far_all_micro_batches_agree; "
+        "distributed/agreement: test_rules_that_send_votes",
+    ),
+    (
+        "state_dict(), checkpoints and averages of weights between the steps of many ranks",
+        EXACT,
+        "distributed/between_steps: test_what_is_looked_at_between_steps",
+    ),
 ]  # fmt: skip
 BATCH_NORM: list[Row] = [
     ("in eval mode", EXACT, "layers: test_layer"),

@@ -12,9 +12,12 @@ import traceback
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
+import htv
 import support.torchvision_operators  # noqa: F401, before any trainer is imported
+from htv.integrations.voting import measurements
 from support import oracles
 
 TESTS = Path(__file__).parents[1]
@@ -47,6 +50,23 @@ def vote(rule, model, losses, plain=()):
             aggregate = len(each) * np.asarray(oracles.stat(rule, each))
             result[name] = torch.from_numpy(aggregate).reshape(parts[0].shape)
     return result
+
+
+def logged(rule, model, loss, exclude=()):
+    """Return the numbers for a logger of one process that has all examples in one batch.
+
+    loss:  of all, a function of the model.
+    """
+    with htv.attach(model, rule, exclude=exclude, stats=True) as handle:
+        loss(model).backward()
+        return measurements(handle)
+
+
+def assert_logged(found, expected):
+    """Compare numbers for a logger, of which `found` may have others."""
+    assert expected and set(expected) <= set(found)
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, rel=1e-6, nan_ok=True), name
 
 
 def clipped(grads, norm):
@@ -173,6 +193,13 @@ def vectors(count, inputs=8, classes=5, seed=1):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(count, inputs, generator=generator, dtype=torch.float64)
     return x, torch.randint(0, classes, (count,), generator=generator)
+
+
+def logged_of_vectors(rule, parameters, x, y):
+    """Return the numbers for a logger of one classification of all examples."""
+    model = Net().double()
+    model.load_state_dict({n: p.double() for n, p in parameters.items()})
+    return logged(rule, model, lambda m: torch.nn.functional.cross_entropy(m(x), y))
 
 
 def vote_of_vectors(rule, parameters, x, y):
