@@ -1,5 +1,6 @@
 """Every test starts from the same random state, and none is judged by how long it takes."""
 
+import gc
 import os
 
 import hypothesis
@@ -27,6 +28,12 @@ LONGEST = (
 def pytest_collection_modifyitems(items):
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))  # stable
+
+
+def pytest_collection_finish(session):
+    """What was imported and collected stays: Python need not look through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

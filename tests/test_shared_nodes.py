@@ -7,7 +7,7 @@ from torch import nn
 import htv
 from htv.engine import parameter
 from htv.engine.usual import compiled
-from htv.ops import aggregate
+from htv.ops import aggregate, backend
 from htv.ops.factors import LinearFactors, StackedFactors
 from support.oracles import RULES, by_name
 
@@ -48,6 +48,15 @@ VECTORS = [
 ]
 
 
+def is_same(one, other):
+    """To the bit by the compiled kernels; the definition's order of sums depends on how many
+    coordinates stand side by side.
+    """
+    if backend.NOT_BUILT is None:
+        return torch.equal(one, other)
+    return torch.allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
 def both(outputs):
     return sum(y.square().sum() for y in outputs)
 
@@ -84,7 +93,7 @@ def assert_same_gradients(model, expected):
     for name, p in model.named_parameters():
         grad = expected.get(name)
         assert (p.grad is None) == (grad is None), name
-        assert grad is None or torch.equal(p.grad, grad), name
+        assert grad is None or is_same(p.grad, grad), name
 
 
 @pytest.mark.parametrize("rule", RULES, **by_name)
@@ -190,7 +199,7 @@ def test_autograd_grad_of_one_member(model):
     with htv.attach(model, htv.Median()):
         loss = both(model(X))
         (grad,) = torch.autograd.grad(loss, [model.a[0].bias], retain_graph=True)
-        assert torch.equal(grad, expected["a.0.bias"])
+        assert is_same(grad, expected["a.0.bias"])
         assert all(p.grad is None for p in model.parameters())
         loss.backward(inputs=[model.a[0].weight, model.b[1].weight], retain_graph=True)
         given = {"a.0.weight", "b.1.weight"}
@@ -282,7 +291,7 @@ def test_aggregate_together(rule):
         found = aggregate.aggregate_together(batches, rule)
         for parts, grad in zip(batches, found, strict=True):
             expected = aggregate.aggregate(parts, rule)
-            assert grad.shape == expected.shape and torch.equal(grad, expected)
+            assert grad.shape == expected.shape and is_same(grad, expected)
 
 
 class Moving(nn.Module):
@@ -315,7 +324,7 @@ def test_a_member_that_is_moved_after_its_node_was_made(layer, rows):
             m(x).square().sum().backward()
         found.append([p.grad for p in m.parameters()])
     for a, b in zip(*found, strict=True):
-        assert a.dtype == b.dtype and torch.equal(a, b)
+        assert a.dtype == b.dtype and is_same(a, b)
 
 
 def test_each_use_sees_the_values_of_its_time():
