@@ -116,8 +116,7 @@ void multiply(const VotesTask& task, const VotesTile& tile, const Tensor& like) 
       view(task.sums, tile.out_begin * task.in + tile.in_begin, height, width, task.in, 1);
   std::array<StableIValue, 3> stack{torch::stable::detail::from(g), torch::stable::detail::from(x),
                                     torch::stable::detail::from(sums)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);  // `sums` once more
 }
 
