@@ -322,6 +322,16 @@ def test_the_number_of_threads_changes_no_bit(lengths, product):
             assert torch.equal(value, results[0][0]) and mask_sum == results[0][1], statistic
 
 
+def test_autocast_rounds_nothing(product):
+    """The product is torch's, but not the one that autocast would take."""
+    x, g = torch.randn(300, 600), torch.randn(300, 700)
+    offsets, statistic = torch.arange(301), Statistic("and_mask", 30)
+    expected = cpp(x, g, offsets, statistic)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(cpp(x, g, offsets, statistic)[0], expected)
+    torch.testing.assert_close(expected, (g.T @ x).where(expected != 0, 0), rtol=1e-4, atol=1e-4)
+
+
 X, G, OFFSETS = torch.ones(4, 3), torch.ones(4, 2), torch.arange(5)
 
 
