@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from htv.autograd.tally import state_of
@@ -22,6 +23,15 @@ from htv.engine.parameter import TrackedParameter
 from htv.errors import UnsupportedError
 
 __all__ = ["ddp"]
+
+# Hooks that begin one collective, when they are called. Others may begin more of them later, and
+# ranks would begin these and what tells the masks in different orders.
+_OF_ONE_COLLECTIVE = (
+    None,
+    default_hooks.allreduce_hook,
+    default_hooks.bf16_compress_hook,
+    default_hooks.fp16_compress_hook,
+)
 
 Hook = Callable[[object, dist.GradBucket], torch.futures.Future[Tensor]]
 
@@ -312,6 +322,9 @@ class DataParallelVotes(RankVotes):
             self._to_meet, self._armed = None, False
             self.met(None)
         return reduced
+
+    def masks_suffice(self, fields: Sequence[Field]) -> bool:
+        return self._inner in _OF_ONE_COLLECTIVE and super().masks_suffice(fields)
 
     def _sums(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         return _averaged(self._inner, self._state, self.model, bucket)

@@ -12,6 +12,7 @@ from support.quick import STREAMING_RULES, quick
 from support.rank_jobs import (
     Skipping,
     assert_trains,
+    by_power_sgd,
     data_parallel,
     optimized_by_shards,
     resumed,
@@ -126,6 +127,15 @@ def test_votes_are_exact_where_sums_are_compressed(ranks):
     assert_trains(
         ranks, data_parallel, 2, AND, hook="bf16_compress_hook", dtype=torch.float32, tolerance=0.02
     )
+
+
+def test_a_hook_that_begins_more_collectives_later(ranks):
+    """PowerSGD's, whose sums are of low rank: the mask is that of exact contributions."""
+    found = ranks.run(by_power_sgd, 3, AND)
+    expected = aggregated(contributions("net", [4, 4, 4]), AND)
+    for name, grad in expected.items():
+        assert torch.equal(found[0][name] == 0, grad == 0), name
+        assert all(torch.equal(found[0][name], other[name]) for other in found[1:])
 
 
 def test_votes_of_one_rank_alone_are_said_aloud(ranks):

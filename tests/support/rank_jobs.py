@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from functools import partial
 from typing import Any
 
@@ -30,10 +31,15 @@ from support.ranks import Ranks
 
 def hook_of(name: str | None):
     """Return a communication hook by its name, as `htv.distributed.ddp` takes it."""
-    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 
     if name is None:
         return None
+    if name == "powerSGD_hook":
+        state = powerSGD_hook.PowerSGDState(
+            None, start_powerSGD_iter=2, min_compression_rate=1.1, use_error_feedback=False
+        )
+        return state, powerSGD_hook.powerSGD_hook
     return dist.group.WORLD, getattr(default_hooks, name)
 
 
@@ -457,3 +463,16 @@ def looked_at(
 
 def _whole(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach()
+
+
+def by_power_sgd(rank: int, world: int, rule: htv.Rule) -> dict:
+    """Train with sums in matrices of low rank, ranks out of step; return the last gradients."""
+    net = made()
+    wrapped = DistributedDataParallel(net)
+    htv.distributed.ddp(wrapped, htv.attach(net, rule), hook=hook_of("powerSGD_hook"))
+    x, y = shard(batch(), rank, world)
+    for number in range(6):
+        wrapped.zero_grad()
+        time.sleep(0.02 * ((rank + number) % world))
+        F.cross_entropy(wrapped(x), y).backward()
+    return gradients(net)
