@@ -132,7 +132,7 @@ def test_votes_are_exact_where_sums_are_compressed(ranks):
 def test_a_hook_that_begins_more_collectives_later(ranks):
     """PowerSGD's, whose sums are of low rank: the mask is that of exact contributions."""
     found = ranks.run(by_power_sgd, 3, AND)
-    expected = aggregated(contributions("net", [4, 4, 4]), AND)
+    expected = aggregated(contributions("matrices", [4, 4, 4]), AND)
     for name, grad in expected.items():
         assert torch.equal(found[0][name] == 0, grad == 0), name
         assert all(torch.equal(found[0][name], other[name]) for other in found[1:])

@@ -36,9 +36,7 @@ def hook_of(name: str | None):
     if name is None:
         return None
     if name == "powerSGD_hook":
-        state = powerSGD_hook.PowerSGDState(
-            None, start_powerSGD_iter=2, min_compression_rate=1.1, use_error_feedback=False
-        )
+        state = powerSGD_hook.PowerSGDState(None, start_powerSGD_iter=2, min_compression_rate=1.1)
         return state, powerSGD_hook.powerSGD_hook
     return dist.group.WORLD, getattr(default_hooks, name)
 
@@ -467,11 +465,11 @@ def _whole(tensor):
 
 def by_power_sgd(rank: int, world: int, rule: htv.Rule) -> dict:
     """Train with sums in matrices of low rank, ranks out of step; return the last gradients."""
-    net = made()
+    net = made("matrices")
     wrapped = DistributedDataParallel(net)
     htv.distributed.ddp(wrapped, htv.attach(net, rule), hook=hook_of("powerSGD_hook"))
     x, y = shard(batch(), rank, world)
-    for number in range(6):
+    for number in range(12):
         wrapped.zero_grad()
         time.sleep(0.02 * ((rank + number) % world))
         F.cross_entropy(wrapped(x), y).backward()

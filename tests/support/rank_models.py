@@ -75,7 +75,13 @@ def _frozen() -> Net:
     return net
 
 
+def matrices() -> nn.Module:
+    """Return a model whose gradients have a low rank worth sending."""
+    return nn.Sequential(nn.Linear(FEATURES, 64), nn.Tanh(), nn.Linear(64, CLASSES))
+
+
 MODELS = {
+    "matrices": matrices,
     "net": Net,
     "checkpointed": lambda: Checkpointed(use_reentrant=False),
     "checkpointed, reentrant": lambda: Checkpointed(use_reentrant=True),
