@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -14,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from htv.autograd.tally import state_of
 from htv.distributed import bucket_means, reduction
+from htv.distributed import data_parallel_refusals as refusals
 from htv.distributed.bucket_means import RankedField
 from htv.distributed.mask_exchange import MaskedBuckets
 from htv.distributed.rank_votes import LocalVotes, RankVotes, session_of
@@ -93,8 +93,8 @@ def ddp(
     state, inner = hook if isinstance(hook, tuple) else (None, hook)
     if inner is not None and not callable(inner):
         raise TypeError(f"hook must be a communication hook or (state, hook), got {hook!r}")
-    _refuse_hidden_gradients(model, session)
-    _refuse_early_steps(session)
+    refusals.refuse_hidden_gradients(model, session)
+    refusals.refuse_early_steps(session)
     registered = _registered.get(model)
     others = [state for _, state in model._comm_hooks if not isinstance(state, _Registered)]
     if registered is None and model.logger is not None and others:
@@ -103,7 +103,7 @@ def ddp(
             "Remedy: htv.distributed.ddp(model, handle, hook=(state, that_hook)) in its place"
         )
     if vote != "local":
-        _refuse_early_hooks(session)
+        refusals.refuse_early_hooks(session)
     if session.joint.of_ranks is not None:
         raise RuntimeError(
             "the handle's examples vote over ranks already: call this once, for one "
@@ -231,7 +231,7 @@ class DataParallelVotes(RankVotes):
         bring the same gradients together: its average of plain sums would take the aggregate's
         place.
         """
-        for other in _called_now():
+        for other in refusals.called_now():
             if other is self.model:
                 continue
             if any(id(p) in self._by_id for p in other._module_parameters):
@@ -245,8 +245,8 @@ class DataParallelVotes(RankVotes):
 
     def _refuse_early(self) -> None:
         """Raise where something takes gradients before the ranks have met."""
-        _refuse_early_steps(self.session)
-        _refuse_early_hooks(self.session)
+        refusals.refuse_early_steps(self.session)
+        refusals.refuse_early_hooks(self.session)
 
     def pass_ended(self) -> None:
         self.remember_sums()
@@ -457,64 +457,3 @@ def _writer(gradient: Tensor, field: Field) -> Callable[[Tensor, Tensor], None]:
 
 def _tensor_of(value: Tensor | list[Tensor]) -> Tensor:
     return value[0] if isinstance(value, (list, tuple)) else value
-
-
-def _called_now() -> Iterator[DistributedDataParallel]:
-    """Yield those whose forward is under way in this thread."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code is DistributedDataParallel.forward.__code__:
-            yield frame.f_locals["self"]
-        frame = frame.f_back
-
-
-def _refuse_early_steps(session) -> None:
-    """Raise where an optimizer steps in backward by `_apply_optimizer_in_backward`."""
-    served = [tracked.parameter for tracked in session.tracked()]
-    for parameter in [*served, *session.unserved_parameters()]:
-        if "_in_backward_optimizers" in vars(parameter):
-            name = next(n for n, p in session.model.named_parameters() if p is parameter)
-            raise UnsupportedError(
-                f"parameter {name!r} has an optimizer that steps in backward "
-                "(_apply_optimizer_in_backward): with the plain sum of this rank, before the ranks "
-                "have met. DistributedDataParallel makes it wait by the communication hook that "
-                "counts votes here, and takes one only. Remedy: a model to which it was not "
-                "applied, and an optimizer that steps after backward; or FSDP2, whose "
-                "register_post_accumulate_grad_hook sees the aggregate"
-            )
-
-
-def _refuse_early_hooks(session) -> None:
-    """Raise where a hook would take a gradient before the ranks have met: an optimizer's step in
-    backward, say.
-    """
-    for tracked in session.tracked():
-        if tracked.parameter._post_accumulate_grad_hooks:
-            raise UnsupportedError(
-                f"parameter {tracked.name!r} has a hook of register_post_accumulate_grad_hook (an "
-                "optimizer that steps in backward?), which DistributedDataParallel calls before "
-                "the ranks have met: it would see the plain sum of this rank. Remedy: step after "
-                "backward, or FSDP2, whose hooks see the aggregate"
-            )
-
-
-def _refuse_hidden_gradients(model: DistributedDataParallel, session) -> None:
-    """Raise where some served parameters' gradients never come by the hook."""
-    if getattr(model, "mixed_precision", None) is not None:
-        raise UnsupportedError(
-            "DistributedDataParallel(mixed_precision=...) trains copies of the parameters, which "
-            "the attached model does not know. Remedy: torch.autocast, or a model in bfloat16"
-        )
-    reduced = {
-        id(p)
-        for name, p in model.module.named_parameters()
-        if name not in model.parameters_to_ignore
-    }
-    reduced -= {id(p) for p in getattr(model, "_delay_all_reduce_params", ())}
-    for tracked in session.tracked():
-        if tracked.parameter.requires_grad and id(tracked.parameter) not in reduced:
-            raise UnsupportedError(
-                f"parameter {tracked.name!r} is served, but DistributedDataParallel does not "
-                "reduce its gradient: it is not part of the wrapped model, or ignored, or its "
-                f"reduction is delayed. Remedy: exclude={tracked.name!r}, or wrap it"
-            )

@@ -268,10 +268,15 @@ class LocalVotes:
 
 def session_of(handle: object) -> Session:
     """Return the session of a handle. Raises TypeError for anything else, RuntimeError once it is
-    detached.
+    detached, or in the middle of `accumulate()`, whose end would drop what ranks gather.
     """
     session = getattr(handle, "_session", None)
     if not isinstance(session, Session):
         raise TypeError(f"handle must be what htv.attach returned, got {type(handle).__name__}")
     session.require_attached("htv.distributed")
+    if session.joint.accumulates:
+        raise RuntimeError(
+            "htv.distributed inside handle.accumulate(): the block would end what the ranks "
+            "gather. Remedy: call it once, before training, outside of any block"
+        )
     return session

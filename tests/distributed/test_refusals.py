@@ -32,6 +32,7 @@ REFUSED = {
     "second_wrapper_of_more": "another DistributedDataParallel was called around",
     "wrapper_in_wrapper": "another DistributedDataParallel was called around.*that one alone",
     "second_wrapper_asked": r"call this once, for one.*handle.detach\(\), then htv.attach and",
+    "served_inside_accumulate": r"inside handle.accumulate\(\).*before training, outside",
     "not_zeroed": r"\.grad of 'c.*' holds the aggregate of an earlier step.*zero_grad",
     "accumulated": r"accumulate\(\) where ranks vote together.*no_sync",
     "tokens": r"cannot be joined with tokens\(\)",

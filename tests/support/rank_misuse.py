@@ -171,6 +171,15 @@ def optimizer_in_backward_of_excluded(rank, world):
     _optimized_in_backward(rank, world, "before", exclude="c")
 
 
+def served_inside_accumulate(rank, world):
+    """One rank alone may accumulate before it is told of the others."""
+    net = nn.Linear(4, 2)
+    handle = htv.attach(net, AND, process_group=dist.group.WORLD)
+    model = DistributedDataParallel(net)
+    with handle.accumulate():
+        htv.distributed.ddp(model, handle)
+
+
 def not_zeroed(rank, world):
     model, _ = wrapped()
     step(model, rank, world)
