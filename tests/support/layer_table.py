@@ -419,6 +419,15 @@ def reused_in_checkpoint(self, x):
     return self.layer(torch.tanh(checkpoint(self.layer, x, use_reentrant=False))) * self.layer.bias
 
 
+# -- bags ------------------------------------------------------------------------------------------
+
+
+def flat_bags(self, x):
+    """Two bags of every example, of two and three ids, in one list with offsets."""
+    starts = torch.arange(len(x)) * 5
+    return self.e(x.flatten(), torch.stack([starts, starts + 2], 1).flatten()).view(len(x), -1)
+
+
 # -- where the batch goes --------------------------------------------------------------------------
 
 
@@ -566,6 +575,13 @@ TABLE: dict[str, dict[str, Builder]] = {
             ),
             (ids(9, 5), examples(5)),
         ),
+        **{
+            f"embedding bag {mode} by offsets": lambda mode=mode: (
+                Module(flat_bags, e=nn.EmbeddingBag(6, 3, mode=mode, padding_idx=1)),
+                ids(6, 5),
+            )
+            for mode in ("sum", "mean", "max")
+        },
         "rows picked from a parameter": lambda: (
             Module(lambda m, x: m.t[x], t=torch.randn(20, 3, 2)),
             ids(20, 4),

@@ -83,6 +83,15 @@ WHO_VOTES: list[Row] = [
      "unseen: test_a_function_of_parameters_alone_is_a_computed_weight"),
     ("similarities of all examples returned beside what the loss uses", EXACT,
      "unseen: test_a_pair_of_towers_whose_similarities_no_loss_uses"),
+    ("bags given by offsets, of any length: as the batch, of packed() ids, beside other features",
+     EXACT,
+     "bags: test_bags_that_the_offsets_say, test_bags_that_packed_says, test_weights_of_ids, "
+     "test_bags_of_several_tables_beside_dense_features, test_the_layer_alone_knows_its_batch"),
+    ("bags that cut examples, where tokens vote or under torch.compile", REFUSED,
+     "bags: test_ids_that_are_no_bags_are_refused_and_both_remedies_work, "
+     "test_one_offset_more_than_bags_names_the_block_to_use, "
+     "test_bags_where_tokens_vote_and_where_offsets_fall, "
+     "test_a_compiled_model_refuses_bags_by_offsets"),
     ("ids or bounds that do not fit, an empty batch", REFUSED,
      "refusals: test_groups_and_packed_of_the_wrong_length, test_empty_batch_and_too_few_groups"),
 ]  # fmt: skip
