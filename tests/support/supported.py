@@ -118,6 +118,11 @@ TRAINING: list[Row] = [
      EXACT,
      "integrations/huggingface: test_one_process; integrations/trl: test_one_process; "
      "integrations/accelerate: test_one_process; integrations/lightning: test_one_process"),
+    ("the fused head of TRL, with `htv.integrations.trl.show_head`", f"{EXACT}, refused without",
+     "integrations/trl: test_a_shown_head_votes, "
+     "test_a_head_that_is_not_shown_is_refused_and_what_has_none_is_told"),
+    ("nn.LinearCrossEntropyLoss, F.linear_cross_entropy, also in chunks", EXACT,
+     "linear_cross_entropy: test_the_head_is_a_linear_layer, test_a_head_tied_to_the_embedding"),
     ("several ranks without these; FSDP1; tensor parallelism; every other misuse of ranks",
      REFUSED,
      "ranks: test_data_parallel, test_sharded_models; "

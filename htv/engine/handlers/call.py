@@ -7,6 +7,7 @@ the call be judged like any other (no served parameter in it, or an input that i
 from __future__ import annotations
 
 import inspect
+import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -305,6 +306,21 @@ def refuse_rows(call: Call) -> None:
 def stands_alone(mode: ModeLike, value: Tensor | None) -> bool:
     """Whether a layer's argument is a parameter as it stands, served or not, or absent."""
     return value is None or mode.tracked(value) is not None or not value.requires_grad
+
+
+def in_python(function: Callable) -> Callable:
+    """Torch's own code of a function, but for the question whether somebody intercepts it: then the
+    calls it makes can be served one by one.
+    """
+    asks = dict.fromkeys(("has_torch_function", "has_torch_function_variadic"), lambda *_: False)
+    own = types.FunctionType(
+        function.__code__,
+        {**function.__globals__, **asks},
+        f"{function.__name__}_in_python",
+        function.__defaults__,
+    )
+    own.__kwdefaults__ = function.__kwdefaults__
+    return own
 
 
 class Operands:
