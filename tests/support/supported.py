@@ -218,6 +218,12 @@ TRAINING: list[Row] = [
      "refusals: test_a_custom_function_inside_the_forward"),
     ("losses that compare examples, behind the model", EXACT,
      "refusals: test_coupling_that_needs_no_parameter_to_follow"),
+    ("contrastive losses, of towers, views and anchors (docs/contrastive.md)", EXACT,
+     "contrastive: test_a_row_is_its_examples, test_similarities_inside_the_forward, "
+     "test_two_views_of_an_image_vote_together, test_anchors_vote_as_micro_batches"),
+    ("parameters on similarities of all examples with all", REFUSED,
+     "contrastive: test_refusals_and_their_remedies, test_the_loss_inside_hugging_faces_model, "
+     "test_a_layer_on_the_similarities_is_refused_at_once"),
     ("complex parameters", REFUSED, "refusals: test_complex_parameters"),
     ("integer parameters; lazy ones", f"{EXACT}, or refused",
      "lifecycle: test_integer_and_uninitialized_parameters"),
