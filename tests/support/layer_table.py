@@ -459,6 +459,21 @@ def squashed(self, x):
     return log_prob - torch.log(1 - action.square() + 0.1).sum(-1)
 
 
+def mixture_of_gaussians(self, x):
+    """With learnt shares, and one deviation that is a number."""
+    shares = torch.distributions.Categorical(logits=self.shares)
+    parts = torch.distributions.Normal(self.mean(x), 0.7)
+    return torch.distributions.MixtureSameFamily(shares, parts).log_prob(torch.sin(x[:, 0]))
+
+
+def divergence(self, x):
+    """What a variational autoencoder pays, and a layer on the latent."""
+    latent = torch.distributions.Normal(self.mean(x), self.log_std.exp())
+    prior = torch.distributions.Normal(torch.zeros_like(x[:, :3]), 1.0)
+    noisy = latent.loc + latent.scale * torch.sin(x[:, 3:])
+    return torch.distributions.kl_divergence(latent, prior), self.out(torch.tanh(noisy))
+
+
 # -- weights of examples' own ----------------------------------------------------------------------
 
 
@@ -929,6 +944,15 @@ TABLE: dict[str, dict[str, Builder]] = {
         ),
         "Gaussian policy, soft and clamped": policy(
             lambda m, mean: F.softplus(m.log_std[0]).clamp(min=0.6)
+        ),
+        "mixture of Gaussians": of(
+            lambda: Module(mixture_of_gaussians, mean=nn.Linear(6, 3), shares=torch.randn(3)), 6
+        ),
+        "Gaussians beside a prior": of(
+            lambda: Module(
+                divergence, mean=nn.Linear(6, 3), log_std=torch.randn(3) * 0.3, out=nn.Linear(3, 2)
+            ),
+            6,
         ),
         "squashed Gaussian": of(
             lambda: Module(squashed, mean=nn.Linear(6, 3), log_std=torch.randn(3) * 0.3), 6

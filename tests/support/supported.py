@@ -218,6 +218,10 @@ TRAINING: list[Row] = [
      "refusals: test_a_custom_function_inside_the_forward"),
     ("losses that compare examples, behind the model", EXACT,
      "refusals: test_coupling_that_needs_no_parameter_to_follow"),
+    ("distributions of which a parameter is learnt for all examples, with ratios and entropies",
+     EXACT, "distributions: test_a_step_of_an_agent; layers: test_layer"),
+    ("the entropy of a distribution that never meets the batch", REFUSED,
+     "distributions: test_an_entropy_of_parameters_alone_is_no_examples"),
     ("contrastive losses, of towers, views and anchors (docs/contrastive.md)", EXACT,
      "contrastive: test_a_row_is_its_examples, test_similarities_inside_the_forward, "
      "test_two_views_of_an_image_vote_together, test_anchors_vote_as_micro_batches"),
