@@ -124,6 +124,19 @@ def test_an_excluded_or_frozen_head_is_torchs_own():
     torch.testing.assert_close(model.head.linear.weight.grad, parts["head.linear.weight"].sum(0))
 
 
+def test_a_compiled_model():
+    target, found = INDICES, []
+    model, x = Headed(bias=True, options=CHUNKED).double(), torch.randn(N, 3).double()
+    for compiled in (False, True):
+        model.zero_grad()
+        with htv.attach(model, htv.Median()):
+            run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+            run(x, target).backward()
+        found.append([p.grad.clone() for p in model.parameters()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_rows_that_were_mixed_are_refused():
     class Mixed(Headed):
         def forward(self, x, target):

@@ -279,8 +279,9 @@ in `groups`, `packed`
   and `tokens` do not compile again; they are checked in backward.
 - Refused there, and served without: layers that compute with a computed weight (weight norm, \
 merged adapters, einsum
-  with a block per head); rows picked by the values of a tensor; global tensors and tensors in \
-lists; forwards that
+  with a block per head); rows picked by the values of a tensor; bags given by offsets; \
+convolutions with a weight for
+  every example; global tensors and tensors in lists; forwards that
   set attributes of modules; results other than tensors and constants in tuples, lists, dicts and \
 dataclasses (Hugging
   Face: `use_cache=False`); a part of an attached model compiled by itself; two compiled forwards \
