@@ -199,6 +199,26 @@ USES = {
         lambda m, x: m.l(x.flatten(0, 1)).reshape(6, 5, 3), l=nn.Linear(8, 3)
     ),
     "attention": lambda: nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True),
+    "Gaussian policy": lambda: Module(
+        lambda m, x: (
+            torch.distributions.Normal(m.l(x), m.s.exp(), validate_args=False)
+            .log_prob(torch.sin(x[..., :3]))
+            .sum(-1)
+        ),
+        l=nn.Linear(8, 3),
+        s=torch.randn(3),
+    ),
+    "sampled images": lambda: Module(
+        lambda m, x: m.c(
+            F.grid_sample(
+                x[:, None],
+                F.affine_grid(m.l(x.flatten(1)).view(-1, 2, 3), (6, 1, 5, 8), align_corners=False),
+                align_corners=False,
+            )
+        ),
+        l=nn.Linear(40, 6),
+        c=nn.Conv2d(1, 2, 1),
+    ),
     "sequence": lambda: nn.Sequential(
         nn.Conv1d(5, 4, 3, padding="same"), nn.GroupNorm(2, 4), nn.PReLU()
     ),
@@ -580,6 +600,14 @@ REFUSED = {
     "global": (lambda m, x: m.l(x + NOWHERE), "neither an argument of the forward"),
     "set": (_sets, "sets attribute 'steps'"),
     "batch norm": (lambda m, x: m.bn(m.l(x)), "BatchNorm in train mode"),
+    "a weight per example": (
+        lambda m, x: F.conv1d(
+            m.l.weight.repeat(6, 1)[None],
+            m.l(x).view(24, 1, 1).expand(24, 4, 1),
+            groups=6,
+        ),
+        "'l.weight' is used by conv1d",
+    ),
 }
 
 

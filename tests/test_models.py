@@ -6,10 +6,14 @@ import pytest
 import torch
 
 import htv
+import support.torchvision_operators  # noqa: F401, before what imports torchvision
 from htv.tools.check import aggregated, one_group_at_a_time
 from support.oracles import by_name
 
-zoo = pytest.importorskip("zoo", reason="needs the extra `models`", exc_type=ModuleNotFoundError)
+for name in ("peft", "timm", "transformers"):
+    pytest.importorskip(name, reason="needs the extra `models`")
+
+from support import zoo  # noqa: E402
 
 RULES = [htv.Mean(), htv.AndMask(0.4), htv.Median(), htv.WinsorizedMean(1)]
 

@@ -116,6 +116,17 @@ def paired(m, x):
     return F.linear(both, m.h.weight.repeat(1, 2))
 
 
+def convolved(weights, groups=lambda n: n):
+    """All examples as one convolution, by weights computed from them."""
+
+    def forward(m, x):
+        n = len(x)
+        weight = weights(m.l(x)[..., :3])
+        return m.h(F.conv1d(x.reshape(1, n * 4, 6), weight, padding=1, groups=groups(n))[0])
+
+    return forward
+
+
 # Examples have to do with each other before a parameter meets them.
 MIXING = {
     "batch statistics by hand": lambda: mix(
@@ -231,6 +242,17 @@ MIXING = {
     "products summed over the batch": lambda: mix(
         lambda m, x: m.h(torch.addbmm(torch.zeros(4, 6), m.l(x), torch.ones(len(x), 6, 6)))
     ),
+    "a convolution by other examples' weights": lambda: mix(convolved(lambda w: w.roll(1, 0))),
+    "a convolution whose groups hold several examples": lambda: mix(
+        convolved(lambda w: w.view(1, -1, 3), groups=lambda n: 1)
+    ),
+    "images sampled where other examples say": lambda: mix(
+        lambda m, x: m.h(
+            F.grid_sample(
+                x[:, None], torch.tanh(m.l(x)).view(len(x), 3, 4, 2).flip(0), align_corners=False
+            ).reshape(len(x), 2, 6)
+        )
+    ),
     "a weight made from the batch": lambda: mix(
         lambda m, x: F.linear(x, m.w * m.l(x).mean()), l=nn.Linear(6, 6), w=torch.randn(6, 6)
     ),
@@ -312,12 +334,12 @@ UNSUPPORTED = {
     "excluded-like input with a gradient": lambda: Module(
         lambda m, x: x + m.layer(torch.ones(1, 4, 6, requires_grad=True)), layer=nn.Linear(6, 6)
     ),
-    "bags by offsets": lambda: Module(
-        lambda m, x: m.layer((x[..., 0] > 0).long().flatten(), torch.arange(len(x)) * 4),
+    "bags by offsets that cut examples": lambda: Module(
+        lambda m, x: m.layer((x[..., 0] > 0).long().flatten(), torch.tensor([0, 3, 8, 16])),
         layer=nn.EmbeddingBag(5, 3),
     ),
 }
-REMEDIES = ("exclude=", "pass ids of shape", "give it a dim of size 1")
+REMEDIES = ("exclude=", "give it a dim of size 1")
 
 
 # Similarities of all examples with all are refused when a loss of them comes back: a model may
@@ -351,6 +373,77 @@ def test_unsupported_use(name, size):
 @pytest.mark.parametrize("name", SIZED)
 def test_a_parameter_that_meets_the_batch_s_dim(name, size):
     assert_refused(SIZED[name](size), torch.randn(size, 4, 6), name)
+
+
+INSIDE = {  # a refused use, and the remedy its message names
+    "a layer under vmap": (
+        lambda m, x: torch.vmap(m.l)(x),
+        lambda m, x: m.l(x),
+        "torch.vmap.*without which a layer takes the whole batch",
+    ),
+    "a layer under vmap over tokens": (
+        lambda m, x: torch.vmap(m.l, in_dims=1, out_dims=1)(x),
+        lambda m, x: m.l(x),
+        "torch.vmap.*without which a layer takes the whole batch",
+    ),
+    "a layer under vmap in chunks, of what another made": (
+        lambda m, x: torch.vmap(m.h, chunk_size=2)(m.l(x)),
+        lambda m, x: m.h(m.l(x)),
+        "torch.vmap.*without which a layer takes the whole batch",
+    ),
+    "elementwise under vmap": (
+        lambda m, x: torch.vmap(lambda row: row * m.l.bias)(x),
+        lambda m, x: x * m.l.bias,
+        "torch.vmap.*without which a layer takes the whole batch",
+    ),
+    "a gradient inside the forward by torch.func": (
+        lambda m, x: torch.vmap(torch.func.grad(lambda row: m.l(row).square().sum() / 2))(x),
+        lambda m, x: m.l(x) @ m.l.weight,
+        "torch.vmap, or another transform of torch.func",
+    ),
+    "vmap over a stack of weights": (
+        lambda m, x: torch.vmap(lambda w: x @ w)(m.l.weight.view(2, 3, 6).mT).permute(1, 2, 0, 3),
+        lambda m, x: (x[:, None] @ m.l.weight.view(2, 3, 6).mT).transpose(1, 2),
+        "torch.vmap over a parameter",
+    ),
+    "a normal distribution by a matrix": (
+        lambda m, x: torch.distributions.MultivariateNormal(
+            m.l(x), scale_tril=torch.diag_embed(m.h.bias.exp())
+        ).log_prob(torch.sin(x)),
+        lambda m, x: torch.distributions.Independent(
+            torch.distributions.Normal(m.l(x), m.h.bias.exp()), 1
+        ).log_prob(torch.sin(x)),
+        "linalg_solve_triangular",
+    ),
+}
+
+
+@pytest.mark.parametrize("size", [5, 4, 6], ids=["N", "N == T", "N == D"])
+@pytest.mark.parametrize("name", INSIDE)
+def test_what_a_transform_hides_is_refused_and_its_remedies_work(name, size):
+    forward, remedy, words = INSIDE[name]
+    model, x = mix(forward).double(), torch.randn(size, 4, 6).double()
+    with htv.attach(model, htv.Median()) as handle:
+        with pytest.raises(htv.UnsupportedError, match=words) as caught:
+            model(x).square().sum().backward()
+        assert "exclude='" in str(caught.value)
+        model.function = remedy
+        model.zero_grad()
+        found = model(x)
+        found.square().sum().backward()
+        assert handle.attached
+    model.function = forward
+    torch.testing.assert_close(model(x), found)
+    assert htv.check(mix(remedy), x, htv.Median()).groups == size
+    with htv.attach(model, htv.Median(), exclude=("l", "h")):
+        model(x).square().sum().backward()
+
+
+def test_what_is_mapped_without_parameters_is_followed():
+    unit = lambda row: row / row.norm()
+    model = mix(lambda m, x: m.h(torch.vmap(torch.vmap(unit))(m.l(x))))
+    for size in (5, 4):
+        assert htv.check(model, torch.randn(size, 4, 6), htv.Median()).groups == size
 
 
 @pytest.mark.parametrize("length", [4, 5], ids=["T != N", "T == N"])

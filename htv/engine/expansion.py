@@ -11,7 +11,7 @@ from torch import Tensor
 
 from htv.autograd.aggregation import ParameterArgument
 from htv.autograd.expand import expand, expand_rows, per_example
-from htv.engine import torch_ops
+from htv.engine import propagation, torch_ops
 from htv.engine.protocols import ModeLike
 from htv.engine.provenance import FromParameters, Lost, OfBatch, Plain
 from htv.engine.torch_ops import plain_name, replace_tensors
@@ -85,8 +85,9 @@ def _expanded(mode: ModeLike, func, name, args, kwargs, tensors, marks, paramete
         )
         for mark in losses:
             mode.session.note_loss(mark)
+        lost_at = next((m for m in (*losses, *marks) if isinstance(m, Lost)), None)
         blame = (
-            f"{losses[0]} lost that" if losses else "the batch was indexed, mixed or reduced away"
+            f"{lost_at} lost that" if lost_at else "the batch was indexed, mixed or reduced away"
         )
         why = f"{why}{blame} (the batch is {mode.batch.source})"
         if losses and all(m.pairs for m in losses) and not mode.session.passes_plainly:
@@ -198,13 +199,19 @@ def with_copies(
     for tensor in tensors:
         mark = mode.mark(tensor)
         if isinstance(mark, FromParameters) and tensor.requires_grad:
-            found = _copies(mode, tensor, mark, ndim, tensor, layout)
+            at = layout
+            if mode.batch_size == 1 and not mode.groups.rows_vote:
+                found = _of_one(mode, tensor, mark, tensor)
+                found = found.reshape((1,) * (ndim - found.dim()) + tuple(found.shape))
+                at = propagation.all_of_one(found)
+            else:
+                found = _copies(mode, tensor, mark, ndim, tensor, layout)
             if found is None:
                 why = f"its shape {tuple(tensor.shape)} varies along the batch"
                 mode.refuse(plain_name(func), mark.parameters, why)
                 continue
             copies[id(tensor)] = found
-            mode.marks.put(found, layout)
+            mode.marks.put(found, at)
     return mode.general(func, replace_tensors(args, copies), replace_tensors(kwargs, copies))
 
 

@@ -51,6 +51,10 @@ QUESTIONS = {
     )),
     torch.numel, torch.is_floating_point, torch.is_complex,
 }  # fmt: skip
+IN_TRANSFORM = (
+    "torch.vmap, or another transform of torch.func, (without which a layer takes the whole batch)"
+)
+are_transforms_active = torch._C._are_functorch_transforms_active
 SCALARS = {int, float, bool, str, type(None), torch.dtype, torch.device, torch.memory_format}
 
 
@@ -230,9 +234,22 @@ class ServingMode(TorchFunctionMode):
         mark = self.marks.current(tensor, self._mark_again)
         if mark is not None and not (isinstance(mark, Constant) and tensor.requires_grad):
             return mark
-        mark = self.unseen(tensor) if tensor.requires_grad else CONSTANT
+        mark = self._inside_transform(tensor) if are_transforms_active() else None
+        if mark is None:
+            mark = self.unseen(tensor) if tensor.requires_grad else CONSTANT
         self.marks.put(tensor, mark)
         return mark
+
+    def _inside_transform(self, tensor: Tensor) -> Lost | None:
+        """Return that the batch is lost in `tensor` if that stands for a part of the batch inside
+        torch.vmap or its like, where dims are not those that marks speak of; else None.
+        """
+        wrapped = tensor
+        while torch._C._functorch.is_functorch_wrapped_tensor(wrapped):
+            wrapped = torch._C._functorch.get_unwrapped(wrapped)
+        if wrapped is tensor or not isinstance(self.mark(wrapped), OfBatch):
+            return None
+        return Lost(IN_TRANSFORM, results.place_in_code())
 
     def _mark_again(self, view: Tensor) -> Mark:
         return results.mark_again(self, view)

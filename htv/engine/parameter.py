@@ -309,10 +309,10 @@ class TrackedParameter(BufferListener):
                 f"parameter {self.name!r} reached the loss by a path htv does not serve: it was "
                 "used outside the model's forward (a penalty on the weights, say: take the "
                 "optimizer's weight decay), by something in it that htv cannot see (a custom "
-                "autograd.Function, a function of torch.jit.script), or a tensor hook changed the "
-                "gradient in place. Remedy: use it inside the forward by operations htv.explain "
-                "lists as served, run what uses it outside inside `with handle.forward(batch): "
-                "...`, "
+                "autograd.Function, a function of torch.jit.script, torch.vmap over a parameter), "
+                "or a tensor hook changed the gradient in place. Remedy: use it inside the forward "
+                "by operations htv.explain lists as served, run what uses it outside inside `with "
+                "handle.forward(batch): ...`, "
             )
         self.session.unsupported(f"{why}or exclude={self.name!r}", (self,))
 

@@ -54,7 +54,7 @@ def after_padding(op: Operation, batch_size: int) -> OfBatch:
     return _read_off(padded, batch_size)
 
 
-def _named(dim: int, found: Tensor, batch_size: int) -> BatchLayout:
+def named_layout(dim: int, found: Tensor, batch_size: int) -> BatchLayout:
     """Return the place of these examples along a dim, as a pattern if they follow one."""
     outer, rest = divmod(len(found), batch_size)
     if not rest:
@@ -78,7 +78,7 @@ def _read_off(numbers: Tensor, batch_size: int) -> OfBatch:
         along = numbers.movedim(dim, 0).reshape(numbers.shape[dim], -1)
         found = along.amax(dim=1)
         if bool(((along == found[:, None]) | (along < 0)).all()) and bool((found >= 0).all()):
-            return _named(dim, found, batch_size)
+            return named_layout(dim, found, batch_size)
     return LOST
 
 

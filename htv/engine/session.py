@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from htv.autograd.aggregation import NestedBackwards
-from htv.engine import inputs, ranks
+from htv.engine import handlers, inputs, ranks
 from htv.engine.call_plan import CallPlan, shapes_of
 from htv.engine.forward import ForwardStandIn, thaw
 from htv.engine.guard_state import PASSES
@@ -422,6 +422,9 @@ class Session:
                 spec = self.voters.begin(graph=True)
                 whole = forward is self.root and names is None
                 wanted = self.settings.batch if whole else self.voters.named_in(tensors)
+                if not wanted and spec is None and names is None and forward.method == "forward":
+                    given = [name for name, _ in tensors]
+                    wanted = handlers.batch_argument(forward.module, given)
                 groups, batch, carried = self.voters.of_call(spec, tensors, wanted, self.own_marks)
                 if key is not None:
                     self._keep_plan(key, groups, batch, args)

@@ -23,8 +23,9 @@ from transformers import (  # noqa: E402
     TrainerCallback,
 )
 from trl import SFTConfig  # noqa: E402
+from trl.trainer.utils import add_fused_lm_head  # noqa: E402
 
-from htv.integrations.trl import HtvSFTTrainer  # noqa: E402
+from htv.integrations.trl import HtvSFTTrainer, show_head  # noqa: E402
 
 logging.getLogger("transformers").setLevel(logging.ERROR)
 disable_progress_bars()
@@ -174,6 +175,89 @@ def test_the_loss_is_that_of_trl():
             [entry[n] for entry in trainer.state.log_history for n in names if n in entry]
         )
     assert len(losses[0]) == 12 and losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+HEADS = {
+    "log-probabilities": dict(outputs=("log_probs",)),
+    "all outputs, a temperature": dict(
+        outputs=("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"), temperature=0.7
+    ),
+    "a scale and a softcap": dict(outputs=("entropy",), config=dict(
+        logit_scale=0.5, final_logit_softcapping=3.0)),
+}  # fmt: skip
+
+
+def headed(name, shown):
+    options = dict(HEADS[name])
+    model = llama()
+    for key, value in options.pop("config", {}).items():
+        setattr(model.config, key, value)
+    add_fused_lm_head(model, **options)
+    if shown:
+        show_head(model)
+    return model
+
+
+def padded():
+    rows = sequences(5)
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+    lengths = torch.tensor([len(row) for row in rows])
+    mask = torch.arange(longest) < lengths[:, None]
+    return dict(input_ids=ids, attention_mask=mask.long(), labels=ids.masked_fill(~mask, -100))
+
+
+@pytest.mark.parametrize("rule", [htv.Mean(), RULE, htv.Median(), htv.WinsorizedMean(1)], ids=repr)
+@pytest.mark.parametrize("name", HEADS)
+def test_a_shown_head_votes(name, rule):
+    """As trainers by preference use it: a loss on log-probabilities, clipped ratios and entropy."""
+    model, batch = headed(name, shown=True), padded()
+    advantages = torch.tensor([1.0, -2.0, 0.5, -0.3, 1.5]).double()
+
+    def loss(found, advantages):
+        ratio = (found.log_probs - 0.9 * found.log_probs.detach()).exp()
+        parts = torch.min(ratio, ratio.clamp(0.8, 1.2)) * advantages[:, None]
+        bonus = 0 if found.entropy is None else 0.1 * found.entropy
+        return ((parts + bonus) * found.label_mask).sum()
+
+    def one(e):
+        mine = {key: value[e : e + 1] for key, value in batch.items()}
+        return lambda m: loss(m(**mine, fused_lm_head=True), advantages[e : e + 1])
+
+    wanted = vote(rule, model, [one(e) for e in range(5)])
+    with htv.attach(model, rule, batch=("input_ids", "attention_mask", "labels")):
+        loss(model(**batch, fused_lm_head=True), advantages).backward()
+    assert_same({n: p.grad for n, p in model.named_parameters()}, wanted)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_shown_head_computes_what_trls_does(name):
+    batch, found = padded(), []
+    for shown in (False, True):
+        model = headed(name, shown)
+        output = model(**batch, fused_lm_head=True)
+        output.loss.backward()
+        with torch.no_grad():
+            plain = model(**batch, fused_lm_head=True)  # TRL's own
+        assert torch.equal(model(**batch).logits, llama()(**batch).logits) or "scale" in name
+        found.append((output, plain, model.lm_head.weight.grad))
+    for key in ("loss", "log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"):
+        values = [getattr(o, key) for o in (*found[0][:2], *found[1][:2])]
+        assert [v is None for v in values] == [values[0] is None] * 4
+        for other in values[1:] if values[0] is not None else ():
+            torch.testing.assert_close(other.double(), values[0].double(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found[1][2], found[0][2], rtol=1e-4, atol=1e-6)
+
+
+def test_a_head_that_is_not_shown_is_refused_and_what_has_none_is_told():
+    batch, model = padded(), headed("log-probabilities", shown=False)
+    with htv.attach(model, RULE):
+        with pytest.raises(htv.UnsupportedError, match="'lm_head.weight'.*autograd.Function"):
+            model(**batch, fused_lm_head=True).loss.backward()
+        with pytest.raises(RuntimeError, match="before htv.attach"):
+            show_head(model)
+    with pytest.raises(ValueError, match="LlamaForCausalLM has no fused head.*add_fused_lm_head"):
+        show_head(llama())
 
 
 def test_padding_tokens_that_would_vote_are_refused():

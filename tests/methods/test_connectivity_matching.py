@@ -220,7 +220,8 @@ def test_every_hidden_layer_is_permuted_or_pinned(name):
 
 
 def test_what_torchvision_builds():
-    pytest.importorskip("zoo")  # makes torchvision importable beside a torch for the CPU
+    import support.torchvision_operators  # noqa: F401, makes it importable beside a CPU's torch
+
     torchvision = pytest.importorskip("torchvision")
     pytest.importorskip("scipy")
     model, x = trained(torchvision.models.resnet18(num_classes=5)), torch.randn(3, 3, 32, 32)

@@ -276,6 +276,18 @@ def parametrized(
     return of(lambda: nn.Sequential(how(layer())).train(train), *shape)
 
 
+class Cached(nn.Module):
+    """A normalised weight used twice, computed once."""
+
+    def __init__(self):
+        super().__init__()
+        self.l = parametrizations.weight_norm(nn.Linear(6, 6))
+
+    def forward(self, x):
+        with parametrize.cached():
+            return self.l(torch.tanh(self.l(x)))
+
+
 class WeightNormed(nn.Module):
     """The older torch.nn.utils.weight_norm, put on after copying: its modules cannot be
     deep-copied.
@@ -417,6 +429,137 @@ def checkpointed(*names: str) -> Callable:
 
 def reused_in_checkpoint(self, x):
     return self.layer(torch.tanh(checkpoint(self.layer, x, use_reentrant=False))) * self.layer.bias
+
+
+# -- distributions ---------------------------------------------------------------------------------
+
+
+def policy(spread) -> Builder:
+    """A Gaussian policy (N, 6) -> three actions: their log-probabilities and entropy. spread(m,
+    mean): the distribution's standard deviation.
+    """
+
+    def forward(self, x):
+        mean = torch.tanh(self.mean(x))
+        policy = torch.distributions.Normal(mean, spread(self, mean))
+        return policy.log_prob(torch.sin(x[:, :3])).sum(-1), policy.entropy().sum(-1)
+
+    return of(
+        lambda: Module(forward, mean=nn.Linear(6, 3), log_std=torch.randn(1, 3) * 0.3), 6
+    )  # fmt: skip
+
+
+def squashed(self, x):
+    """The log-probabilities of a squashed Gaussian, as soft actor-critic has them."""
+    mean = self.mean(x)
+    normal = torch.distributions.Normal(mean, self.log_std.exp())
+    normal = torch.distributions.Independent(normal, 1)
+    action = torch.tanh(normal.mean + normal.stddev * torch.sin(x[:, :3]))
+    log_prob = normal.log_prob(torch.atanh(action.clamp(-0.99, 0.99)))
+    return log_prob - torch.log(1 - action.square() + 0.1).sum(-1)
+
+
+def mixture_of_gaussians(self, x):
+    """With learnt shares, and one deviation that is a number."""
+    shares = torch.distributions.Categorical(logits=self.shares)
+    parts = torch.distributions.Normal(self.mean(x), 0.7)
+    return torch.distributions.MixtureSameFamily(shares, parts).log_prob(torch.sin(x[:, 0]))
+
+
+def divergence(self, x):
+    """What a variational autoencoder pays, and a layer on the latent."""
+    latent = torch.distributions.Normal(self.mean(x), self.log_std.exp())
+    prior = torch.distributions.Normal(torch.zeros_like(x[:, :3]), 1.0)
+    noisy = latent.loc + latent.scale * torch.sin(x[:, 3:])
+    return torch.distributions.kl_divergence(latent, prior), self.out(torch.tanh(noisy))
+
+
+# -- weights of examples' own ----------------------------------------------------------------------
+
+
+class Synthesis(nn.Module):
+    """Two convolutions whose weights are scaled by every example's style, as StyleGAN2 has them:
+    all examples' are one convolution with a group for each. It starts from a learnt image.
+    """
+
+    def __init__(self, upsampled: bool = False):
+        super().__init__()
+        self.start = nn.Parameter(torch.randn(1, 4, 3, 3))
+        self.styles = nn.ModuleList([nn.Linear(6, 4), nn.Linear(6, 5)])
+        self.weights = nn.ParameterList([torch.randn(1, 5, 4, 3, 3), torch.randn(1, 4, 5, 3, 3)])
+        self.strength, self.bias = nn.Parameter(torch.randn(1)), nn.Parameter(torch.randn(4))
+        self.colours, self.upsampled = nn.Conv2d(4, 2, 1), upsampled
+        self.register_buffer("noise", torch.randn(1, 1, 3, 3))
+
+    def modulated(self, x, z, layer: int, upsampled: bool = False):
+        weight = self.weights[layer] * self.styles[layer](z)[:, None, :, None, None]
+        weight = weight * torch.rsqrt(weight.square().sum((2, 3, 4), keepdim=True) + 1e-3)
+        n, outputs, inputs = weight.shape[:3]
+        x = x.reshape(1, n * inputs, *x.shape[2:])
+        if upsampled:
+            weight = weight.transpose(1, 2).reshape(n * inputs, outputs, 3, 3)
+            y = F.conv_transpose2d(x, weight, stride=2, groups=n)
+        else:
+            y = F.conv2d(x, weight.view(n * outputs, inputs, 3, 3), padding=1, groups=n)
+        return y.view(n, outputs, *y.shape[2:])
+
+    def forward(self, z):
+        x = self.modulated(self.start.repeat(len(z), 1, 1, 1), z, 0)
+        x = torch.tanh(x + self.strength * self.noise)
+        x = self.modulated(x, z, 1, self.upsampled)
+        return self.colours(torch.tanh(x + self.bias.view(-1, 1, 1)))
+
+
+def of_a_basis(self, x):
+    """Kernels mixed of a learnt basis by every example's own attention, with biases."""
+    mix = torch.softmax(self.mix(x.mean(-1)), -1)
+    weight = torch.einsum("nk,koit->noit", mix, self.basis)
+    bias = torch.einsum("nk,ko->no", mix, self.biases).flatten()
+    n, outputs, inputs, width = weight.shape
+    y = F.conv1d(
+        x.reshape(1, n * inputs, -1), weight.reshape(-1, inputs, width), bias, groups=n, padding=1
+    )
+    return self.out(torch.tanh(y.view(n, outputs, -1)))
+
+
+# -- images sampled at learnt places ---------------------------------------------------------------
+
+
+def transformed(self, x):
+    """A spatial transformer between two convolutions."""
+    y = self.first(x)
+    theta = 0.3 * self.where(x.flatten(1)).view(-1, 2, 3)
+    grid = F.affine_grid(theta, y.shape, align_corners=False)
+    return self.second(F.grid_sample(y, grid, align_corners=False))
+
+
+def placed(shared):
+    """Images seen through one transformation of all; shared(theta, x): the grid."""
+    return of(
+        lambda: Module(
+            lambda m, x: m.l(F.grid_sample(x, shared(m.theta, x), align_corners=False)),
+            theta=torch.randn(2, 3) * 0.4,
+            l=nn.Linear(4, 2),
+        ),
+        3,
+        4,
+        4,
+    )
+
+
+def painted(self, x):
+    """A learnt image looked at where every example says."""
+    grid = torch.tanh(self.where(x)).view(-1, 2, 3, 2)
+    return self.l(F.grid_sample(self.image.expand(len(x), -1, -1, -1), grid, align_corners=False))
+
+
+# -- bags ------------------------------------------------------------------------------------------
+
+
+def flat_bags(self, x):
+    """Two bags of every example, of two and three ids, in one list with offsets."""
+    starts = torch.arange(len(x)) * 5
+    return self.e(x.flatten(), torch.stack([starts, starts + 2], 1).flatten()).view(len(x), -1)
 
 
 # -- where the batch goes --------------------------------------------------------------------------
@@ -566,6 +709,13 @@ TABLE: dict[str, dict[str, Builder]] = {
             ),
             (ids(9, 5), examples(5)),
         ),
+        **{
+            f"embedding bag {mode} by offsets": lambda mode=mode: (
+                Module(flat_bags, e=nn.EmbeddingBag(6, 3, mode=mode, padding_idx=1)),
+                ids(6, 5),
+            )
+            for mode in ("sum", "mean", "max")
+        },
         "rows picked from a parameter": lambda: (
             Module(lambda m, x: m.t[x], t=torch.randn(20, 3, 2)),
             ids(20, 4),
@@ -735,6 +885,7 @@ TABLE: dict[str, dict[str, Builder]] = {
             4,
             6,
         ),
+        "computed once by cached()": of(Cached, 4, 6),
         "weight standardisation": of(
             lambda: Module(
                 lambda m, x: F.conv2d(
@@ -745,6 +896,93 @@ TABLE: dict[str, dict[str, Builder]] = {
             3,
             4,
             4,
+        ),
+    },
+    "Quantised weights": {
+        "fake-quantised": tokens(
+            lambda m, x: F.linear(
+                x, torch.fake_quantize_per_tensor_affine(m.w, 0.125, 0, -8, 7), m.b
+            ),
+            w=drawn(5, 6),
+            b=drawn(5),
+        ),
+        "fake-quantised per channel": tokens(
+            lambda m, x: F.linear(
+                x,
+                torch.fake_quantize_per_channel_affine(
+                    m.w, torch.tensor([0.125, 0.25, 0.5]), torch.zeros(3, dtype=torch.int), 0, -8, 7
+                ),
+            ),
+            w=drawn(3, 6),
+        ),
+        "straight-through by hand": tokens(
+            lambda m, x: m.l(F.linear(x, m.w + ((m.w * 8).round() / 8 - m.w).detach())),
+            w=drawn(3, 6),
+            l=linear(3, 2),
+        ),
+    },
+    "Weights of examples' own": {
+        "modulated convolutions": of(Synthesis, 6),
+        "modulated convolutions, upsampled": of(lambda: Synthesis(upsampled=True), 6),
+        "kernels of a basis": of(
+            lambda: Module(
+                of_a_basis,
+                mix=nn.Linear(3, 2),
+                basis=torch.randn(2, 4, 3, 3),
+                biases=torch.randn(2, 4),
+                out=nn.Conv1d(4, 2, 1),
+            ),
+            3,
+            5,
+        ),
+    },
+    "Distributions": {
+        "Gaussian policy": policy(lambda m, mean: m.log_std.exp()),
+        "Gaussian policy, expanded": policy(lambda m, mean: m.log_std.expand_as(mean).exp()),
+        "Gaussian policy, times ones": policy(
+            lambda m, mean: torch.ones_like(mean) * m.log_std.exp()
+        ),
+        "Gaussian policy, soft and clamped": policy(
+            lambda m, mean: F.softplus(m.log_std[0]).clamp(min=0.6)
+        ),
+        "mixture of Gaussians": of(
+            lambda: Module(mixture_of_gaussians, mean=nn.Linear(6, 3), shares=torch.randn(3)), 6
+        ),
+        "Gaussians beside a prior": of(
+            lambda: Module(
+                divergence, mean=nn.Linear(6, 3), log_std=torch.randn(3) * 0.3, out=nn.Linear(3, 2)
+            ),
+            6,
+        ),
+        "squashed Gaussian": of(
+            lambda: Module(squashed, mean=nn.Linear(6, 3), log_std=torch.randn(3) * 0.3), 6
+        ),
+    },
+    "Images sampled at learnt places": {
+        "spatial transformer": of(
+            lambda: Module(
+                transformed,
+                first=nn.Conv2d(3, 2, 3, padding=1),
+                where=nn.Linear(48, 6),
+                second=nn.Conv2d(2, 2, 1),
+            ),
+            3,
+            4,
+            4,
+        ),
+        "one transformation, expanded": placed(
+            lambda theta, x: F.affine_grid(theta.expand(len(x), 2, 3), x.shape, align_corners=False)
+        ),
+        "one grid, expanded": placed(
+            lambda theta, x: F.affine_grid(
+                theta[None], (1, *x.shape[1:]), align_corners=False
+            ).expand(len(x), -1, -1, -1)
+        ),
+        "a learnt image": of(
+            lambda: Module(
+                painted, where=nn.Linear(6, 12), image=torch.randn(1, 2, 4, 4), l=nn.Linear(3, 2)
+            ),
+            6,
         ),
     },
     "Products written out": {

@@ -81,8 +81,21 @@ WHO_VOTES: list[Row] = [
      "test_what_is_declared_or_told_by_its_graph_is_followed"),
     ("custom Functions of parameters alone (quantisation, straight-through)", EXACT,
      "unseen: test_a_function_of_parameters_alone_is_a_computed_weight"),
+    ("torch.vmap and other transforms of torch.func, without parameters inside", EXACT,
+     "refusals: test_what_is_mapped_without_parameters_is_followed"),
+    ("served layers inside torch.vmap, torch.func.grad; torch.vmap over parameters", REFUSED,
+     "refusals: test_what_a_transform_hides_is_refused_and_its_remedies_work"),
     ("similarities of all examples returned beside what the loss uses", EXACT,
      "unseen: test_a_pair_of_towers_whose_similarities_no_loss_uses"),
+    ("bags given by offsets, of any length: as the batch, of packed() ids, beside other features",
+     EXACT,
+     "bags: test_bags_that_the_offsets_say, test_bags_that_packed_says, test_weights_of_ids, "
+     "test_bags_of_several_tables_beside_dense_features, test_the_layer_alone_knows_its_batch"),
+    ("bags that cut examples, where tokens vote or under torch.compile", REFUSED,
+     "bags: test_ids_that_are_no_bags_are_refused_and_both_remedies_work, "
+     "test_one_offset_more_than_bags_names_the_block_to_use, "
+     "test_bags_where_tokens_vote_and_where_offsets_fall, "
+     "test_a_compiled_model_refuses_bags_by_offsets"),
     ("ids or bounds that do not fit, an empty batch", REFUSED,
      "refusals: test_groups_and_packed_of_the_wrong_length, test_empty_batch_and_too_few_groups"),
 ]  # fmt: skip
@@ -109,6 +122,11 @@ TRAINING: list[Row] = [
      EXACT,
      "integrations/huggingface: test_one_process; integrations/trl: test_one_process; "
      "integrations/accelerate: test_one_process; integrations/lightning: test_one_process"),
+    ("the fused head of TRL, with `htv.integrations.trl.show_head`", f"{EXACT}, refused without",
+     "integrations/trl: test_a_shown_head_votes, "
+     "test_a_head_that_is_not_shown_is_refused_and_what_has_none_is_told"),
+    ("nn.LinearCrossEntropyLoss, F.linear_cross_entropy, also in chunks", EXACT,
+     "linear_cross_entropy: test_the_head_is_a_linear_layer, test_a_head_tied_to_the_embedding"),
     ("several ranks without these; FSDP1; tensor parallelism; every other misuse of ranks",
      REFUSED,
      "ranks: test_data_parallel, test_sharded_models; "
@@ -200,6 +218,16 @@ TRAINING: list[Row] = [
      "refusals: test_a_custom_function_inside_the_forward"),
     ("losses that compare examples, behind the model", EXACT,
      "refusals: test_coupling_that_needs_no_parameter_to_follow"),
+    ("distributions of which a parameter is learnt for all examples, with ratios and entropies",
+     EXACT, "distributions: test_a_step_of_an_agent; layers: test_layer"),
+    ("the entropy of a distribution that never meets the batch", REFUSED,
+     "distributions: test_an_entropy_of_parameters_alone_is_no_examples"),
+    ("contrastive losses, of towers, views and anchors (docs/contrastive.md)", EXACT,
+     "contrastive: test_a_row_is_its_examples, test_similarities_inside_the_forward, "
+     "test_two_views_of_an_image_vote_together, test_anchors_vote_as_micro_batches"),
+    ("parameters on similarities of all examples with all", REFUSED,
+     "contrastive: test_refusals_and_their_remedies, test_the_loss_inside_hugging_faces_model, "
+     "test_a_layer_on_the_similarities_is_refused_at_once"),
     ("complex parameters", REFUSED, "refusals: test_complex_parameters"),
     ("integer parameters; lazy ones", f"{EXACT}, or refused",
      "lifecycle: test_integer_and_uninitialized_parameters"),
@@ -251,8 +279,9 @@ in `groups`, `packed`
   and `tokens` do not compile again; they are checked in backward.
 - Refused there, and served without: layers that compute with a computed weight (weight norm, \
 merged adapters, einsum
-  with a block per head); rows picked by the values of a tensor; global tensors and tensors in \
-lists; forwards that
+  with a block per head); rows picked by the values of a tensor; bags given by offsets; \
+convolutions with a weight for
+  every example; global tensors and tensors in lists; forwards that
   set attributes of modules; results other than tensors and constants in tuples, lists, dicts and \
 dataclasses (Hugging
   Face: `use_cache=False`); a part of an attached model compiled by itself; two compiled forwards \

@@ -4,28 +4,17 @@ bias, or among the rows of packed sequences.
 
 from __future__ import annotations
 
-import types
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from htv.engine import expansion
-from htv.engine.handlers.call import Operands, Signature, handles
+from htv.engine.handlers.call import Operands, Signature, handles, in_python
 from htv.engine.protocols import ModeLike
 from htv.engine.provenance import OfBatch
 from htv.groups import BatchLayout
 
-# torch's own code, but for the question whether somebody intercepts it: then its projections can be
-# served one by one.
-_in_python = types.FunctionType(
-    F.multi_head_attention_forward.__code__,
-    {**vars(F), "has_torch_function": lambda tensors: False},
-    "multi_head_attention_in_python",
-    F.multi_head_attention_forward.__defaults__,
-)
-
-
+_in_python = in_python(F.multi_head_attention_forward)
 _MULTI_HEAD = Signature.of(F.multi_head_attention_forward)
 
 

@@ -7,7 +7,8 @@ the call be judged like any other (no served parameter in it, or an input that i
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+import types
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -29,6 +30,8 @@ HANDLERS: dict[Callable, Callable] = {}
 # them. The mode itself notes the elementwise ones.
 FACTORS: dict[str, type[Factors]] = {"elementwise": StackedFactors}
 USES: dict[type[nn.Module], str] = {}  # the kind of use that a class of modules makes of its weight
+# The argument that holds the examples, by module, of classes whose arguments' sizes do not tell.
+BATCHES: dict[type[nn.Module], Callable[[Any], str | None]] = {}
 
 
 @dataclass(frozen=True)
@@ -84,23 +87,36 @@ def handles(
     *functions: Callable,
     uses: Mapping[str, type[Factors]] | None = None,
     modules: Mapping[type[nn.Module], str] | None = None,
+    batch: Mapping[type[nn.Module], Callable[[Any], str | None]] | None = None,
 ):
     """Register the decorated server for torch functions.
 
     uses:     the kinds of use the server notes, and the factors it records for each.
     modules:  torch's modules that call the functions, and the kind of use each makes of its weight.
+    batch:    of those whose arguments' sizes do not tell which of them holds the examples, a
+              function from the module to the argument's name, or None.
 
-    The last two tell `htv.explain` what to expect. ValueError where somebody else registered a
-    function, a kind or a module as something else.
+    `uses` and `modules` tell `htv.explain` what to expect. ValueError where somebody else
+    registered a function, a kind or a module as something else.
     """
 
     def register(server):
         _register(HANDLERS, dict.fromkeys(functions, server))
         _register(FACTORS, uses or {})
         _register(USES, modules or {})
+        _register(BATCHES, batch or {})
         return server
 
     return register
+
+
+def batch_argument(module: nn.Module, given: Iterable[str]) -> tuple[str, ...]:
+    """Return which of the arguments that `module` is `given` by name holds the examples, where its
+    class says so; else ().
+    """
+    choose = BATCHES.get(type(module))
+    name = None if choose is None else choose(module)
+    return (name,) if name is not None and name in given else ()
 
 
 def _register(table: dict, rows: Mapping[Any, Any]) -> None:
@@ -290,6 +306,21 @@ def refuse_rows(call: Call) -> None:
 def stands_alone(mode: ModeLike, value: Tensor | None) -> bool:
     """Whether a layer's argument is a parameter as it stands, served or not, or absent."""
     return value is None or mode.tracked(value) is not None or not value.requires_grad
+
+
+def in_python(function: Callable) -> Callable:
+    """Torch's own code of a function, but for the question whether somebody intercepts it: then the
+    calls it makes can be served one by one.
+    """
+    asks = dict.fromkeys(("has_torch_function", "has_torch_function_variadic"), lambda *_: False)
+    own = types.FunctionType(
+        function.__code__,
+        {**function.__globals__, **asks},
+        f"{function.__name__}_in_python",
+        function.__defaults__,
+    )
+    own.__kwdefaults__ = function.__kwdefaults__
+    return own
 
 
 class Operands:

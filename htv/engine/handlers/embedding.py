@@ -1,4 +1,4 @@
-"""Embedding tables, bags of embeddings, and rows of a parameter picked by ids."""
+"""Embedding tables, and rows of a parameter picked by ids."""
 
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ from htv.errors import UnsupportedError
 from htv.ops.factors import EmbeddingFactors
 
 _EMBEDDING = Signature.of(F.embedding)
-_EMBEDDING_BAG = Signature.of(F.embedding_bag)
 
 
 @handles(F.embedding, uses={"embedding": EmbeddingFactors}, modules={nn.Embedding: "embedding"})
 def _embedding(mode: ModeLike, func, args, kwargs):
     call = Call(mode, "embedding", _EMBEDDING, args, kwargs, "input", "weight")
     ids, padding_idx = call.x, call["padding_idx"]
-    _refuse_options(call, "max_norm", "scale_grad_by_freq", "sparse")
+    refuse_options(call, "max_norm", "scale_grad_by_freq", "sparse")
     if call.tracked and isinstance(mode.mark(ids), Constant) and padding_idx is None:
         return _embedding_of_constants(mode, func, args, kwargs, call)
     arguments = call.enter() if call.applicable else None
@@ -40,7 +39,8 @@ def _embedding(mode: ModeLike, func, args, kwargs):
     return call.done(embedding(ids, *arguments, padding_idx, mode.rows[call.layout]))
 
 
-def _refuse_options(call: Call, *options: str) -> None:
+def refuse_options(call: Call, *options: str) -> None:
+    """Refuse those of the `options` of a served table that are on."""
     for option in options if call.tracked else ():
         if call[option]:
             name = call.tracked[0].name
@@ -69,49 +69,6 @@ def _embedding_of_constants(mode: ModeLike, func, args, kwargs, call: Call):
     if isinstance(mode.mark(rows), FromParameters) and stands_alone(mode, call["weight"]):
         mode.marks.put(rows, FromParameters(call.tracked, rows, Lookup(ids)))
     return rows
-
-
-@handles(F.embedding_bag, modules={nn.EmbeddingBag: "embedding"})
-def _embedding_bag(mode: ModeLike, func, args, kwargs):
-    call = Call(mode, "embedding_bag", _EMBEDDING_BAG, args, kwargs, "input", "weight")
-    _refuse_options(call, "max_norm", "scale_grad_by_freq", "sparse")
-    if not call.applicable:
-        return NotImplemented
-    if call.x.dim() != 2:
-        raise UnsupportedError(
-            f"embedding_bag with parameter {call.tracked[0].name!r}: bags given by offsets cannot "
-            "be told apart by example; pass ids of shape (N, L), padded with padding_idx"
-        )
-    if call["per_sample_weights"] is not None and call["mode"] != "sum":
-        raise ValueError(f"per_sample_weights are for mode='sum' alone, got mode={call['mode']!r}")
-    with mode:
-        return _bagged(
-            call.x, *(call[n] for n in ("weight", "mode", "per_sample_weights", "padding_idx"))
-        )
-
-
-def _bagged(
-    ids: Tensor,
-    weight: Tensor,
-    reduction: str,
-    sample_weights: Tensor | None,
-    padding_idx: int | None,
-):
-    rows = F.embedding(ids, weight, padding_idx)  # (N, L, D)
-    if sample_weights is not None:
-        rows = rows * sample_weights.unsqueeze(-1)
-    if padding_idx is None:
-        if reduction == "sum":
-            return rows.sum(1)
-        if reduction == "mean":
-            return rows.mean(1)
-        return rows.max(1).values
-    kept = (ids != padding_idx % len(weight)).unsqueeze(-1)
-    if reduction == "max":
-        highest = torch.where(kept, rows, -torch.inf).max(1).values
-        return torch.where(kept.any(1), highest, 0)
-    total = torch.where(kept, rows, 0).sum(1)
-    return total if reduction == "sum" else total / kept.sum(1).clamp(min=1)
 
 
 @handles(Tensor.__getitem__, torch.index_select, Tensor.index_select)

@@ -1,4 +1,4 @@
-"""Linear and bilinear layers."""
+"""Linear and bilinear layers, and a linear layer with the loss of its logits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,16 @@ from torch import Tensor, nn
 from htv.autograd.aggregation import ParameterArgument
 from htv.autograd.from_parameters import Projection
 from htv.autograd.linear import bilinear, linear
-from htv.engine.handlers.call import Call, behind, handles, signature, stands_alone
+from htv.engine.handlers.call import (
+    Call,
+    Operands,
+    Signature,
+    behind,
+    handles,
+    in_python,
+    signature,
+    stands_alone,
+)
 from htv.engine.protocols import ModeLike
 from htv.engine.provenance import Constant, FromParameters
 from htv.engine.usual import of_identity, put_usual, usual_mark
@@ -112,3 +121,21 @@ def _bilinear(mode: ModeLike, func, args, kwargs):
         if arguments is None
         else call.done(bilinear(call.x, right, *arguments, mode.rows[call.layout]))
     )
+
+
+def _linear_cross_entropy(mode: ModeLike, func, args, kwargs):
+    """A linear layer and the loss of its logits, which are formed at once: `options`, by which
+    torch forms some at a time, only say how much memory that takes.
+    """
+    bound = _LINEAR_CROSS_ENTROPY.bind(args, kwargs) | {"options": None}
+    operands = Operands(mode, *(bound[n] for n in ("input", "linear_weight", "linear_bias")))
+    if not operands.meet:
+        return NotImplemented
+    with mode:
+        return _in_python(**bound)
+
+
+if hasattr(F, "linear_cross_entropy"):  # of torch 2.13
+    _LINEAR_CROSS_ENTROPY = Signature.of(F.linear_cross_entropy)
+    _in_python = in_python(F.linear_cross_entropy)
+    handles(F.linear_cross_entropy)(_linear_cross_entropy)
