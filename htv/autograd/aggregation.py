@@ -100,6 +100,11 @@ class BufferListener:
     def guard(self) -> None:
         """Called before anything is recorded where `attached` is false; raises."""
 
+    def differentiate(self, grad: Tensor, groups: Groups) -> None:
+        """Called where create_graph=True asks for a graph of a use's backward, with the gradient
+        that this gets and who votes with its rows; raises where that is not served.
+        """
+
     def deliver(self, grad: Tensor | None, current: int) -> None:
         """Called with the aggregated gradient just before the node hands it to autograd; None where
         it accumulates.
@@ -332,15 +337,21 @@ def _with_graph(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     backward of that brings all contributions to one vote.
     """
     nodes = [node for node, _ in ctx.next_functions if _is_aggregation(node)]
-    names = ", ".join(repr(b.parameter_name) for node in nodes for b in node.buffers if b.used)
+    buffers = [buffer for node in dict.fromkeys(nodes) for buffer in node.buffers if buffer.used]
+    names = named(buffers)
     if any(_runs(node) for node in nodes):
         raise RuntimeError(TWICE.format(names))
-    if torch._C._are_functorch_transforms_active():
+    batched = torch._C._functorch.is_legacy_batchedtensor
+    if torch._C._are_functorch_transforms_active() or batched(grad):  # Functions have no graph here
         raise RuntimeError(
             "torch.autograd.grad(..., create_graph=True) inside torch.func or with "
-            f"is_grads_batched=True does not reach parameter {names}, which htv serves. Remedy: "
-            "call torch.autograd.grad(..., create_graph=True) once for every output"
+            "is_grads_batched=True (vectorize=True) does not come by the uses of parameter "
+            f"{names}, which htv serves. Remedy: without these, torch.autograd.grad(..., "
+            "create_graph=True) once for every output"
         )
+    owner = buffers[0]._owner() if buffers else None
+    if owner is not None:
+        owner.differentiate(grad, buffers[0].groups)
     grads = ctx._forward_cls.differentiable(ctx, grad)
     if grads is None:
         raise RuntimeError(
@@ -349,6 +360,11 @@ def _with_graph(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
             "call torch.autograd.grad() without create_graph=True"
         )
     return grads
+
+
+def named(buffers: Sequence[ContributionBuffer]) -> str:
+    """The parameters whose uses record in some buffers, for messages."""
+    return ", ".join(dict.fromkeys(repr(b.parameter_name) for b in buffers if b.used))
 
 
 def _is_aggregation(node) -> bool:
@@ -384,8 +400,7 @@ class AggregationNode(Function):
     def backward(ctx, _):
         buffers, parameters = ctx.buffers, ctx.parameters
         if torch.is_grad_enabled():
-            names = ", ".join(repr(b.parameter_name) for b in buffers if b.used)
-            raise RuntimeError(TWICE.format(names))
+            raise RuntimeError(TWICE.format(named(buffers)))
         device = parameters[0].device.type
         if torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
