@@ -337,7 +337,9 @@ def _with_graph(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     backward of that brings all contributions to one vote.
     """
     nodes = [node for node, _ in ctx.next_functions if _is_aggregation(node)]
-    buffers = [buffer for node in dict.fromkeys(nodes) for buffer in node.buffers if buffer.used]
+    arguments = getattr(ctx, "arguments", ())
+    buffers = [r.buffer for argument in arguments for r in argument.recorders or ()]
+    buffers = buffers or [buffer for node in nodes for buffer in node.buffers]
     names = named(buffers)
     if any(_runs(node) for node in nodes):
         raise RuntimeError(TWICE.format(names))

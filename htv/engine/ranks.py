@@ -101,8 +101,8 @@ def refuse_derivatives(model: nn.Module, name: str) -> None:
     if kind is not None:
         raise UnsupportedError(
             f"a derivative in the loss (create_graph=True) reaches parameter {name!r} of a model "
-            f"that is sharded over ranks ({kind}). Remedy: DistributedDataParallel with "
-            "htv.distributed.ddp, or attach(..., process_group=...)"
+            f"that is sharded over ranks ({kind}). Remedy: leave it whole on every rank, under "
+            "DistributedDataParallel with htv.distributed.ddp or attach(..., process_group=...)"
         )
 
 
