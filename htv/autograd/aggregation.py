@@ -439,7 +439,10 @@ class UseRecorder:
         gradients only.
         """
         node = self.token.grad_fn
-        return node is None or _runs(node)
+        try:
+            return node is None or torch._C._will_engine_execute_node(node)
+        except RuntimeError:  # see `_runs`
+            return True
 
     def adapted(self, adapt: Callable[[Factors], Factors]) -> UseRecorder:
         """Return one for what is computed from what this is for. adapt: from its factors back."""

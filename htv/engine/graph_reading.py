@@ -198,6 +198,9 @@ def _mixing(
     if lost is not None or not layouts:
         return lost
     size, name = batch_size(), _operation(node.name())
+    shape = node._input_metadata[number].shape
+    if name in BROADCASTING and _all_alike(node, inputs, layouts[0], len(shape)):  # most of them
+        return layouts[0]
     if node.name().startswith(PRODUCTS):
         left, right = inputs[-2:]
         both = isinstance(left, BatchLayout) and isinstance(right, BatchLayout)
@@ -208,9 +211,19 @@ def _mixing(
         return found
     if found is not None and (name in BRINGING_TOGETHER or name in BROADCASTING):
         return Lost(_spoken(node))
-    shape = node._input_metadata[number].shape
     kept = next((m for m in layouts if m.dim < len(shape) and shape[m.dim] == m.size(size)), None)
     return None if kept is None or kept.dim in _named_dims(node, len(shape)) else kept
+
+
+def _all_alike(node, inputs: list[Mark | None], layout: BatchLayout, ndim: int) -> bool:
+    """Tell whether all of a node's inputs that are of the batch have it at `layout` in `ndim`
+    dims.
+    """
+    return all(
+        mark is layout and len(n._input_metadata[i].shape) == ndim
+        for (n, i), mark in zip(node.next_functions, inputs, strict=True)
+        if mark is not None
+    )
 
 
 def _named_dims(node, ndim: int) -> set[int]:
