@@ -605,6 +605,10 @@ MIXED = {
     "a variance": lambda u: u.std(0).sum(),
     "similarities": lambda u: (u @ u.T).exp().sum(),
     "a Gram matrix": lambda u: (u.T @ u).square().sum(),
+    "similarities by einsum": lambda u: torch.einsum("ni,mi->nm", u, u).exp().sum(),
+    "the square of a product": lambda u: (u[:, 0] @ u[:, 0]).square(),
+    "a weighted sum of examples": lambda u: (torch.ones(2, len(u)) @ u).exp().sum(),
+    "a matrix by a column": lambda u: (u.T @ u[:, 0]).square().sum(),
     "differences": lambda u: (u[:, None] - u[None]).square().sum(),
     "sums so far": lambda u: u.cumsum(0).square().sum(),
 }
@@ -624,6 +628,30 @@ def test_derivatives_of_what_mixes_examples(name):
             loss(model, x, MIXED[name])
         assert "'4.weight'" in str(caught.value) and "u.sum()" in str(caught.value)
         loss(model, x, Tensor.sum).backward()  # as it says
+
+
+APART = {
+    "a mean": lambda u: u.mean() * len(u),
+    "powers": lambda u: u.square().sum() + u.exp().sum(),
+    "a norm": lambda u: u.norm(dim=1).sum(),
+    "a softmax over classes": lambda u: (torch.cat([u, u.square()], 1).log_softmax(1)[:, 0]).sum(),
+    "transposed": lambda u: u.T.exp().sum(),
+    "in parts": lambda u: sum(part.sin().sum() for part in u.split(1)),
+    "by einsum": lambda u: torch.einsum("ni,ni->n", u, u).exp().sum(),
+    "by bmm": lambda u: (u[:, :, None] @ u[:, None]).exp().sum(),
+    "times a matrix": lambda u: (u @ torch.ones(1, 3)).exp().sum(),
+    "a matrix times": lambda u: (torch.ones(3, 1) @ u.T).exp().sum(),
+}
+
+
+@pytest.mark.parametrize("name", APART)
+def test_derivatives_of_what_keeps_examples_apart(name):
+    def loss(model, x):
+        (x,) = given(x)
+        u = model(x)
+        return (u + grad(APART[name](u), x, create_graph=True)[0]).square().sum()
+
+    assert_exact(mlp(), loss, [torch.randn(7, 1)], htv.Median())
 
 
 def test_one_group_may_mix_its_examples():

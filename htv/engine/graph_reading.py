@@ -58,7 +58,7 @@ ALONG = {
     "prod", "logsumexp", "norm", "median", "glu", "sort", "topk",
 }  # fmt: skip
 BRINGING_TOGETHER = ALONG - {"select", "narrow", "split", "unbind", "unsqueeze", "glu"}
-PRODUCTS = ("MmBackward", "AddmmBackward")
+PRODUCTS = tuple(f"{name}Backward" for name in ("Mm", "Addmm", "Bmm", "Baddbmm", "Mv", "Dot"))
 
 
 class Knowledge(NamedTuple):
@@ -201,11 +201,8 @@ def _mixing(
     shape = node._input_metadata[number].shape
     if name in BROADCASTING and _all_alike(node, inputs, layouts[0], len(shape)):  # most of them
         return layouts[0]
-    if node.name().startswith(PRODUCTS):
-        left, right = inputs[-2:]
-        both = isinstance(left, BatchLayout) and isinstance(right, BatchLayout)
-        if both or getattr(left, "dim", 0) == 1 or getattr(right, "dim", 1) == 0:
-            return Lost(_spoken(node))
+    if node.name().startswith(PRODUCTS) and _product_mixes(node, inputs):
+        return Lost(_spoken(node))
     found = None if name is None else _followed(node, number, inputs, size)
     if isinstance(found, BatchLayout):
         return found
@@ -213,6 +210,18 @@ def _mixing(
         return Lost(_spoken(node))
     kept = next((m for m in layouts if m.dim < len(shape) and shape[m.dim] == m.size(size)), None)
     return None if kept is None or kept.dim in _named_dims(node, len(shape)) else kept
+
+
+def _product_mixes(node, inputs: list[Mark | None]) -> bool:
+    """Tell whether a product sums over examples, or multiplies all with all."""
+    outside = []
+    for (n, i), mark, row in zip(node.next_functions[-2:], inputs[-2:], (False, True), strict=True):
+        if isinstance(mark, BatchLayout):
+            ndim = len(n._input_metadata[i].shape)
+            if mark.dim == ndim - 1 - (row and ndim > 1):
+                return True
+            outside.append(mark.dim if mark.dim < ndim - 2 else None)
+    return len(outside) > 1 and (outside[0] is None or outside[0] != outside[1])
 
 
 def _all_alike(node, inputs: list[Mark | None], layout: BatchLayout, ndim: int) -> bool:
