@@ -282,6 +282,15 @@ def test_layer(layer, order, rule):
         assert_exact(model.double(), partial(slopes, order), batch, rule)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [4, 6])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_layer_where_sizes_coincide(layer, size, monkeypatch):
+    """As many examples as tokens or features: nothing is taken for what mixes examples."""
+    monkeypatch.setattr(layer_table, "N", size)
+    test_layer(layer, 2, htv.Median())
+
+
 @pytest.mark.parametrize(
     "norm", [F.layer_norm, lambda x, _: F.instance_norm(x)], ids=["layer", "instance"]
 )

@@ -169,8 +169,8 @@ def mixed_in(gradient: Tensor, groups: Groups) -> Lost | None:
 
     What happens inside a forward was judged there, and its derivatives are made of operations that
     nobody lists. So only what mixes examples by what it is counts: sums over them, products and
-    differences of them. Another operation is believed to leave the batch in its dim, if it keeps
-    its size and is not along that dim.
+    differences of them. Another operation is believed to leave the batch in its dim, if there are
+    as many dims as before, that one has its size and the operation is not along it.
     """
     if gradient.grad_fn is None or groups.batch_size == 1:
         return None
@@ -208,8 +208,14 @@ def _mixing(
         return found
     if found is not None and (name in BRINGING_TOGETHER or name in BROADCASTING):
         return Lost(_spoken(node))
-    kept = next((m for m in layouts if m.dim < len(shape) and shape[m.dim] == m.size(size)), None)
-    return None if kept is None or kept.dim in _named_dims(node, len(shape)) else kept
+    kept = [
+        mark
+        for (n, i), mark in zip(node.next_functions, inputs, strict=True)
+        if isinstance(mark, BatchLayout) and len(n._input_metadata[i].shape) == len(shape)
+    ]
+    if not kept or shape[kept[0].dim] != kept[0].size(size):
+        return None
+    return None if kept[0].dim in _named_dims(node, len(shape)) else kept[0]
 
 
 def _product_mixes(node, inputs: list[Mark | None]) -> bool:
