@@ -500,9 +500,9 @@ class Forces(nn.Module):
         with torch.enable_grad():
             x = x.requires_grad_()
             e = self.energy(x)
-            beside = torch.ones_like(e) if self.outputs == "rows" else None
-            of = {"rows": e, "sum": e.sum(), "mean": e.mean() * 1}[self.outputs]
-            (slope,) = grad(of, x, beside, create_graph=True)
+            of = {"sum": e.sum(), "a scaled mean": e.mean() * 2}.get(self.outputs, e)
+            beside = {"rows": torch.ones_like(e), "other rows": x[:, :1].detach().flip(0)}
+            (slope,) = grad(of, x, beside.get(self.outputs), create_graph=True)
         return e, self.after(slope)
 
 
@@ -516,8 +516,9 @@ def test_derivatives_that_a_forward_goes_on_with(outputs):
     assert_exact(Forces(outputs), forced, [torch.randn(7, 3)], htv.Median())
 
 
-def test_derivatives_of_what_a_forward_mixes_are_lost():
-    model, x = Forces("mean"), torch.randn(7, 3)
+@pytest.mark.parametrize("outputs", ["a scaled mean", "other rows"])
+def test_derivatives_of_what_a_forward_mixes_are_lost(outputs):
+    model, x = Forces(outputs), torch.randn(7, 3)
     with htv.attach(model, htv.Median()), pytest.raises(htv.UnsupportedError) as caught:
         forced(model, x)
     assert "'after.weight'" in str(caught.value) and "lost that" in str(caught.value)

@@ -46,8 +46,8 @@ def expand_rows(
     dtype: torch.dtype | None = None,
     features: int = 1,
 ) -> Tensor:
-    """Where rows vote by themselves: copies for every row, the dims of `shape` before the tensor's
-    own, which are the last `features` of them.
+    """Where rows vote by themselves: copies for every row, along the dims of `shape` before the
+    tensor's own, the last `features` of them.
     """
     return _Expand.apply(
         argument.value, argument, shape, grouped_rows, dtype, features, *argument.tokens

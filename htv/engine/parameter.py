@@ -10,6 +10,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable
 
+import torch
 from torch import Tensor, nn
 
 from htv.autograd.accumulation import Accumulation, MicroBatches
@@ -238,8 +239,10 @@ class TrackedParameter(BufferListener):
             self.measured = functools.partial(sums.agreement, count, coordinates)
 
     def differentiate(self, grad: Tensor, groups: Groups) -> None:
-        session = self._session()
-        ranks.refuse_derivatives(session.model, self.name)
+        session, task = self._session(), torch._C._current_graph_task_id()
+        if session.differentiated != task:  # once in a pass: it looks at all modules
+            ranks.refuse_derivatives(session.model, self.name)
+            session.differentiated = task
         mixed = None if session.shares_statistics else graph_reading.mixed_in(grad, groups)
         if mixed is not None:
             raise UnsupportedError(

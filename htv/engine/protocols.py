@@ -193,6 +193,7 @@ class SessionLike(ModeSession, Protocol):
     voters: VotersLike
     batch_norm: str
     collects_stats: bool
+    differentiated: int
     examine: Callable[[str, list[Factors]], None] | None
     only_means: bool
     rules: list[Rule]

@@ -43,12 +43,13 @@ def _is_apart(mode: ModeLike, output: Tensor, beside: Tensor | None) -> bool:
     """Whether a derivative of an output, times what stands beside it, is an example's where the
     input is: of what each example has, or of the sum of that.
     """
-    if isinstance(mode.mark(beside), Lost):
+    mark, node, factor = mode.mark(output), output.grad_fn, mode.mark(beside)
+    if isinstance(factor, Lost):
         return False
-    mark, node = mode.mark(output), output.grad_fn
+    if isinstance(mark, BatchLayout):
+        return not isinstance(factor, BatchLayout) or factor.same(mark, mode.batch_size)
     if not isinstance(mark, Lost) or node is None:
         return not isinstance(mark, Lost)
-    summed = node.name().startswith(SUMS) and isinstance(
-        mode.at(*node.next_functions[0]), BatchLayout
-    )
-    return summed and not isinstance(mode.mark(beside), BatchLayout)
+    if isinstance(factor, BatchLayout) or not node.name().startswith(SUMS):
+        return False
+    return isinstance(mode.at(*node.next_functions[0]), BatchLayout)
