@@ -786,16 +786,6 @@ def test_double_backward():
         refused(model, lambda: loss.backward(create_graph=True), RuntimeError, "create_graph")
 
 
-def test_a_gradient_penalty_on_the_input():
-    """A second derivative would miss what the first one's backward does not differentiate."""
-    model, x = mlp(norm=False), torch.randn(6, 12, requires_grad=True)
-    with htv.attach(model, htv.Mean()):
-        penalty = lambda: (
-            torch.autograd.grad(model(x).sum(), x, create_graph=True)[0].square().sum().backward()
-        )
-        refused(model, penalty, RuntimeError, "create_graph")
-
-
 def test_statistics_that_were_not_asked_for():
     with htv.attach(mlp(), htv.Median()) as handle, pytest.raises(RuntimeError, match="stats=True"):
         handle.stats()

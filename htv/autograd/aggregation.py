@@ -100,6 +100,11 @@ class BufferListener:
     def guard(self) -> None:
         """Called before anything is recorded where `attached` is false; raises."""
 
+    def differentiate(self, grad: Tensor, groups: Groups) -> None:
+        """Called where create_graph=True asks for a graph of a use's backward, with the gradient
+        that this gets and who votes with its rows; raises where that is not served.
+        """
+
     def deliver(self, grad: Tensor | None, current: int) -> None:
         """Called with the aggregated gradient just before the node hands it to autograd; None where
         it accumulates.
@@ -294,7 +299,8 @@ class Function(torch.autograd.Function, metaclass=_FunctionMeta):
     transform left them.
 
     A subclass defines `gradients` in the place of `backward`: statistics and plain sums keep the
-    type of their operands even where backward runs under autocast.
+    type of their operands even where backward runs under autocast. One whose arguments may be
+    differentiated again (create_graph=True) defines `differentiable`, too.
     """
 
     @classmethod
@@ -305,22 +311,81 @@ class Function(torch.autograd.Function, metaclass=_FunctionMeta):
 
     @staticmethod
     def backward(ctx, grad):
-        if torch.is_grad_enabled():
-            raise RuntimeError(TWICE)
+        gradients = _with_graph if torch.is_grad_enabled() else ctx._forward_cls.gradients
         if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(grad.device.type):
             with torch.autocast(grad.device.type, enabled=False):
-                return ctx._forward_cls.gradients(ctx, grad)
-        return ctx._forward_cls.gradients(ctx, grad)
+                return gradients(ctx, grad)
+        return gradients(ctx, grad)
 
     @staticmethod
     def gradients(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of the arguments, from the output's."""
         raise NotImplementedError
 
+    @staticmethod
+    def differentiable(ctx, grad: Tensor) -> tuple[Tensor | None, ...] | None:
+        """Return the same with a graph, in which what is served is used as in a forward; nothing is
+        recorded, and no served argument has a gradient. None where that is not defined.
+        """
+        return None
+
+
+def _with_graph(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients of a Function where create_graph=True asks for a graph of them.
+
+    No contribution is recorded: what such a pass computes becomes a part of the loss, and the
+    backward of that brings all contributions to one vote.
+    """
+    nodes = [node for node, _ in ctx.next_functions if _is_aggregation(node)]
+    arguments = getattr(ctx, "arguments", ())
+    buffers = [r.buffer for argument in arguments for r in argument.recorders or ()]
+    buffers = buffers or [buffer for node in nodes for buffer in node.buffers]
+    names = named(buffers)
+    if any(_runs(node) for node in nodes):
+        raise RuntimeError(TWICE.format(names))
+    batched = torch._C._functorch.is_legacy_batchedtensor
+    if torch._C._are_functorch_transforms_active() or batched(grad):  # Functions have no graph here
+        raise RuntimeError(
+            "torch.autograd.grad(..., create_graph=True) inside torch.func or with "
+            "is_grads_batched=True (vectorize=True) does not come by the uses of parameter "
+            f"{names}, which htv serves. Remedy: without these, torch.autograd.grad(..., "
+            "create_graph=True) once for every output"
+        )
+    owner = buffers[0]._owner() if buffers else None
+    if owner is not None:
+        owner.differentiate(grad, buffers[0].groups)
+    grads = ctx._forward_cls.differentiable(ctx, grad)
+    if grads is None:
+        raise RuntimeError(
+            f"htv has no derivative of the backward of {ctx._forward_cls.__name__.lstrip('_')} "
+            f"with parameter {names}, as create_graph=True asks for. Remedy: exclude={names}, or "
+            "call torch.autograd.grad() without create_graph=True"
+        )
+    return grads
+
+
+def named(buffers: Sequence[ContributionBuffer]) -> str:
+    """The parameters whose uses record in some buffers, for messages."""
+    return ", ".join(dict.fromkeys(repr(b.parameter_name) for b in buffers if b.used))
+
+
+def _is_aggregation(node) -> bool:
+    return getattr(type(node), "_forward_cls", None) is AggregationNode
+
+
+def _runs(node) -> bool:
+    """Whether the pass under way goes on to a node that is no leaf's."""
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # torch does not tell here: the node decides
+        return True
+
 
 TWICE = (
-    "htv does not differentiate through a served backward: call backward() or "
-    "torch.autograd.grad() without create_graph=True, or detach the handle for that step"
+    "a vote has no derivative: create_graph=True asks for a graph of the gradient of parameter {}, "
+    "which htv serves. Remedy: call backward() without create_graph=True; for derivatives of the "
+    "input in the loss give torch.autograd.grad(..., create_graph=True) the input alone; or detach "
+    "the handle for that step"
 )
 
 
@@ -337,7 +402,7 @@ class AggregationNode(Function):
     def backward(ctx, _):
         buffers, parameters = ctx.buffers, ctx.parameters
         if torch.is_grad_enabled():
-            raise RuntimeError(TWICE)
+            raise RuntimeError(TWICE.format(named(buffers)))
         device = parameters[0].device.type
         if torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
@@ -376,8 +441,14 @@ class UseRecorder:
         node = self.token.grad_fn
         try:
             return node is None or torch._C._will_engine_execute_node(node)
-        except RuntimeError:  # torch does not tell here: the node decides
+        except RuntimeError:  # see `_runs`
             return True
+
+    def adapted(self, adapt: Callable[[Factors], Factors]) -> UseRecorder:
+        """Return one for what is computed from what this is for. adapt: from its factors back."""
+        own = self._adapt
+        both = adapt if own is None else lambda factors: own(adapt(factors))
+        return UseRecorder(self.token, self.buffer, both, self.born)
 
     def record(self, factors: Factors) -> None:
         """In backward: record factors of what the layer computes with."""
@@ -408,6 +479,16 @@ class ParameterArgument:
     @property
     def is_served(self) -> bool:
         return self.recorders is not None
+
+    def computed(self, value: Tensor, adapt: Callable[[Factors], Factors]) -> ParameterArgument:
+        """What stands for a value computed from this one's. adapt: from its factors to this one's.
+
+        For a use in a backward: what is served is detached there as it is here, what is plain has
+        its graph.
+        """
+        if self.recorders is None:
+            return ParameterArgument(value)
+        return ParameterArgument(value, [recorder.adapted(adapt) for recorder in self.recorders])
 
     def record(
         self, make: Callable[..., Factors], grouped_rows: GroupedRows, *tensors: Tensor

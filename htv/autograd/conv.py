@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from htv.autograd.aggregation import MARKER, Function, ParameterArgument
+from htv.autograd.linear import ABSENT, plain_bias, plainly
 from htv.groups import GroupedRows
 from htv.ops.factors import ConvFactors, ConvGeometry, StackedFactors
 from htv.ops.reference import cast, compute_dtype
@@ -104,6 +105,23 @@ class _Conv(Function):
         make = lambda grouped_rows, x, grad: ConvFactors(x, grad, kernel, geometry, grouped_rows)
         return _gradients(ctx, grad, make, _grad_input)
 
+    @staticmethod
+    def differentiable(ctx, grad):
+        """The gradient of x is the transposed convolution of grad."""
+        g = ctx.geometry
+
+        def grad_input(x: Tensor, weight: ParameterArgument) -> Tensor:
+            sizes = zip(x.shape[2:], grad.shape[2:], ctx.kernel, strict=True)
+            steps = zip(g.stride, g.padding, g.dilation, strict=True)
+            rest = [  # rows at the end that no window reaches
+                size - ((out - 1) * stride - 2 * padding + dilation * (taps - 1) + 1)
+                for (size, out, taps), (stride, padding, dilation) in zip(sizes, steps, strict=True)
+            ]
+            steps = g.stride, g.padding, rest, g.groups, g.dilation
+            return conv_transpose(grad, weight, ABSENT, *steps, ctx.grouped_rows)
+
+        return _differentiable(ctx, grad, grad_input, transposed=False)
+
 
 def _gradients(
     ctx, grad: Tensor, make: Callable[..., ConvFactors], grad_input: Callable[..., Tensor]
@@ -123,6 +141,24 @@ def _gradients(
     grad_weight = weight_argument.grad(needs[1], make, grouped_rows, x_like, grad)
     grad_bias = bias_argument.grad(needs[2], _bias_factors, grouped_rows, grad)
     return grad_x, grad_weight, grad_bias, *ctx.unused
+
+
+def _differentiable(ctx, grad: Tensor, grad_input: Callable[..., Tensor], transposed: bool):
+    """The same with a graph. grad_input: from x and the weight's argument."""
+    _, x, weight = ctx.saved_tensors
+    weight_argument, bias_argument = ctx.arguments
+    geometry, grad_x, grad_weight = ctx.geometry, None, None
+    if ctx.needs_input_grad[0]:
+        argument = weight_argument.computed(cast(weight, grad.dtype), lambda factors: factors)
+        grad_x = cast(grad_input(x, argument), x.dtype)
+    if plainly(ctx, 1, weight_argument):
+        like = grad.new_empty(weight_argument.value.shape)  # only its shape counts
+        _, grad_weight, _ = torch.ops.aten.convolution_backward(
+            grad, cast(x, grad.dtype), like, None, geometry.stride, geometry.padding,
+            geometry.dilation, transposed, [0] * len(geometry.stride), geometry.groups,
+            [False, True, False],
+        )  # fmt: skip
+    return grad_x, grad_weight, plain_bias(ctx, 2, bias_argument, grad, 1), *ctx.unused
 
 
 def _bias_factors(grouped_rows: GroupedRows, grad: Tensor) -> StackedFactors:
@@ -173,6 +209,17 @@ class _ConvTranspose(Function):
         kernel, geometry = ctx.kernel, ctx.geometry
         make = lambda grouped_rows, x, grad: ConvFactors(grad, x, kernel, geometry, grouped_rows)
         return _gradients(ctx, grad, make, _grad_input_transposed)
+
+    @staticmethod
+    def differentiable(ctx, grad):
+        """The gradient of x is the convolution of grad."""
+        g = ctx.geometry
+
+        def grad_input(_: Tensor, weight: ParameterArgument) -> Tensor:
+            steps = g.stride, g.padding, g.dilation, g.groups
+            return conv(grad, weight, ABSENT, *steps, ctx.grouped_rows)
+
+        return _differentiable(ctx, grad, grad_input, transposed=True)
 
 
 def _grad_input_transposed(

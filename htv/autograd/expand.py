@@ -35,7 +35,7 @@ def expand(
     shape = [*(1,) * (ndim - argument.value.dim()), *argument.value.shape]
     shape[grouped_rows.dim] = size
     return _Expand.apply(
-        argument.value, argument, tuple(shape), grouped_rows, dtype, *argument.tokens
+        argument.value, argument, tuple(shape), grouped_rows, dtype, 1, *argument.tokens
     )
 
 
@@ -44,20 +44,24 @@ def expand_rows(
     shape: tuple[int, ...],
     grouped_rows: GroupedRows,
     dtype: torch.dtype | None = None,
+    features: int = 1,
 ) -> Tensor:
-    """Where rows vote by themselves: copies for every row, the dims of `shape` before the tensor's
-    own.
+    """Where rows vote by themselves: copies for every row, along the dims of `shape` before the
+    tensor's own, the last `features` of them.
     """
-    return _Expand.apply(argument.value, argument, shape, grouped_rows, dtype, *argument.tokens)
+    return _Expand.apply(
+        argument.value, argument, shape, grouped_rows, dtype, features, *argument.tokens
+    )
 
 
 class _Expand(Function):
     @staticmethod
-    def forward(ctx, source, argument, shape, grouped_rows, dtype, *tokens):
-        ctx.argument, ctx.grouped_rows, ctx.unused = (
+    def forward(ctx, source, argument, shape, grouped_rows, dtype, features, *tokens):
+        ctx.argument, ctx.grouped_rows, ctx.features, ctx.unused = (
             argument,
             grouped_rows,
-            (None,) * (5 + len(tokens)),
+            features,
+            (None,) * (6 + len(tokens)),
         )
         ctx.save_for_backward(MARKER)
         source = source if dtype is None else source.to(dtype)
@@ -67,16 +71,23 @@ class _Expand(Function):
 
     @staticmethod
     def gradients(ctx, grad):
-        argument, shape = ctx.argument, tuple(ctx.argument.value.shape)
-        make = lambda grouped_rows, grad: StackedFactors(_contributions(grad, shape, grouped_rows))
+        argument, features = ctx.argument, ctx.features
+        shape = tuple(argument.value.shape)
+        make = lambda grouped_rows, grad: StackedFactors(
+            _contributions(grad, shape, grouped_rows, features)
+        )
         argument.record(make, ctx.grouped_rows, grad.to(argument.value.dtype))
         return ctx.unused
 
 
-def _contributions(grad: Tensor, shape: tuple[int, ...], grouped_rows: GroupedRows) -> Tensor:
-    """(E, *shape) to a tensor of that shape, from the gradient of its copies."""
+def _contributions(
+    grad: Tensor, shape: tuple[int, ...], grouped_rows: GroupedRows, features: int
+) -> Tensor:
+    """(E, *shape) to a tensor of that shape, from the gradient of its copies; where rows vote, they
+    have so many dims of `features`.
+    """
     if grouped_rows.rows_vote:
-        rows = grouped_rows.rows(grad)
+        rows = grouped_rows.rows(grad, features)
         return rows.reshape(len(rows), *shape)
     summed = grouped_rows.along(grad.to(compute_dtype(grad.dtype)))
     return summed.reshape(len(summed), *shape)

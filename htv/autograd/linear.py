@@ -11,6 +11,8 @@ from htv.groups import GroupedRows
 from htv.ops.factors import BilinearFactors, LinearFactors, StackedFactors
 from htv.ops.reference import compute_dtype
 
+ABSENT = ParameterArgument(None)
+
 
 def linear(
     x: Tensor, weight: ParameterArgument, bias: ParameterArgument, grouped_rows: GroupedRows
@@ -59,6 +61,37 @@ class _Linear(Function):
         grad_weight = weight_argument.grad(needs[1], weight_factors, grouped_rows, x, grad)
         grad_bias = bias_argument.grad(needs[2], bias_factors, grouped_rows, grad)
         return grad_x, grad_weight, grad_bias, *ctx.unused
+
+    @staticmethod
+    def differentiable(ctx, grad):
+        """The gradient of x is a linear layer of grad, with the transposed weight."""
+        _, x, weight = ctx.saved_tensors
+        weight_argument, bias_argument = ctx.arguments
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            transposed = weight_argument.computed(
+                weight.to(grad.dtype).t(), LinearFactors.transposed
+            )
+            grad_x = linear(grad, transposed, ABSENT, ctx.grouped_rows).to(ctx.x_dtype)
+        if plainly(ctx, 1, weight_argument):
+            grad_weight = grad.flatten(0, -2).t() @ x.to(grad.dtype).flatten(0, -2)
+        return grad_x, grad_weight, plain_bias(ctx, 2, bias_argument, grad, -1), *ctx.unused
+
+
+def plainly(ctx, number: int, argument: ParameterArgument) -> bool:
+    """Whether a Function's argument of that number wants a gradient that is no vote."""
+    return ctx.needs_input_grad[number] and not argument.is_served
+
+
+def plain_bias(
+    ctx, number: int, argument: ParameterArgument, grad: Tensor, dim: int
+) -> Tensor | None:
+    """The plain gradient of a bias along a dim of the output, with a graph; None if it wants
+    none.
+    """
+    if not plainly(ctx, number, argument):
+        return None
+    return grad.movedim(dim, -1).flatten(0, -2).sum(dim=0)
 
 
 def bias_factors(grouped_rows: GroupedRows, grad: Tensor) -> StackedFactors:
@@ -134,4 +167,26 @@ class _Bilinear(Function):
                 mixed, others, (left, right), needs[:2], strict=True
             )
         )
+        return grad_left, grad_right, grad_weight, grad_bias, *ctx.unused
+
+    @staticmethod
+    def differentiable(ctx, grad):
+        """The gradient of either input is a bilinear layer of grad and the other one, with the
+        weight's dims exchanged.
+        """
+        _, left, right, weight = ctx.saved_tensors
+        weight_argument, bias_argument = ctx.arguments
+        grad_left = grad_right = grad_weight = None
+        inputs = left.to(grad.dtype), right.to(grad.dtype)
+        weight = weight.to(grad.dtype)
+        if ctx.needs_input_grad[0]:
+            swapped = weight_argument.computed(weight.transpose(0, 1), BilinearFactors.left_first)
+            grad_left = bilinear(grad, inputs[1], swapped, ABSENT, ctx.grouped_rows).to(left.dtype)
+        if ctx.needs_input_grad[1]:
+            swapped = weight_argument.computed(weight.transpose(0, 2), BilinearFactors.right_first)
+            found = bilinear(inputs[0], grad, swapped, ABSENT, ctx.grouped_rows)
+            grad_right = found.to(right.dtype)
+        if plainly(ctx, 2, weight_argument):
+            grad_weight = torch.einsum("...o,...i,...j->oij", grad, *inputs)
+        grad_bias = plain_bias(ctx, 3, bias_argument, grad, -1)
         return grad_left, grad_right, grad_weight, grad_bias, *ctx.unused

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from htv.autograd.aggregation import MARKER, Function, ParameterArgument
+from htv.autograd.expand import expand, expand_rows
+from htv.autograd.linear import plainly
 from htv.groups import GroupedRows
 from htv.ops.factors import StackedFactors
 from htv.ops.norm import group_norm_backward, norm_sums
@@ -45,6 +47,7 @@ def group_norm(
 ) -> Tensor:
     """F.group_norm. x: (S, C, *space); weight and bias: (C,)."""
     tokens = *weight.tokens, *bias.tokens
+    x = x.contiguous(memory_format=_group_norm_format(x))
     return _GroupNorm.apply(
         x, weight.value, bias.value, weight, bias, num_groups, eps, grouped_rows, *tokens
     )
@@ -60,7 +63,7 @@ class _LayerNorm(Function):
             shape,
             grouped_rows,
         )
-        ctx.unused = (None,) * (5 + len(tokens))
+        ctx.unused, ctx.eps = (None,) * (5 + len(tokens)), eps
         y, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, eps)
         ctx.save_for_backward(MARKER, x, weight, bias, mean, rstd)
         return y
@@ -81,6 +84,58 @@ class _LayerNorm(Function):
                 grad, x, shape, mean, rstd, weight, bias, [True, False, False]
             )
         return grad_x, *grads, *ctx.unused
+
+    @staticmethod
+    def differentiable(ctx, grad):
+        _, x, weight, *_ = ctx.saved_tensors
+        argument, rows, lead = ctx.arguments[0], ctx.grouped_rows, x.dim() - len(ctx.shape)
+        if argument.is_served and rows.rows_vote:
+            shape = *x.shape[:lead], *ctx.shape
+            weight = expand_rows(argument, shape, rows, features=len(ctx.shape))
+        elif argument.is_served:
+            weight = expand(argument, x.dim(), x.shape[rows.dim], rows)
+        along = tuple(range(lead, x.dim()))
+        grad_x, x_hat = _standardised_backward(grad, x, weight, ctx.eps, x.shape, along)
+        return grad_x, *_plain_affine(ctx, grad, x_hat, tuple(range(lead))), *ctx.unused
+
+
+def _standardised_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    shape: Sequence[int],
+    along: tuple[int, ...],
+) -> tuple[Tensor, Tensor]:
+    """The gradient of x and x_hat of a normalisation, by operations that autograd differentiates
+    any number of times: torch's own takes mean and rstd for constants the second time.
+
+    weight:  broadcasts against x, or None.
+    shape:   of x, in which its statistics are along the dims `along`.
+    """
+    dtype = compute_dtype(x.dtype)
+    scaled = grad.to(dtype) if weight is None else grad.to(dtype) * weight.to(dtype)
+    scaled, values = scaled.reshape(shape), x.to(dtype).reshape(shape)
+    centred = values - values.mean(along, keepdim=True)
+    rstd = (centred.square().mean(along, keepdim=True) + eps).rsqrt()
+    x_hat = centred * rstd
+    shared = x_hat * (scaled * x_hat).mean(along, keepdim=True)
+    grad_x = rstd * (scaled - scaled.mean(along, keepdim=True) - shared)
+    return grad_x.reshape(x.shape).to(x.dtype), x_hat.reshape(x.shape)
+
+
+def _plain_affine(
+    ctx, grad: Tensor, x_hat: Tensor, along: tuple[int, ...]
+) -> tuple[Tensor | None, Tensor | None]:
+    """The plain gradients of scale and shift, sums along some dims, with a graph; None where they
+    are served or not wanted.
+    """
+    weight, bias = ctx.arguments
+    grad = grad.to(x_hat.dtype)
+    return (
+        (grad * x_hat).sum(along).to(weight.value.dtype) if plainly(ctx, 1, weight) else None,
+        grad.sum(along).to(bias.value.dtype) if plainly(ctx, 2, bias) else None,
+    )
 
 
 def _sums_along_batch(
@@ -139,9 +194,8 @@ class _GroupNorm(Function):
         ctx, x, weight, bias, weight_argument, bias_argument, num_groups, eps, grouped_rows, *tokens
     ):
         ctx.arguments, ctx.grouped_rows = (weight_argument, bias_argument), grouped_rows
-        ctx.unused = (None,) * (5 + len(tokens))
+        ctx.unused, ctx.eps, ctx.num_groups = (None,) * (5 + len(tokens)), eps, num_groups
         n, channels, space = x.shape[0], x.shape[1], math.prod(x.shape[2:])
-        x = x.contiguous(memory_format=_group_norm_format(x))
         y, mean, rstd = torch.native_group_norm(
             x, weight, bias, n, channels, space, num_groups, eps
         )
@@ -156,6 +210,19 @@ class _GroupNorm(Function):
             ctx, sums, lambda grouped_rows, sums: StackedFactors(grouped_rows.along(sums))
         )
         return grad_x, *grads, *ctx.unused
+
+    @staticmethod
+    def differentiable(ctx, grad):
+        _, x, weight, *_ = ctx.saved_tensors
+        argument, rows = ctx.arguments[0], ctx.grouped_rows
+        if argument.is_served:
+            weight = expand(argument, 2, x.shape[0], rows)  # (S, C)
+        if weight is not None:
+            weight = weight.reshape(*weight.shape, *(1,) * (x.dim() - 2))
+        shape = x.shape[0], ctx.num_groups, -1
+        grad_x, x_hat = _standardised_backward(grad, x, weight, ctx.eps, shape, (2,))
+        along = (0, *range(2, x.dim()))
+        return grad_x, *_plain_affine(ctx, grad, x_hat, along), *ctx.unused
 
 
 def _affine_grads(

@@ -30,7 +30,8 @@ def carried_marks(
     checkpointed = _checkpointed_nodes(recent) if graphed and in_backward() else {}
     for name, tensor in graphed:
         reader = _Reader(own_marks, checkpointed)
-        mark = graph_reading.mark_of(tensor, reader.batch_size, reader.known)
+        node, number = tensor.grad_fn, tensor.output_nr
+        mark = graph_reading.mark_at(node, number, reader.batch_size, reader.known)
         sizes = {k.groups.batch_size for k in (*earlier, *reader.met)}
         if len(sizes) > 1:
             raise ValueError(

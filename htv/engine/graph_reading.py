@@ -22,14 +22,15 @@ from htv.engine import propagation
 from htv.engine.provenance import CONSTANT, PLAIN, FromParameters, Lost, Mark, OfBatch
 from htv.engine.torch_ops import BROADCASTING, Operation, tensors_in
 from htv.errors import UnsupportedError
-from htv.groups import GroupedRows, Groups
+from htv.groups import BatchLayout, GroupedRows, Groups
 
 __all__ = [
     "RECORD",
     "Knowledge",
     "declare_passing_on",
     "declare_rowwise",
-    "mark_of",
+    "mark_at",
+    "mixed_in",
     "remember",
     "remembered",
     "grouped_rows_of",
@@ -56,6 +57,8 @@ ALONG = {
     "unbind", "unsqueeze", "sum", "nansum", "mean", "amax", "amin", "max", "min", "var", "std",
     "prod", "logsumexp", "norm", "median", "glu", "sort", "topk",
 }  # fmt: skip
+BRINGING_TOGETHER = ALONG - {"select", "narrow", "split", "unbind", "unsqueeze", "glu"}
+PRODUCTS = tuple(f"{name}Backward" for name in ("Mm", "Addmm", "Bmm", "Baddbmm", "Mv", "Dot"))
 
 
 class Knowledge(NamedTuple):
@@ -98,20 +101,25 @@ def grouped_rows_of(node) -> GroupedRows | None:
     return None
 
 
-def mark_of(
-    tensor: Tensor,
+def mark_at(
+    node,
+    number: int,
     batch_size: Callable[[], int | None],
     known: Callable[[object, int], Mark | None],
+    through: Callable[..., Mark | None] | None = None,
 ) -> Mark | None:
-    """Read off where the batch is in `tensor`, which has a graph; None if nothing known is in it.
+    """Read off where the batch is in output `number` of `node`; None if nothing known is in it.
 
     batch_size:  returns how many examples there are; called once something known was found.
     known:       (node, output) -> its mark where that is known without its inputs, as for leaves
                  and what htv served.
+    through:     (node, output, marks of its inputs, batch_size) -> its mark, where not as usual.
     """
+    through = through or _through
+    root = node, number
     marks: dict[tuple[int, int], Mark | None] = {}
     keep = []  # nodes stay the same Python objects as long as somebody holds them
-    ahead = [(tensor.grad_fn, tensor.output_nr, False)]
+    ahead = [(node, number, False)]
     while ahead:
         node, number, ready = ahead.pop()
         key = (id(node), number)
@@ -130,8 +138,8 @@ def mark_of(
             ahead += [(n, i, False) for n, i in node.next_functions if n is not None]
             continue
         inputs = [None if n is None else marks.get((id(n), i)) for n, i in node.next_functions]
-        marks[key] = _through(node, number, inputs, batch_size)
-    return marks[(id(tensor.grad_fn), tensor.output_nr)]
+        marks[key] = through(node, number, inputs, batch_size)
+    return marks[(id(root[0]), root[1])]
 
 
 def _through(
@@ -150,6 +158,101 @@ def _through(
         return PLAIN if any(m is PLAIN for m in inputs) else None
     found = _followed(node, number, inputs, batch_size())
     return Lost(f"{_spoken(node)}, which htv did not see") if isinstance(found, Lost) else found
+
+
+def mixed_in(gradient: Tensor, groups: Groups) -> Lost | None:
+    """Return what mixes examples in the graph of `gradient`, which a served layer gets where
+    create_graph=True asks for a graph; None where nothing is seen to.
+
+    gradient:  of the layer's output.
+    groups:    who votes with its rows.
+
+    What happens inside a forward was judged there, and its derivatives are made of operations that
+    nobody lists. So only what mixes examples by what it is counts: sums over them, products and
+    differences of them. Another operation is believed to leave the batch in its dim, if there are
+    as many dims as before, that one has its size and the operation is not along it.
+    """
+    if gradient.grad_fn is None or groups.batch_size == 1:
+        return None
+    if groups.count == 1 and not groups.rows_vote:  # whatever is mixed, one group it is
+        return None
+    size = groups.batch_size
+    mark = mark_at(gradient.grad_fn, gradient.output_nr, lambda: size, _known_place, _mixing)
+    return mark if isinstance(mark, Lost) else None
+
+
+def _known_place(node, number: int) -> Mark | None:
+    rows, noted = grouped_rows_of(node), remembered(node, number)
+    if rows is not None:
+        return rows.layout
+    # What a forward lost before it returned is looked at here: it may have added up examples.
+    return noted[1] if noted is not None and isinstance(noted[1], BatchLayout) else None
+
+
+def _mixing(
+    node, number: int, inputs: list[Mark | None], batch_size: Callable[[], int | None]
+) -> Mark | None:
+    """Do what `_through` does, where only what is known to mix examples loses the batch."""
+    lost = next((m for m in inputs if isinstance(m, Lost)), None)
+    layouts = [m for m in inputs if isinstance(m, BatchLayout)]
+    if lost is not None or not layouts:
+        return lost
+    size, name = batch_size(), _operation(node.name())
+    shape = node._input_metadata[number].shape
+    if name in BROADCASTING and _all_alike(node, inputs, layouts[0], len(shape)):  # most of them
+        return layouts[0]
+    if node.name().startswith(PRODUCTS) and _product_mixes(node, inputs):
+        return Lost(_spoken(node))
+    found = None if name is None else _followed(node, number, inputs, size)
+    if isinstance(found, BatchLayout):
+        return found
+    if found is not None and (name in BRINGING_TOGETHER or name in BROADCASTING):
+        return Lost(_spoken(node))
+    kept = [
+        mark
+        for (n, i), mark in zip(node.next_functions, inputs, strict=True)
+        if isinstance(mark, BatchLayout) and len(n._input_metadata[i].shape) == len(shape)
+    ]
+    if not kept or shape[kept[0].dim] != kept[0].size(size):
+        return None
+    return None if kept[0].dim in _named_dims(node, len(shape)) else kept[0]
+
+
+def _product_mixes(node, inputs: list[Mark | None]) -> bool:
+    """Tell whether a product sums over examples, or multiplies all with all."""
+    outside = []
+    for (n, i), mark, row in zip(node.next_functions[-2:], inputs[-2:], (False, True), strict=True):
+        if isinstance(mark, BatchLayout):
+            ndim = len(n._input_metadata[i].shape)
+            if mark.dim == ndim - 1 - (row and ndim > 1):
+                return True
+            outside.append(mark.dim if mark.dim < ndim - 2 else None)
+    return len(outside) > 1 and (outside[0] is None or outside[0] != outside[1])
+
+
+def _all_alike(node, inputs: list[Mark | None], layout: BatchLayout, ndim: int) -> bool:
+    """Tell whether all of a node's inputs that are of the batch have it at `layout` in `ndim`
+    dims.
+    """
+    return all(
+        mark is layout and len(n._input_metadata[i].shape) == ndim
+        for (n, i), mark in zip(node.next_functions, inputs, strict=True)
+        if mark is not None
+    )
+
+
+def _named_dims(node, ndim: int) -> set[int]:
+    """Return the dims, of `ndim`, along which the operation of a `node` moves something, as far as
+    that tells.
+    """
+    found: list = []
+    for name in ("_saved_dim", "_saved_dims"):
+        value = getattr(node, name, ())
+        found += value if isinstance(value, (tuple, list)) else [value]
+    picked = getattr(node, "_saved_indices", None)
+    if isinstance(picked, tuple):
+        found += [dim for dim, index in enumerate(picked) if index is not None]
+    return {_signed(dim) % ndim for dim in found if isinstance(dim, int)}
 
 
 def _spoken(node) -> str:

@@ -264,13 +264,9 @@ class ServingMode(TorchFunctionMode):
         self._refuse_stand_in(tensor)
         if tensor.grad_fn is None:
             return PLAIN
-        alive = {(id(node), number): (node, mark) for node, number, mark in self.marks.nodes()}
+        alive = self._alive()
         alive.pop((id(tensor.grad_fn), tensor.output_nr), None)  # what it was before
-        mark = graph_reading.mark_of(
-            tensor,
-            lambda: self.batch_size,
-            lambda node, number: self._known(node, number, alive),
-        )
+        mark = self._read(tensor.grad_fn, tensor.output_nr, alive)
         if isinstance(mark, Lost):
             return replace(mark, where=results.place_in_code())
         return (
@@ -278,6 +274,19 @@ class ServingMode(TorchFunctionMode):
             if isinstance(mark, FromParameters)
             else mark or PLAIN
         )
+
+    def at(self, node, number: int) -> Mark | None:
+        """Return the mark of output `number` of a `node` of autograd; None if nothing known is in
+        it.
+        """
+        return self._read(node, number, self._alive())
+
+    def _alive(self) -> dict:
+        return {(id(node), number): (node, mark) for node, number, mark in self.marks.nodes()}
+
+    def _read(self, node, number: int, alive: dict) -> Mark | None:
+        known = lambda node, number: self._known(node, number, alive)
+        return graph_reading.mark_at(node, number, lambda: self.batch_size, known)
 
     def _known(self, node, number: int, alive: dict) -> Mark | None:
         leaf = getattr(node, "variable", None)

@@ -10,6 +10,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable
 
+import torch
 from torch import Tensor, nn
 
 from htv.autograd.accumulation import Accumulation, MicroBatches
@@ -20,8 +21,10 @@ from htv.autograd.aggregation import (
     ParameterArgument,
     UseRecorder,
 )
+from htv.engine import graph_reading, ranks
 from htv.engine.protocols import SessionLike
 from htv.engine.usual import GradientGuard
+from htv.errors import UnsupportedError
 from htv.groups import Groups
 from htv.ops.agreement import Agreement, AgreementSums, agreement_sums
 from htv.ops.factors import Factors
@@ -234,6 +237,21 @@ class TrackedParameter(BufferListener):
         if sums is not None:
             coordinates = math.prod(self.parameter.shape)
             self.measured = functools.partial(sums.agreement, count, coordinates)
+
+    def differentiate(self, grad: Tensor, groups: Groups) -> None:
+        session, task = self._session(), torch._C._current_graph_task_id()
+        if session.differentiated != task:  # once in a pass: it looks at all modules
+            ranks.refuse_derivatives(session.model, self.name)
+            session.differentiated = task
+        mixed = None if session.shares_statistics else graph_reading.mixed_in(grad, groups)
+        if mixed is not None:
+            raise UnsupportedError(
+                f"a derivative in the loss (create_graph=True) is of something in which {mixed} "
+                f"brings examples together, and it reaches parameter {self.name!r}: what an "
+                "example contributes cannot be told. Remedy: differentiate the sum of what each "
+                f"example has, as in torch.autograd.grad(u.sum(), x, create_graph=True), or "
+                f"exclude={self.name!r}"
+            )
 
     def deliver(self, grad: Tensor | None, current: int) -> None:
         # No reference is kept: autograd may then take the tensor for .grad without a copy.

@@ -189,9 +189,11 @@ class SessionLike(ModeSession, Protocol):
     """Describes what a tracked parameter, and the stand-in for a forward, need of the session."""
 
     attached: bool
+    model: nn.Module
     voters: VotersLike
     batch_norm: str
     collects_stats: bool
+    differentiated: int
     examine: Callable[[str, list[Factors]], None] | None
     only_means: bool
     rules: list[Rule]
@@ -264,6 +266,9 @@ class ModeLike(Protocol):
 
     def unseen(self, tensor: Tensor) -> Any:
         """Tell what `tensor`, which has a graph, is that no call of this forward made."""
+
+    def at(self, node: Any, number: int) -> Any:
+        """Return what output `number` of a `node` of autograd is to the batch."""
 
     def why_not_batch(self, x: Tensor, mark: Any, features: int) -> str | None:
         """Return why a layer cannot tell the rows of `x`, its input with such a `mark`, apart

@@ -12,7 +12,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from htv.errors import UnsupportedError
 
-__all__ = ["refuse_alone", "refuse_sharded", "sharded_by", "vote_alone", "world_size"]
+__all__ = [
+    "refuse_alone",
+    "refuse_derivatives",
+    "refuse_sharded",
+    "sharded_by",
+    "vote_alone",
+    "world_size",
+]
 
 REMEDIES = {
     "DistributedDataParallel": "htv.distributed.ddp(ddp_model, handle) once, before training",
@@ -80,6 +87,22 @@ def refuse_alone(model: nn.Module) -> None:
         raise UnsupportedError(
             "a stage of a pipeline: each micro-batch would vote alone, and the schedule scales the "
             "sum of their votes. Remedy: htv.distributed.pipeline(schedule, handle) once"
+        )
+
+
+def refuse_derivatives(model: nn.Module, name: str) -> None:
+    """Raise UnsupportedError for derivatives in a loss that reach the parameter `name` of a sharded
+    `model`: what a forward gathered is freed before the loss's own backward needs it again.
+    """
+    distributed = torch.distributed
+    if not distributed.is_available() or not distributed.is_initialized():
+        return
+    kind = sharded_by(model)
+    if kind is not None:
+        raise UnsupportedError(
+            f"a derivative in the loss (create_graph=True) reaches parameter {name!r} of a model "
+            f"that is sharded over ranks ({kind}). Remedy: leave it whole on every rank, under "
+            "DistributedDataParallel with htv.distributed.ddp or attach(..., process_group=...)"
         )
 
 

@@ -74,6 +74,7 @@ class Session:
         self.told_of_sums = self._told_of_one = False
         self.thread = threading.local()  # .running: the forward under way in this thread, or True
         self.passes = NestedBackwards()
+        self.differentiated = -1  # the last pass in which a use's backward was given a graph
         # Calls at which the batch was lost, where a parameter came to need it.
         self.losses: dict[Lost, None] = {}
         self.settlements: list = []  # what compiled backwards of this model look up

@@ -244,6 +244,38 @@ def half_precision_alone(rank: int, world: int, rule: htv.Rule) -> dict:
     return gradients(net)
 
 
+def penalised(net: nn.Module, x: torch.Tensor, examples: int) -> torch.Tensor:
+    """Return a loss with derivatives of the input, the mean of so many examples'."""
+    x = x.detach().requires_grad_()
+    y = net(x)
+    (slope,) = torch.autograd.grad(y.sin().sum(), x, create_graph=True)
+    return (y.square().sum() + slope.square().sum()) / examples
+
+
+def differentiated(rank: int, world: int, rule: htv.Rule, way: str) -> dict:
+    """Train on derivatives of the input, "ddp", "fsdp" or "process_group"; return the gradients."""
+    net = made()
+    group = dist.group.WORLD if way == "process_group" else None
+    handle = htv.attach(net, rule, process_group=group)
+    wrapped, block = net, contextlib.nullcontext()
+    if way == "ddp":
+        wrapped = DistributedDataParallel(net, bucket_cap_mb=0.004)
+        htv.distributed.ddp(wrapped, handle)
+    elif way == "fsdp":
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        for part in units_of(net, "layers and root"):
+            fully_shard(part, mesh=init_device_mesh("cpu", (world,)))
+        htv.distributed.fsdp(net, handle)
+    else:
+        block = handle.accumulate()
+    x, _ = shard(batch(), rank, world)
+    with block:
+        penalised(wrapped, x, len(x)).backward()
+    return gradients(net)
+
+
 def assert_trains(
     ranks: Ranks,
     job,

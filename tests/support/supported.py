@@ -210,8 +210,32 @@ TRAINING: list[Row] = [
      "training: test_state_dicts_pass_between_attached_and_plain_models"),
     ("parameters exchanged while attached", REFUSED,
      "lifecycle: test_parameters_replaced_while_attached"),
-    ("double backward, gradient penalties", REFUSED,
-     "refusals: test_double_backward, test_a_gradient_penalty_on_the_input"),
+    ("derivatives of the input in the loss, of any order: differential equations, energies and "
+     "forces, gradient penalties, score matching", EXACT,
+     "input_derivatives: test_an_ordinary_differential_equation, test_second_derivatives, "
+     "test_fourth_derivatives, test_energies_and_forces, test_gradient_penalty_of_a_critic, "
+     "test_score_matching, test_slopes_at_the_embedded_tokens"),
+    ("first and second derivatives by the inputs of all layers above that have a derivative", EXACT,
+     "input_derivatives: test_layer"),
+    ("the same by groups, packed sequences, tokens, micro-batches, in lower types", EXACT,
+     "input_derivatives: test_groups_by_unsorted_ids, test_groups_whose_means_count_once, "
+     "test_packed_sequences, test_every_point_votes, test_micro_batches, test_lower_types"),
+    ("the same beside frozen and excluded parameters", EXACT,
+     "input_derivatives: test_frozen_parameters, test_excluded_parameters, "
+     "test_gradients_of_excluded_parameters_have_graphs_too"),
+    ("derivatives of the input that a forward takes and goes on with", EXACT,
+     "input_derivatives: test_derivatives_that_a_forward_goes_on_with"),
+    ("derivatives of the input without create_graph=True: no votes", EXACT,
+     "input_derivatives: test_derivatives_without_a_graph_are_no_votes"),
+    ("derivatives of the input under DistributedDataParallel and process groups", EXACT,
+     "distributed/input_derivatives: test_data_parallel, test_a_process_group_alone"),
+    ("derivatives of what brings examples together; batches of derivatives", REFUSED,
+     "input_derivatives: test_derivatives_of_what_mixes_examples, test_batches_of_gradients, "
+     "test_derivatives_of_what_a_forward_mixes_are_lost"),
+    ("derivatives of the input in sharded and in compiled models", REFUSED,
+     "distributed/input_derivatives: test_sharded_models_are_refused; compile: test_refused"),
+    ("create_graph=True by served parameters", REFUSED,
+     "refusals: test_double_backward; input_derivatives: test_derivatives_by_parameters"),
     ("penalties on weights in the loss", REFUSED,
      "refusals: test_a_path_to_a_parameter_outside_the_forward"),
     ("custom autograd.Functions that use parameters", REFUSED,
@@ -267,6 +291,32 @@ MODELS: list[Row] = [
     ("the following by groups", EXACT, "models: test_examples_vote_in_groups"),
 ]  # fmt: skip
 
+
+DERIVATIVES = """
+## Derivatives of the input in more detail
+
+    x.requires_grad_()
+    u = model(x)
+    (slope,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+    (slope - f(u)).square().mean().backward()
+
+- The derivative uses the model's parameters once more. These uses vote together with those of the
+  forward: one vote per parameter, in the loss's own backward. Derivatives of derivatives (`u_xx`)
+  are taken alike, in a loss or inside a forward.
+- An example's contribution is what flows through its rows, here as everywhere. So differentiate a
+  sum of what each example has: `u.sum()`, `energy.sum()`. Where examples are brought together
+  before that (the square of a sum, a norm or a softmax over the batch, similarities), it is
+  refused, as far as the graph shows it. What multiplies an example's row by its neighbour's
+  (`u * u.roll(1, 0)`) is not noticed: contributions then are those of rows, and no example's own.
+- Refused: `create_graph=True` by served parameters, `is_grads_batched=True` and `vectorize=True`
+  of `torch.autograd.functional` (without it `jacobian` and `hessian` are served), sharded and
+  compiled models. Torch itself refuses torch.func and reentrant checkpoints.
+- Torch's attention has a second derivative under `sdpa_kernel(SDPBackend.MATH)` alone.
+- Torch's `layer_norm` and `instance_norm` have wrong third derivatives, as a loss of second ones
+  needs them: mean and standard deviation are taken for constants there. Those of a layer norm with
+  a served scale or shift are right; without these parameters, and in an instance norm, they are
+  torch's.
+"""
 
 COMPILED = """
 ## torch.compile in more detail
@@ -345,7 +395,7 @@ def text() -> str:
         ("Real models", MODELS + [(name, EXACT, "models: test_model") for name in zoo()]),
     ):  # fmt: skip
         lines += _section(section, rows)
-    return "\n".join(lines) + "\n" + COMPILED
+    return "\n".join(lines) + "\n" + DERIVATIVES + COMPILED
 
 
 def _section(title: str, rows: list[Row]) -> list[str]:

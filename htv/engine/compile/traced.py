@@ -154,10 +154,17 @@ class TracedParameter(BufferListener):
             buffer = TracedBuffer(self, groups)
             token = AggregationNode.apply((buffer,), self.parameter)
             self._hub = weakref.ref(token), weakref.ref(buffer)
+        buffer.used = True
         return UseRecorder(token, buffer)
 
     def argument(self, groups: TracedGroups, born: int, small: bool) -> ParameterArgument:
         return ParameterArgument(self.parameter.detach(), (self.recorder(groups, born),))
+
+    def differentiate(self, grad: Tensor, groups: Groups) -> None:
+        raise UnsupportedError(
+            f"a derivative in the forward (create_graph=True) reaches parameter {self.name!r}, and "
+            "torch.compile has no second derivatives. Remedy: run this model without torch.compile"
+        )
 
     def _check_gradient(self, grad: Tensor | None) -> None:
         """Inside one graph, what comes by another way is added where no hook on the real parameter

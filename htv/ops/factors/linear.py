@@ -130,6 +130,14 @@ class BilinearFactors(Factors):
             compute_dtype(left.dtype),
         )
 
+    def left_first(self) -> BilinearFactors:
+        """Factors of the parameter with its first two dims exchanged, (I, O, J)."""
+        return BilinearFactors(self.grad_output, self.right, self.left, self.bounds)
+
+    def right_first(self) -> BilinearFactors:
+        """Factors of the parameter with its first and last dims exchanged, (J, I, O)."""
+        return BilinearFactors(self.left, self.grad_output, self.right, self.bounds)
+
     def fill_block(self, rows: slice, columns: slice, out: Tensor) -> None:
         for e, (start, end) in enumerate(itertools.pairwise(self.bounds.tolist())):
             out[e] = self._sum(slice(start, end), rows, columns)
