@@ -910,7 +910,12 @@ TABLE: dict[str, dict[str, Builder]] = {
             lambda m, x: F.linear(
                 x,
                 torch.fake_quantize_per_channel_affine(
-                    m.w, torch.tensor([0.125, 0.25, 0.5]), torch.zeros(3, dtype=torch.int), 0, -8, 7
+                    m.w,
+                    torch.tensor([0.125, 0.25, 0.5]).float(),
+                    torch.zeros(3, dtype=torch.int),
+                    0,
+                    -8,
+                    7,
                 ),
             ),
             w=drawn(3, 6),
