@@ -56,10 +56,16 @@ ICELAKE = [
 NOISE = ["-Wno-maybe-uninitialized"]  # from the intrinsics of these in GCC 12
 ZEN4 = [*ICELAKE, "-mavx512bf16"]
 # In the order of csrc/cpu/isa.h, by its names.
-ISAS = {"baseline": [], "avx2": AVX2} | {
-    name: [*flags, *NOISE]
-    for name, flags in {"avx512": AVX512, "icelake": ICELAKE, "zen4": ZEN4}.items()
+INTEGERS = ["-DHTV_INTEGER_ORDER"]  # compared instead of floats, see csrc/cpu/machine.h
+ISAS = {
+    "baseline": [],
+    "avx2": [*AVX2, *INTEGERS],
+    "avx512": [*AVX512, *NOISE],
+    "icelake": [*ICELAKE, *NOISE],
+    "zen4": [*ZEN4, *NOISE, *INTEGERS],
 }
+
+MACHINE = ("isa", "machine")  # sources of csrc/cpu that know of no torch
 
 NVCC = [
     "-std=c++20",
@@ -196,8 +202,9 @@ class BuildExtensions(build_ext):
 
         sanitize = choice("HTV_SANITIZE", ("0", "1")) == "1"
         cpu = [*COMMON, *(SANITIZED if sanitize else []), *x86_define]
-        isa_object = compiled("cpu/isa.cpp", cpu)  # for both libraries
-        objects = [isa_object, compiled("library.cpp", cpu)]
+        # for both libraries
+        machine_objects = [compiled(f"cpu/{name}.cpp", cpu) for name in MACHINE]
+        objects = [*machine_objects, compiled("library.cpp", cpu)]
         # Kernels are compiled once per instruction set, what calls them once.
         for source in sorted(CSRC.glob("cpu/*.cpp")):
             name = f"cpu/{source.name}"
@@ -205,7 +212,7 @@ class BuildExtensions(build_ext):
                 for isa, flags in isas.items():
                     flags = [*cpu, *flags, f"-DHTV_ISA={isa}", EXACT]
                     objects.append(compiled(name, flags, f"cpu/{source.stem}.{isa}"))
-            elif source.stem != "isa":
+            elif source.stem not in MACHINE:
                 objects.append(compiled(name, [*cpu, *torch_flags]))
 
         archs = cuda_archs() if nvcc else []
@@ -247,7 +254,7 @@ class BuildExtensions(build_ext):
         ]
         includes = [flag for path in pybind11_includes() for flag in ("-isystem", path)]
         includes += ["-isystem", sysconfig.get_path("include")]
-        host_objects = [compiled("host.cpp", [*cpu, *defines, *includes]), isa_object]
+        host_objects = [compiled("host.cpp", [*cpu, *defines, *includes]), *machine_objects]
         engine_objects = [
             compiled(f"engine/{source.name}", [*cpu, *includes])
             for source in sorted(CSRC.glob("engine/*.cpp"))

@@ -1,7 +1,7 @@
 // htv._host: what was built and what is in force. Loads without torch.
 #include <pybind11/pybind11.h>
 
-#include "cpu/isa.h"
+#include "cpu/machine.h"
 
 namespace py = pybind11;
 
@@ -19,6 +19,13 @@ py::dict build_info() {
   return info;
 }
 
+py::dict cpu_traits() {
+  py::dict traits;
+  for (const htv::Trait* trait : {&htv::product_trait(), &htv::order_trait()})
+    traits[trait->name] = trait->choice();
+  return traits;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
@@ -29,8 +36,8 @@ PYBIND11_MODULE(_host, m) {
       "cpu_capability", [] { return htv::name(htv::current_isa()); },
       "The instruction set the CPU kernels use: baseline, avx2, avx512, icelake or zen4."
       " HTV_CPU_CAPABILITY can lower it.");
-  m.def(
-      "cpu_product", [] { return htv::torch_multiplies() ? "torch" : "own"; },
-      "Return whose matrix product takes the plain sums of large layers: torch or own;"
-      " HTV_CPU_PRODUCT can choose.");
+  m.def("cpu_traits", &cpu_traits,
+        "Return by name what is taken to be faster on this machine: `product`, whose matrix product"
+        " takes the plain sums of large layers, torch or own (HTV_CPU_PRODUCT can choose); `order`,"
+        " as what values are compared, floats or integers (HTV_CPU_ORDER).");
 }

@@ -7,6 +7,7 @@
 #include <stdint.h>
 
 #include <array>
+#include <bit>
 #include <utility>
 
 #include "statistic.h"
@@ -79,14 +80,20 @@ HTV_INLINE void merge_interleaved(W (&v)[n]) {
 }
 
 #if !defined(__CUDACC__)
-// Sorts v, which falls and then rises or the other way round; n is a power of two.
-template <int n, class W>
-HTV_INLINE void sort_bitonic(W (&v)[n]) {
-#pragma GCC unroll 8
-  for (int d = n / 2; d > 0; d /= 2)
-#pragma GCC unroll 64
-    for (int i = 0; i < n; ++i)
-      if ((i & d) == 0) exchange(v[i], v[i + d]);
+// Sorts the n values of v from `first` on, which fall and then rise, so that they rise; or, those
+// that rise and then fall, so that they fall.
+template <bool rising, int n, int first = 0, class W, int size>
+HTV_INLINE void sort_bitonic(W (&v)[size]) {
+  if constexpr (n > 1) {
+    constexpr int half = int(std::bit_ceil(unsigned(n)) / 2);
+#pragma GCC unroll 32
+    for (int i = first; i + half < first + n; ++i) {
+      if constexpr (rising) exchange(v[i], v[i + half]);
+      else exchange(v[i + half], v[i]);
+    }
+    sort_bitonic<rising, half, first>(v);
+    sort_bitonic<rising, n - half, first + half>(v);
+  }
 }
 #endif
 

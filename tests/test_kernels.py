@@ -104,16 +104,23 @@ def test_an_unknown_level_is_an_error(host, monkeypatch):
         torch.ops.htv.stacked(torch.ones(2, 3), 0, 0, 0.0, 0.0)
 
 
-def test_the_environment_chooses_the_product(host, monkeypatch):
-    monkeypatch.delenv("HTV_CPU_PRODUCT", raising=False)
-    usual = host.cpu_product()
-    assert usual in ("torch", "own")
-    for wanted in ("torch", "own"):
-        monkeypatch.setenv("HTV_CPU_PRODUCT", wanted)
-        assert host.cpu_product() == wanted
-    monkeypatch.setenv("HTV_CPU_PRODUCT", "mine")
-    with pytest.raises(RuntimeError, match="HTV_CPU_PRODUCT must be torch or own, got 'mine'"):
-        host.cpu_product()
+@pytest.mark.parametrize(
+    ("trait", "variable", "choices"),
+    [
+        ("product", "HTV_CPU_PRODUCT", ("torch", "own")),
+        ("order", "HTV_CPU_ORDER", ("floats", "integers")),
+    ],
+)
+def test_the_environment_chooses_a_trait(host, monkeypatch, trait, variable, choices):
+    monkeypatch.delenv(variable, raising=False)
+    assert host.cpu_traits()[trait] in choices
+    for wanted in choices:
+        monkeypatch.setenv(variable, wanted)
+        assert host.cpu_traits()[trait] == wanted
+    monkeypatch.setenv(variable, "mine")
+    message = f"{variable} must be {choices[0]} or {choices[1]}, got 'mine'"
+    with pytest.raises(RuntimeError, match=message):
+        host.cpu_traits()
 
 
 def test_calls_leave_no_memory_behind():

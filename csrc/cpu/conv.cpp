@@ -12,6 +12,7 @@
 #include "asked.h"
 #include "channels_last_kernel.h"
 #include "depthwise_kernel.h"
+#include "machine.h"
 #include "parallel.h"
 #include "tile.h"
 
@@ -305,7 +306,8 @@ double depthwise(const Images& images, const Images& grads, const Geometry& geom
   while (task.units() < threads && task.chunk > 1) task.chunk = (task.chunk + 1) / 2;
   std::vector<double> mask_sums(task.units());
   task.mask_sums = mask_sums.data();
-  const auto kernel = HTV_PER_ISA(depthwise_kernel);
+  const auto kernel = is_order(statistic) ? HTV_PER_RANKING_ISA(depthwise_kernel)
+                                                 : HTV_PER_ISA(depthwise_kernel);
   const int64_t columns = task.chunk * kMostTaps;
   const int64_t work =
       images.samples * (images.positions + grads.positions * columns) + parameters.groups * columns;
@@ -413,7 +415,8 @@ Answer answer(const std::string& op, const Tensor& x, const Tensor& grad_output,
   const int64_t step = in_place ? line : 1;
   TileProblem problem = tile_problem(asked.statistic, asked.summary, parameters, compute);
   problem.parts = parts;
-  const TileBlocks blocks(problem, bounds, grads.positions, in_place);
+  const TileBlocks blocks(problem, bounds, grads.positions,
+                          in_place ? RowsLie::in_place : RowsLie::packed_by_tile);
   const int64_t widest_in = taps * block <= kMostTileIn ? taps * block : 256;
   TileBuffers buffers{};
   buffers.value_stride = width * taps;

@@ -1,7 +1,5 @@
 #include "isa.h"
 
-#include <string.h>
-
 #include <algorithm>
 #include <cstdlib>
 #include <stdexcept>
@@ -54,15 +52,6 @@ std::string listed_names() {
   return list + " or " + kNames[last];
 }
 
-bool is_amd() {
-#if defined(HTV_X86)
-  __builtin_cpu_init();
-  return __builtin_cpu_is("amd");
-#else
-  return false;
-#endif
-}
-
 }  // namespace
 
 const char* name(Isa isa) { return kNames[static_cast<int>(isa)]; }
@@ -76,16 +65,6 @@ Isa current_isa() {
     throw std::runtime_error("HTV_CPU_CAPABILITY must be " + listed_names() + ", got '" + wanted +
                              "'");
   return std::min(static_cast<Isa>(found - std::begin(kNames)), best);
-}
-
-bool torch_multiplies() {
-  static const bool usual = !is_amd();
-  const char* wanted = std::getenv("HTV_CPU_PRODUCT");
-  if (wanted == nullptr || *wanted == '\0') return usual;
-  if (strcmp(wanted, "torch") == 0) return true;
-  if (strcmp(wanted, "own") == 0) return false;
-  throw std::runtime_error(std::string("HTV_CPU_PRODUCT must be torch or own, got '") + wanted +
-                           "'");
 }
 
 }  // namespace htv

@@ -1,5 +1,5 @@
-// Which instruction set the CPU kernels use, and whose matrix product. cpu/*_kernel.cpp are
-// compiled once for each instruction set, each time into a namespace of its name.
+// Which instruction set the CPU kernels use. cpu/*_kernel.cpp are compiled once for each, each time
+// into a namespace of its name.
 #pragma once
 
 #include <stdint.h>
@@ -43,16 +43,10 @@ Isa current_isa();
 
 const char* name(Isa isa);
 
-// Whether plain sums of products, of which votes need no more than the value, are taken by torch's
-// matrix product. Its library is faster than the tiles here on processors that it was written for;
-// AMD's are not among them. The environment variable HTV_CPU_PRODUCT (torch or own; read at every
-// call) decides otherwise. Throws std::runtime_error for any other value of it.
-bool torch_multiplies();
-
 // kernels: one for each compiled instruction set, in their order.
 template <class Kernel>
-Kernel* for_current_isa(std::initializer_list<Kernel*> kernels) {
-  return kernels.begin()[static_cast<int>(current_isa())];
+Kernel* for_isa(Isa isa, std::initializer_list<Kernel*> kernels) {
+  return kernels.begin()[static_cast<int>(isa)];
 }
 
 }  // namespace htv
@@ -63,4 +57,5 @@ Kernel* for_current_isa(std::initializer_list<Kernel*> kernels) {
   namespace isa { __VA_ARGS__; }
 #define HTV_DECLARE_PER_ISA(...) HTV_COMPILED_ISAS(HTV_DECLARE_IN, __VA_ARGS__)
 #define HTV_POINTER_IN(isa, kernel) isa::kernel,
-#define HTV_PER_ISA(kernel) (::htv::for_current_isa({HTV_COMPILED_ISAS(HTV_POINTER_IN, kernel)}))
+#define HTV_PER_ISA(kernel) \
+  (::htv::for_isa(::htv::current_isa(), {HTV_COMPILED_ISAS(HTV_POINTER_IN, kernel)}))

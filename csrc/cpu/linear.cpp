@@ -8,6 +8,7 @@
 
 #include "../op_checks.h"
 #include "asked.h"
+#include "machine.h"
 #include "parallel.h"
 #include "rank_one_kernel.h"
 #include "tile.h"
@@ -80,15 +81,14 @@ double by_tiles(const Tensor& x, const Tensor& grad_output, const int64_t* offse
                .runs = &whole,
                .runs_end = &whole + 1};
   problem.grad_output = {.data = of_grad, .end = end(of_grad, out), .stride = out, .part = 0};
-  TileBlocks blocks(problem, offsets, 1);
   const auto is_even = [](int64_t row) { return row % 2 == 0; };
   const bool even = problem.sums() ? is_even(rows)
                                    : std::all_of(offsets, offsets + parameters.groups + 1, is_even);
-  blocks.plan.paired = dtype == Dtype::bfloat16 && even && may_pair(x, grad_output);
+  const bool paired = dtype == Dtype::bfloat16 && even && may_pair(x, grad_output);
   TileBuffers buffers{};
   buffers.values = values;
   buffers.value_stride = in;
-  return run_tiles(problem, blocks.plan, buffers);
+  return run_matrices(problem, offsets, paired, buffers);
 }
 
 // Whether torch multiplies faster than the tiles here, and rounds no more.
@@ -169,7 +169,7 @@ void rank_rows(const Tensor& x, const Tensor& grad_output, Dtype dtype, const Ra
                          signs_x.planes,
                          signs_g.planes,
                          value};
-  const auto kernel = HTV_PER_ISA(rank_one_kernel);
+  const auto kernel = HTV_PER_RANKING_ISA(rank_one_kernel);
   const int64_t work =
       kRankOneOut * rank_one_width(dtype) / 16 * ranking.ranked * select_work(ranking);
   parallel_chunks(

@@ -27,6 +27,8 @@ class RankOneTile {
   void* const selection_;
   R* const packed_g_;           // [row][output]
   R* const g_;                  // [row], of one output
+  int32_t* const row_;          // [row], the rows that the output's contributions are formed of
+  int64_t formed_ = 0;          // how many
   bool finite_x_[kPanels];      // no NaN or infinity in the panel
   bool finite_g_[kRankOneOut];  // nor in the output's column
 
@@ -47,21 +49,32 @@ class RankOneTile {
         selection_(values_ + 2 * kWide * task.ranking->ranked),
         packed_g_(reinterpret_cast<R*>(static_cast<char*>(selection_) +
                                        select_scratch_bytes(*task.ranking))),
-        g_(packed_g_ + kRankOneOut * task.rows) {}
+        g_(packed_g_ + kRankOneOut * task.rows),
+        row_(reinterpret_cast<int32_t*>(g_ + task.rows)) {}
 
   void run() {
     pack_x();
     pack_g();
     for (int64_t o = out_; o < out_ + height_; ++o) {
       int64_t open[kPanels], count = 0;
+      bool finite = finite_g_[o - out_];
       for (int64_t panel = 0; panel < panels_; ++panel) {
         if (finite_g_[o - out_] && finite_x_[panel] && decided_zero(o, in_ + panel * kLanesOf)) {
           write(o, panel, V{});
         } else {
           open[count++] = panel;
+          finite &= finite_x_[panel];
         }
       }
-      if (count > 0) gather_g(o);
+      if (count == 0) continue;
+      if constexpr (sizeof(R) == 4) {
+        if (finite && task_.ranking->ranked > kMostInMemory) {
+          gather_voting(o);
+          rank_products(o, open, count);
+          continue;
+        }
+      }
+      gather_g(o);
       for (int64_t i = 0; i + 1 < count; i += 2) rank<2>(o, open + i);
       if (count % 2 > 0) rank<1>(o, open + count - 1);
     }
@@ -97,6 +110,30 @@ class RankOneTile {
 
   void gather_g(int64_t o) {
     for (int64_t r = 0; r < task_.rows; ++r) g_[r] = packed_g_[r * kRankOneOut + o - out_];
+  }
+
+  // Rows of which a finite x makes a contribution that is not 0, and as many others as fill up
+  // whole blocks of what is sorted at a time.
+  void gather_voting(int64_t o) {
+    constexpr int64_t block = 16;
+    int64_t n = 0;
+    for (int64_t r = 0; r < task_.rows; ++r) {
+      const R g = packed_g_[r * kRankOneOut + o - out_];
+      g_[n] = g;
+      row_[n] = int32_t(r);
+      n += g != 0;
+    }
+    for (formed_ = n; formed_ < task_.rows && formed_ % block != 0; ++formed_)
+      g_[formed_] = 0, row_[formed_] = 0;
+  }
+
+  void rank_products(int64_t o, const int64_t* panels, int64_t count) {
+    const V* x[kPanels];
+    V result[kPanels];
+    for (int64_t c = 0; c < count; ++c) x[c] = packed_x_ + panels[c] * task_.rows;
+    product_statistics(*task_.ranking, {x, g_, row_, formed_}, int(count), selection_, result);
+    for (int64_t c = 0; c < count; ++c)
+      write(o, panels[c], result[c] * R(task_.ranking->parameters.groups));
   }
 
   // Whether every rank that is read is 0 in all of a panel's coordinates, by the signs of the

@@ -30,12 +30,12 @@ inline int64_t rank_one_tiles(const RankOneTask& task) {
   return (task.out + kRankOneOut - 1) / kRankOneOut * ((task.in + width - 1) / width);
 }
 
-// Scratch of one thread, in bytes: packed x, values of two registers of coordinates, packed g and
-// one column of it.
+// Scratch of one thread, in bytes: packed x, values of two registers of coordinates, packed g, one
+// column of it and the numbers of its rows.
 inline int64_t rank_one_scratch_bytes(const RankOneTask& task) {
   const int64_t ranked = task.ranking->ranked;
   return kWidestRegister * (kRankOneRegisters * task.rows + 2 * ranked) +
-         select_scratch_bytes(*task.ranking) + 8 * (kRankOneOut + 1) * task.rows;
+         select_scratch_bytes(*task.ranking) + 8 * (kRankOneOut + 2) * task.rows;
 }
 
 // Computes tiles first <= tile < last; scratch is aligned to 64 bytes.

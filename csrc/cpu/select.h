@@ -20,6 +20,22 @@ void order_statistics(const Ranking& ranking, const V* values, int64_t stride, v
   order_statistics<V>(ranking, values, stride, columns, scratch, result);
 }
 
+// Values up to which order_statistics is the way, however they come.
+constexpr int kMostInMemory = 64;
+
+// Contributions g[k] * x[c][row[k]] of 0 <= k < given groups, of finite factors, for some registers
+// of coordinates c; those of the other groups are 0.
+struct Factors {
+  const Register<float>* const* x;
+  const float* g;
+  const int32_t* row;
+  int64_t given;
+};
+
+// The same of more than kMostInMemory contributions that lie nowhere.
+void product_statistics(const Ranking& ranking, const Factors& factors, int columns, void* scratch,
+                        Register<float>* result);
+
 extern template void order_statistics(const Ranking&, const Register<float>*, int64_t, int, void*,
                                       Register<float>*);
 extern template void order_statistics(const Ranking&, const Register<double>*, int64_t, int, void*,

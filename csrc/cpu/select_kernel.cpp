@@ -19,10 +19,19 @@ namespace {
 
 // ---- where each way of selecting ends ----
 
-constexpr int kMostRuns = 64;      // values in sorted runs: two, or from half as many on four
+constexpr int kMostRuns = kMostInMemory;  // values in sorted runs: two, or from half on four
 constexpr int kMostExtremes = 16;  // trimmed and winsorized means by keeping extremes: count + 1
 constexpr int kFewExtremes = 2;    // up to which that beats two runs,
 constexpr int kManyExtremes = 8;   // and four
+
+// A coordinate's values may be fewer than are ranked: the others are 0.
+template <class Values>
+struct Sample {
+  static constexpr bool may_be_nan = Values::may_be_nan;
+
+  Values values;
+  int64_t given, zeros;
+};
 
 // The value of rank r of two sorted lists.
 template <class W>
@@ -107,19 +116,21 @@ HTV_INLINE V sum_of(int64_t n, const Term& term) {
 
 // All values, those beyond the ends replaced by them.
 template <class V, class Values>
-V clamped_mean(const Values& values, const Ranking& ranking, Ends<V> ends) {
-  const V sum = sum_of<V>(
-      ranking.ranked, [&](int64_t k) { return smaller(larger(values(k), ends.low), ends.high); });
+V clamped_mean(const Sample<Values>& sample, const Ranking& ranking, Ends<V> ends) {
+  const auto clamped = [&](V v) { return smaller(larger(v, ends.low), ends.high); };
+  V sum = sum_of<V>(sample.given, [&](int64_t k) { return clamped(sample.values(k)); });
+  if (sample.zeros > 0) sum += Real<V>(sample.zeros) * clamped(V{});
   return sum / Real<V>(ranking.ranked);
 }
 
 // What lies strictly between the ends, and the copies of them that were not trimmed.
 template <class V, class Values>
-V inner_mean(const Values& values, const Ranking& ranking, Ends<V> ends) {
+V inner_mean(const Sample<Values>& sample, const Ranking& ranking, Ends<V> ends) {
   using Int = typename Lane<V>::Int;
-  Count<V> below{}, above{};  // or equal
-  const V sum = sum_of<V>(ranking.ranked, [&](int64_t k) {
-    const V v = values(k);
+  const Int zeros = Int(sample.zeros);
+  Count<V> below = (0 <= ends.low) & zeros, above = (0 >= ends.high) & zeros;  // or equal
+  const V sum = sum_of<V>(sample.given, [&](int64_t k) {
+    const V v = sample.values(k);
     const Mask<V> is_below = v <= ends.low, is_above = v >= ends.high;
     below -= is_below;
     above -= is_above;
@@ -134,9 +145,9 @@ V inner_mean(const Values& values, const Ranking& ranking, Ends<V> ends) {
 }
 
 template <class V, class Values>
-V mean_between(const Values& values, const Ranking& ranking, Ends<V> ends) {
-  return ranking.statistic == Statistic::trimmed_mean ? inner_mean<V>(values, ranking, ends)
-                                                      : clamped_mean<V>(values, ranking, ends);
+V mean_between(const Sample<Values>& sample, const Ranking& ranking, Ends<V> ends) {
+  return ranking.statistic == Statistic::trimmed_mean ? inner_mean<V>(sample, ranking, ends)
+                                                      : clamped_mean<V>(sample, ranking, ends);
 }
 
 // Of n values in two lists of `run` (n is 2 * run or one less), or in four (4 * run or up to 3
@@ -162,44 +173,82 @@ V statistic_of_runs(const Strided<V>& values, const Ranking& ranking, bool four)
       high = rank_of_two(lists[0], size, lists[1], size, ranking.high);
   }
   const Ends<V> ends = {O::value(low), O::value(high)};
-  if (is_ranked_mean(ranking.statistic)) return nan.poison(mean_between<V>(values, ranking, ends));
+  if (is_ranked_mean(ranking.statistic)) {
+    const Sample<Strided<V>> sample{values, ranking.ranked, 0};
+    return nan.poison(mean_between<V>(sample, ranking, ends));
+  }
   return nan.poison(ranking.low == ranking.high ? ends.low : midpoint(ends.low, ends.high));
 }
 
-// The ends where both are among the `kept` smallest and largest of more than `kept` values.
+// The smallest and the largest `kept` of more values.
 template <class V, int kept>
-__attribute__((noinline)) V mean_by_extremes(const Strided<V>& values, const Ranking& ranking) {
+class Extremes {
   using O = Order<V>;
   using Key = typename O::Key;
-  NanSeen<V> nan;
-  Key low[kept], high[kept];
-  const Key above = O::highest(), below = O::key(-splat<V>(Real<V>(INFINITY)));
-#pragma GCC unroll 16
-  for (int i = 0; i < kept; ++i) low[i] = above, high[i] = below;
-  V buffer[kept];
-  for (int64_t k = 0; k < ranking.ranked; k += kept) {
-    const int64_t present = ranking.ranked - k;
-    Key block[kept];
-    sorted_keys<V, kept>(
-        padded<V, kept>(values.from(k), present, splat<V>(Real<V>(INFINITY)), buffer), nan, block);
-#pragma GCC unroll 16
-    for (int i = 0; i < kept; ++i) low[i] = smaller(low[i], block[kept - 1 - i]);
-    sort_bitonic(low);
-    if (present < kept) {
-      sorted_keys<V, kept>(
-          padded<V, kept>(values.from(k), present, -splat<V>(Real<V>(INFINITY)), buffer), nan,
-          block);
+
+  Key low_[kept], high_[kept];  // falling, and rising: what leaves first comes first
+
+ public:
+  // Of values of which so many are 0.
+  HTV_INLINE explicit Extremes(int64_t zeros) {
+    const Key infinite = O::key(splat<V>(Real<V>(INFINITY)));
+    const Key minus_infinite = O::key(-splat<V>(Real<V>(INFINITY))), zero = O::key(V{});
+    for (int i = 0; i < kept; ++i) {
+      const bool is_zero = kept - 1 - i < zeros;
+      low_[i] = is_zero ? zero : infinite;
+      high_[i] = is_zero ? zero : minus_infinite;
     }
-#pragma GCC unroll 16
-    for (int i = 0; i < kept; ++i) high[i] = larger(high[i], block[kept - 1 - i]);
-    sort_bitonic(high);
   }
-  Key lows[kept], highs[kept];
-  memcpy(lows, low, sizeof low);
-  memcpy(highs, high, sizeof high);
-  const int64_t count = ranking.parameters.count;
-  return nan.poison(
-      mean_between<V>(values, ranking, {O::value(lows[count]), O::value(highs[kept - 1 - count])}));
+
+  // Each takes n sorted values in.
+  template <int n>
+  HTV_INLINE void lower(const Key (&sorted)[n]) {
+#pragma GCC unroll 16
+    for (int i = 0; i < least(kept, n); ++i) low_[i] = smaller(low_[i], sorted[i]);
+    sort_bitonic<false, kept>(low_);
+  }
+  template <int n>
+  HTV_INLINE void raise(const Key (&sorted)[n]) {
+#pragma GCC unroll 16
+    for (int i = 0; i < least(kept, n); ++i) high_[i] = larger(high_[i], sorted[n - 1 - i]);
+    sort_bitonic<true, kept>(high_);
+  }
+
+  Ends<V> beyond(int64_t count) const {
+    Key low[kept], high[kept];
+    memcpy(low, low_, sizeof low);
+    memcpy(high, high_, sizeof high);
+    return {O::value(low[kept - 1 - count]), O::value(high[kept - 1 - count])};
+  }
+};
+
+// The mean between the ends where both are among the `kept` smallest and largest.
+template <class V, int kept, class Values>
+__attribute__((noinline)) V mean_by_extremes(const Sample<Values>& sample, const Ranking& ranking) {
+  constexpr int block = kept > 4 ? 16 : 8;
+  typename Order<V>::Key sorted[block];
+  NanSeen<V> nan;
+  Extremes<V, kept> extremes(sample.zeros);
+  const Values& values = sample.values;
+  int64_t k = 0;
+  for (; k + block <= sample.given; k += block) {
+    sorted_keys<V, block>(values.from(k), nan, sorted);
+    extremes.lower(sorted);
+    extremes.raise(sorted);
+  }
+  if (k < sample.given) {
+    V last[block];
+    const auto padded_by = [&](V padding) {
+      for (int64_t i = 0; i < block; ++i) last[i] = k + i < sample.given ? values(k + i) : padding;
+      sorted_keys<V, block>(Strided<V>{last, 1}, nan, sorted);
+    };
+    padded_by(splat<V>(Real<V>(INFINITY)));
+    extremes.lower(sorted);
+    padded_by(-splat<V>(Real<V>(INFINITY)));
+    extremes.raise(sorted);
+  }
+  const Ends<V> ends = extremes.beyond(ranking.parameters.count);
+  return nan.poison(mean_between<V>(sample, ranking, ends));
 }
 
 // ---- any rank of many values: bit by bit, from the top ----
@@ -234,7 +283,7 @@ HTV_INLINE Bits<V> ordered_bits(const Values& values, int64_t k, int64_t present
                                 NanSeen<V>& nan) {
   if (k >= present) return Bits<V>{};
   const V v = values(begin + k);
-  nan.add(v);
+  if constexpr (Values::may_be_nan) nan.add(v);
   return (Bits<V>)key_of(v) ^ std::make_unsigned_t<typename Lane<V>::Int>(~kMagnitude<V>);
 }
 
@@ -398,10 +447,12 @@ class BitCount {
 };
 
 // The values of `ranks` ranks, counted from the largest, of `columns` registers of coordinates.
-// planes[c * words + k][w]; candidates: room for columns * ranks * words.
+// planes[c * words + k][w], of all values but some zeros; candidates: room for columns * ranks *
+// words.
 template <class V, int columns, int ranks>
-__attribute__((noinline)) void descend(const Bits<V>* planes, int64_t words, Bits<V>* candidates,
-                                       const int64_t* from_top, V (*found)[columns]) {
+__attribute__((noinline)) void descend(const Bits<V>* planes, int64_t words, int64_t zeros,
+                                       Bits<V>* candidates, const int64_t* from_top,
+                                       V (*found)[columns]) {
   using B = Bits<V>;
   using Int = typename Lane<V>::Int;
   constexpr int w = kBits<V>;
@@ -436,7 +487,8 @@ __attribute__((noinline)) void descend(const Bits<V>* planes, int64_t words, Bit
     }
     for (int r = 0; r < ranks; ++r)
       for (int c = 0; c < columns; ++c) {
-        const Count<V> set = (Count<V>)ones[r][c].total();
+        Count<V> set = (Count<V>)ones[r][c].total();
+        if (b == 0) set += Int(zeros);  // the key of 0 has no other bit
         const Mask<V> taken = set > rank[r][c];
         rank[r][c] = taken ? rank[r][c] : rank[r][c] - set;
         rejected[r][c] = ~taken;
@@ -447,32 +499,72 @@ __attribute__((noinline)) void descend(const Bits<V>* planes, int64_t words, Bit
     for (int c = 0; c < columns; ++c) found[r][c] = value_of<V>(key[r][c] ^ ~kMagnitude<V>);
 }
 
-template <class V, int columns>
-void select_by_bits(const Ranking& ranking, const V* values, int64_t stride, void* scratch,
+template <class V, int columns, class Values>
+void select_by_bits(const Ranking& ranking, const Sample<Values>* samples, void* scratch,
                     V* result) {
   using B = Bits<V>;
   constexpr int w = kBits<V>;
-  const int64_t n = ranking.ranked, words = (n + w - 1) / w;
+  const int64_t n = ranking.ranked, given = samples[0].given, words = (given + w - 1) / w;
   B* const planes = static_cast<B*>(scratch);
   B* const candidates = planes + columns * words * w;
   NanSeen<V> nan[columns];
   for (int c = 0; c < columns; ++c)
     for (int64_t k = 0; k < words; ++k)
-      make_planes(Strided<V>{values + c, stride}, k * w, n - k * w, nan[c],
-                  planes + (c * words + k) * w);
+      make_planes(samples[c].values, k * w, given - k * w, nan[c], planes + (c * words + k) * w);
   const int64_t from_top[2] = {n - 1 - ranking.low, n - 1 - ranking.high};
+  const int64_t zeros = samples[0].zeros;
   V found[2][columns];
   if (ranking.low == ranking.high) {
-    descend<V, columns, 1>(planes, words, candidates, from_top, found);
+    descend<V, columns, 1>(planes, words, zeros, candidates, from_top, found);
     for (int c = 0; c < columns; ++c) found[1][c] = found[0][c];
   } else {
-    descend<V, columns, 2>(planes, words, candidates, from_top, found);
+    descend<V, columns, 2>(planes, words, zeros, candidates, from_top, found);
   }
   for (int c = 0; c < columns; ++c) {
     const Ends<V> ends = {found[0][c], found[1][c]};
     result[c] = nan[c].poison(is_ranked_mean(ranking.statistic)
-                                  ? mean_between<V>(Strided<V>{values + c, stride}, ranking, ends)
+                                  ? mean_between<V>(samples[c], ranking, ends)
                                   : midpoint(ends.low, ends.high));
+  }
+}
+
+// sample(c): the values of register 0 <= c < columns of coordinates, of which all have as many zeros.
+template <class V, class Source>
+void statistics_of_many(const Ranking& ranking, const Source& sample, int columns, void* scratch,
+                        V* result) {
+  using Of = decltype(sample(0));
+  const int64_t count = ranking.parameters.count;
+  const bool trims = is_ranked_mean(ranking.statistic);
+  const auto each = [&](const auto& statistic) {
+    for (int c = 0; c < columns; ++c) result[c] = statistic(sample(c));
+  };
+  const auto by_extremes = [&](auto kept) {
+    each([&](const Of& values) { return mean_by_extremes<V, kept()>(values, ranking); });
+  };
+  if (trims && count == 0) {
+    const Ends<V> all = {-splat<V>(Real<V>(INFINITY)), splat<V>(Real<V>(INFINITY))};
+    each([&](const Of& values) {
+      NanSeen<V> nan;
+      if constexpr (Of::may_be_nan)
+        for (int64_t k = 0; k < values.given; ++k) nan.add(values.values(k));
+      return nan.poison(clamped_mean<V>(values, ranking, all));
+    });
+  } else if (trims && count < kMostExtremes) {
+    if (count < 2) by_extremes(std::integral_constant<int, 2>{});
+    else if (count < 3) by_extremes(std::integral_constant<int, 3>{});
+    else if (count < 5) by_extremes(std::integral_constant<int, 5>{});
+    else if (count < 9) by_extremes(std::integral_constant<int, 9>{});
+    else by_extremes(std::integral_constant<int, 16>{});
+  } else {
+    int c = 0;
+    for (; c + 2 <= columns; c += 2) {
+      const Of two[] = {sample(c), sample(c + 1)};
+      select_by_bits<V, 2>(ranking, two, scratch, result + c);
+    }
+    if (c < columns) {
+      const Of one[] = {sample(c)};
+      select_by_bits<V, 1>(ranking, one, scratch, result + c);
+    }
   }
 }
 
@@ -483,43 +575,30 @@ void order_statistics(const Ranking& ranking, const V* values, int64_t stride, i
                       void* scratch, V* result) {
   const int64_t n = ranking.ranked, count = ranking.parameters.count;
   const bool trims = is_ranked_mean(ranking.statistic), four = n > kMostRuns / 2;
-  const auto each = [&](const auto& statistic) {
-    for (int c = 0; c < columns; ++c) result[c] = statistic(Strided<V>{values + c, stride});
-  };
+  const auto column = [&](int64_t c) { return Strided<V>{values + c, stride}; };
   if (n <= kMostSorted) {
-    few_statistics<V, kMostSorted>(
-        ranking, columns, [&](int64_t c) { return Strided<V>{values + c, stride}; },
-        [&](int64_t c, V v) { result[c] = v; });
+    few_statistics<V, kMostSorted>(ranking, columns, column,
+                                   [&](int64_t c, V v) { result[c] = v; });
   } else if (n <= kMostRuns && (!trims || count >= (four ? kManyExtremes : kFewExtremes))) {
     with_constant<kMostSorted / 2 + 1, kMostSorted>(
         four ? (n + 3) / 4 : (n + 1) / 2, [&](auto run) {
-          each([&](const Strided<V>& column) {
-            return statistic_of_runs<V, run()>(column, ranking, four);
-          });
+          for (int c = 0; c < columns; ++c)
+            result[c] = statistic_of_runs<V, run()>(column(c), ranking, four);
         });
-  } else if (trims && count == 0) {
-    const Ends<V> all = {-splat<V>(Real<V>(INFINITY)), splat<V>(Real<V>(INFINITY))};
-    each([&](const Strided<V>& column) {
-      NanSeen<V> nan;
-      for (int64_t k = 0; k < n; ++k) nan.add(column(k));
-      return nan.poison(clamped_mean<V>(column, ranking, all));
-    });
-  } else if (trims && count < kMostExtremes) {
-    const auto kept = [&](auto constant) {
-      each([&](const Strided<V>& column) {
-        return mean_by_extremes<V, constant()>(column, ranking);
-      });
-    };
-    if (count < 2) kept(std::integral_constant<int, 2>{});
-    else if (count < 4) kept(std::integral_constant<int, 4>{});
-    else if (count < 8) kept(std::integral_constant<int, 8>{});
-    else kept(std::integral_constant<int, 16>{});
   } else {
-    int c = 0;
-    for (; c + 2 <= columns; c += 2)
-      select_by_bits<V, 2>(ranking, values + c, stride, scratch, result + c);
-    if (c < columns) select_by_bits<V, 1>(ranking, values + c, stride, scratch, result + c);
+    const auto sample = [&](int c) { return Sample<Strided<V>>{column(c), n, 0}; };
+    statistics_of_many<V>(ranking, sample, columns, scratch, result);
   }
+}
+
+void product_statistics(const Ranking& ranking, const Factors& factors, int columns, void* scratch,
+                        Register<float>* result) {
+  using V = Register<float>;
+  const auto sample = [&](int c) {
+    const Products<V> products{factors.x[c], factors.g, factors.row};
+    return Sample<Products<V>>{products, factors.given, ranking.ranked - factors.given};
+  };
+  statistics_of_many<V>(ranking, sample, columns, scratch, result);
 }
 
 template void order_statistics(const Ranking&, const Register<float>*, int64_t, int, void*,

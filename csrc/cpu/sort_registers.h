@@ -12,12 +12,9 @@ namespace htv::HTV_ISA {
 template <class V>
 using Bits = Register<std::make_unsigned_t<typename Lane<V>::Int>>;
 
-// Networks compare integers where the instruction set has min and max of them: twice the rate of
-// floats on AMD.
-#if defined(__AVX512F__)
-template <class V>
-constexpr bool kIntegerOrder = sizeof(Real<V>) == 4;
-#elif defined(__AVX2__)
+// Whether networks compare integers. Against floats, AMD has twice the rate for it; Intel has the
+// same rate, but half of it in registers of 512 bits.
+#if defined(HTV_INTEGER_ORDER)
 template <class V>
 constexpr bool kIntegerOrder = sizeof(Real<V>) == 4;
 #else
@@ -39,37 +36,54 @@ struct Order {
   static HTV_INLINE Key highest() { return key(splat<V>(Real<V>(INFINITY))); }
 };
 
-// Whether any value was NaN.
+// Whether any value was NaN. Two values are looked at by one comparison.
 template <class V>
 class NanSeen {
 #if defined(__AVX512F__)
-  Bits<V> largest_{};  // magnitude
+  static constexpr bool single = sizeof(Real<V>) == 4;
+  std::conditional_t<single, __mmask16, __mmask8> seen_ = 0;
 
  public:
-  HTV_INLINE void add(V v) {
-    const Bits<V> bits = (Bits<V>)v;
-    largest_ = larger(largest_, bits + bits);
+  HTV_INLINE void add(V a, V b) {
+    if constexpr (single) seen_ |= _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_UNORD_Q);
+    else seen_ |= _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_UNORD_Q);
   }
   HTV_INLINE V poison(V v) const {
-    const Bits<V> infinity = (Bits<V>)splat<V>(Real<V>(INFINITY));
-    return largest_ > infinity + infinity ? splat<V>(Real<V>(NAN)) : v;
+    const V nan = splat<V>(Real<V>(NAN));
+    if constexpr (single) return (V)_mm512_mask_mov_ps((__m512)v, seen_, (__m512)nan);
+    else return (V)_mm512_mask_mov_pd((__m512d)v, seen_, (__m512d)nan);
   }
 #else
   Mask<V> seen_ = Lane<V>::none();
 
  public:
-  HTV_INLINE void add(V v) { seen_ |= v != v; }
+  HTV_INLINE void add(V a, V b) { seen_ |= (a != a) | (b != b); }
   HTV_INLINE V poison(V v) const { return seen_ ? splat<V>(Real<V>(NAN)) : v; }
 #endif
+  HTV_INLINE void add(V v) { add(v, v); }
 };
 
-// The values of one register of coordinates.
+// The values of one register of coordinates, as they lie in memory
 template <class V>
 struct Strided {
+  static constexpr bool may_be_nan = true;
+
   const V* values;
   int64_t stride;
   HTV_INLINE V operator()(int64_t k) const { return values[k * stride]; }
   HTV_INLINE Strided from(int64_t k) const { return {values + k * stride, stride}; }
+};
+
+// or formed as they are read, each time: g[k] * x[row[k]], of finite factors.
+template <class V>
+struct Products {
+  static constexpr bool may_be_nan = false;
+
+  const V* x;
+  const Real<V>* g;
+  const int32_t* row;
+  HTV_INLINE V operator()(int64_t k) const { return splat<V>(g[k]) * x[row[k]]; }
+  HTV_INLINE Products from(int64_t k) const { return {x, g + k, row + k}; }
 };
 
 constexpr int kMostSorted = 16;  // values sorted by one network
@@ -81,17 +95,17 @@ HTV_INLINE void sorted_keys(const Values& values, NanSeen<V>& nan,
                             typename Order<V>::Key (&keys)[n]) {
   using O = Order<V>;
   constexpr bool by_ends = kIntegerOrder<V> && n >= 8;
+  V previous{};
 #pragma GCC unroll 16
   for (int k = 0; k < n; ++k) {
     const V value = values(k);
-    if constexpr (!by_ends) nan.add(value);
+    if constexpr (Values::may_be_nan && !by_ends)
+      if (k % 2 == 1 || k + 1 == n) nan.add(k % 2 == 1 ? previous : value, value);
+    previous = value;
     keys[k] = O::key(value);
   }
   sort(keys);
-  if constexpr (by_ends) {
-    nan.add(O::value(keys[0]));
-    nan.add(O::value(keys[n - 1]));
-  }
+  if constexpr (Values::may_be_nan && by_ends) nan.add(O::value(keys[0]), O::value(keys[n - 1]));
 }
 
 // Values: values(k) is value 0 <= k < n of one register of coordinates.

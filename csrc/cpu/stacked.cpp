@@ -8,6 +8,7 @@
 
 #include "../op_checks.h"
 #include "asked.h"
+#include "machine.h"
 #include "parallel.h"
 
 namespace htv::cpu {
@@ -36,7 +37,8 @@ Answer stacked_answer(const std::string& op, const Tensor& grads, const Asked& a
                          ranking ? &*ranking : nullptr};
   const int64_t scratch_bytes = ranking ? stacked_scratch_bytes(*ranking) : 0;
   const int64_t work = parameters.groups * (ranking ? select_work(*ranking) : 1);
-  const auto kernel = HTV_PER_ISA(stacked_kernel);
+  const auto kernel = is_order(statistic) ? HTV_PER_RANKING_ISA(stacked_kernel)
+                                         : HTV_PER_ISA(stacked_kernel);
   parallel_chunks(
       chunks, work * kStackedChunk, scratch_bytes,
       [&](int64_t first, int64_t last, void* scratch) { kernel(task, first, last, scratch); });

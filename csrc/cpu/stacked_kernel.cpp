@@ -85,6 +85,8 @@ constexpr int kMostDirect = 8;
 
 template <class V, class T>
 struct Rows {
+  static constexpr bool may_be_nan = true;
+
   const T* first;
   int64_t stride;
   V operator()(int64_t k) const { return load<V>(first + k * stride); }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "machine.h"
 #include "parallel.h"
 
 namespace htv::cpu {
@@ -11,46 +12,30 @@ constexpr int64_t kBlockRows = 128;  // rows packed at a time, unless all fit
 constexpr int64_t kSumTileOut = 512, kSumTileIn = 128;
 constexpr int64_t kInPlaceRows = 256;        // at a time where nothing of x is packed
 constexpr int64_t kPackedBytes = 256 << 10;  // what all packed rows of a tile may take in L2
-constexpr int64_t kSharedBytes = 8 << 20;    // what rows may take that are packed for all tiles
-constexpr int64_t kPackedTogether = 32;      // of them, at a time
-// Rows per group up to which states are worth their registers.
-constexpr int64_t kFewRows = 32;
-constexpr int64_t kFewRowsInPlace = 8;
+// Rows that are packed for all tiles: what those of one operand may take at a time, or the share of
+// all its columns if that is more, and how many are packed together.
+constexpr int64_t kSharedBytes = 6 << 20, kSharedShare = 4;
+constexpr int64_t kPackedTogether = 64;
+constexpr int64_t kSummedRows = 512;  // of a group, without a stop: one long sum would round more
+// Rows per group up to which one cell at a time is faster: of streaming statistics, for their states
+// then stay in registers, and of order statistics.
+constexpr int64_t kFewRowsStreaming = 8, kFewRowsOrdered = 4;
 
-// Whether rows of both operands lie in one piece each.
-bool is_plain(const TileProblem& problem) {
-  return problem.parts == 1 && problem.x.positions == 1 && problem.x.runs_end - problem.x.runs == 1;
+// Pairs of bfloat16 are multiplied by instructions that the set which ranks may lack.
+bool takes_ranking_isa(const TileProblem& problem, const TilePlan& plan) {
+  return is_order(problem.statistic) && !plan.paired;
 }
 
-// Computes all tiles, by rows that are packed once for all of them if they are `shared`. Returns
-// the sum of the mask.
-double run_blocks(const TileProblem& problem, TilePlan plan, TileBuffers buffers, bool shared) {
+// Packs the plan's rows by a kernel for one operand, of so many columns.
+template <class Kernel>
+void pack_rows(Kernel* kernel, const TileProblem& problem, const TilePlan& plan, int64_t columns) {
   const int64_t begin = plan.blocks->begin, rows = plan.rows();
-  const Scratch packed(shared ? packed_bytes(problem, rows) : 0);
-  plan.packed = packed.get();
-  if (shared) {
-    const auto pack = HTV_PER_ISA(pack_kernel);
-    parallel_chunks((rows + kPackedTogether - 1) / kPackedTogether,
-                    kPackedTogether * (problem.in + problem.out) / 4, 0,
-                    [&](int64_t first, int64_t last, void*) {
-                      pack(problem, plan, begin + first * kPackedTogether,
-                           begin + std::min(rows, last * kPackedTogether));
-                    });
-  }
-  const int64_t tiles = plan.tiles(problem);
-  std::vector<double> mask_sums(tiles);
-  buffers.mask_sums = mask_sums.data();
-  const int64_t work = (rows + problem.parameters.groups) * plan.tile_out * plan.tile_in / 16;
-  const int64_t scratch_bytes = tile_scratch_bytes(problem, plan, buffers.place != nullptr);
-  const auto kernel = HTV_PER_ISA(tile_kernel);
-  parallel_chunks(tiles, work, scratch_bytes, [&](int64_t first, int64_t last, void* scratch) {
-    TileBuffers own = buffers;
-    own.scratch = scratch;
-    kernel(problem, plan, own, first, last);
-  });
-  double sum = 0;
-  for (const double part : mask_sums) sum += part;
-  return sum;
+  parallel_chunks((rows + kPackedTogether - 1) / kPackedTogether, kPackedTogether * columns / 4, 0,
+                  [&](int64_t first, int64_t last, void*) {
+                    for (int64_t chunk = first; chunk < last; ++chunk)
+                      kernel(problem, plan, begin + chunk * kPackedTogether,
+                             begin + std::min(rows, (chunk + 1) * kPackedTogether));
+                  });
 }
 
 }  // namespace
@@ -69,11 +54,12 @@ TileProblem tile_problem(Statistic statistic, bool summary, const Parameters& pa
 }
 
 TileBlocks::TileBlocks(const TileProblem& problem, const int64_t* offsets, int64_t per_offset,
-                       bool in_place) {
-  const bool sums = problem.sums();
+                       RowsLie lie) {
+  const bool sums = problem.sums(), in_place = lie == RowsLie::in_place;
   const int64_t groups = problem.parameters.groups, rows = offsets[groups] * per_offset;
   plan.in_place = in_place;
-  plan.few_rows = !sums && rows <= (in_place ? kFewRowsInPlace : kFewRows) * groups;
+  const int64_t few = is_order(problem.statistic) ? kFewRowsOrdered : kFewRowsStreaming;
+  plan.few_rows = !sums && rows <= few * groups;
   plan.tile_out = kMostTileOut;
   plan.tile_in = kMostTileIn;
   plan.block_rows = in_place ? kInPlaceRows : kBlockRows;
@@ -89,7 +75,7 @@ TileBlocks::TileBlocks(const TileProblem& problem, const int64_t* offsets, int64
     plan.tile_in = kSumTileIn;
   }
 
-  // Groups are cut only where they are longer than a block.
+  // Blocks end within groups only where those are longer than one.
   std::vector<int64_t> firsts{0};
   int64_t begin = 0;
   const auto close = [&](int64_t end) {
@@ -102,11 +88,12 @@ TileBlocks::TileBlocks(const TileProblem& problem, const int64_t* offsets, int64
     const int64_t end = sums ? rows : offsets[e + 1] * per_offset;
     if (end - begin > plan.block_rows && row > begin) close(row);
     for (bool begins = true; begins || row < end; begins = false) {
-      const int64_t stop = std::min(end, begin + plan.block_rows);
+      const int64_t block_end = begin + plan.block_rows;
+      const int64_t stop = std::min({end, block_end, row + kSummedRows});
       pieces_.push_back({e, row - begin, stop - begin, begins, stop == end});
       plan.long_groups |= stop < end;
       row = stop;
-      if (stop < end) close(stop);
+      if (stop < end && stop == block_end) close(stop);
     }
   }
   close(rows);
@@ -139,19 +126,66 @@ double run_tiles(const TileProblem& problem, TilePlan plan, TileBuffers buffers,
       plan.tile_in = round_up(plan.tile_in / 2, kTileInStep);
     }
   }
-  const auto fits = [&](int64_t rows) {
-    return is_plain(problem) && !plan.in_place && packed_bytes(problem, rows) <= kSharedBytes;
+  const int64_t tiles = plan.tiles(problem);
+  std::vector<double> mask_sums(tiles);
+  buffers.mask_sums = mask_sums.data();
+  const int64_t rows = plan.rows();
+  const int64_t work = (rows + problem.parameters.groups) * plan.tile_out * plan.tile_in / 16;
+  const int64_t scratch_bytes = tile_scratch_bytes(problem, plan, buffers.place != nullptr);
+  const auto kernel = takes_ranking_isa(problem, plan) ? HTV_PER_RANKING_ISA(tile_kernel)
+                                                       : HTV_PER_ISA(tile_kernel);
+  parallel_chunks(tiles, work, scratch_bytes, [&](int64_t first, int64_t last, void* scratch) {
+    TileBuffers own = buffers;
+    own.scratch = scratch;
+    kernel(problem, plan, own, first, last);
+  });
+  double sum = 0;
+  for (const double part : mask_sums) sum += part;
+  return sum;
+}
+
+double run_matrices(const TileProblem& problem, const int64_t* offsets, bool paired,
+                    const TileBuffers& buffers) {
+  TileBlocks blocks(problem, offsets, 1, RowsLie::packed_once);
+  TilePlan& plan = blocks.plan;
+  plan.paired = paired;
+  const bool ranks = takes_ranking_isa(problem, plan);
+  const int64_t element = bytes_of(problem.dtype), of_value = compute_bytes(problem.dtype);
+  const int64_t rows = plan.rows();
+  if (problem.out == 0 || problem.in == 0) return 0;
+  const int64_t column_bytes = packed_bytes(problem, rows, kTileInStep) / kTileInStep;
+  const auto at_once = [&](int64_t columns) {
+    const int64_t most = std::max({kSharedBytes / column_bytes, columns / kSharedShare, kTileInStep});
+    const int64_t strips = (columns + most - 1) / most;
+    return round_up((columns + strips - 1) / strips, kTileInStep);
   };
-  if (!problem.sums() || !fits(plan.block_rows))
-    return run_blocks(problem, plan, buffers, fits(plan.rows()));
-  // As many blocks at a time as fit.
-  for (const RowBlock* const end = plan.blocks_end;; plan.continues = true) {
-    plan.blocks_end = plan.blocks + 1;
-    while (plan.blocks_end != end && fits(plan.rows() + plan.block_rows)) ++plan.blocks_end;
-    const double sum = run_blocks(problem, plan, buffers, true);
-    if (plan.blocks_end == end) return sum;
-    plan.blocks = plan.blocks_end;
+  const int64_t out = at_once(problem.out), in = at_once(problem.in);
+  const Scratch packed_x(in * column_bytes), packed_grad(out * column_bytes);
+  plan.packed_x = packed_x.get();
+  plan.packed_grad = packed_grad.get();
+  TileProblem part = problem;
+  double mask_sum = 0;
+  for (int64_t left = 0; left < problem.in; left += in) {
+    part.in = std::min(in, problem.in - left);
+    const Run columns{0, 0, part.in};
+    part.x.data = static_cast<const char*>(problem.x.data) + left * element;
+    part.x.runs = &columns;
+    part.x.runs_end = &columns + 1;
+    pack_rows(ranks ? HTV_PER_RANKING_ISA(pack_x_kernel) : HTV_PER_ISA(pack_x_kernel), part, plan,
+              part.in);
+    for (int64_t top = 0; top < problem.out; top += out) {
+      part.out = std::min(out, problem.out - top);
+      part.grad_output.data = static_cast<const char*>(problem.grad_output.data) + top * element;
+      pack_rows(ranks ? HTV_PER_RANKING_ISA(pack_grad_kernel) : HTV_PER_ISA(pack_grad_kernel), part,
+                plan, part.out);
+      TileBuffers of_part = buffers;
+      for (int f = 0; f < problem.fields(); ++f)
+        of_part.values.at[f] = static_cast<char*>(buffers.values.at[f]) +
+                               (top * buffers.value_stride + left) * of_value;
+      mask_sum += run_tiles(part, plan, of_part);
+    }
   }
+  return mask_sum;
 }
 
 }  // namespace htv::cpu

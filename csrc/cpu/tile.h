@@ -15,6 +15,9 @@ constexpr int64_t kRankedBytes = 768 << 10;  // what the values that are to be r
 TileProblem tile_problem(Statistic statistic, bool summary, const Parameters& parameters,
                          Dtype dtype);
 
+// Where rows are multiplied: where they lie, in panels of a tile's own, or of all tiles'.
+enum class RowsLie { in_place, packed_by_tile, packed_once };
+
 // The blocks that rows are cut into, and the plan that points to them: it follows from the groups,
 // the statistic and the dtype, but for `paired`, which is left false.
 class TileBlocks {
@@ -24,10 +27,8 @@ class TileBlocks {
  public:
   TilePlan plan{};
 
-  // Group e owns rows offsets[e] * per_offset <= r < offsets[e + 1] * per_offset. in_place: the
-  // plan's.
-  TileBlocks(const TileProblem& problem, const int64_t* offsets, int64_t per_offset,
-             bool in_place = false);
+  // Group e owns rows offsets[e] * per_offset <= r < offsets[e + 1] * per_offset.
+  TileBlocks(const TileProblem& problem, const int64_t* offsets, int64_t per_offset, RowsLie rows);
   TileBlocks(const TileBlocks&) = delete;
 };
 
@@ -36,5 +37,10 @@ class TileBlocks {
 // mask.
 double run_tiles(const TileProblem& problem, TilePlan plan, TileBuffers buffers,
                  int64_t widest_in = kMostTileIn);
+
+// The same of two matrices whose rows lie in one piece each: they are packed once for all tiles, or
+// for those of as many coordinates at a time as that takes little memory for. paired: the plan's.
+double run_matrices(const TileProblem& problem, const int64_t* offsets, bool paired,
+                    const TileBuffers& buffers);
 
 }  // namespace htv::cpu

@@ -17,19 +17,19 @@
 namespace htv::HTV_ISA {
 namespace {
 
-// The cell: kRows x kColumns registers, as many rows at a time as leave registers for factors, and,
-// where groups have few rows, for the states.
+// The cell: kRows x kColumns registers. Some of its rows are multiplied at a time, of two cells side
+// by side where there are the registers: that takes the fewest loads. Where groups have few rows,
+// of one cell, so that the states find room as well.
 constexpr int kColumns = 2;
 constexpr int kRows = kTileOutStep;
-constexpr int kManyRows = kRegisters == 32 ? 8 : 4;
-constexpr int kFewRows = 4;
+constexpr int kSomeRows = 4;
+constexpr int kCells = kRegisters == 32 ? 2 : 1;
 constexpr int kCell = kRows * kColumns;
 constexpr int kRanked = 4;  // registers that are ranked at a time
-// Plain sums take two cells side by side, a few rows at a time, where there are the registers: that
-// takes the fewest loads.
-constexpr int kSummed = kRegisters == 32 ? 2 : 1;  // cells
-constexpr int kSummedRows = kManyRows / kSummed;
-static_assert(kRows % kManyRows == 0 && kTileInStep % (kColumns * kLanes<Register<float>>) == 0);
+constexpr int64_t kRowsAhead = 8;  // brought nearer while rows are packed
+constexpr int64_t kPackedTogether = 8;  // registers of columns, or panels of outputs
+static_assert(kRows % kSomeRows == 0 && kTileInStep % (kColumns * kLanes<Register<float>>) == 0);
+static_assert(kCells <= kMostCells);
 
 // The columns of a cell, row by row: packed, or where they lie.
 template <class V>
@@ -45,7 +45,7 @@ struct Packed {
 
 template <class V>
 struct InPlace {
-  const Real<V>* x[kSummed * kColumns];
+  const Real<V>* x[kCells * kColumns];
   const int64_t* at;
 
   InPlace from(int64_t row) const {
@@ -79,9 +79,10 @@ inline __attribute__((always_inline)) void product(const Real<V>* g, const X& x,
           sum[i][j] = multiply_add(splat<V>(g[i]), row[j], sum[i][j]);
       }
   };
-  if (K == kFewRows && columns == kColumns && rows == kFewRows) {
+  constexpr int usual = 4;  // rows of a group of few
+  if (columns == kColumns && rows == usual) {
 #pragma GCC unroll 4
-    for (int r = 0; r < kFewRows; ++r) add_row(g + r * kRows, r);
+    for (int r = 0; r < usual; ++r) add_row(g + r * kRows, r);
   } else {
     for (int64_t r = 0; r < rows; ++r, g += kRows) add_row(g, r);
   }
@@ -135,14 +136,14 @@ class Tile {
         panels_in_((width_ + kWidth - 1) / kWidth),
         panel_rows_(plan.panel_rows()),
         at_(static_cast<int64_t*>(buffers.scratch)),
-        packed_x_(plan.packed ? packed_x(problem, plan) : static_cast<V*>(buffers.scratch)),
-        packed_g_(plan.packed ? packed_g(problem, plan)
-                              : reinterpret_cast<R*>(panel_x(panels_in_))),
-        joined_width_(plan.in_place || plan.packed ? 0 : width_ + kLanes<V>),
+        packed_x_(plan.packed_once() ? packed_x(plan) : static_cast<V*>(buffers.scratch)),
+        packed_g_(plan.packed_once() ? packed_g(plan)
+                                     : reinterpret_cast<R*>(panel_x(panels_in_))),
+        joined_width_(plan.in_place || plan.packed_once() ? 0 : width_ + kLanes<V>),
         joined_(behind_rows(plan)),
         staged_(joined_ + kJoinedRows * joined_width_),
         kept_(aligned(staged_ + (buffers.place ? problem.fields() * area() : 0))),
-        unfinished_(kept_ + (plan.one_block() ? 1 : panels_out_ * panels_in_) * kCell *
+        unfinished_(kept_ + (plan.one_block() ? kCells : panels_out_ * panels_in_) * kCell *
                                 kept_per_coordinate()),
         select_scratch_(unfinished_),
         offsets_(panels_in_ * kColumns),
@@ -166,29 +167,52 @@ class Tile {
     }
   }
 
-  // Packs rows of the block, of a tile that is the whole of a problem.
-  void pack(const RowBlock& block) {
-    if constexpr (paired) {
-      pack_x<BFloat16>(block);
-      pack_g<BFloat16>(block);
-    } else {
-      with_dtype(problem_.dtype, [&](auto element) {
-        using T = decltype(element);
-        if constexpr (sizeof(Compute<T>) == sizeof(R)) {
-          pack_x<T>(block);
-          pack_g<T>(block);
-        }
-      });
-    }
+  // Packs rows of matrices, of a tile that is the whole of a problem: some panels at a time, so that
+  // what is read lies side by side and what is written stays in few pages.
+  void pack_matrix_x(const RowBlock& rows) {
+    with_element([&](auto element) {
+      const auto read = rows_of(x<decltype(element)>(), problem_.x.end, problem_.x.sample);
+      const auto place = [&](int64_t at) { return panel_x(rows, at / kColumns) + at % kColumns; };
+      const int64_t registers = panels_in_ * kColumns;
+      for (int64_t from = 0; from < registers; from += kPackedTogether)
+        for (int64_t r = 0; r < count(rows); ++r)
+          for (int64_t at = from; at < least(from + kPackedTogether, registers); ++at)
+            place(at)[r * kColumns] =
+                read(rows.begin + r * kTogether, at * kLanes<V>, width_ - at * kLanes<V>);
+    });
+  }
+
+  void pack_matrix_g(const RowBlock& rows) {
+    constexpr int step = kLanes<V> < kRows ? kLanes<V> : kRows;  // of outputs
+    with_element([&](auto element) {
+      const TileGrad& grad_output = problem_.grad_output;
+      const auto read = rows_of(grad<decltype(element)>(), grad_output.end, grad_output.stride);
+      const auto place = [&](int64_t o) { return packed_panel_g(rows, o / kRows) + o % kRows; };
+      const int64_t outputs = panels_out_ * kRows, together = kPackedTogether * kRows;
+      for (int64_t from = 0; from < outputs; from += together)
+        for (int64_t r = 0; r < count(rows); ++r)
+          for (int64_t o = from; o < least(from + together, outputs); o += step)
+            store<V>(place(o) + r * kRows, read(rows.begin + r * kTogether, o, height_ - o), step);
+    });
   }
 
   void run(int64_t tile) {
     if (is_order(problem_.statistic)) {
-      each_block([&](const RowBlock& block, auto rows, auto x) { rank_cells<rows()>(block, x); });
+      each_cell([&](const RowBlock& block, int64_t o, int64_t i, auto cells, auto x) {
+        rank_cells<cells()>(block, o, i, x);
+      });
     } else if (problem_.sums()) {
-      add_up();
+      each_cell([&](const RowBlock& block, int64_t o, int64_t i, auto cells, auto x) {
+        for (int top = 0; top < kRows; top += kSomeRows)
+          sum_cells<kSomeRows, cells()>(block, o, i, top, x);
+      });
     } else {
-      with_state([&](auto state) { stream<decltype(state)>(); });
+      with_state([&](auto state) {
+        each_cell([&](const RowBlock& block, int64_t o, int64_t i, auto cells, auto x) {
+          for (int top = 0; top < kRows; top += kSomeRows)
+            stream_cells<decltype(state), kSomeRows, cells()>(block, o, i, top, x);
+        });
+      });
     }
     if (buffers_.place)
       for (int field = 0; field < problem_.fields(); ++field) scatter(field);
@@ -196,6 +220,41 @@ class Tile {
   }
 
  private:
+  // Packs rows of the block for the tile alone.
+  void pack(const RowBlock& block) {
+    with_element([&](auto element) {
+      pack_x<decltype(element)>(block);
+      pack_g<decltype(element)>(block);
+    });
+  }
+
+  // Calls f with a value of the rows' type.
+  template <class F>
+  void with_element(const F& f) const {
+    if constexpr (paired) {
+      f(BFloat16{});
+    } else {
+      with_dtype(problem_.dtype, [&](auto element) {
+        if constexpr (sizeof(Compute<decltype(element)>) == sizeof(R)) f(element);
+      });
+    }
+  }
+
+  static int64_t count(const RowBlock& block) { return (block.end - block.begin) / kTogether; }
+
+  // (row, column, n) -> the first n values of a matrix from there on, or of this row and the next.
+  template <class T>
+  static auto rows_of(const T* first, const void* memory_end, int64_t stride) {
+    const T* const end = static_cast<const T*>(memory_end);
+    return [=](int64_t row, int64_t column, int64_t n) __attribute__((always_inline)) {
+      if (n <= 0) return V{};
+      const T* const from = first + row * stride + column;
+      const T* const next = from + (kTogether - 1) * stride;
+      __builtin_prefetch(from + kRowsAhead * stride);
+      return values_at(from, next, end - next >= kLanes<V> ? kLanes<V> : n);
+    };
+  }
+
   int64_t area() const { return plan_.tile_out * plan_.tile_in; }  // of a full tile
 
   // Calls f with a state of what streams.
@@ -206,17 +265,15 @@ class Tile {
   }
 
   // The tile's panels among those of the whole problem.
-  V* packed_x(const TileProblem&, const TilePlan& plan) const {
-    return static_cast<V*>(plan.packed) + in_ / kWidth * panel_rows_ * kColumns;
+  V* packed_x(const TilePlan& plan) const {
+    return static_cast<V*>(plan.packed_x) + in_ / kWidth * panel_rows_ * kColumns;
   }
-  R* packed_g(const TileProblem& problem, const TilePlan& plan) const {
-    const int64_t panels = (problem.in + kWidth - 1) / kWidth;
-    V* const behind_x = static_cast<V*>(plan.packed) + panels * panel_rows_ * kColumns;
-    return reinterpret_cast<R*>(behind_x) + out_ * panel_rows_;
+  R* packed_g(const TilePlan& plan) const {
+    return static_cast<R*>(plan.packed_grad) + out_ * panel_rows_;
   }
   // What follows the tile's own table or panels of rows.
   R* behind_rows(const TilePlan& plan) const {
-    if (plan.packed) return static_cast<R*>(buffers_.scratch);
+    if (plan.packed_once()) return static_cast<R*>(buffers_.scratch);
     if (!plan.in_place) return panel_g(panels_out_);
     return reinterpret_cast<R*>(reinterpret_cast<char*>(at_) + row_table_bytes(plan.block_rows));
   }
@@ -246,28 +303,34 @@ class Tile {
   R* panel_g(int64_t panel) const { return packed_g_ + panel * panel_rows_ * kRows; }
   // Rows of panels, maybe pairs, before those of the block.
   int64_t rows_before(const RowBlock& block) const {
-    return plan_.packed ? (block.begin - plan_.blocks->begin) / kTogether : 0;
+    return plan_.packed_once() ? (block.begin - plan_.blocks->begin) / kTogether : 0;
   }
   V* panel_x(const RowBlock& block, int64_t panel) const {
     return panel_x(panel) + rows_before(block) * kColumns;
+  }
+  R* packed_panel_g(const RowBlock& block, int64_t panel) const {
+    return panel_g(panel) + rows_before(block) * kRows;
   }
   const R* panel_g(const RowBlock& block, int64_t panel) const {
     if (!plan_.in_place) return panel_g(panel) + rows_before(block) * kRows;
     return grad<R>() + (out_ / kRows + panel) * problem_.grad_output.stride + block.begin * kRows;
   }
-  // Where a cell is in memory that is kept from block to block; with one block all cells share a
-  // place.
-  int64_t cell(int64_t o, int64_t i) const { return plan_.one_block() ? 0 : i * panels_out_ + o; }
+  // Where a cell is in memory that is kept from block to block; with one block all cells share the
+  // place of those that are multiplied together.
+  int64_t cell(int64_t o, int64_t i) const {
+    return plan_.one_block() ? i % kCells : i * panels_out_ + o;
+  }
 
-  // f(block, rows of a cell at a time, panel -> its columns) with the block packed
+  // f(block, first panel, how many panels side by side, the panel's columns), with the block packed,
+  // for all panels of columns.
   template <class F>
-  void each_block(const F& f) {
+  void each_panel(const F& f) {
     const auto serve = [&](const RowBlock& block, const auto& x) {
-      if (plan_.few_rows) {
-        f(block, std::integral_constant<int, kFewRows>{}, x);
-      } else {
-        f(block, std::integral_constant<int, kManyRows>{}, x);
-      }
+      int64_t i = 0;
+      if (!plan_.few_rows)
+        for (; i + kCells <= panels_in_; i += kCells)
+          f(block, i, std::integral_constant<int, kCells>{}, x(i));
+      for (; i < panels_in_; ++i) f(block, i, std::integral_constant<int, 1>{}, x(i));
     };
     for (const RowBlock* block = plan_.blocks; block != plan_.blocks_end; ++block) {
       if (plan_.in_place) {
@@ -276,13 +339,13 @@ class Tile {
         serve(*block, [&](int64_t panel) {
           InPlace<V> columns{{}, at_};
           const int64_t first = panel * kColumns;
-          for (int j = 0; j < kSummed * kColumns && first + j < panels_in_ * kColumns; ++j)
+          for (int j = 0; j < kCells * kColumns && first + j < panels_in_ * kColumns; ++j)
             columns.x[j] = rows + offsets_[first + j];
           return columns;
         });
         continue;
       }
-      if (!plan_.packed) pack(*block);
+      if (!plan_.packed_once()) pack(*block);
       serve(*block, [&](int64_t panel) {
         return Packed<V>{panel_x(*block, panel), panel_rows_ * kColumns};
       });
@@ -300,10 +363,10 @@ class Tile {
 
   // While the cells of a panel of columns are multiplied, each brings a share of what comes next
   // nearer: of the rows that the next block packs,
-  void prefetch(const RowBlock& block, int64_t o, int64_t i, const Packed<V>&) const {
-    const int64_t share = i * panels_out_ + o;
+  void prefetch(const RowBlock& block, int64_t o, int64_t i, int c, const Packed<V>&) const {
+    const int64_t share = (i + c) * panels_out_ + o;
     const RowBlock& next = *(&block + 1);
-    if (plan_.packed || &next == plan_.blocks_end) return;
+    if (plan_.packed_once() || &next == plan_.blocks_end) return;
     const TileInput& input = problem_.x;
     const TileGrad& grad = problem_.grad_output;
     const int64_t rows = next.end - next.begin, shares = panels_in_ * panels_out_;
@@ -324,10 +387,11 @@ class Tile {
   }
 
   // or of the next panel of columns.
-  void prefetch(const RowBlock& block, int64_t o, int64_t i, const InPlace<V>& columns) const {
-    if (i + 1 == panels_in_) return;
+  void prefetch(const RowBlock& block, int64_t o, int64_t i, int c,
+                const InPlace<V>& columns) const {
+    if (i + c + 1 == panels_in_) return;
     const int64_t rows = block.end - block.begin;
-    for (int j = 0; j < kColumns; ++j) {
+    for (int j = c * kColumns; j < (c + 1) * kColumns; ++j) {
       const R* const next =
           columns.x[j] + offsets_[(i + 1) * kColumns + j] - offsets_[i * kColumns + j];
       for (int64_t r = rows * o / panels_out_; r < rows * (o + 1) / panels_out_; ++r)
@@ -357,7 +421,7 @@ class Tile {
       if (++position == input.positions) ++sample, position = 0;
       return row;
     };
-    const int64_t rows = (block.end - block.begin) / kTogether;
+    const int64_t rows = count(block);
     V* const first = panel_x(block, 0);
     const auto place = [&](int64_t column, int64_t r) {
       const uint64_t at = uint64_t(column) / lanes;  // a register of the row
@@ -405,57 +469,42 @@ class Tile {
     }
   }
 
-  template <class State>
-  void stream() {
-    each_block([&](const RowBlock& block, auto rows, auto x) {
-      for (int64_t i = 0; i < panels_in_; ++i)
-        for (int64_t o = 0; o < panels_out_; ++o) {
-          prefetch(block, o, i, x(i));
-          for (int top = 0; top < kRows; top += rows())
-            stream_cell<State, rows()>(block, o, i, top, x(i));
-        }
+  // f(block, panel of outputs, first panel of columns, how many side by side, their columns)
+  template <class F>
+  void each_cell(const F& f) {
+    each_panel([&](const RowBlock& block, int64_t i, auto cells, const auto& x) {
+      for (int64_t o = 0; o < panels_out_; ++o) {
+        for (int c = 0; c < cells(); ++c) prefetch(block, o, i, c, x);
+        f(block, o, i, cells, x);
+      }
     });
   }
 
-  void add_up() {
-    each_block([&](const RowBlock& block, auto, auto x) {
-      const auto panels = [&](int64_t i, auto rows, auto cells) {
-        for (int64_t o = 0; o < panels_out_; ++o) {
-          for (int c = 0; c < cells(); ++c) prefetch(block, o, i + c, x(i + c));
-          for (int top = 0; top < kRows; top += rows())
-            sum_cells<rows(), cells()>(block, o, i, top, x(i));
-        }
-      };
-      int64_t i = 0;
-      for (; i + kSummed <= panels_in_; i += kSummed)
-        panels(i, std::integral_constant<int, kSummedRows>{},
-               std::integral_constant<int, kSummed>{});
-      for (; i < panels_in_; ++i)
-        panels(i, std::integral_constant<int, kManyRows>{}, std::integral_constant<int, 1>{});
-    });
-  }
-
-  // The cells of some panels of columns, side by side.
+  // K rows of some cells side by side.
   template <int K, int cells, class X>
   void sum_cells(const RowBlock& block, int64_t o, int64_t i, int top, const X& x) {
-    V sums[K][cells * kColumns];
-    product<V, K, paired>(panel_g(block, o) + top, x, (block.end - block.begin) / kTogether, sums);
     const auto kept = [&](int a, int b) -> V& {
       return kept_[cell(o, i + b / kColumns) * kCell + (top + a) * kColumns + b % kColumns];
     };
-    if (&block != plan_.blocks) {
+    const R* const g = panel_g(block, o) + top;
+    V sums[K][cells * kColumns] = {};
+    for (const Piece* piece = block.pieces; piece != block.pieces_end; ++piece) {
+      const int64_t first = piece->first / kTogether, rows = piece->last / kTogether - first;
+      product<V, K, paired>(g + first * kRows, x.from(first), rows, sums);
+      if (!piece->begins) {
 #pragma GCC unroll 8
-      for (int a = 0; a < K; ++a)
+        for (int a = 0; a < K; ++a)
 #pragma GCC unroll 4
-        for (int b = 0; b < cells * kColumns; ++b) sums[a][b] += kept(a, b);
-    }
-    if (&block + 1 != plan_.blocks_end) {
+          for (int b = 0; b < cells * kColumns; ++b) sums[a][b] += kept(a, b);
+      }
+      if (!piece->ends) {
 #pragma GCC unroll 8
-      for (int a = 0; a < K; ++a)
+        for (int a = 0; a < K; ++a)
 #pragma GCC unroll 4
-        for (int b = 0; b < cells * kColumns; ++b) kept(a, b) = sums[a][b];
-      return;
+          for (int b = 0; b < cells * kColumns; ++b) kept(a, b) = sums[a][b];
+      }
     }
+    if (!(block.pieces_end - 1)->ends) return;
     const int64_t row = o * kRows + top, column = i * kWidth;
     const auto each = [&](const auto& f) {
 #pragma GCC unroll 8
@@ -464,10 +513,6 @@ class Tile {
         for (int b = 0; b < cells * kColumns; ++b)
           if (row + a < height_) f(row + a, column + b * kLanes<V>, sums[a][b]);
     };
-    if (plan_.continues)
-      each([&](int64_t row, int64_t column, V& sum) {
-        sum += load<V>(value_row(row) + in_ + column, valid_[column / kLanes<V>]);
-      });
     bool whole = row + K <= height_ && !buffers_.place;
     for (int b = 0; b < cells * kColumns; ++b) whole &= valid_[column / kLanes<V> + b] == kLanes<V>;
     if (!whole) return each([&](int64_t row, int64_t column, V sum) { write(row, column, sum); });
@@ -478,76 +523,87 @@ class Tile {
         store<V>(value_row(row + a) + in_ + column + b * kLanes<V>, sums[a][b], kLanes<V>);
   }
 
-  template <class State, int K, class X>
-  void stream_cell(const RowBlock& block, int64_t o, int64_t i, int top, const X& x) {
-    constexpr int n = K * kColumns, state_registers = sizeof(State) / sizeof(V);
+  // The same for a streaming statistic.
+  template <class State, int K, int cells, class X>
+  void stream_cells(const RowBlock& block, int64_t o, int64_t i, int top, const X& x) {
+    constexpr int columns = cells * kColumns, n = K * columns;
+    constexpr int state_registers = sizeof(State) / sizeof(V);
     const bool first = &block == plan_.blocks, last = &block + 1 == plan_.blocks_end;
-    const int64_t at = cell(o, i) * kCell + top * kColumns;
-    State* const kept = reinterpret_cast<State*>(kept_) + at;
-    V* const unfinished = unfinished_ + at;
-    if constexpr (n * (1 + state_registers) + kColumns + 1 <= kRegisters) {
+    const auto place = [&](int a, int b) {
+      return cell(o, i + b / kColumns) * kCell + (top + a) * kColumns + b % kColumns;
+    };
+    State* const kept = reinterpret_cast<State*>(kept_);
+    const R* const g = panel_g(block, o) + top;
+    if constexpr (n * (1 + state_registers) + columns + 1 <= kRegisters) {
       State states[n];  // in registers: never at an index unknown to the compiler
-      if (first) {
 #pragma GCC unroll 16
-        for (int c = 0; c < n; ++c) states[c] = State{};
-      } else {
-#pragma GCC unroll 16
-        for (int c = 0; c < n; ++c) states[c] = kept[c];
+      for (int c = 0; c < n; ++c) {
+        if (first) states[c] = State{};
+        else states[c] = kept[place(c / columns, c % columns)];
       }
-      take_in<State, K>(block, panel_g(block, o) + top, x, states, unfinished);
+      take_in<State, K, columns>(
+          block, g, x, place,
+          [&](int a, int b) __attribute__((always_inline)) -> State& {
+            return states[a * columns + b];
+          });
 #pragma GCC unroll 16
-      for (int c = 0; c < n; ++c) kept[c] = states[c];
+      for (int c = 0; c < n; ++c) kept[place(c / columns, c % columns)] = states[c];
     } else {
+      State* states[cells];
+      for (int c = 0; c < cells; ++c) states[c] = kept + place(0, c * kColumns);
+      const auto state = [&](int a, int b) __attribute__((always_inline)) -> State& {
+        return states[b / kColumns][a * kColumns + b % kColumns];
+      };
       if (first)
-        for (int c = 0; c < n; ++c) kept[c] = State{};
-      take_in<State, K>(block, panel_g(block, o) + top, x, kept, unfinished);
+        for (int a = 0; a < K; ++a)
+          for (int b = 0; b < columns; ++b) state(a, b) = State{};
+      take_in<State, K, columns>(block, g, x, place, state);
     }
-    if (last) finish<State, K>(kept, o, i, top);
+    if (!last) return;
+    for (int a = 0; a < K; ++a)
+      for (int b = 0; b < columns; ++b)
+        finish(kept[place(a, b)], o * kRows + top + a, i * kWidth + b * kLanes<V>);
   }
 
-  template <class State, int K, class X>
+  template <class State, int K, int columns, class X, class Place, class States>
   inline __attribute__((always_inline)) void take_in(const RowBlock& block, const R* g, const X& x,
-                                                     State* states, V* unfinished) const {
+                                                     const Place& place,
+                                                     const States& state) const {
     for (const Piece* piece = block.pieces; piece != block.pieces_end; ++piece) {
-      V p[K][kColumns];
+      V p[K][columns];
       const int64_t first = piece->first / kTogether, rows = piece->last / kTogether - first;
       product<V, K, paired>(g + first * kRows, x.from(first), rows, p);
       if (!piece->begins) {
 #pragma GCC unroll 8
         for (int a = 0; a < K; ++a)
-#pragma GCC unroll 2
-          for (int b = 0; b < kColumns; ++b) p[a][b] += unfinished[a * kColumns + b];
+#pragma GCC unroll 4
+          for (int b = 0; b < columns; ++b) p[a][b] += unfinished_[place(a, b)];
       }
       if (!piece->ends) {
 #pragma GCC unroll 8
         for (int a = 0; a < K; ++a)
-#pragma GCC unroll 2
-          for (int b = 0; b < kColumns; ++b) unfinished[a * kColumns + b] = p[a][b];
-        break;
+#pragma GCC unroll 4
+          for (int b = 0; b < columns; ++b) unfinished_[place(a, b)] = p[a][b];
+        continue;
       }
 #pragma GCC unroll 8
       for (int a = 0; a < K; ++a)
-#pragma GCC unroll 2
-        for (int b = 0; b < kColumns; ++b)
-          absorb(states[a * kColumns + b], p[a][b], piece->group + 1, problem_.parameters);
+#pragma GCC unroll 4
+        for (int b = 0; b < columns; ++b)
+          absorb(state(a, b), p[a][b], piece->group + 1, problem_.parameters);
     }
   }
 
-  template <class State, int K>
-  void finish(const State* states, int64_t o, int64_t i, int top) {
-    for (int a = 0; a < K; ++a)
-      for (int b = 0; b < kColumns; ++b) {
-        const State& state = states[a * kColumns + b];
-        const int64_t row = o * kRows + top + a, column = i * kWidth + b * kLanes<V>;
-        if constexpr (is_summary<State>) {
-          for (int f = 0; f < State::fields; ++f) write(row, column, state.field(f), f);
-        } else {
-          const Outcome<V> outcome = state.finalize(problem_.statistic, problem_.parameters);
-          write(row, column, outcome.value);
-          if (has_mask(problem_.statistic) && row < height_)
-            mask_sum_.add(outcome.mask, valid_[column / kLanes<V>]);
-        }
-      }
+  template <class State>
+  void finish(const State& state, int64_t row, int64_t column) {
+    if constexpr (is_summary<State>) {
+      for (int f = 0; f < State::fields; ++f) write(row, column, state.field(f), f);
+    } else {
+      const Outcome<V> outcome = state.finalize(problem_.statistic, problem_.parameters);
+      write(row, column, outcome.value);
+      if (has_mask(problem_.statistic) && row < height_)
+        mask_sum_.add(outcome.mask, valid_[column / kLanes<V>]);
+    }
   }
 
   // Stores what is found for a register of coordinates of the tile, as far as there are such.
@@ -603,43 +659,44 @@ class Tile {
       for (int64_t t = 0; t < taps; ++t) to[t] = from[t * channels + c];
   }
 
-  template <int K, class Columns>
-  void rank_cells(const RowBlock& block, const Columns& x) {
-    const bool last = &block + 1 == plan_.blocks_end;
+  // Some cells side by side, of an order statistic.
+  template <int cells, class X>
+  void rank_cells(const RowBlock& block, int64_t o, int64_t i, const X& x) {
     const int64_t groups = problem_.parameters.groups;
-    for (int64_t i = 0; i < panels_in_; ++i)
-      for (int64_t o = 0; o < panels_out_; ++o) {
-        prefetch(block, o, i, x(i));
-        V* const values = kept_ + cell(o, i) * kCell * groups;
-        for (int top = 0; top < kRows; top += K)
-          collect<K>(block, panel_g(block, o) + top, x(i), values + top * kColumns * groups);
-        if (!last) continue;
-        for (int at = 0; at < kCell; at += kRanked) {
-          V result[kRanked];
-          order_statistics<V, kRanked>(problem_.ranking, values + at * groups, kRanked,
-                                       select_scratch_, result);
-          for (int c = 0; c < kRanked; ++c) {
-            const int n = at + c;
-            write(o * kRows + n / kColumns, i * kWidth + n % kColumns * kLanes<V>,
-                  result[c] * R(groups));
-          }
+    V* values[cells];
+    for (int c = 0; c < cells; ++c) values[c] = kept_ + cell(o, i + c) * kCell * groups;
+    for (int top = 0; top < kRows; top += kSomeRows)
+      collect<kSomeRows, cells>(block, panel_g(block, o) + top, x, top, values);
+    if (&block + 1 != plan_.blocks_end) return;
+    for (int c = 0; c < cells; ++c)
+      for (int at = 0; at < kCell; at += kRanked) {
+        V result[kRanked];
+        order_statistics<V, kRanked>(problem_.ranking, values[c] + at * groups, kRanked,
+                                     select_scratch_, result);
+        for (int j = 0; j < kRanked; ++j) {
+          const int n = at + j;
+          write(o * kRows + n / kColumns, (i + c) * kWidth + n % kColumns * kLanes<V>,
+                result[j] * R(groups));
         }
       }
   }
 
-  template <int K, class X>
-  void collect(const RowBlock& block, const R* g, const X& x, V* values) const {
+  template <int K, int cells, class X>
+  void collect(const RowBlock& block, const R* g, const X& x, int top,
+               V* const (&values)[cells]) const {
+    constexpr int columns = cells * kColumns;
     const int64_t groups = problem_.parameters.groups;
     for (const Piece* piece = block.pieces; piece != block.pieces_end; ++piece) {
-      V p[K][kColumns];
+      V p[K][columns];
       const int64_t first = piece->first / kTogether, rows = piece->last / kTogether - first;
       product<V, K, paired>(g + first * kRows, x.from(first), rows, p);
 #pragma GCC unroll 8
       for (int a = 0; a < K; ++a)
-#pragma GCC unroll 2
-        for (int b = 0; b < kColumns; ++b) {
-          const int n = a * kColumns + b;
-          V& value = values[n / kRanked * kRanked * groups + piece->group * kRanked + n % kRanked];
+#pragma GCC unroll 4
+        for (int b = 0; b < columns; ++b) {
+          const int n = (top + a) * kColumns + b % kColumns;
+          V& value = values[b / kColumns][n / kRanked * kRanked * groups + piece->group * kRanked +
+                                          n % kRanked];
           value = piece->begins ? p[a][b] : value + p[a][b];
         }
     }
@@ -658,15 +715,34 @@ void with_tile(const TileProblem& problem, const TilePlan& plan, const F& f) {
 
 }  // namespace
 
-void pack_kernel(const TileProblem& problem, const TilePlan& plan, int64_t first, int64_t last) {
+namespace {
+
+// Calls f with a tile that is the whole of a problem, and rows of it.
+template <class F>
+void with_rows(const TileProblem& problem, const TilePlan& plan, int64_t first, int64_t last,
+               const F& f) {
   TilePlan whole = plan;
   whole.tile_out = round_up(problem.out, kTileOutStep);
   whole.tile_in = round_up(problem.in, kTileInStep);
-  const auto pack = [&](auto lane, auto paired) {
-    Tile<decltype(lane), paired()>(problem, whole, TileBuffers{}, 0)
-        .pack({first, last, nullptr, nullptr});
-  };
-  with_tile(problem, plan, pack);
+  with_tile(problem, plan, [&](auto lane, auto paired) {
+    Tile<decltype(lane), paired()> tile(problem, whole, TileBuffers{}, 0);
+    f(tile, RowBlock{first, last, nullptr, nullptr});
+  });
+}
+
+}  // namespace
+
+void pack_x_kernel(const TileProblem& problem, const TilePlan& plan, int64_t first, int64_t last) {
+  with_rows(problem, plan, first, last, [](auto& tile, const RowBlock& rows) {
+    tile.pack_matrix_x(rows);
+  });
+}
+
+void pack_grad_kernel(const TileProblem& problem, const TilePlan& plan, int64_t first,
+                      int64_t last) {
+  with_rows(problem, plan, first, last, [](auto& tile, const RowBlock& rows) {
+    tile.pack_matrix_g(rows);
+  });
 }
 
 void tile_kernel(const TileProblem& problem, const TilePlan& plan, const TileBuffers& buffers,

@@ -19,12 +19,13 @@ struct Run {
   int64_t column, offset, length;
 };
 
-// Rows of a group within a block of rows that are packed together.
+// Rows of a group within a block, which are summed without a stop.
 struct Piece {
   int64_t group, first, last;
   bool begins, ends;  // whether they are the group's first, and its last
 };
 
+// Rows that are multiplied by a cell before the next cell's turn.
 struct RowBlock {
   int64_t begin, end;
   const Piece *pieces, *pieces_end;
@@ -33,8 +34,9 @@ struct RowBlock {
 // The largest tile but for sums; every tile is a unit of work: one thread sees all its groups, in
 // order.
 constexpr int64_t kMostTileOut = 64, kMostTileIn = 288;
-// Tiles are multiples of these, those of a register tile of any instruction set.
-constexpr int64_t kTileOutStep = 8, kTileInStep = 32;
+// Tiles are multiples of these, those of a register tile of any instruction set, of which at most so
+// many are multiplied together.
+constexpr int64_t kTileOutStep = 8, kTileInStep = 32, kMostCells = 2;
 
 // Where runs are read in place, they begin at multiples of so many bytes of columns.
 constexpr int64_t kRunStep = kWidestRegister;
@@ -86,8 +88,8 @@ struct TileProblem {
 struct TilePlan {
   const RowBlock *blocks, *blocks_end;
   int64_t block_rows;  // of the largest block
-  bool long_groups;    // a group reaches into several blocks
-  bool few_rows;       // groups are so short that their states should stay in registers
+  bool long_groups;    // a group has several pieces
+  bool few_rows;       // groups are so short that cells are multiplied one by one
   bool paired;         // rows of bfloat16 are multiplied in twos: all groups have an even number
   // Rows are multiplied where they lie instead of packed. Those of x are then in the compute type,
   // whole registers may be read from where a run begins, and every run begins at a multiple of
@@ -97,8 +99,7 @@ struct TilePlan {
   bool in_place;
   // Where all rows are packed once for all tiles (see `packed_bytes`); null: each tile packs its
   // own.
-  void* packed;
-  bool continues;  // the value already holds the sums of earlier rows, to which these are added
+  void *packed_x, *packed_grad;
   int64_t tile_out, tile_in;
 
   int64_t tiles_out(const TileProblem& problem) const {
@@ -112,13 +113,13 @@ struct TilePlan {
   }
   bool one_block() const { return blocks_end - blocks == 1; }
   int64_t rows() const { return (blocks_end - 1)->end - blocks->begin; }
-  int64_t panel_rows() const { return (packed ? rows() : block_rows) + kPanelGap; }
+  bool packed_once() const { return packed_x != nullptr; }
+  int64_t panel_rows() const { return (packed_once() ? rows() : block_rows) + kPanelGap; }
 };
 
-// Panels of so many rows, in bytes: of x, then of grad_output.
-inline int64_t packed_bytes(const TileProblem& problem, int64_t rows) {
-  const int64_t columns = round_up(problem.in, kTileInStep) + round_up(problem.out, kTileOutStep);
-  return compute_bytes(problem.dtype) * (rows + kPanelGap) * columns;
+// Panels of so many rows and of columns of x or outputs, in bytes.
+inline int64_t packed_bytes(const TileProblem& problem, int64_t rows, int64_t columns) {
+  return compute_bytes(problem.dtype) * (rows + kPanelGap) * round_up(columns, kTileInStep);
 }
 
 // Where results and scratch lie.
@@ -146,14 +147,14 @@ inline int64_t tile_scratch_bytes(const TileProblem& problem, const TilePlan& pl
   const int64_t element = compute_bytes(problem.dtype);
   const int64_t width = round_up(plan.tile_in, kTileInStep);
   const int64_t height = round_up(plan.tile_out, kTileOutStep);
-  const int64_t kept = plan.one_block() ? kTileOutStep * kTileInStep : height * width;
+  const int64_t kept = plan.one_block() ? kTileOutStep * kMostCells * kTileInStep : height * width;
   const int64_t per_coordinate = ranks ? problem.parameters.groups : most_states + plan.long_groups;
   const int64_t packed_x =
       (plan.block_rows + kPanelGap) * width + kJoinedRows * (width + kTileInStep);
   const int64_t packed_g = (plan.block_rows + kPanelGap) * height;
   const int64_t staged = places ? problem.fields() * height * width : 0;
   const int64_t elements = staged + kept * per_coordinate;
-  const int64_t packed = plan.packed ? 0 : element * (packed_x + packed_g);
+  const int64_t packed = plan.packed_once() ? 0 : element * (packed_x + packed_g);
   return element * elements + (plan.in_place ? row_table_bytes(plan.block_rows) : packed) +
          (ranks ? select_scratch_bytes(problem.ranking) + kWidestRegister : 0);
 }
@@ -162,9 +163,12 @@ inline int64_t tile_scratch_bytes(const TileProblem& problem, const TilePlan& pl
 // multiplied in pairs.
 HTV_DECLARE_PER_ISA(uint16_t least_magnitude(const void* values, int64_t n))
 
-// Packs rows first <= row < last, of the plan's, into plan.packed.
-HTV_DECLARE_PER_ISA(void pack_kernel(const TileProblem& problem, const TilePlan& plan,
-                                     int64_t first, int64_t last))
+// Packs rows first <= row < last, of the plan's, of matrices whose rows lie in one piece: those of x
+// into plan.packed_x, or those of grad_output into plan.packed_grad.
+HTV_DECLARE_PER_ISA(void pack_x_kernel(const TileProblem& problem, const TilePlan& plan,
+                                       int64_t first, int64_t last))
+HTV_DECLARE_PER_ISA(void pack_grad_kernel(const TileProblem& problem, const TilePlan& plan,
+                                          int64_t first, int64_t last))
 
 // Computes tiles first <= tile < last.
 HTV_DECLARE_PER_ISA(void tile_kernel(const TileProblem& problem, const TilePlan& plan,

@@ -463,7 +463,7 @@ def info() -> None:
         **env_info.versions(),
         "CPU": env_info.cpu_name(),
         "CPU kernels": env_info.cpu_capability(),
-        "CPU products": env_info.cpu_product(),
+        **{f"CPU {trait}": choice for trait, choice in env_info.cpu_traits().items()},
         "CUDA": "; ".join(env_info.cuda_devices()) or "no device",
         **({f"build: {key}": _in_one_line(value) for key, value in built.items()} if built else {}),
     }

@@ -47,13 +47,17 @@ def cpu_capability() -> str:
     return _host.cpu_capability()
 
 
-def cpu_product() -> str:
-    """Return whose matrix product takes plain sums of large layers on the CPU: "torch" or "own"."""
+def cpu_traits() -> dict[str, str]:
+    """Return what is taken to be faster on this CPU; empty where nothing is compiled.
+
+    `product`: whose matrix product takes the plain sums of large layers, "torch" or "own".
+    `order`: as what order statistics compare values, "floats" or "integers".
+    """
     try:
         from htv import _host
     except ImportError:
-        return "torch"
-    return _host.cpu_product()
+        return {}
+    return _host.cpu_traits()
 
 
 def cpu_name() -> str:
@@ -83,7 +87,7 @@ def describe(device: str) -> dict[str, object]:
         "platform": platform.platform(terse=True),
         "cpu": cpu_name(),
         "cpu_capability": cpu_capability(),
-        "cpu_product": cpu_product(),
+        "cpu_traits": cpu_traits(),
         "threads": torch.get_num_threads(),
         "device": device if device == "cpu" else torch.cuda.get_device_name(device),
     }

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from htv.ops import backend
+from htv.rules import Statistic
 from support import rank_one_cases
 from support.rank_one_cases import DTYPES, factors, offsets_of, run, statistics
 
@@ -32,6 +33,23 @@ assert_equals_definition = functools.partial(rank_one_cases.assert_equals_defini
 @pytest.mark.parametrize("rows", [1, 2, 3, 33, 300])
 def test_equals_the_definition(level, kind, dtype, rows):
     assert_equals_definition(*factors(kind, rows, 35, 70, dtype), torch.arange(rows + 1))
+
+
+@pytest.mark.parametrize("order", ["floats", "integers"])
+@pytest.mark.parametrize("kind", ["dense", "relu", "ties"])
+@pytest.mark.parametrize("rows", [65, 130])
+def test_any_number_of_extremes(level, kind, rows, order, monkeypatch):
+    """Some rows have no gradient at all, and some outputs hardly any."""
+    monkeypatch.setenv("HTV_CPU_ORDER", order)
+    x, g = factors(kind, rows, 9, 37, torch.float32)
+    g[::5] = 0.0
+    g[2:, 4] = 0.0
+    asked = [
+        Statistic(name, count)
+        for name in ("trimmed_mean", "winsorized_mean")
+        for count in (1, 2, 3, 4, 5, 8, 9, 15, 16, 30)
+    ]
+    assert_equals_definition(x, g, torch.arange(rows + 1), asked)
 
 
 @pytest.mark.parametrize("kind", ["dense", "relu"])
