@@ -7,21 +7,42 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from types import FunctionType
 
+import torch
 from torch import Tensor
 
 from htv.engine.provenance import Mark
 
 
+OWN_NAMESPACES = ("aten", "prims")  # of torch's operators
+
+
 @lru_cache(maxsize=4096)
 def plain_name(func) -> str:
     """Name what `func` does: `Tensor.__add__`, `add_` and `torch.add` -> "add"; a property getter
-    -> the property's name.
+    -> the property's name. The name of what is not torch's own has its owner's in front, so that
+    no table has it: a library's softmax may do anything.
     """
     name = getattr(func, "__name__", str(func))
     if name == "__get__":
         name = getattr(func.__self__, "__name__", name)
-    return name.strip("_").partition(".")[0]  # aten.transpose.int
+    name = name.strip("_").partition(".")[0]  # aten.transpose.int
+    owner = _stranger(func)
+    return f"{owner}.{name}" if owner else name
+
+
+def _stranger(func) -> str:
+    """Return who defined `func`, "" if torch did."""
+    if isinstance(func, torch._ops.OpOverload):
+        return "" if func.namespace in OWN_NAMESPACES else func.namespace
+    if isinstance(func, torch._ops.OpOverloadPacket):
+        namespace = func._qualified_op_name.partition("::")[0]
+        return "" if namespace in OWN_NAMESPACES else namespace
+    if isinstance(func, FunctionType):
+        module = func.__module__ or ""
+        return "" if module.partition(".")[0] == "torch" else module or "a function"
+    return ""
 
 
 def _names(text: str) -> frozenset[str]:
