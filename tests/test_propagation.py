@@ -742,7 +742,7 @@ def losses(n, p):
 # Operators, deprecated and internal functions that torch calls by another name when it runs them.
 NOT_RUN = {
     *"iadd imul isub itruediv mod pos radd rmul rtruediv truediv".split(),
-    *"boolean_dispatch fn upsample vector_norm".split(),
+    *"upsample vector_norm".split(),
 }
 FAMILIES = [unary, elementwise, comparing, rowwise, reducing, multiplying, matrices, losses]
 KNOWN = {

@@ -21,6 +21,7 @@ ALIASES = dict(
     pair.split("=")
     for pair in """
     arccos=acos arccosh=acosh arcsin=asin arcsinh=asinh arctan=atan arctan2=atan2 arctanh=atanh
+    dsmm=mm spmm=mm
     fix=trunc greater=gt greater_equal=ge less=lt less_equal=le not_equal=ne ravel=flatten
     ger=outer trapz=trapezoid row_stack=vstack pinverse=linalg_pinv inverse=linalg_inv
     det=linalg_det slogdet=linalg_slogdet matrix_exp=linalg_matrix_exp
@@ -37,7 +38,8 @@ ALIASES = dict(
     unbind_copy=unbind unfold_copy=unfold diagonal_copy=diagonal narrow_copy=narrow
     select_copy=select split_copy=split split_with_sizes_copy=split_with_sizes
     unsafe_chunk=chunk unsafe_split=split unsafe_split_with_sizes=split_with_sizes
-    as_strided_copy=as_strided constant_pad_nd=pad grid_sampler=grid_sample
+    native_channel_shuffle=channel_shuffle affine_grid_generator=affine_grid
+    native_dropout=dropout as_strided_copy=as_strided constant_pad_nd=pad grid_sampler=grid_sample
     grid_sampler_2d=grid_sample grid_sampler_3d=grid_sample view_as_real_copy=view_as_real
     view_as_complex_copy=view_as_complex
     """.split()
@@ -108,7 +110,7 @@ BROADCASTING = ELEMENTWISE | COMPARING | UNARY
 # other arguments.
 ROWWISE = _names(
     "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution "
-    "max_pool1d max_pool2d max_pool3d boolean_dispatch fn avg_pool1d avg_pool2d avg_pool3d "
+    "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d "
     "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d "
     "adaptive_max_pool2d adaptive_max_pool3d lp_pool1d lp_pool2d lp_pool3d interpolate upsample "
     "pad affine_grid grid_sample pixel_shuffle pixel_unshuffle channel_shuffle fold batch_norm "
