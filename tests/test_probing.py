@@ -172,12 +172,41 @@ def joining(n, p):
     yield case("stack behind", lambda x, y: torch.stack([x, y], 1), pair, 0)
     yield case("stack last", lambda x, y: torch.stack([x, y], dim=-1),
                [given(1, p, n), given(1, p, n)], 1)
+    apart = lambda x: torch.stack([x[i] for i in range(n)])
+    yield case("stack of every example", apart, given(0, n, p), 0)
+    yield case("stack of them in another order", lambda x: torch.stack(x.unbind()[::-1], 1),
+               given(0, n, p), BatchLayout(1, examples=backwards))
+    yield case("stack of some", lambda x: torch.stack([x[0], x[-1]]), given(0, n, p),
+               picked(0, n - 1))
+    for name, ndim in (("atleast_1d", 1), ("atleast_2d", 2), ("atleast_3d", 3)):
+        shown = getattr(torch, name)
+        yield case(name, shown, given(0, n), {1: 0, 2: 1, 3: 1}[ndim])
+        if n > 1:  # it is given back as it is
+            yield case(f"{name} of more", shown, given(1, p, n, 1), 1)
+        yield case(f"{name} of several", lambda x, y, f=shown: f(x, y), pair, 0)
+    wide = given(0, n, p), given(1, 2, n, 1)
+    yield case("broadcast_tensors", torch.broadcast_tensors, wide, 1)
+    yield case("hstack", lambda x, y: torch.hstack([x, y]), pair, 0)
+    yield case("hstack of one dim", lambda x, y: torch.hstack([x, y]), [given(0, n), given(0, n)],
+               BatchLayout(0, 2))
+    yield case("vstack", lambda x, y: torch.vstack([x, y]), [given(0, n), given(0, n)], 1)
+    yield case("row_stack", lambda x, y: torch.row_stack((x, y)), pair, BatchLayout(0, 2))
+    yield case("dstack", lambda x, y: torch.dstack([x, y]), pair, 0)
+    yield case("dstack of one dim", lambda x, y: torch.dstack([x, y]), [given(0, n), given(0, n)],
+               1)
+    yield case("column_stack", lambda x, y: torch.column_stack([x, y]), [given(0, n),
+               given(0, n, p)], 0)
+    yield case("column_stack with a constant", lambda x, y: torch.column_stack(tensors=[y, x]),
+               [given(0, n, p), constant(n)], 0)
+    yield case("dstack, crossed", lambda x, y: torch.dstack([x, y]),
+               [given(0, n, n), given(1, n, n)], LOST)
     yield case("stack, NumPy's axis", lambda x: torch.stack([x] * n, axis=1), given(0, n, p), 0)
     yield case("stack, crossed", lambda x, y: torch.stack([x, y]), [given(0, n, n), given(1, n, n)],
                LOST)
 # fmt: on
 
 
+ABS = lambda x: x.abs() if x.is_complex() else x
 SHIFTS = {
     "softmax": lambda x, d: x.softmax(d),
     "log_softmax": lambda x, d: F.log_softmax(x, dim=d),
@@ -195,6 +224,18 @@ SHIFTS = {
     "diff": lambda x, d: x.diff(dim=d),
     "unfold": lambda x, d: x.unfold(d, 2, 1),
     "index_fill": lambda x, d: x.index_fill(d, torch.tensor([1]), 0.0),
+    "cumulative_trapezoid": lambda x, d: torch.cumulative_trapezoid(x, dim=d),
+    "gradient": lambda x, d: torch.gradient(x, dim=d)[0],
+    **{
+        name: lambda x, d, f=name: ABS(getattr(torch.fft, f)(x, dim=d))
+        for name in ("fft", "ifft", "rfft", "hfft", "ihfft")
+    },
+    "irfft": lambda x, d: torch.fft.irfft(x, 5, d),
+    **{
+        f"{name}n": lambda x, d, f=f"{name}n": ABS(getattr(torch.fft, f)(x, dim=(d,)))
+        for name in ("fft", "ifft", "rfft", "hfft", "ihfft")
+    },
+    "irfftn": lambda x, d: torch.fft.irfftn(x, (5,), (d,)),
 }
 
 
@@ -211,6 +252,53 @@ def along(n, p):
     yield case("softmax without a dim", lambda x: F.softmax(x), given(0, n, p), LOST,
                given_up="torch chooses the dim")
     yield case("sort, default", lambda x: x.sort()[0], given(0, n, p), 0)
+    for name in ("fft", "ifft", "rfft", "irfft", "hfft", "ihfft"):
+        plane, all_of = getattr(torch.fft, f"{name}2"), getattr(torch.fft, f"{name}n")
+        yield case(f"{name}2", plane, given(1, p, n, 3, 4), 1)
+        yield case(f"{name}2 in front", lambda x, f=plane: f(x, dim=(0, 1)),
+                   given(2, 3, 4, n), 2)
+        yield case(f"{name}2 of the batch", plane, given(1, 3, n, 4), LOST)
+        yield case(f"{name}n of all", all_of, given(0, n, 3, 4), LOST)
+        yield case(f"{name}n of the last by their sizes", lambda x, f=all_of: f(x, (3, 4)),
+                   given(0, n, 3, 4), 0)
+    for name in ("fftshift", "ifftshift"):
+        shift = getattr(torch.fft, name)
+        yield case(name, lambda x, f=shift: f(x, 1), given(0, n, p), 0)
+        yield case(f"{name} it", lambda x, f=shift: f(x, 0), given(0, n, p),
+                   BatchLayout(0, examples=shift(torch.arange(n))))
+        yield case(f"{name} of all", shift, given(0, n, p),
+                   BatchLayout(0, examples=shift(torch.arange(n))))
+    across = given(0, n, 3), given(0, n, 3)
+    yield case("cross", lambda x, y: torch.cross(x, y, dim=1), across, 0)
+    yield case("cross, default", torch.cross, across, LOST, given_up="torch chooses the dim") \
+        if n != 3 else case("cross of the batch, default", torch.cross, across, LOST)
+    yield case("linalg.cross", torch.linalg.cross, across, 0)
+    yield case("linalg.cross with a constant", torch.linalg.cross, [constant(n, 3), across[1]], 0)
+    yield case("linalg.cross, crossed", torch.linalg.cross, [given(0, n, n, 3), given(1, n, n, 3)],
+               LOST)
+    if n == 3:
+        yield case("linalg.cross of the batch", lambda x, y: torch.linalg.cross(x, y, dim=0),
+                   across, LOST)
+    yield case("msort", torch.msort, given(1, p, n), 1)
+    yield case("msort of the batch", torch.msort, given(0, n, p), LOST)
+    yield case("flipud", torch.flipud, given(1, p, n), 1)
+    yield case("flipud it", torch.flipud, given(0, n, p),
+               BatchLayout(0, examples=torch.arange(n).flip(0)))
+    yield case("fliplr", torch.fliplr, given(0, n, p), 0)
+    yield case("rot90", lambda x: x.rot90(2, (1, 2)), given(0, n, p, 2), 0)
+    yield case("rot90 of it", lambda x: x.rot90(), given(0, n, p), 1)
+    yield case("rot90 back", lambda x: torch.rot90(x, -1), given(0, n, p),
+               BatchLayout(1, examples=torch.arange(n).flip(0)))
+    yield case("vsplit", lambda x: x.vsplit(2), given(1, 2, n), 1)
+    yield case("vsplit it", lambda x: x.vsplit([1]), given(0, n, 2),
+               [picked(0), picked(*range(1, n))])
+    yield case("hsplit", lambda x: torch.hsplit(x, 2), given(0, n, 4), 0)
+    yield case("hsplit of one dim", lambda x: torch.hsplit(x, [1]), given(0, n),
+               [picked(0), picked(*range(1, n))])
+    yield case("dsplit", lambda x: torch.dsplit(x, 2), given(1, p, n, 2), 1)
+    yield case("cumulative_trapezoid along the batch's points",
+               lambda x: torch.cumulative_trapezoid(torch.ones(2, n, dtype=x.dtype), x, dim=1),
+               given(0, n), LOST)
     yield case("glu", lambda x: F.glu(x), given(0, n, 2 * p), 0)
     yield case("glu it", lambda x: F.glu(x, 0),
                given(0, n, p) if n % 2 == 0 else given(BatchLayout(0, 2), 2 * n, p), LOST,
@@ -339,6 +427,20 @@ def indexing(n, p):
     yield case("rows of a table", lambda i, t: t[i], [ids(1, 4, p, n), constant(4, 2)], 1)
     yield case("columns of a table", lambda i, t: t[:, i], [ids(0, 4, n), constant(n, 4)], LOST,
                given_up="columns of a table are not followed")
+    yield case("take", lambda x: x.take(torch.arange(n * p).flip(0).reshape(n, p)),
+               given(0, n, p), BatchLayout(0, examples=torch.arange(n).flip(0)))
+    yield case("take of all", lambda x: x.take(torch.arange(n * p).reshape(p, n)), given(0, n, p),
+               LOST if p != n else 0)
+    yield case("as_strided", lambda x: x.as_strided((n, p), (2 * p, 2)), given(0, n, 2 * p), 0)
+    yield case("as_strided of a view", lambda x: x[:, 1:].as_strided((n, 1), (3, 1)),
+               given(0, n, 3), 0)
+    yield case("as_strided beyond it", lambda x: x[1:].as_strided((n, 2), (2, 1), 0),
+               given(0, n, 2), LOST, given_up="memory is not looked at")
+    yield case("as_strided across it", lambda x: x.as_strided((n, 2), (1, n)), given(0, n, 2),
+               LOST) if n != 2 else case("as_strided, transposed", lambda x: x.as_strided((2, n),
+               (1, 2)), given(0, n, 2), 1)
+    yield case("diagonal", torch.diagonal, given(0, n, n), 0)
+    yield case("linalg.diagonal", torch.linalg.diagonal, given(0, n, n), 0)
     keep = torch.arange(n) != 1
     yield case("masked_select of rows", lambda x: x.masked_select(keep[:, None]), given(0, n, 1),
                picked(*[k for k in range(n) if k != 1]))
@@ -408,6 +510,43 @@ def writing(n, p):
         yield case(f"{name} rows", lambda x, v, f=write, m=more: f(x, 0, rows, v, *m),
                    [given(0, n, 2), given(0, n, 2)], LOST,
                    given_up="its units are other ones'" if not more and name == "scatter" else "")
+    yield case("scatter a part of more", lambda x, v: x.scatter(1, to[:, :1], v),
+               [given(0, n, n), given(1, n, n)], LOST)
+    yield case("scatter_add of a part", lambda x, v: x.scatter_add(0, back[: n - 1, None].expand(
+               n - 1, n), v), [given(0, n, n), given(1, n, n)], LOST)
+    yield case("index_reduce columns", lambda x, v: x.index_reduce(1, index, v, "prod"),
+               [given(0, n, p), given(0, n, 2)], 0)
+    yield case("index_reduce rows", lambda x, v: x.index_reduce(0, back, v, "amax"),
+               [given(0, n, p), given(0, n, p)], LOST)
+    yield case("select_scatter", lambda x, v: x.select_scatter(v, 1, 0),
+               [given(0, n, p), given(0, n)], 0)
+    yield case("select_scatter, named", lambda x, v: torch.select_scatter(src=v, input=x, dim=1,
+               index=0), [given(0, n, p), given(0, n)], 0)
+    yield case("select_scatter of a row", lambda x, v: x.select_scatter(v, 0, 0),
+               [given(0, n, n), given(0, n)], LOST)
+    yield case("slice_scatter", lambda x, v: x.slice_scatter(v, 1, 0, 1),
+               [given(0, n, p), given(0, n, 1)], 0)
+    yield case("slice_scatter, named", lambda x, v: x.slice_scatter(v, dim=1, start=1),
+               [given(0, n, 3), given(0, n, 2)], 0)
+    yield case("slice_scatter of a row", lambda x, v: x.slice_scatter(v, 0, 0, 1),
+               [given(0, n, n), given(1, 1, n)], LOST)
+    yield case("diagonal_scatter", lambda x, v: x.diagonal_scatter(v, 0, 1, 2),
+               [given(0, n, 2, 2), given(0, n, 2)], 0)
+    yield case("diagonal_scatter of the batch", lambda x, v: x.diagonal_scatter(v),
+               [given(0, n, n), given(0, n)], 0)
+    yield case("put", lambda x, v: x.put(torch.arange(0, n * p, p), v), [given(0, n, p),
+               given(0, n)], 0)
+    yield case("put elsewhere", lambda x, v: x.put(torch.arange(0, n * p, p).flip(0), v,
+               accumulate=True), [given(0, n, p), given(0, n)], LOST)
+    first = torch.arange(p) == 0
+    yield case("masked_scatter", lambda x, v: x.masked_scatter(first, v), [given(0, n, p),
+               given(0, n)], 0)
+    yield case("masked_scatter of more", lambda x, v: x.masked_scatter(first, v), [given(0, n, p),
+               given(0, n, 2)], LOST)
+    yield case("masked_scatter into zeros", lambda v: torch.zeros(n, p, dtype=v.dtype)
+               .masked_scatter(first >= 0, v), given(0, n, p), 0)
+    yield case("masked_scatter, broadcast", lambda x: x.masked_scatter(torch.eye(n, dtype=bool),
+               torch.zeros(n, dtype=x.dtype)), given(0, n), LOST, given_up="it is broadcast")
     yield case("scatter of more", lambda x, v: x.scatter(1, to[:, :1], v),
                [given(0, n, p), given(0, n, 2)], 0)
     yield case("scatter a number", lambda x: x.scatter(1, to, 0.5), given(0, n, max(p, 3)), 0)
@@ -451,7 +590,8 @@ KNOWN = {
     reshaping: torch_ops.RESHAPING | torch_ops.EXPANDING | {"unsqueeze", "repeat", "tile"},
     joining: torch_ops.CONCATENATING | {"stack"},
     along: torch_ops.ALONG.keys(),
-    indexing: {"getitem", "select", "unbind", "masked_select"},
+    indexing: {"getitem", "select", "unbind", "masked_select", "take", "as_strided", "diagonal",
+               "linalg_diagonal"},
     writing: WRITING.keys(),
     padding: {"pack_padded_sequence", "pad_packed_sequence"},
 }

@@ -29,6 +29,8 @@ SIZES = [(3, 3), (3, 5), (4, 2)]  # examples and positions: as many, more, fewer
 
 def unary_call(name):
     """How to call an operation of one tensor."""
+    if name.startswith("special_"):
+        return getattr(torch.special, name.removeprefix("special_"))
     for owner in (Tensor, torch, F):
         if hasattr(owner, name):
             return getattr(owner, name)
@@ -37,6 +39,10 @@ def unary_call(name):
 
 COMPLEX = lambda x: x.to(torch.complex128) * (1 + 2j)
 UNARY_CALLS = {
+    "angle": lambda x: (x - 0.5).angle(),
+    "conj_physical": lambda x: COMPLEX(x).conj_physical(),
+    "mvlgamma": lambda x: (x + 3).mvlgamma(2),
+    "resolve_conj": lambda x: COMPLEX(x).conj().resolve_conj(),
     "acosh": lambda x: (x + 1).acosh(),
     "alias": torch.ops.aten.alias.default,
     "alpha_dropout": lambda x: F.alpha_dropout(x, 0.2, True),
@@ -129,6 +135,10 @@ ELEMENTWISE_CALLS = {
     "lerp": lambda x, y: torch.lerp(x, y, 0.3),
     "addcmul": lambda x, y: torch.addcmul(x, y, y),
     "addcdiv": lambda x, y: torch.addcdiv(x, y, y + 1),
+    "copysign": lambda x, y: torch.copysign(x, y - 0.5),
+    "nextafter": lambda x, y: torch.nextafter((x * 2).round(), (y * 2).round()),
+    "special_xlog1py": torch.special.xlog1py,
+    "special_zeta": lambda x, y: torch.special.zeta(x + 1.5, y),
     "multiply": torch.multiply,
     "divide": torch.divide,
     "true_divide": torch.true_divide,
@@ -179,6 +189,10 @@ COMPARING_CALLS = {
     "bitwise_not": lambda x, y: (x > y).bitwise_not(),
     "isnan": lambda x, y: (x - y).log().isnan(),
     "isinf": lambda x, y: (x - y).relu().log().isinf(),
+    "isposinf": lambda x, y: (x - y).relu().reciprocal().isposinf(),
+    "isneginf": lambda x, y: (x - y).relu().log().isneginf(),
+    "isreal": lambda x, y: torch.complex(x - y, (y - x).relu()).isreal(),
+    "signbit": lambda x, y: (x - y).signbit(),
     "isfinite": lambda x, y: (x - y).log().isfinite(),
     "floor_divide": lambda x, y: torch.floor_divide(x * 9, y),
     "floordiv": lambda x, y: METHOD("__floordiv__")(x, y),
@@ -220,11 +234,35 @@ def rowwise(n, p):
                given(0, n, 4), LOST)
     yield case("convolution", lambda x: torch.convolution(x, w, None, [1], [0], [1], False, [0], 1),
                image(d=1), 0)
-    yield case("lp_pool1d", lambda x: F.lp_pool1d(x, 2.0, 2), image(d=1), 0)
-    yield case("lp_pool2d", lambda x: F.lp_pool2d(x, 2.0, 2), image(), 0)
     yield case("fractional pooling", lambda x: F.fractional_max_pool2d(x, 2, 2,
-               _random_samples=torch.full((n, 2, 2), 0.5, dtype=torch.float64)), image(), LOST,
-               given_up="unknown")
+               _random_samples=torch.full((n, 2, 2), 0.5, dtype=torch.float64)), image(), 0)
+    samples = lambda d: torch.full((n, 2, d), 0.5, dtype=torch.float64)
+    for d in (1, 2, 3):
+        tops = lambda x, d=d: getattr(F, f"max_pool{d}d_with_indices")(x, 2)
+        yield case(f"max_pool{d}d with indices", tops, image(d=d), 0)
+        yield case(f"adaptive_max_pool{d}d with indices",
+                   lambda x, d=d: getattr(F, f"adaptive_max_pool{d}d_with_indices")(x, 2),
+                   image(d=d), 0)
+        if d > 1:
+            yield case(f"fractional_max_pool{d}d", lambda x, d=d: getattr(F,
+                       f"fractional_max_pool{d}d")(x, 2, 2, _random_samples=samples(d)),
+                       image(d=d), 0)
+            yield case(f"fractional_max_pool{d}d with indices", lambda x, d=d: getattr(F,
+                       f"fractional_max_pool{d}d_with_indices")(x, 2, 2,
+                       _random_samples=samples(d)), image(d=d), 0)
+        places = torch.arange(2**d).reshape(1, 1, *(2,) * d).expand(n, 2, *(2,) * d)
+        back = lambda x, d=d, i=places: getattr(F, f"max_unpool{d}d")(x, i[:, : x.shape[1]], 2)
+        yield case(f"max_unpool{d}d", back, image(s=2, d=d), 0, silent=True)
+        yield case(f"lp_pool{d}d", lambda x, d=d: getattr(F, f"lp_pool{d}d")(x, 2.0, 2),
+                   image(d=d), 0)
+    yield case("affine_grid", lambda x: F.affine_grid(x, (n, 1, 2, 2), align_corners=False),
+               given(0, n, 2, 3), 0)
+    yield case("grid_sample at points of the batch", lambda x, y: F.grid_sample(x, y,
+               align_corners=False), [image(), given(0, n, 2, 2, 2)], 0)
+    yield case("grid_sample of a constant", lambda x, y: F.grid_sample(x, y, align_corners=False),
+               [constant(n, 2, 4, 4), given(0, n, 2, 2, 2)], 0)
+    yield case("grid_sample, crossed", lambda x, y: F.grid_sample(x, y, align_corners=False),
+               [given(0, n, n, 4, 4), given(1, n, n, 2, 2)], LOST)
     yield case("interpolate", lambda x: F.interpolate(x, scale_factor=2.0), image(), 0)
     yield case("upsample", lambda x: F.upsample(x, scale_factor=2), image(), 0)
     grid = torch.rand(n, 2, 2, 2, dtype=torch.float64)
@@ -232,6 +270,8 @@ def rowwise(n, p):
     yield case("pixel_shuffle", lambda x: F.pixel_shuffle(x, 2), image(4), 0)
     yield case("pixel_shuffle, unbatched", lambda x: F.pixel_shuffle(x, 2),
                given(BatchLayout(0, 4), 4 * n, 2, 2), LOST)
+    yield case("pixel_shuffle of images", lambda x: F.pixel_shuffle(x, 2),
+               given(1, p, n, 4, 2, 2), 1)
     yield case("pixel_unshuffle", lambda x: F.pixel_unshuffle(x, 2), image(4), 0)
     yield case("channel_shuffle", lambda x: F.channel_shuffle(x, 2), image(4), 0)
     yield case("channel_shuffle of channels", lambda x: F.channel_shuffle(x, 2),
@@ -262,10 +302,20 @@ def rowwise(n, p):
     both = torch.rand(3, 4, 2, dtype=torch.float64)
     yield case("bilinear", lambda x: F.bilinear(x, torch.ones(p, n, 2, dtype=x.dtype), both),
                given(1, p, n, 4), 1)
+    yield case("bilinear of two", lambda x, y: F.bilinear(x, y, both),
+               [given(1, p, n, 4), given(1, p, n, 2)], 1)
+    yield case("bilinear with its weights, named", lambda x, w: F.bilinear(x, weight=w,
+               input2=torch.ones(n, 2, dtype=x.dtype)), [constant(n, 4), given(0, n, 4, 2)], LOST,
+               given_up="a layer's weights are not looked at")
     yield case("bilinear over the batch", lambda x: F.bilinear(x, torch.ones(p, 2, dtype=x.dtype),
                torch.rand(3, n, 2, dtype=x.dtype)), given(1, p, n), LOST)
     yield case("pad at the end", lambda x: F.pad(x, (1, 1)), given(1, p, n, 2), 1)
     yield case("pad two dims", lambda x: F.pad(x, (1, 1, 2, 0)), given(0, n, p, 2), 0)
+    yield case("pad all but the batch", lambda x: F.pad(x, (0, 1, 0, 0, 2, 0)),
+               given(1, p, n, 2), 1)
+    yield case("pad the batch by nothing", lambda x: F.pad(x, (0, 1, 0, 0)), given(0, n, p), 0)
+    yield case("cut the batch", lambda x: F.pad(x, (0, 0, 0, -1)), given(0, n, p), LOST,
+               given_up="part of it is gone")
     yield case("pad the batch", lambda x: F.pad(x, (1, 1)), given(1, p, n), LOST)
     yield case("pad it circularly", lambda x: F.pad(x, (1, n - 1), mode="circular"),
                given(2, p, 2, n), LOST, given_up="not followed")
@@ -304,13 +354,23 @@ REDUCTIONS = {
     "linalg_norm": lambda x, *d, **k: torch.linalg.norm(x, 2 if d else None, *d, **k),
     "linalg_vector_norm": lambda x, *d, **k: torch.linalg.vector_norm(x, 2, *d, **k),
     "logsumexp": lambda x, *d, **k: torch.logsumexp(x, *d or [tuple(range(x.dim()))], **k),
+    "aminmax": lambda x, *d, **k: torch.aminmax(x, **dict(zip(["dim"], d, strict=False)), **k),
+    "quantile": lambda x, *d, **k: torch.quantile(x, 0.3, *d, **k),
+    "nanquantile": lambda x, *d, **k: torch.nanquantile(x, 0.3, *d, **k),
+    "kthvalue": lambda x, *d, **k: (x if d else x.flatten()).kthvalue(1, *d, **k),
+    "mode": lambda x, *d, **k: (x if d else x.flatten()).mode(*d, **k),
+    "trapezoid": lambda x, *d: torch.trapezoid(x if d else x.flatten(), dim=d[0] if d else -1),
+    "linalg_vecdot": lambda x, *d: torch.linalg.vecdot(
+        x if d else x.flatten(), (x + 1 if d else x.flatten() + 1), dim=d[0] if d else -1
+    ),
 }
-KEEP_NO_DIM = {"count_nonzero"}
+KEEP_NO_DIM = {"count_nonzero", "trapezoid", "linalg_vecdot"}
+FOR_THEMSELVES = {"cosine_similarity", "linalg_matrix_norm", "pairwise_distance"}
 
 
 # fmt: off
 def reducing(n, p):
-    for name in sorted(torch_ops.REDUCING.keys() - {"cosine_similarity"}):
+    for name in sorted(torch_ops.REDUCING.keys() - FOR_THEMSELVES):
         call = REDUCTIONS.get(name) or getattr(torch, name)
         yield case(f"{name} behind", lambda x, f=call: f(x, 1), given(0, n, p), 0)
         yield case(f"{name} before", lambda x, f=call: f(x, 0), given(1, p, n), 0)
@@ -323,6 +383,36 @@ def reducing(n, p):
                    given(BatchLayout(1, 3, 2), p, 6 * n), BatchLayout(0, 3, 2))
         if name not in KEEP_NO_DIM:
             yield case(f"{name}, kept", lambda x, f=call: f(x, 0, keepdim=True), given(1, p, n), 1)
+    norm, per_q = torch.linalg.matrix_norm, torch.tensor([0.2, 0.5], dtype=torch.float64)
+    yield case("matrix_norm", norm, given(1, p, n, 2, 2), 1)
+    yield case("matrix_norm, nuclear", lambda x: norm(x, "nuc", (0, 2)), given(1, p, n, 2), 0)
+    yield case("matrix_norm of the batch", norm, given(1, p, n, 2), LOST)
+    yield case("quantiles", lambda x: x.quantile(per_q, 0), given(1, p, n), 1)
+    yield case("quantiles, kept", lambda x: x.quantile(per_q, 1, keepdim=True), given(0, n, p), 1)
+    yield case("quantiles of the batch", lambda x: x.quantile(per_q, 0), given(0, n, p), LOST)
+    yield case("as many quantiles", lambda x: x.quantile(torch.linspace(0.1, 0.9, n).double(), 0),
+               given(0, n, n), LOST)
+    yield case("kthvalue, default", lambda x: x.kthvalue(1).values, given(0, n, p), 0)
+    yield case("kthvalue, default, of the batch", lambda x: x.kthvalue(1).values, given(1, p, n),
+               LOST)
+    dot = torch.linalg.vecdot
+    yield case("vecdot of two", dot, [given(0, n, p), given(0, n, p)], 0)
+    yield case("vecdot of the batch", dot, [given(1, p, n), given(1, p, n)], LOST)
+    yield case("vecdot with a constant", dot, [constant(n, p), given(0, n, p)], 0)
+    yield case("vecdot, crossed", dot, [given(0, n, n, p), given(1, n, n, p)], LOST)
+    near = F.pairwise_distance
+    yield case("pairwise_distance", near, [given(0, n, p), given(0, n, p)], 0)
+    yield case("pairwise_distance, kept", lambda x, y: near(x, y, keepdim=True),
+               [given(1, p, n, 2), given(1, p, n, 2)], 1)
+    yield case("pairwise_distance of the batch", near, [given(1, p, n), given(1, p, n)], LOST)
+    yield case("trapezoid along points", lambda y, x: torch.trapezoid(y, x, dim=-1),
+               [given(0, n, p), given(0, n, p)], 0)
+    yield case("trapezoid along the batch's", lambda y, x: torch.trapezoid(y, x, dim=0),
+               [constant(n, n), given(0, n)], LOST)
+    yield case("cosine_similarity of two", lambda x, y: F.cosine_similarity(x, y, dim=-1),
+               [given(1, p, n, 2), given(1, p, n, 2)], 1)
+    yield case("cosine_similarity, crossed", lambda x, y: F.cosine_similarity(x, y, dim=-1),
+               [given(0, n, n, 2), given(1, n, n, 2)], LOST)
     yield case("two dims", lambda x: x.sum((0, 2)), given(1, p, n, 2), 0)
     yield case("two dims, named", lambda x: torch.mean(dim=(0, -1), input=x), given(1, p, n, 2), 0)
     yield case("two dims, one the batch's", lambda x: x.amax((0, 1)), given(1, p, n, p), LOST)
@@ -443,15 +533,218 @@ def multiplying(n, p):
                [given(0, n, p, 4), data(0, n, 1, p)], 0)
 
 
-# Operators, deprecated and internal functions that torch calls by another name when it runs them.
+def good(x):
+    """Square matrices that can be inverted, of any."""
+    return x + 3 * torch.eye(x.shape[-1], dtype=x.dtype)
+
+
+def definite(x):
+    return good(x @ x.mT)
+
+
+def factored(x):
+    return torch.linalg.lu_factor(good(x.detach()))
+
+
+SQUARE = {
+    "linalg_cholesky": lambda x: torch.linalg.cholesky(definite(x)),
+    "linalg_cholesky_ex": lambda x: torch.linalg.cholesky_ex(definite(x))[0],
+    "cholesky_inverse": lambda x: torch.cholesky_inverse(good(x)),
+    "linalg_matrix_power": lambda x: torch.linalg.matrix_power(x, 2),
+    "linalg_eigh": lambda x: torch.linalg.eigh(definite(x)),
+    "linalg_eigvalsh": lambda x: torch.linalg.eigvalsh(definite(x)),
+    "linalg_matrix_rank": lambda x: torch.linalg.matrix_rank((x * 3).round()),
+    "linalg_ldl_factor": lambda x: torch.linalg.ldl_factor(definite(x))[0],
+    "linalg_ldl_factor_ex": lambda x: torch.linalg.ldl_factor_ex(definite(x))[0],
+    "linalg_lu": lambda x: torch.linalg.lu(good(x))[1:],
+    "linalg_lu_factor": lambda x: torch.linalg.lu_factor(good(x))[0],
+    "linalg_lu_factor_ex": lambda x: torch.linalg.lu_factor_ex(good(x))[0],
+    "lu": lambda x: torch.lu(good(x))[0],
+    "lu_unpack": lambda x: torch.lu_unpack(*torch.linalg.lu_factor(good(x)))[1:],
+    "linalg_inv_ex": lambda x: torch.linalg.inv_ex(good(x))[0],
+    "linalg_householder_product": lambda x: torch.linalg.householder_product(x, x[..., 0]),
+    "geqrf": lambda x: torch.geqrf(x),
+    "linalg_slogdet": lambda x: torch.linalg.slogdet(good(x))[1],
+    "logdet": lambda x: good(x).logdet(),
+}
+SOLVED = {
+    "linalg_solve": lambda a, b: torch.linalg.solve(good(a), b),
+    "linalg_solve_ex": lambda a, b: torch.linalg.solve_ex(good(a), b)[0],
+    # The driver that is taken by default rounds by what the matrix before was like.
+    "linalg_lstsq": lambda a, b: torch.linalg.lstsq(good(a), b, driver="gels")[0],
+    "linalg_solve_triangular": lambda a, b: torch.linalg.solve_triangular(good(a), b, upper=True),
+    "triangular_solve": lambda a, b: torch.triangular_solve(b, good(a))[0],
+    "cholesky_solve": lambda a, b: torch.cholesky_solve(b, good(a)),
+    "lu_solve": lambda a, b: torch.lu_solve(b, *torch.linalg.lu_factor(good(a))),
+    "linalg_lu_solve": lambda a, b: torch.linalg.lu_solve(*torch.linalg.lu_factor(good(a)), b),
+    "linalg_ldl_solve": lambda a, b: torch.linalg.ldl_solve(
+        *torch.linalg.ldl_factor(definite(a)), b
+    ),
+    "ormqr": lambda a, b: torch.ormqr(a, a[..., 0], b),
+}
+BY_TERMS = {name for name, terms in torch_ops.TERMS.items() if terms.count("ij") == 1 == len(
+    terms.split(", ")
+)}  # fmt: skip
+
+
+# fmt: off
+def matrices(n, p):
+    """Functions of every matrix of a stack."""
+    for name in sorted(BY_TERMS | {"lu_unpack", "linalg_householder_product"}):
+        call = SQUARE.get(name) or getattr(torch.linalg, name.removeprefix("linalg_"))
+        ignored = name == "linalg_matrix_rank"  # whose values seldom change
+        yield case(name, call, given(1, 2, n, 3, 3), 1, silent=ignored)
+        yield case(f"{name}, merged", call, given(BatchLayout(0, 2, 1), 2 * n, 3, 3),
+                   BatchLayout(0, 2, 1), silent=ignored)
+        if name not in ("geqrf", "lu_unpack"):
+            yield case(f"{name} of one of the batch", lambda x, f=call: tensors_of(f(x))[0].sum(),
+                       given(0, n, n), LOST)
+    for name, call in SOLVED.items():
+        yield case(name, call, [given(0, n, 3, 3), given(0, n, 3, 2)], 0)
+        yield case(f"{name}, constant matrices", call, [constant(n, 3, 3), given(0, n, 3, 2)], 0)
+        yield case(f"{name}, constant sides", call, [given(0, n, 3, 3), constant(n, 3, 2)], 0)
+        yield case(f"{name}, crossed", call, [given(0, n, n, 3, 3), given(1, n, n, 3, 2)], LOST)
+    solve = torch.linalg.solve
+    yield case("solve, broadcast", lambda a, b: solve(good(a), b),
+               [constant(3, 3), given(1, 2, n, 3, 2)], 1)
+    yield case("solve, named", lambda a, b: solve(B=b, A=good(a)),
+               [given(0, n, 3, 3), constant(1, 3, 2)], 0)
+    yield case("solve, named, crossed", lambda a, b: solve(B=b, A=good(a)),
+               [given(0, n, n, n), given(1, n, n)], LOST)
+    yield case("solve for vectors", lambda a, b: solve(good(a), b),
+               [given(0, n, 3, 3), given(0, n, 3)], 0)
+    yield case("solve for a vector of the batch", lambda a, b: solve(good(a), b),
+               [constant(n, n), given(0, n)], LOST)
+    yield case("solve for columns", lambda a, b: solve(good(a), b),
+               [constant(3, 3), given(1, 3, n)], LOST, given_up="columns are not told apart")
+    yield case("vander", torch.linalg.vander, given(0, n, 3), 0, silent=True)
+    yield case("cdist", torch.cdist, [given(0, n, p, 3), given(0, n, 2, 3)], 0)
+    yield case("cdist, rows", torch.cdist, [given(0, n, 3), constant(p, 3)], 0)
+    yield case("cdist, columns", torch.cdist, [constant(p, 3), given(0, n, 3)], 1)
+    yield case("cdist, all pairs", torch.cdist, [given(0, n, 3), given(0, n, 3)], LOST)
+    yield case("cdist, named", lambda x, y: torch.cdist(x2=y, x1=x),
+               [constant(p, 3), given(0, n, 3)], 1)
+    yield case("outer", torch.outer, [given(0, n), constant(p)], 0)
+    yield case("outer, columns", torch.outer, [constant(p), given(0, n)], 1)
+    yield case("outer, all pairs", torch.outer, [given(0, n), given(0, n)], LOST)
+    yield case("addr", torch.addr, [constant(n, p), given(0, n), constant(p)], 0)
+    yield case("addr, addend", torch.addr, [given(1, p, n), constant(p), given(0, n)], 1)
+    yield case("addmv", torch.addmv, [given(0, n), given(0, n, p), constant(p)], 0)
+    yield case("addmv, contracted", torch.addmv, [constant(n), given(1, n, n), constant(n)], LOST)
+    yield case("addbmm", torch.addbmm, [given(0, n, 2), given(1, 4, n, p), constant(4, p, 2)], 0)
+    yield case("addbmm, summed", torch.addbmm, [constant(n, n), given(0, n, n, p),
+               constant(n, p, n)], LOST)
+    yield case("inner", torch.inner, [given(1, 2, n, p), constant(3, p)], 1)
+    yield case("inner, second", torch.inner, [constant(3, p), given(0, n, p)], 1)
+    yield case("inner, summed", torch.inner, [given(0, n), constant(n)], LOST)
+    dot = torch.tensordot
+    yield case("tensordot", lambda x, y: dot(x, y, 1), [given(1, 2, n, p), constant(p, 3)], 1)
+    yield case("tensordot, second", lambda x, y: dot(x, y, ([1], [0])),
+               [constant(2, p), given(1, p, n)], 1)
+    yield case("tensordot, pairs", lambda x, y: dot(x, y, dims=([-1, 0], [0, 1])),
+               [given(1, 2, n, p), constant(p, 2)], 0)
+    yield case("tensordot, summed", lambda x, y: dot(x, y, ([0], [0])),
+               [given(0, n, n), constant(n, n)], LOST)
+    chain = torch.linalg.multi_dot
+    yield case("multi_dot", lambda x, y, z: chain([x, y, z]),
+               [given(0, n, p), constant(p, 4), constant(4, 2)], 0)
+    yield case("multi_dot, columns", lambda x, y, z: chain([x, y, z]),
+               [constant(2, p), constant(p, 4), given(1, 4, n)], 1)
+    yield case("multi_dot, summed", lambda x, y, z: chain([x, y, z]),
+               [constant(n, n), given(0, n, n), constant(n, n)], LOST)
+    yield case("kron", torch.kron, [given(0, n, p), constant(2, 3)], BatchLayout(0, 1, 2))
+    yield case("kron, second", torch.kron, [constant(2, 3), given(0, n, p)], BatchLayout(0, 2))
+    yield case("kron, all pairs", torch.kron, [given(0, n, n), given(0, n, n)], LOST)
+    for name, at in (("diagonal", lambda x, a, b: x.diagonal(1, a, b)),
+                     ("linalg.diagonal", lambda x, a, b: torch.linalg.diagonal(x, dim1=a, dim2=b))):
+        yield case(name, lambda x, f=at: f(x, 0, 2), given(1, p + 2, n, p + 2), 0)
+        yield case(f"{name}, before", lambda x, f=at: f(x, -1, -2), given(0, n, 3, 3), 0)
+        yield case(f"{name} of the batch", lambda x, f=at: f(x, 0, 1), given(0, n, n + 1, 2), 1)
+    yield case("diagonals, default", torch.diagonal, given(2, 3, 3, n), 0)
+    yield case("diagonals of the last, default", torch.linalg.diagonal, given(0, n, 3, 3), 0)
+    yield case("diag_embed", torch.diag_embed, given(1, p, n, 2), 1, silent=True)
+    yield case("diag_embed in front", lambda x: x.diag_embed(0, 0, 2), given(0, n, 3), 1)
+    yield case("diag_embed of the batch", torch.diag_embed, given(1, p, n), LOST,
+               given_up="both dims hold it")
+    yield case("renorm", lambda x: x.renorm(2, 1, 0.5), given(1, p, n), 1)
+    yield case("renorm of others", lambda x: x.renorm(2, 0, 0.5), given(1, p, n), LOST)
+    window = torch.ones(4, dtype=torch.float64)
+    stft = lambda x: torch.stft(x, 4, 2, window=window, return_complex=True)
+    yield case("stft", stft, given(0, n, 16), 0)
+    yield case("stft of one", lambda x: stft(x.flatten()), given(0, n, 16), LOST)
+    yield case("istft", lambda x: torch.istft(stft(x), 4, 2, window=window), given(0, n, 16), 0)
+
+
+def tensors_of(results):
+    return [results] if isinstance(results, Tensor) else list(results)
+
+
+ELEMENT_LOSSES = {
+    "gaussian_nll_loss": lambda x, y, **k: F.gaussian_nll_loss(x, y, x.detach() * 0 + 0.5, **k),
+    "soft_margin_loss": lambda x, y, **k: F.soft_margin_loss(x, y.detach(), **k),
+    "margin_ranking_loss": lambda x, y, **k: F.margin_ranking_loss(x, y, torch.ones_like(x), **k),
+    "hinge_embedding_loss": lambda x, y, **k: F.hinge_embedding_loss(x, y.sub(0.5).sign(), **k),
+}
+LOSSES_BY_TERMS = {
+    "triplet_margin_loss": lambda x, y, **k: F.triplet_margin_loss(x, y, y.flip(-1), **k),
+    "cosine_embedding_loss": lambda x, y, **k: F.cosine_embedding_loss(
+        x, y, torch.ones(x.shape[:-1]), **k
+    ),
+    "multi_margin_loss": lambda x, y, **k: F.multi_margin_loss(x, y.argmin(-1), **k),
+    "multilabel_margin_loss": lambda x, y, **k: F.multilabel_margin_loss(
+        x, F.pad(y.argmax(-1, True), (0, 3), value=-1), **k
+    ),
+}
+
+
+def losses(n, p):
+    for name in sorted(torch_ops.LOSSES):
+        call = ELEMENT_LOSSES.get(name) or getattr(F, name)
+        both = [given(1, p, n, 2), given(1, p, n, 2)]
+        yield case(name, lambda x, y, f=call: f(x, y, reduction="none"), both, 1)
+        for reduction in ("mean", "sum"):
+            yield case(f"{name}, {reduction}", lambda x, y, f=call, r=reduction: f(x, y,
+                       reduction=r), both, LOST)
+        yield case(f"{name}, crossed", lambda x, y, f=call: f(x, y, reduction="none"),
+                   [given(0, n, n), given(1, n, n)], LOST)
+    nll = F.gaussian_nll_loss
+    yield case("gaussian_nll_loss, a variance each", lambda x, y, v: nll(x, y, v, reduction="none"),
+               [given(0, n, n), given(0, n, n), given(0, n)], 0)
+    yield case("gaussian_nll_loss, crossed variances", lambda x, y, v: nll(x, y, v,
+               reduction="none"), [given(1, n, n), given(1, n, n), given(0, n)], LOST)
+    yield case("gaussian_nll_loss, named", lambda x, y, v: nll(x, var=v, target=y,
+               reduction="none"), [given(1, n, n), given(1, n, n), given(0, n)], LOST)
+    for name in sorted(torch_ops.LOSSES_BY_TERMS):
+        call = LOSSES_BY_TERMS.get(name) or getattr(F, name)
+        both = [given(0, n, 4), data(0, n, 4)]
+        yield case(name, lambda x, y, f=call: f(x, y, reduction="none"), both, 0)
+        yield case(f"{name}, mean", lambda x, y, f=call: f(x, y), both, LOST)
+    targets = ids(0, 4, n)
+    for name in sorted(torch_ops.LOSSES_OF_CLASSES):
+        call = getattr(F, name)
+        yield case(name, lambda x, i, f=call: f(x, i, reduction="none"), [given(0, n, 4), targets],
+                   0)
+        yield case(f"{name}, mean", lambda x, i, f=call: f(x, i), [given(0, n, 4), targets], LOST)
+        yield case(f"{name} of sequences", lambda x, i, f=call: f(x, i, reduction="none"),
+                   [given(0, n, 4, p), ids(0, 4, n, p)], 0)
+        yield case(f"{name}, the batch last", lambda x, i, f=call: f(x, i, reduction="none"),
+                   [given(2, p, 4, n), ids(1, 4, p, n)], 1)
+        yield case(f"{name} of classes", lambda x, f=call: f(x, torch.zeros(p, dtype=torch.int64),
+                   reduction="none"), given(1, p, n), LOST,
+                   given_up="the first is picked" if name == "nll_loss" else "")
+    yield case("cross_entropy with likely classes", lambda x, y: F.cross_entropy(x, y,
+               reduction="none"), [given(0, n, 4), given(0, n, 4)], 0)
+
+
 # fmt: on
 
 
+# Operators, deprecated and internal functions that torch calls by another name when it runs them.
 NOT_RUN = {
     *"iadd imul isub itruediv mod pos radd rmul rtruediv truediv".split(),
-    *"boolean_dispatch fn upsample vector_norm".split(),
+    *"upsample vector_norm".split(),
 }
-FAMILIES = [unary, elementwise, comparing, rowwise, reducing, multiplying]
+FAMILIES = [unary, elementwise, comparing, rowwise, reducing, multiplying, matrices, losses]
 KNOWN = {
     unary: torch_ops.UNARY - NOT_TRIED.keys(),
     elementwise: torch_ops.ELEMENTWISE,
@@ -459,6 +752,9 @@ KNOWN = {
     rowwise: torch_ops.ROWWISE,
     reducing: torch_ops.REDUCING.keys(),
     multiplying: torch_ops.MULTIPLYING | {"einsum", "scaled_dot_product_attention"},
+    matrices: (torch_ops.TERMS.keys() - torch_ops.LOSSES_BY_TERMS) | torch_ops.DIAGONALS.keys()
+    | {"inner", "tensordot", "linalg_multi_dot", "kron", "renorm", "stft", "istft"},
+    losses: torch_ops.LOSSES | torch_ops.LOSSES_BY_TERMS | torch_ops.LOSSES_OF_CLASSES,
 }
 
 

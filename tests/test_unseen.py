@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from test_batch_choice import assert_votes_by_example
 from torch import nn
+from torch.overrides import handle_torch_function
 from torch.utils.checkpoint import checkpoint
 
 import htv
@@ -68,6 +69,21 @@ class Tanh(torch.autograd.Function):
         return grad * (1 - h.tanh() ** 2)
 
 
+# Named as something of torch's that works row by row.
+LIBRARY = torch.library.Library("htv_tests", "DEF")
+LIBRARY.define("softplus(Tensor x) -> Tensor")
+LIBRARY.impl("softplus", lambda x: x - x.mean(0), "CompositeImplicitAutograd")
+LIBRARY.define("mish(Tensor x) -> Tensor")
+LIBRARY.impl("mish", lambda x: x.tanh() * x, "CompositeImplicitAutograd")
+
+
+def relu(h):
+    """A library's own, which modes see as they see torch's."""
+    if torch._C._len_torch_function_stack():
+        return handle_torch_function(relu, (h,), h)
+    return h - h.mean(0)
+
+
 def written(function):
     """The function for what it writes; its result is dropped."""
 
@@ -99,6 +115,9 @@ MIXING = {
     "a Function in place": CentredInPlace.apply,
     "a Function in place, for what it writes": written(CentredInPlace.apply),
     "an undeclared Function": Tanh.apply,
+    "an operator of another library": torch.ops.htv_tests.softplus,
+    "an overload of it": torch.ops.htv_tests.softplus.default,
+    "a function of another library": relu,
     "a reentrant checkpoint": lambda h: checkpoint(lambda h: h - h.mean(0), h, use_reentrant=True),
 }
 
@@ -115,6 +134,7 @@ FOLLOWED = {
     "a script": gelu,
     "a declared function": htv.rowwise(lambda h: Tanh.apply(h)),
     "a declared Function": htv.rowwise(type("Declared", (Tanh,), {})).apply,
+    "a declared operator": htv.rowwise(torch.ops.htv_tests.mish),
     "a reentrant checkpoint": lambda h: tanh_again(h),
 }
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from htv.engine.provenance import LOST, Lost, Mark, OfBatch
-from htv.engine.torch_ops import CONCATENATING, Operation
+from htv.engine.torch_ops import JOINING, Operation
 from htv.groups import BatchLayout
 
 
@@ -27,20 +27,34 @@ def probed(op: Operation, index: int, batch_size: int) -> OfBatch:
     """Find the batch in output `index` of `op` by running it on the examples' numbers, 0 to
     `batch_size` - 1, instead of the values: the batch is along the dim they vary along.
     """
-    moved = op.operands if op.name in CONCATENATING else op.operands[:1]
+    moved = op.operands if op.name in JOINING else op.operands[:1]
     if (
         not all(isinstance(m, BatchLayout) for _, m in moved)
         or op.func is torch.nn.functional.unfold
     ):
         return LOST  # values that are no example's, as padding
     numbers = {id(t): _numbered(t, m, batch_size) for t, m in moved}
+    if op.name == "as_strided":  # it counts in memory, of which only the tensor's own has numbers
+        if op.argument(2, "storage_offset") is not None:
+            return LOST
+        numbers = {id(t): _laid_out_as(t, numbers[id(t)]) for t, _ in moved}
     try:
         result = op.again(numbers)
-    except RuntimeError:  # it wants to see them as one row
+    except RuntimeError:  # it wants to see them as one row, or more than is there
+        if op.name == "as_strided":
+            return LOST
         result = op.again({key: t.contiguous() for key, t in numbers.items()})
     result = result if isinstance(result, Tensor) else result[index]
     same_kind = op.outputs[index].is_floating_point() == moved[0][0].is_floating_point()
     return _read_off(result, batch_size) if same_kind else LOST
+
+
+def _laid_out_as(tensor: Tensor, numbers: Tensor) -> Tensor:
+    """Return `numbers` with the strides of `tensor`; what lies between its elements is nobody's."""
+    extent = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    memory = numbers.new_full((max(extent, 0),), -1)
+    laid = memory.as_strided(tensor.shape, tensor.stride())
+    return laid.copy_(numbers) if numbers.numel() else laid
 
 
 def after_padding(op: Operation, batch_size: int) -> OfBatch:
@@ -89,9 +103,11 @@ def after_writing(op: Operation, batch_size: int) -> OfBatch:
     A target that is no batch's yet (zeros) becomes what its first batch value says, if that fits
     one of its dims.
     """
-    read, target, value = WRITING[op.name](op)
+    read, target, value, *part = WRITING[op.name](op)
     marks = {id(t): m for t, m in op.operands}
     mark, value_mark = marks.get(id(target)), marks.get(id(value))
+    if target.shape != op.outputs[0].shape:
+        return LOST  # it is broadcast
     if not isinstance(value_mark, OfBatch):
         return mark if isinstance(mark, OfBatch) else LOST
     if isinstance(mark, Lost) or isinstance(value_mark, Lost):
@@ -103,9 +119,11 @@ def after_writing(op: Operation, batch_size: int) -> OfBatch:
         else _candidates(target, value, value_mark, batch_size)
     ):
         written = read(_numbered(target, layout, batch_size))
-        if value.dim() > written.dim():
-            return LOST
         numbers = _numbered(value, value_mark, batch_size)
+        for cut in part:
+            numbers = cut(numbers)
+        if numbers.dim() > written.dim():
+            return LOST
         if all(
             a in (b, 1)
             for a, b in zip(reversed(numbers.shape), reversed(written.shape), strict=False)
@@ -200,9 +218,22 @@ def _scattered(op: Operation):
         op.args[0],
         *(op.argument(i, n) for i, n in enumerate(("dim", "index", "src"))),
     )
-    if isinstance(value, Tensor) and value.shape != index.shape:
-        value = value[tuple(slice(size) for size in index.shape)]
-    return lambda numbers: numbers.gather(dim, index), target, value
+    part = lambda numbers: numbers[tuple(slice(size) for size in index.shape)]
+    return lambda numbers: numbers.gather(dim, index), target, value, part
+
+
+def _slice_scattered(op: Operation):
+    target, value = op.args[0], op.argument(0, "src")
+    read = {"select_scatter": torch.select, "slice_scatter": torch.ops.aten.slice.Tensor}.get(
+        op.name, torch.diagonal
+    )
+    where = op.args[2:], {key: v for key, v in op.kwargs.items() if key != "src"}
+    return lambda numbers: read(numbers, *where[0], **where[1]), target, value
+
+
+def _put_flat(op: Operation):
+    target, index, value = op.args[0], op.argument(0, "index"), op.argument(1, "source")
+    return lambda numbers: numbers.take(index), target, value
 
 
 def _put(op: Operation):
@@ -210,8 +241,18 @@ def _put(op: Operation):
     return lambda numbers: numbers[tuple(indices)], target, value
 
 
-# Operations that write values of one tensor into another, by how to read what they write.
+def _masked(op: Operation):
+    target, mask, value = op.args[0], op.argument(0, "mask"), op.argument(1, "source")
+    part = lambda numbers: numbers.reshape(-1)[: int(mask.expand(target.shape).sum())]
+    return lambda numbers: numbers[mask.expand(target.shape)], target, value, part
+
+
+# Operations that write values of one tensor into another, by how to read what they write: what
+# reads it in the target, the target, the values and, where not all of them are written, which are.
 WRITING = {
     "setitem": _setitem, "index_add": _indexed, "index_copy": _indexed, "scatter": _scattered,
     "scatter_add": _scattered, "scatter_reduce": _scattered, "index_put": _put,
+    "index_reduce": _indexed, "select_scatter": _slice_scattered, "slice_scatter": _slice_scattered,
+    "diagonal_scatter": _slice_scattered, "put": _put_flat,
+    "masked_scatter": _masked,
 }  # fmt: skip

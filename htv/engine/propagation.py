@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import string
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -21,16 +22,25 @@ from htv.engine.torch_ops import (
     ALONG,
     BROADCASTING,
     CONCATENATING,
+    DIAGONALS,
     EXPANDING,
+    JOINING,
     KEEPS_LAST,
+    LOSSES,
+    LOSSES_BY_TERMS,
+    LOSSES_OF_CLASSES,
     MOVING,
     MULTIPLYING,
+    OF_SEVERAL,
+    PAIRED,
     PERMUTING,
     REDUCING,
     RESHAPING,
     ROWWISE,
     SHUFFLING,
+    TERMS,
     Operation,
+    tensors_in,
 )
 from htv.errors import UnsupportedError
 from htv.groups import BatchLayout
@@ -52,7 +62,7 @@ def follow(
         return [LOST] * len(op.outputs)
     if batch_size == 1:  # all there is is the one example's
         return [LOST if output.dim() == 0 else all_of_one(output) for output in op.outputs]
-    operands = [(t, m) for t, m in op.operands if isinstance(m, OfBatch)]
+    operands = [(i, t, m) for i, (t, m) in enumerate(op.operands) if isinstance(m, OfBatch)]
     if op.name == "pad_packed_sequence":
         return [after_padding(op, batch_size), *[LOST] * (len(op.outputs) - 1)]
     if op.name in WRITING:
@@ -105,15 +115,17 @@ def _agreed(
     where they went.
     """
     output = op.outputs[index]
-    found = [_place(op, t, m, output, batch_size) for t, m in operands]
+    found = [_place(op, i, t, m, output, batch_size) for i, t, m in operands]
     layouts = [layout for layout in found if layout is not None]
     if not layouts and op.name in MOVING:
         return probed(op, index, batch_size)
     if not _all_same(layouts, batch_size):
+        if op.name in JOINING and not any(p.guess for p in layouts):
+            return probed(op, index, batch_size)  # of parts of the batch, say every example's
         # Data that only seemed to be the batch's has no say.
         told = [
             p
-            for (t, _), p in zip(operands, found, strict=True)
+            for (_, t, _), p in zip(operands, found, strict=True)
             if p is not None and (all_say or t.requires_grad or not p.guess)
         ]
         if not told or not _all_same(told, batch_size):
@@ -130,7 +142,7 @@ def _agreed(
         or output.shape[layout.dim] != layout.size(batch_size)
     ):
         return LOST
-    for (tensor, _), where in zip(operands, found, strict=True):
+    for (_, tensor, _), where in zip(operands, found, strict=True):
         at = layout.dim - (output.dim() - tensor.dim())
         broadcast = at < 0 or tensor.shape[at] == 1
         if where is None and (all_say or tensor.requires_grad) and not (couples and broadcast):
@@ -172,14 +184,18 @@ def _of_guess(op: Operation, guess: str) -> str:
 
 
 def _place(
-    op: Operation, tensor: Tensor, mark: OfBatch, output: Tensor, batch_size: int
+    op: Operation, number: int, tensor: Tensor, mark: OfBatch, output: Tensor, batch_size: int
 ) -> BatchLayout | None:
-    """Return where one operand puts the batch dim in one output; None if that is not known."""
+    """Return where operand `number`, a `tensor` with a `mark`, puts the batch dim in one output;
+    None if that is not known.
+    """
     if isinstance(mark, Lost):
         return None
-    dim, name, is_first = mark.dim, op.name, op.operands[0][0] is tensor
+    dim, name, is_first = mark.dim, op.name, number == 0
     binary = name in ("max", "min") and isinstance(op.argument(0, "other"), Tensor)
-    if name in BROADCASTING or name in EXPANDING or binary:
+    if name == "gaussian_nll_loss" and _is_argument(op, number, tensor, 2, "var"):
+        return mark if _unreduced(op) else None  # it may lack the last dim
+    if name in BROADCASTING or name in EXPANDING or binary or (name in LOSSES and _unreduced(op)):
         at = dim + output.dim() - tensor.dim()
         stays = name not in EXPANDING or output.shape[at] == tensor.shape[dim]
         return mark.at(at) if stays else None
@@ -189,22 +205,30 @@ def _place(
         along = op.argument(0, "dim", default=0) % output.dim()
         return mark.at(dim + (along <= dim))
     if name in MULTIPLYING:
-        return _multiplied(op, tensor, mark, output)
+        return _multiplied(op, number, tensor, mark, output)
     if name == "einsum":
-        return _einsum(op, tensor, mark)
+        return _einsum(op, number, mark)
+    if name in ("inner", "tensordot"):
+        return _summed_by_pairs(op, number, tensor, mark)
+    if name in ("linalg_multi_dot", "chain_matmul"):
+        return _chained(op, number, tensor, mark, output)
+    if name in TERMS:
+        return _by_terms(op, number, mark)
+    if name in LOSSES_OF_CLASSES:
+        return _of_classes(op, number, tensor, mark, output)
+    if name == "kron":
+        return _repeated_by_kron(op, number, tensor, mark, output)
     if name == "scaled_dot_product_attention":
         return mark if dim < tensor.dim() - 2 and tensor.dim() == output.dim() else None
     by_element = name == "gather" and not isinstance(op.operands[0][1], OfBatch)
-    if not is_first and (by_element or name not in ("gather", "take_along_dim")):
+    given = min(OF_SEVERAL.get(name, 1), len(tensors_in(op.args, None)))  # by position
+    alike = name in PAIRED or number < given
+    if not (is_first or alike) and (by_element or name not in ("gather", "take_along_dim")):
         return _looked_up(op, tensor, mark)
     if name in ("embedding", "embedding_bag") and tensor.is_floating_point():
         return None  # torch.embedding takes the table first, whose rows are picked
     if name in ROWWISE:
-        last = _mixed_at_the_end(op)
-        kept = dim == 0 if last is None else dim < tensor.dim() - last
-        if name.startswith("conv") and op.operands[1][0].dim() != tensor.dim():
-            return None  # an unbatched image
-        return mark if kept else None
+        return _rowwise(op, tensor, mark)
     if name in ("permute", "transpose"):
         return _permuted(op, tensor, mark)
     if name in PERMUTING:
@@ -224,15 +248,38 @@ def _place(
         return _after_indexing(tensor, mark, op.args[1])
     if name in ("repeat", "tile"):
         return _repeated(op, tensor, mark)
+    if name in DIAGONALS:
+        return _diagonal(op, tensor, mark)
     if (
         op.func is torch.nn.functional.unfold
     ):  # im2col of (N, C, *space); the method of that name goes along a dim
         return mark if dim == 0 and tensor.dim() == 4 else None
-    if name in ALONG:
-        return _along(op, tensor, mark)
-    if name in REDUCING:
-        return _reduced(op, tensor, mark, output)
+    if name in ALONG or name in REDUCING:
+        return _along(op, tensor, mark, output)
+    if name == "renorm":  # each index of the dim by itself
+        return mark if op.argument(1, "dim") % tensor.dim() == dim else None
+    if name in ("stft", "istft"):  # of (N, time), and of (N, frequencies, frames)
+        return mark if dim == 0 and tensor.dim() == (2 if name == "stft" else 3) else None
     return None
+
+
+def _rowwise(op: Operation, tensor: Tensor, mark: BatchLayout) -> BatchLayout | None:
+    if op.name == "pad":
+        return _padded(op, tensor, mark)
+    if op.name.startswith("conv") and op.operands[1][0].dim() != tensor.dim():
+        return None  # an unbatched image
+    if op.name.startswith("max_unpool") and tensor.dim() != 2 + int(op.name[-2]):
+        return None
+    last = _mixed_at_the_end(op)
+    kept = mark.dim == 0 if last is None else mark.dim < tensor.dim() - last
+    return mark if kept else None
+
+
+def _padded(op: Operation, tensor: Tensor, mark: BatchLayout) -> BatchLayout | None:
+    """Return `mark` if nothing is padded, or cut off, along the batch's dim."""
+    pads = op.argument(0, "pad")
+    start = 2 * (tensor.dim() - 1 - mark.dim)  # pairs are counted from the last dim
+    return None if any(pads[start : start + 2]) else mark
 
 
 def _permuted(op: Operation, tensor: Tensor, mark: BatchLayout) -> BatchLayout:
@@ -263,8 +310,6 @@ def _mixed_at_the_end(op: Operation) -> int | None:
         return len(op.argument(0, "normalized_shape"))
     if op.name == "embedding_bag":
         return 1 if op.operands[0][0].dim() == 2 else op.operands[0][0].dim()
-    if op.name == "pad":
-        return len(op.argument(0, "pad")) // 2
     return KEEPS_LAST.get(op.name)
 
 
@@ -273,42 +318,103 @@ def _dims(value, ndim: int) -> set[int] | None:
     return {v % ndim for v in values} if values and all(type(v) is int for v in values) else None
 
 
-def _along(op: Operation, tensor: Tensor, mark: BatchLayout) -> BatchLayout | None:
-    position, default = ALONG[op.name]
+def _along(op: Operation, tensor: Tensor, mark: BatchLayout, output: Tensor) -> BatchLayout | None:
+    """Follow the batch through an operation along dims, or over them."""
+    name, reduces = op.name, op.name in REDUCING
+    position, default = (REDUCING if reduces else ALONG)[name]
     value = op.argument(position, "dim", "dims", "axis", "dimension", default=default)
-    if op.name == "flip" and isinstance(value, int):
+    if name == "flip" and isinstance(value, int):
         value = op.args[1 + position :] or value
+    if value is None and name.startswith("fft_") and name.endswith("n"):
+        sizes = op.argument(0, "s")
+        value = None if sizes is None else tuple(range(-len(sizes), 0))
     dims = _dims(value, tensor.dim())
-    return None if dims is None or mark.dim in dims else mark
-
-
-def _reduced(
-    op: Operation, tensor: Tensor, mark: BatchLayout, output: Tensor
-) -> BatchLayout | None:
-    default = 1 if op.name == "cosine_similarity" else None
-    dims = _dims(op.argument(REDUCING[op.name], "dim", "axis", default=default), tensor.dim())
+    if name in PAIRED and tensor.dim() != max(t.dim() for t, _ in op.operands):
+        return None  # it is broadcast, or lies along the dim
     if dims is None or mark.dim in dims:
         return None
-    if output.dim() == tensor.dim() and op.name != "cosine_similarity":  # which keeps no dim
-        return mark
-    if output.dim() != tensor.dim() - len(dims):
+    return _less_dims(op, tensor, mark, output, dims) if reduces else mark
+
+
+def _less_dims(
+    op: Operation, tensor: Tensor, mark: BatchLayout, output: Tensor, dims: set[int]
+) -> BatchLayout | None:
+    """Return where the batch is once an operation reduced `dims`, none of them the batch's."""
+    if op.name in ("quantile", "nanquantile"):
+        q = op.argument(0, "q")
+        in_front = isinstance(q, Tensor) and q.dim() == 1  # one of the result's for every q
+    else:
+        in_front = False
+    left = output.dim() - in_front
+    if left == tensor.dim() and op.name not in ("cosine_similarity", "linalg_vecdot"):
+        return mark.at(mark.dim + in_front)  # keepdim
+    if left != tensor.dim() - len(dims):
         return None
-    return mark.at(mark.dim - sum(d < mark.dim for d in dims))
+    return mark.at(mark.dim - sum(d < mark.dim for d in dims) + in_front)
+
+
+def _diagonal(op: Operation, tensor: Tensor, mark: BatchLayout) -> BatchLayout | None:
+    """Follow a dim beside those of a diagonal that is read, or written along the last."""
+    writes, defaults = op.name == "diag_embed", DIAGONALS[op.name]
+    ndim = tensor.dim() + writes
+    pair = {op.argument(1 + i, f"dim{i + 1}", default=defaults[i]) % ndim for i in range(2)}
+    others = [d for d in range(ndim) if d not in pair]
+    if writes:
+        return mark.at(others[mark.dim]) if mark.dim < tensor.dim() - 1 else None
+    return mark.at(others.index(mark.dim)) if mark.dim in others else None
+
+
+def _is_argument(op: Operation, number: int, tensor: Tensor, position: int, name: str) -> bool:
+    """Tell whether operand `number` is the tensor argument at `position`, or given as `name`."""
+    return tensor is op.kwargs[name] if name in op.kwargs else number == position
+
+
+def _unreduced(op: Operation) -> bool:
+    """Tell whether a loss is asked for every element or example by itself."""
+    named = op.kwargs.get("reduction")
+    return named == "none" or any(type(a) is str and a == "none" for a in op.args)
+
+
+def _of_classes(
+    op: Operation, number: int, tensor: Tensor, mark: BatchLayout, output: Tensor
+) -> BatchLayout | None:
+    """Follow the batch from (N, C, ...) to the loss of every (N, ...)."""
+    if not _unreduced(op) or number > 1 or tensor.dim() != output.dim() + 1 or mark.dim == 1:
+        return None
+    return mark.at(mark.dim - (mark.dim > 1)) if tensor.dim() > 1 else None
+
+
+def _repeated_by_kron(
+    op: Operation, number: int, tensor: Tensor, mark: BatchLayout, output: Tensor
+) -> BatchLayout | None:
+    """Follow a dim of a Kronecker product's factor: its indices are repeated, each at once if it is
+    the first factor's, all of them if it is the second's.
+    """
+    at, other = mark.dim + output.dim() - tensor.dim(), op.operands[1 - number][0]
+    times = output.shape[at] // max(1, tensor.shape[mark.dim])
+    if other is tensor or not times:
+        return None
+    if mark.examples is not None:
+        repeat = mark.examples.repeat_interleave if number == 0 else mark.examples.repeat
+        return replace(mark, dim=at, examples=repeat(times))
+    if number == 0:
+        return replace(mark, dim=at, times=mark.times * times)
+    return replace(mark, dim=at, outer=mark.outer * times)
 
 
 def _multiplied(
-    op: Operation, tensor: Tensor, mark: BatchLayout, output: Tensor
+    op: Operation, number: int, tensor: Tensor, mark: BatchLayout, output: Tensor
 ) -> BatchLayout | None:
     """Keep batches and rows of the first factor, batches and columns of the second; no contracted
     dims.
     """
+    count = len(op.operands)
     factors = [t for t, _ in op.operands][-2:]  # baddbmm and addmm take the addend first
+    is_first = number == count - 2
     if op.name == "rmatmul":
         factors.reverse()
-    if factors[0] is factors[1]:
-        return None
-    is_first = tensor is factors[0]
-    if tensor is not factors[1] and not is_first:  # an addend
+        is_first = number == count - 1
+    if number < count - 2:  # an addend
         return mark.at(mark.dim + output.dim() - tensor.dim())
     if tensor.dim() == 1:
         return None
@@ -321,16 +427,88 @@ def _multiplied(
     return mark.at(output.dim() - from_end)
 
 
-def _einsum(op: Operation, tensor: Tensor, mark: BatchLayout) -> BatchLayout | None:
+def _einsum(op: Operation, number: int, mark: BatchLayout) -> BatchLayout | None:
     equation, operands = op.args[0], [t for t, _ in op.operands]
     if not isinstance(equation, str):
         return None
     terms, result = einsum_terms(equation, operands)
-    mine = {term for term, t in zip(terms, operands, strict=True) if t is tensor}
-    if len(mine) != 1:
-        return None
-    letter = mine.pop()[mark.dim]
+    letter = terms[number][mark.dim]
     return mark.at(result.index(letter)) if letter in result else None
+
+
+def _chained(
+    op: Operation, number: int, tensor: Tensor, mark: BatchLayout, output: Tensor
+) -> BatchLayout | None:
+    """Keep the rows of the first of several matrices and the columns of the last."""
+    if tensor.dim() == 2 and number == mark.dim == 0:
+        return mark
+    last = number == len(op.operands) - 1
+    return mark.at(output.dim() - 1) if tensor.dim() == 2 and last and mark.dim == 1 else None
+
+
+def _summed_by_pairs(
+    op: Operation, number: int, tensor: Tensor, mark: BatchLayout
+) -> BatchLayout | None:
+    """Follow the batch through an inner product or a torch.tensordot: the dims of the first that
+    are not summed come before those of the second.
+    """
+    if "b" in op.kwargs or "other" in op.kwargs or len(op.operands) != 2:
+        return None
+    sides = [t for t, _ in op.operands]
+    dims = op.argument(1, "dims", default=2)
+    if op.name == "inner":
+        summed = [{t.dim() - 1} for t in sides]
+    elif isinstance(dims, int):
+        summed = [set(range(sides[0].dim() - dims, sides[0].dim())), set(range(dims))]
+    elif isinstance(dims, Tensor):
+        return None
+    else:
+        summed = [{d % t.dim() for d in given} for t, given in zip(sides, dims, strict=True)]
+    if mark.dim in summed[number] or 0 in (t.dim() for t in sides):
+        return None
+    before = sides[0].dim() - len(summed[0]) if number else 0
+    return mark.at(before + mark.dim - sum(d < mark.dim for d in summed[number]))
+
+
+def _by_terms(op: Operation, number: int, mark: BatchLayout) -> BatchLayout | None:
+    """Follow the batch where `TERMS` says which dims of each operand the results have."""
+    if op.name in LOSSES_BY_TERMS and not _unreduced(op):
+        return None
+    names, written, result = _read_terms(TERMS[op.name])
+    places = _argument_places(op, names)
+    if places is None or len(set(places)) != len(places):
+        return None
+    tensors = [t for t, _ in op.operands]
+    inputs = [written[place] for place in places]
+    if op.name in ("linalg_solve", "linalg_solve_ex", "linalg_lstsq") and len(inputs) == 2:
+        a, b = (tensors[places.index(i)] for i in range(2))
+        if b.dim() == 1 or (b.dim() == a.dim() - 1 and b.shape == a.shape[:-1]):
+            inputs[places.index(1)] = "...i"  # a vector for every matrix
+    terms, result = einsum_terms(f"{','.join(inputs)}->{result}", tensors)
+    letter = terms[number][mark.dim]
+    return mark.at(result.index(letter)) if letter in result else None
+
+
+@lru_cache
+def _read_terms(written: str) -> tuple[list[list[str]], list[str], str]:
+    """Read an entry of `TERMS`: the names an operand goes by, and the term, of each; the result."""
+    inputs, _, result = written.partition(" -> ")
+    pairs = [part.split() for part in inputs.split(", ")]
+    return [names.split("|") for names, _ in pairs], [term for _, term in pairs], result
+
+
+def _argument_places(op: Operation, names: list[list[str]]) -> list[int] | None:
+    """Return, for every tensor operand of a call, which of the arguments called `names` it is; None
+    if one is none of them.
+    """
+    places = list(range(len(tensors_in(op.args, None))))
+    for name, value in op.kwargs.items():
+        if isinstance(value, Tensor):
+            place = next((i for i, known in enumerate(names) if name in known), None)
+            if place is None:
+                return None
+            places.append(place)
+    return places if len(places) == len(op.operands) and max(places) < len(names) else None
 
 
 def einsum_terms(equation: str, operands: list[Tensor]) -> tuple[list[str], str]:

@@ -32,7 +32,8 @@ TORCH = str(Path(torch.__file__).resolve().parent) + os.sep
 # Calls whose result's mark follows from the shapes and marks of what they are given.
 KEPT = torch_ops.BROADCASTING | torch_ops.EXPANDING | torch_ops.RESHAPING | torch_ops.PERMUTING
 KEPT |= torch_ops.MULTIPLYING | torch_ops.ROWWISE | set(torch_ops.REDUCING)
-KEPT |= {"unsqueeze", "einsum", "scaled_dot_product_attention", "repeat", "tile"}
+KEPT |= set(torch_ops.TERMS) | set(torch_ops.DIAGONALS) | torch_ops.LOSSES
+KEPT |= {"unsqueeze", "einsum", "scaled_dot_product_attention", "repeat", "tile", "renorm", "stft"}
 # A second tensor would be an index, whose values matter.
 KEPT_OF_ONE = set(torch_ops.ALONG) | {"getitem", "select"}
 

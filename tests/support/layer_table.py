@@ -1003,6 +1003,31 @@ TABLE: dict[str, dict[str, Builder]] = {
         "matmul of named factors": tokens(
             lambda m, x: torch.matmul(other=m.w, input=x), w=drawn(6, 6)
         ),
+        "tensordot": tokens(lambda m, x: torch.tensordot(x, m.w, 1), w=drawn(6, 2)),
+        "tensordot over pairs, named": tokens(
+            lambda m, x: torch.tensordot(a=m.w, b=x, dims=([1, 0], [2, 1])).T, w=drawn(4, 6, 3)
+        ),
+        "inner": tokens(lambda m, x: torch.inner(x, m.w), w=drawn(2, 6)),
+        "multi_dot": tokens(
+            lambda m, x: torch.linalg.multi_dot([x[:, 0], m.w, m.v]), w=drawn(6, 2), v=drawn(2, 3)
+        ),
+        "linalg.matmul": tokens(lambda m, x: torch.linalg.matmul(x, m.w), w=drawn(6, 2)),
+        "bmm, viewed as torch lays it out": tokens(
+            lambda m, x: (
+                torch.bmm(x.flatten(0, 1).repeat(3, 1).view(3, -1, 6), m.w)
+                .view(-1, 2)
+                .reshape(3, len(x), -1)
+                .sum(0)
+            ),
+            w=drawn(3, 6, 2),
+        ),
+        "a parameter in broadcast_tensors": tokens(
+            lambda m, x: torch.broadcast_tensors(x, m.w)[1] * x, w=drawn(6)
+        ),
+        "a parameter in column_stack": tokens(
+            lambda m, x: torch.column_stack([x[:, 0], m.w.expand(len(x), 2)]) * x[:, 1, :1],
+            w=drawn(2),
+        ),
         "addmm of named factors": tokens(
             lambda m, x: torch.addmm(mat2=m.w, mat1=x[:, 0], input=m.b), w=drawn(6, 6), b=drawn(6)
         ),

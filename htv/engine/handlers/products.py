@@ -32,13 +32,28 @@ def _served_product(mode: ModeLike, left: Tensor, right: Tensor) -> bool:
     Tensor.bmm,
     torch.mv,
     Tensor.mv,
+    torch.linalg.matmul,
 )
 def _matmul(mode: ModeLike, func, args, kwargs):
     left, right = (*args, *kwargs.values())[:2]
     if len(args) + len(kwargs) != 2 or not _served_product(mode, left, right):
         return NotImplemented
     with mode:
-        return _product(mode, left, right)
+        return _laid_out(_product(mode, left, right), func, left, right)
+
+
+def _laid_out(made: Tensor, func, *operands: Tensor) -> Tensor:
+    """A product, with the strides it would have if `func` had made it of `operands`: a model may
+    view it.
+    """
+    if made.is_contiguous():
+        return made
+    with torch._C.DisableTorchFunction():
+        like = func(*(torch.empty_strided(t.shape, t.stride(), device="meta") for t in operands))
+    order = sorted(range(like.dim()), key=lambda d: (-like.stride(d), -like.shape[d]))
+    if like.stride() == made.stride():
+        return made
+    return made.permute(order).contiguous().permute([order.index(d) for d in range(len(order))])
 
 
 @handles(Tensor.__rmatmul__)
@@ -55,7 +70,7 @@ def _addmm(mode: ModeLike, func, args, kwargs):
     with mode:
         if beta == alpha == 1 and addend.dim() == 1 and right.dim() == 2 and behind(mode, right):
             return F.linear(left, right.t(), addend)
-        product = _product(mode, left, right)
+        product = _product(mode, left, right).contiguous()
         return (addend if beta == 1 else beta * addend) + (
             product if alpha == 1 else alpha * product
         )
@@ -121,11 +136,67 @@ def _einsum(mode: ModeLike, func, args, kwargs):
         operands = list(operands[0])
     if not isinstance(equation, str) or not Operands(mode, *operands).meet:
         return NotImplemented
+    return _einsum_of(mode, equation, operands)
+
+
+def _einsum_of(mode: ModeLike, equation: str, operands: list[Tensor]):
+    """An einsum of operands some of which are derived from parameters."""
     terms, result = einsum_terms(equation, operands)
     if any(len(set(term)) != len(term) for term in terms):
         return NotImplemented
     with mode:
-        return _contract(mode, operands, terms, result)
+        made = _contract(mode, operands, terms, result)
+        return _laid_out(made, lambda *meta: torch.einsum(equation, *meta), *operands)
+
+
+@handles(torch.linalg.multi_dot, torch.chain_matmul)
+def _multi_dot(mode: ModeLike, func, args, kwargs):
+    given = kwargs.get("tensors", args[0] if args else ())
+    matrices = list(args) if isinstance(given, Tensor) else list(given)
+    if len(kwargs) > (not args) or not Operands(mode, *matrices).meet:
+        return NotImplemented
+    with mode:
+        product = matrices[0]
+        for matrix in matrices[1:]:
+            product = torch.matmul(product, matrix)
+    return product
+
+
+@handles(torch.inner, Tensor.inner)
+def _inner(mode: ModeLike, func, args, kwargs):
+    left, right = (*args, *kwargs.values())[:2]
+    if len(args) + len(kwargs) != 2 or not _served_product(mode, left, right):
+        return NotImplemented
+    if "other" in kwargs and "input" in kwargs:
+        left, right = kwargs["input"], kwargs["other"]
+    if 0 in (left.dim(), right.dim()):
+        with mode:
+            return left * right
+    return _tensordot_of(mode, left, right, [left.dim() - 1], [right.dim() - 1])
+
+
+@handles(torch.tensordot)
+def _tensordot(mode: ModeLike, func, args, kwargs):
+    given = dict(zip(("a", "b", "dims"), args, strict=False)) | kwargs
+    left, right, dims = given["a"], given["b"], given.get("dims", 2)
+    if isinstance(dims, Tensor) or given.get("out") is not None:
+        return NotImplemented
+    if not _served_product(mode, left, right):
+        return NotImplemented
+    if isinstance(dims, int):
+        dims = range(left.dim() - dims, left.dim()), range(dims)
+    return _tensordot_of(mode, left, right, *dims)
+
+
+def _tensordot_of(mode: ModeLike, left: Tensor, right: Tensor, of_left, of_right):
+    """A product of two tensors summed over pairs of dims, all others side by side."""
+    letters = iter(string.ascii_letters)
+    terms = [[next(letters) for _ in range(t.dim())] for t in (left, right)]
+    for i, j in zip(of_left, of_right, strict=True):
+        terms[1][j] = terms[0][i]
+    result = [c for c in terms[0] if c not in terms[1]] + [c for c in terms[1] if c not in terms[0]]
+    equation = f"{''.join(terms[0])},{''.join(terms[1])}->{''.join(result)}"
+    return _einsum_of(mode, equation, [left, right])
 
 
 def _contract(mode: ModeLike, operands: list[Tensor], terms: list[str], result: str) -> Tensor:
