@@ -40,22 +40,6 @@ def _atleast(mode: ModeLike, func, args, kwargs):
     return shown[0] if isinstance(args[0], Tensor) and len(args) == 1 else shown
 
 
-@handles(torch.broadcast_tensors)
-def _broadcast_tensors(mode: ModeLike, func, args, kwargs):
-    tensors = _tensors(args, kwargs)
-    if tensors is None:
-        return NotImplemented
-    shape = torch.broadcast_shapes(*(tensor.shape for tensor in tensors))
-    with mode:
-        return tuple(tensor.expand(shape) for tensor in tensors)
-
-
-# What each of them makes of its tensors, and the dim along which these are joined.
-_JOINED = {
-    torch.hstack: (1, 1), torch.vstack: (2, 0), torch.row_stack: (2, 0), torch.dstack: (3, 2),
-}  # fmt: skip
-
-
 @handles(*_JOINED, torch.column_stack)
 def _joined(mode: ModeLike, func, args, kwargs):
     tensors = kwargs.get("tensors", args[0] if args else None)
