@@ -342,8 +342,8 @@ def page(record: dict) -> str:
     lines += [
         "",
         f"{alone} image-text models are given text alone, for their images come in a form of",
-        f"their own. {single} models compute in float32, or in parts, and are compared as it rounds,",
-        "which notices less: 0.002 of the largest contribution to a parameter, where 1e-7 is usual.",
+        f"their own. {single} models compute in float32, or in parts, and are compared as that",
+        "rounds, to 0.002 of the largest contribution to a parameter, where 1e-7 is usual.",
     ]
     for outcome in OUTCOMES:
         found = {name: r for name, r in rows.items() if r["outcome"] == outcome}

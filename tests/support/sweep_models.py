@@ -28,7 +28,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 N, T, VOCABULARY, SIDE = 5, 8, 96, 32  # examples, tokens, words, pixels
-LARGEST = 30_000_000  # parameters
+LARGEST = 75_000_000  # parameters
 
 Arguments = dict[str, object]
 Built = tuple[nn.Module, Arguments, str]
@@ -87,21 +87,27 @@ SCALES = [
     dict(wide=64, heads=4, head=16, shared=2),
     {},
 ]
-# Fields that say the same thing twice, and some whose default is none.
-FIELDS = {
-    "num_experts_per_tok": 2,
-    "attention_types": [[["global", "local"], 1]],
-    "axial_pos_embds_dim": [16, 16],
-    "axial_pos_shape": [8, 8],
-    "attn_layers": ["local", "lsh"],
+# What fields become whose default is none, though the model needs it.
+MISSING = {"num_experts_per_tok": 2, "head_dim": "head", "vocab_size": VOCABULARY}
+# What a family needs beside what the names of fields tell.
+FAMILIES = {
+    "blt": dict(encoder_hash_byte_group_vocab=64),
+    "gpt_neo": dict(num_layers=2, attention_types=[[["global", "local"], 1]]),
+    "lfm2_moe": dict(layer_types=["conv", "full_attention"]),
+    "mamba2": dict(expand=1),
+    "perceiver": dict(d_latents=32, num_latents=8, qk_channels=32, v_channels=32),
+    "xmod": dict(default_language="en_XX"),
+    "zamba": dict(layers_block_type=["mamba", "hybrid"], layer_types=["mamba", "hybrid"]),
+    "zamba2": dict(layers_block_type=["mamba", "hybrid"], layer_types=["mamba", "hybrid"]),
 }
 COMMON_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
 def shrunk(name: str, value: object, scale: dict[str, int]) -> object:
     """What a field of a configuration becomes."""
-    if scale and name in FIELDS and (value is None) == (name == "num_experts_per_tok"):
-        return FIELDS[name]
+    if value is None and scale and name in MISSING:
+        size = MISSING[name]
+        return scale[size] if isinstance(size, str) else size
     if isinstance(value, bool) or value is None:
         return False if name in ("use_cache", "use_mems_eval") else value
     if re.search(r"drop(out|_path|_rate)|layerdrop|jitter", name) and isinstance(
@@ -145,6 +151,8 @@ def options(config_class: type, scale: dict[str, int]) -> dict[str, object]:
             small = shrunk(f.name, value, scale)
             if small is not value and small != value and f.init:
                 found[f.name] = small
+        extra = FAMILIES.get(config_class.model_type, {})
+        found |= {name: value for name, value in extra.items() if hasattr(config_class, name)}
     else:
         found = {}
     for name, inner in config_class.sub_configs.items():
