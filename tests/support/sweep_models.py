@@ -180,10 +180,23 @@ def token_ids(config: transformers.PreTrainedConfig) -> None:
                     setattr(part, name, 0)
             elif name == "decoder_start_token_id":
                 setattr(part, name, 1)
-            elif isinstance(value, int):
+            elif isinstance(value, int) or name.startswith("image_token"):
                 short = name.rsplit("_", 1)[0]
                 given.setdefault(short, next(free) if short not in given else 0)
                 setattr(part, name, given[short])
+
+
+def rotary_sections(config: transformers.PreTrainedConfig) -> None:
+    """Of positions in time, height and width, where a text model inside another has rotary ones."""
+    for name in config.sub_configs:
+        part = getattr(config, name, None)
+        rope, heads = (
+            getattr(part, "rope_parameters", None),
+            getattr(part, "num_attention_heads", 0),
+        )
+        if isinstance(rope, dict) and "rope_theta" in rope and heads:
+            half = (getattr(part, "head_dim", None) or part.hidden_size // heads) // 2
+            rope["mrope_section"] = [half - 2 * (half // 4), half // 4, half // 4]
 
 
 def configurations(config_class: type) -> Iterator[transformers.PreTrainedConfig | Exception]:
@@ -192,6 +205,8 @@ def configurations(config_class: type) -> Iterator[transformers.PreTrainedConfig
         try:
             config = config_class(**options(config_class, scale))
             token_ids(config)
+            if scale:
+                rotary_sections(config)
             for part in [config, *(getattr(config, name, None) for name in config.sub_configs)]:
                 if part is not None:
                     part.use_cache = False
@@ -269,7 +284,7 @@ def arguments(model: nn.Module, kind: str) -> Iterator[tuple[Arguments, str]]:
         for picture in pictures(config) if name else ():
             yield {name: picture, **decoder}, "images"
         return
-    if kind == "image-text" and "pixel_values" in taken:
+    if kind == "image-text" and "pixel_values" in taken and "image_grid_thw" not in taken:
         token = attribute(config, "image_token_id", "image_token_index")
         for picture in pictures(config):
             given = {"pixel_values": picture, **decoder}
