@@ -108,7 +108,8 @@ def differs(found: Tensor | None, wanted: Tensor | None, budget: Tensor | float)
 
 def prepared(model: nn.Module) -> None:
     """In eval mode, with statistics as if trained, and no parameter of equal elements: a gate of
-    zeros would hide what is behind it.
+    zeros would hide what is behind it. Without hooks on parameters: these act on the aggregate, but
+    in the oracle on every example's gradient.
     """
     model.eval()
     for module in model.modules():
@@ -117,6 +118,8 @@ def prepared(model: nn.Module) -> None:
             nn.init.uniform_(module.running_var, 0.5, 1.5)
     with torch.no_grad():
         for p in model.parameters():
+            if p._backward_hooks:
+                p._backward_hooks.clear()
             if p.requires_grad and p.numel() and p.is_floating_point() and p.min() == p.max():
                 p.add_(0.1 * torch.randn_like(p))
 
