@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 
 .PHONY: demo experiment test test-all test-mutants test-oldest test-pure test-sanitize bench lint
-.PHONY: types format clean
+.PHONY: types format clean sweep
 
 # With what the commands need. torch first and by itself: the build compiles against the torch that
 # is installed, whatever its version.
@@ -52,6 +52,11 @@ test-all: $(VENV)/.models
 # tests/results/mutants.json.
 test-mutants: $(VENV)/.models
 	$(BIN)/python tests/mutants/run.py $(ARGS)
+
+# Every architecture of transformers, timm and PEFT against one example at a time, in some fifteen
+# minutes; writes tests/results/zoo.json and docs/coverage.md.
+sweep: $(VENV)/.models
+	$(BIN)/python tests/zoo_sweep.py $(ARGS)
 
 # The oldest supported torch, with the Triton it comes with (whose interpreter needs an older NumPy).
 test-oldest:
