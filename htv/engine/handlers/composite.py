@@ -40,6 +40,12 @@ def _atleast(mode: ModeLike, func, args, kwargs):
     return shown[0] if isinstance(args[0], Tensor) and len(args) == 1 else shown
 
 
+# What each of them makes of its tensors, and the dim along which these are joined.
+_JOINED = {
+    torch.hstack: (1, 1), torch.vstack: (2, 0), torch.row_stack: (2, 0), torch.dstack: (3, 2),
+}  # fmt: skip
+
+
 @handles(*_JOINED, torch.column_stack)
 def _joined(mode: ModeLike, func, args, kwargs):
     tensors = kwargs.get("tensors", args[0] if args else None)
