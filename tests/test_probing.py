@@ -590,8 +590,16 @@ KNOWN = {
     reshaping: torch_ops.RESHAPING | torch_ops.EXPANDING | {"unsqueeze", "repeat", "tile"},
     joining: torch_ops.CONCATENATING | {"stack"},
     along: torch_ops.ALONG.keys(),
-    indexing: {"getitem", "select", "unbind", "masked_select", "take", "as_strided", "diagonal",
-               "linalg_diagonal"},
+    indexing: {
+        "getitem",
+        "select",
+        "unbind",
+        "masked_select",
+        "take",
+        "as_strided",
+        "diagonal",
+        "linalg_diagonal",
+    },
     writing: WRITING.keys(),
     padding: {"pack_padded_sequence", "pad_packed_sequence"},
 }

@@ -752,7 +752,8 @@ KNOWN = {
     rowwise: torch_ops.ROWWISE,
     reducing: torch_ops.REDUCING.keys(),
     multiplying: torch_ops.MULTIPLYING | {"einsum", "scaled_dot_product_attention"},
-    matrices: (torch_ops.TERMS.keys() - torch_ops.LOSSES_BY_TERMS) | torch_ops.DIAGONALS.keys()
+    matrices: (torch_ops.TERMS.keys() - torch_ops.LOSSES_BY_TERMS)
+    | torch_ops.DIAGONALS.keys()
     | {"inner", "tensordot", "linalg_multi_dot", "kron", "renorm", "stft", "istft"},
     losses: torch_ops.LOSSES | torch_ops.LOSSES_BY_TERMS | torch_ops.LOSSES_OF_CLASSES,
 }
