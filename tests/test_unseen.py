@@ -278,3 +278,43 @@ def test_a_pair_of_towers_whose_similarities_no_loss_uses():
     parts = [torch.autograd.grad(run(slice(e, e + 1)), model.a.weight)[0] for e in range(6)]
     torch.testing.assert_close(found[0], 6 * torch.stack(parts).quantile(0.5, dim=0))
     assert found[1] is None
+
+
+def into_real_parts(h):
+    z = torch.fft.fft(h)
+    torch.view_as_real(z)[..., 0].mul_(2)
+    return z.real
+
+
+def into_zeros(h):
+    z = torch.zeros(h.shape, dtype=torch.complex128)
+    z.real.copy_(h)
+    return z.real * 2 + z.imag
+
+
+def seen_after(h):
+    z = torch.zeros(h.shape, dtype=torch.complex128)
+    real = torch.view_as_real(z)
+    z.copy_(h.to(z.dtype))
+    return real[..., 0]
+
+
+@pytest.mark.parametrize("size", [2, 6, 8])
+@pytest.mark.parametrize("function", [into_real_parts, into_zeros, seen_after])
+def test_what_is_written_to_parts_of_complex_numbers_is_followed(function, size):
+    """A real view counts its memory in halves of its base's elements."""
+    model, x = between(function), torch.randn(size, 5).double()
+    with htv.attach(model, RULE):
+        model(x).square().sum().backward()
+    assert_votes_by_example(model, lambda rows: model(x[rows]).square().sum(), size)
+
+
+def test_half_of_complex_numbers_is_not_taken_for_the_whole():
+    def half(h):
+        z = torch.zeros(2 * len(h), h.shape[1], dtype=torch.complex128)
+        torch.view_as_real(z)[: len(h), :, 0].copy_(h)
+        return z[: len(h)].real
+
+    model = between(half)
+    with htv.attach(model, RULE), pytest.raises(htv.UnsupportedError, match="'b.weight'"):
+        model(torch.randn(6, 5).double())

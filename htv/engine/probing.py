@@ -156,33 +156,42 @@ def base_after_writing(
     """
     if isinstance(mark, Lost) or isinstance(known, Lost):
         return LOST
-    offset = view.storage_offset() - base.storage_offset()
     consistent = []
     for layout in (
         [known] if isinstance(known, BatchLayout) else _candidates(base, view, mark, batch_size)
     ):
-        numbers = torch.empty_like(base, dtype=torch.int64).copy_(
-            _numbered(base, layout, batch_size)
-        )
-        if numbers.stride() != base.stride():
+        seen = _numbers_seen(view, base, layout, batch_size)
+        if seen is None:
             return LOST
-        if bool(
-            (
-                numbers.as_strided(view.shape, view.stride(), offset)
-                == _numbered(view, mark, batch_size)
-            ).all()
-        ):
+        if bool((seen == _numbered(view, mark, batch_size)).all()):
             consistent.append(layout)
     return _the_only(consistent, empty=view.numel() == 0)
 
 
 def view_after_writing(view: Tensor, base: Tensor, mark: BatchLayout, batch_size: int) -> OfBatch:
     """Return the mark of `view` whose `base` is now the batch's, at `mark`."""
-    numbers = torch.empty_like(base, dtype=torch.int64).copy_(_numbered(base, mark, batch_size))
-    if numbers.stride() != base.stride():
-        return LOST
-    offset = view.storage_offset() - base.storage_offset()
-    return _read_off(numbers.as_strided(view.shape, view.stride(), offset), batch_size)
+    seen = _numbers_seen(view, base, mark, batch_size)
+    return LOST if seen is None else _read_off(seen, batch_size)
+
+
+def _numbers_seen(
+    view: Tensor, base: Tensor, layout: BatchLayout, batch_size: int
+) -> Tensor | None:
+    """Return whose each element of a view of `base` is; None where its memory does not tell."""
+    if base.is_complex() and not view.is_complex():  # each has two elements of the view's size
+        if base.is_conj():
+            return None
+        memory = torch.view_as_real(base)
+        of_base = _numbered(base, layout, batch_size).unsqueeze(-1)
+    else:
+        memory, of_base = base, _numbered(base, layout, batch_size)
+    if view.element_size() != memory.element_size():
+        return None
+    numbers = torch.empty_like(memory, dtype=torch.int64).copy_(of_base)
+    if numbers.stride() != memory.stride():
+        return None
+    offset = view.storage_offset() - memory.storage_offset()
+    return numbers.as_strided(view.shape, view.stride(), offset)
 
 
 def _candidates(
