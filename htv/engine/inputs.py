@@ -76,7 +76,10 @@ def _leaves(name: str, value: object, objects: bool, depth: int) -> Iterator[tup
             (f"{name}.{f.name}", getattr(value, f.name, None)) for f in dataclasses.fields(value)
         ]
     elif objects and not isinstance(value, (type, torch.nn.Module)):
-        items = [(f"{name}.{key}", item) for key, item in getattr(value, "__dict__", {}).items()]
+        slots = (key for c in type(value).__mro__ for key in getattr(c, "__slots__", ()))
+        own = {key: getattr(value, key, None) for key in slots if not key.startswith("__")}
+        own |= getattr(value, "__dict__", {})
+        items = [(f"{name}.{key}", item) for key, item in own.items()]
     else:
         return
     for key, item in items:
