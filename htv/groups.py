@@ -322,7 +322,7 @@ class Groups:
         if unknown:
             raise ValueError(
                 f"also={{{name!r}: ...}} speaks of group {int(ids[unknown[0]])}, which groups() "
-                "has no example of. Remedy: groups(ids, count=...) where groups without rows vote too"
+                "has no example of. Remedy: groups(ids, count=...) where groups without rows vote"
             )
         return BatchLayout(dim, examples=self.firsts[at])
 

@@ -1,6 +1,7 @@
 """Graphs, sets and bags: rows of one group may meet, and rows of two may not."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -30,11 +31,8 @@ class Graphs:
         number = torch.full((len(self.x),), -1)
         number[nodes] = torch.arange(len(nodes))
         edges = (self.batch[self.edge_index[0]] == g).nonzero().flatten()
-        ids, edge_index = (
-            torch.zeros(len(nodes), dtype=torch.long),
-            number[self.edge_index[:, edges]],
-        )
-        return Graphs(self.x[nodes], edge_index, ids, self.edge_attr[edges], 1)
+        edge_index = number[self.edge_index[:, edges]]
+        return Graphs(self.x[nodes], edge_index, 0 * nodes, self.edge_attr[edges], 1)
 
 
 def graphs(sizes, edges_per_graph, shuffled=False, self_loops=False) -> Graphs:
@@ -385,3 +383,53 @@ def test_a_compiled_model_refuses_a_count():
     with htv.attach(model, htv.Median()) as handle, handle.groups(torch.tensor([0, 2]), count=3):
         with pytest.raises(Exception, match="torch.compile does not trace groups"):
             torch.compile(model, backend="eager", fullgraph=True)(torch.randn(2, IN))
+
+
+def test_what_the_page_lists_as_refused():
+    g, model = graphs([2, 3, 1], [2, 3, 1]), DeepSet().double()
+    for mixed in (
+        lambda h, g: h.sum(0, keepdim=True),
+        lambda h, g: h - h.mean(0),
+        lambda h, g: torch.eye(len(h)).double() @ h,
+        lambda h, g: torch.eye(len(h)).double().to_sparse() @ h,
+    ):
+        model.rho.forward = lambda pooled, mixed=mixed: nn.Sequential.forward(
+            model.rho, mixed(pooled, g)
+        )
+        with htv.attach(model, htv.Median()) as handle, handle.groups(g.batch):
+            with pytest.raises(htv.UnsupportedError, match="belongs to which example"):
+                model(g)
+    del model.rho.forward
+    assert_votes_by_graph(model, g, htv.Median())
+
+
+@pytest.mark.parametrize("rule", RULES, ids=repr)
+def test_the_largest_by_index_reduce(rule):
+    class Largest(DeepSet):
+        def forward(self, g):
+            h = self.phi(g.x)
+            start = h.new_zeros(g.num_graphs, h.shape[1])
+            return self.rho(start.index_reduce(0, g.batch, h, "amax", include_self=False))
+
+    assert_votes_by_graph(Largest().double(), BATCHES["unsorted ids"](), rule)
+
+
+def test_the_example_of_the_page():
+    page = (Path(__file__).parents[1] / "docs" / "graphs.md").read_text()
+    names: dict = {}
+    exec(page.split("```python\n")[1].split("```")[0], names)
+    model, handle = names["model"], names["handle"]
+    found = {name: p.grad.clone() for name, p in model.named_parameters()}
+    handle.detach()
+    batch, (source, _) = names["batch"], names["edge_index"]
+
+    def loss(e):
+        nodes, edges = (batch == e).nonzero().flatten(), (batch[source] == e).nonzero().flatten()
+        first = int(nodes[0]) if len(nodes) else 0
+        inputs = names["x"][nodes], names["edge_index"][:, edges] - first
+        out = model(*inputs, names["edge_attr"][edges], 0 * nodes, 1)
+        return F.cross_entropy(out, names["labels"][e : e + 1]) / 3
+
+    parts = one_group_at_a_time(loss, dict(model.named_parameters()), 3)
+    for name, part in parts.items():
+        torch.testing.assert_close(found[name], aggregated(part, htv.Median()), msg=name)

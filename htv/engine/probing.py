@@ -315,6 +315,7 @@ def _put(op: Operation):
 
 # Operations that write values of one tensor into another, by how to read what they write.
 WRITING = {
-    "setitem": _setitem, "index_add": _indexed, "index_copy": _indexed, "scatter": _scattered,
-    "scatter_add": _scattered, "scatter_reduce": _scattered, "index_put": _put,
+    "setitem": _setitem, "index_add": _indexed, "index_copy": _indexed, "index_reduce": _indexed,
+    "scatter": _scattered, "scatter_add": _scattered, "scatter_reduce": _scattered,
+    "index_put": _put,
 }  # fmt: skip

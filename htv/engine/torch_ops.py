@@ -100,7 +100,7 @@ RESHAPED_IN_PLACE = RESHAPING | PERMUTING | _names("unsqueeze resize set as_stri
 # They may take tokens out of their order.
 SHUFFLING = _names(
     "flip roll gather take_along_dim index_select sort topk masked_select scatter index_copy "
-    "index_add"
+    "index_add index_reduce"
 )
 # They only move elements, so running them on the examples' numbers shows where a batch went that
 # they cut or permute.
@@ -111,7 +111,9 @@ MOVING = _names(
 )
 # The names of the tensors that come first, in their order; NumPy's are accepted as well.
 INPUT_FIRST = dict.fromkeys(ROWWISE | set(ALONG) | set(REDUCING) | SHUFFLING, ("input", "x", "a"))
-INPUT_FIRST |= dict.fromkeys(("scatter_add", "scatter_reduce", "index_put"), ("input",))
+INPUT_FIRST |= dict.fromkeys(
+    ("scatter_add", "scatter_reduce", "index_put", "index_reduce"), ("input",)
+)
 INPUT_FIRST |= dict.fromkeys(
     MULTIPLYING, ("input", "x", "a", "x1", "mat1", "batch1", "mat2", "batch2", "other", "x2", "vec")
 )
