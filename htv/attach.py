@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, NoReturn, SupportsIndex, cast
 
@@ -303,8 +303,17 @@ class Handle:
         """
         self._session.detach()
 
-    def groups(self, ids: Tensor, weight: str = "size") -> AbstractContextManager[None]:
+    def groups(
+        self,
+        ids: Tensor,
+        weight: str = "size",
+        count: int | None = None,
+        also: Mapping[str, Tensor] | None = None,
+    ) -> AbstractContextManager[None]:
         """Let examples with equal ids vote together, in forwards inside the block.
+
+        Rows of one group may meet: graphs whose nodes are the examples, sets, bags
+        (docs/graphs.md).
 
         ids:     (N,) integers, one per index of the batch's dim; any values in any order. For a
                  PackedSequence one per example, in the order it was packed from, or one per row of
@@ -312,9 +321,13 @@ class Handle:
         weight:  "size": a group's contribution is the sum of its examples', as the loss has it;
                  "equal": it is scaled as if every group had N / E examples, so that the mean of
                  every group (environment) counts once.
+        count:   how many groups there are, where some have no rows but vote (graphs without
+                 nodes): ids are 0 to count - 1 then.
+        also:    ids of the rows of other arguments, by their names: `{"edge_attr": ids[source]}`
+                 where edges have features, `{"data.edge_attr": ...}` inside an object.
 
-        Raises ValueError for another weight and ids that do not fit the batch, RuntimeError inside
-        another block of the kind or once detached.
+        Raises ValueError for another weight, ids that do not fit the batch and names that are no
+        argument's, RuntimeError inside another block of the kind or once detached.
 
         >>> model = torch.nn.Linear(1, 1, bias=False)
         >>> x = torch.tensor([[1.0], [2.0], [-4.0]])
@@ -325,7 +338,7 @@ class Handle:
         tensor([[-1.]])
         """
         self._session.require_attached("groups")
-        return self._session.voters.voting(GroupSpec("ids", ids, weight))
+        return self._session.voters.voting(GroupSpec("ids", ids, weight, count, also or {}))
 
     def packed(self, cu_seqlens: Tensor, weight: str = "size") -> AbstractContextManager[None]:
         """Take packed sequences in forwards inside the block.

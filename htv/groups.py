@@ -61,9 +61,10 @@ class BatchLayout:
             return self.examples
         return (torch.arange(self.size(batch_size)) // self.times) % batch_size
 
-    def same(self, other: BatchLayout, batch_size: int) -> bool:
+    def same(self, other: BatchLayout, batch_size: int, kin: Tensor | None = None) -> bool:
         """Tell whether every index of two tensors that are alike but for this belongs to the same
-        example, if one has the batch here and one at `other`, of `batch_size` examples.
+        example, if one has the batch here and one at `other`, of `batch_size` examples; or, given
+        `kin` (`Groups.kin`), to examples of the same group.
         """
         if self is other:
             return True
@@ -73,13 +74,14 @@ class BatchLayout:
             return (self.outer, self.times) == (other.outer, other.times) or batch_size == 1
         if self.examples is other.examples:
             return True
-        return torch.equal(self.index(batch_size).cpu(), other.index(batch_size).cpu())
+        mine, others = self.index(batch_size).cpu(), other.index(batch_size).cpu()
+        return torch.equal(mine, others) if kin is None else torch.equal(kin[mine], kin[others])
 
 
 @dataclass(frozen=True, eq=False)
 class Groups:
     """Assigns the N examples of one batch to E groups. Made by `each`, `by_id` and `packed`; every
-    group has examples.
+    group has examples, but for those that only the `count` of `by_id` speaks of.
 
     batch_size:    N.
     offsets:       (E + 1,) int64 on the CPU; once examples are put in `order`, group e owns
@@ -118,7 +120,11 @@ class Groups:
 
     @staticmethod
     def by_id(
-        ids: Tensor | list[int], batch_size: int, dim: int = 0, weight: str = "size"
+        ids: Tensor | list[int],
+        batch_size: int,
+        dim: int = 0,
+        weight: str = "size",
+        count: int | None = None,
     ) -> Groups:
         """Let examples with equal ids vote together.
 
@@ -128,6 +134,7 @@ class Groups:
         weight:      "size": contributions count as they come, so a group counts by its size;
                      "equal": every group counts as if it had N / E examples, so that its mean
                      counts once.
+        count:       E, where groups without examples vote too: ids are 0 to E - 1 then.
         """
         ids = torch.as_tensor(ids).cpu()  # at once: how many groups there are decides shapes
         if (
@@ -147,7 +154,12 @@ class Groups:
             )
         if batch_size < 1:
             raise ValueError("groups is empty: no group can vote (skip the step)")
-        keys, inverse, sizes = ids.unique(return_inverse=True, return_counts=True)
+        if count is None:
+            keys, inverse, sizes = ids.unique(return_inverse=True, return_counts=True)
+        else:
+            _check_count(count, ids, weight)
+            keys, inverse = torch.arange(count), ids.long()
+            sizes = inverse.bincount(minlength=count)
         order = None if bool((inverse[1:] >= inverse[:-1]).all()) else inverse.argsort(stable=True)
         weights = None if weight == "size" else batch_size / (len(sizes) * sizes.double())
         return Groups(batch_size, _offsets(sizes), order, keys, True, BatchLayout(dim), weights)
@@ -260,13 +272,59 @@ class Groups:
         return GroupedRows(self, layout)
 
     def members(self) -> Tensor:
-        """Return the group of every example, (N,) int64."""
-        groups = torch.repeat_interleave(torch.arange(self.count), self.offsets.diff())
-        return (
-            groups
-            if self.order is None
-            else torch.empty_like(groups).index_copy_(0, self.order, groups)
-        )
+        """Return the group of every example, (N,) int64; behind them, those of the examples that
+        stand for groups without any, numbered from N on.
+        """
+        sizes = self.offsets.diff()
+        groups = torch.repeat_interleave(torch.arange(self.count), sizes)
+        if self.order is not None:
+            groups = torch.empty_like(groups).index_copy_(0, self.order, groups)
+        empty = (sizes == 0).nonzero().flatten()
+        return torch.cat([groups, empty]) if len(empty) else groups
+
+    @cached_property
+    def kin(self) -> Tensor | None:
+        """Return `members`, where examples need to be told apart by their groups alone; None where
+        that is no other thing, as group i is example i alone.
+        """
+        if self.rows_vote or self.offsets is None:  # not known while torch.compile traces
+            return None
+        alone = self.count == self.batch_size and self.order is None
+        return None if alone and bool((self.offsets.diff() == 1).all()) else self.members()
+
+    @cached_property
+    def firsts(self) -> Tensor:
+        """Return an example of every group, (E,) int64: what a row that is a whole group's is
+        taken for.
+        """
+        kin = self.members()
+        found = torch.full((self.count,), len(kin))
+        return found.scatter_reduce(0, kin, torch.arange(len(kin)), "amin")
+
+    def called(self, group: int) -> str:
+        """Name group number `group` for messages, by the caller's id if there is one."""
+        return str(group if self.keys is None else int(self.keys[group]))
+
+    def layout_by_ids(self, name: str, ids: Tensor, tensor: Tensor) -> BatchLayout:
+        """Return where the batch is in `tensor`, an argument called `name` the rows of which
+        belong to the groups `ids`, (rows,) integers. Raises ValueError for ids that are not one
+        per row, or that no group has.
+        """
+        dim, ids = self.input_layout.dim, torch.as_tensor(ids).cpu()
+        if ids.dim() != 1 or tensor.dim() <= dim or tensor.shape[dim] != len(ids):
+            raise ValueError(
+                f"also={{{name!r}: ...}} has ids of shape {tuple(ids.shape)} for a tensor of shape "
+                f"{tuple(tensor.shape)}: pass one id per index of its dim {dim}"
+            )
+        keys = torch.arange(self.count) if self.keys is None else self.keys
+        at = torch.searchsorted(keys, ids).clamp(max=len(keys) - 1)
+        unknown = (keys[at] != ids).nonzero().flatten().tolist()
+        if unknown:
+            raise ValueError(
+                f"also={{{name!r}: ...}} speaks of group {int(ids[unknown[0]])}, which groups() "
+                "has no example of. Remedy: groups(ids, count=...) where groups without rows vote"
+            )
+        return BatchLayout(dim, examples=self.firsts[at])
 
 
 class GroupedRows:
@@ -471,6 +529,26 @@ def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
             flat, "sum", offsets=to_device_async(offsets, values.device), axis=0, initial=0
         )
     return summed.reshape(len(sizes), *values.shape[1:])
+
+
+def _check_count(count: int, ids: Tensor, weight: str) -> None:
+    """Raise ValueError for a `count` of groups that does not go with these `ids` and `weight`."""
+    if type(count) is not int or count < 1 or ids.min() < 0 or ids.max() >= count:
+        raise ValueError(
+            f"groups(ids, count={count!r}) takes ids from 0 to count - 1; got ids from "
+            f"{int(ids.min())} to {int(ids.max())}: count is the number of groups, with those "
+            "that have no rows"
+        )
+    if len(ids.unique()) < count and weight != "size":
+        raise ValueError(
+            "groups(weight='equal') scales groups by their size, and one has no rows: leave it "
+            "out of ids and count, or use weight='size'"
+        )
+    if len(ids) == 1 and count > 1:
+        raise ValueError(
+            f"groups(ids, count={count}) with a batch of one row: which rows belong to the groups "
+            "without any cannot be told. Remedy: leave these groups out of the batch"
+        )
 
 
 def _offsets(sizes: Tensor) -> Tensor:

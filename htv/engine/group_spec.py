@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,11 +24,15 @@ class GroupSpec:
     kind:    "ids", "packed" or "rows".
     value:   the ids, the bounds or the mask, if one was given.
     weight:  "size" or "equal", see `Groups.by_id`.
+    count:   how many groups there are, or None: those that `value` has.
+    also:    ids of the rows of other arguments, by their names.
     """
 
     kind: str
     value: Tensor | None
     weight: str
+    count: int | None = None
+    also: Mapping[str, Tensor] = field(default_factory=dict)
 
     def size(self) -> int | None:
         """Return how many examples, or packed rows, it speaks of; None if it does not say."""
@@ -45,7 +50,9 @@ def same_spec(a: GroupSpec | None, b: GroupSpec | None) -> bool:
     """Tell whether two forwards, asked for `a` and `b`, let the same groups vote."""
     if a is None or b is None:
         return a is b
-    if (a.kind, a.weight) != (b.kind, b.weight):
+    if (a.kind, a.weight, a.count, list(a.also)) != (b.kind, b.weight, b.count, list(b.also)):
+        return False
+    if not all(torch.equal(ids, b.also[name]) for name, ids in a.also.items()):
         return False
     if a.value is b.value:
         return True
@@ -76,7 +83,24 @@ def groups_of(spec: GroupSpec | None, batch: Batch, tensors: list[tuple[str, obj
     ids = spec.value
     if sequences and len(ids) != size:
         ids = inputs.ids_of_examples(torch.as_tensor(ids), batch)
-    return Groups.by_id(ids, size, dim, spec.weight)
+    return Groups.by_id(ids, size, dim, spec.weight, spec.count)
+
+
+def add_members(
+    batch: Batch, groups: Groups, spec: GroupSpec | None, tensors: list[tuple[str, object]]
+) -> None:
+    """Add the arguments that `spec` has ids of their own for to the `batch`. Raises ValueError
+    where there is no such tensor among the call's `tensors`, (name, value).
+    """
+    for name, ids in ({} if spec is None else spec.also).items():
+        tensor = next((t for n, t in tensors if n == name and isinstance(t, Tensor)), None)
+        if tensor is None:
+            given = ", ".join(repr(n) for n, _ in tensors) or "none"
+            raise ValueError(
+                f"also={{{name!r}: ...}} is no tensor argument of this forward, which got {given}: "
+                "name one of these"
+            )
+        batch.members.append((name, tensor, groups.layout_by_ids(name, ids, tensor), True))
 
 
 @dataclass(frozen=True)

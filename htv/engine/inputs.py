@@ -44,19 +44,31 @@ class Batch:
     source: str = ""
 
 
-def named_tensors(names: tuple[str, ...], args: tuple, kwargs: dict) -> list[tuple[str, object]]:
+def named_tensors(
+    names: tuple[str, ...],
+    args: tuple,
+    kwargs: dict,
+    wanted: tuple[str, ...] = (),
+    size: int | None = None,
+) -> list[tuple[str, object]]:
     """List the tensors and packed sequences of a call of `args` and `kwargs` as (name, value), in
     the order of the arguments.
 
-    names:  of the positional parameters.
+    names:   of the positional parameters.
+    wanted:  those that the caller named as the batch.
+    size:    how many examples the caller said there are, or None.
 
     Tuples, lists, mappings and dataclasses are looked into; other objects (a graph batch, say) only
-    if no tensor is found without.
+    if no tensor is found without, or none of those that the caller named or of that size.
     """
     given = [(names[i] if i < len(names) else f"args[{i}]", value) for i, value in enumerate(args)]
     given += kwargs.items()
     found = [leaf for name, value in given for leaf in _leaves(name, value, False, 0)]
-    return found or [leaf for name, value in given for leaf in _leaves(name, value, True, 0)]
+    named = all(any(_is_of(n, name) for n, _ in found) for name in wanted)
+    sized = size is None or any(isinstance(t, PackedSequence) or size in t.shape for _, t in found)
+    if found and named and sized:
+        return found
+    return [leaf for name, value in given for leaf in _leaves(name, value, True, 0)]
 
 
 def _leaves(name: str, value: object, objects: bool, depth: int) -> Iterator[tuple[str, object]]:
@@ -76,7 +88,10 @@ def _leaves(name: str, value: object, objects: bool, depth: int) -> Iterator[tup
             (f"{name}.{f.name}", getattr(value, f.name, None)) for f in dataclasses.fields(value)
         ]
     elif objects and not isinstance(value, (type, torch.nn.Module)):
-        items = [(f"{name}.{key}", item) for key, item in getattr(value, "__dict__", {}).items()]
+        slots = (key for c in type(value).__mro__ for key in getattr(c, "__slots__", ()))
+        own = {key: getattr(value, key, None) for key in slots if not key.startswith("__")}
+        own |= getattr(value, "__dict__", {})
+        items = [(f"{name}.{key}", item) for key, item in own.items()]
     else:
         return
     for key, item in items:
@@ -152,7 +167,7 @@ def _named(
         return None
     found = []
     for name in wanted:
-        mine = [(n, t) for n, t in tensors if n == name or n.startswith((f"{name}.", f"{name}["))]
+        mine = [(n, t) for n, t in tensors if _is_of(n, name)]
         if not mine:
             raise ValueError(
                 f"batch={name!r} is no tensor argument of this forward, which got "
@@ -160,6 +175,11 @@ def _named(
             )
         found += mine
     return found
+
+
+def _is_of(name: str, argument: str) -> bool:
+    """Tell whether `name`, one of `named_tensors`, is `argument` or lies in it."""
+    return name == argument or name.startswith((f"{argument}.", f"{argument}["))
 
 
 def _listed(tensors: list[tuple[str, object]]) -> str:

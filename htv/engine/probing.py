@@ -14,12 +14,17 @@ from torch import Tensor
 
 from htv.engine.provenance import LOST, Lost, Mark, OfBatch
 from htv.engine.torch_ops import JOINING, Operation
-from htv.groups import BatchLayout
+from htv.groups import BatchLayout, Groups
 
 
-def _numbered(tensor: Tensor, mark: BatchLayout, batch_size: int) -> Tensor:
-    """Return the example of every element of a tensor, in its shape; takes no memory."""
-    index = mark.index(batch_size).to(tensor.device)
+def _numbered(
+    tensor: Tensor, mark: BatchLayout, batch_size: int, kin: Tensor | None = None
+) -> Tensor:
+    """Return the example of every element of a tensor, in its shape, or its group where `kin` tells
+    them; takes no memory.
+    """
+    index = mark.index(batch_size)
+    index = (index if kin is None else kin[index.cpu()]).to(tensor.device)
     return index.reshape(-1, *(1,) * (tensor.dim() - mark.dim - 1)).expand(tensor.shape)
 
 
@@ -96,12 +101,14 @@ def _read_off(numbers: Tensor, batch_size: int) -> OfBatch:
     return LOST
 
 
-def after_writing(op: Operation, batch_size: int) -> OfBatch:
+def after_writing(op: Operation, batch_size: int, groups: Groups | None = None) -> OfBatch:
     """Find the batch, of `batch_size` examples, after `op`, target[index] = value or its relatives:
-    the target stays the batch's if every element written is of its example.
+    the target stays the batch's if every element written is of its example, or of its group where
+    `groups` says who votes together.
 
     A target that is no batch's yet (zeros) becomes what its first batch value says, if that fits
-    one of its dims.
+    one of its dims. Where several examples vote together, its rows may be groups as well: whose
+    they are, the values written to them say.
     """
     read, target, value, *part = WRITING[op.name](op)
     marks = {id(t): m for t, m in op.operands}
@@ -112,14 +119,12 @@ def after_writing(op: Operation, batch_size: int) -> OfBatch:
         return mark if isinstance(mark, OfBatch) else LOST
     if isinstance(mark, Lost) or isinstance(value_mark, Lost):
         return LOST if value.requires_grad or not isinstance(mark, BatchLayout) else mark
+    kin = None if groups is None else groups.kin
+    known = isinstance(mark, BatchLayout)
     consistent = []
-    for layout in (
-        [mark]
-        if isinstance(mark, BatchLayout)
-        else _candidates(target, value, value_mark, batch_size)
-    ):
-        written = read(_numbered(target, layout, batch_size))
-        numbers = _numbered(value, value_mark, batch_size)
+    for layout in [mark] if known else _candidates(target, value, value_mark, batch_size):
+        written = read(_numbered(target, layout, batch_size, kin))
+        numbers = _numbered(value, value_mark, batch_size, kin)
         for cut in part:
             numbers = cut(numbers)
         if numbers.dim() > written.dim():
@@ -127,9 +132,109 @@ def after_writing(op: Operation, batch_size: int) -> OfBatch:
         if all(
             a in (b, 1)
             for a, b in zip(reversed(numbers.shape), reversed(written.shape), strict=False)
-        ) and bool((written == numbers).all()):
-            consistent.append(layout)
-    return _the_only(consistent, empty=value.numel() == 0)
+        ):
+            apart = written != numbers
+            if not bool(apart.any()):
+                consistent.append(layout)
+            elif known and kin is not None:
+                met = (t.expand(written.shape)[apart][0] for t in (written, numbers))
+                return brings_together(op, groups, *map(int, met))
+    if known or kin is None:
+        return _the_only(consistent, empty=value.numel() == 0)
+    return _after_pooling(op, consistent, groups)
+
+
+def brings_together(op: Operation, groups: Groups, one: int, other: int) -> Lost:
+    """Return the mark of what `op` makes of rows of two groups, by their numbers."""
+    names = " and ".join(groups.called(g) for g in sorted((one, other)))
+    return Lost(
+        f"{op.name!r}, which brings rows of groups {names} together (an edge joins them, say; give "
+        "both the same id if they may vote as one),"
+    )
+
+
+def _after_pooling(op: Operation, consistent: list[BatchLayout], groups: Groups) -> OfBatch:
+    """Do what `after_writing` does for a target that is no batch's yet, where several examples
+    vote together.
+
+    consistent: the places at which its rows would be examples; what was written does not say
+                otherwise.
+    """
+    read, target, value, *part = WRITING[op.name](op)
+    mark = next(m for t, m in op.operands if t is value)
+    size, kin = groups.batch_size, groups.kin
+    dim = mark.dim + target.dim() - value.dim()
+    if not 0 <= dim < target.dim():
+        return _the_only(consistent, empty=value.numel() == 0)
+    if groups.count == 1:  # whatever is written is its own
+        return named_layout(dim, groups.firsts.expand(target.shape[dim]), size)
+    lowest, highest = _owners(read, target, value, part, mark, dim, groups)
+    mixed = (lowest < highest).nonzero().flatten().tolist()
+    if mixed and consistent:  # along another dim
+        return _the_only(consistent, empty=False)
+    if mixed:
+        return brings_together(op, groups, int(lowest[mixed[0]]), int(highest[mixed[0]]))
+    written = highest >= 0
+    unknown = LOST
+    tables = [highest]
+    if not bool(written.all()):
+        tables = _numberings(written, highest, groups)
+        row = written.logical_not().nonzero().flatten().tolist()[0]
+        unknown = Lost(
+            f"{op.name!r}, after which row {row} of the result is no group's, for nothing was "
+            "written to it (groups without rows vote in `handle.groups(ids, count=...)`),"
+        )
+        if any(bool((t < 0).any()) for t in tables):
+            return unknown
+    places = [*consistent, *(named_layout(dim, groups.firsts[t], size) for t in tables)]
+    if not bool(written.any()) and places == consistent:
+        return _the_only(consistent, empty=True)
+    if places and all(places[0].same(p, size, kin) for p in places[1:]):
+        return places[0]
+    if len(places) > 1 and unknown.by:
+        return Lost(
+            f"{op.name!r}, whose result may have a row for each example or for each group, as its "
+            f"size is right for both and nothing was written to row {row} (use another batch),"
+        )
+    return unknown
+
+
+def _owners(
+    read, target: Tensor, value: Tensor, part, mark: BatchLayout, dim: int, groups: Groups
+) -> tuple[Tensor, Tensor]:
+    """Return the lowest and the highest number of the groups of which something is written to each
+    index of a target's `dim`, on the CPU; where nothing is, the highest is -1.
+
+    read, target, value, part:  of `WRITING`.
+    mark:                       that of `value`.
+    """
+    count = target.shape[dim]
+    rows = _numbered(target, BatchLayout(dim, examples=torch.arange(count)), count)
+    at = read(rows).reshape(-1).cpu()
+    of = _numbered(value, mark, groups.batch_size, groups.kin)
+    for cut in part:
+        of = cut(of)
+    of = of.expand(read(rows).shape).reshape(-1).cpu()
+    lowest = torch.full((count,), groups.count).scatter_reduce(0, at, of, "amin")
+    return lowest, torch.full((count,), -1).scatter_reduce(0, at, of, "amax")
+
+
+def _numberings(written: Tensor, owner: Tensor, groups: Groups) -> list[Tensor]:
+    """List the ways in which rows may stand for groups that agree with what was `written` to some
+    of them by each row's `owner`; as the group of each row, -1 for none.
+
+    Either row i is that of the group called i, or each group has as many rows, in their order; of
+    several, the first is written to then, as where rows are padded.
+    """
+    size, count = len(written), groups.count
+    named = torch.arange(count) if groups.keys is None else groups.keys
+    inside = (named >= 0) & (named < size)
+    by_name = torch.full((size,), -1)
+    by_name[named[inside]] = inside.nonzero().flatten()
+    tables, (times, rest) = [by_name] if bool(written.any()) else [], divmod(size, count)
+    if times and not rest and (times == 1 or bool(written[::times].all())):
+        tables.append(torch.arange(count).repeat_interleave(times))
+    return [t for t in tables if torch.equal(t[written], owner[written])]
 
 
 def _the_only(layouts: list[BatchLayout], empty: bool) -> OfBatch:

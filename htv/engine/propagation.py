@@ -16,7 +16,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from htv.engine.probing import WRITING, after_padding, after_writing, probed
+from htv.engine.probing import WRITING, after_padding, after_writing, brings_together, probed
 from htv.engine.provenance import LOST, Lost, Mark, OfBatch
 from htv.engine.torch_ops import (
     ALONG,
@@ -43,11 +43,16 @@ from htv.engine.torch_ops import (
     tensors_in,
 )
 from htv.errors import UnsupportedError
-from htv.groups import BatchLayout
+from htv.groups import BatchLayout, Groups
 
 
 def follow(
-    op: Operation, batch_size: int, couples: bool = False, rows: bool = False, all_say: bool = False
+    op: Operation,
+    batch_size: int,
+    couples: bool = False,
+    rows: bool = False,
+    all_say: bool = False,
+    groups: Groups | None = None,
 ) -> list[OfBatch]:
     """Return the mark of each output of `op`, some operand of which is of the batch.
 
@@ -57,6 +62,7 @@ def follow(
     rows:        whether the order of rows inside an example matters too, as where tokens vote.
     all_say:     whether operands without a gradient have a say, too: in a checkpoint they get one
                  later.
+    groups:      who votes, where examples of one group may meet; None: none may.
     """
     if rows and (op.name in SHUFFLING or (op.name == "getitem" and _picks(op.args[1]))):
         return [LOST] * len(op.outputs)
@@ -66,8 +72,11 @@ def follow(
     if op.name == "pad_packed_sequence":
         return [after_padding(op, batch_size), *[LOST] * (len(op.outputs) - 1)]
     if op.name in WRITING:
-        return [after_writing(op, batch_size)] * len(op.outputs)
-    return [_agreed(op, operands, i, batch_size, couples, all_say) for i in range(len(op.outputs))]
+        return [after_writing(op, batch_size, groups)] * len(op.outputs)
+    return [
+        _agreed(op, operands, i, batch_size, couples, all_say, groups)
+        for i in range(len(op.outputs))
+    ]
 
 
 def unmoved(
@@ -107,7 +116,13 @@ def all_of_one(tensor: Tensor, dim: int = 0) -> BatchLayout:
 
 
 def _agreed(
-    op: Operation, operands, index: int, batch_size: int, couples: bool, all_say: bool
+    op: Operation,
+    operands,
+    index: int,
+    batch_size: int,
+    couples: bool,
+    all_say: bool,
+    groups: Groups | None,
 ) -> OfBatch:
     """Return the place all operands agree on in one output; those without a gradient have no say.
 
@@ -119,7 +134,8 @@ def _agreed(
     layouts = [layout for layout in found if layout is not None]
     if not layouts and op.name in MOVING:
         return probed(op, index, batch_size)
-    if not _all_same(layouts, batch_size):
+    kin = None if groups is None else groups.kin
+    if not _all_same(layouts, batch_size, kin):
         if op.name in JOINING and not any(p.guess for p in layouts):
             return probed(op, index, batch_size)  # of parts of the batch, say every example's
         # Data that only seemed to be the batch's has no say.
@@ -128,12 +144,12 @@ def _agreed(
             for (_, t, _), p in zip(operands, found, strict=True)
             if p is not None and (all_say or t.requires_grad or not p.guess)
         ]
-        if not told or not _all_same(told, batch_size):
+        if not told or not _all_same(told, batch_size, kin):
             if (op.name in MULTIPLYING or op.name == "einsum") and len(layouts) == len(found):
                 _refuse_guesses_in_backward(op, layouts, output)
                 return Lost(pairs=True)
             _refuse_guesses(op, layouts, output)
-            return LOST
+            return LOST if kin is None else _of_two_groups(op, told, groups)
         layouts = told
     layout = next((p for p in layouts if not p.guess), layouts[0] if layouts else None)
     if (
@@ -150,8 +166,20 @@ def _agreed(
     return layout
 
 
-def _all_same(layouts: list[BatchLayout], batch_size: int) -> bool:
-    return all(layouts[0].same(other, batch_size) for other in layouts[1:])
+def _all_same(layouts: list[BatchLayout], batch_size: int, kin: Tensor | None) -> bool:
+    return all(layouts[0].same(other, batch_size, kin) for other in layouts[1:])
+
+
+def _of_two_groups(op: Operation, layouts: list[BatchLayout], groups: Groups) -> Lost:
+    """Say which groups an operation brings together whose operands have the batch at `layouts`."""
+    for other in layouts[1:]:
+        size = groups.batch_size
+        if other.dim == layouts[0].dim and other.size(size) == layouts[0].size(size):
+            met = [groups.kin[p.index(size).cpu()] for p in (layouts[0], other)]
+            apart = (met[0] != met[1]).nonzero().flatten().tolist()
+            if apart:
+                return brings_together(op, groups, *(int(m[apart[0]]) for m in met))
+    return LOST
 
 
 def _refuse_guesses(op: Operation, layouts: list[BatchLayout], output: Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -69,7 +70,9 @@ def mark_results(mode: ModeLike, func, args, kwargs, operands, result) -> None:
     elif any(isinstance(m, OfBatch) for _, m in operands) and name not in torch_ops.MAKING:
         operation = Operation(name, func, args, kwargs, operands, outputs)
         couples, rows = mode.session.shares_statistics, mode.groups.rows_vote
-        marks = propagation.follow(operation, mode.batch_size, couples, rows, in_first_run())
+        marks = propagation.follow(
+            operation, mode.batch_size, couples, rows, in_first_run(), mode.groups
+        )
         if written is not None and name in torch_ops.RESHAPED_IN_PLACE:
             marks = [LOST] * len(outputs)
     else:
@@ -91,7 +94,8 @@ def _blamed(mode: ModeLike, operation: Operation, marks: list[Mark]) -> list[Mar
     earlier = next((m for _, m in operation.operands if isinstance(m, Lost) and m.by), None)
     pairs = any(isinstance(m, Lost) and m.pairs for m in marks)
     blame = earlier or Lost(f"{operation.name!r}", place_in_code(), pairs)
-    return [blame if isinstance(m, Lost) and not m.by else m for m in marks]
+    told = lambda m: replace(m, where=m.where or place_in_code()) if m.by else blame
+    return [told(m) if isinstance(m, Lost) else m for m in marks]
 
 
 def _mark_without_batch(mode: ModeLike, op: Operation, output: Tensor) -> Mark:

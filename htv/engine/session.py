@@ -416,7 +416,9 @@ class Session:
             groups, batch, rows = plan.groups, plan.of(args), plan.rows
         else:
             own = forward.names if names is None else names
-            tensors = inputs.named_tensors(own, args, kwargs)
+            said, asked = self.voters.spec, self.settings.batch if forward is self.root else ()
+            size = None if said is None else said.size()
+            tensors = inputs.named_tensors(own, args, kwargs, asked, size)
             plain = [t for _, t in tensors if isinstance(t, Tensor)]
             again = self.voters.recent.run_again(forward, plain)
             if again is None:

@@ -13,7 +13,7 @@ from htv.autograd.aggregation import NestedBackwards
 from htv.engine import inputs
 from htv.engine.checkpointing import RecentForwards, in_backward, in_reentrant_checkpoint
 from htv.engine.continuation import carried_marks
-from htv.engine.group_spec import GroupSpec, groups_of, same_spec
+from htv.engine.group_spec import GroupSpec, add_members, groups_of, same_spec
 from htv.engine.inputs import Batch
 from htv.engine.provenance import FromParameters, Mark
 from htv.groups import Groups
@@ -55,6 +55,7 @@ class Voters:
             raise RuntimeError("groups(), packed() and tokens() blocks cannot be nested")
         if isinstance(spec.value, Tensor):  # the one time that a device is waited for
             spec = replace(spec, value=spec.value.cpu())
+        spec = replace(spec, also={n: torch.as_tensor(t).cpu() for n, t in spec.also.items()})
         try:
             self.spec = spec
             yield
@@ -116,18 +117,24 @@ class Voters:
         """
         carried, earlier = carried_marks(tensors, own_marks, self.recent)
         fresh = [(name, t) for name, t in tensors if id(t) not in carried]
+        others, also = fresh, () if spec is None else spec.also
+        if also:
+            others = [(name, t) for name, t in fresh if name not in also]
         dim = self.batch_dim
         kind, size = ("each", None) if spec is None else (spec.kind, spec.size())
         if earlier is not None:
-            batch = inputs.fitting(earlier.groups.batch_size, dim, fresh, earlier.source)
+            batch = inputs.fitting(earlier.groups.batch_size, dim, others, earlier.source)
             alike = spec is not None and spec is earlier.spec
             neither = spec is None and earlier.spec is None and not earlier.groups.rows_vote
             if alike or neither:
+                add_members(batch, earlier.groups, spec, fresh)
                 return earlier.groups, batch, carried
         elif in_backward() and len(self.sizes) == 1:  # a reentrant checkpoint's part
             batch = inputs.fitting(next(iter(self.sizes)), dim, fresh, self.source)
             if not batch.members:
                 batch = inputs.choose(fresh, dim, wanted, kind=kind)
         else:
-            batch = inputs.choose(fresh, dim, wanted, size, kind)
-        return groups_of(spec, batch, fresh), batch, carried
+            batch = inputs.choose(others, dim, wanted, size, kind)
+        groups = groups_of(spec, batch, fresh)
+        add_members(batch, groups, spec, fresh)
+        return groups, batch, carried

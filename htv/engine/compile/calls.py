@@ -61,6 +61,11 @@ def call(forward: ForwardStandIn, args: tuple, kwargs: dict):
             )
         tensors.append(tensor)
     settings = [getattr(module, name) for module, name in guard_state.settings]
+    if spec is not None and (spec.count is not None or spec.also):
+        raise RuntimeError(
+            "torch.compile does not trace groups(ids, count=..., also=...), where rows meet that "
+            "values tell of: call the model without torch.compile"
+        )
     voting = ("each", None, "size") if spec is None else (spec.kind, spec.value, spec.weight)
     settings, voting, args, kwargs = pytree.tree_map(
         _without_none, (settings, voting, args, kwargs)
