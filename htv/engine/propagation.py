@@ -137,7 +137,8 @@ def _agreed(
     kin = None if groups is None else groups.kin
     if not _all_same(layouts, batch_size, kin):
         if op.name in JOINING and not any(p.guess for p in layouts):
-            return probed(op, index, batch_size)  # of parts of the batch, say every example's
+            joined = probed(op, index, batch_size)  # of parts of the batch, say every example's
+            return _of_two_groups(op, layouts, groups) if joined is LOST and groups else joined
         # Data that only seemed to be the batch's has no say.
         told = [
             p
