@@ -33,6 +33,7 @@ ORDER = [
         "htv.engine.ranks",
         "htv.engine.guard_state",
         "htv.engine.unfinished",
+        "htv.engine.eager_helpers",
     ],
     ["htv.engine.group_spec"],
     ["htv.engine.checkpointing"],

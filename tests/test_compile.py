@@ -6,6 +6,7 @@ import copy
 import gc
 import warnings
 import weakref
+from abc import ABC
 from collections import namedtuple
 from dataclasses import dataclass
 
@@ -403,6 +404,23 @@ class Output:
     loss: torch.Tensor | None = None
 
 
+class Layer(ABC):  # noqa: B024
+    """A part of a `Cache`."""
+
+    def __init__(self, keys):
+        self.keys, self.kind, self.size = keys, Layer, len(keys)
+
+
+class Cache:
+    """Holds what the forward made in attributes, as the caches of Hugging Face's models do."""
+
+    def __init__(self, y):
+        self.y, self.layers = y, [Layer(y.detach() * 2)]
+
+    def rows(self):
+        return len(self.y)
+
+
 @pytest.mark.parametrize(
     "wrap, unwrap",
     [
@@ -410,8 +428,9 @@ class Output:
         (lambda y: Named(y, None, 2.5), lambda out: out.y),
         (lambda y: Output(y, ["a", None]), lambda out: out.y),
         (lambda y: (y, y), lambda out: out[0]),
+        (Cache, lambda out: out.y),
     ],
-    ids=["dict", "namedtuple", "dataclass", "tuple"],
+    ids=["dict", "namedtuple", "dataclass", "tuple", "object"],
 )
 def test_results(wrap, unwrap):
     class Model(nn.Linear):
@@ -428,6 +447,9 @@ def test_results(wrap, unwrap):
         assert out.none is None and out.number == 2.5
     elif isinstance(out, Output):
         assert out.names == ["a", None] and out.loss is None
+    elif isinstance(out, Cache):
+        assert out.rows() == 6 and out.layers[0].kind is Layer and out.layers[0].size == 6
+        torch.testing.assert_close(out.layers[0].keys, eager.layers[0].keys)
     unwrap(out).sum().backward()
     unwrap(eager).sum().backward()
     pair.same()
@@ -437,6 +459,33 @@ def test_a_result_that_cannot_leave():
     pair = Pair(Module(lambda m, x: {1: {m.l(x)}}, l=nn.Linear(8, 3)))
     with pytest.raises(DYNAMO_ERRORS, match="cannot return a set"):
         pair.compiled(x4)
+
+
+def test_a_causal_model_returns_its_cache():
+    import support.torchvision_operators  # noqa: F401
+
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(vocab_size=11, hidden_size=8, intermediate_size=8, num_hidden_layers=1)
+    heads = dict(num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=8)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads))
+    pair, batch = Pair(model), ids()
+    out, eager = (m(input_ids=batch, labels=batch) for m in (pair.compiled, pair.eager))
+    assert type(out.past_key_values) is type(eager.past_key_values)
+    assert out.past_key_values.get_seq_length() == 5
+    keys, eager_keys = (o.past_key_values.layers[0].keys for o in (out, eager))
+    torch.testing.assert_close(keys, eager_keys)
+    out.loss.backward()
+    eager.loss.backward()
+    pair.same()
+
+
+def test_an_object_that_the_model_holds_cannot_leave():
+    model = Module(lambda m, x: (m.l(x), m.cache), l=nn.Linear(8, 3))
+    model.cache = Cache(torch.zeros(2))
+    pair = Pair(model)
+    with pytest.raises(DYNAMO_ERRORS, match="cannot return a Cache.*that the forward made"):
+        pair.compiled(x4)
+    assert torch.compile(pair.model, backend="aot_eager")(x4)[1] is pair.model.cache
 
 
 def test_settings_are_seen():
@@ -509,15 +558,37 @@ def test_a_part_is_called_from_a_compiled_function():
 
 
 @pytest.mark.parametrize("before", [False, True])
-def test_a_part_compiled_by_itself_is_refused(before):
+def test_a_part_compiled_by_itself_runs_eagerly(before):
     model = Text()
     if before:
         model.twice.compile(fullgraph=True, backend="aot_eager")
-    htv.attach(model, MEDIAN)
+    pair = Pair(model)
     if not before:
-        model.twice.compile(fullgraph=True, backend="aot_eager")
-    with pytest.raises(DYNAMO_ERRORS, match="compile the whole model"):
-        model(ids())
+        pair.model.twice.compile(fullgraph=True, backend="aot_eager")
+    pair.compiled = pair.model
+    pair.step(ids())
+    pair.step(ids())
+
+
+def test_a_compiled_helper_is_neither_traced_with_htv_nor_compiled_again():
+    compiled_frames = []
+
+    def backend(graph, _):
+        compiled_frames.append(graph)
+        return graph
+
+    helper = torch.compile(lambda h: F.gelu(h) * h.sigmoid(), backend=backend)
+    forward = lambda m, x: m.k(helper(m.l(x)))
+    pair = Pair(Module(forward, l=nn.Linear(8, 4), k=nn.Linear(4, 3)))
+    pair.compiled = pair.model
+    for batch in (x4, x4, x4[:4]):
+        pair.step(batch)
+    assert not compiled_frames
+    failing = Module(lambda m, x: m.l(x).view(7), l=nn.Linear(8, 4))
+    with htv.attach(failing, MEDIAN), pytest.raises(RuntimeError, match="shape"):
+        failing(x4)
+    helper(torch.randn(3, 4))
+    assert len(compiled_frames) == 1
 
 
 def test_eager_and_compiled_steps_alternate():
@@ -618,18 +689,33 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_refused(name):
-    forward, why = REFUSED[name]
-    model = Module(forward, l=nn.Linear(8, 4))
+def refused(name):
+    model = Module(REFUSED[name][0], l=nn.Linear(8, 4))
     model.steps = 0
     model.register_buffer("order", torch.tensor([1, 0, 2, 3, 5, 4]))
     if name == "batch norm":
         model.bn = nn.BatchNorm1d(4)
+    return model
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name):
+    model, why = refused(name), REFUSED[name][1]
     htv.attach(model, MEDIAN)
     with pytest.raises(DYNAMO_ERRORS, match=why):
         torch.compile(model, fullgraph=True, backend="aot_eager")(x4).sum().backward()
     assert model.steps == 0
+
+
+@pytest.mark.parametrize(
+    "name", ["picked by values", "computed weight", "global", "set", "derivative"]
+)
+def test_without_fullgraph_it_runs_eagerly(name):
+    """The remedy that the messages name."""
+    pair = Pair(refused(name))
+    pair.compiled = torch.compile(pair.model, backend="aot_eager")
+    pair.step(x4)
+    pair.step(x4)
 
 
 def test_passed_on_plainly():

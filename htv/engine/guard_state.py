@@ -42,7 +42,8 @@ class CompileGuardState:
     settings:    (module, name) of its plain attributes: training, dropout's p, ...
     children:    (module, name, submodule).
     classes:     of results, found so far.
-    structure:   how the last result was made of tensors and classes, or why it could not be.
+    structure:   how the last result was made of tensors and classes.
+    refusal:     why the forward tried last cannot be compiled, or None.
     """
 
     def __init__(self, model: nn.Module):
@@ -51,7 +52,8 @@ class CompileGuardState:
         self.settings: list[tuple[nn.Module, str]] = []
         self.children: list[tuple[nn.Module, str, nn.Module]] = []
         self.classes: list[type] = []
-        self.structure: tuple | Exception = ()
+        self.structure: tuple = ()
+        self.refusal: str | None = None
         for module in model.modules():
             own = {name: v for name, v in vars(module).items() if name not in INTERNAL}
             parameters = dict(module._parameters.items())  # a ScriptModule's are no dict

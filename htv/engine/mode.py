@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from htv.autograd.aggregation import ParameterArgument
 from htv.autograd.from_parameters import TensorFromParameters
 from htv.engine import expansion, graph_reading, handlers, propagation, results, torch_ops
+from htv.engine.eager_helpers import hold_eager
 from htv.engine.inputs import Batch
 from htv.engine.protocols import ModeSession, ParameterLike
 from htv.engine.provenance import (
@@ -107,6 +108,7 @@ class ServingMode(TorchFunctionMode):
     block = None  # a reference to the `Handle.forward` block that opened it
     frame = None  # of `Session.run`, as long as that runs it
     spec = None  # who was asked to vote
+    eager = None  # keeps functions that are compiled by themselves eager
 
     def __init__(
         self,
@@ -153,6 +155,7 @@ class ServingMode(TorchFunctionMode):
 
     def enter(self) -> None:
         """Put the mode on torch's stack; `left_on_stack` takes it off, whatever was interrupted."""
+        self.eager = hold_eager()
         torch._C._push_on_torch_function_stack(self)
 
     def is_stale(self) -> bool:

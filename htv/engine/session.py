@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from htv.autograd.aggregation import NestedBackwards
 from htv.engine import handlers, inputs, ranks
 from htv.engine.call_plan import CallPlan, shapes_of
+from htv.engine.eager_helpers import hold_eager
 from htv.engine.forward import ForwardStandIn, thaw
 from htv.engine.guard_state import PASSES
 from htv.engine.inputs import Batch
@@ -343,6 +344,8 @@ class Session:
                 self.voters.recent.note(mode, forward, args, kwargs)
             if forward.batch_norms:
                 forward.freeze(frozen)
+            if "torch._dynamo" in sys.modules:
+                mode.eager = hold_eager()
             torch._C._push_on_torch_function_stack(mode)
             result = forward.inner(*args, **kwargs)
             mode.remember(result)
@@ -460,7 +463,7 @@ class Session:
         self.thread.running = outer
         if mode is None:
             return
-        mode.frame = None
+        mode.frame = mode.eager = None
         count = torch._C._len_torch_function_stack()
         if count and torch._C._get_function_stack_at(count - 1) is mode:
             torch._C._pop_torch_function_stack()

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch._dynamo
@@ -67,9 +67,15 @@ def call(forward: ForwardStandIn, args: tuple, kwargs: dict):
             "values tell of: call the model without torch.compile"
         )
     voting = ("each", None, "size") if spec is None else (spec.kind, spec.value, spec.weight)
+    given = args, kwargs
     settings, voting, args, kwargs = pytree.tree_map(
         _without_none, (settings, voting, args, kwargs)
     )
+    _tried(forward.key, tensors, voting, args, kwargs)
+    refusal = _refusal_of(forward.key)
+    if refusal is not None:
+        torch._dynamo.graph_break(msg=refusal)  # raises that with fullgraph=True
+        return _eagerly(forward, *given)
     results = _traced(forward.key, tensors, settings, voting, args, kwargs)
     return _rebuilt(_structure_of(forward.key), results, guard_state.classes)
 
@@ -92,15 +98,22 @@ def _structure_of(key: str) -> tuple:
     """Only a list of tensors can leave such a function: what else the forward returned last is a
     constant.
     """
-    structure = forwards[key].guard_state.structure
-    if isinstance(structure, Exception):
-        raise structure
-    return structure
+    return forwards[key].guard_state.structure
 
 
-def _described(value, tensors: list[Tensor], classes: list[type]) -> tuple:
+@torch._dynamo.assume_constant_result
+def _refusal_of(key: str) -> str | None:
+    """Why the forward that was tried last cannot be compiled."""
+    return forwards[key].guard_state.refusal
+
+
+def _described(
+    value, tensors: list[Tensor], classes: list[type], lasting: set[int] = frozenset()
+) -> tuple:
     """How a forward's result is made of tensors, which are appended, and of classes: (kind, detail,
     items).
+
+    lasting:  ids of objects that modules hold, which a copy cannot stand for.
     """
     if isinstance(value, Tensor):
         tensors.append(value)
@@ -117,16 +130,36 @@ def _described(value, tensors: list[Tensor], classes: list[type]) -> tuple:
     elif dataclasses.is_dataclass(value):
         names = tuple(f.name for f in dataclasses.fields(value))
         kind, items = "dataclass", [getattr(value, name) for name in names]
+    elif isinstance(value, type):
+        kind, cls, items = "class", value, ()
+    elif _has_attributes_alone(cls) and id(value) not in lasting:
+        kind, names, items = "object", tuple(vars(value)), vars(value).values()
     else:
         raise UnsupportedError(
             f"a compiled forward of an attached model cannot return a {cls.__name__}: return "
-            "tensors and constants in tuples, lists, dicts or dataclasses (of Hugging Face "
-            "models: use_cache=False)"
+            "tensors and constants in tuples, lists, dicts, dataclasses or objects with attributes "
+            "that the forward made"
         )
-    if kind in ("named", "dataclass") and cls not in classes:
+    if kind in ("named", "dataclass", "class", "object") and cls not in classes:
         classes.append(cls)
     number = classes.index(cls) if cls in classes else -1
-    return kind, (number, names), tuple(_described(item, tensors, classes) for item in items)
+    parts = tuple(_described(item, tensors, classes, lasting) for item in items)
+    return kind, (number, names), parts
+
+
+def _lasting(model: torch.nn.Module) -> set[int]:
+    return {id(value) for module in model.modules() for value in vars(module).values()}
+
+
+def _has_attributes_alone(cls: type) -> bool:
+    """Whether instances are made of their attributes, as the caches of Hugging Face's models."""
+    return (
+        cls.__new__ is object.__new__
+        and cls.__setattr__ is object.__setattr__
+        and cls.__dictoffset__ != 0
+        and not any(vars(c).get("__slots__") for c in cls.__mro__)
+        and not issubclass(cls, (torch.nn.Module, type(torch)))
+    )
 
 
 def _rebuilt(description: tuple, tensors: list[Tensor], classes: list[type]):
@@ -138,6 +171,8 @@ def _rebuilt(description: tuple, tensors: list[Tensor], classes: list[type]):
         return tensors[detail]
     if kind == "constant":
         return detail
+    if kind == "class":
+        return classes[detail[0]]
     values = [_rebuilt(item, tensors, classes) for item in items]
     if kind == "list":
         return values
@@ -146,10 +181,27 @@ def _rebuilt(description: tuple, tensors: list[Tensor], classes: list[type]):
     if kind == "named":
         return classes[detail[0]](*values)
     pairs = dict(zip(detail[1], values))  # noqa: B905
+    if kind == "object":
+        made = object.__new__(classes[detail[0]])
+        for name, value in pairs.items():
+            setattr(made, name, value)
+        return made
     return pairs if kind == "dict" else classes[detail[0]](**pairs)
 
 
 # -- what AOTAutograd runs -------------------------------------------------------------------------
+
+
+@torch._dynamo.nonstrict_trace
+def _tried(key: str, tensors: list[Tensor], voting: tuple, args: tuple, kwargs: dict) -> list:
+    """Note what htv refuses in a forward and its backward, while Dynamo can still leave the forward
+    alone. What is refused later, it can only fail on.
+    """
+    forward = forwards[key]
+    if _for_shapes(tensors):
+        voting, args, kwargs = pytree.tree_map(_with_none, (voting, args, kwargs))
+        forward.guard_state.refusal = _why_not(forward, tensors, voting, args, kwargs)
+    return []
 
 
 @torch._dynamo.nonstrict_trace
@@ -158,13 +210,9 @@ def _traced(
 ) -> list[Tensor]:
     voting, args, kwargs = pytree.tree_map(_with_none, (voting, args, kwargs))
     forward, results = forwards[key], []
-    try:
-        result = _run(forward, tensors, voting, args, kwargs)
-        forward.guard_state.structure = _described(result, results, forward.guard_state.classes)
-    except UnsupportedError as error:
-        if not _for_shapes(tensors):
-            raise
-        forward.guard_state.structure = error  # here Dynamo would lose the message
+    result = _run(forward, tensors, voting, args, kwargs)
+    classes, lasting = forward.guard_state.classes, _lasting(forward.module)
+    forward.guard_state.structure = _described(result, results, classes, lasting)
     return results
 
 
@@ -180,7 +228,28 @@ def _run(forward: ForwardStandIn, tensors: list[Tensor], voting: tuple, args: tu
             forward, args, kwargs
         )  # nothing is traced: Dynamo gave up, or the backend is "eager"
     for_shapes = _for_shapes(tensors)
-    if not for_shapes and not all(isinstance(t, FunctionalTensor) for t in tensors):
+    _require_traceable(forward, tensors)
+    outer = session.running()
+    try:
+        session.thread.running = True
+        with _exchanged(forward.guard_state, tensors), forward.frozen_statistics():
+            if for_shapes or not torch.is_grad_enabled():
+                return forward.inner(*args, **kwargs)
+            forward.check_batch_norm()
+            with _intercept(forward, tensors, voting, args, kwargs):
+                return forward.inner(*args, **kwargs)
+    except DataDependentOutputException as error:
+        if for_shapes:  # Dynamo breaks the graph here, or says why it must not
+            raise
+        raise UnsupportedError(_ON_VALUES.format(error.func)) from error
+    finally:
+        session.thread.running = outer
+
+
+def _require_traceable(forward: ForwardStandIn, tensors: list[Tensor]) -> None:
+    """Refuse what no compiled forward can serve, whatever it computes."""
+    session = forward.session
+    if not _for_shapes(tensors) and not all(isinstance(t, FunctionalTensor) for t in tensors):
         raise UnsupportedError(
             "an attached model can be traced by torch.compile alone: detach its handle first"
         )
@@ -191,35 +260,62 @@ def _run(forward: ForwardStandIn, tensors: list[Tensor], voting: tuple, args: tu
         refuse_open(session.rules, "a compiled model", remedy)
     if torch.is_grad_enabled() and not session.only_means:
         session.joint.check_ranks(forward)
-    outer = session.running()
-    if outer and not for_shapes:
-        raise UnsupportedError(
-            "a part of an attached model is compiled by itself, which hides from htv how the "
-            "batch got there and what else uses its parameters. Remedy: compile the whole model, "
-            "torch.compile(model)"
-        )
+
+
+def _why_not(
+    forward: ForwardStandIn, tensors: list[Tensor], voting: tuple, args: tuple, kwargs: dict
+) -> str | None:
+    """Run a forward and its backward on tensors without values; return what htv refuses in them."""
+    session = forward.session
+    try:
+        _require_traceable(forward, tensors)
+    except UnsupportedError as error:
+        return str(error)
+    if not torch.is_grad_enabled() or session.passes_plainly:
+        return None
+    kept, outer = len(session.settlements), session.running()
+    copies = [t.detach().requires_grad_(t.requires_grad) for t in tensors]
+    sizes = next((t.fake_mode.shape_env for t in tensors), None)
+    unseen = nullcontext() if sizes is None else sizes.ignore_fresh_unbacked_symbols()
     try:
         session.thread.running = True
-        with _exchanged(forward.guard_state, tensors), forward.frozen_statistics():
-            if (
-                for_shapes or not torch.is_grad_enabled()
-            ):  # what htv refuses is refused below, where Dynamo passes the message on
-                return forward.inner(*args, **kwargs)
+        with unseen, _exchanged(forward.guard_state, copies), forward.frozen_statistics():
             forward.check_batch_norm()
-            with _intercept(forward, tensors, voting, args, kwargs):
-                return forward.inner(*args, **kwargs)
+            with _intercept(forward, copies, voting, args, kwargs):
+                results: list[Tensor] = []
+                result = forward.inner(*args, **kwargs)
+                _described(result, results, [], _lasting(forward.module))
+            outputs = [t for t in results if t.requires_grad]
+            leaves = [t for t in copies if t.requires_grad]
+            torch.autograd.grad(
+                outputs, leaves, [torch.ones_like(t) for t in outputs], allow_unused=True
+            )
+    except UnsupportedError as error:
+        error.locate(forward.path, type(forward.module).__name__)
+        return str(error)
     except DataDependentOutputException as error:
-        if for_shapes:  # Dynamo breaks the graph here, or says why it must not
-            raise
-        raise UnsupportedError(
-            f"the way of a parameter's contributions depends on values ({error.func}), which "
-            "torch.compile does not have. Remedy: run this model without torch.compile"
-        ) from error
+        return _ON_VALUES.format(error.func)
+    except Exception:  # a fault that the forward's own run shows, with the right words
+        return None
     finally:
         session.thread.running = outer
+        del session.settlements[kept:]
+    return None
 
 
-PASSES.add(_run.__code__)
+_ON_VALUES = (
+    "the way of a parameter's contributions depends on values ({}), which torch.compile does not "
+    "have. Remedy: run this model without torch.compile, or without fullgraph=True"
+)
+
+
+def _eagerly(forward: ForwardStandIn, args: tuple, kwargs: dict):
+    """Run a forward that was refused as if nothing were compiled."""
+    return forward.session.run(forward, args, kwargs)
+
+
+PASSES.update(f.__code__ for f in (_run, _why_not))
+_eagerly = torch._dynamo.disable(_eagerly)
 _run = torch._dynamo.disable(
     _run
 )  # where Dynamo gives up (fullgraph=False), all of it runs eagerly

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -89,7 +90,7 @@ class TracedMode(ServingMode):
     """The mode, for tensors without values."""
 
     def mark(self, tensor: Tensor | None) -> Mark | None:
-        if tensor is not None and not isinstance(tensor, FunctionalTensor):
+        if tensor is not None and not isinstance(tensor, (FunctionalTensor, FakeTensor)):
             raise UnsupportedError(
                 f"a tensor of shape {tuple(tensor.shape)} is neither an argument of the forward "
                 "nor a parameter, buffer or attribute of its modules (a global, a list's item, a "
