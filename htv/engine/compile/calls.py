@@ -14,7 +14,6 @@ rule.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -28,6 +27,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from htv.engine import inputs
+from htv.engine.compile.returned import described, held_by, rebuilt
 from htv.engine.compile.traced import TracedGroups, TracedMode, TracedSession
 from htv.engine.forward import EXPORTING, ForwardStandIn
 from htv.engine.group_spec import StaticGroupSpec
@@ -62,10 +62,11 @@ def call(forward: ForwardStandIn, args: tuple, kwargs: dict):
         tensors.append(tensor)
     settings = [getattr(module, name) for module, name in guard_state.settings]
     if spec is not None and (spec.count is not None or spec.also):
-        raise RuntimeError(
-            "torch.compile does not trace groups(ids, count=..., also=...), where rows meet that "
-            "values tell of: call the model without torch.compile"
+        torch._dynamo.graph_break(
+            msg="torch.compile does not trace groups(ids, count=..., also=...), where rows meet "
+            "that values tell of: call the model without torch.compile, or without fullgraph=True"
         )
+        return _eagerly(forward, args, kwargs)
     voting = ("each", None, "size") if spec is None else (spec.kind, spec.value, spec.weight)
     given = args, kwargs
     settings, voting, args, kwargs = pytree.tree_map(
@@ -77,7 +78,7 @@ def call(forward: ForwardStandIn, args: tuple, kwargs: dict):
         torch._dynamo.graph_break(msg=refusal)  # raises that with fullgraph=True
         return _eagerly(forward, *given)
     results = _traced(forward.key, tensors, settings, voting, args, kwargs)
-    return _rebuilt(_structure_of(forward.key), results, guard_state.classes)
+    return rebuilt(_structure_of(forward.key), results, guard_state.classes)
 
 
 _NONE = "<htv: None>"  # None cannot enter a function that is not looked into
@@ -107,88 +108,6 @@ def _refusal_of(key: str) -> str | None:
     return forwards[key].guard_state.refusal
 
 
-def _described(
-    value, tensors: list[Tensor], classes: list[type], lasting: set[int] = frozenset()
-) -> tuple:
-    """How a forward's result is made of tensors, which are appended, and of classes: (kind, detail,
-    items).
-
-    lasting:  ids of objects that modules hold, which a copy cannot stand for.
-    """
-    if isinstance(value, Tensor):
-        tensors.append(value)
-        return "tensor", len(tensors) - 1, ()
-    if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device)):
-        return "constant", value, ()
-    cls, names = type(value), ()
-    if cls in (tuple, list):
-        kind, items = cls.__name__, value
-    elif cls is dict:
-        kind, names, items = "dict", tuple(value), value.values()
-    elif isinstance(value, tuple) and hasattr(value, "_fields"):
-        kind, items = "named", value
-    elif dataclasses.is_dataclass(value):
-        names = tuple(f.name for f in dataclasses.fields(value))
-        kind, items = "dataclass", [getattr(value, name) for name in names]
-    elif isinstance(value, type):
-        kind, cls, items = "class", value, ()
-    elif _has_attributes_alone(cls) and id(value) not in lasting:
-        kind, names, items = "object", tuple(vars(value)), vars(value).values()
-    else:
-        raise UnsupportedError(
-            f"a compiled forward of an attached model cannot return a {cls.__name__}: return "
-            "tensors and constants in tuples, lists, dicts, dataclasses or objects with attributes "
-            "that the forward made"
-        )
-    if kind in ("named", "dataclass", "class", "object") and cls not in classes:
-        classes.append(cls)
-    number = classes.index(cls) if cls in classes else -1
-    parts = tuple(_described(item, tensors, classes, lasting) for item in items)
-    return kind, (number, names), parts
-
-
-def _lasting(model: torch.nn.Module) -> set[int]:
-    return {id(value) for module in model.modules() for value in vars(module).values()}
-
-
-def _has_attributes_alone(cls: type) -> bool:
-    """Whether instances are made of their attributes, as the caches of Hugging Face's models."""
-    return (
-        cls.__new__ is object.__new__
-        and cls.__setattr__ is object.__setattr__
-        and cls.__dictoffset__ != 0
-        and not any(vars(c).get("__slots__") for c in cls.__mro__)
-        and not issubclass(cls, (torch.nn.Module, type(torch)))
-    )
-
-
-def _rebuilt(description: tuple, tensors: list[Tensor], classes: list[type]):
-    """The forward's result. Traced by Dynamo, which can guard on classes found in a list, not in a
-    constant.
-    """
-    kind, detail, items = description
-    if kind == "tensor":
-        return tensors[detail]
-    if kind == "constant":
-        return detail
-    if kind == "class":
-        return classes[detail[0]]
-    values = [_rebuilt(item, tensors, classes) for item in items]
-    if kind == "list":
-        return values
-    if kind == "tuple":
-        return tuple(values)
-    if kind == "named":
-        return classes[detail[0]](*values)
-    pairs = dict(zip(detail[1], values))  # noqa: B905
-    if kind == "object":
-        made = object.__new__(classes[detail[0]])
-        for name, value in pairs.items():
-            setattr(made, name, value)
-        return made
-    return pairs if kind == "dict" else classes[detail[0]](**pairs)
-
-
 # -- what AOTAutograd runs -------------------------------------------------------------------------
 
 
@@ -211,8 +130,8 @@ def _traced(
     voting, args, kwargs = pytree.tree_map(_with_none, (voting, args, kwargs))
     forward, results = forwards[key], []
     result = _run(forward, tensors, voting, args, kwargs)
-    classes, lasting = forward.guard_state.classes, _lasting(forward.module)
-    forward.guard_state.structure = _described(result, results, classes, lasting)
+    classes, held = forward.guard_state.classes, held_by(forward.module)
+    forward.guard_state.structure = described(result, results, classes, held)
     return results
 
 
@@ -284,7 +203,7 @@ def _why_not(
             with _intercept(forward, copies, voting, args, kwargs):
                 results: list[Tensor] = []
                 result = forward.inner(*args, **kwargs)
-                _described(result, results, [], _lasting(forward.module))
+                described(result, results, [], held_by(forward.module))
             outputs = [t for t in results if t.requires_grad]
             leaves = [t for t in copies if t.requires_grad]
             torch.autograd.grad(
