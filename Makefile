@@ -83,6 +83,7 @@ $(VENV)/.peers: $(VENV)/.installed
 bench: $(VENV)/.peers
 	$(BIN)/htv bench --out bench/results $(ARGS)
 	$(BIN)/python -m htv.bench.floors --out bench/results
+	$(BIN)/python -m htv.bench.bars --all-levels --out bench/results
 	$(BIN)/python -m htv.bench.breakdown resnet18 --out bench/results
 	$(BIN)/python docs/fill_readme.py
 

@@ -16,8 +16,8 @@ def test_steps_take_turns_and_slow_ones_leave(monkeypatch):
     times = timing.take_turns(steps, seconds=1, rounds=(5, 100), leave_after={"b": 3.0})
     assert "".join(calls) == 3 * "ab" + 2 * "a"
     assert times == {
-        "a": timing.Timing(1000, 1000, 1000, runs=5),
-        "b": timing.Timing(1000, 1000, 1000, runs=3),
+        "a": timing.Timing(1000, 1000, 1000, runs=5, least=1000),
+        "b": timing.Timing(1000, 1000, 1000, runs=3, least=1000),
     }
 
 
@@ -32,9 +32,9 @@ def test_as_many_rounds_as_the_time_allows(monkeypatch):
     assert timing.take_turns(steps, seconds=0, rounds=(2, 100))["a"].runs == 2
 
 
-def test_median_and_quartiles():
-    assert timing.Timing.of([3.0, 1.0, 2.0, 5.0, 4.0]) == timing.Timing(3.0, 2.0, 4.0, 5)
-    assert timing.Timing.of([3.0]) == timing.Timing(3.0, 3.0, 3.0, 1)
+def test_median_quartiles_and_minimum():
+    assert timing.Timing.of([3.0, 1.0, 2.0, 5.0, 4.0]) == timing.Timing(3.0, 2.0, 4.0, 5, 1.0)
+    assert timing.Timing.of([3.0]) == timing.Timing(3.0, 3.0, 3.0, 1, 3.0)
 
 
 def test_a_process_of_its_own_returns_json_or_its_words(monkeypatch, tmp_path):

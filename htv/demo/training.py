@@ -91,8 +91,11 @@ def make_network(pixels: int, num_classes: int, setup: Setup) -> nn.Sequential:
 
 
 def make_optimizer(network: nn.Module, setup: Setup) -> torch.optim.Optimizer:
+    """Return AdamW as one kernel per step: the steps of its default on CPUs take the square roots
+    of a masked gradient's moments, exact zeros, several times slower than those of other numbers.
+    """
     return torch.optim.AdamW(
-        network.parameters(), lr=setup.learning_rate, weight_decay=setup.weight_decay
+        network.parameters(), lr=setup.learning_rate, weight_decay=setup.weight_decay, fused=True
     )
 
 

@@ -19,18 +19,19 @@ Step = Callable[[], object]
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds: median and quartiles of `runs` calls."""
+    """Milliseconds: median, quartiles and minimum of `runs` calls."""
 
     median: float
     lower: float
     upper: float
     runs: int
+    least: float
 
     @classmethod
     def of(cls, values: list[float]) -> Timing:
         several = values if len(values) > 1 else 2 * values
         lower, median, upper = statistics.quantiles(several, n=4, method="inclusive")
-        return cls(median, lower, upper, len(values))
+        return cls(median, lower, upper, len(values), min(values))
 
 
 def milliseconds(step: Step, synchronise: Step) -> float:

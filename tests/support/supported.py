@@ -178,9 +178,9 @@ TRAINING: list[Row] = [
     ("torch.compile(fullgraph=True)", EXACT,
      "compile: test_same_gradients, test_uses_of_parameters"),
     ("torch.compile before attach", EXACT, "compile: test_attach_what_was_compiled_before"),
-    ("results of compiled models: tuples, dicts, dataclasses, caches of Hugging Face's models", EXACT,
+    ("results of compiled models: dicts, dataclasses, caches of Hugging Face's models", EXACT,
      "compile: test_results, test_a_causal_model_returns_its_cache"),
-    ("computed weights, rows picked by values under torch.compile without fullgraph: eagerly", EXACT,
+    ("computed weights, rows picked by values, compiled without fullgraph: eagerly", EXACT,
      "compile: test_without_fullgraph_it_runs_eagerly"),
     ("the same with fullgraph=True", REFUSED, "compile: test_refused"),
     ("functions and parts of a model compiled by themselves: eagerly", EXACT,
@@ -337,14 +337,17 @@ COMPILED = """
 - Compiled once for each shape of the inputs; torch's `recompile_limit` (8) applies. New values \
 in `groups`, `packed`
   and `tokens` do not compile again; they are checked in backward.
-- What it cannot trace htv says before anything is compiled. With `fullgraph=True` that is an error; without, the
-  forward runs eagerly, served as always, and `TORCH_LOGS=graph_breaks` shows why: layers that compute with a computed
-  weight (weight norm, merged adapters, einsum with a block per head); rows picked by the values of a tensor; bags given
-  by offsets; convolutions with a weight for every example; derivatives of the input; global tensors and tensors in
-  lists; forwards that set attributes of modules; results other than tensors and constants in tuples, lists, dicts,
-  dataclasses and objects that the forward made of them, as caches are; a rule of your own.
-- Functions and parts of a model that are compiled by themselves run eagerly inside an attached model's eager forward,
-  as if under `torch.compiler.set_stance("force_eager")`: compile the whole model for speed.
+- What it cannot trace htv says before anything is compiled. With `fullgraph=True` that is an
+  error; without, the forward runs eagerly, served as always, and `TORCH_LOGS=graph_breaks` shows
+  why: layers that compute with a computed weight (weight norm, merged adapters, einsum with a
+  block per head); rows picked by the values of a tensor; bags given by offsets; convolutions with
+  a weight for every example; derivatives of the input; global tensors and tensors in lists;
+  forwards that set attributes of modules; results other than tensors and constants in tuples,
+  lists, dicts, dataclasses and objects that the forward made of them, as caches are; a rule of
+  your own.
+- Functions and parts of a model that are compiled by themselves run eagerly inside an attached
+  model's eager forward, as if under `torch.compiler.set_stance("force_eager")`: compile the whole
+  model for speed.
 - Two compiled forwards under one loss are refused, unless one compiled function calls both.
 - Dynamo itself refuses `nn.LSTM`, `nn.GRU` and `nn.RNN` unless `torch._dynamo.config.allow_rnn = \
 True`.
