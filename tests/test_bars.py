@@ -34,7 +34,7 @@ def test_every_level_is_compared_with_the_one_below_and_the_best_with_torch():
 
 def test_both_sides_of_the_sum_compute_the_same():
     (sums,) = [bar for bar in bars.bars(bars.levels()[-1]) if bar.what.startswith("sum")]
-    torch.testing.assert_close(sums.measured()[0], sums.compared())
+    torch.testing.assert_close(sums.measured()[0], sums.compared(), rtol=1e-4, atol=1e-3)
 
 
 @pytest.fixture
