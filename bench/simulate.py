@@ -58,7 +58,7 @@ class Model:
 
 
 # One pass of a rule over a weight gradient's products, in units of the plain product's time: what
-# docs/performance.md expects of the kernels, by count.
+# docs/gpu.md expects of the kernels, by count.
 PASS = 1.3
 
 BUCKETS = 2  # of each rank, for a median of more means than ranks
