@@ -42,11 +42,11 @@ experiment: $(VENV)/.installed
 
 test: $(VENV)/.models
 	$(BIN)/python -m pytest -q -m "not slow" $(SPREAD) $(ARGS)
-	$(BIN)/python -m pytest -q bench --benchmark-disable
+	$(BIN)/python -m pytest -q -n auto bench --benchmark-disable
 
 test-all: $(VENV)/.models
 	$(BIN)/python -m pytest -q $(SPREAD) $(ARGS)
-	$(BIN)/python -m pytest -q bench --benchmark-disable
+	$(BIN)/python -m pytest -q -n auto bench --benchmark-disable
 
 # One-line mistakes in how the batch is followed, each of which a test must notice; writes
 # tests/results/mutants.json.

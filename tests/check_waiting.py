@@ -11,7 +11,7 @@ from torch import nn
 import htv
 from htv import groups
 from htv.ops import backend
-from support import pretended_gpu
+from support import interpreter, pretended_gpu
 from support.pretended_gpu import OnDevice, Waits, moved, pretended, values
 
 TRITON = os.environ.get("TRITON_INTERPRET") == "1"
@@ -19,6 +19,8 @@ if TRITON:  # its kernels look at the variable when they are imported
     from triton.runtime.interpreter import GridExecutor
 
     from htv.triton_kernels import conv, device, embedding, linear, stacked  # noqa: F401
+
+    interpreter.hasten()
 HANDLERS = ["reference", *(["auto"] if TRITON else [])]
 
 

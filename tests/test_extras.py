@@ -1,5 +1,6 @@
 """What works without the extras, and how a command or function that needs one says so."""
 
+import json
 import re
 import subprocess
 import sys
@@ -42,24 +43,64 @@ for name in WithoutSome.names:
 """
 
 
-def run(program, *arguments, without=()):
+# Importing torch takes longer than all else here: one process does, and forks one for each program.
+FORKS = """
+import contextlib, json, os, sys, tempfile, traceback
+import torch
+
+def status_of(program, arguments):
+    sys.argv = ["-c", *arguments]
+    try:
+        exec(compile(program, "<program>", "exec"), {"__name__": "__main__"})
+    except SystemExit as stop:
+        if isinstance(stop.code, str):
+            print(stop.code, file=sys.stderr)
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+for line in sys.stdin:
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        child = os.fork()
+        if not child:
+            os.dup2(out.fileno(), 1), os.dup2(err.fileno(), 2)
+            status = status_of(*json.loads(line))
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(status)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        out.seek(0), err.seek(0)
+        print(json.dumps([status, out.read(), err.read()]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def run():
     """Run a program in a process that cannot import `without`."""
-    code = BLOCKED.format(names=tuple(without)) + program
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", FORKS]
+    with subprocess.Popen(command, stdin=-1, stdout=-1, text=True) as forks:
+
+        def run(program, *arguments, without=()):
+            code = BLOCKED.format(names=tuple(without)) + program
+            print(json.dumps([code, [*map(str, arguments)]]), file=forks.stdin, flush=True)
+            answer = json.loads(forks.stdout.readline())
+            return subprocess.CompletedProcess(arguments, *answer)
+
+        yield run
 
 
-def test_import_htv_loads_no_extra():
+TRAINERS = ("transformers", "accelerate", "lightning", "trl", "datasets")
+
+
+def test_import_htv_loads_no_extra(run):
     program = "import htv, htv.methods, htv.data, htv.cli\n"
     done = run(program + f"print([name for name in {EXTRAS!r} if name in sys.modules])")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
 
 
-TRAINERS = ("transformers", "accelerate", "lightning", "trl", "datasets")
-
-
-def test_import_htv_loads_no_trainer():
+def test_import_htv_loads_no_trainer(run):
     done = run(
         f"import sys, htv, htv.integrations; print([n for n in {TRAINERS!r} if n in sys.modules])"
     )
@@ -67,12 +108,12 @@ def test_import_htv_loads_no_trainer():
 
 
 @pytest.mark.parametrize("module", ["huggingface", "trl", "lightning"])
-def test_an_integration_names_the_extra_it_needs(module):
+def test_an_integration_names_the_extra_it_needs(module, run):
     done = run(f"import htv.integrations.{module}", without=TRAINERS)
     assert 'pip install "hard-to-vary[trainers]"' in done.stderr
 
 
-def test_training_works_without_any_extra():
+def test_training_works_without_any_extra(run):
     done = run(
         """
 import torch, htv, htv.methods, htv.data
@@ -97,29 +138,24 @@ htv.data.spirals(2, 8, 8, 2)
 MAIN = "from htv.cli import main; sys.argv[0] = 'htv'; main()"
 
 
-def slow(*values):
-    """A row for `make test-all`: each starts a process that imports torch."""
-    return pytest.param(*values, marks=pytest.mark.slow)
-
-
 @pytest.mark.parametrize(
     ("arguments", "without", "message"),
     [
         ([], EXTRAS, 'htv needs typer: pip install "hard-to-vary[cli]"'),
-        slow(["demo"], EXTRAS, 'htv needs typer: pip install "hard-to-vary[cli]"'),
-        slow(["--help"], ["typer"], 'htv needs typer: pip install "hard-to-vary[cli]"'),
+        (["demo"], EXTRAS, 'htv needs typer: pip install "hard-to-vary[cli]"'),
+        (["--help"], ["typer"], 'htv needs typer: pip install "hard-to-vary[cli]"'),
         (
             ["demo"],
             ["rich", "sklearn", "matplotlib"],
             'htv demo needs rich, matplotlib, scikit-learn: pip install "hard-to-vary[cli]"',
         ),
-        slow(["demo", "--data", "."], ["matplotlib", "sklearn"], "htv demo needs matplotlib: "),
+        (["demo", "--data", "."], ["matplotlib", "sklearn"], "htv demo needs matplotlib: "),
         (["bench"], ["matplotlib"], 'htv bench needs matplotlib: pip install "hard-to-vary[cli]"'),
         (["info"], ["rich"], 'htv info needs rich: pip install "hard-to-vary[cli]"'),
-        slow(["tune", "--dry"], ["rich"], 'htv tune needs rich: pip install "hard-to-vary[cli]"'),
-        slow(["experiment", "linear"], ["matplotlib"], "htv experiment needs matplotlib: "),
-        slow(["experiment", "mat-toy"], ["rich"], "htv experiment needs rich: "),
-        slow(["experiment", "winsorized"], ["sklearn"], "htv experiment needs scikit-learn: "),
+        (["tune", "--dry"], ["rich"], 'htv tune needs rich: pip install "hard-to-vary[cli]"'),
+        (["experiment", "linear"], ["matplotlib"], "htv experiment needs matplotlib: "),
+        (["experiment", "mat-toy"], ["rich"], "htv experiment needs rich: "),
+        (["experiment", "winsorized"], ["sklearn"], "htv experiment needs scikit-learn: "),
         (
             ["experiment", "paths"],
             ["scipy"],
@@ -127,14 +163,14 @@ def slow(*values):
         ),
     ],
 )
-def test_a_command_names_the_extra_it_lacks(arguments, without, message, tmp_path):
+def test_a_command_names_the_extra_it_lacks(arguments, without, message, tmp_path, run):
     done = run(f"import os; os.chdir({str(tmp_path)!r})\n{MAIN}", *arguments, without=without)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith(message) and len(done.stderr.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
 
 
-def test_experiments_are_listed_with_typer_alone():
+def test_experiments_are_listed_with_typer_alone(run):
     done = run(MAIN, "experiment", without=EXTRAS[1:])
     assert done.returncode == 0, done.stderr
     assert "mat-toy" in done.stdout

@@ -14,9 +14,9 @@ import htv
 from htv.tools.check import aggregated, one_group_at_a_time
 from support import layer_table, supported
 from support.layer_table import BASIC, LAYERS, TABLE, Module, Recurrent
-from support.oracles import RULES, by_name
+from support.oracles import RULES
 from support.quick import RULES as QUICK
-from support.quick import quick
+from support.quick import quick, quick_pairs
 
 FIVE = [
     htv.Mean(),
@@ -79,8 +79,10 @@ def test_layer_where_sizes_coincide(layer, size, monkeypatch):
     assert htv.check(*LAYERS[layer](), htv.Median()).groups == size
 
 
-@pytest.mark.parametrize("rule", quick(THREE, THREE[:2]), **by_name)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+LOWER = [(dtype, rule) for dtype in (torch.float32, torch.bfloat16) for rule in THREE]
+
+
+@pytest.mark.parametrize("dtype, rule", quick_pairs(LOWER, (LOWER[0], LOWER[4])), ids=str)
 @pytest.mark.parametrize("layer", LAYERS)
 def test_layer_in_lower_types(layer, dtype, rule):
     if layer == "orthogonal" and dtype == torch.bfloat16:

@@ -4,8 +4,6 @@ generalisation bound.
 
 import copy
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -323,12 +321,3 @@ def test_the_bound_refuses_what_it_is_not_defined_for(change, message):
     )
     with pytest.raises(ValueError, match=message):
         generalisation_bound(**{**good, **change})
-
-
-def test_methods_import_without_the_command_line():
-    code = (
-        "import sys, htv.methods; print(sorted({'typer', 'rich', 'matplotlib', 'sklearn'} & "
-        "set(sys.modules)))"
-    )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "[]"

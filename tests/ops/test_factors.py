@@ -30,7 +30,7 @@ from htv.ops.reference import Summary, finish
 from htv.rules import Statistic
 from support.oracles import RULES, by_name, stat
 from support.quick import RULES as QUICK
-from support.quick import quick
+from support.quick import STREAMING_RULES, quick, quick_pairs
 
 E = 7
 SIZES = (3, 1, 0, 2, 4, 1, 1)  # rows per group: ragged, one without any
@@ -240,10 +240,11 @@ def test_every_rule(name, rule):
         assert torch.equal(part.total(), total)
 
 
-@pytest.mark.parametrize("scratch", [1, 500])
-@pytest.mark.parametrize(
-    "rule", [htv.AndMask(0.4, rescale=True), htv.SandMask(0.3, 0.5), htv.Median()], **by_name
-)
+SLICED = [htv.AndMask(0.4, rescale=True), htv.SandMask(0.3, 0.5), htv.Median()]
+SLICED = [(rule, scratch) for rule in SLICED for scratch in (1, 500)]
+
+
+@pytest.mark.parametrize("rule, scratch", quick_pairs(SLICED, SLICED[::2] + SLICED[5:]), ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_any_slices(name, rule, scratch, monkeypatch):
     monkeypatch.setattr(limits, "SCRATCH_BYTES", scratch)
@@ -307,7 +308,9 @@ def test_norms_and_projections_of_all_uses_together(name):
     )
 
 
-@pytest.mark.parametrize("rule", [r for r in RULES if r.streaming], **by_name)
+@pytest.mark.parametrize(
+    "rule", quick([r for r in RULES if r.streaming], (*QUICK, *STREAMING_RULES)), **by_name
+)
 @pytest.mark.parametrize("name", CASES)
 def test_summaries(name, rule):
     case, statistic = CASES[name](), rule.statistic(E)

@@ -172,10 +172,10 @@ def test_one_group_is_the_plain_sum():
     "rule", [htv.AndMask(0.4), htv.Median(), htv.GeometricMean(0.4)], **by_name
 )
 def test_contributions_are_never_formed(rule):
-    """512 groups of 512 x 512 outputs would take half a GiB; the largest tensor made is the result
+    """256 groups of 256 x 256 outputs would take 64 MiB; the largest tensor made is the result
     or the scratch.
     """
-    x, grad_output = torch.randn(512, 512), torch.randn(512, 512)
+    x, grad_output = torch.randn(256, 256), torch.randn(256, 256)
     largest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):

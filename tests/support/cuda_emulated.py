@@ -80,11 +80,9 @@ def compile_library(folder: Path) -> Path:
     return library
 
 
-def library() -> Path:
-    """Compiled once for the sources as they are: minutes on one core, nothing afterwards. Wants a
-    `compiler`.
-    """
-    digest = hashlib.sha256(torch.__version__.encode())
+def kept(what: str, *settings: str) -> Path:
+    """A folder for what is made of the sources as they are, with these settings."""
+    digest = hashlib.sha256("\n".join((torch.__version__, *settings)).encode())
     for path in sorted(
         (
             *CSRC.glob("*.h"),
@@ -94,7 +92,14 @@ def library() -> Path:
     ):
         if path.is_file():
             digest.update(path.read_bytes())
-    folder = Path(tempfile.gettempdir()) / f"htv-emulated-{os.getuid()}-{digest.hexdigest()[:16]}"
+    return Path(tempfile.gettempdir()) / f"htv-{what}-{os.getuid()}-{digest.hexdigest()[:16]}"
+
+
+def library() -> Path:
+    """Compiled once for the sources as they are: minutes on one core, nothing afterwards. Wants a
+    `compiler`.
+    """
+    folder = kept("emulated")
     library = folder / "emulated.so"
     if not library.is_file():
         with tempfile.TemporaryDirectory() as scratch:

@@ -32,3 +32,8 @@ def quick(values: Iterable[Any], keep: Collection[Any] | Callable[[Any], bool]) 
     """
     kept = keep if callable(keep) else lambda value: value in keep
     return [v if kept(v) else pytest.param(v, marks=pytest.mark.slow) for v in values]
+
+
+def quick_pairs(rows: Iterable[tuple], keep: Collection[tuple]) -> list:
+    """Return `rows`, values of several parameters, as `quick` does. Keep every value once."""
+    return [r if r in keep else pytest.param(*r, marks=pytest.mark.slow) for r in rows]

@@ -1,8 +1,8 @@
 """Processes that stand for the ranks of a training run, and what one process gets for all of them.
 
-`Ranks` keeps its processes between jobs, for each takes seconds to import torch. A job is a
-function of (rank, world, *args) that can be imported; it runs inside a fresh process group of its
-own.
+`Ranks` keeps its processes between jobs, and forks them from one that has imported torch and htv,
+for that takes seconds. A job is a function of (rank, world, *args) that can be imported; it runs
+inside a fresh process group of its own.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ class Ranks:
         return found
 
     def _start(self, world: int) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "torch.distributed", "htv", "htv.distributed"])
         for _ in range(len(self._processes), world):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs,), daemon=True)
@@ -88,7 +89,6 @@ class Ranks:
 
 def _serve(pipe) -> None:
     """Run jobs in one process until the other end closes."""
-    os.environ["OMP_NUM_THREADS"] = "1"
     import torch
 
     torch.set_num_threads(1)

@@ -4,7 +4,10 @@ import torch
 
 from htv.rules import Statistic
 from htv.triton_kernels import device
+from support import interpreter
 
+if device.UPCAST:
+    interpreter.hasten()
 DEVICE = device.DEVICE
 
 
