@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import htv
 from support.layer_table import Module
+from support.quick import quick_pairs
 
 MEDIAN = htv.Median()
 AND_MASK = htv.AndMask(0.6)
@@ -131,21 +132,31 @@ def images(n=6):
 # -- gradients -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "backend, rule",
-    [
+MODELS = {"text": (Text, ids), "image": (Image, images)}
+COMPILED = [
+    (backend, rule, model)
+    for backend, rule in (
         ("aot_eager", MEDIAN),
         ("aot_eager", AND_MASK),
         ("aot_eager", htv.Mean()),
-        pytest.param("aot_eager", htv.SandMask(0.5, 1.0), marks=pytest.mark.slow),
+        ("aot_eager", htv.SandMask(0.5, 1.0)),
         ("eager", MEDIAN),
-        pytest.param("inductor", AND_MASK, marks=pytest.mark.slow),
-        pytest.param("inductor", MEDIAN, marks=pytest.mark.slow),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("model, batch", [(Text, ids), (Image, images)], ids=["text", "image"])
-def test_same_gradients(backend, rule, model, batch):
+        ("inductor", AND_MASK),
+        ("inductor", MEDIAN),
+    )
+    for model in MODELS
+]
+QUICK = [
+    ("aot_eager", MEDIAN, "text"),
+    ("aot_eager", AND_MASK, "image"),
+    ("aot_eager", htv.Mean(), "text"),
+    ("eager", MEDIAN, "image"),
+]
+
+
+@pytest.mark.parametrize("backend, rule, model", quick_pairs(COMPILED, QUICK), ids=str)
+def test_same_gradients(backend, rule, model):
+    model, batch = MODELS[model]
     pair = Pair(model(), rule, backend)
     pair.step(batch())
     pair.step(batch())

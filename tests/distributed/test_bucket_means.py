@@ -8,6 +8,7 @@ import torch
 import htv
 from htv.ops.functional import apply_rule
 from support import rank_misuse
+from support.quick import quick_pairs
 from support.rank_jobs import (
     assert_trains,
     data_parallel,
@@ -18,20 +19,19 @@ from support.rank_jobs import (
 from support.rank_models import aggregated, assert_one_vote, contributions
 
 JOBS = {"ddp": data_parallel, "fsdp": fully_sharded, "process group": process_group}
+WORLDS = quick_pairs([(2, 2), (2, 3), (4, 2), (4, 3)], [(2, 2), (4, 3)])
 jobs = pytest.mark.parametrize("job", JOBS.values(), ids=JOBS.keys())
 
 
 @jobs
-@pytest.mark.parametrize("means", [2, 3])
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize(("world", "means"), WORLDS)
 def test_the_groups_of_one_backward_are_cut(ranks, job, world, means):
     sizes = [2 * means if world == 2 else means] * world
     assert_trains(ranks, job, world, htv.MedianOfMeans(means * world), sizes=sizes)
 
 
 @jobs
-@pytest.mark.parametrize("means", [2, 3])
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize(("world", "means"), WORLDS)
 def test_micro_batches_are_buckets(ranks, job, world, means):
     sizes = [2 * means if world == 2 else means] * world
     rule = htv.MedianOfMeans(means * world)
