@@ -90,9 +90,6 @@ def _keeps_apart(
 ) -> bool:
     """Tell whether gradients of the examples at `layout` reach those same examples alone."""
     meta = node._input_metadata
-    grads = [torch.zeros(tuple(m.shape), dtype=m.dtype, device=m.device) for m in meta]
-    draws = torch.Generator().manual_seed(0)
-    whole = torch.randn(grads[number].shape, generator=draws).to(grads[number])
     devices = {m.device.index for m in meta if m.device.type == "cuda"}
     try:
         with (
@@ -101,6 +98,9 @@ def _keeps_apart(
             torch._C.DisableTorchFunction(),
             torch.random.fork_rng(sorted(devices)),
         ):
+            grads = [torch.zeros(tuple(m.shape), dtype=m.dtype, device=m.device) for m in meta]
+            draws = torch.Generator().manual_seed(0)
+            whole = torch.randn(grads[number].shape, generator=draws).to(grads[number])
             run = lambda part: _run(node, [part if i == number else g for i, g in enumerate(grads)])
             wanted = run(whole)
             if all(t is None or not bool(t.any()) for t in wanted):

@@ -73,10 +73,39 @@ def follow(
         return [after_padding(op, batch_size), *[LOST] * (len(op.outputs) - 1)]
     if op.name in WRITING:
         return [after_writing(op, batch_size, groups)] * len(op.outputs)
-    return [
+    found = [
         _agreed(op, operands, i, batch_size, couples, all_say, groups)
         for i in range(len(op.outputs))
     ]
+    if any(isinstance(mark, Lost) for mark in found):
+        return _of_one_example(op, operands, found)
+    return found
+
+
+def _of_one_example(op: Operation, operands, found: list[OfBatch]) -> list[OfBatch]:
+    """Return marks in place of those `found` lost where all `operands` that are of the batch are
+    one example's, as in a loop over the examples: whatever is made of them is its.
+    """
+    layouts = [m for _, _, m in operands if isinstance(m, BatchLayout)]
+    examples = [the_one_example(m) for m in layouts]
+    if len(layouts) < len(operands) or None in examples or len(set(examples)) > 1:
+        return found
+    return [
+        BatchLayout(0, examples=torch.full((output.shape[0],), examples[0]))
+        if isinstance(mark, Lost) and output.dim()
+        else mark
+        for mark, output in zip(found, op.outputs, strict=True)
+    ]
+
+
+def the_one_example(mark: Mark | None) -> int | None:
+    """Return the number of the example that all of a tensor is of, as its `mark` lists the examples
+    index by index; None if it lists several, or none.
+    """
+    numbers = mark.examples if isinstance(mark, BatchLayout) else None
+    if numbers is None or not numbers.numel() or bool((numbers != numbers[0]).any()):
+        return None
+    return int(numbers[0])
 
 
 def unmoved(
