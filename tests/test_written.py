@@ -35,6 +35,12 @@ def where_positive(m, x):
     return m.h(y)
 
 
+def into_data(m, x):
+    y = x.clone()
+    y[:, 0] = m.p
+    return m.h(torch.tanh(y) + m.l(x))
+
+
 def in_front(m, x):
     y = m.l(x)
     y[:, 0] = m.p
@@ -86,9 +92,7 @@ def sparse_times(m, x):
 
 
 def sparse_behind(m, x):
-    weight = torch.sparse_coo_tensor(
-        torch.tensor([[0, 1, 5, 2], [3, 1, 0, 2]]), m.p[:4], (6, 6)
-    )
+    weight = torch.sparse_coo_tensor(torch.tensor([[0, 1, 5, 2], [3, 1, 0, 2]]), m.p[:4], (6, 6))
     return m.h((weight @ m.l(x).flatten(0, 1).t()).t().reshape(x.shape))
 
 
@@ -127,8 +131,8 @@ def written_one_by_one(m, x):
 
 
 SERVED = [
-    where_positive, in_front, a_row_for_each_place, some_features, one_number, table_times,
-    repeated_plus, viewed_before, sparse_times, sparse_behind, pooled_one_by_one,
+    where_positive, into_data, in_front, a_row_for_each_place, some_features, one_number,
+    table_times, repeated_plus, viewed_before, sparse_times, sparse_behind, pooled_one_by_one,
     layers_one_by_one, attention_one_by_one, recurrence_one_by_one, written_one_by_one,
 ]  # fmt: skip
 

@@ -1,9 +1,8 @@
-"""Whether a custom autograd.Function, or what torch.jit made one node of, keeps examples apart: found
-by trying its backward.
+"""Whether a custom autograd.Function, or a script that runs as one operation, keeps examples apart.
 
-Nobody can read what it computes, but its backward is linear in the gradient it is given. So
-it is asked what it makes of the gradients of some examples alone: what reaches other examples' rows
-mixes examples. Nothing is believed of values that were not tried: every forward tries again.
+Nobody can read what it computes, but its backward is linear in the gradient it is given, and can be
+tried: it is asked what it makes of the gradients of some examples alone. What reaches other
+examples' rows mixes examples. Nothing is believed that was not tried: every forward tries again.
 """
 
 from __future__ import annotations
@@ -72,10 +71,7 @@ def _cannot_try(node) -> bool:
         or (ranks and torch.distributed.get_world_size() > 1)
         or torch.utils._python_dispatch._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
-        or (
-            any(m.device.type == "cuda" for m in meta)
-            and torch.cuda.is_current_stream_capturing()
-        )
+        or (any(m.device.type == "cuda" for m in meta) and torch.cuda.is_current_stream_capturing())
     )
 
 

@@ -10,6 +10,7 @@ argument.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -42,6 +43,15 @@ class Batch:
     members: list[tuple[str, Tensor, BatchLayout, bool]] = field(default_factory=list)
     constants: list[Tensor] = field(default_factory=list)
     source: str = ""
+
+    def rows(self) -> int | None:
+        """Return how many rows the examples have, each of which is a token: ids, or vectors of
+        features. None where no tensor is sure to hold the examples.
+        """
+        tensor = next((t for _, t, _, sure in self.members if sure), None)
+        if tensor is None:
+            return None
+        return math.prod(tensor.shape[:-1] if tensor.is_floating_point() else tensor.shape)
 
 
 def named_tensors(

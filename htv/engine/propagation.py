@@ -64,7 +64,7 @@ def follow(
                  later.
     groups:      who votes, where examples of one group may meet; None: none may.
     """
-    if rows and (op.name in SHUFFLING or (op.name == "getitem" and _picks(op.args[1]))):
+    if rows and _may_reorder(op):
         return [LOST] * len(op.outputs)
     if batch_size == 1:  # all there is is the one example's
         return [LOST if output.dim() == 0 else all_of_one(output) for output in op.outputs]
@@ -80,6 +80,25 @@ def follow(
     if any(isinstance(mark, Lost) for mark in found):
         return _of_one_example(op, operands, found)
     return found
+
+
+def _may_reorder(op: Operation) -> bool:
+    """Tell whether an operation may put rows of an example in the places of others: by picking or
+    permuting them, or by joining, padding or writing parts, which were cut where nobody looked.
+    """
+    if op.name == "getitem":
+        return _picks(op.args[1])
+    if op.name in JOINING:
+        ndim = op.outputs[0].dim()
+        return op.argument(0, "dim", "axis", default=0) % ndim != ndim - 1
+    if op.name == "pad":
+        return any(op.argument(0, "pad")[2:])
+    if op.name in WRITING and op.name not in SHUFFLING:
+        read, target, value, *_ = WRITING[op.name](op)
+        if not any(t is value and isinstance(m, OfBatch) for t, m in op.operands):
+            return False
+        return op.name != "setitem" or read(target).shape[:-1] != target.shape[:-1]
+    return op.name in SHUFFLING
 
 
 def _of_one_example(op: Operation, operands, found: list[OfBatch]) -> list[OfBatch]:
