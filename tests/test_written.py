@@ -122,6 +122,14 @@ def recurrence_one_by_one(m, x):
     return m.h(torch.stack(made))
 
 
+def padded_one_by_one(m, x):
+    lengths = (1 + 2 * (x[:, 0, 0] > 0)).tolist()
+    rows = [row[:length] for row, length in zip(m.l(x).unbind(0), lengths, strict=True)]
+    by_time = torch.nn.utils.rnn.pad_sequence([row[:1] for row in rows], padding_value=2.0)
+    left = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
+    return m.h(left.sum(1) + by_time.squeeze(0))
+
+
 def written_one_by_one(m, x):
     y = m.l(x)
     made = y.new_zeros(len(x), 6)
@@ -134,6 +142,7 @@ SERVED = [
     where_positive, into_data, in_front, a_row_for_each_place, some_features, one_number,
     table_times, repeated_plus, viewed_before, sparse_times, sparse_behind, pooled_one_by_one,
     layers_one_by_one, attention_one_by_one, recurrence_one_by_one, written_one_by_one,
+    padded_one_by_one,
 ]  # fmt: skip
 
 
@@ -171,6 +180,11 @@ def sum_so_far(m, x):
     return m.h(torch.stack(sums))
 
 
+def beside_another(m, x):
+    y = m.l(x)
+    return m.h(torch.cat([y[..., :3], y.flip(0)[..., 3:]], -1))
+
+
 def next_one(m, x):
     rows = list(m.l(x))
     return m.h(torch.stack([a.mean(0) * b.mean(0) for a, b in zip(rows, rows[1:], strict=False)]))
@@ -189,7 +203,7 @@ def into_another_place(m, x):
     return m.h(made)
 
 
-@pytest.mark.parametrize("run", [sum_so_far, next_one, into_another_place])
+@pytest.mark.parametrize("run", [sum_so_far, next_one, beside_another, into_another_place])
 def test_loops_that_bring_examples_together_are_refused(run):
     model = made(run)
     with htv.attach(model, htv.Median()), pytest.raises(htv.UnsupportedError, match="'h.weight'"):

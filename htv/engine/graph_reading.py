@@ -401,7 +401,8 @@ def declare_rowwise(function):
     For functions of torch.jit.script, custom autograd.Functions and calls into other libraries:
     row i of the batch's dim of each result may depend on row i of the arguments that hold examples,
     on no other row, and on no served parameter. Without it what such a function returns is lost to
-    htv unless its autograd graph tells where the examples are.
+    htv unless its autograd graph tells where the examples are; a custom autograd.Function has its
+    backward tried in every forward, on the gradients of some examples at a time.
 
     function:  a function of tensors, or a subclass of torch.autograd.Function, which is marked and
                returned.

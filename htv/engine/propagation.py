@@ -221,6 +221,8 @@ def _all_same(layouts: list[BatchLayout], batch_size: int, kin: Tensor | None) -
 
 def _of_two_groups(op: Operation, layouts: list[BatchLayout], groups: Groups) -> Lost:
     """Say which groups an operation brings together whose operands have the batch at `layouts`."""
+    if groups.kin is None:  # examples vote one by one
+        return LOST
     for other in layouts[1:]:
         size = groups.batch_size
         if other.dim == layouts[0].dim and other.size(size) == layouts[0].size(size):
