@@ -71,6 +71,12 @@ def table_times(m, x):
     return m.h(y)
 
 
+def prompts_times(m, x):
+    y = F.embedding(torch.tensor([[0, 1, 1, 0]]).expand(len(x), 4), m.q)
+    y *= m.l(x)
+    return m.h(y)
+
+
 def repeated_plus(m, x):
     y = m.p.exp().repeat(len(x), 4, 1)
     other = y
@@ -140,9 +146,9 @@ def written_one_by_one(m, x):
 
 SERVED = [
     where_positive, into_data, in_front, a_row_for_each_place, some_features, one_number,
-    table_times, repeated_plus, viewed_before, sparse_times, sparse_behind, pooled_one_by_one,
-    layers_one_by_one, attention_one_by_one, recurrence_one_by_one, written_one_by_one,
-    padded_one_by_one,
+    table_times, prompts_times, repeated_plus, viewed_before, sparse_times, sparse_behind,
+    pooled_one_by_one, layers_one_by_one, attention_one_by_one, recurrence_one_by_one,
+    written_one_by_one, padded_one_by_one,
 ]  # fmt: skip
 
 
