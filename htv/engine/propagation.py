@@ -77,8 +77,9 @@ def follow(
         _agreed(op, operands, i, batch_size, couples, all_say, groups)
         for i in range(len(op.outputs))
     ]
-    if any(isinstance(mark, Lost) for mark in found):
-        return _of_one_example(op, operands, found)
+    for mark in found:
+        if type(mark) is Lost:
+            return _of_one_example(op, operands, found)
     return found
 
 
@@ -105,6 +106,8 @@ def _of_one_example(op: Operation, operands, found: list[OfBatch]) -> list[OfBat
     """Return marks in place of those `found` lost where all `operands` that are of the batch are
     one example's, as in a loop over the examples: whatever is made of them is its.
     """
+    if op.name in JOINING and len(operands) < len(op.operands):
+        return found  # rows of constants are nobody's
     layouts = [m for _, _, m in operands if isinstance(m, BatchLayout)]
     examples = [the_one_example(m) for m in layouts]
     if len(layouts) < len(operands) or None in examples or len(set(examples)) > 1:
