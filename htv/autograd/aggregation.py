@@ -189,7 +189,7 @@ class ContributionBuffer:
         if parts is None:
             return None
         self.consumed = True
-        if self.groups.rows is not None and len(parts) > 1:
+        if self.groups.rows and len(parts) > 1:
             self._require_all_rows(parts)
         owner = self._owner()
         if owner is not None:
@@ -208,13 +208,12 @@ class ContributionBuffer:
         """Of a parameter used several times the rows are added one by one, so they must be the same
         ones: of uses that saw some rows only nobody knows which these were.
         """
-        rows = self.groups.rows
-        counts = [p.count for p in parts]
-        if self.groups.voting is None and any(count != rows for count in counts):
+        rows, counts = self.groups.rows, {p.count for p in parts}
+        if self.groups.voting is None and not (len(counts) == 1 and counts <= set(rows)):
             raise UnsupportedError(
                 f"parameter {self.parameter_name!r} is used {len(parts)} times under tokens(), "
-                f"with {' and '.join(map(str, sorted(set(counts))))} rows where the batch has "
-                f"{rows}: which token each of them belongs to is not known. Remedy: "
+                f"with {' and '.join(map(str, sorted(counts)))} rows where the batch has "
+                f"{rows[0]}: which token each of them belongs to is not known. Remedy: "
                 f"exclude={self.parameter_name!r}, or let the layer see all tokens and pick "
                 "some of what it returns"
             )

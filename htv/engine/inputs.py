@@ -44,14 +44,15 @@ class Batch:
     constants: list[Tensor] = field(default_factory=list)
     source: str = ""
 
-    def rows(self) -> int | None:
-        """Return how many rows the examples have, each of which is a token: ids, or vectors of
-        features. None where no tensor is sure to hold the examples.
+    def rows(self) -> tuple[int, ...]:
+        """Return how many rows the examples may have, each of which is a token: ids, or what is
+        behind two dims or more. Empty where no tensor is sure to hold the examples.
         """
         tensor = next((t for _, t, _, sure in self.members if sure), None)
         if tensor is None:
-            return None
-        return math.prod(tensor.shape[:-1] if tensor.is_floating_point() else tensor.shape)
+            return ()
+        first = max(1, min(2, tensor.dim() - tensor.is_floating_point()))
+        return tuple(math.prod(tensor.shape[:k]) for k in range(first, tensor.dim() + 1))
 
 
 def named_tensors(
