@@ -365,7 +365,8 @@ class Handle:
 
         The contribution of a token is its row's part of the parameter's gradient, including what
         other tokens draw from it through attention. Layers on (..., features) can be served so;
-        convolutions and parameters that differ from token to token (positions) are refused.
+        convolutions and parameters that differ from token to token (positions) are refused, and
+        layers behind what may take tokens out of their order (torch.cat along them, say).
 
         mask:  (N, T) booleans, True where a token votes; what the others (padding) contribute is
                left out. Default: all vote.

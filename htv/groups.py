@@ -96,6 +96,7 @@ class Groups:
     rows_vote:     every row a layer sees is a group of its own, whatever its example.
     voting:        with rows_vote: (N, T) bool on the CPU, the rows of each example that vote, or
                    None for all.
+    rows:          with rows_vote: how many rows the batch may have, empty where that is not known.
     """
 
     batch_size: int
@@ -107,6 +108,7 @@ class Groups:
     weights: Tensor | None = None
     rows_vote: bool = False
     voting: Tensor | None = None
+    rows: tuple[int, ...] = ()
 
     @staticmethod
     def each(batch_size: int, dim: int = 0) -> Groups:

@@ -27,6 +27,7 @@ ORDER = [
     ["htv.engine.torch_ops"],
     ["htv.engine.probing"],
     ["htv.engine.propagation"],
+    ["htv.engine.function_trials"],
     ["htv.engine.graph_reading"],
     [
         "htv.engine.inputs",

@@ -290,9 +290,6 @@ SIZED = {
 }
 # Uses of one example at a time that are not served.
 UNSUPPORTED = {
-    "setitem": lambda: Module(
-        lambda m, x: x.clone().__setitem__((slice(None), 0), m.p), p=torch.randn(6)
-    ),
     "cat along the batch": lambda: Module(lambda m, x: torch.cat([x, m.p]), p=torch.randn(1, 4, 6)),
     "vecdot": lambda: Module(lambda m, x: torch.linalg.vecdot(x, m.w), w=torch.randn(6)),
     "cdist to prototypes": lambda: Module(
@@ -495,7 +492,31 @@ OUT_OF_ORDER = {
     "picked by a list": lambda y: y[:, [4, 3, 2, 1, 0]],
     "picked by a mask": lambda y: y[:, torch.tensor([True, False, True, True, True])],
     "sorted": lambda y: y.sort(1).values,
+    "parts exchanged": lambda y: torch.cat([y[:, 2:], y[:, :2]], 1),
+    "parts exchanged, and stacked": lambda y: torch.stack(list(y.unbind(1))[::-1], 1),
+    "moved on by one": lambda y: torch.cat([torch.zeros_like(y[:, :1]), y[:, :-1]], 1),
+    "padded in front, cut behind": lambda y: F.pad(y, (0, 0, 1, -1)),
+    "padded in front, then cut": lambda y: F.pad(y, (0, 0, 1, 0))[:, :-1],
+    "added up elsewhere": lambda y: torch.zeros_like(y).scatter_add(
+        1, torch.arange(5).flip(0)[None, :, None].expand(len(y), 5, 6), y
+    ),
+    "put elsewhere": lambda y: torch.zeros_like(y).index_put(
+        (torch.arange(len(y))[:, None], torch.arange(5).flip(0)), y
+    ),
+    "written one place on": lambda y: written(y, lambda z: one_place_on(z, y)),
+    "copied one place on": lambda y: written(y, lambda z: z[:, 1:].copy_(y[:, :-1])),
+    "added one place on": lambda y: written(y, lambda z: z[:, 1:].add_(y[:, :-1])),
 }
+
+
+def one_place_on(z, y):
+    z[:, 1:] = y[:, :-1]
+
+
+def written(y, write):
+    z = torch.zeros_like(y)
+    write(z)
+    return z
 
 
 @pytest.mark.parametrize("size", [3, 5], ids=["N", "N == T"])
@@ -512,6 +533,46 @@ def test_tokens_out_of_their_order(name, size):
             "'h.weight'",
             "exclude=",
         )
+
+
+def test_a_parameter_that_some_tokens_use_more_than_once():
+    """Token t of one use would vote with token t + 1 of another."""
+    twice = mix(lambda m, x: m.h(m.l(x)[:, 1:] + 0) * m.h(m.l(x)[:, :-1]))
+    with htv.attach(twice, htv.Median()) as handle:
+        with handle.tokens():
+            loss = twice(torch.randn(3, 5, 6)).sum()
+        with pytest.raises(
+            htv.UnsupportedError, match="'h.(weight|bias)' is used 2 times.*12 rows.*15"
+        ):
+            loss.backward()
+    remedied = mix(lambda m, x: (lambda y: y[:, 1:] * y[:, :-1])(m.h(m.l(x))))
+    x = torch.randn(3, 5, 6)
+    plain = torch.autograd.grad(remedied(x).sum(), remedied.h.weight)
+    with htv.attach(remedied, htv.WinsorizedMean(0)) as handle:
+        with handle.tokens():
+            loss = remedied(x).sum()
+        found = torch.autograd.grad(loss, remedied.h.weight)
+    torch.testing.assert_close(found, plain)
+
+
+def test_what_joins_features_keeps_tokens_in_their_order():
+    def rotated(m, x):
+        y = m.l(x)
+        y = torch.cat([-y[..., 3:], y[..., :3]], -1) + torch.stack([y, y], -1).flatten(-2)[..., :6]
+        z = F.pad(y, (0, 2))[..., :6].clone()
+        z[..., :2] = y[..., 2:4]
+        return m.h(z)
+
+    model, x = mix(rotated), torch.randn(3, 5, 6)
+    mask = torch.arange(5) < torch.arange(2, 5)[:, None]
+    loss = lambda: (model(x).square().sum(-1) * mask).sum()
+    plain = torch.autograd.grad(loss(), list(model.parameters()))
+    with htv.attach(model, htv.WinsorizedMean(0)) as handle:
+        with handle.tokens(mask):
+            value = loss()
+        found = torch.autograd.grad(value, list(model.parameters()))
+    for a, b in zip(found, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("make", [nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell])

@@ -69,6 +69,114 @@ class Tanh(torch.autograd.Function):
         return grad * (1 - h.tanh() ** 2)
 
 
+class FlippedBack(Tanh):
+    """Whose backward gives an example another one's gradient; its forward does not show it."""
+
+    @staticmethod
+    def backward(ctx, grad):
+        return Tanh.backward(ctx, grad).flip(0)
+
+
+class Normed(Tanh):
+    """Whose backward keeps rows apart but scales all of them by what they are together."""
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad / grad.norm()
+
+
+class OneReachesAnother(Tanh):
+    """Of one example alone, and in one direction."""
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone()
+        grad[-1] += grad[0]
+        return grad
+
+
+class Transposed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h):
+        return h.t().contiguous()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.t()
+
+
+class Silent(Transposed):
+    """Whose backward tells nothing of where its examples are."""
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.zeros_like(grad).t()
+
+
+class Noisy(Tanh):
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * torch.rand_like(grad)
+
+
+class Nesting(Tanh):
+    """As reversible networks do, which would add to gradients each time that it ran."""
+
+    @staticmethod
+    def backward(ctx, grad):
+        (h,) = ctx.saved_tensors
+        h = h.detach().requires_grad_()
+        with torch.enable_grad():
+            torch.autograd.backward(h.tanh(), grad)
+        return h.grad
+
+
+class Attended(torch.autograd.Function):
+    """Attention inside each example; its arguments and its result have them in different dims."""
+
+    @staticmethod
+    def forward(ctx, scale, q, k, v):
+        ctx.scale = scale
+        scores = torch.einsum("tnd,nsd->nts", q, k) * scale
+        ctx.save_for_backward(q, k, v, scores)
+        return torch.einsum("nts,nsd->tnd", scores, v)
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, scores = ctx.saved_tensors
+        of_scores = torch.einsum("tnd,nsd->nts", grad, v) * ctx.scale
+        of_q, of_k = (
+            torch.einsum("nts,nsd->tnd", of_scores, k),
+            torch.einsum("nts,tnd->nsd", of_scores, q),
+        )
+        return None, of_q, of_k, torch.einsum("nts,tnd->nsd", scores, grad)
+
+
+def attended(h):
+    q = h.reshape(len(h), 4, 2)
+    made = Attended.apply(0.5, q.transpose(0, 1).contiguous(), q.tanh(), q.cos())
+    return made.transpose(0, 1).reshape(len(h), 8)
+
+
+class Both(torch.autograd.Function):
+    """Two results, one of which has the batch behind."""
+
+    @staticmethod
+    def forward(ctx, h):
+        ctx.save_for_backward(h)
+        return h.sin(), h.t().contiguous()
+
+    @staticmethod
+    def backward(ctx, first, second):
+        (h,) = ctx.saved_tensors
+        return first * h.cos() + second.t()
+
+
+def both(h):
+    sine, behind = Both.apply(h)
+    return sine + behind.t()
+
+
 # Named as something of torch's that works row by row.
 LIBRARY = torch.library.Library("htv_tests", "DEF")
 LIBRARY.define("softplus(Tensor x) -> Tensor")
@@ -114,7 +222,12 @@ MIXING = {
     "a Function": Centred.apply,
     "a Function in place": CentredInPlace.apply,
     "a Function in place, for what it writes": written(CentredInPlace.apply),
-    "an undeclared Function": Tanh.apply,
+    "a Function whose backward flips": FlippedBack.apply,
+    "a Function whose backward divides by a norm": Normed.apply,
+    "a Function of which one example reaches another": OneReachesAnother.apply,
+    "a Function without a gradient": lambda h: Silent.apply(h)[:8].repeat(2, 1)[: len(h), :1] * h,
+    "a Function that draws": Noisy.apply,
+    "a Function that starts a backward": Nesting.apply,
     "an operator of another library": torch.ops.htv_tests.softplus,
     "an overload of it": torch.ops.htv_tests.softplus.default,
     "a function of another library": relu,
@@ -132,6 +245,9 @@ def test_what_mixes_examples_unseen_is_refused(name, size):
 
 FOLLOWED = {
     "a script": gelu,
+    "a Function that was tried": Tanh.apply,
+    "one of several arguments": attended,
+    "one of several results": both,
     "a declared function": htv.rowwise(lambda h: Tanh.apply(h)),
     "a declared Function": htv.rowwise(type("Declared", (Tanh,), {})).apply,
     "a declared operator": htv.rowwise(torch.ops.htv_tests.mish),
@@ -144,12 +260,79 @@ def tanh_again(h):
     return checkpoint(torch.tanh, h, use_reentrant=True) if len(h) > 1 else torch.tanh(h)
 
 
+@pytest.mark.parametrize("size", [1, 2, 6, 8], ids=["1", "2", "N", "N == D"])
 @pytest.mark.parametrize("name", FOLLOWED)
-def test_what_is_declared_or_told_by_its_graph_is_followed(name):
-    model, x = between(FOLLOWED[name]), torch.randn(6, 5).double()
+def test_what_is_declared_tried_or_told_by_its_graph_is_followed(name, size):
+    model, x = between(FOLLOWED[name]), torch.randn(size, 5).double()
+    with htv.attach(model, RULE, allow_single=True):
+        model(x).square().sum().backward()
+    assert_votes_by_example(model, lambda rows: model(x[rows]).square().sum(), size)
+
+
+def test_a_function_that_transposes_a_square_is_known_to():
+    """The size of a dim says nothing of where the examples are."""
+    model, x = between(lambda h: Transposed.apply(h).t()), torch.randn(8, 5).double()
     with htv.attach(model, RULE):
         model(x).square().sum().backward()
-    assert_votes_by_example(model, lambda rows: model(x[rows]).square().sum(), 6)
+    assert_votes_by_example(model, lambda rows: model(x[rows]).square().sum(), 8)
+    model = between(Transposed.apply)
+    with htv.attach(model, RULE), pytest.raises(htv.UnsupportedError, match="the batch is in dim"):
+        model(x)
+
+
+def test_a_trial_changes_nothing_but_time():
+    """Neither random numbers nor gradients nor what hooks see."""
+    model, x, seen = between(Tanh.apply), torch.randn(6, 5).double(), []
+
+    def watch(module, args, h):
+        h.register_hook(lambda grad: seen.append(grad))
+
+    model.a.register_forward_hook(watch)
+    torch.manual_seed(3)
+    with htv.attach(model, RULE):
+        loss = model(x).square().sum()
+        drawn = torch.rand(2)
+        assert seen == [] and model.a.weight.grad is None
+        loss.backward()
+    torch.manual_seed(3)
+    assert len(seen) == 1 and torch.equal(drawn, torch.rand(2))
+
+
+class RunsTheModelAgain(torch.autograd.Function):
+    """As activation checkpoints of other libraries do."""
+
+    @staticmethod
+    def forward(ctx, h, layer):
+        ctx.layer = layer
+        ctx.save_for_backward(h)
+        return h.tanh()
+
+    @staticmethod
+    def backward(ctx, grad):
+        (h,) = ctx.saved_tensors
+        with torch.enable_grad():
+            ctx.layer(h[:, :5])
+        return grad * (1 - h.tanh() ** 2), None
+
+
+def test_a_backward_that_runs_the_model_is_not_tried():
+    model = between(lambda h: RunsTheModelAgain.apply(h, model.a))
+    with htv.attach(model, RULE), pytest.raises(htv.UnsupportedError, match="RunsTheModelAgain"):
+        model(torch.randn(6, 5).double())
+
+
+@torch.jit.script
+def turned(h):
+    return h.flip(1).tanh()
+
+
+@pytest.mark.parametrize("name", ["a script", "a Function"])
+def test_unseen_functions_may_take_tokens_out_of_their_order(name):
+    model = between({"a script": turned, "a Function": Tanh.apply}[name])
+    mask = torch.arange(3) < torch.arange(1, 5)[:, None]
+    with htv.attach(model, RULE) as handle, handle.tokens(mask):
+        with pytest.raises(htv.UnsupportedError, match="'b.weight'"):
+            model(torch.randn(4, 3, 5).double())
 
 
 def test_a_transposition_in_a_script_is_followed():

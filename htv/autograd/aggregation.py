@@ -189,6 +189,8 @@ class ContributionBuffer:
         if parts is None:
             return None
         self.consumed = True
+        if self.groups.rows and len(parts) > 1:
+            self._require_all_rows(parts)
         owner = self._owner()
         if owner is not None:
             task, groups = owner.passes.latest
@@ -201,6 +203,20 @@ class ContributionBuffer:
             if self.observes:
                 owner.observe(parts)
         return parts
+
+    def _require_all_rows(self, parts: list[Factors]) -> None:
+        """Of a parameter used several times the rows are added one by one, so they must be the same
+        ones: of uses that saw some rows only nobody knows which these were.
+        """
+        rows, counts = self.groups.rows, {p.count for p in parts}
+        if self.groups.voting is None and not (len(counts) == 1 and counts <= set(rows)):
+            raise UnsupportedError(
+                f"parameter {self.parameter_name!r} is used {len(parts)} times under tokens(), "
+                f"with {' and '.join(map(str, sorted(counts)))} rows where the batch has "
+                f"{rows[0]}: which token each of them belongs to is not known. Remedy: "
+                f"exclude={self.parameter_name!r}, or let the layer see all tokens and pick "
+                "some of what it returns"
+            )
 
     def settle(self, parameter: Tensor, gradient_node) -> Tensor | None:
         """The aggregated gradient of what the pass under way recorded, or None if nothing was, or

@@ -51,8 +51,11 @@ def _expanded(mode: ModeLike, func, name, args, kwargs, tensors, marks, paramete
     """Return arguments with every parameter replaced by its copies per example, or None to run
     the call plainly.
     """
-    if torch_ops.in_place(func) and isinstance(marks[0], FromParameters):
-        return mode.refuse(name, parameters, "it is written to in place")
+    into = tensors[0] if torch_ops.in_place(func) and isinstance(marks[0], FromParameters) else None
+    own = into is not None and _is_its_own(mode, into)
+    if into is not None and not (own and name in torch_ops.ELEMENTWISE):
+        why = "it is written to in place (y = y * x leaves it as it is, where y *= x does not)"
+        return mode.refuse(name, parameters, why)
     if name in torch_ops.ELEMENTWISE:
         ndim = max(t.dim() for t in tensors)
     elif name in torch_ops.CONCATENATING:
@@ -105,7 +108,7 @@ def _expanded(mode: ModeLike, func, name, args, kwargs, tensors, marks, paramete
             for t, m in zip(tensors, marks, strict=True)
             if _tracked(t, m)
         }
-        return replace_tensors(args, copies), replace_tensors(kwargs, copies)
+        return _with_copies_in_place(into, copies, args, kwargs)
     if name in torch_ops.CONCATENATING and _along(args, kwargs) % ndim == layout.dim:
         return mode.refuse(name, parameters, "it is concatenated along the batch")
     copies = {}
@@ -118,6 +121,25 @@ def _expanded(mode: ModeLike, func, name, args, kwargs, tensors, marks, paramete
                     f"batch's, of {shapes}"
                 )
                 return mode.refuse(name, mark.parameters, why)
+    if into is not None and copies[id(into)].shape != into.shape:
+        why = f"its shape {tuple(into.shape)} has no room for the examples that are written into it"
+        return mode.refuse(name, parameters, why)
+    return _with_copies_in_place(into, copies, args, kwargs)
+
+
+def _is_its_own(mode: ModeLike, tensor: Tensor) -> bool:
+    """Tell whether a tensor has memory of its own, that of no parameter and no other tensor."""
+    made = tensor.grad_fn is not None and mode.tracked(tensor) is None
+    return made and not tensor._is_view() and not mode.groups.rows_vote
+
+
+def _with_copies_in_place(into: Tensor | None, copies: dict[int, Tensor], args, kwargs):
+    """Return the arguments with their `copies`, by identity. What is written `into` stays the
+    tensor that it is, and is made of its copies from then on.
+    """
+    if into is not None:
+        made = copies.pop(id(into))
+        into.detach_().copy_(made)
     return replace_tensors(args, copies), replace_tensors(kwargs, copies)
 
 

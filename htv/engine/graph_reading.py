@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from functools import lru_cache, wraps
+from functools import lru_cache, partial, wraps
 from typing import NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from torch.overrides import handle_torch_function
 
 from htv.autograd.aggregation import Function
 from htv.engine import propagation
+from htv.engine.function_trials import can_be_tried, tried
 from htv.engine.provenance import CONSTANT, PLAIN, FromParameters, Lost, Mark, OfBatch
 from htv.engine.torch_ops import BROADCASTING, Operation, tensors_in
 from htv.errors import UnsupportedError
@@ -107,6 +108,7 @@ def mark_at(
     batch_size: Callable[[], int | None],
     known: Callable[[object, int], Mark | None],
     through: Callable[..., Mark | None] | None = None,
+    rows: bool = False,
 ) -> Mark | None:
     """Read off where the batch is in output `number` of `node`; None if nothing known is in it.
 
@@ -114,8 +116,9 @@ def mark_at(
     known:       (node, output) -> its mark where that is known without its inputs, as for leaves
                  and what htv served.
     through:     (node, output, marks of its inputs, batch_size) -> its mark, where not as usual.
+    rows:        whether the order of rows inside an example matters too.
     """
-    through = through or _through
+    through = through or partial(_through, rows=rows)
     root = node, number
     marks: dict[tuple[int, int], Mark | None] = {}
     keep = []  # nodes stay the same Python objects as long as somebody holds them
@@ -143,7 +146,11 @@ def mark_at(
 
 
 def _through(
-    node, number: int, inputs: list[Mark | None], batch_size: Callable[[], int | None]
+    node,
+    number: int,
+    inputs: list[Mark | None],
+    batch_size: Callable[[], int | None],
+    rows: bool = False,
 ) -> Mark | None:
     """Return the mark of one output of a node from those of its inputs."""
     lost = next((m for m in inputs if isinstance(m, Lost)), None)
@@ -156,7 +163,10 @@ def _through(
                 tuple(dict.fromkeys(p for m in derived for p in m.parameters)), None
             )
         return PLAIN if any(m is PLAIN for m in inputs) else None
-    found = _followed(node, number, inputs, batch_size())
+    size = batch_size()
+    found = _followed(node, number, inputs, size, rows)
+    if isinstance(found, Lost) and not rows and can_be_tried(node):
+        found = tried(node, number, inputs, size) or found
     return Lost(f"{_spoken(node)}, which htv did not see") if isinstance(found, Lost) else found
 
 
@@ -262,7 +272,9 @@ def _spoken(node) -> str:
     return f"an operation ({node.name()})"
 
 
-def _followed(node, number: int, inputs: list[Mark | None], batch_size: int) -> Mark:
+def _followed(
+    node, number: int, inputs: list[Mark | None], batch_size: int, rows: bool = False
+) -> Mark:
     function = getattr(type(node), "_forward_cls", None)
     if getattr(function, PASSES_ON, False) and number < len(inputs):
         return CONSTANT if inputs[number] is None else inputs[number]
@@ -280,7 +292,7 @@ def _followed(node, number: int, inputs: list[Mark | None], batch_size: int) -> 
     if function is not None:
         return (
             rowwise(operands, output, batch_size)
-            if getattr(function, ROWWISE, False)
+            if getattr(function, ROWWISE, False) and not rows
             else propagation.LOST
         )
     name = _operation(node.name())
@@ -295,7 +307,7 @@ def _followed(node, number: int, inputs: list[Mark | None], batch_size: int) -> 
         operands = [o for o, shape in zip(operands, shapes, strict=True) if shape is not None]
     try:
         operation = Operation(name, func, args, kwargs, operands, [output])
-        return propagation.follow(operation, batch_size)[0]
+        return propagation.follow(operation, batch_size, rows=rows)[0]
     except UnsupportedError:
         raise
     except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError):
@@ -389,7 +401,8 @@ def declare_rowwise(function):
     For functions of torch.jit.script, custom autograd.Functions and calls into other libraries:
     row i of the batch's dim of each result may depend on row i of the arguments that hold examples,
     on no other row, and on no served parameter. Without it what such a function returns is lost to
-    htv unless its autograd graph tells where the examples are.
+    htv unless its autograd graph tells where the examples are; a custom autograd.Function has its
+    backward tried in every forward, on the gradients of some examples at a time.
 
     function:  a function of tensors, or a subclass of torch.autograd.Function, which is marked and
                returned.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -72,7 +72,7 @@ def groups_of(spec: GroupSpec | None, batch: Batch, tensors: list[tuple[str, obj
     if spec is None:
         return Groups.each(size, dim)
     if spec.kind == "rows":
-        return Groups.each_row(size, dim, spec.value)
+        return replace(Groups.each_row(size, dim, spec.value), rows=batch.rows())
     sequences = [t for _, t in tensors if isinstance(t, PackedSequence)]
     if spec.kind == "packed":
         if sequences:

@@ -10,6 +10,7 @@ argument.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -42,6 +43,16 @@ class Batch:
     members: list[tuple[str, Tensor, BatchLayout, bool]] = field(default_factory=list)
     constants: list[Tensor] = field(default_factory=list)
     source: str = ""
+
+    def rows(self) -> tuple[int, ...]:
+        """Return how many rows the examples may have, each of which is a token: ids, or what is
+        behind two dims or more. Empty where no tensor is sure to hold the examples.
+        """
+        tensor = next((t for _, t, _, sure in self.members if sure), None)
+        if tensor is None:
+            return ()
+        first = max(1, min(2, tensor.dim() - tensor.is_floating_point()))
+        return tuple(math.prod(tensor.shape[:k]) for k in range(first, tensor.dim() + 1))
 
 
 def named_tensors(

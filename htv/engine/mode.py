@@ -289,7 +289,8 @@ class ServingMode(TorchFunctionMode):
 
     def _read(self, node, number: int, alive: dict) -> Mark | None:
         known = lambda node, number: self._known(node, number, alive)
-        return graph_reading.mark_at(node, number, lambda: self.batch_size, known)
+        rows = self.groups.rows_vote
+        return graph_reading.mark_at(node, number, lambda: self.batch_size, known, rows=rows)
 
     def _known(self, node, number: int, alive: dict) -> Mark | None:
         leaf = getattr(node, "variable", None)

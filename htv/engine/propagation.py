@@ -64,7 +64,7 @@ def follow(
                  later.
     groups:      who votes, where examples of one group may meet; None: none may.
     """
-    if rows and (op.name in SHUFFLING or (op.name == "getitem" and _picks(op.args[1]))):
+    if rows and _may_reorder(op):
         return [LOST] * len(op.outputs)
     if batch_size == 1:  # all there is is the one example's
         return [LOST if output.dim() == 0 else all_of_one(output) for output in op.outputs]
@@ -73,10 +73,61 @@ def follow(
         return [after_padding(op, batch_size), *[LOST] * (len(op.outputs) - 1)]
     if op.name in WRITING:
         return [after_writing(op, batch_size, groups)] * len(op.outputs)
-    return [
+    found = [
         _agreed(op, operands, i, batch_size, couples, all_say, groups)
         for i in range(len(op.outputs))
     ]
+    for mark in found:
+        if type(mark) is Lost:
+            return _of_one_example(op, operands, found)
+    return found
+
+
+def _may_reorder(op: Operation) -> bool:
+    """Tell whether an operation may put rows of an example in the places of others: by picking or
+    permuting them, or by joining, padding or writing parts, which were cut where nobody looked.
+    """
+    if op.name == "getitem":
+        return _picks(op.args[1])
+    if op.name in JOINING:
+        ndim = op.outputs[0].dim()
+        return op.argument(0, "dim", "axis", default=0) % ndim != ndim - 1
+    if op.name == "pad":
+        return any(op.argument(0, "pad")[2:])
+    if op.name in WRITING and op.name not in SHUFFLING:
+        read, target, value, *_ = WRITING[op.name](op)
+        if not any(t is value and isinstance(m, OfBatch) for t, m in op.operands):
+            return False
+        return op.name != "setitem" or read(target).shape[:-1] != target.shape[:-1]
+    return op.name in SHUFFLING
+
+
+def _of_one_example(op: Operation, operands, found: list[OfBatch]) -> list[OfBatch]:
+    """Return marks in place of those `found` lost where all `operands` that are of the batch are
+    one example's, as in a loop over the examples: whatever is made of them is its.
+    """
+    if op.name in JOINING and len(operands) < len(op.operands):
+        return found  # rows of constants are nobody's
+    layouts = [m for _, _, m in operands if isinstance(m, BatchLayout)]
+    examples = [the_one_example(m) for m in layouts]
+    if len(layouts) < len(operands) or None in examples or len(set(examples)) > 1:
+        return found
+    return [
+        BatchLayout(0, examples=torch.full((output.shape[0],), examples[0]))
+        if isinstance(mark, Lost) and output.dim()
+        else mark
+        for mark, output in zip(found, op.outputs, strict=True)
+    ]
+
+
+def the_one_example(mark: Mark | None) -> int | None:
+    """Return the number of the example that all of a tensor is of, as its `mark` lists the examples
+    index by index; None if it lists several, or none.
+    """
+    numbers = mark.examples if isinstance(mark, BatchLayout) else None
+    if numbers is None or not numbers.numel() or bool((numbers != numbers[0]).any()):
+        return None
+    return int(numbers[0])
 
 
 def unmoved(
@@ -173,6 +224,8 @@ def _all_same(layouts: list[BatchLayout], batch_size: int, kin: Tensor | None) -
 
 def _of_two_groups(op: Operation, layouts: list[BatchLayout], groups: Groups) -> Lost:
     """Say which groups an operation brings together whose operands have the batch at `layouts`."""
+    if groups.kin is None:  # examples vote one by one
+        return LOST
     for other in layouts[1:]:
         size = groups.batch_size
         if other.dim == layouts[0].dim and other.size(size) == layouts[0].size(size):

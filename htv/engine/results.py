@@ -155,7 +155,10 @@ def _mark_base(mode: ModeLike, view: Tensor, mark: Mark) -> None:
     if base is None or mode.tracked(base) is not None:
         return
     known = mode.marks.get(base) or mode.mark(base)
-    if isinstance(mark, OfBatch):
+    partly = view.numel() != base.numel() and view.shape[:-1] != base.shape[:-1]
+    if isinstance(mark, OfBatch) and mode.groups.rows_vote and partly:
+        mode.marks.put(base, Lost("a write to some rows", place_in_code()))  # to others' places
+    elif isinstance(mark, OfBatch):
         mode.marks.put(base, probing.base_after_writing(base, known, view, mark, mode.batch_size))
     elif isinstance(mark, FromParameters) or not isinstance(
         known, (BatchLayout, Lost, FromParameters)

@@ -37,7 +37,8 @@ WHO_VOTES: list[Row] = [
      "voting: test_every_token_votes, test_tokens_of_a_whole_model; layers: "
      "test_tokens_of_elementwise_parameters"),
     ("tokens taken out of their order, recurrent layers under tokens()", REFUSED,
-     "refusals: test_tokens_out_of_their_order, test_recurrent_layers_where_tokens_vote"),
+     "refusals: test_tokens_out_of_their_order, test_recurrent_layers_where_tokens_vote, "
+     "test_a_parameter_that_some_tokens_use_more_than_once"),
     ("inputs that have the batch's size by chance", f"{EXACT}, or refused",
      "refusals: test_positions_as_an_input, test_a_hidden_state_as_an_input"),
     ("programs of random operations, with sizes that coincide", f"{EXACT}, or refused",
@@ -82,7 +83,14 @@ WHO_VOTES: list[Row] = [
     ("torch.jit.script, custom Functions and writes in place inside a forward",
      f"{EXACT}, or refused",
      "unseen: test_what_mixes_examples_unseen_is_refused, "
-     "test_what_is_declared_or_told_by_its_graph_is_followed"),
+     "test_what_is_declared_tried_or_told_by_its_graph_is_followed"),
+    ("parameters written into the batch, what is computed from them written to in place, sparse "
+     "weights, loops over the examples", EXACT, "written: test_as_one_example_at_a_time"),
+    ("loops that bring examples together", REFUSED,
+     "written: test_loops_that_bring_examples_together_are_refused"),
+    ("hypernetworks, torch.func.functional_call, block_diag, complex scales and other idioms of "
+     "model code", f"{EXACT}, or refused",
+     "idioms: test_idioms_that_are_served, test_idioms_that_are_refused_and_their_remedies"),
     ("custom Functions of parameters alone (quantisation, straight-through)", EXACT,
      "unseen: test_a_function_of_parameters_alone_is_a_computed_weight"),
     ("torch.vmap and other transforms of torch.func, without parameters inside", EXACT,

@@ -96,6 +96,7 @@ FAMILIES = {
     "lfm2_moe": dict(layer_types=["conv", "full_attention"]),
     "mamba2": dict(expand=1),
     "perceiver": dict(d_latents=32, num_latents=8, qk_channels=32, v_channels=32),
+    "textnet": dict(stem_out_channels=16, image_size=(2 * SIDE, 2 * SIDE)),
     "xmod": dict(default_language="en_XX"),
     "zamba": dict(layers_block_type=["mamba", "hybrid"], layer_types=["mamba", "hybrid"]),
     "zamba2": dict(layers_block_type=["mamba", "hybrid"], layer_types=["mamba", "hybrid"]),

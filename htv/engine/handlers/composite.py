@@ -5,6 +5,7 @@ followed, and served where parameters are among what they join.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from htv.engine.handlers.call import handles
@@ -58,3 +59,22 @@ def _joined(mode: ModeLike, func, args, kwargs):
         ndim, along = _JOINED[func]
         shown = [_with_dims(tensor, ndim) for tensor in tensors]
         return torch.cat(shown, min(along, shown[0].dim() - 1))
+
+
+@handles(torch._C._nn.pad_sequence)
+def _pad_sequence(mode: ModeLike, func, args, kwargs):
+    """Each is padded by itself: as a rule one for every example."""
+    given = (
+        dict(zip(("sequences", "batch_first", "padding_value", "padding_side"), args, strict=False))
+        | kwargs
+    )
+    sequences, batch_first = given["sequences"], given.get("batch_first", False)
+    value, side = given.get("padding_value", 0.0), given.get("padding_side", "right")
+    longest = max(len(t) for t in sequences)
+    with mode:
+        padded = []
+        for t in sequences:
+            missing = longest - len(t)
+            ends = (missing, 0) if side == "left" else (0, missing)
+            padded.append(F.pad(t, (0, 0) * (t.dim() - 1) + ends, value=value) if missing else t)
+        return torch.stack(padded, 0 if batch_first else 1)

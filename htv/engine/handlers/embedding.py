@@ -64,7 +64,8 @@ def _embedding_of_constants(mode: ModeLike, func, args, kwargs, call: Call):
         once = _embedding(
             mode, func, replaced, {k: first if v is ids else v for k, v in kwargs.items()}
         )
-        return mode.general(torch.Tensor.expand, (once, len(ids), *(-1,) * ids.dim()), {})
+        # With memory of its own, as torch's: a model may write to it.
+        return mode.general(torch.Tensor.repeat, (once, len(ids), *(1,) * ids.dim()), {})
     rows = mode.general(func, args, kwargs)
     if isinstance(mode.mark(rows), FromParameters) and stands_alone(mode, call["weight"]):
         mode.marks.put(rows, FromParameters(call.tracked, rows, Lookup(ids)))

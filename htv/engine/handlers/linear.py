@@ -19,6 +19,7 @@ from htv.engine.handlers.call import (
     signature,
     stands_alone,
 )
+from htv.engine.propagation import the_one_example
 from htv.engine.protocols import ModeLike
 from htv.engine.provenance import Constant, FromParameters
 from htv.engine.usual import of_identity, put_usual, usual_mark
@@ -49,10 +50,13 @@ def _linear(mode: ModeLike, func, args, kwargs):
                 ),
             )
         return y
+    example = the_one_example(call.layout) if call.applicable and call.x.ndim == 1 else None
     if (
-        call.applicable and call.x.ndim == 1 and mode.groups.batch_size == 1
-    ):  # x.squeeze() of a batch of one
+        call.applicable and call.x.ndim == 1 and (mode.batch_size == 1 or example is not None)
+    ):  # x.squeeze() of a batch of one, or one example in a loop over them
         row = mode.call(torch.Tensor.unsqueeze, (call.x, 0), {})
+        if mode.batch_size > 1:
+            mode.marks.put(row, BatchLayout(0, examples=torch.tensor([example])))
         y = mode.call(F.linear, (row, call["weight"], call["bias"]), {})
         return mode.call(torch.Tensor.squeeze, (y, 0), {})
     arguments = call.enter(features=1) if call.applicable else None

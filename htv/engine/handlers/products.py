@@ -33,13 +33,15 @@ def _served_product(mode: ModeLike, left: Tensor, right: Tensor) -> bool:
     torch.mv,
     Tensor.mv,
     torch.linalg.matmul,
+    torch.sparse.mm,
 )
 def _matmul(mode: ModeLike, func, args, kwargs):
     left, right = (*args, *kwargs.values())[:2]
     if len(args) + len(kwargs) != 2 or not _served_product(mode, left, right):
         return NotImplemented
     with mode:
-        return _laid_out(_product(mode, left, right), func, left, right)
+        left, right = (t.to_dense() if t.is_sparse else t for t in (left, right))
+        return _laid_out(_product(mode, left, right), torch.matmul, left, right)
 
 
 def _laid_out(made: Tensor, func, *operands: Tensor) -> Tensor:
