@@ -18,6 +18,13 @@ from htv.engine.usual import compiled
 
 needs_compiled = pytest.mark.skipif(compiled is None, reason="htv is built without compiled code")
 ROOT = str(Path(htv.__file__).parent)
+# Once torch.compile was used in a process, a forward keeps compiled functions eager: calls of htv,
+# and all.
+OWN_WHERE_COMPILED, ALL_WHERE_COMPILED = 3, 12
+
+
+def was_compiled() -> bool:
+    return "torch._dynamo" in sys.modules
 
 
 def calls(function) -> Counter:
@@ -51,7 +58,8 @@ def test_one_layer(bias, forward, backward):
     model, x, out = nn.Linear(64, 32, bias=bias), torch.randn(16, 64), []
     with htv.attach(model, htv.AndMask(0.4)):
         settled(model, x)
-        assert calls(lambda: out.append(model(x)))[True] <= forward
+        allowed = forward + OWN_WHERE_COMPILED * was_compiled()
+        assert calls(lambda: out.append(model(x)))[True] <= allowed
         loss = out[0].square().mean()
         assert calls(loss.backward)[True] <= backward
 
@@ -91,7 +99,7 @@ def test_a_step(name):
     with htv.attach(model, htv.AndMask(0.4)):
         for _ in range(3):  # so that what is found once is found
             step()
-        assert breakdown.calls(step) <= budget
+        assert breakdown.calls(step) <= budget + ALL_WHERE_COMPILED * was_compiled()
 
 
 def test_what_is_counted_can_exceed_a_budget():
