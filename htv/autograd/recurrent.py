@@ -29,12 +29,12 @@ class Steps:
 
     sizes:     the rows of every step. A row is the same sequence's in all steps, and those that end
                first come last, as in a PackedSequence.
-    time:      which dim of the tensor is time, 0 or 1; None where its rows are packed.
+    packed:    whether the tensor holds packed rows (R, D), not (T, N, D).
     backwards: whether the last step is computed first.
     """
 
     sizes: tuple[int, ...]
-    time: int | None
+    packed: bool
     backwards: bool
 
     def order(self, turned: bool = False) -> range:
@@ -43,21 +43,17 @@ class Steps:
         return forth[::-1] if self.backwards != turned else forth
 
     def rows(self, whole: Tensor, plus: Tensor | None = None) -> Tensor:
-        """A copy, step by step, of (T, N, D), (N, T, D) or (R, D), with something added: (R, D)."""
-        whole = whole.transpose(0, 1) if self.time == 1 else whole
+        """A copy of the tensor, with something added: (R, D), step by step."""
         rows = whole.new_empty(whole.shape)
         if plus is None:
             rows.copy_(whole)
         else:
             torch.add(whole, plus, out=rows)
-        return rows.flatten(0, -2)
+        return rows if self.packed else rows.flatten(0, 1)
 
     def whole(self, rows: Tensor) -> Tensor:
-        """A copy of (R, D) in the shape that `rows` takes."""
-        if self.time is not None:
-            rows = rows.unflatten(0, (len(self.sizes), -1))
-        rows = rows.transpose(0, 1) if self.time == 1 else rows
-        return rows.clone(memory_format=torch.contiguous_format)
+        """Such rows in the shape of the tensor."""
+        return rows if self.packed else rows.unflatten(0, (len(self.sizes), -1))
 
     def cut(self, rows: Tensor) -> tuple[Tensor, ...]:
         """The rows of every step."""
@@ -331,7 +327,7 @@ def recurrence(
 ) -> tuple[Tensor, ...]:
     """All steps of a layer in one direction: the output, and the last states (N, H).
 
-    gates:         from the input, with its bias: (T, N, G), (N, T, G) or packed, as `steps` says.
+    gates:         from the input, with its bias: (T, N, G), or packed rows (R, G).
     begin:         the first states.
     weight, bias:  of the product of h and the gates.
     projection:    of an LSTM with proj_size.
@@ -364,7 +360,7 @@ class _Recurrence(Function):
         with torch.autocast(gates.device.type, enabled=False):
             rows, last, saved = cell.forward(steps, *_as_computed(given))
         ctx.save_for_backward(MARKER, *given, rows, *saved)
-        return steps.whole(rows), *last
+        return steps.whole(rows.clone()), *last
 
     @staticmethod
     def gradients(ctx, grad, *grad_last):
@@ -461,7 +457,7 @@ def _one_by_one(
 ) -> tuple[Tensor, ...]:
     """What `recurrence` returns, by operations that autograd differentiates any number of times."""
     weight, bias, projection = arguments
-    outputs = list(steps.cut(gates) if steps.time is None else gates.unbind(steps.time))
+    outputs = list(steps.cut(gates) if steps.packed else gates)
     states, ended = steps.first(begin), []
     for t in steps.order():
         states = steps.met(t, states, begin, ended)
@@ -472,7 +468,7 @@ def _one_by_one(
             project = partial(linear, weight=projection, bias=ABSENT, grouped_rows=rows)
         states = cell.step(outputs[t], states, product, project)
         outputs[t] = states[0]
-    y = torch.cat(outputs) if steps.time is None else torch.stack(outputs, steps.time)
+    y = torch.cat(outputs) if steps.packed else torch.stack(outputs)
     return y, *last_states(states, ended)
 
 

@@ -46,17 +46,15 @@ def _server(kind: str, cell: type[Cell]):
                 f"{name}: another of its weights is computed from the batch. Remedy: write the "
                 f"layer's steps in the model, or exclude={owner.name!r}"
             )
-        if packed:
-            layers = _Layers(mode, cell, name, args[0], None, args[1].tolist())
-        else:
-            layers = _Layers(mode, cell, name, args[0], int(batch_first[0]))
-        return layers.stacked(
-            hidden,
-            _by_layer(weights, has_biases, kind, hidden),
-            num_layers,
-            1 + bidirectional,
-            dropout if train else 0.0,
-        )
+        turned = not packed and batch_first[0]
+        with mode:
+            x = args[0].transpose(0, 1) if turned else args[0]
+        layers = _Layers(mode, cell, name, x, args[1].tolist() if packed else None)
+        weights = _by_layer(weights, has_biases, kind, hidden)
+        options = num_layers, 1 + bidirectional, dropout if train else 0.0
+        y, *last = layers.stacked(hidden, weights, *options)
+        with mode:
+            return (y.transpose(0, 1) if turned else y, *last)
 
     def one_step(mode: ModeLike, func, args, kwargs):
         x, hidden, w_ih, w_hh, *biases = args
@@ -139,29 +137,21 @@ def _started(mode: ModeLike, kind: str, hidden: Tensor, layout: BatchLayout) -> 
 
 
 class _Layers:
-    """The layers of one call, with the batch where it is in their input `x`.
-
-    time:   the dim of time, 0 or 1; None where the input holds the rows of a PackedSequence, step
-            by step and longest first, with so many rows in every step as `sizes` says.
+    """The layers of one call, with the batch where it is in their input `x`: (T, N, D), or the
+    rows of a PackedSequence with their `batch_sizes`.
     """
 
     def __init__(
-        self,
-        mode: ModeLike,
-        cell: type[Cell],
-        name: str,
-        x: Tensor,
-        time: int | None,
-        sizes: list[int] | None = None,
+        self, mode: ModeLike, cell: type[Cell], name: str, x: Tensor, batch_sizes: list[int] | None
     ):
-        self.mode, self.cell, self.name, self.x, self.time = mode, cell, name, x, time
-        self.layout = _require_place(mode, name, x, time)
-        self.sizes = [x.shape[1 - time]] * x.shape[time] if sizes is None else sizes
-        if time is None:
+        self.mode, self.cell, self.name, self.x = mode, cell, name, x
+        self.packed = batch_sizes is not None
+        self.layout = _require_place(mode, name, x, 0 if self.packed else 1)
+        self.sizes = tuple(batch_sizes if self.packed else [x.shape[1]] * len(x))
+        self.of_states = self.layout.at(0)
+        if self.packed:
             first = mode.call(Tensor.__getitem__, (x, slice(self.sizes[0])), {})
             self.of_states = mode.mark(first)
-        else:
-            self.of_states = self.layout.at(0)
 
     def stacked(
         self,
@@ -199,7 +189,7 @@ class _Layers:
             begin = [_started(mode, self.name, h, self.of_states) for h in begin]
         call = Call(mode, "linear", _STATES, (gates, w_hh, b_hh, w_hr), {}, "gates", *_WEIGHTS)
         rows = mode.rows[self.layout], *(mode.rows[self.of_states] for _ in begin)
-        steps = Steps(tuple(self.sizes), self.time, backwards)
+        steps = Steps(self.sizes, self.packed, backwards)
         y, *last = recurrence(self.cell, steps, gates, tuple(begin), *call.enter(features=1), rows)
         mode.marks.put(y, self.layout)
         for state in last:
@@ -207,14 +197,12 @@ class _Layers:
         return (y, *last)
 
 
-def _require_place(mode: ModeLike, kind: str, x: Tensor, time: int | None) -> BatchLayout:
-    dim = 0 if time is None else 1 - time
-    seen = {None: "packed rows", 0: "(T, N, D)", 1: "(N, T, D)"}[time]
+def _require_place(mode: ModeLike, kind: str, x: Tensor, dim: int) -> BatchLayout:
     mark = mode.layout(x, dim)
     if not isinstance(mark, BatchLayout) or mark.dim != dim:
         raise UnsupportedError(
-            f"{kind}: the examples must be in dim {dim} of its input, seen as {seen}, of shape "
-            f"{tuple(x.shape)}, but are not. "
+            f"{kind}: the examples must be in dim {dim} of its input, seen as "
+            f"{'(T, N, D)' if dim else 'packed rows'}, of shape {tuple(x.shape)}, but are not. "
             "Remedy: batch_first=True for inputs (N, T, D), attach(..., batch_dim=1) for models "
             "whose input is (T, N, D), or exclude= the layer's parameters"
         )
