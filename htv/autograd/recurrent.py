@@ -7,6 +7,7 @@ weight, whose rows are the time steps: those of an example vote together.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -357,16 +358,18 @@ class _Recurrence(Function):
         ctx.cell, ctx.steps, ctx.arguments, ctx.grouped_rows = cell, steps, arguments, grouped_rows
         ctx.unused = (None,) * (4 + len(tokens))
         given = gates, h, c, weight, bias, projection
-        with torch.autocast(gates.device.type, enabled=False):
+        mixed = torch._C._is_any_autocast_enabled()
+        with torch.autocast(gates.device.type, enabled=False) if mixed else nullcontext():
             rows, last, saved = cell.forward(steps, *_as_computed(given))
         ctx.save_for_backward(MARKER, *given, rows, *saved)
-        return steps.whole(rows.clone()), *last
+        return steps.whole(rows).clone(), *last  # not what is saved: it may be written to
 
     @staticmethod
     def gradients(ctx, grad, *grad_last):
         if grad is None and all(g is None for g in grad_last):
             return (None,) * len(ctx.needs_input_grad)
-        given, (rows, *saved) = ctx.saved_tensors[1:7], ctx.saved_tensors[7:]
+        _, *saved = ctx.saved_tensors
+        given, (rows, *saved) = saved[:6], saved[6:]
         steps, grouped_rows, needs = ctx.steps, ctx.grouped_rows[0], ctx.needs_input_grad
         _, begin, weight, _, projection = _as_computed(given)
         states = zip(grad_last, begin, strict=True)
