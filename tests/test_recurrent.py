@@ -1,5 +1,5 @@
-"""Recurrent layers beyond the rows of the layer table: their states, parts of their results, weights
-of any origin, and what a step costs.
+"""Recurrent layers beyond the rows of the layer table: their states, parts of their results,
+weights of any origin, and what a step costs.
 """
 
 import pytest
@@ -243,7 +243,7 @@ def test_a_weight_computed_from_the_batch():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_autocast(kind):
-    """The states keep the wider type; nothing is further from float32 than torch's own."""
+    """Nothing is further from float32 than torch's own."""
     model = Module(lambda m, x: m.r(x)[0], r=made(kind, num_layers=2, batch_first=True).float())
     x = torch.randn(N, T, D, dtype=torch.float32)
 

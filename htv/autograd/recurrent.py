@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -98,7 +99,13 @@ def last_states(states: States, ended: list[States]) -> States:
 
 
 class Cell:
-    """What one kind of recurrent layer computes."""
+    """What one kind of recurrent layer computes.
+
+    adds_states:  whether states are added to what gates give, beside the product: under autocast,
+                  where gates are of a lower type, the layer then computes in that of the states.
+    """
+
+    adds_states: ClassVar[bool] = True
 
     @staticmethod
     def step(gates: Tensor, states: States, product: Product, project: Product | None) -> States:
@@ -262,10 +269,11 @@ class Gru(Cell):
 class _Rnn(Cell):
     """h = act(gates + product).
 
-    act:         changes its argument.
+    act:           changes its argument.
     act_backward:  (gradient, h) -> the gradient of what act got.
     """
 
+    adds_states = False
     act: Callable[[Tensor], Tensor]
     act_backward: Callable[..., Tensor]
 
@@ -360,7 +368,7 @@ class _Recurrence(Function):
         given = gates, h, c, weight, bias, projection
         mixed = torch._C._is_any_autocast_enabled()
         with torch.autocast(gates.device.type, enabled=False) if mixed else nullcontext():
-            rows, last, saved = cell.forward(steps, *_as_computed(given))
+            rows, last, saved = cell.forward(steps, *_as_computed(cell, given))
         ctx.save_for_backward(MARKER, *given, rows, *saved)
         return steps.whole(rows).clone(), *last  # not what is saved: it may be written to
 
@@ -371,7 +379,7 @@ class _Recurrence(Function):
         _, *saved = ctx.saved_tensors
         given, (rows, *saved) = saved[:6], saved[6:]
         steps, grouped_rows, needs = ctx.steps, ctx.grouped_rows[0], ctx.needs_input_grad
-        _, begin, weight, _, projection = _as_computed(given)
+        _, begin, weight, _, projection = _as_computed(ctx.cell, given)
         states = zip(grad_last, begin, strict=True)
         of_input, of_product, of_begin, of_projection = ctx.cell.backward(
             steps,
@@ -410,7 +418,7 @@ class _Recurrence(Function):
     def differentiable(ctx, *grads):
         """Those of the steps one by one, whose products are uses of the same parameters."""
         given, needs = ctx.saved_tensors[1:7], ctx.needs_input_grad
-        gates, begin, *values = _as_computed(given)
+        gates, begin, *values = _as_computed(ctx.cell, given)
         # Views, for one may be computed from another: only what this call does with each counts.
         gates, begin = gates.view_as(gates), tuple([t.view_as(t) for t in begin])
         values = [None if t is None else t.view_as(t) for t in values]
@@ -435,13 +443,11 @@ class _Recurrence(Function):
         return *found, *ctx.unused
 
 
-def _as_computed(given) -> tuple:
-    """(gates, begin, weight, bias, projection) in the type that the layer computes in: under
-    autocast gates are of a lower one than the states.
-    """
+def _as_computed(cell: type[Cell], given) -> tuple:
+    """(gates, begin, weight, bias, projection) in the type that the layer computes in."""
     gates, h, c, *weights = given
     begin = (h,) if c is None else (h, c)
-    dtype = torch.promote_types(gates.dtype, h.dtype)
+    dtype = torch.promote_types(gates.dtype, h.dtype) if cell.adds_states else gates.dtype
     weights = [None if t is None else t.to(dtype) for t in weights]
     return gates.to(dtype), tuple([t.to(dtype) for t in begin]), *weights
 
