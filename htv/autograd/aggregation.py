@@ -326,27 +326,29 @@ class Function(torch.autograd.Function, metaclass=_FunctionMeta):
         return super(torch.autograd.Function, cls).apply(*args)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, *grads):
         gradients = _with_graph if torch.is_grad_enabled() else ctx._forward_cls.gradients
-        if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(grad.device.type):
-            with torch.autocast(grad.device.type, enabled=False):
-                return gradients(ctx, grad)
-        return gradients(ctx, grad)
+        if torch._C._is_any_autocast_enabled():
+            device = next((g.device.type for g in grads if g is not None), "cpu")
+            if torch.is_autocast_enabled(device):
+                with torch.autocast(device, enabled=False):
+                    return gradients(ctx, *grads)
+        return gradients(ctx, *grads)
 
     @staticmethod
-    def gradients(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of the arguments, from the output's."""
+    def gradients(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Return the gradients of the arguments, from those of the outputs."""
         raise NotImplementedError
 
     @staticmethod
-    def differentiable(ctx, grad: Tensor) -> tuple[Tensor | None, ...] | None:
+    def differentiable(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...] | None:
         """Return the same with a graph, in which what is served is used as in a forward; nothing is
         recorded, and no served argument has a gradient. None where that is not defined.
         """
         return None
 
 
-def _with_graph(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _with_graph(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     """The gradients of a Function where create_graph=True asks for a graph of them.
 
     No contribution is recorded: what such a pass computes becomes a part of the loss, and the
@@ -360,7 +362,9 @@ def _with_graph(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     if any(_runs(node) for node in nodes):
         raise RuntimeError(TWICE.format(names))
     batched = torch._C._functorch.is_legacy_batchedtensor
-    if torch._C._are_functorch_transforms_active() or batched(grad):  # Functions have no graph here
+    given = [grad for grad in grads if grad is not None]
+    # Functions have no graph here.
+    if torch._C._are_functorch_transforms_active() or any(batched(grad) for grad in given):
         raise RuntimeError(
             "torch.autograd.grad(..., create_graph=True) inside torch.func or with "
             "is_grads_batched=True (vectorize=True) does not come by the uses of parameter "
@@ -369,15 +373,16 @@ def _with_graph(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         )
     owner = buffers[0]._owner() if buffers else None
     if owner is not None:
-        owner.differentiate(grad, buffers[0].groups)
-    grads = ctx._forward_cls.differentiable(ctx, grad)
-    if grads is None:
+        for grad in given:
+            owner.differentiate(grad, buffers[0].groups)
+    found = ctx._forward_cls.differentiable(ctx, *grads)
+    if found is None:
         raise RuntimeError(
             f"htv has no derivative of the backward of {ctx._forward_cls.__name__.lstrip('_')} "
             f"with parameter {names}, as create_graph=True asks for. Remedy: exclude={names}, or "
             "call torch.autograd.grad() without create_graph=True"
         )
-    return grads
+    return found
 
 
 def named(buffers: Sequence[ContributionBuffer]) -> str:

@@ -49,16 +49,11 @@ class _Linear(Function):
         weight_argument, bias_argument = ctx.arguments
         grouped_rows, needs = ctx.grouped_rows, ctx.needs_input_grad
 
-        def weight_factors(grouped_rows: GroupedRows, x: Tensor, grad: Tensor) -> LinearFactors:
-            rows, bounds = grouped_rows.grad_rows(grad)
-            x = x if x.dtype == grad.dtype else x.to(grad.dtype)
-            return LinearFactors(grouped_rows.rows(x), rows, bounds)
-
         grad_x = None
         if needs[0]:
             grad_x = grad @ (weight if weight.dtype == grad.dtype else weight.to(grad.dtype))
             grad_x = grad_x if grad_x.dtype == ctx.x_dtype else grad_x.to(ctx.x_dtype)
-        grad_weight = weight_argument.grad(needs[1], weight_factors, grouped_rows, x, grad)
+        grad_weight = weight_argument.grad(needs[1], linear_factors, grouped_rows, x, grad)
         grad_bias = bias_argument.grad(needs[2], bias_factors, grouped_rows, grad)
         return grad_x, grad_weight, grad_bias, *ctx.unused
 
@@ -92,6 +87,13 @@ def plain_bias(
     if not plainly(ctx, number, argument):
         return None
     return grad.movedim(dim, -1).flatten(0, -2).sum(dim=0)
+
+
+def linear_factors(grouped_rows: GroupedRows, x: Tensor, grad: Tensor) -> LinearFactors:
+    """Of a weight (O, I), from the input (*rest, I) and the output's gradient (*rest, O)."""
+    rows, bounds = grouped_rows.grad_rows(grad)
+    x = x if x.dtype == grad.dtype else x.to(grad.dtype)
+    return LinearFactors(grouped_rows.rows(x), rows, bounds)
 
 
 def bias_factors(grouped_rows: GroupedRows, grad: Tensor) -> StackedFactors:

@@ -85,7 +85,7 @@ class _Reader:
         leaf = getattr(node, "variable", None)
         if leaf is not None:
             return self._own_marks.get(id(leaf))
-        grouped_rows = graph_reading.grouped_rows_of(node)
+        grouped_rows = graph_reading.grouped_rows_of(node, number)
         if grouped_rows is not None:  # inside an earlier forward, which did not return this tensor
             self.met.append(
                 Knowledge(grouped_rows.groups, UNKNOWN, "the batch of an earlier forward")

@@ -95,10 +95,11 @@ def _notes_at(node) -> dict:
     return node.__dict__ if isinstance(node, BackwardCFunction) else node.metadata
 
 
-def grouped_rows_of(node) -> GroupedRows | None:
-    """Return who votes with the result of a served layer, if `node` is one's; else None."""
+def grouped_rows_of(node, number: int) -> GroupedRows | None:
+    """Return who votes with result `number` of a served layer, if `node` is one's; else None."""
     if issubclass(getattr(type(node), "_forward_cls", object), Function):
-        return getattr(node, "grouped_rows", None)
+        found = getattr(node, "grouped_rows", None)
+        return found[number] if isinstance(found, tuple) else found
     return None
 
 
@@ -192,7 +193,7 @@ def mixed_in(gradient: Tensor, groups: Groups) -> Lost | None:
 
 
 def _known_place(node, number: int) -> Mark | None:
-    rows, noted = grouped_rows_of(node), remembered(node, number)
+    rows, noted = grouped_rows_of(node, number), remembered(node, number)
     if rows is not None:
         return rows.layout
     # What a forward lost before it returned is looked at here: it may have added up examples.

@@ -299,7 +299,7 @@ class ServingMode(TorchFunctionMode):
         found = alive.get((id(node), number))
         if found is not None:
             return found[1]
-        grouped_rows = graph_reading.grouped_rows_of(node)
+        grouped_rows = graph_reading.grouped_rows_of(node, number)
         if grouped_rows is not None:
             mine = (
                 grouped_rows.groups is self.groups

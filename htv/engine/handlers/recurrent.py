@@ -1,64 +1,22 @@
-"""Recurrent layers, unrolled in time: their weights are used at every step, and each step's use is
-served.
-
-The arithmetic is that of torch's own cells; what the fused kernels of torch save by running all
-steps at once is the cost.
+"""Recurrent layers: the input's products are linear layers, the steps one Function per layer and
+direction.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from htv.engine.handlers.call import behind, handles
+from htv.autograd.recurrent import CELLS, Cell, States, Steps, recurrence
+from htv.engine.handlers.call import Call, behind, handles, signature
 from htv.engine.protocols import ModeLike
-from htv.engine.provenance import Constant, OfBatch
+from htv.engine.provenance import Constant, FromParameters, OfBatch
 from htv.errors import UnsupportedError
 from htv.groups import BatchLayout
 
-Hidden = tuple[Tensor, ...]  # (h,) or (h, c)
-Cell = Callable[
-    [Tensor, Hidden, list[Tensor]], Hidden
-]  # input gates, hidden, [w_hh, b_hh or None, w_hr or None]
-
-
-def _gates(hidden: Hidden, weights: list[Tensor]) -> Tensor:
-    return F.linear(hidden[0], weights[0], weights[1])
-
-
-def _lstm_step(gates: Tensor, hidden: Hidden, weights: list[Tensor]) -> Hidden:
-    i, f, g, o = (gates + _gates(hidden, weights)).chunk(4, -1)
-    c = torch.sigmoid(f) * hidden[1] + torch.sigmoid(i) * torch.tanh(g)
-    h = torch.sigmoid(o) * torch.tanh(c)
-    return (h if weights[2] is None else F.linear(h, weights[2])), c
-
-
-def _gru_step(gates: Tensor, hidden: Hidden, weights: list[Tensor]) -> Hidden:
-    reset_x, update_x, new_x = gates.chunk(3, -1)
-    reset_h, update_h, new_h = _gates(hidden, weights).chunk(3, -1)
-    update = torch.sigmoid(update_x + update_h)
-    new = torch.tanh(new_x + torch.sigmoid(reset_x + reset_h) * new_h)
-    return (new + update * (hidden[0] - new),)
-
-
-def _tanh_step(gates: Tensor, hidden: Hidden, weights: list[Tensor]) -> Hidden:
-    return (torch.tanh(gates + _gates(hidden, weights)),)
-
-
-def _relu_step(gates: Tensor, hidden: Hidden, weights: list[Tensor]) -> Hidden:
-    return (torch.relu(gates + _gates(hidden, weights)),)
-
-
-STEPS: dict[str, Cell] = {
-    "lstm": _lstm_step,
-    "gru": _gru_step,
-    "rnn_tanh": _tanh_step,
-    "rnn_relu": _relu_step,
-}
-
+_STATES = signature("gates, weight, bias, projection")
+_WEIGHTS = _STATES.names[1:]
 
 MODULES: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {  # the layer and the cell
     "lstm": (nn.LSTM, nn.LSTMCell),
@@ -68,7 +26,7 @@ MODULES: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {  # the layer and
 }
 
 
-def _server(kind: str, step: Cell):
+def _server(kind: str, cell: type[Cell]):
     def layer(mode: ModeLike, func, args, kwargs):
         packed = isinstance(args[3], (tuple, list))  # then args[1] are the batch sizes
         weights = args[3 if packed else 2]
@@ -83,19 +41,22 @@ def _server(kind: str, step: Cell):
         ]
         owner = next(s for w in weights for s in behind(mode, w))
         name = f"{kind} with parameter {owner.name!r}"
+        if any(isinstance(mode.mark(w), OfBatch) for w in weights):
+            raise UnsupportedError(
+                f"{name}: another of its weights is computed from the batch. Remedy: write the "
+                f"layer's steps in the model, or exclude={owner.name!r}"
+            )
+        turned = not packed and batch_first[0]
         with mode:
-            steps = (
-                _PackedSteps(mode, name, *args[:2])
-                if packed
-                else _Steps(mode, name, args[0], batch_first[0])
-            )
-            options = num_layers, 1 + bidirectional, dropout if train else 0.0
-            y, last = _stack_of_layers(
-                steps, step, hidden, _by_layer(weights, has_biases, kind, hidden), *options
-            )
-        return (y, *last)
+            x = args[0].transpose(0, 1) if turned else args[0]
+        layers = _Layers(mode, cell, name, x, args[1].tolist() if packed else None)
+        weights = _by_layer(weights, has_biases, kind, hidden)
+        options = num_layers, 1 + bidirectional, dropout if train else 0.0
+        y, *last = layers.stacked(hidden, weights, *options)
+        with mode:
+            return (y.transpose(0, 1) if turned else y, *last)
 
-    def cell(mode: ModeLike, func, args, kwargs):
+    def one_step(mode: ModeLike, func, args, kwargs):
         x, hidden, w_ih, w_hh, *biases = args
         b_ih, b_hh = (*biases, None, None)[:2]
         if not _meets(mode, x, [w_ih, w_hh, b_ih, b_hh]):
@@ -105,10 +66,11 @@ def _server(kind: str, step: Cell):
         with mode:
             if isinstance(layout, BatchLayout):
                 hidden = tuple(_started(mode, kind, h, layout) for h in hidden)
-            found = step(F.linear(x, w_ih, b_ih), hidden, [w_hh, b_hh, None])
+            product = lambda h: F.linear(h, w_hh, b_hh)
+            found = cell.step(F.linear(x, w_ih, b_ih), hidden, product, None)
         return found if kind == "lstm" else found[0]
 
-    return layer, cell
+    return layer, one_step
 
 
 def _as_torch_does(mode: ModeLike, func, args, kwargs, packed: bool, batch_first: bool):
@@ -139,7 +101,7 @@ def _meets(mode: ModeLike, x: Tensor, weights) -> bool:
     return meets
 
 
-def _by_layer(weights, has_biases: bool, kind: str, hidden: Hidden) -> list[list[Tensor | None]]:
+def _by_layer(weights, has_biases: bool, kind: str, hidden: States) -> list[list[Tensor | None]]:
     """Per layer and direction [w_ih, w_hh, b_ih, b_hh, w_hr], None for what is absent."""
     projected = kind == "lstm" and hidden[0].shape[-1] != hidden[1].shape[-1]
     size = 2 + 2 * has_biases + projected
@@ -150,40 +112,18 @@ def _by_layer(weights, has_biases: bool, kind: str, hidden: Hidden) -> list[list
     ]
 
 
-def _stack_of_layers(
-    steps, step: Cell, hidden: Hidden, weights, num_layers: int, directions: int, dropout: float
-):
-    """Return the output of the last layer, and the last hidden state of all,
-    (layers * directions, N, H).
-    """
-    lasts = []
-    y = steps.x
-    for layer in range(num_layers):
-        outputs = []
-        for direction in range(directions):
-            row = layer * directions + direction
-            w_ih, w_hh, b_ih, b_hh, w_hr = weights[row]
-            gates = F.linear(y, w_ih, b_ih)
-            first = tuple(steps.started(h[row]) for h in hidden)
-            output, last = steps.run(
-                step, gates, first, [w_hh, b_hh, w_hr], backwards=direction == 1
-            )
-            outputs.append(output)
-            lasts.append(last)
-        y = outputs[0] if directions == 1 else torch.cat(outputs, -1)
-        if layer + 1 < num_layers and dropout:
-            y = F.dropout(y, dropout)
-    return steps.finished(y), [torch.stack(part) for part in zip(*lasts, strict=True)]
-
-
 def _started(mode: ModeLike, kind: str, hidden: Tensor, layout: BatchLayout) -> Tensor:
-    """A first hidden state (N, H); one that was made without the batch (zeros) is the batch's, row
-    by row.
+    """A first hidden state (N, H); one that was made without the batch (zeros, or parameters) is
+    the batch's, row by row.
     """
     mark = mode.mark(hidden)
     if isinstance(mark, Constant):
         hidden = hidden.view_as(hidden)
         mode.marks.put(hidden, layout.at(0))
+    elif isinstance(mark, FromParameters):  # a copy for every example
+        nothing = torch.zeros_like(hidden)
+        mode.marks.put(nothing, layout.at(0))
+        hidden = hidden + nothing
     elif isinstance(mark, OfBatch) and not (
         isinstance(mark, BatchLayout) and mark.same(layout.at(0), mode.groups.batch_size)
     ):
@@ -196,62 +136,65 @@ def _started(mode: ModeLike, kind: str, hidden: Tensor, layout: BatchLayout) -> 
     return hidden
 
 
-class _Steps:
-    """Steps through equally long sequences. x: (T, N, D), or with batch_first (N, T, D)."""
-
-    def __init__(self, mode: ModeLike, kind: str, x: Tensor, batch_first: bool):
-        self.mode, self.kind, self.batch_first = mode, kind, batch_first
-        self.x = x.transpose(0, 1) if batch_first else x
-        self.layout = _require_place(mode, kind, self.x, 1)
-
-    def started(self, hidden: Tensor) -> Tensor:
-        return _started(self.mode, self.kind, hidden, self.layout)
-
-    def run(
-        self, step: Cell, gates: Tensor, hidden: Hidden, weights: list[Tensor], backwards: bool
-    ):
-        """Outputs (T, N, H) of one direction from its input gates, and the last hidden state."""
-        outputs = []
-        for at in gates.unbind(0)[:: -1 if backwards else 1]:
-            hidden = step(at, hidden, weights)
-            outputs.append(hidden[0])
-        return torch.stack(outputs[:: -1 if backwards else 1]), hidden
-
-    def finished(self, y: Tensor) -> Tensor:
-        return y.transpose(0, 1) if self.batch_first else y
-
-
-class _PackedSteps:
-    """The steps of a PackedSequence, longest first. x: (rows, D), step by step; batch_sizes: (T,)
-    on the CPU.
+class _Layers:
+    """The layers of one call, with the batch where it is in their input `x`: (T, N, D), or the
+    rows of a PackedSequence with their `batch_sizes`.
     """
 
-    def __init__(self, mode: ModeLike, kind: str, x: Tensor, batch_sizes: Tensor):
-        self.mode, self.kind, self.x, self.sizes = mode, kind, x, batch_sizes.tolist()
-        _require_place(mode, kind, x, 0)
-        self.first = x[: self.sizes[0]]
-
-    def started(self, hidden: Tensor) -> Tensor:
-        return _started(self.mode, self.kind, hidden, self.mode.mark(self.first))
-
-    def run(
-        self, step: Cell, gates: Tensor, hidden: Hidden, weights: list[Tensor], backwards: bool
+    def __init__(
+        self, mode: ModeLike, cell: type[Cell], name: str, x: Tensor, batch_sizes: list[int] | None
     ):
-        steps = list(gates.split(self.sizes))
-        outputs: list[Tensor] = [gates] * len(steps)
-        for t in range(len(steps))[:: -1 if backwards else 1]:
-            size = self.sizes[t]
-            found = step(steps[t], tuple(h[:size] for h in hidden), weights)
-            outputs[t] = found[0]
-            if size < len(hidden[0]):
-                found = tuple(
-                    torch.cat([new, old[size:]]) for new, old in zip(found, hidden, strict=True)
-                )
-            hidden = found
-        return torch.cat(outputs), hidden
+        self.mode, self.cell, self.name, self.x = mode, cell, name, x
+        self.packed = batch_sizes is not None
+        self.layout = _require_place(mode, name, x, 0 if self.packed else 1)
+        self.sizes = tuple(batch_sizes if self.packed else [x.shape[1]] * len(x))
+        self.of_states = self.layout.at(0)
+        if self.packed:
+            first = mode.call(Tensor.__getitem__, (x, slice(self.sizes[0])), {})
+            self.of_states = mode.mark(first)
 
-    def finished(self, y: Tensor) -> Tensor:
-        return y
+    def stacked(
+        self,
+        hidden: States,
+        weights: list[list[Tensor | None]],
+        num_layers: int,
+        directions: int,
+        dropout: float,
+    ) -> tuple[Tensor, ...]:
+        """The output of the last layer, and the last states of all, (layers * directions, N, H)."""
+        lasts, y = [], self.x
+        for layer in range(num_layers):
+            outputs = []
+            for direction in range(directions):
+                row = layer * directions + direction
+                begin = [self.mode.call(Tensor.__getitem__, (h, row), {}) for h in hidden]
+                output, *last = self.one(y, begin, weights[row], backwards=direction == 1)
+                outputs.append(output)
+                lasts.append(last)
+            with self.mode:
+                y = outputs[0] if directions == 1 else torch.cat(outputs, -1)
+                if layer + 1 < num_layers and dropout:
+                    y = F.dropout(y, dropout)
+        with self.mode:
+            return (y, *(torch.stack(part) for part in zip(*lasts, strict=True)))
+
+    def one(
+        self, x: Tensor, begin: list[Tensor], weights: list[Tensor | None], backwards: bool
+    ) -> tuple[Tensor, ...]:
+        """The output of one layer in one direction, and its last states (N, H)."""
+        mode = self.mode
+        w_ih, w_hh, b_ih, b_hh, w_hr = weights
+        with mode:
+            gates = F.linear(x, w_ih, b_ih)
+            begin = [_started(mode, self.name, h, self.of_states) for h in begin]
+        call = Call(mode, "linear", _STATES, (gates, w_hh, b_hh, w_hr), {}, "gates", *_WEIGHTS)
+        rows = mode.rows[self.layout], *(mode.rows[self.of_states] for _ in begin)
+        steps = Steps(self.sizes, self.packed, backwards)
+        y, *last = recurrence(self.cell, steps, gates, tuple(begin), *call.enter(features=1), rows)
+        mode.marks.put(y, self.layout)
+        for state in last:
+            mode.marks.put(state, self.of_states)
+        return (y, *last)
 
 
 def _require_place(mode: ModeLike, kind: str, x: Tensor, dim: int) -> BatchLayout:
@@ -267,9 +210,9 @@ def _require_place(mode: ModeLike, kind: str, x: Tensor, dim: int) -> BatchLayou
 
 
 def _register() -> None:
-    for kind, step in STEPS.items():
+    for kind, cell in CELLS.items():
         functions = getattr(torch, kind), getattr(torch, f"{kind}_cell")
-        servers = _server(kind, step)
+        servers = _server(kind, cell)
         for function, server, module in zip(functions, servers, MODULES[kind], strict=True):
             handles(function, modules={module: "linear"})(server)
 
