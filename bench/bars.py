@@ -166,7 +166,9 @@ def measure(level: str, seconds: float) -> dict[str, object]:
 
 def table(record: dict) -> str:
     """Return the record as Markdown."""
-    lines = [f"{record['machine']['cpu']}, {record['level']}:", "", "| ratio | measured | bar |"]
+    machine = record["machine"]
+    where = f"{machine['cpu']}, {machine['threads']} threads, {record['level']}"
+    lines = [f"{where}, {record['date'][:10]}:", "", "| ratio | measured | bar |"]
     lines.append("|---|---|---|")
     for row in record["bars"]:
         missed = "" if row["met"] else " (missed)"

@@ -11,12 +11,13 @@ import json
 from functools import partial
 from pathlib import Path
 
-from htv.bench import breakdown, distributed, floors, plots, report, simulate
+from htv.bench import bars, breakdown, distributed, floors, plots, report, simulate
 from htv.experiments import report as experiments
 from htv.ops import registry
 from htv.tools.files import replace_text
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench/results"
 DEMO, BENCH = ROOT / "docs/results/demo.json", ROOT / "bench/results/cpu.json"
 FLOORS = ROOT / "bench/results/floors-cpu.json"
 BREAKDOWN = ROOT / "bench/results/breakdown-resnet18.json"
@@ -103,6 +104,12 @@ def calls_block() -> str:
     return "\n".join(lines)
 
 
+def bars_block() -> str:
+    """What one machine alone can judge, of every processor and instruction set measured."""
+    records = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("bars-*.json"))]
+    return "\n\n".join(bars.table(r) for r in records)
+
+
 def scale_block() -> str:
     """What one vote costs on many GPUs, by count."""
     models, clusters = list(simulate.MODELS.values()), list(simulate.CLUSTERS.values())
@@ -154,6 +161,7 @@ BLOCKS = {
         ("floors", FLOORS, floors_block),
         ("breakdown", BREAKDOWN, breakdown_block),
         ("calls", BREAKDOWN, calls_block),
+        ("bars", ROOT / "bench/bars.py", bars_block),
     ),
     "docs/scale.md": (
         ("scale", ROOT / "bench/simulate.py", scale_block),
