@@ -416,7 +416,7 @@ class Output:
 
 
 class Layer(ABC):  # noqa: B024
-    """A part of a `Cache`."""
+    """A part of a `Cache`; of ABC, whose `__slots__` are empty, as Hugging Face's are."""
 
     def __init__(self, keys):
         self.keys, self.kind, self.size = keys, Layer, len(keys)

@@ -8,11 +8,12 @@ depend on the size of its batch.
 import pytest
 import torch
 import torch.nn.functional as F
-from test_written import RULES, Model
 from torch import nn
 
 import htv
-from htv.tools.check import aggregated, one_group_at_a_time
+from support.layer_table import Module
+from support.oracles import assert_exact_by_example
+from support.quick import RULES
 
 N = 5
 
@@ -106,26 +107,14 @@ SERVED = [
 
 def made(run):
     parts = dict(p=torch.randn(6), q=torch.randn(2, 6), w=torch.randn(6, 4))
-    return Model(run, l=nn.Linear(6, 6), h=nn.Linear(6, 3), g=nn.Linear(6, 36), **parts).double()
+    return Module(run, l=nn.Linear(6, 6), h=nn.Linear(6, 3), g=nn.Linear(6, 36), **parts).double()
 
 
 def assert_served(run, size=N):
     model, x = made(run), torch.randn(size, 4, 6).double()
-    parameters = dict(model.named_parameters())
     direction = torch.randn(model(x).shape).double()
     loss = lambda rows: (model(x) * direction)[rows].sum()
-    parts = one_group_at_a_time(lambda e: loss(slice(e, e + 1)), parameters, size)
-    reached = [name for name, c in parts.items() if c is not None and c.any()]
-    assert len(reached) > 2
-    for rule in RULES:
-        model.zero_grad()
-        with htv.attach(model, rule):
-            loss(slice(None)).backward()
-        for name in reached:
-            wanted = aggregated(parts[name], rule)
-            torch.testing.assert_close(
-                parameters[name].grad, wanted, rtol=1e-8, atol=1e-10, msg=f"{rule} {name}"
-            )
+    assert_exact_by_example(model, loss, size, RULES)
 
 
 @pytest.mark.parametrize("size", [4, 5, 6], ids=["N == T", "N", "N == D"])

@@ -9,20 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import htv
-from htv.tools.check import aggregated, one_group_at_a_time
-
-RULES = [htv.Mean(), htv.AndMask(0.4), htv.SignSum(), htv.Median(), htv.WinsorizedMean(1)]
-
-
-class Model(nn.Module):
-    def __init__(self, run, **parts):
-        super().__init__()
-        self.run = run
-        for name, part in parts.items():
-            setattr(self, name, part if isinstance(part, nn.Module) else nn.Parameter(part))
-
-    def forward(self, x):
-        return self.run(self, x)
+from support.layer_table import Module
+from support.oracles import assert_exact_by_example
+from support.quick import RULES
 
 
 def linear(inputs, outputs):
@@ -154,28 +143,16 @@ SERVED = [
 
 def made(run):
     parts = dict(p=torch.randn(6), q=torch.randn(2, 6), s=torch.randn(()))
-    return Model(run, l=linear(6, 6), h=linear(6, 3), **parts).double()
+    return Module(run, l=linear(6, 6), h=linear(6, 3), **parts).double()
 
 
 @pytest.mark.parametrize("size", [1, 4, 5, 6], ids=["1", "N == T", "N", "N == D"])
 @pytest.mark.parametrize("run", SERVED, ids=lambda run: run.__name__)
 def test_as_one_example_at_a_time(run, size):
     model, x = made(run), torch.randn(size, 4, 6).double()
-    parameters = dict(model.named_parameters())
     direction = torch.randn(model(x).shape).double()
     loss = lambda rows: (model(x[rows]) * direction[rows]).sum()
-    parts = one_group_at_a_time(lambda e: loss(slice(e, e + 1)), parameters, size)
-    reached = [name for name, c in parts.items() if c is not None and c.any()]
-    assert len(reached) > 2
-    for rule in RULES if size > 1 else RULES[:1]:
-        model.zero_grad()
-        with htv.attach(model, rule):
-            loss(slice(None)).backward()
-        for name in reached:
-            wanted = aggregated(parts[name], rule)
-            torch.testing.assert_close(
-                parameters[name].grad, wanted, rtol=1e-9, atol=1e-11, msg=f"{rule} {name}"
-            )
+    assert_exact_by_example(model, loss, size, RULES if size > 1 else RULES[:1])
 
 
 def sum_so_far(m, x):

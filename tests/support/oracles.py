@@ -9,6 +9,7 @@ from scipy.stats import mstats
 
 import htv
 from htv.rules import Rule
+from htv.tools.check import aggregated, one_group_at_a_time
 
 RULES = [
     htv.Mean(),
@@ -104,3 +105,24 @@ def away_from_ties(*shape: int, dtype=torch.float32) -> torch.Tensor:
     """
     values = torch.randint(0, 8, shape) * 2 + 1
     return (values * torch.randint(0, 2, shape).mul(2).sub(1)).to(dtype) / 8
+
+
+def assert_exact_by_example(model, loss, size: int, rules) -> None:
+    """Compare `.grad` under each rule with that of one example after the other, for the parameters
+    that the loss reaches, of which there must be several.
+
+    loss:  of some of the examples, 0 to `size` - 1, as a slice.
+    """
+    parameters = dict(model.named_parameters())
+    parts = one_group_at_a_time(lambda e: loss(slice(e, e + 1)), parameters, size)
+    reached = [name for name, c in parts.items() if c is not None and c.any()]
+    assert len(reached) > 2
+    for rule in rules:
+        model.zero_grad()
+        with htv.attach(model, rule):
+            loss(slice(None)).backward()
+        for name in reached:
+            wanted = aggregated(parts[name], rule)
+            torch.testing.assert_close(
+                parameters[name].grad, wanted, rtol=1e-9, atol=1e-10, msg=f"{rule} {name}"
+            )
